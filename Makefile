@@ -1,0 +1,42 @@
+# `make demo` and `make test` set up what they need in .venv and are safe to repeat.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint format clean
+
+help:  ## Show the targets.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.installed  ## Make .venv and install the package with everything that tests and demo need.
+
+# torch comes first: asked for by name and version, the index offers the CPU build where there is one, while a range
+# asked for by another package may draw gigabytes of CUDA libraries.
+$(VENV)/.installed: pyproject.toml setup.cfg constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[all,dev]'
+	@touch $@
+
+demo: setup  ## From a corpus to checkpoints and their story, in runs/demo (about ten minutes).
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh recipes/demo/demo.sh $(RUN)
+
+test: setup  ## Run the tests that take under 12 minutes together.
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup  ## Run the long tests, the whole demo among them.
+	$(BIN)/python -m pytest -m slow
+
+lint: setup  ## Check style.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup  ## Repair style.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove what was built, .venv and runs included.
+	rm -rf $(VENV) build dist *.egg-info runs

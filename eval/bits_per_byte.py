@@ -1,0 +1,13 @@
+"""Bits per byte of models or of a run's milestones on held-out documents; the script behind `tinyllama-hf eval`.
+
+python eval/bits_per_byte.py RUN_OR_MODEL... [--data FOLDER] [--baselines] [--output scores.json]
+"""
+
+import sys
+
+from tinyllama_hf_cli import main
+
+
+if __name__ == "__main__":
+    sys.argv.insert(1, "eval")
+    main()

@@ -1,0 +1,64 @@
+"""Everything one does with a small Llama, as thin layers over the Hugging Face libraries.
+
+Importing this package makes `model_type: tinyllama` known to the Auto classes. Everything is imported on first use, so
+that the import itself costs next to nothing.
+"""
+
+import functools
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+
+if TYPE_CHECKING:
+    from .configuration_tinyllama import TinyLlamaConfig
+    from .inference.load import load
+    from .modeling_tinyllama import TinyLlamaForCausalLM
+    from .released import released
+    from .tokenization_tinyllama import TinyLlamaTokenizer, load_tokenizer
+
+_MODULES = {
+    "TinyLlamaConfig": ".configuration_tinyllama",
+    "TinyLlamaForCausalLM": ".modeling_tinyllama",
+    "TinyLlamaTokenizer": ".tokenization_tinyllama",
+    "load": ".inference.load",
+    "load_tokenizer": ".tokenization_tinyllama",
+    "released": ".released",
+}
+
+__all__ = ["TinyLlamaConfig", "TinyLlamaForCausalLM", "TinyLlamaTokenizer", "load", "load_tokenizer", "released"]
+
+# `AutoConfig.register` wants the class, and with it three seconds of imports that transformers itself puts off until
+# somebody asks for a Llama. Its mapping is lazy inside: a class name, looked up in a module. No public call reaches
+# that (transformers 5.23); tests/test_registration.py holds that this one works.
+CONFIG_MAPPING._mapping["tinyllama"] = "TinyLlamaConfig"
+CONFIG_MAPPING._modules["tinyllama"] = sys.modules[__name__]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES[name], __name__), name)
+    if name.startswith("TinyLlama"):
+        _register()
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+@functools.cache
+def _register() -> None:
+    """Registers the classes, once one of them is imported anyway."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from .configuration_tinyllama import TinyLlamaConfig
+    from .modeling_tinyllama import TinyLlamaForCausalLM
+    from .tokenization_tinyllama import TinyLlamaTokenizer
+
+    AutoConfig.register(TinyLlamaConfig.model_type, TinyLlamaConfig, exist_ok=True)
+    AutoModelForCausalLM.register(TinyLlamaConfig, TinyLlamaForCausalLM, exist_ok=True)
+    AutoTokenizer.register(TinyLlamaConfig, fast_tokenizer_class=TinyLlamaTokenizer, exist_ok=True)

@@ -1,0 +1,160 @@
+"""The datatrove pipeline behind `prepare`: one reader, one step that tokenises, splits and writes."""
+
+import hashlib
+import threading
+from pathlib import Path
+from typing import Any
+
+from datatrove.data import Document, DocumentsPipeline
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.readers import JsonlReader
+from datatrove.pipeline.tokens.tokenizer import TokenizedFile
+from datatrove.pipeline.writers import JsonlWriter
+from datatrove.utils.batching import batched
+from datatrove.utils.logging import logger
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from tokenizers import Tokenizer
+
+from .. import provenance
+from ..errors import InputError
+from . import embedded
+from .sources import Source, read_text
+
+
+_BATCH_DOCUMENTS = 256
+
+
+def run_pipeline(source: Source, output: Path, record: dict[str, Any], workers: int, show_progress: bool) -> None:
+    """Runs the tasks that are not complete yet; each leaves its shards and a file of counts."""
+    work = output / "work"
+    executor = _QuietExecutor(
+        pipeline=[_reader(source, work), SplitTokenizer(output, record)],
+        tasks=source.num_tasks,
+        workers=min(workers, source.num_tasks),
+        logging_dir=str(work / "logs"),
+    )
+    logger.remove()  # the parent's copy; each task logs into its file
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            executor.run()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), "files,",
+               TextColumn("{task.fields[tokens]:.1f}M tokens"), TimeElapsedColumn())  # fmt: skip
+    with Progress(*columns, disable=not show_progress) as bar:
+        task = bar.add_task("Preparing", total=source.num_tasks, tokens=0.0)
+        while thread.is_alive():
+            thread.join(0.2)
+            written = sum(file.stat().st_size for file in output.glob("*/*.tokens"))
+            done = len(list((work / "logs" / "completions").glob("*")))
+            bar.update(task, completed=done, tokens=written / record["token_bytes"] / 1e6)
+    if errors:
+        raise errors[0]
+
+
+class _QuietExecutor(LocalPipelineExecutor):
+    """Logs to files only: datatrove writes a task's log to the terminal where its local rank is 0."""
+
+    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1):
+        try:
+            return super()._run_for_rank(rank, local_rank + 1, node_rank)
+        finally:
+            logger.remove()  # ends of tasks would be logged to the terminal again
+
+
+def _reader(source: Source, work: Path) -> PipelineStep:
+    if source.kind == "embedded":
+        return EmbeddedReader(source.files)
+    if source.kind == "text":
+        return TextReader(source.files)
+    paths = work / "files.txt"
+    paths.write_text("\n".join(file.lstrip("/") for file in source.files) + "\n", encoding="utf-8")
+    return JsonlReader("/", paths_file=str(paths), text_key=source.text_column, adapter=_text_only)
+
+
+def _text_only(self: JsonlReader, data: dict, path: str, id_in_file: int | str) -> dict:
+    if not isinstance(data.get(self.text_key), str):
+        raise InputError(f"/{path}, row {id_in_file}: no text under {self.text_key!r}; see --text-column")
+    return {"text": data[self.text_key], "id": f"{path}/{id_in_file}"}
+
+
+class EmbeddedReader(PipelineStep):
+    """Reads parts of the embedded corpus; a task takes every n-th document."""
+
+    name, type = "Embedded corpus", "READER"
+
+    def __init__(self, kinds: tuple[str, ...]):
+        super().__init__()
+        self.kinds = kinds
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        documents = ((kind, document) for kind in self.kinds for document in embedded.documents(kind))
+        for i, (kind, document) in enumerate(documents):
+            if i % world_size == rank:
+                yield Document(text=document.text, id=f"{kind}/{document.name}")
+
+
+class TextReader(PipelineStep):
+    """Reads text files, each one document; a task takes every n-th file."""
+
+    name, type = "Text files", "READER"
+
+    def __init__(self, files: tuple[str, ...]):
+        super().__init__()
+        self.files = files
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        for file in self.files[rank::world_size]:
+            yield Document(text=read_text(file), id=file)
+
+
+class SplitTokenizer(PipelineStep):
+    """Tokenises documents as text and writes each to the split that its hash decides.
+
+    Control tokens that a document spells out stay text; the separators are added as ids.
+    """
+
+    name, type = "Split and tokenise", "TOKENIZER"
+
+    def __init__(self, output: Path, record: dict[str, Any]):
+        super().__init__()
+        self.output, self.record = output, record
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        tokenizer = Tokenizer.from_file(str(self.output / "tokenizer" / "tokenizer.json"))
+        tokenizer.encode_special_tokens = True
+        counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in ("train", "validation")}
+        files = {
+            split: TokenizedFile(str(self.output / split), f"{rank:05d}.tokens", token_size=self.record["token_bytes"])
+            for split in counts
+        }
+        with JsonlWriter(str(self.output / "validation"), output_filename="${rank}.jsonl") as held_out:
+            for batch in batched((document for document in data if document.text), _BATCH_DOCUMENTS):
+                texts = [document.text for document in batch]
+                for document, encoding in zip(
+                    batch, tokenizer.encode_batch(texts, add_special_tokens=False), strict=True
+                ):
+                    split = "validation" if is_held_out(document.text, self.record["validation_fraction"]) else "train"
+                    ids = [*self.record["begin"], *encoding.ids, *self.record["end"]]
+                    files[split].write(ids, None)
+                    counts[split]["documents"] += 1
+                    counts[split]["tokens"] += len(ids)
+                    counts[split]["bytes"] += len(document.text.encode())
+                    if split == "validation":
+                        held_out.write(document, rank=rank)
+        for file in files.values():
+            file.close()
+        provenance.write_json(self.output / "work" / f"counts_{rank:05d}.json", {"rank": rank, **counts})
+        yield from ()
+
+
+def is_held_out(text: str, fraction: float) -> bool:
+    """Whether a document belongs to the validation split: its hash, as a number in [0, 1), lies below `fraction`."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64

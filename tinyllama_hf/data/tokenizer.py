@@ -1,0 +1,137 @@
+"""Training a small tokenizer of Llama 2's kind, and proving that a tokenizer is exact."""
+
+import io
+import itertools
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import sentencepiece
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import InputError
+from ..tokenization_tinyllama import DUMMY_PREFIX, TinyLlamaTokenizer, encode_text, load_sentencepiece, load_tokenizer
+
+
+# The 256 bytes and the three control tokens come before any learned piece.
+_FIXED_PIECES = 259
+_MAX_LINE_BYTES = 1 << 16
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, output: str | os.PathLike) -> TinyLlamaTokenizer:
+    """Trains a SentencePiece BPE tokenizer with Llama 2's settings and saves it as a stock tokenizer folder.
+
+    Byte fallback, dummy prefix, digits split, no normalisation; `<unk>`, `<s>`, `</s>` are 0, 1, 2. The same texts give
+    the same tokenizer.
+
+    Args:
+        texts (`Iterable[str]`): to learn the pieces from.
+        vocab_size (`int`): ids, the 256 bytes and three control tokens included.
+        output (`str` or `os.PathLike`): folder to write; it must not exist.
+
+    Raises:
+        InputError: if the folder exists, the vocabulary is too small, or the texts do not fill it.
+    """
+    output = Path(output)
+    if output.exists():
+        raise InputError(f"--output {output}: exists already; choose another folder, or remove it")
+    if vocab_size <= _FIXED_PIECES:
+        raise InputError(
+            f"--vocab-size {vocab_size}: must be above {_FIXED_PIECES}, which bytes and control tokens take"
+        )
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=itertools.chain.from_iterable(text.split("\n") for text in texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            character_coverage=0.99995,
+            max_sentence_length=_MAX_LINE_BYTES,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise InputError(
+            f"--vocab-size {vocab_size}: the texts do not suffice for it: {str(error).strip()}"
+        ) from error
+    temporary = output.with_name(f".{output.name}.tmp")
+    temporary.mkdir(parents=True, exist_ok=True)
+    (temporary / "tokenizer.model").write_bytes(model.getvalue())
+    load_tokenizer(temporary / "tokenizer.model").save_pretrained(temporary)
+    os.replace(temporary, output)
+    return load_tokenizer(output)
+
+
+class Difference(NamedTuple):
+    """Where two tokenisations of a text part, or a text does not come back."""
+
+    text_number: int
+    kind: str  # "ids" or "decode"
+    character: int
+    context: str
+    ours: list
+    reference: list
+
+
+class Verification(NamedTuple):
+    """What was compared, and the first difference, if any."""
+
+    texts: int
+    characters: int
+    tokens: int
+    difference: Difference | None
+
+
+def verify_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, reference: str | os.PathLike, texts: Iterable[str]
+) -> Verification:
+    """Compares a tokenizer with a SentencePiece model on texts, and checks that every text comes back.
+
+    Texts are encoded as text: control tokens spelled out in them are no control tokens. U+2581 is exempt from coming
+    back, as SentencePiece itself turns it into a space.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): any transformers tokenizer.
+        reference (`str` or `os.PathLike`): a `tokenizer.model`.
+        texts (`Iterable[str]`): what to compare on.
+
+    Returns:
+        The counts up to and including the first text that differs.
+    """
+    processor = load_sentencepiece(reference)
+    number = characters = tokens = 0
+    for number, text in enumerate(texts, start=1):
+        ours, theirs = encode_text(tokenizer, text), processor.encode(text)
+        characters, tokens = characters + len(text), tokens + len(ours)
+        if ours != theirs:
+            place = next(
+                (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+            )
+            character = len(processor.decode(theirs[:place]))
+            around = slice(max(place - 2, 0), place + 4)
+            difference = Difference(
+                number,
+                "ids",
+                character,
+                text[max(character - 20, 0) : character + 20],
+                list(zip(ours[around], tokenizer.convert_ids_to_tokens(ours[around]), strict=True)),
+                [(i, processor.id_to_piece(i)) for i in theirs[around]],
+            )
+            return Verification(number, characters, tokens, difference)
+        back, wanted = tokenizer.decode(ours, skip_special_tokens=False), text.replace(DUMMY_PREFIX, " ")
+        if back != wanted:
+            character = len(os.path.commonprefix([back, wanted]))
+            context = slice(max(character - 20, 0), character + 20)
+            difference = Difference(number, "decode", character, text[context], [back[context]], [wanted[context]])
+            return Verification(number, characters, tokens, difference)
+    return Verification(number, characters, tokens, None)

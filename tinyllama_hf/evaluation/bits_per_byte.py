@@ -1,0 +1,140 @@
+"""Bits per byte on held-out documents: comparable between tokenizers, and with counting models.
+
+Stock transformers computes it on the exported folder. Each document is read alone, begin-of-sequence first; every token
+of its text is scored once, with at least half a context before it where the document has that much. Neither separator
+is scored. Bits of all documents are summed and divided by their UTF-8 bytes.
+"""
+
+import gzip
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.shards import read_metadata
+from ..errors import InputError
+from ..tokenization_tinyllama import encode_text
+
+
+class HeldOut(NamedTuple):
+    """Held-out documents of one prepared data set."""
+
+    name: str
+    fingerprint: str
+    texts: tuple[str, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of all documents."""
+        return sum(len(text.encode()) for text in self.texts)
+
+
+class Window(NamedTuple):
+    """A stretch of a document that one forward pass reads: tokens, and how many of the last are scored."""
+
+    document: int
+    tokens: np.ndarray
+    num_scored: int
+
+
+def held_out_documents(folder: str | Path) -> HeldOut:
+    """Reads the text that `tinyllama-hf prepare` held out.
+
+    Raises:
+        InputError: if the folder is no data set, or holds out nothing.
+    """
+    folder = Path(folder)
+    metadata = read_metadata(folder)
+    texts = []
+    for file in sorted((folder / "validation").glob("*.jsonl.gz")):
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            texts += [json.loads(line)["text"] for line in lines]
+    if not texts:
+        raise InputError(f"{folder}: holds out no document; prepare it again with a larger --validation-fraction")
+    return HeldOut(str(folder), metadata["fingerprint"], tuple(texts))
+
+
+def windows(document: int, tokens: np.ndarray, context: int, stride: int) -> Iterator[Window]:
+    """Cuts a document so that every token after the first is scored once.
+
+    Args:
+        document (`int`): number of the document.
+        tokens (`np.ndarray`): `[num_tokens]`, begin-of-sequence first.
+        context (`int`): tokens that a pass reads.
+        stride (`int`): new tokens of each pass after the first.
+    """
+    done, predicted = 0, len(tokens) - 1
+    while done < predicted:
+        new = min(context if done == 0 else stride, predicted - done)
+        first = max(done + new - context, 0)
+        yield Window(document, tokens[first : done + new + 1], new)
+        done += new
+
+
+@torch.inference_mode()
+def log_probabilities(
+    model: PreTrainedModel, batches: Iterable[Sequence[Window]], advance: Callable[[int], Any] = lambda n: None
+) -> Iterator[tuple[int, float]]:
+    """Yields, for each window, its document and the natural logarithm of the probability of its scored tokens."""
+    for batch in batches:
+        longest = max(len(window.tokens) for window in batch)
+        # Padding stands on the right, where causal attention lets no scored token see it.
+        tokens = torch.zeros(len(batch), longest, dtype=torch.long)
+        for row, window in zip(tokens, batch, strict=True):
+            row[: len(window.tokens)] = torch.from_numpy(window.tokens)
+        tokens = tokens.to(model.device)
+        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits.float()
+        scores = logits.gather(2, tokens[:, 1:, None]).squeeze(2) - logits.logsumexp(2)  # [batch, longest - 1]
+        for row, window in zip(scores.double().cpu(), batch, strict=True):
+            end = len(window.tokens) - 1
+            yield window.document, row[end - window.num_scored : end].sum().item()
+            advance(window.num_scored)
+
+
+def bits_per_byte(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: Sequence[HeldOut],
+    batch_size: int = 16,
+    advance: Callable[[int], Any] = lambda n: None,
+) -> dict[str, Any]:
+    """Scores a model on held-out documents.
+
+    Args:
+        model (`PreTrainedModel`): a causal language model, stock or ours.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+        held_out (`Sequence[HeldOut]`): the documents, by source.
+        batch_size (`int`): windows of a forward pass.
+        advance (`Callable`): called with the number of tokens scored, for a progress bar.
+
+    Returns:
+        `dict`: `bits_per_byte` over all documents, `by_source`, and the `protocol` that decides the figure.
+    """
+    context = model.config.max_position_embeddings
+    stride = max(context // 2, 1)
+    documents = [(source.name, text) for source in held_out for text in source.texts]
+    pieces = []
+    for number, (_, text) in enumerate(documents):
+        tokens = np.array([tokenizer.bos_token_id, *encode_text(tokenizer, text)])
+        pieces += windows(number, tokens, context, stride)
+    pieces.sort(key=lambda window: len(window.tokens))  # alike in length, so that little is padded
+    batches = (pieces[i : i + batch_size] for i in range(0, len(pieces), batch_size))
+    nats = {source.name: 0.0 for source in held_out}
+    for number, log_probability in log_probabilities(model, batches, advance):
+        nats[documents[number][0]] -= log_probability
+    protocol = {"context": context, "stride": stride, "bos": True, "dtype": str(model.dtype).removeprefix("torch.")}
+    return {**summarise(nats, held_out), "protocol": protocol}
+
+
+def summarise(nats: dict[str, float], held_out: Sequence[HeldOut]) -> dict[str, Any]:
+    """Turns the summed negative log-probabilities of each source into bits per byte."""
+    num_bytes = {source.name: source.num_bytes for source in held_out}
+    return {
+        "bits_per_byte": sum(nats.values()) / math.log(2) / sum(num_bytes.values()),
+        "by_source": {name: nats[name] / math.log(2) / num_bytes[name] for name in nats},
+    }

@@ -1,0 +1,118 @@
+"""Scoring the milestones of a run beside counting models that read the same text."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress, TextColumn
+from transformers import AutoTokenizer
+
+from .. import provenance
+from ..data.mixture import Mixture
+from ..errors import InputError
+from ..inference.load import load_stock, model_folder
+from ..pretrain.checkpoints import CONFIG_FILE, MILESTONES_FOLDER, list_milestones, read_record
+from ..pretrain.config import load_config
+from ..tokenization_tinyllama import encode_text, load_tokenizer, tokenizer_fingerprint
+from .bits_per_byte import HeldOut, bits_per_byte, held_out_documents, summarise
+from .ngram import NGramModel
+
+
+BASELINES = {"unigram": 1, "5-gram": 5}
+
+
+def score(
+    models: Sequence[str], data: Sequence[str] = (), baselines: bool = False, device: str = "auto"
+) -> dict[str, Any]:
+    """Bits per byte of models, or of every milestone of a run.
+
+    Args:
+        models (`Sequence[str]`): model folders or names; or one run.
+        data (`Sequence[str]`, *optional*): prepared data sets whose held-out documents are scored; of a run, by default
+            those that it trained on.
+        baselines (`bool`, *optional*, defaults to `False`): for a run, also fit a unigram and a 5-gram model on the text
+            that each milestone had read.
+        device (`str`, *optional*, defaults to `"auto"`): where the models run.
+
+    Returns:
+        `dict`: `models` and `baselines`, each a list of scores, and what decides them.
+
+    Raises:
+        InputError: for anything missing, before the first model is scored.
+    """
+    run = Path(models[0]) if len(models) == 1 and (Path(models[0]) / MILESTONES_FOLDER).is_dir() else None
+    if run:
+        config = load_config(run / CONFIG_FILE)
+        data = data or [source.path for source in config.data.sources]
+        folders = list_milestones(run)
+        if not folders:
+            raise InputError(f"run {run}: has no milestone yet; wait for the first, or train it")
+    elif baselines:
+        raise InputError("--baselines: needs one run (a folder with milestones), to know which text was read")
+    elif not data:
+        raise InputError("--data: needed to score model folders; name prepared data sets")
+    else:
+        folders = [model_folder(model) for model in models]
+    held_out = [held_out_documents(folder) for folder in data]
+    scores: dict[str, Any] = {
+        "task": "bits_per_byte",
+        "data": [{"path": h.name, "fingerprint": h.fingerprint, "documents": len(h.texts), "bytes": h.num_bytes}
+                 for h in held_out],
+        "models": [_score_folder(folder, held_out, device) for folder in folders],
+        "baselines": _baselines(run, held_out) if run and baselines else [],
+    }  # fmt: skip
+    return {**scores, "provenance": provenance.collect()}
+
+
+def _score_folder(folder: Path, held_out: Sequence[HeldOut], device: str) -> dict[str, Any]:
+    """Scores a folder with stock transformers: model and tokenizer as somebody without this package loads them."""
+    began = time.perf_counter()
+    model, tokenizer = load_stock(folder, device), AutoTokenizer.from_pretrained(folder)
+    total = sum(h.num_bytes for h in held_out)
+    columns = (*Progress.get_default_columns(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, transient=True, disable=not Console().is_terminal) as bar:
+        estimate = total // 3  # tokens; the bar is for the eye
+        task = bar.add_task(f"Scoring {folder.name}", total=estimate, note="")
+        result = bits_per_byte(model, tokenizer, held_out, advance=lambda n: bar.advance(task, n))
+    is_milestone = (folder / "provenance.json").is_file() and (folder / CONFIG_FILE).is_file()
+    record = read_record(folder) if is_milestone else {}
+    known = {key: record[key] for key in ("step", "tokens") if key in record}
+    return {
+        "name": folder.name,
+        "path": str(folder),
+        **known,
+        **result,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def _baselines(run: Path, held_out: Sequence[HeldOut]) -> list[dict[str, Any]]:
+    """Counting models fitted on what each milestone had read, each block once however often it was read."""
+    config = load_config(run / CONFIG_FILE)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    paths, weights = zip(*((source.path, source.weight) for source in config.data.sources), strict=True)
+    mixture = Mixture(
+        paths, weights, config.data.sequence_length, config.training.seed, tokenizer_fingerprint(tokenizer)
+    )
+    documents = {h.name: [_tokens(tokenizer, text) for text in h.texts] for h in held_out}
+    scores = []
+    for folder in list_milestones(run):
+        record = read_record(folder)
+        blocks = sorted(set(mixture.blocks(0, record["step"] * config.sequences_per_step)))
+        text = mixture.tokens(blocks)[:, :-1].reshape(-1)  # neighbouring blocks join without a seam
+        for name, order in BASELINES.items():
+            model = NGramModel(text, len(tokenizer), order)
+            nats = {
+                source: -float(sum(model.log_probabilities(tokens).sum() for tokens in of_source))
+                for source, of_source in documents.items()
+            }
+            known = {"name": name, "step": record["step"], "tokens": record["tokens"], "distinct_tokens": len(text)}
+            scores.append({**known, **summarise(nats, held_out)})
+    return scores
+
+
+def _tokens(tokenizer: Any, text: str) -> np.ndarray:
+    return np.array([tokenizer.bos_token_id, *encode_text(tokenizer, text)])

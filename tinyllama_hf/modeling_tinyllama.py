@@ -1,0 +1,228 @@
+"""`TinyLlamaForCausalLM`: `LlamaForCausalLM` with TinyLlama's initialisation, a lean training loss and accounting.
+
+Module names, state-dict keys and logits are those of `LlamaForCausalLM`, and what it saves is a plain Llama folder.
+"""
+
+import math
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, LlamaForCausalLM, LlamaModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_tinyllama import TinyLlamaConfig
+from .losses import IGNORE_INDEX, linear_cross_entropy_sum
+
+
+# `from_pretrained` arguments that are the model's, not fields of its configuration.
+_MODEL_ARGUMENTS = ("dtype", "torch_dtype", "attn_implementation", "quantization_config", "device_map")
+
+
+class _TinyLlamaInitialization:
+    """TinyLlama's initialisation: N(0, sqrt(2 / (5 d))), and N(0, 1 / (sqrt(d) layers)) where a block ends.
+
+    d is the hidden size. Source: TinyLlama's lit_gpt/model.py, `_init_weights`. Written with `transformers.initialization`,
+    which leaves loaded weights alone.
+    """
+
+    config: TinyLlamaConfig
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        hidden_size = self.config.hidden_size
+        residual_std = 1 / (math.sqrt(hidden_size) * self.config.num_hidden_layers)
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            init.normal_(module.weight, mean=0.0, std=math.sqrt(2 / (5 * hidden_size)))
+        # The library visits children first, so that these are drawn again and keep the smaller spread.
+        elif isinstance(module, LlamaAttention):
+            init.normal_(module.o_proj.weight, mean=0.0, std=residual_std)
+        elif isinstance(module, LlamaMLP):
+            init.normal_(module.down_proj.weight, mean=0.0, std=residual_std)
+        else:
+            super()._init_weights(module)
+
+
+class TinyLlamaModel(_TinyLlamaInitialization, LlamaModel):
+    """`LlamaModel` with TinyLlama's initialisation: the library initialises an inner model by its own class."""
+
+    config_class = TinyLlamaConfig
+
+
+class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
+    """A causal Llama for pretraining and generation.
+
+    Logits equal `LlamaForCausalLM`'s bit for bit for the same weights. In training mode with `labels` the logits are
+    never held as a whole, and `logits` is `None` in the output.
+    """
+
+    config_class = TinyLlamaConfig
+
+    def __init__(self, config: TinyLlamaConfig):
+        # Not LlamaForCausalLM.__init__, which would build and initialise a LlamaModel only to throw it away.
+        super(LlamaForCausalLM, self).__init__(config)
+        self.model = TinyLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if self.generation_config.pad_token_id is None:
+            self.generation_config.pad_token_id = 0  # <unk>; in the model's own config it would freeze the row
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As `LlamaForCausalLM.forward`, with two differences.
+
+        In training mode with `labels`, the loss is computed without the logits (`logits` is `None`): the sum over the
+        labelled tokens divided by `num_items_in_batch`, or by their number where that is not given.
+
+        `position_ids` that restart within a row keep the documents of that row apart, as in stock Llama called without
+        mask and cache; here the cache is switched off by itself, and a mask or a cache, with which stock would let the
+        documents see each other, is refused.
+
+        Args:
+            input_ids (`torch.LongTensor`): `[batch, seq]`.
+            position_ids (`torch.LongTensor`, *optional*): `[batch, seq]`.
+            labels (`torch.LongTensor`, *optional*): `[batch, seq]`, unshifted, -100 where no token is predicted; or
+                `shift_labels`, shifted already.
+
+        Raises:
+            ValueError: if documents are packed and a mask or a cache is given.
+        """
+        if position_ids is not None and position_ids.shape[-1] > 1:
+            use_cache = _cache_for_positions(position_ids, attention_mask, past_key_values, use_cache, self.training)
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+        }
+        keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if labels is None or not self.training or not keeps_all:
+            return super().forward(**inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
+        num_items = kwargs.pop("num_items_in_batch", None)
+        shift_labels = kwargs.pop("shift_labels", None)
+        outputs = self.model(**inputs, **kwargs)
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
+        shift_labels = shift_labels.reshape(-1).to(outputs.last_hidden_state.device)
+        hidden = outputs.last_hidden_state.reshape(-1, self.config.hidden_size)  # [batch x seq, hidden]
+        loss = linear_cross_entropy_sum(hidden, self.lm_head.weight, shift_labels)
+        if num_items is None:
+            num_items = (shift_labels != IGNORE_INDEX).sum()
+        elif torch.is_tensor(num_items):
+            num_items = num_items.to(loss.device)
+        return CausalLMOutputWithPast(
+            loss=loss / num_items,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def flops_per_token(self, seq_len: int | None = None, convention: str = "without_input_embedding") -> int:
+        """Floating-point operations of one training step per token, forward and backward.
+
+        6 x parameters that multiply + 12 x layers x attention width x sequence length (attention not halved). The
+        published 56 % of TinyLlama follows the default: 7.31 GFLOP for 1.1b at 2048.
+
+        Args:
+            seq_len (`int`, *optional*, defaults to the context length): tokens of a sequence.
+            convention (`str`, *optional*): `"without_input_embedding"` (a look-up, not a product) or
+                `"all_parameters"`.
+
+        Raises:
+            ValueError: if the convention is neither.
+        """
+        config = self.config
+        embedding = config.vocab_size * config.hidden_size
+        parameters = sum(p.numel() for p in self.parameters())
+        # Tied weights appear once among the parameters: as the look-up and as the product.
+        multiplied = parameters - (0 if config.tie_word_embeddings else embedding)
+        if convention == "all_parameters":
+            multiplied += embedding
+        elif convention != "without_input_embedding":
+            raise ValueError(f"convention {convention!r}: use 'without_input_embedding' or 'all_parameters'")
+        attention_width = config.num_attention_heads * config.head_dim
+        seq_len = config.max_position_embeddings if seq_len is None else seq_len
+        return 6 * multiplied + 12 * config.num_hidden_layers * attention_width * seq_len
+
+    def kv_cache_bytes_per_token(self, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes that the keys and values of one token take in the cache, all layers together."""
+        config = self.config
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, config=None, **kwargs: Any):
+        """Loads any Llama folder, plain or `model_type: tinyllama`; arguments as in transformers."""
+        if config is None:
+            model_arguments = {name: kwargs.pop(name) for name in _MODEL_ARGUMENTS if name in kwargs}
+            # The library hands the arguments that say where the files lie back as well, next to unknown ones.
+            config, kwargs = AutoConfig.from_pretrained(
+                pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
+            )
+            kwargs.update(model_arguments)
+        if not isinstance(config, TinyLlamaConfig):
+            config = TinyLlamaConfig.from_llama(config)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, as_tinyllama: bool = False, **kwargs: Any) -> None:
+        """Writes a plain Llama folder that every Llama tool reads; arguments as in transformers.
+
+        Args:
+            as_tinyllama (`bool`, *optional*, defaults to `False`): write `model_type: tinyllama` instead, which only the
+                Auto classes of a process that imported `tinyllama_hf` know.
+        """
+        if as_tinyllama:
+            return super().save_pretrained(save_directory, **kwargs)
+        own, self.config = self.config, self.config.to_llama()
+        try:
+            return super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.config = own
+
+    save_as_llama = save_pretrained
+
+
+def _cache_for_positions(position_ids, attention_mask, past_key_values, use_cache, training) -> bool | None:
+    """Decides `use_cache` where positions are given, and refuses what would silently join packed documents."""
+    if training and attention_mask is None and past_key_values is None and not use_cache:
+        return False  # without looking at the positions, which would wait for the device
+    # A position that does not follow its predecessor starts a document, unless one of the two is padding.
+    restart = position_ids.diff(dim=-1) != 1
+    if attention_mask is not None and attention_mask.dim() == 2:
+        real = attention_mask[:, -position_ids.shape[-1] :].bool()
+        restart = restart & real[:, 1:] & real[:, :-1]
+    if (attention_mask is not None and attention_mask.dim() == 4) or not restart.any():
+        return use_cache
+    given = [
+        name
+        for name, is_given in (
+            ("attention_mask", attention_mask is not None),
+            ("past_key_values", past_key_values is not None),
+            ("use_cache", bool(use_cache)),
+        )
+        if is_given
+    ]
+    if given:
+        raise ValueError(
+            f"position_ids restart within a row, so that documents are packed, but {', '.join(given)} is given too: "
+            "stock attention would then let the documents see each other. Call without it, or unpack the documents"
+        )
+    return False

@@ -1,0 +1,77 @@
+"""Milestones: complete plain Llama folders that a run leaves behind and never removes."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from .. import provenance
+from ..modeling_tinyllama import TinyLlamaForCausalLM
+
+
+MILESTONES_FOLDER = "milestones"
+CONFIG_FILE = "training.yaml"
+
+
+def milestone_steps(tokens: Sequence[int], tokens_per_step: int, num_steps: int) -> list[int]:
+    """The steps after which a milestone is written: the first to reach each count of tokens, and the last."""
+    return sorted({-(-count // tokens_per_step) for count in tokens} | {num_steps})
+
+
+def milestone_names(steps: Sequence[int], tokens_per_step: int) -> dict[int, str]:
+    """Names like TinyLlama's, `step-480k-token-1007B`, one for each step.
+
+    Steps are written in k from 10 000 on. Tokens are written in B from 1e9 on, else in M, all with as few decimals as
+    keep them apart.
+    """
+
+    def tokens_name(step: int, decimals: int) -> str:
+        tokens = step * tokens_per_step
+        return f"{tokens / 1e9:.{decimals}f}B" if tokens >= 1e9 else f"{tokens / 1e6:.{decimals}f}M"
+
+    decimals = 0
+    while len(labels := {tokens_name(step, decimals) for step in steps}) < len(steps) or "0M" in labels:
+        decimals += 1
+    step_names = {step: f"{step / 1000:.0f}k" if step >= 10_000 else str(step) for step in steps}
+    return {step: f"step-{step_names[step]}-token-{tokens_name(step, decimals)}" for step in steps}
+
+
+def write_milestone(
+    folder: Path,
+    model: TinyLlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    training_yaml: str,
+    record: dict[str, Any],
+) -> None:
+    """Writes a complete model folder under a temporary name and renames it.
+
+    Args:
+        folder (`Path`): where it is to lie; must not exist.
+        model (`TinyLlamaForCausalLM`): unwrapped.
+        tokenizer (`PreTrainedTokenizerFast`): saved beside it.
+        training_yaml (`str`): the exact configuration of the run.
+        record (`dict`): what `provenance.json` says besides code, libraries and machine.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    provenance.write_text(temporary / CONFIG_FILE, training_yaml)
+    provenance.write_json(temporary / "provenance.json", provenance.collect(**record))
+    os.replace(temporary, folder)
+
+
+def list_milestones(run: Path) -> list[Path]:
+    """The milestone folders of a run, in the order of their steps."""
+    folders = [path for path in (run / MILESTONES_FOLDER).glob("step-*") if path.is_dir()]
+    return sorted(folders, key=lambda path: read_record(path)["step"])
+
+
+def read_record(milestone: Path) -> dict[str, Any]:
+    """The `provenance.json` of a milestone."""
+    import json
+
+    return json.loads((milestone / "provenance.json").read_text(encoding="utf-8"))

@@ -1,0 +1,212 @@
+"""The recipe of a pretraining run: a YAML file, read strictly.
+
+Every quantity of data is in tokens. All problems of a file are reported at once, before anything else is loaded.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import InputError, did_you_mean
+
+
+class _Section(BaseModel):
+    # "forbid" makes a misspelt key an error; protected_namespaces would forbid names that begin with model_.
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelSection(_Section):
+    """The architecture: a preset, and fields of `TinyLlamaConfig` that differ from it."""
+
+    preset: str
+    overrides: dict[str, Any] = Field(default_factory=dict)
+
+
+class SourceSection(_Section):
+    """A prepared data set and its share of the tokens."""
+
+    path: str
+    weight: float = Field(gt=0, le=1)
+
+
+class DataSection(_Section):
+    """What is read, in what shape."""
+
+    tokenizer: str
+    sources: list[SourceSection] = Field(min_length=1)
+    sequence_length: int = Field(ge=2)
+    document_masking: bool = False
+
+
+class ScheduleSection(_Section):
+    """Learning rate: linear warm-up, then a cosine from `peak` to `floor` at the last token."""
+
+    name: Literal["cosine"] = "cosine"
+    peak: float = Field(gt=0)
+    floor: float = Field(ge=0)
+    warmup_tokens: int = Field(ge=0)
+
+
+class OptimizerSection(_Section):
+    """AdamW on every parameter, norms and embeddings included, as TinyLlama."""
+
+    betas: tuple[float, float]
+    eps: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    gradient_clip: float = Field(gt=0)
+
+
+class TrainingSection(_Section):
+    """How long, in what batches, with what arithmetic."""
+
+    total_tokens: int = Field(gt=0)
+    tokens_per_step: int = Field(gt=0)
+    micro_batch_size: int = Field(gt=0)
+    precision: Literal["fp32", "bf16"]
+    compile: Literal["auto", "off", "layers"] = "auto"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    seed: int = Field(ge=0)
+
+
+class MilestonesSection(_Section):
+    """Where a complete model folder is written: at the first step that reaches each count, and at the last step."""
+
+    tokens: list[int] = Field(default_factory=list)
+
+
+class ValidationSection(_Section):
+    """Loss on held-out blocks, every so many tokens and at the end."""
+
+    every_tokens: int = Field(gt=0)
+    max_tokens: int = Field(gt=0)
+
+
+class LoggingSection(_Section):
+    """A row of `metrics.jsonl` and a move of the progress bar."""
+
+    every_steps: int = Field(gt=0)
+
+
+class PretrainConfig(_Section):
+    """A whole recipe."""
+
+    output_dir: str
+    model: ModelSection
+    data: DataSection
+    schedule: ScheduleSection
+    optimizer: OptimizerSection
+    training: TrainingSection
+    milestones: MilestonesSection
+    validation: ValidationSection
+    logging: LoggingSection
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps: the last one reaches `total_tokens`."""
+        return -(-self.training.total_tokens // self.training.tokens_per_step)
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Blocks of an optimiser step, all processes together."""
+        return self.training.tokens_per_step // self.data.sequence_length
+
+
+def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> PretrainConfig:
+    """Reads a recipe and applies `section.key=value` overrides.
+
+    Raises:
+        InputError: naming every unknown key (with the nearest valid one), wrong type, value out of range and
+            contradiction of the file at once.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"recipe {path} does not exist; `tinyllama-hf recipes list` shows those that come along")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: a recipe is a mapping of sections, got {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    try:
+        config = PretrainConfig.model_validate(values)
+    except ValidationError as error:
+        raise _input_error(path, [_problem(problem) for problem in error.errors()]) from error
+    if problems := _contradictions(config):
+        raise _input_error(path, problems)
+    return config
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    *sections, key = name.split(".")
+    if not equals or not key:
+        raise InputError(f"override {override!r}: write section.key=value, for example training.total_tokens=1000000")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise InputError(f"override {override!r}: {section!r} is a value, not a section")
+    values[key] = yaml.safe_load(text)
+
+
+def _problem(problem: dict[str, Any]) -> str:
+    """One line for one of pydantic's findings."""
+    *sections, key = problem["loc"]
+    name = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        return f"{name}: unknown key{did_you_mean(str(key), _fields(sections))}"
+    if problem["type"] == "missing":
+        return f"{name}: is required"
+    return f"{name}: {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _fields(sections: Sequence[str | int]) -> list[str]:
+    model: Any = PretrainConfig
+    for section in sections:
+        if isinstance(section, str):
+            annotation = model.model_fields[section].annotation
+            model = getattr(annotation, "__args__", (annotation,))[0]
+    return list(model.model_fields)
+
+
+def _contradictions(config: PretrainConfig) -> list[str]:
+    """Rules between keys; each line names the keys, the values, the rule and the fix."""
+    data, training, schedule = config.data, config.training, config.schedule
+    problems = []
+    if training.tokens_per_step % data.sequence_length:
+        problems.append(
+            f"training.tokens_per_step: {training.tokens_per_step} is no multiple of data.sequence_length "
+            f"{data.sequence_length}; use {training.tokens_per_step // data.sequence_length * data.sequence_length or data.sequence_length}"
+        )
+    if training.tokens_per_step > training.total_tokens:
+        problems.append(
+            f"training.total_tokens: {training.total_tokens} is less than one step of {training.tokens_per_step}"
+        )
+    if abs(sum(source.weight for source in data.sources) - 1) > 1e-9:
+        total = sum(source.weight for source in data.sources)
+        problems.append(f"data.sources: the weights sum to {total:.6g}; they must sum to 1")
+    if schedule.floor > schedule.peak:
+        problems.append(f"schedule.floor: {schedule.floor} is above schedule.peak {schedule.peak}")
+    if schedule.warmup_tokens >= training.total_tokens:
+        problems.append(
+            f"schedule.warmup_tokens: {schedule.warmup_tokens} must be below training.total_tokens {training.total_tokens}"
+        )
+    beyond = [tokens for tokens in config.milestones.tokens if not 0 < tokens <= training.total_tokens]
+    if beyond:
+        problems.append(
+            f"milestones.tokens: {beyond} must lie above 0 and up to training.total_tokens {training.total_tokens}"
+        )
+    if sorted(set(config.milestones.tokens)) != config.milestones.tokens:
+        problems.append(f"milestones.tokens: {config.milestones.tokens} must increase")
+    return problems
+
+
+def _input_error(path: Path, problems: Sequence[str]) -> InputError:
+    return InputError(
+        f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}\n" + "\n".join(f"  {p}" for p in problems)
+    )

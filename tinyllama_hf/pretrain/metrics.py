@@ -1,0 +1,74 @@
+"""What a run says of itself while it goes on: rows of `metrics.jsonl`, and a progress bar or lines."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Metrics:
+    """Writes metrics and shows progress; does nothing on other processes than the first.
+
+    Args:
+        run (`Path`): folder of the run.
+        total_tokens (`int`): of the run.
+        enabled (`bool`): whether this is the process that reports.
+    """
+
+    def __init__(self, run: Path, total_tokens: int, enabled: bool):
+        self.enabled, self.total_tokens = enabled, total_tokens
+        self._console = Console()
+        self._bar = Progress(
+            TextColumn("step {task.fields[step]}"),
+            BarColumn(),
+            TextColumn("{task.fields[summary]}"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+            disable=not (enabled and self._console.is_terminal),
+        )
+        self._task = self._bar.add_task("", total=total_tokens, step=0, summary="")
+        self._file = (run / METRICS_FILE).open("w", encoding="utf-8") if enabled else None
+
+    def __enter__(self) -> "Metrics":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+        if self._file:
+            self._file.close()
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Appends a row; rows with a training loss move the bar."""
+        if not self._file:
+            return
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if "loss" not in row:
+            summary = f"validation loss {row['validation_loss']:.3f}"
+            self._bar.console.print(f"step {row['step']:>6}  {row['tokens'] / 1e6:>8.2f}M tokens  {summary}")
+            return
+        rate = row["tokens_per_second"]
+        mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}"
+        summary = f"loss {row['loss']:.3f}  {rate:,.0f} tokens/s  MFU {mfu}"
+        self._bar.update(self._task, completed=row["tokens"], step=row["step"], summary=summary)
+        if not self._console.is_terminal:
+            left = (self.total_tokens - row["tokens"]) / rate
+            done = f"{row['tokens'] / 1e6:>8.2f}M tokens"
+            self._console.print(f"step {row['step']:>6}  {done}  {summary}  {left:,.0f} s left")
+
+    def say(self, line: str) -> None:
+        """Prints a line above the bar."""
+        if self.enabled:
+            self._bar.console.print(line, highlight=False, soft_wrap=True)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run's `metrics.jsonl`."""
+    with (run / METRICS_FILE).open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]

@@ -1,0 +1,85 @@
+"""Where an artefact comes from: code, libraries, machine. Written beside everything that this package makes."""
+
+import datetime
+import functools
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+
+_LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "datatrove", "numpy")
+
+
+def collect(**extra: Any) -> dict[str, Any]:
+    """Returns a JSON-ready record of this process; `extra` is added as it is."""
+    return {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "code": code_version(),
+        "python": platform.python_version(),
+        "libraries": {name: _version(name) for name in _LIBRARIES if _version(name)},
+        "machine": machine(),
+        **extra,
+    }
+
+
+@functools.cache
+def code_version() -> dict[str, Any]:
+    """The package's version and, in a clone, its commit and whether files differ from it."""
+    version: dict[str, Any] = {"tinyllama_hf": _version("tinyllama_hf")}
+    root = Path(__file__).parents[1]
+    if (root / ".git").exists():
+        git = functools.partial(subprocess.run, cwd=root, capture_output=True, text=True, check=False)
+        version["commit"] = git(["git", "rev-parse", "HEAD"]).stdout.strip() or None
+        version["modified"] = bool(git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip())
+    return version
+
+
+@functools.cache
+def machine() -> dict[str, Any]:
+    """Processor, cores, accelerator where torch is loaded and sees one."""
+    record: dict[str, Any] = {"platform": platform.platform(), "processor": _processor(), "cores": os.cpu_count()}
+    torch = sys.modules.get("torch")  # provenance of a data set must not pay for torch
+    if torch is not None:
+        record["threads"] = torch.get_num_threads()
+        record["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+        record["accelerators"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return record
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of a JSON-ready value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON under a temporary name and renames it, so that a reader never sees half a file."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file under a temporary name and renames it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,89 @@
+"""The released ladder by name, and how a name becomes a folder."""
+
+import functools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from .errors import InputError, did_you_mean
+
+
+class Released(NamedTuple):
+    """A released checkpoint.
+
+    `scores` holds the published seven, in percent, by task; it is empty where none were published. `average` is their
+    unweighted mean, which for one row is not the printed one (see `note`).
+    """
+
+    name: str
+    kind: str  # "base", "chat" or "peer"
+    hub: str
+    revision: str
+    step: int | None
+    tokens: float
+    scores: dict[str, float]
+    note: str | None
+
+    @property
+    def average(self) -> float | None:
+        """Unweighted mean of the published scores, `None` where there are none."""
+        return math.fsum(self.scores.values()) / len(self.scores) if self.scores else None
+
+
+@functools.cache
+def tables() -> dict[str, Any]:
+    """The contents of `released.yaml`."""
+    return yaml.safe_load(Path(__file__).with_name("released.yaml").read_text(encoding="utf-8"))
+
+
+@functools.cache
+def released() -> tuple[Released, ...]:
+    """All released checkpoints: the ladder in the order of its tokens, then the chat models."""
+    facts = tables()
+    found: dict[str, Released] = {}
+    for section in ("base", "chat"):
+        for row in facts[section]["rows"]:
+            kind = "peer" if row.get("peer") else section
+            step = row.get("step")
+            tokens = row.get("tokens") or (step * facts["tokens_per_step"] if step else found[row["base"]].tokens)
+            scores = dict(zip(facts[section]["columns"], row.get("scores", ()), strict=False))
+            found[row["name"]] = Released(row["name"], kind, row["hub"], "main", step, tokens, scores, row.get("note"))
+    return tuple(found.values())
+
+
+def local_folder(name: str, only: Sequence[str] | None = None) -> Path:
+    """Returns the folder of a model: a local one as it is, a released name or a Hub id downloaded.
+
+    Args:
+        name (`str`): a folder, a name from [`released`], or `user/repository`, with `@revision` if not main.
+        only (`Sequence[str]`, *optional*): download only the files that match these patterns.
+
+    Raises:
+        InputError: if there is no such thing, or the Hub cannot be reached.
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    known = {model.name: model for model in released()}
+    if name in known:
+        repository, revision = known[name].hub, known[name].revision
+    elif name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.parent.exists():
+        repository, _, revision = name.partition("@")
+    else:
+        raise InputError(
+            f"model {name!r}: no such folder, and no released model{did_you_mean(name, known)} (see `tinyllama-hf list`)"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=only))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"model {name!r}: {repository} cannot be fetched from the Hub ({type(error).__name__}: {reason}); check the "
+            "name and the connection, or give a local folder"
+        ) from error

@@ -1,0 +1,158 @@
+"""The story of a run: one HTML page without outside parts, and its pictures."""
+
+import base64
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .. import provenance
+from ..errors import InputError
+from ..inference.generation import generate_text
+from ..inference.load import load
+from ..pretrain.checkpoints import CONFIG_FILE, list_milestones, read_record
+from ..pretrain.metrics import METRICS_FILE, read_metrics
+
+
+_SAMPLE_TOKENS = 64
+_STYLE = """
+body { font: 16px/1.55 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+img { max-width: 100%; border: 1px solid #eee; border-radius: 6px }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums } td, th { padding: .25rem .9rem .25rem 0; text-align: left }
+th { border-bottom: 2px solid #ccc } td { border-bottom: 1px solid #eee } td.n, th.n { text-align: right }
+pre { background: #f6f8fa; padding: .7rem; border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px }
+.given { color: #888 } footer { color: #777; font-size: 13px; margin-top: 3rem }
+"""
+
+
+def write_report(run: Path, output: Path, prompts: Sequence[str] = (), stages: Path | None = None) -> Path:
+    """Writes pictures and page of a finished run.
+
+    Args:
+        run (`Path`): folder of the run.
+        output (`Path`): folder to write into; pictures and page of an earlier report are replaced.
+        prompts (`Sequence[str]`, *optional*): continued greedily by every milestone.
+        stages (`Path`, *optional*): lines of `name<TAB>seconds`.
+
+    Returns:
+        The page.
+
+    Raises:
+        InputError: if the folder is no run, or matplotlib is missing.
+    """
+    if not (run / METRICS_FILE).is_file():
+        raise InputError(f"run {run}: holds no {METRICS_FILE}, so it is no pretraining run")
+    try:
+        from . import plots
+    except ImportError as error:
+        raise InputError("report: pictures need `pip install tinyllama_hf[report]`") from error
+    milestones = [(folder, read_record(folder)) for folder in list_milestones(run)]
+    rows = read_metrics(run)
+    scores_file = run / "scores.json"
+    scores = json.loads(scores_file.read_text(encoding="utf-8")) if scores_file.is_file() else None
+    output.mkdir(parents=True, exist_ok=True)
+    plots.loss_curve(rows, [record["tokens"] for _, record in milestones], output / "loss.png")
+    plots.learning_rate_curve(rows, output / "learning_rate.png")
+    if scores:
+        plots.trajectory(scores, output / "trajectory.png")
+    sections = [
+        _headline(run, rows, milestones, scores),
+        _scores(scores, output) if scores else "",
+        f"<h2>The run</h2>{_picture(output / 'loss.png')}{_picture(output / 'learning_rate.png')}",
+        _samples(milestones, prompts) if prompts and milestones else "",
+        _stages(stages) if stages and stages.is_file() else "",
+        _footer(run, milestones),
+    ]
+    body = "\n".join(section for section in sections if section)
+    page = output / "index.html"
+    title = html.escape(f"The story of {run}")
+    provenance.write_text(
+        page,
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{_STYLE}</style></head><body><h1>{title}</h1>\n{body}</body></html>\n",
+    )
+    return page
+
+
+def _headline(run: Path, rows: Sequence[dict], milestones: Sequence[tuple], scores: dict | None) -> str:
+    config = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
+    training = [row for row in rows if "loss" in row]
+    sources = ", ".join(f"{s['weight']:.0%} {html.escape(s['path'])}" for s in config["data"]["sources"])
+    text = (
+        f"<p>A <b>{html.escape(config['model']['preset'])}</b> Llama read {training[-1]['tokens'] / 1e6:.2f} million tokens "
+        f"({sources}) and left {len(milestones)} milestones, each a plain Llama folder that stock transformers loads. "
+        f"Its training loss went from {training[0]['loss']:.2f} to {training[-1]['loss']:.2f} nats a token.</p>"
+    )
+    if not scores:
+        return text
+    last = scores["models"][-1]
+    text += f"<p>On unseen text the last milestone needs <b>{last['bits_per_byte']:.3f} bits per byte</b>"
+    counted = {row["name"]: row for row in scores["baselines"] if row["tokens"] == last["tokens"]}
+    if counted:
+        text += ", " + " and ".join(f"a {name} model {row['bits_per_byte']:.3f}" for name, row in counted.items())
+        text += " after reading the same text"
+    return text + ".</p>"
+
+
+def _scores(scores: dict[str, Any], output: Path) -> str:
+    sources = list(scores["models"][0]["by_source"])
+    head = "".join(f'<th class="n">{html.escape(Path(source).name)}</th>' for source in sources)
+    lines = []
+    for row in [*scores["baselines"], *scores["models"]]:
+        cells = "".join(f'<td class="n">{row["by_source"][source]:.3f}</td>' for source in sources)
+        lines.append(
+            f'<tr><td>{html.escape(row["name"])}</td><td class="n">{row["tokens"]:,}</td>'
+            f'<td class="n"><b>{row["bits_per_byte"]:.3f}</b></td>{cells}</tr>'
+        )
+    documents = ", ".join(f"{d['documents']} documents of {html.escape(d['path'])}" for d in scores["data"])
+    return (
+        f"<h2>Bits per byte on unseen text</h2>{_picture(output / 'trajectory.png')}"
+        "<p>Lower is better; a byte that cannot be foreseen at all costs 8. The counting models (5-gram: interpolated "
+        "modified Kneser-Ney over the same tokens) were fitted on the text that the milestone had read. Scored by stock "
+        f"transformers on {documents} that no training block came from.</p>"
+        f'<table><tr><th>model</th><th class="n">tokens</th><th class="n">all</th>{head}</tr>{"".join(lines)}</table>'
+    )
+
+
+def _samples(milestones: Sequence[tuple[Path, dict]], prompts: Sequence[str]) -> str:
+    parts = ["<h2>The same beginnings, continued</h2><p>Most likely token each time; the beginning is grey.</p>"]
+    written: dict[str, list[tuple[str, str]]] = {prompt: [] for prompt in prompts}
+    for folder, _ in milestones:
+        model, tokenizer = load(folder)
+        for prompt in prompts:
+            written[prompt].append(
+                (folder.name, generate_text(model, tokenizer, prompt, _SAMPLE_TOKENS, temperature=0))
+            )
+    for prompt, texts in written.items():
+        for name, text in texts:
+            given, new = html.escape(text[: len(prompt)]), html.escape(text[len(prompt) :])
+            parts.append(f'<h4>{html.escape(name)}</h4><pre><span class="given">{given}</span>{new}</pre>')
+    return "\n".join(parts)
+
+
+def _stages(file: Path) -> str:
+    rows = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines() if line]
+    cells = "".join(f'<tr><td>{html.escape(name)}</td><td class="n">{seconds}</td></tr>' for name, seconds in rows)
+    return f'<h2>Where the time went</h2><table><tr><th>stage</th><th class="n">seconds</th></tr>{cells}</table>'
+
+
+def _footer(run: Path, milestones: Sequence[tuple[Path, dict]]) -> str:
+    if not milestones:
+        return ""
+    folder, record = milestones[-1]
+    machine, code = record["machine"], record["code"]
+    libraries = ", ".join(f"{name} {version}" for name, version in record["libraries"].items())
+    return (
+        f"<footer>{html.escape(folder.name)} was made on {record['created']} by tinyllama_hf {code['tinyllama_hf']}"
+        f"{', commit ' + code['commit'][:12] if code.get('commit') else ''} with Python {record['python']}, {libraries}, on "
+        f"{html.escape(machine['processor'])} ({machine['cores']} cores). Recipe: {html.escape(str(run / CONFIG_FILE))}."
+        "</footer>"
+    )
+
+
+def _picture(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<p><img alt="{path.stem.replace("_", " ")}" src="data:image/png;base64,{data}"></p>'

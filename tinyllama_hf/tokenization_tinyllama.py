@@ -1,0 +1,267 @@
+"""The Llama 2 tokenizer, exact: SentencePiece BPE with byte fallback and a dummy prefix, from any of its file forms.
+
+The tokenizer that transformers 5.23 builds from a `tokenizer.model` is another one: it orders the merges by id instead
+of by piece score, prepends the dummy prefix only where the text does not begin with a space, and adds no
+begin-of-sequence (tests/test_tokenization.py shows it, so that this module can shrink once that is repaired). Here the
+merges follow the scores, and a tokenizer made from a `tokenizer.model` is compared with SentencePiece before it is
+handed out.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from .errors import InputError
+
+
+DUMMY_PREFIX = "\u2581"  # stands for a space inside pieces
+# What a released Llama folder says of its tokenizer besides the vocabulary; anything else in there is library state.
+_CARRIED_SETTINGS = ("add_bos_token", "add_eos_token", "model_max_length", "padding_side", "truncation_side", "bos_token",
+                     "eos_token", "unk_token", "pad_token")  # fmt: skip
+# Where implementations of this tokenizer differ from each other: spaces in runs and at the ends, bytes, control text.
+_PROBES = (
+    "", " ", "  ", "   a", "a   ", "\n", " \n\n \t\t", "    def f(x):\n        return x\n", "Hello  world   !", "3.14 1000000",
+    "\u00e9\u00df\u4e2d\u6587\u0939\u093f\u0928\u094d\u0926\u0940 \U0001f680\U0001f468\u200d\U0001f469", "\x00\x7f\ufffd", "<s></s><unk><0x0A>", "\r\n\u00a0\u2028", "ﬁ Å ①",
+)  # fmt: skip
+
+
+class TinyLlamaTokenizer(PreTrainedTokenizerFast):
+    """A `PreTrainedTokenizerFast` whose saved folder is a stock tokenizer with the same ids.
+
+    `save_pretrained` names the class that every version of transformers knows and, where the SentencePiece model is
+    known, writes `tokenizer.model` beside `tokenizer.json`, which GGUF converters need.
+    """
+
+    sentencepiece_model: bytes | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *inputs: Any, **kwargs: Any):
+        """Loads through [`load_tokenizer`], so that `AutoTokenizer` gives the exact pipeline for TinyLlama folders."""
+        return load_tokenizer(pretrained_model_name_or_path)
+
+    def _save_pretrained(self, save_directory, file_names, legacy_format=None, filename_prefix=None):
+        saved = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
+        config_file = Path(file_names[0])
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if self.sentencepiece_model is None:
+            return saved
+        model_file = Path(save_directory) / "tokenizer.model"
+        model_file.write_bytes(self.sentencepiece_model)
+        return (*saved, str(model_file))
+
+
+def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
+    """Loads a tokenizer; a SentencePiece BPE vocabulary gets the exact Llama 2 pipeline, any other the stock one.
+
+    Args:
+        path (`str` or `os.PathLike`): a folder, a `tokenizer.model`, a `tokenizer.json`, a GGUF file, or a name of the
+            released ladder or of the Hub.
+
+    Returns:
+        A tokenizer that adds begin-of-sequence as Llama 2 does (unless its folder says otherwise) and pads with
+        `<unk>`. Encode text that is no chat with `split_special_tokens=True`: there a literal `</s>` is text.
+
+    Raises:
+        InputError: if there is no tokenizer, or if it is one of SentencePiece's other kinds.
+    """
+    path = Path(path)
+    if not path.exists():
+        from .released import local_folder
+
+        path = local_folder(str(path), only=("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json"))
+    if path.is_file() and path.suffix == ".gguf":
+        return _from_gguf(path)
+    folder = path if path.is_dir() else path.parent
+    model_file = path if path.suffix == ".model" else folder / "tokenizer.model"
+    json_file = path if path.suffix == ".json" else folder / "tokenizer.json"
+    if path.is_file() and path not in (model_file, json_file):
+        raise InputError(f"{path}: no tokenizer; give a folder, a tokenizer.model, a tokenizer.json or a .gguf file")
+    if path.suffix != ".json" and model_file.is_file():
+        return _from_sentencepiece(model_file, folder if path.is_dir() else None)
+    if json_file.is_file():
+        return _from_tokenizer_json(json_file, folder if path.is_dir() else None)
+    raise InputError(f"{folder}: holds neither tokenizer.model nor tokenizer.json; is it the folder of a model?")
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Returns the SHA-256 of everything that decides which ids a text gets: two equal fingerprints, equal ids."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    decisive = {key: state[key] for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of a text as text: no begin-of-sequence, and control tokens spelled out in it stay text."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+
+def _from_sentencepiece(model_file: Path, folder: Path | None) -> TinyLlamaTokenizer:
+    reference = load_sentencepiece(model_file)
+    scores = {
+        reference.id_to_piece(i): reference.get_score(i)
+        for i in range(reference.get_piece_size())
+        if not (reference.is_control(i) or reference.is_unknown(i) or reference.is_byte(i))
+    }
+    vocabulary = {reference.id_to_piece(i): i for i in range(reference.get_piece_size())}
+    if reference.bos_id() < 0 or reference.eos_id() < 0:
+        raise InputError(f"{model_file}: has no begin- or end-of-sequence piece; Llama's has both")
+    control = [reference.id_to_piece(i) for i in range(len(vocabulary)) if reference.is_control(i)]
+    special = {
+        "unk_token": reference.id_to_piece(reference.unk_id()),
+        "bos_token": reference.id_to_piece(reference.bos_id()),
+        "eos_token": reference.id_to_piece(reference.eos_id()),
+    }
+    backend = _pipeline(vocabulary, merges_by_score(scores), special["unk_token"], control)
+    tokenizer = _wrap(backend, special, folder)
+    tokenizer.sentencepiece_model = model_file.read_bytes()
+    texts = [*_PROBES, *_chunks("".join(scores).replace(DUMMY_PREFIX, " "))]
+    for text in texts:
+        if encode_text(tokenizer, text) != reference.encode(text):
+            raise InputError(
+                f"{model_file}: SentencePiece tokenises {text[:40]!r} in a way that the Llama 2 pipeline does not. It is "
+                "not a BPE model with byte fallback, a dummy prefix and no normalisation; use AutoTokenizer for it"
+            )
+    return tokenizer
+
+
+def _from_tokenizer_json(json_file: Path, folder: Path | None) -> PreTrainedTokenizerFast:
+    state = json.loads(json_file.read_text(encoding="utf-8"))
+    model = state["model"]
+    if model.get("type") != "BPE" or not model.get("byte_fallback") or not _has_dummy_prefix(state):
+        return (
+            AutoTokenizer.from_pretrained(folder) if folder else PreTrainedTokenizerFast(tokenizer_file=str(json_file))
+        )
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    vocabulary = model["vocab"]
+    added = {token["content"]: token["id"] for token in state["added_tokens"] if token["special"]}
+    special = {role: token for role, token in
+               {"unk_token": model.get("unk_token") or "<unk>", "bos_token": "<s>", "eos_token": "</s>"}.items()
+               if token in vocabulary}  # fmt: skip
+    if len(special) < 3:
+        raise InputError(f"{json_file}: a SentencePiece vocabulary without <unk>, <s> or </s>; Llama's has all three")
+    control = [token for token in added if token in vocabulary]
+    return _wrap(_pipeline(vocabulary, merges, special["unk_token"], control), special, folder)
+
+
+def _has_dummy_prefix(state: Mapping[str, Any]) -> bool:
+    text = json.dumps([state["normalizer"], state["pre_tokenizer"]], ensure_ascii=False)
+    return '{"type": "Prepend"' in text or ('"Metaspace"' in text and '"prepend_scheme": "never"' not in text)
+
+
+def _from_gguf(path: Path) -> PreTrainedTokenizerFast:
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise InputError(f"{path}: reading a GGUF file needs `pip install tinyllama_hf[gguf]`") from error
+    try:
+        fields = GGUFReader(path).fields
+    except ValueError as error:
+        raise InputError(f"{path}: not a readable GGUF file: {error}") from error
+
+    def value(name: str, default: Any = None) -> Any:
+        field = fields.get(f"tokenizer.{name}")
+        return default if field is None else field.contents()
+
+    if value("ggml.model") != "llama":
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    if value("ggml.add_space_prefix", True) is False:
+        raise InputError(f"{path}: tokenizer.ggml.add_space_prefix is false; Llama 2's tokenizer has a dummy prefix")
+    tokens, scores, kinds = value("ggml.tokens"), value("ggml.scores"), value("ggml.token_type")
+    normal, unused = 1, 5  # llama.cpp's token types are SentencePiece's
+    pieces = {t: s for t, s, kind in zip(tokens, scores, kinds, strict=True) if kind in (normal, unused)}
+    control = [t for t, kind in zip(tokens, kinds, strict=True) if kind == 3]
+    special = {
+        "unk_token": tokens[value("ggml.unknown_token_id", 0)],
+        "bos_token": tokens[value("ggml.bos_token_id", 1)],
+        "eos_token": tokens[value("ggml.eos_token_id", 2)],
+    }
+    backend = _pipeline({t: i for i, t in enumerate(tokens)}, merges_by_score(pieces), special["unk_token"], control)
+    tokenizer = _wrap(backend, special, None, {"add_bos_token": value("ggml.add_bos_token", True)})
+    tokenizer.chat_template = value("chat_template")
+    return tokenizer
+
+
+def merges_by_score(scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    """The merges that make BPE follow SentencePiece: best piece first; among equal scores the longer left part first.
+
+    SentencePiece always joins the pair whose union has the best score, the leftmost of equals. A run of equal pieces
+    (spaces) therefore grows from its left end, which the second and third key reproduce.
+    """
+    merges = [
+        (score, i, len(piece) - i, piece[:i], piece[i:])
+        for piece, score in scores.items()
+        for i in range(1, len(piece))
+        if piece[:i] in scores and piece[i:] in scores
+    ]
+    merges.sort(key=lambda merge: merge[:3], reverse=True)
+    return [(left, right) for *_, left, right in merges]
+
+
+def _pipeline(vocabulary: dict[str, int], merges: list, unknown: str, control: Iterable[str]) -> Tokenizer:
+    backend = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(DUMMY_PREFIX), normalizers.Replace(" ", DUMMY_PREFIX)]
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(DUMMY_PREFIX, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    names = sorted({unknown, *control}, key=vocabulary.__getitem__)
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    return backend
+
+
+def _wrap(backend: Tokenizer, special: dict, folder: Path | None, settings: dict | None = None) -> TinyLlamaTokenizer:
+    """Makes the transformers tokenizer, with what the folder says besides the vocabulary."""
+    settings = {"add_bos_token": True, **special, "pad_token": special["unk_token"], **(settings or {})}
+    config_file = folder / "tokenizer_config.json" if folder else None
+    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file and config_file.is_file() else {}
+    for name in _CARRIED_SETTINGS:
+        if config.get(name) is not None:
+            value = config[name]
+            settings[name] = value["content"] if isinstance(value, dict) else value
+    if folder and (folder / "tokenizer.json").is_file():
+        _add_tokens_of(folder / "tokenizer.json", backend)
+    tokenizer = TinyLlamaTokenizer(tokenizer_object=backend, clean_up_tokenization_spaces=False, **settings)
+    template_file = folder / "chat_template.jinja" if folder else None
+    if template_file and template_file.is_file():
+        tokenizer.chat_template = template_file.read_text(encoding="utf-8")
+    elif config.get("chat_template"):
+        tokenizer.chat_template = config["chat_template"]
+    return tokenizer
+
+
+def _add_tokens_of(json_file: Path, backend: Tokenizer) -> None:
+    """Adds the tokens that a fine-tuned model put behind the vocabulary (`<|im_start|>`), under the same ids."""
+    state = json.loads(json_file.read_text(encoding="utf-8"))
+    for token in sorted(state["added_tokens"], key=lambda t: t["id"]):
+        options = {name: token[name] for name in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+        if backend.token_to_id(token["content"]) is None:
+            backend.add_tokens([AddedToken(token["content"], **options)])
+        if backend.token_to_id(token["content"]) != token["id"]:
+            raise InputError(
+                f"{json_file}: gives {token['content']!r} the id {token['id']}, but the vocabulary beside it gives "
+                f"{backend.token_to_id(token['content'])}; the two files are of different tokenizers, remove one"
+            )
+
+
+def load_sentencepiece(model_file: str | os.PathLike) -> sentencepiece.SentencePieceProcessor:
+    """Opens a SentencePiece model, with a clear error where the file is none."""
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{model_file}: not a readable SentencePiece model: {error}") from error
+
+
+def _chunks(text: str, size: int = 4096) -> Iterable[str]:
+    return (text[i : i + size] for i in range(0, len(text), size))

@@ -1,0 +1,41 @@
+"""The `tinyllama-hf` command.
+
+A package of its own, so that `--help` and completion run without torch: importing `tinyllama_hf` registers model
+classes, which needs it. Every command imports what it needs when it runs.
+"""
+
+import sys
+
+import typer
+
+from . import data, evaluation, inference, recipes, tokenizer
+
+
+app = typer.Typer(
+    name="tinyllama-hf",
+    help="Everything one does with a small Llama: data, training, evaluation, generation.\n\n"
+    "Training itself is started with: accelerate launch recipes/pretrain.py RECIPE.yaml (see `recipes copy`).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.command("list")(inference.list_released)
+app.command("generate")(inference.generate)
+app.command("prepare")(data.prepare)
+app.command("eval")(evaluation.evaluate)
+app.command("report")(evaluation.report)
+app.add_typer(tokenizer.app, name="tokenizer")
+app.add_typer(recipes.app, name="recipes")
+
+
+def main() -> None:
+    """Runs the command; bad input ends with one message and exit status 2."""
+    try:
+        app()
+    except ValueError as error:
+        # Only our own error stands for bad input; it cannot be imported at the top, see the module's docstring.
+        errors = sys.modules.get("tinyllama_hf.errors")
+        if errors is None or not isinstance(error, errors.InputError):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,79 @@
+"""`tinyllama-hf tokenizer`: train and verify."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+app = typer.Typer(help="Train a small tokenizer of Llama 2's kind, and prove that one is exact.", no_args_is_help=True)
+
+_SOURCES_HELP = "embedded:prose, embedded:code; or files and folders of JSON lines or text."
+
+
+@app.command()
+def train(
+    sources: Annotated[list[str], typer.Argument(help=_SOURCES_HELP)],
+    output: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    vocab_size: Annotated[int, typer.Option(help="Ids, the 256 bytes and three control tokens included.")] = 4096,
+    text_column: Annotated[str, typer.Option(help="Column of JSON lines that holds the text.")] = "text",
+) -> None:
+    """Train a SentencePiece BPE tokenizer with byte fallback and dummy prefix, as Llama 2's.
+
+    Example: tinyllama-hf tokenizer train embedded:prose embedded:code --vocab-size 2048 --output my-tokenizer
+    """
+    from tinyllama_hf.data.sources import open_sources, read_texts
+    from tinyllama_hf.data.tokenizer import train_tokenizer
+
+    texts = read_texts(open_sources(sources, text_column))
+    trained = train_tokenizer(texts, vocab_size, output)
+    print(f"wrote {output}: {len(trained):,} ids")
+
+
+@app.command()
+def verify(
+    folder: Annotated[str, typer.Argument(help="Tokenizer folder or file, or a released name.")],
+    against: Annotated[Path | None, typer.Option(help="SentencePiece model; default: FOLDER/tokenizer.model.")] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="File or folder of text or JSON lines, repeatable; default: the embedded corpus."),
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="Column of JSON lines that holds the text.")] = "text",
+    stock: Annotated[bool, typer.Option("--stock", help="Test what stock AutoTokenizer makes of the folder.")] = False,
+) -> None:
+    """Compare a tokenizer with SentencePiece, token for token, and check that every text comes back.
+
+    Exit status 1 at the first difference, which is printed.
+
+    Example: tinyllama-hf tokenizer verify my-model --against tokenizer.model --text README.md
+    """
+    import itertools
+
+    from tinyllama_hf.data.sources import open_sources, read_texts
+    from tinyllama_hf.data.tokenizer import verify_tokenizer
+    from tinyllama_hf.errors import InputError
+    from tinyllama_hf.tokenization_tinyllama import load_tokenizer
+
+    sources = [open_sources([source], text_column) for source in text or ["embedded:prose", "embedded:code"]]
+    path = Path(folder)
+    reference = against or (path if path.suffix == ".model" else path / "tokenizer.model")
+    if not reference.is_file():
+        raise InputError(
+            f"{reference}: no SentencePiece model to compare with; name one with --against tokenizer.model"
+        )
+    if stock:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    else:
+        tokenizer = load_tokenizer(folder)
+    result = verify_tokenizer(tokenizer, reference, itertools.chain.from_iterable(map(read_texts, sources)))
+    counted = f"{result.texts:,} texts, {result.characters:,} characters, {result.tokens:,} tokens"
+    if result.difference is None:
+        print(f"equal: {counted}; every text came back from its tokens")
+        return
+    where = result.difference
+    what = "tokens differ" if where.kind == "ids" else "the text does not come back"
+    print(f"{what} in text {where.text_number} at character {where.character}: {where.context!r}")
+    print(f"  here      {where.ours}\n  reference {where.reference}\nafter {counted}")
+    raise typer.Exit(1)
