@@ -13,7 +13,6 @@ from transformers import AutoConfig, LlamaForCausalLM, LlamaModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_tinyllama import TinyLlamaConfig
@@ -36,16 +35,18 @@ class _TinyLlamaInitialization:
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         hidden_size = self.config.hidden_size
-        residual_std = 1 / (math.sqrt(hidden_size) * self.config.num_hidden_layers)
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            init.normal_(module.weight, mean=0.0, std=math.sqrt(2 / (5 * hidden_size)))
-        # The library visits children first, so that these are drawn again and keep the smaller spread.
-        elif isinstance(module, LlamaAttention):
-            init.normal_(module.o_proj.weight, mean=0.0, std=residual_std)
-        elif isinstance(module, LlamaMLP):
-            init.normal_(module.down_proj.weight, mean=0.0, std=residual_std)
-        else:
+        if not isinstance(module, (nn.Linear, nn.Embedding)):
             super()._init_weights(module)
+        elif self._ends_block(module):
+            init.normal_(module.weight, mean=0.0, std=1 / (math.sqrt(hidden_size) * self.config.num_hidden_layers))
+        else:
+            init.normal_(module.weight, mean=0.0, std=math.sqrt(2 / (5 * hidden_size)))
+
+    def _ends_block(self, module: nn.Module) -> bool:
+        # By identity: for classes outside transformers, the library never visits modules without own parameters, so
+        # that the attention and MLP modules, which know their output projections, are passed over.
+        names = ("o_proj", "down_proj")
+        return any(found is module for name, found in self.named_modules() if name.endswith(names))
 
 
 class TinyLlamaModel(_TinyLlamaInitialization, LlamaModel):

@@ -19,6 +19,7 @@ def prepare(
     validation_fraction: Annotated[
         float, typer.Option(help="Share of the documents held out, by their hash.")
     ] = 0.005,
+    sample_fraction: Annotated[float, typer.Option(help="Share of the other documents kept, by their hash.")] = 1.0,
     text_column: Annotated[str, typer.Option(help="Column of JSON lines that holds the text.")] = "text",
     workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be read.")] = False,
@@ -31,7 +32,7 @@ def prepare(
     from tinyllama_hf.data.prepare import prepare as run
 
     if dry_run:
-        checked = plan(sources, tokenizer, output, separator, validation_fraction, text_column)
+        checked = plan(sources, tokenizer, output, separator, validation_fraction, sample_fraction, text_column)
         print(f"{len(checked.source.files)} {checked.source.kind} source(s) in {checked.source.num_tasks} task(s)")
         print("\n".join(f"  {file}" for file in checked.source.files[:10]))
         print(
@@ -39,7 +40,7 @@ def prepare(
         )
         print(f"{output}: finished already" if checked.is_finished else f"would write {output}")
         return
-    metadata, was_finished = run(sources, tokenizer, output, separator, validation_fraction, text_column, workers)
+    metadata, was_finished = run(sources, tokenizer, output, separator, validation_fraction, sample_fraction, text_column, workers)
     print(f"{output}: was finished already" if was_finished else f"wrote {output}")
     for split, counts in metadata["splits"].items():
         print(

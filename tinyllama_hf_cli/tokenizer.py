@@ -14,9 +14,10 @@ _SOURCES_HELP = "embedded:prose, embedded:code; or files and folders of JSON lin
 @app.command()
 def train(
     sources: Annotated[list[str], typer.Argument(help=_SOURCES_HELP)],
-    output: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
     vocab_size: Annotated[int, typer.Option(help="Ids, the 256 bytes and three control tokens included.")] = 4096,
     text_column: Annotated[str, typer.Option(help="Column of JSON lines that holds the text.")] = "text",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the tokenizer that lies there.")] = False,
 ) -> None:
     """Train a SentencePiece BPE tokenizer with byte fallback and dummy prefix, as Llama 2's.
 
@@ -26,7 +27,7 @@ def train(
     from tinyllama_hf.data.tokenizer import train_tokenizer
 
     texts = read_texts(open_sources(sources, text_column))
-    trained = train_tokenizer(texts, vocab_size, output)
+    trained = train_tokenizer(texts, vocab_size, output, overwrite)
     print(f"wrote {output}: {len(trained):,} ids")
 
 

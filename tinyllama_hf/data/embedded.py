@@ -13,7 +13,6 @@ ship the first, and nothing can be learned from the second.
 import ast
 import importlib
 import inspect
-import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +27,9 @@ _EXCLUDED_FOLDERS = {
     "site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "_bundled", "encodings", "turtledemo",
 }  # fmt: skip
 _EXCLUDED_FILES = {"pydoc_data/topics.py", "this.py", "antigravity.py", "__phello__.foo.py", "sitecustomize.py"}
+# Modules written in C that every build has, whether linked in or as a file.
+_C_MODULES = ("builtins", "sys", "time", "itertools", "math", "gc", "marshal", "errno", "_io", "_thread", "_functools",
+              "_operator", "_codecs", "_signal", "_struct", "_random", "_datetime", "_socket")  # fmt: skip
 _EXCLUDED_PREFIXES = ("_sysconfigdata", "config-")
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _MIN_CHARACTERS = 200  # shorter documents are headings, not text
@@ -52,8 +54,10 @@ def documents(kind: str) -> Iterator[EmbeddedDocument]:
     if kind not in KINDS:
         raise InputError(f"embedded:{kind} is not part of the embedded corpus{did_you_mean(kind, KINDS)}")
     found = _code() if kind == "code" else _prose()
+    seen: set[str] = set()
     for document in sorted(found):
-        if len(document.text) >= _MIN_CHARACTERS:
+        if len(document.text) >= _MIN_CHARACTERS and document.text not in seen:
+            seen.add(document.text)
             yield document
 
 
@@ -82,12 +86,14 @@ def _prose() -> Iterator[EmbeddedDocument]:
         yield EmbeddedDocument(name, _docstrings(name, source))
     for pattern in ("*.rst", "*.txt"):
         for name, text in _sources(pattern):
+            if name.endswith("Grammar.txt"):
+                continue  # a table
             yield EmbeddedDocument(name, text)
     from pydoc_data.topics import topics
 
     for name, text in topics.items():
         yield EmbeddedDocument(f"help/{name}", text.strip() + "\n")
-    for name in sorted(sys.builtin_module_names):
+    for name in _C_MODULES:
         yield EmbeddedDocument(f"builtin/{name}", _builtin_docstrings(name))
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,12 +136,10 @@ class SplitTokenizer(PipelineStep):
             for split in counts
         }
         with JsonlWriter(str(self.output / "validation"), output_filename="${rank}.jsonl") as held_out:
-            for batch in batched((document for document in data if document.text), _BATCH_DOCUMENTS):
-                texts = [document.text for document in batch]
-                for document, encoding in zip(
-                    batch, tokenizer.encode_batch(texts, add_special_tokens=False), strict=True
-                ):
-                    split = "validation" if is_held_out(document.text, self.record["validation_fraction"]) else "train"
+            for batch in batched(self._chosen(data), _BATCH_DOCUMENTS):
+                texts = [document.text for _, document in batch]
+                encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+                for (split, document), encoding in zip(batch, encodings, strict=True):
                     ids = [*self.record["begin"], *encoding.ids, *self.record["end"]]
                     files[split].write(ids, None)
                     counts[split]["documents"] += 1
@@ -153,8 +152,17 @@ class SplitTokenizer(PipelineStep):
         provenance.write_json(self.output / "work" / f"counts_{rank:05d}.json", {"rank": rank, **counts})
         yield from ()
 
+    def _chosen(self, data: DocumentsPipeline) -> Iterator[tuple[str, Document]]:
+        for document in data:
+            split = split_of(document.text, self.record["validation_fraction"], self.record["sample_fraction"])
+            if document.text and split:
+                yield split, document
 
-def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document belongs to the validation split: its hash, as a number in [0, 1), lies below `fraction`."""
+
+def split_of(text: str, validation_fraction: float, sample_fraction: float) -> str | None:
+    """The split of a document, `None` if it is left out: decided by its hash alone, as a number in [0, 1)."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
+    place = int.from_bytes(digest, "big") / 2**64
+    if place < validation_fraction:
+        return "validation"
+    return "train" if place < validation_fraction + sample_fraction * (1 - validation_fraction) else None

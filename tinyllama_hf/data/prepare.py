@@ -47,6 +47,7 @@ def prepare(
     output: str | os.PathLike,
     separator: str = "both",
     validation_fraction: float = 0.005,
+    sample_fraction: float = 1.0,
     text_column: str = "text",
     workers: int | None = None,
     progress: bool = True,
@@ -63,6 +64,7 @@ def prepare(
         output (`str` or `os.PathLike`): folder to write.
         separator (`str`): `"both"` puts begin- and end-of-sequence around each document, `"bos"` and `"eos"` one.
         validation_fraction (`float`): expected share of the documents held out.
+        sample_fraction (`float`): expected share of the other documents that is kept for training, by hash as well.
         text_column (`str`): of JSON lines.
         workers (`int`, *optional*, defaults to the number of cores): processes.
 
@@ -70,7 +72,7 @@ def prepare(
         InputError: for sources that do not exist or cannot be read, an output that holds something else, and values
             out of range; before anything is written where it can be known by then.
     """
-    request = plan(sources, tokenizer, output, separator, validation_fraction, text_column)
+    request = plan(sources, tokenizer, output, separator, validation_fraction, sample_fraction, text_column)
     if request.is_finished:
         return PreparedData(json.loads((request.output / METADATA_FILE).read_text(encoding="utf-8")), True)
     from .pipeline import run_pipeline
@@ -84,7 +86,8 @@ def prepare(
     metadata = _describe(request)
     if metadata["splits"]["train"]["tokens"] == 0:
         raise InputError(
-            f"{', '.join(sources)}: no text to train on (column {text_column!r}, {validation_fraction} held out)"
+            f"{', '.join(sources)}: no text to train on (column {text_column!r}, {validation_fraction} held out, "
+            f"{sample_fraction} of the rest kept)"
         )
     provenance.write_json(request.output / METADATA_FILE, metadata)
     shutil.rmtree(work)
@@ -101,12 +104,14 @@ class Plan(NamedTuple):
     is_finished: bool
 
 
-def plan(sources, tokenizer, output, separator, validation_fraction, text_column) -> Plan:
+def plan(sources, tokenizer, output, separator, validation_fraction, sample_fraction, text_column) -> Plan:
     """Checks a request without writing anything; arguments and errors as for [`prepare`]."""
     if separator not in SEPARATORS:
         raise InputError(f"--separator {separator!r}{did_you_mean(separator, SEPARATORS)}")
     if not 0 <= validation_fraction < 1:
         raise InputError(f"--validation-fraction {validation_fraction}: must be at least 0 and below 1")
+    if not 0 < sample_fraction <= 1:
+        raise InputError(f"--sample-fraction {sample_fraction}: must lie above 0 and up to 1")
     output = Path(output)
     loaded = load_tokenizer(tokenizer)
     source = open_sources(sources, text_column)
@@ -118,6 +123,7 @@ def plan(sources, tokenizer, output, separator, validation_fraction, text_column
         "end": [loaded.eos_token_id] if separator != "bos" else [],
         "token_bytes": 2 if len(loaded) <= 1 << 16 else 4,
         "validation_fraction": validation_fraction,
+        "sample_fraction": sample_fraction,
         "text_column": text_column,
         "source": source.record,
     }

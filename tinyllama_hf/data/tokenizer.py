@@ -3,6 +3,7 @@
 import io
 import itertools
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,9 @@ _FIXED_PIECES = 259
 _MAX_LINE_BYTES = 1 << 16
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, output: str | os.PathLike) -> TinyLlamaTokenizer:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, output: str | os.PathLike, overwrite: bool = False
+) -> TinyLlamaTokenizer:
     """Trains a SentencePiece BPE tokenizer with Llama 2's settings and saves it as a stock tokenizer folder.
 
     Byte fallback, dummy prefix, digits split, no normalisation; `<unk>`, `<s>`, `</s>` are 0, 1, 2. The same texts give
@@ -28,14 +31,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: str | os.Path
     Args:
         texts (`Iterable[str]`): to learn the pieces from.
         vocab_size (`int`): ids, the 256 bytes and three control tokens included.
-        output (`str` or `os.PathLike`): folder to write; it must not exist.
+        output (`str` or `os.PathLike`): folder to write.
+        overwrite (`bool`, *optional*, defaults to `False`): replace the tokenizer that lies there.
 
     Raises:
-        InputError: if the folder exists, the vocabulary is too small, or the texts do not fill it.
+        InputError: if the folder exists and is not to be replaced, the vocabulary is too small, or the texts do not fill it.
     """
     output = Path(output)
-    if output.exists():
-        raise InputError(f"--output {output}: exists already; choose another folder, or remove it")
+    replaces = overwrite and (output / "tokenizer.model").is_file()
+    if output.exists() and not replaces:
+        raise InputError(f"--output {output}: exists already; choose another folder, or pass --overwrite")
     if vocab_size <= _FIXED_PIECES:
         raise InputError(
             f"--vocab-size {vocab_size}: must be above {_FIXED_PIECES}, which bytes and control tokens take"
@@ -68,6 +73,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: str | os.Path
     temporary.mkdir(parents=True, exist_ok=True)
     (temporary / "tokenizer.model").write_bytes(model.getvalue())
     load_tokenizer(temporary / "tokenizer.model").save_pretrained(temporary)
+    if replaces:
+        shutil.rmtree(output)
     os.replace(temporary, output)
     return load_tokenizer(output)
 
@@ -130,7 +137,8 @@ def verify_tokenizer(
             return Verification(number, characters, tokens, difference)
         back, wanted = tokenizer.decode(ours, skip_special_tokens=False), text.replace(DUMMY_PREFIX, " ")
         if back != wanted:
-            character = len(os.path.commonprefix([back, wanted]))
+            pairs = enumerate(zip(back, wanted, strict=False))
+            character = next((i for i, (a, b) in pairs if a != b), min(len(back), len(wanted)))
             context = slice(max(character - 20, 0), character + 20)
             difference = Difference(number, "decode", character, text[context], [back[context]], [wanted[context]])
             return Verification(number, characters, tokens, difference)

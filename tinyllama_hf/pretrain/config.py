@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..errors import InputError, did_you_mean
 
@@ -70,6 +70,11 @@ class TrainingSection(_Section):
     compile: Literal["auto", "off", "layers"] = "auto"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     seed: int = Field(ge=0)
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML 1.1 reads an unquoted off as false
 
 
 class MilestonesSection(_Section):

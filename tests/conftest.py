@@ -1,0 +1,114 @@
+"""Shared fixtures: a real tokenizer and real prepared data, small enough to be made in the test run."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+
+# Nothing in the tests may reach for the network, and bars would fill the log.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data for development; tests that need it skip where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the development data at {SHARED}")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def documents() -> list[str]:
+    """Some 60 documents of real prose and code."""
+    import argparse
+    import ast
+    import collections
+    import http.client
+    import json.decoder
+    import logging
+    import random
+    import textwrap
+
+    modules = (argparse, ast, collections, http.client, json.decoder, logging, random, textwrap)
+    sources = [inspect.getsource(module) for module in modules]
+    return [source[i : i + 6000] for source in sources for i in range(0, len(source), 6000)]
+
+
+@pytest.fixture(scope="session")
+def corpus(documents, tmp_path_factory) -> Path:
+    """The documents as JSON lines."""
+    path = tmp_path_factory.mktemp("corpus") / "documents.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(documents, tmp_path_factory) -> Path:
+    """A tokenizer of Llama 2's kind with 512 ids."""
+    from tinyllama_hf.data.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
+    train_tokenizer(documents, 512, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(corpus, tokenizer_folder, tmp_path_factory) -> Path:
+    """The documents as a prepared data set, a tenth held out."""
+    from tinyllama_hf.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("data") / "prepared"
+    prepare([str(corpus)], tokenizer_folder, folder, validation_fraction=0.1, workers=1, progress=False)
+    return folder
+
+
+@pytest.fixture
+def recipe(prepared, tokenizer_folder, tmp_path) -> Path:
+    """A recipe of 12 steps over the prepared data."""
+    import yaml
+
+    values = yaml.safe_load((ROOT / "recipes" / "pretrain" / "micro.yaml").read_text())
+    values["output_dir"] = str(tmp_path / "run")
+    values["model"]["overrides"] = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
+    values["data"] |= {
+        "tokenizer": str(tokenizer_folder),
+        "sources": [{"path": str(prepared), "weight": 1.0}],
+        "sequence_length": 32,
+    }
+    values["schedule"] |= {"warmup_tokens": 512, "peak": 5.0e-3}
+    values["training"] |= {"total_tokens": 12 * 256, "tokens_per_step": 256, "micro_batch_size": 4}
+    values["milestones"] = {"tokens": [1500]}
+    values["validation"] = {"every_tokens": 1024, "max_tokens": 512}
+    values["logging"] = {"every_steps": 1}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture(scope="session")
+def run_command():
+    """Runs a command of this environment from another folder, and returns what it printed and its exit status."""
+
+    def run(*command: str, cwd: Path, env: dict | None = None) -> subprocess.CompletedProcess:
+        scripts = Path(sys.executable).parent
+        executable = scripts / command[0] if (scripts / command[0]).exists() else command[0]
+        return subprocess.run(
+            [str(executable), *map(str, command[1:])],
+            cwd=cwd,
+            env=os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "120"} | (env or {}),
+            capture_output=True,
+            text=True,
+            timeout=1800,
+        )
+
+    return run

@@ -1,0 +1,65 @@
+"""The embedded corpus: real, disjoint between its kinds, the same each time."""
+
+import ast
+
+import pytest
+
+from tinyllama_hf.data import embedded
+from tinyllama_hf.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def prose():
+    return list(embedded.documents("prose"))
+
+
+@pytest.fixture(scope="module")
+def code():
+    return list(embedded.documents("code"))
+
+
+def test_size_and_names(prose, code):
+    assert sum(len(d.text) for d in prose) > 2_000_000
+    assert sum(len(d.text) for d in code) > 5_000_000
+    for documents in (prose, code):
+        names = [d.name for d in documents]
+        assert names == sorted(names) and len(set(names)) == len(names)
+        assert len({d.text for d in documents}) == len(documents), "a text twice would be trained on and held out"
+
+
+def test_what_is_in_it(prose, code):
+    assert any("Return an iterator" in d.text for d in prose)
+    assert any(d.name.startswith("help/") for d in prose) and any(d.name == "builtin/builtins" for d in prose)
+    assert not any("test" in d.name.split("/") or "site-packages" in d.name for d in (*prose, *code))
+
+
+def test_code_is_valid_and_has_no_docstring(code):
+    for document in code:
+        nodes = [n for n in ast.walk(ast.parse(document.text)) if isinstance(n, embedded._DOCUMENTED)]
+        assert not any(ast.get_docstring(node) for node in nodes), document.name
+
+
+def test_without_docstrings_keeps_the_program():
+    source = '''"""Module."""
+import os  # é
+
+class A:
+    """Only this."""
+
+def f(x): "one line"; return x
+
+async def g():
+    """Ä
+
+    many lines"""
+    return "not a docstring"
+'''
+    stripped = embedded.without_docstrings(source)
+    expected = 'import os  # é\n\nclass A:\n    ...\n\ndef f(x): return x\n\nasync def g():\n    return "not a docstring"\n'
+    assert ast.dump(ast.parse(stripped)) == ast.dump(ast.parse(expected))
+    assert "# é" in stripped
+
+
+def test_unknown_kind():
+    with pytest.raises(InputError, match="did you mean 'prose'"):
+        list(embedded.documents("proze"))

@@ -1,0 +1,229 @@
+"""Preparing data: every token of every document is in one split once, nothing is padded, and it can be interrupted."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tinyllama_hf import load_tokenizer
+from tinyllama_hf.data.pipeline import split_of
+from tinyllama_hf.data.prepare import prepare
+from tinyllama_hf.data.shards import TokenDataset, read_metadata
+from tinyllama_hf.errors import InputError
+from tinyllama_hf.tokenization_tinyllama import encode_text, tokenizer_fingerprint
+
+
+def run(sources, tokenizer_folder, output, **options):
+    return prepare([str(s) for s in sources], tokenizer_folder, output, workers=1, progress=False, **options)
+
+
+def all_tokens(folder, split="train"):
+    dataset = TokenDataset(folder, 8, split)
+    return dataset.tokens(0, dataset.num_tokens)
+
+
+@pytest.mark.parametrize("separator", ["both", "bos", "eos"])
+def test_tokens_are_those_of_the_documents(documents, corpus, tokenizer_folder, tmp_path, separator):
+    metadata, _ = run([corpus], tokenizer_folder, tmp_path / "out", separator=separator, validation_fraction=0.1)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    begin = [1] if separator != "eos" else []
+    end = [2] if separator != "bos" else []
+    for split in ("train", "validation"):
+        chosen = [text for text in documents if split_of(text, 0.1, 1.0) == split]
+        expected = [token for text in chosen for token in (*begin, *encode_text(tokenizer, text), *end)]
+        assert list(all_tokens(tmp_path / "out", split)) == expected
+        assert metadata["splits"][split]["documents"] == len(chosen) > 0
+        assert metadata["splits"][split]["bytes"] == sum(len(text.encode()) for text in chosen)
+    assert metadata["separator"] == separator
+
+
+def test_regression_nothing_is_padded_and_a_literal_end_of_sequence_is_text(tokenizer_folder, tmp_path):
+    """The original's preparation padded with `<s>`; here separators are as many as documents."""
+    texts = [f"document {i} with </s> and <s> spelled out\n" for i in range(50)]
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    run([file], tokenizer_folder, tmp_path / "out", validation_fraction=0)
+    tokens = all_tokens(tmp_path / "out")
+    assert [(tokens == i).sum() for i in range(3)] == [0, 50, 50]
+    assert load_tokenizer(tokenizer_folder).decode(tokens, skip_special_tokens=True).count("</s>") == 50
+
+
+def test_held_out_text_is_kept_and_never_trained_on(documents, prepared):
+    texts = []
+    for file in sorted((prepared / "validation").glob("*.jsonl.gz")):
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            texts += [json.loads(line)["text"] for line in lines]
+    assert texts == [text for text in documents if split_of(text, 0.1, 1.0) == "validation"]
+    train = load_tokenizer(prepared / "tokenizer").decode(all_tokens(prepared))
+    assert not any(text in train for text in texts)
+
+
+def test_sample_fraction_keeps_the_same_validation(documents, corpus, tokenizer_folder, tmp_path):
+    metadata, _ = run([corpus], tokenizer_folder, tmp_path / "out", validation_fraction=0.1, sample_fraction=0.5)
+    kept = [text for text in documents if split_of(text, 0.1, 0.5) == "train"]
+    assert metadata["splits"]["train"]["documents"] == len(kept)
+    assert 0.25 * len(documents) < len(kept) < 0.7 * len(documents)
+    assert {t for t in documents if split_of(t, 0.1, 0.5) == "validation"} == {
+        t for t in documents if split_of(t, 0.1, 1.0) == "validation"
+    }
+
+
+@pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "jsonl.zst", "txt", "two files"])
+def test_every_form_of_source(documents, tokenizer_folder, tmp_path, form):
+    texts = documents[:12]
+    lines = [json.dumps({"body": text, "metadata": {"n": i}}) + "\n" for i, text in enumerate(texts)]
+    folder = tmp_path / "in"
+    folder.mkdir()
+    if form == "jsonl":
+        (folder / "a.jsonl").write_text("".join(lines))
+    elif form == "jsonl.gz":
+        with gzip.open(folder / "a.jsonl.gz", "wt") as file:
+            file.write("".join(lines))
+    elif form == "jsonl.zst":
+        import zstandard
+
+        (folder / "a.jsonl.zst").write_bytes(zstandard.compress("".join(lines).encode()))
+    elif form == "two files":
+        (folder / "a.jsonl").write_text("".join(lines[:5]))
+        (folder / "b.jsonl").write_text("".join(lines[5:]))
+    else:
+        for i, text in enumerate(texts):
+            (folder / f"{i:02d}.txt").write_text(text)
+    run([folder], tokenizer_folder, tmp_path / "out", validation_fraction=0, text_column="body")
+    tokenizer = load_tokenizer(tokenizer_folder)
+    expected = [token for text in texts for token in (1, *encode_text(tokenizer, text), 2)]
+    assert list(all_tokens(tmp_path / "out")) == expected
+
+
+def test_finished_does_nothing_and_another_request_is_refused(corpus, tokenizer_folder, tmp_path):
+    first = run([corpus], tokenizer_folder, tmp_path / "out", validation_fraction=0.1)
+    stamp = (tmp_path / "out" / "dataset.json").stat().st_mtime_ns
+    second = run([corpus], tokenizer_folder, tmp_path / "out", validation_fraction=0.1)
+    assert (first.was_finished, second.was_finished) == (False, True)
+    assert second.metadata == first.metadata
+    assert (tmp_path / "out" / "dataset.json").stat().st_mtime_ns == stamp
+    with pytest.raises(InputError, match=r"another request \(different: separator\)"):
+        run([corpus], tokenizer_folder, tmp_path / "out", validation_fraction=0.1, separator="eos")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "precious.txt").write_text("x")
+    with pytest.raises(InputError, match="no data set"):
+        run([corpus], tokenizer_folder, tmp_path / "other")
+    assert [p.name for p in (tmp_path / "other").iterdir()] == ["precious.txt"]
+
+
+def test_fingerprint_follows_the_contents(documents, corpus, tokenizer_folder, tmp_path):
+    metadata = [run([corpus], tokenizer_folder, tmp_path / name)[0] for name in ("a", "b")]
+    assert metadata[0]["fingerprint"] == metadata[1]["fingerprint"]
+    assert metadata[0]["tokenizer"]["fingerprint"] == tokenizer_fingerprint(load_tokenizer(tokenizer_folder))
+    changed = tmp_path / "changed.jsonl"
+    changed.write_text("".join(json.dumps({"text": text + "."}) + "\n" for text in documents))
+    assert run([changed], tokenizer_folder, tmp_path / "c")[0]["fingerprint"] != metadata[0]["fingerprint"]
+
+
+def test_killed_it_goes_on_with_what_is_missing(documents, tokenizer_folder, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(24):
+        rows = [json.dumps({"text": text + str(i)}) + "\n" for text in documents * 3]
+        (folder / f"{i:02d}.jsonl").write_text("".join(rows))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "tests.data.prepare_script", str(folder), str(tokenizer_folder), str(out)]
+    process = subprocess.Popen(command, start_new_session=True)
+    completions = out / "work" / "logs" / "completions"
+    deadline = time.monotonic() + 120
+    while len(list(completions.glob("*"))) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = {p.name: p.stat().st_mtime_ns for p in completions.glob("*")}
+    assert 3 <= len(done) < 24, "killed too late to show anything"
+    with pytest.raises(InputError, match="interrupted"):
+        read_metadata(out)
+    # A killed process leaves a lock's worth of nothing: the same call goes on.
+    metadata, _ = run([folder], tokenizer_folder, out, validation_fraction=0.1)
+    reference, _ = run([folder], tokenizer_folder, tmp_path / "reference", validation_fraction=0.1)
+    assert metadata["fingerprint"] == reference["fingerprint"]
+
+
+class TestBlocks:
+    def test_blocks_cross_files_and_overlap_by_one(self, documents, tokenizer_folder, tmp_path):
+        for i in range(3):
+            rows = "".join(json.dumps({"text": text}) + "\n" for text in documents[i * 3 : i * 3 + 3])
+            (tmp_path / f"{i}.jsonl").write_text(rows)
+        files = [tmp_path / f"{i}.jsonl" for i in range(3)]
+        run(files, tokenizer_folder, tmp_path / "out", validation_fraction=0)
+        stream = np.concatenate(
+            [np.fromfile(tmp_path / "out" / "train" / f"{i:05d}.tokens", dtype="<u2") for i in range(3)]
+        )
+        dataset = TokenDataset(tmp_path / "out", 50)
+        assert len(dataset) == (len(stream) - 1) // 50
+        assert dataset.num_tail_tokens == len(stream) - 50 * len(dataset)
+        for i in (0, 1, len(dataset) // 2, len(dataset) - 1):
+            assert np.array_equal(dataset[i], stream[i * 50 : i * 50 + 51])
+        with pytest.raises(IndexError):
+            dataset[len(dataset)]
+
+    def test_positions_restart_at_documents(self, prepared):
+        dataset = TokenDataset(prepared, 40)
+        starts = 0
+        for i in range(len(dataset)):
+            tokens, positions = dataset[i][:-1], dataset.position_ids(i)
+            assert positions[0] == 0
+            for j in range(1, 40):
+                begins = tokens[j] == 1
+                assert positions[j] == (0 if begins else positions[j - 1] + 1)
+                starts += begins
+        assert starts > 10
+
+    def test_less_than_a_block_is_refused(self, prepared):
+        with pytest.raises(InputError, match="less than one block of 10000000"):
+            TokenDataset(prepared, 10_000_000)
+
+    def test_damage_is_found(self, corpus, tokenizer_folder, tmp_path):
+        run([corpus], tokenizer_folder, tmp_path / "out")
+        shard = tmp_path / "out" / "train" / "00000.tokens"
+        shard.write_bytes(shard.read_bytes()[:-2])
+        with pytest.raises(InputError, match="has another size"):
+            TokenDataset(tmp_path / "out", 8)
+        shard.unlink()
+        with pytest.raises(InputError, match="is missing"):
+            TokenDataset(tmp_path / "out", 8)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("sources", "options", "message"),
+        [
+            (["nowhere"], {}, "no such file or folder"),
+            (["embedded:poetry"], {}, "embedded:prose, embedded:code"),
+            (["a.csv"], {}, "of no known kind"),
+            (["a.jsonl"], {"text_column": "body"}, "'body', but: text"),
+            (["broken.jsonl"], {}, "first line is no JSON"),
+            (["empty.jsonl"], {}, "is empty"),
+            (["a.jsonl", "b.txt"], {}, "mixed"),
+            (["a.jsonl"], {"separator": "bot"}, "did you mean 'both'"),
+            (["a.jsonl"], {"validation_fraction": 1.0}, "below 1"),
+            (["a.jsonl"], {"sample_fraction": 0.0}, "above 0"),
+            (["latin.txt"], {"validation_fraction": 0.0}, "not UTF-8"),
+            (["second.jsonl"], {"validation_fraction": 0.0}, "row 1: no text"),
+            (["a.jsonl"], {"sample_fraction": 1e-9, "validation_fraction": 0.0}, "no text to train on"),
+        ],
+    )
+    def test_one_clear_error_and_no_data_set(self, tokenizer_folder, tmp_path, monkeypatch, sources, options, message):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "a.csv").write_text("x")
+        (tmp_path / "a.jsonl").write_text('{"text": "some text"}\n')
+        (tmp_path / "second.jsonl").write_text('{"text": "some text"}\n{"other": 1}\n')
+        (tmp_path / "broken.jsonl").write_text("{\n")
+        (tmp_path / "empty.jsonl").write_text("")
+        (tmp_path / "b.txt").write_text("text")
+        (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+        with pytest.raises(InputError, match=message):
+            run(sources, tokenizer_folder, tmp_path / "out", **options)
+        assert not (tmp_path / "out" / "dataset.json").exists()

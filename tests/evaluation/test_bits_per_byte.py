@@ -1,0 +1,112 @@
+"""Bits per byte against a script of stock transformers that reads one document at a time."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
+from tinyllama_hf.errors import InputError
+from tinyllama_hf.evaluation.bits_per_byte import HeldOut, bits_per_byte, held_out_documents, windows
+from tinyllama_hf.evaluation.ladder import score
+from tinyllama_hf.pretrain.config import load_config
+from tinyllama_hf.pretrain.loop import pretrain
+
+
+@pytest.mark.parametrize("length", [2, 3, 8, 9, 10, 12, 13, 50])
+@pytest.mark.parametrize(("context", "stride"), [(8, 4), (8, 8), (5, 1)])
+def test_every_token_is_scored_once_with_enough_before_it(length, context, stride):
+    tokens = np.arange(length)
+    scored = []
+    for window in windows(0, tokens, context, stride):
+        assert len(window.tokens) <= context + 1
+        assert np.array_equal(window.tokens, np.arange(window.tokens[0], window.tokens[0] + len(window.tokens)))
+        scored += window.tokens[-window.num_scored :].tolist()
+        if window.tokens[0] > 0:
+            assert len(window.tokens) - 1 - window.num_scored >= context - stride
+    assert scored == list(range(1, length))
+
+
+STOCK = """
+import sys, json, math, torch
+sys.modules["tinyllama_hf"] = None
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, texts = sys.argv[1], json.loads(sys.stdin.read())
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+context = model.config.max_position_embeddings
+nats = 0.0
+for text in texts:
+    ids = [1] + tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    done = 0
+    while done < len(ids) - 1:
+        new = min(context if done == 0 else context // 2, len(ids) - 1 - done)
+        piece = torch.tensor([ids[max(done + new - context, 0) : done + new + 1]])
+        with torch.no_grad():
+            log = model(piece[:, :-1]).logits.log_softmax(-1)[0]
+        picked = log.gather(1, piece[0, 1:, None])[-new:]
+        nats -= picked.double().sum().item()
+        done += new
+print(nats / math.log(2) / sum(len(text.encode()) for text in texts))
+"""
+
+
+def test_equals_stock_transformers_without_this_package(tokenizer_folder, documents, tmp_path):
+    torch.manual_seed(0)
+    config = TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=48)
+    TinyLlamaForCausalLM(config).save_pretrained(tmp_path)
+    load_tokenizer(tokenizer_folder).save_pretrained(tmp_path)
+    texts = [*(text[:700] for text in documents[:6]), "short", "with </s> in it, and ünïcode ", "x" * 300]
+    result = score_texts(tmp_path, texts)
+    done = subprocess.run([sys.executable, "-c", STOCK, str(tmp_path)], input=json.dumps(texts), capture_output=True, text=True)
+    assert result["bits_per_byte"] == pytest.approx(float(done.stdout), abs=1e-6), done.stderr
+
+
+def score_texts(folder, texts):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    return bits_per_byte(model, AutoTokenizer.from_pretrained(folder), [HeldOut("a", "", tuple(texts))], batch_size=4)
+
+
+def test_a_uniform_model_costs_its_vocabulary(tokenizer_folder, tmp_path):
+    """A model that knows nothing spends log2(512) bits on each token."""
+    config = TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=32)
+    model = TinyLlamaForCausalLM(config).eval()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    tokenizer, text = load_tokenizer(tokenizer_folder), "some words to count " * 9
+    result = bits_per_byte(model, tokenizer, [HeldOut("a", "", (text,))])
+    tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    assert result["bits_per_byte"] == pytest.approx(9 * tokens / len(text), rel=1e-6)
+
+
+def test_a_run_beside_counting_models(recipe):
+    config = load_config(recipe)
+    pretrain(config)
+    scores = score([config.output_dir], baselines=True)
+    assert [row["step"] for row in scores["models"]] == [6, 12]
+    assert [(row["name"], row["step"]) for row in scores["baselines"]] == [
+        ("unigram", 6), ("5-gram", 6), ("unigram", 12), ("5-gram", 12),
+    ]  # fmt: skip
+    assert scores["baselines"][3]["distinct_tokens"] == 12 * 256
+    assert scores["baselines"][1]["bits_per_byte"] > scores["baselines"][3]["bits_per_byte"], "more text, fewer bits"
+    assert scores["models"][0]["protocol"] == {"context": 32, "stride": 16, "bos": True, "dtype": "float32"}
+    assert scores["data"][0]["documents"] > 0 and scores["provenance"]["machine"]
+    again = score([scores["models"][1]["path"]], [scores["data"][0]["path"]])
+    assert again["models"][0]["bits_per_byte"] == scores["models"][1]["bits_per_byte"]
+
+
+def test_refusals(prepared, tmp_path, corpus, tokenizer_folder):
+    from tinyllama_hf.data.prepare import prepare
+
+    with pytest.raises(InputError, match="--data: needed"):
+        score([str(tmp_path)])
+    with pytest.raises(InputError, match="needs one run"):
+        score([str(tmp_path)], [str(prepared)], baselines=True)
+    with pytest.raises(InputError, match=r"holds no config\.json"):
+        score([str(tmp_path)], [str(prepared)])
+    prepare([str(corpus)], tokenizer_folder, tmp_path / "all", validation_fraction=0, workers=1, progress=False)
+    with pytest.raises(InputError, match="holds out no document"):
+        held_out_documents(tmp_path / "all")

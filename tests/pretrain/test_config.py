@@ -1,0 +1,76 @@
+"""Recipes: every problem at once, each with the nearest valid name or the fix; and every recipe that comes along."""
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+from tinyllama_hf.errors import InputError
+from tinyllama_hf.pretrain.config import load_config
+
+
+RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name != "accelerate")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_recipe_is_valid_complete_and_says_how_to_run_it(path):
+    config = load_config(path)
+    written = yaml.safe_load(path.read_text())
+    for section, values in config.model_dump(mode="json").items():
+        assert not isinstance(values, dict) or set(values) == set(written[section]), f"{section} is not complete"
+    assert f"recipes/pretrain.py {path.relative_to(ROOT)}" in path.read_text()
+
+
+def test_all_problems_at_once(recipe):
+    values = yaml.safe_load(recipe.read_text())
+    values["data"]["sequence_lenght"] = 3
+    values["training"]["precision"] = "fp17"
+    values["shedule"] = {}
+    values["data"]["sources"][0]["wieght"] = 1
+    del values["model"]["preset"]
+    recipe.write_text(yaml.safe_dump(values))
+    with pytest.raises(InputError) as caught:
+        load_config(recipe)
+    message = str(caught.value)
+    assert message.startswith(f"{recipe}: 5 problems")
+    assert "data.sequence_lenght: unknown key; did you mean 'sequence_length'?" in message
+    assert "training.precision: 'fp17': input should be 'fp32' or 'bf16'" in message
+    assert "shedule: unknown key; did you mean 'schedule'?" in message
+    assert "data.sources.0.wieght: unknown key; did you mean 'weight'?" in message
+    assert "model.preset: is required" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.tokens_per_step=100"], "100 is no multiple of data.sequence_length 32; use 96"),
+        (["training.total_tokens=100"], "100 is less than one step of 256"),
+        (["data.sources=[{path: a, weight: 0.7}, {path: b, weight: 0.2}]"], "the weights sum to 0.9; they must sum to 1"),
+        (["schedule.floor=1.0"], "schedule.floor: 1.0 is above schedule.peak 0.005"),
+        (["schedule.warmup_tokens=999999"], "must be below training.total_tokens 3072"),
+        (["milestones.tokens=[9999999]"], r"\[9999999\] must lie above 0 and up to training.total_tokens 3072"),
+        (["milestones.tokens=[512, 256]"], "must increase"),
+        (["training.seed"], "write section.key=value"),
+        (["training.seed.more=1"], "is a value, not a section"),
+        (["training.micro_batch_size=-1"], "training.micro_batch_size: -1: input should be greater than 0"),
+    ],
+)
+def test_contradictions(recipe, overrides, message):
+    with pytest.raises(InputError, match=message):
+        load_config(recipe, overrides)
+
+
+def test_overrides(recipe):
+    config = load_config(recipe, ["training.total_tokens=10_000", "schedule.peak=4e-4", "training.compile=off"])
+    assert (config.training.total_tokens, config.schedule.peak, config.training.compile) == (10_000, 4e-4, "off")
+    assert config.num_steps == 40 and config.sequences_per_step == 8
+
+
+def test_what_is_no_recipe(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "a.yaml").write_text("{")
+    with pytest.raises(InputError, match="not valid YAML"):
+        load_config(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("- 1")
+    with pytest.raises(InputError, match="mapping of sections"):
+        load_config(tmp_path / "a.yaml")

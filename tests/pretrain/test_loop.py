@@ -1,0 +1,279 @@
+"""Pretraining runs, small and real: what they leave behind, that they repeat, and what stops them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT
+from tinyllama_hf import TinyLlamaForCausalLM
+from tinyllama_hf.data.mixture import Mixture
+from tinyllama_hf.errors import InputError
+from tinyllama_hf.pretrain import loop, setup
+from tinyllama_hf.pretrain.checkpoints import list_milestones
+from tinyllama_hf.pretrain.config import load_config
+from tinyllama_hf.pretrain.metrics import read_metrics
+from tinyllama_hf.tokenization_tinyllama import load_tokenizer, tokenizer_fingerprint
+
+
+def run(recipe: Path, *overrides: str) -> Path:
+    config = load_config(recipe, overrides)
+    loop.pretrain(config)
+    return Path(config.output_dir)
+
+
+def weights(output: Path, which: int = -1) -> dict[str, torch.Tensor]:
+    return load_file(list_milestones(output)[which] / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(prepared, tokenizer_folder, tmp_path_factory):
+    """One finished run, shared by the tests that only look."""
+    folder = tmp_path_factory.mktemp("finished")
+    values = yaml.safe_load((ROOT / "recipes" / "pretrain" / "micro.yaml").read_text())
+    values |= {"output_dir": str(folder / "run")}
+    values["data"] |= {"tokenizer": str(tokenizer_folder), "sequence_length": 64,
+                       "sources": [{"path": str(prepared), "weight": 1.0}]}  # fmt: skip
+    values["training"] |= {"total_tokens": 30 * 1024, "tokens_per_step": 1024, "micro_batch_size": 8}
+    values["schedule"] |= {"warmup_tokens": 4096}
+    values["milestones"] = {"tokens": [10_000, 20_000]}
+    values["validation"] = {"every_tokens": 10_000, "max_tokens": 2000}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return run(path)
+
+
+class TestWhatARunLeavesBehind:
+    def test_it_learns(self, finished):
+        losses = [row["validation_loss"] for row in read_metrics(finished) if "validation_loss" in row]
+        assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.3
+
+    def test_metrics(self, finished):
+        rows = [row for row in read_metrics(finished) if "loss" in row]
+        assert [row["step"] for row in rows] == [10, 20, 30]
+        assert [row["tokens"] for row in rows] == [10 * 1024, 20 * 1024, 30 * 1024]
+        assert [row["blocks"] for row in rows] == [[144, 160], [304, 320], [464, 480]]
+        assert all(row["tokens_per_second"] > 0 and row["gradient_norm"] > 0 for row in rows)
+
+    def test_milestones_are_complete_plain_llama_folders(self, finished):
+        milestones = list_milestones(finished)
+        assert [m.name for m in milestones] == ["step-10-token-0.01M", "step-20-token-0.02M", "step-30-token-0.03M"]
+        for milestone in milestones:
+            files = {p.name for p in milestone.iterdir()}
+            assert files == {
+                "config.json", "generation_config.json", "model.safetensors", "provenance.json", "tokenizer.json",
+                "tokenizer.model", "tokenizer_config.json", "training.yaml",
+            }  # fmt: skip
+        record = json.loads((milestones[0] / "provenance.json").read_text())
+        assert (record["step"], record["tokens"]) == (10, 10240)
+        assert record["libraries"]["torch"] == torch.__version__ and record["data"] and record["code"]
+
+    def test_a_milestone_loads_where_this_package_cannot_be_imported(self, finished):
+        script = f"""
+import sys
+sys.modules["tinyllama_hf"] = None
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = (c.from_pretrained({str(list_milestones(finished)[-1])!r}) for c in (AutoModelForCausalLM, AutoTokenizer))
+print(type(model).__name__, tokenizer.decode(model.generate(**tokenizer("def ", return_tensors="pt"), max_new_tokens=3)[0])[:9])
+"""
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert done.stdout.startswith("LlamaForCausalLM <s> def"), done.stderr
+
+    def test_training_yaml_repeats_the_run(self, finished, tmp_path):
+        recipe = list_milestones(finished)[-1] / "training.yaml"
+        again = run(recipe, f"output_dir={tmp_path / 'again'}")
+        assert_equal(weights(finished), weights(again))
+
+    def test_the_last_rows_are_on_the_unwrapped_model(self, finished):
+        """The exported weights give the logged validation loss: what was measured is what was saved."""
+        config = load_config(finished / "training.yaml")
+        opened = setup.open_run(config.model_copy(update={"output_dir": "/nonexistent/folder"}))
+        model = TinyLlamaForCausalLM.from_pretrained(list_milestones(finished)[-1]).train()
+        tokens = torch.from_numpy(opened.validation[0])
+        loss = model(input_ids=tokens[:, :-1], labels=tokens[:, 1:], shift_labels=tokens[:, 1:]).loss
+        logged = [row["validation_loss"] for row in read_metrics(finished) if "validation_loss" in row][-1]
+        assert loss.item() == pytest.approx(logged, abs=1e-5)
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float = 0) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        difference = (a[name] - b[name]).abs().max().item()
+        assert difference <= tolerance, (name, difference)
+
+
+class TestArithmetic:
+    def test_same_recipe_same_weights(self, recipe, tmp_path):
+        a, b = (run(recipe, f"output_dir={tmp_path / name}") for name in "ab")
+        assert_equal(weights(a), weights(b))
+        rows = [[(r["step"], r["loss"], r["gradient_norm"]) for r in read_metrics(x) if "loss" in r] for x in (a, b)]
+        assert rows[0] == rows[1]
+
+    def test_one_micro_batch_equals_eight(self, recipe, tmp_path):
+        """1 x 8 == 8 x 1: the loss is a sum over tokens divided by the tokens of the step."""
+        runs = [run(recipe, f"output_dir={tmp_path / str(n)}", f"training.micro_batch_size={n}") for n in (8, 1)]
+        losses = [[row["loss"] for row in read_metrics(r) if "loss" in row] for r in runs]
+        assert losses[0] == pytest.approx(losses[1], abs=2e-5)
+        assert_equal(*map(weights, runs), tolerance=2e-4)
+
+    def test_against_a_plain_loop_on_stock_llama(self, recipe):
+        """The whole loop, step by step, against torch and transformers alone."""
+        from transformers import LlamaForCausalLM
+
+        output = run(recipe)
+        config = load_config(output / "training.yaml")
+        opened = setup.open_run(config.model_copy(update={"output_dir": "/nonexistent/folder"}))
+        torch.manual_seed(config.training.seed)
+        start = TinyLlamaForCausalLM(opened.model_config)
+        model = LlamaForCausalLM(opened.model_config.to_llama())
+        model.load_state_dict(start.state_dict())
+        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+        losses = []
+        for step in range(config.num_steps):
+            optimizer.param_groups[0]["lr"] = setup_rate(step, config)
+            tokens = torch.from_numpy(opened.mixture.tokens(opened.mixture.blocks(step * 8, 8)))
+            logits = model(input_ids=tokens[:, :-1]).logits
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        assert losses == pytest.approx([r["loss"] for r in read_metrics(output) if "loss" in r], abs=2e-5)
+        assert_equal(weights(output), {k: v.detach() for k, v in model.state_dict().items()}, tolerance=2e-4)
+
+    def test_document_masking_changes_the_loss(self, recipe, tmp_path):
+        on = run(recipe, f"output_dir={tmp_path / 'on'}", "data.document_masking=true")
+        off = run(recipe, f"output_dir={tmp_path / 'off'}")
+        losses = [[row["loss"] for row in read_metrics(x) if "loss" in row] for x in (on, off)]
+        assert losses[0] != losses[1]
+        assert losses[0] == pytest.approx(losses[1], rel=0.2)
+
+    @pytest.mark.slow
+    def test_two_processes_equal_one(self, recipe, tmp_path, run_command):
+        one = run(recipe, f"output_dir={tmp_path / 'one'}")
+        command = ["torchrun", "--nproc_per_node", "2", ROOT / "recipes" / "pretrain.py", recipe, f"output_dir={tmp_path / 'two'}"]
+        done = run_command(*command, cwd=tmp_path, env={"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        assert "2 process(es) x 1 micro-batches of 4" in done.stdout
+        two = tmp_path / "two"
+        losses = [[row["loss"] for row in read_metrics(x) if "loss" in row] for x in (one, two)]
+        assert losses[0] == pytest.approx(losses[1], abs=2e-5)
+        assert_equal(weights(one), weights(two), tolerance=2e-4)
+
+
+def setup_rate(step: int, config) -> float:
+    from tinyllama_hf.pretrain.schedule import learning_rate
+
+    return learning_rate(step * config.training.tokens_per_step, config)
+
+
+class TestNonFinite:
+    def test_a_bad_step_moves_nothing_and_stops_the_run(self, recipe, monkeypatch):
+        config = load_config(recipe, ["logging.every_steps=4", "milestones.tokens=[1024, 2560]"])
+        forward, calls, states = TinyLlamaForCausalLM.forward, [], []
+
+        def poisoned(self, *args, **kwargs):
+            output = forward(self, *args, **kwargs)
+            if kwargs.get("num_items_in_batch") == config.training.tokens_per_step:
+                calls.append(1)
+                if len(calls) == 2 * 5 + 1:  # two micro-batches a step: the first of step 6
+                    output.loss = output.loss * float("nan")
+            return output
+
+        step = loop._Trainer.step
+
+        def observed(self, number):
+            result = step(self, number)
+            states.append({n: p.detach().clone() for n, p in self.model.named_parameters()})
+            return result
+
+        monkeypatch.setattr(TinyLlamaForCausalLM, "forward", poisoned)
+        monkeypatch.setattr(loop._Trainer, "step", observed)
+        with pytest.raises(loop.NonFiniteError, match=r"step 6 \(1,536 tokens\)"):
+            loop.pretrain(config)
+        assert len(states) == 8, "the run must stop at the next logging step"
+        assert_equal(states[4], states[5])
+        assert any(not torch.equal(states[3][n], states[4][n]) for n in states[3])
+        assert all(torch.isfinite(p).all() for p in states[-1].values())
+        assert [m.name.split("-")[1] for m in list_milestones(Path(config.output_dir))] == ["4"], "nothing after step 6"
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            (["training.micro_batch_size=3"], "3 x 1 processes does not divide the 8 sequences of a step; sizes that do: 1, 2, 4, 8"),
+            (["model.preset=nanno"], "did you mean 'nano'"),
+            (["model.overrides={hiden_size: 64}"], "did you mean 'hidden_size'"),
+            (["model.overrides={hidden_size: many}"], "model.overrides"),
+            (["model.overrides={max_position_embeddings: 16}"], "32 is longer than the model's context"),
+            (["model.overrides={vocab_size: 1000}"], "the tokenizer has 512 ids"),
+            (["data.sources=[{path: /nowhere, weight: 1}]"], "/nowhere does not exist"),
+            (["data.tokenizer=/nowhere"], "no such folder"),
+            (["data.sequence_length=65536", "training.tokens_per_step=65536", "training.total_tokens=65536"], "less than one block"),
+        ],
+    )  # fmt: skip
+    def test_before_the_first_step(self, recipe, overrides, message):
+        with pytest.raises(InputError, match=message):
+            run(recipe, *overrides)
+        assert not (recipe.parent / "run").exists()
+
+    def test_flash_attention_without_a_gpu(self, recipe):
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a GPU")
+        with pytest.raises(InputError, match="flash_attention_2 needs a GPU"):
+            run(recipe, "training.attention=flash_attention_2")
+
+    def test_compilation_without_a_compiler(self, monkeypatch):
+        monkeypatch.setattr(setup.shutil, "which", lambda name: None)
+        with pytest.raises(InputError, match="needs a C compiler"):
+            setup.compiles("layers", torch.device("cpu"))
+        assert setup.compiles("auto", torch.device("cuda")) == (False, "off (auto: no C compiler found)")
+
+    def test_other_tokenizer_than_the_data(self, recipe, shared):
+        folder = shared / "data" / "models" / "stories260K"
+        with pytest.raises(InputError, match="prepared with a tokenizer of fingerprint"):
+            run(recipe, f"data.tokenizer={folder}")
+
+    def test_a_run_is_not_overwritten_unless_asked(self, recipe, finished):
+        config = load_config(recipe, [f"output_dir={finished}"])
+        with pytest.raises(InputError, match="--overwrite"):
+            loop.pretrain(config)
+        assert len(list_milestones(finished)) == 3
+
+    def test_a_folder_that_is_no_run_is_never_removed(self, recipe, tmp_path):
+        (tmp_path / "precious").mkdir()
+        (tmp_path / "precious" / "file").write_text("x")
+        with pytest.raises(InputError, match="it is no run"):
+            loop.pretrain(load_config(recipe, [f"output_dir={tmp_path / 'precious'}"]), overwrite=True)
+        assert (tmp_path / "precious" / "file").exists()
+
+
+def test_dry_run_says_everything_and_writes_nothing(recipe, capsys):
+    config = load_config(recipe)
+    loop.pretrain(config, dry_run=True)
+    printed = capsys.readouterr().out
+    for fact in ("parameters", "12 steps of 256", "2 micro-batches", "GFLOP", "read ", "step-6-token", "first block '"):
+        assert fact in printed, fact
+    assert not Path(config.output_dir).exists()
+
+
+def test_regression_every_rank_reads_its_own_share(prepared, tokenizer_folder):
+    """The original's ranks shuffled with different seeds: files read twice, others never. Here one epoch over any
+    number of processes reads every block once."""
+    mixture = Mixture([prepared], [1.0], 64, 3407, tokenizer_fingerprint(load_tokenizer(tokenizer_folder)))
+    size = len(mixture.sources[0])
+    for processes, micro, accumulation in ((1, 8, 1), (2, 2, 2), (4, 2, 1)):
+        seen = []
+        for step in range(-(-size // 8)):
+            for rank in range(processes):
+                for micro_step in range(accumulation):
+                    first = step * 8 + rank * accumulation * micro + micro_step * micro
+                    seen += mixture.blocks(first, micro)
+        assert sorted(block.index for block in seen[:size]) == list(range(size))

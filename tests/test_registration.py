@@ -1,0 +1,55 @@
+"""What `import tinyllama_hf` does to the Auto classes, and what it costs."""
+
+import subprocess
+import sys
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import tinyllama_hf
+
+
+OPTIONAL = ("trl", "peft", "bitsandbytes", "lm_eval", "datatrove", "datasets", "matplotlib", "gguf")
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_a_fresh_process_knows_the_model_type(tmp_path):
+    """Only the import, no class of ours touched: the mapping must find them by itself."""
+    config = tinyllama_hf.TinyLlamaConfig.preset("micro", vocab_size=64)
+    tinyllama_hf.TinyLlamaForCausalLM(config).save_pretrained(tmp_path, as_tinyllama=True)
+    code = (
+        "import tinyllama_hf; from transformers import AutoModelForCausalLM;"
+        f"print(type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__)"
+    )
+    assert python(code) == "TinyLlamaForCausalLM"
+
+
+def test_auto_classes(tmp_path, tokenizer_folder):
+    config = AutoConfig.for_model("tinyllama", num_hidden_layers=1, hidden_size=64, num_attention_heads=4, vocab_size=512)
+    assert type(config) is tinyllama_hf.TinyLlamaConfig
+    model = AutoModelForCausalLM.from_config(config)
+    assert type(model) is tinyllama_hf.TinyLlamaForCausalLM
+    model.save_pretrained(tmp_path, as_tinyllama=True)
+    # A folder with nothing but tokenizer.model gets the exact pipeline, where stock Llama gets another one.
+    (tmp_path / "tokenizer.model").write_bytes((tokenizer_folder / "tokenizer.model").read_bytes())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(tokenizer) is tinyllama_hf.TinyLlamaTokenizer
+
+
+def test_import_is_lean():
+    loaded = python("import tinyllama_hf, sys; print(*sys.modules)").split()
+    assert not set(OPTIONAL).intersection(loaded)
+    assert "transformers.models.llama.modeling_llama" not in loaded
+
+
+def test_classes_need_no_optional_package():
+    loaded = python("import tinyllama_hf, sys; tinyllama_hf.TinyLlamaForCausalLM; tinyllama_hf.load; print(*sys.modules)")
+    assert not set(OPTIONAL).intersection(loaded.split())
+
+
+def test_public_names():
+    for name in tinyllama_hf.__all__:
+        assert getattr(tinyllama_hf, name) is not None
+    assert dir(tinyllama_hf) == sorted(tinyllama_hf.__all__)

@@ -1,0 +1,52 @@
+"""The registry against the published facts."""
+
+import pytest
+import yaml
+
+from tinyllama_hf import released
+from tinyllama_hf.errors import InputError
+from tinyllama_hf.released import local_folder, tables
+
+
+def test_every_published_figure(shared):
+    facts = yaml.safe_load((shared / "facts" / "released.yaml").read_text())
+    for section in ("protocol", "rerun", "chat", "intermediate_collections", "instruct_eval", "tokens_per_step"):
+        assert tables()[section] == facts[section], section
+    rows = {model.name: model for model in released()}
+    assert len(rows) == 18
+    for section in ("base", "chat"):
+        for row in facts[section]["rows"]:
+            model = rows[row["name"]]
+            assert model.hub == row["hub"]
+            assert list(model.scores.values()) == row.get("scores", [])
+            if section == "base":
+                tokens = row.get("tokens") or row["step"] * facts["tokens_per_step"]
+                assert model.tokens == float(tokens)
+
+
+def test_averages_are_the_printed_ones_but_for_one():
+    """The row of 3T prints an average that is not the mean of its own scores, and one row rounds another way."""
+    rows = [row for section in ("base", "chat") for row in tables()[section]["rows"] if "scores" in row]
+    by_name = {model.name: model for model in released()}
+    off = [row["name"] for row in rows if abs(by_name[row["name"]].average - row["printed_average"]) > 0.0051]
+    assert off == ["step-1431k-3T"]
+    assert by_name["step-1431k-3T"].average == pytest.approx(52.97, abs=0.005)
+
+
+def test_list_prints_every_name(run_command, tmp_path):
+    printed = run_command("tinyllama-hf", "list", cwd=tmp_path).stdout
+    lines = [line.split() for line in printed.splitlines()]
+    for model in released():
+        line = next(words for words in lines if words and words[0] == model.name)
+        assert model.hub in line and model.revision in line
+        assert model.average is None or f"{model.average:.2f}" in line
+
+
+def test_names_that_are_none_and_a_hub_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match="did you mean 'v1.1'"):
+        local_folder("v1.2")
+    with pytest.raises(InputError, match="cannot be fetched from the Hub"):
+        local_folder("step-50k-105b")
+    with pytest.raises(InputError, match="cannot be fetched from the Hub"):
+        local_folder("nobody/nothing@revision")
+    assert local_folder(str(tmp_path)) == tmp_path
