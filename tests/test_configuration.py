@@ -55,6 +55,8 @@ def test_unknown_preset_names_the_nearest():
 
 
 def test_round_trip_through_plain_llama():
-    config = TinyLlamaConfig.preset("micro", vocab_size=77, rope_parameters={"rope_type": "default", "rope_theta": 5e4})
+    config = TinyLlamaConfig.preset(
+        "micro", vocab_size=77, rope_parameters={"rope_type": "default", "rope_theta": 5e4}
+    )
     back = TinyLlamaConfig.from_llama(config.to_llama())
     assert back.to_dict() == config.to_dict()

@@ -81,7 +81,13 @@ class TestLogits:
         ours, stock = pair
         tokens, mask = ids(3, 10), torch.ones(3, 10, dtype=torch.long)
         mask[1, :4] = 0
-        inputs = {"input_ids": tokens, "attention_mask": mask, "max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+        inputs = {
+            "input_ids": tokens,
+            "attention_mask": mask,
+            "max_new_tokens": 20,
+            "do_sample": False,
+            "pad_token_id": 0,
+        }
         assert torch.equal(ours.generate(**inputs), stock.generate(**inputs))
 
 
@@ -192,7 +198,11 @@ loss.backward()
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
         used = {
-            which: int(subprocess.run([sys.executable, "-c", script, which], capture_output=True, text=True, check=True).stdout)
+            which: int(
+                subprocess.run(
+                    [sys.executable, "-c", script, which], capture_output=True, text=True, check=True
+                ).stdout
+            )
             for which in ("ours", "stock")
         }
         assert used["ours"] < 300 < 1000 < used["stock"], used

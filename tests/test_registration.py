@@ -27,7 +27,9 @@ def test_a_fresh_process_knows_the_model_type(tmp_path):
 
 
 def test_auto_classes(tmp_path, tokenizer_folder):
-    config = AutoConfig.for_model("tinyllama", num_hidden_layers=1, hidden_size=64, num_attention_heads=4, vocab_size=512)
+    config = AutoConfig.for_model(
+        "tinyllama", num_hidden_layers=1, hidden_size=64, num_attention_heads=4, vocab_size=512
+    )
     assert type(config) is tinyllama_hf.TinyLlamaConfig
     model = AutoModelForCausalLM.from_config(config)
     assert type(model) is tinyllama_hf.TinyLlamaForCausalLM
@@ -45,7 +47,9 @@ def test_import_is_lean():
 
 
 def test_classes_need_no_optional_package():
-    loaded = python("import tinyllama_hf, sys; tinyllama_hf.TinyLlamaForCausalLM; tinyllama_hf.load; print(*sys.modules)")
+    loaded = python(
+        "import tinyllama_hf, sys; tinyllama_hf.TinyLlamaForCausalLM; tinyllama_hf.load; print(*sys.modules)"
+    )
     assert not set(OPTIONAL).intersection(loaded.split())
 
 

@@ -43,7 +43,7 @@ def test_list_prints_every_name(run_command, tmp_path):
 
 
 def test_names_that_are_none_and_a_hub_that_is_not_there(tmp_path):
-    with pytest.raises(InputError, match="did you mean 'v1.1'"):
+    with pytest.raises(InputError, match=r"did you mean 'v1\.1'"):
         local_folder("v1.2")
     with pytest.raises(InputError, match="cannot be fetched from the Hub"):
         local_folder("step-50k-105b")

@@ -134,7 +134,11 @@ class TestFileForms:
         tokenizer.save_pretrained(tmp_path)
         loaded = load_tokenizer(tmp_path)
         assert (loaded.chat_template, loaded.model_max_length) == ("{{ messages }}", 77)
-        assert loaded("Hello").input_ids == tokenizer("Hello").input_ids == AutoTokenizer.from_pretrained(tmp_path)("Hello").input_ids
+        assert (
+            loaded("Hello").input_ids
+            == tokenizer("Hello").input_ids
+            == AutoTokenizer.from_pretrained(tmp_path)("Hello").input_ids
+        )
 
     def test_tokens_added_behind_the_vocabulary_keep_their_ids(self, tokenizer_folder, tmp_path):
         tokenizer = load_tokenizer(tokenizer_folder)

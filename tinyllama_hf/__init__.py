@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+# Not lazily: a later import of the module would put itself under the function's name.
+from .released import released
+
 
 if TYPE_CHECKING:
     from .configuration_tinyllama import TinyLlamaConfig
     from .inference.load import load
     from .modeling_tinyllama import TinyLlamaForCausalLM
-    from .released import released
     from .tokenization_tinyllama import TinyLlamaTokenizer, load_tokenizer
 
 _MODULES = {
@@ -25,7 +27,6 @@ _MODULES = {
     "TinyLlamaTokenizer": ".tokenization_tinyllama",
     "load": ".inference.load",
     "load_tokenizer": ".tokenization_tinyllama",
-    "released": ".released",
 }
 
 __all__ = ["TinyLlamaConfig", "TinyLlamaForCausalLM", "TinyLlamaTokenizer", "load", "load_tokenizer", "released"]

@@ -224,14 +224,16 @@ def _pipeline(vocabulary: dict[str, int], merges: list, unknown: str, control: I
 def _wrap(backend: Tokenizer, special: dict, folder: Path | None, settings: dict | None = None) -> TinyLlamaTokenizer:
     """Makes the transformers tokenizer, with what the folder says besides the vocabulary."""
     settings = {"add_bos_token": True, **special, "pad_token": special["unk_token"], **(settings or {})}
+    if folder and (folder / "tokenizer.json").is_file():
+        state = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        _add_tokens(state["added_tokens"], backend, folder / "tokenizer.json")
+        settings.update(_separators(state["post_processor"], settings))
     config_file = folder / "tokenizer_config.json" if folder else None
     config = json.loads(config_file.read_text(encoding="utf-8")) if config_file and config_file.is_file() else {}
     for name in _CARRIED_SETTINGS:
         if config.get(name) is not None:
             value = config[name]
             settings[name] = value["content"] if isinstance(value, dict) else value
-    if folder and (folder / "tokenizer.json").is_file():
-        _add_tokens_of(folder / "tokenizer.json", backend)
     tokenizer = TinyLlamaTokenizer(tokenizer_object=backend, clean_up_tokenization_spaces=False, **settings)
     template_file = folder / "chat_template.jinja" if folder else None
     if template_file and template_file.is_file():
@@ -241,10 +243,17 @@ def _wrap(backend: Tokenizer, special: dict, folder: Path | None, settings: dict
     return tokenizer
 
 
-def _add_tokens_of(json_file: Path, backend: Tokenizer) -> None:
+def _separators(post_processor: dict | None, settings: Mapping[str, Any]) -> dict[str, bool]:
+    """Which separators a saved template adds; transformers 5 keeps that nowhere else."""
+    if not post_processor or post_processor["type"] != "TemplateProcessing":
+        return {}
+    added = {part["SpecialToken"]["id"] for part in post_processor["single"] if "SpecialToken" in part}
+    return {f"add_{name}": settings[name] in added for name in ("bos_token", "eos_token")}
+
+
+def _add_tokens(tokens: list[dict[str, Any]], backend: Tokenizer, json_file: Path) -> None:
     """Adds the tokens that a fine-tuned model put behind the vocabulary (`<|im_start|>`), under the same ids."""
-    state = json.loads(json_file.read_text(encoding="utf-8"))
-    for token in sorted(state["added_tokens"], key=lambda t: t["id"]):
+    for token in sorted(tokens, key=lambda t: t["id"]):
         options = {name: token[name] for name in ("single_word", "lstrip", "rstrip", "normalized", "special")}
         if backend.token_to_id(token["content"]) is None:
             backend.add_tokens([AddedToken(token["content"], **options)])

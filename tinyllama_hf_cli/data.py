@@ -40,7 +40,9 @@ def prepare(
         )
         print(f"{output}: finished already" if checked.is_finished else f"would write {output}")
         return
-    metadata, was_finished = run(sources, tokenizer, output, separator, validation_fraction, sample_fraction, text_column, workers)
+    metadata, was_finished = run(
+        sources, tokenizer, output, separator, validation_fraction, sample_fraction, text_column, workers
+    )
     print(f"{output}: was finished already" if was_finished else f"wrote {output}")
     for split, counts in metadata["splits"].items():
         print(

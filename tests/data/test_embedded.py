@@ -55,7 +55,9 @@ async def g():
     return "not a docstring"
 '''
     stripped = embedded.without_docstrings(source)
-    expected = 'import os  # é\n\nclass A:\n    ...\n\ndef f(x): return x\n\nasync def g():\n    return "not a docstring"\n'
+    expected = (
+        'import os  # é\n\nclass A:\n    ...\n\ndef f(x): return x\n\nasync def g():\n    return "not a docstring"\n'
+    )
     assert ast.dump(ast.parse(stripped)) == ast.dump(ast.parse(expected))
     assert "# é" in stripped
 

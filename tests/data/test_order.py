@@ -88,7 +88,8 @@ class TestMixture:
         assert a != b and [x.source for x in a] == [x.source for x in b]
 
     @pytest.mark.parametrize(
-        ("num_blocks", "weights"), [([1, 1], [0.5, 0.4]), ([1, 0], [0.5, 0.5]), ([1], [0.5, 0.5]), ([1, 1], [1.5, -0.5])]
+        ("num_blocks", "weights"),
+        [([1, 1], [0.5, 0.4]), ([1, 0], [0.5, 0.5]), ([1], [0.5, 0.5]), ([1, 1], [1.5, -0.5])],
     )
     def test_refuses(self, num_blocks, weights):
         with pytest.raises(ValueError, match="weight"):

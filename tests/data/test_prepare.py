@@ -108,7 +108,7 @@ def test_finished_does_nothing_and_another_request_is_refused(corpus, tokenizer_
     assert (first.was_finished, second.was_finished) == (False, True)
     assert second.metadata == first.metadata
     assert (tmp_path / "out" / "dataset.json").stat().st_mtime_ns == stamp
-    with pytest.raises(InputError, match=r"another request \(different: separator\)"):
+    with pytest.raises(InputError, match=r"another request \(different: begin, separator\)"):
         run([corpus], tokenizer_folder, tmp_path / "out", validation_fraction=0.1, separator="eos")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "precious.txt").write_text("x")

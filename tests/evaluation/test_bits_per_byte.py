@@ -60,7 +60,9 @@ def test_equals_stock_transformers_without_this_package(tokenizer_folder, docume
     load_tokenizer(tokenizer_folder).save_pretrained(tmp_path)
     texts = [*(text[:700] for text in documents[:6]), "short", "with </s> in it, and ünïcode ", "x" * 300]
     result = score_texts(tmp_path, texts)
-    done = subprocess.run([sys.executable, "-c", STOCK, str(tmp_path)], input=json.dumps(texts), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK, str(tmp_path)], input=json.dumps(texts), capture_output=True, text=True
+    )
     assert result["bits_per_byte"] == pytest.approx(float(done.stdout), abs=1e-6), done.stderr
 
 

@@ -23,7 +23,10 @@ def stream(length: int, seed: int = 0) -> np.ndarray:
 
 def reference(tokens: list[int], order: int):
     """Interpolated modified Kneser-Ney, token by token; returns p(word | context)."""
-    grams = {n: collections.Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)) for n in range(1, order + 1)}
+    grams = {
+        n: collections.Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
+        for n in range(1, order + 1)
+    }
     counts = {order: grams[order]}
     for n in range(1, order):
         counts[n] = collections.Counter(gram[1:] for gram in grams[n + 1])
@@ -56,7 +59,8 @@ def test_equals_the_formula(order):
     tokens, text = stream(300), stream(60, seed=1)
     probability = reference(tokens.tolist(), order)
     expected = [
-        math.log(probability(int(text[i]), tuple(int(t) for t in text[max(i - order + 1, 0) : i]))) for i in range(1, len(text))
+        math.log(probability(int(text[i]), tuple(int(t) for t in text[max(i - order + 1, 0) : i])))
+        for i in range(1, len(text))
     ]
     assert NGramModel(tokens, VOCABULARY, order).log_probabilities(text) == pytest.approx(expected, abs=1e-12)
 

@@ -57,7 +57,9 @@ class TestStreaming:
         model, tokenizer = random_model
         recorder = Recorder()
         streamer = ExactTextStreamer(tokenizer, write=recorder)
-        text = generate_text(model, tokenizer, "def f():\n", 50, temperature=2.0, top_p=1.0, seed=seed, streamer=streamer)
+        text = generate_text(
+            model, tokenizer, "def f():\n", 50, temperature=2.0, top_p=1.0, seed=seed, streamer=streamer
+        )
         assert "".join(recorder.pieces) == text
         assert len(recorder.pieces) > 10, "it must be shown as it appears"
 
@@ -96,7 +98,11 @@ class TestRefusals:
 
     def test_default_length_fits_the_context(self, random_model):
         model, tokenizer = random_model
-        assert len(tokenizer(generate_text(model, tokenizer, "x", temperature=0))["input_ids"]) <= 80
+        streamer = ExactTextStreamer(tokenizer, write=lambda text: None)
+        taken, put = [], streamer.put
+        streamer.put = lambda ids: (taken.append(ids.numel()), put(ids))
+        generate_text(model, tokenizer, "x", temperature=0, streamer=streamer)
+        assert sum(taken) == 64
 
     def test_folders_and_devices(self, tmp_path):
         with pytest.raises(InputError, match="no such folder, and no released model; did you mean 'step-480k-1T'"):

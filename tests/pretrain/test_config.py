@@ -44,7 +44,10 @@ def test_all_problems_at_once(recipe):
     [
         (["training.tokens_per_step=100"], "100 is no multiple of data.sequence_length 32; use 96"),
         (["training.total_tokens=100"], "100 is less than one step of 256"),
-        (["data.sources=[{path: a, weight: 0.7}, {path: b, weight: 0.2}]"], "the weights sum to 0.9; they must sum to 1"),
+        (
+            ["data.sources=[{path: a, weight: 0.7}, {path: b, weight: 0.2}]"],
+            "the weights sum to 0.9; they must sum to 1",
+        ),
         (["schedule.floor=1.0"], "schedule.floor: 1.0 is above schedule.peak 0.005"),
         (["schedule.warmup_tokens=999999"], "must be below training.total_tokens 3072"),
         (["milestones.tokens=[9999999]"], r"\[9999999\] must lie above 0 and up to training.total_tokens 3072"),

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tests.conftest import ROOT
 from tinyllama_hf import TinyLlamaForCausalLM
 from tinyllama_hf.data.mixture import Mixture
+from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.pretrain import loop, setup
 from tinyllama_hf.pretrain.checkpoints import list_milestones
@@ -51,7 +52,7 @@ def finished(prepared, tokenizer_folder, tmp_path_factory):
 class TestWhatARunLeavesBehind:
     def test_it_learns(self, finished):
         losses = [row["validation_loss"] for row in read_metrics(finished) if "validation_loss" in row]
-        assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.3
+        assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.2
 
     def test_metrics(self, finished):
         rows = [row for row in read_metrics(finished) if "loss" in row]
@@ -147,17 +148,31 @@ class TestArithmetic:
         assert losses == pytest.approx([r["loss"] for r in read_metrics(output) if "loss" in r], abs=2e-5)
         assert_equal(weights(output), {k: v.detach() for k, v in model.state_dict().items()}, tolerance=2e-4)
 
-    def test_document_masking_changes_the_loss(self, recipe, tmp_path):
-        on = run(recipe, f"output_dir={tmp_path / 'on'}", "data.document_masking=true")
-        off = run(recipe, f"output_dir={tmp_path / 'off'}")
+    def test_document_masking_changes_the_loss(self, recipe, documents, tokenizer_folder, tmp_path):
+        """On documents shorter than a sequence, so that every block holds a boundary."""
+        corpus = tmp_path / "short.jsonl"
+        lines = [text[i : i + 40] for text in documents for i in range(0, len(text), 40)]
+        corpus.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+        short = tmp_path / "short"
+        prepare([str(corpus)], tokenizer_folder, short, validation_fraction=0.1, workers=1, progress=False)
+        sources = f"data.sources=[{{path: {short}, weight: 1}}]"
+        on = run(recipe, f"output_dir={tmp_path / 'on'}", sources, "data.document_masking=true")
+        off = run(recipe, f"output_dir={tmp_path / 'off'}", sources)
         losses = [[row["loss"] for row in read_metrics(x) if "loss" in row] for x in (on, off)]
-        assert losses[0] != losses[1]
+        assert all(a != b for a, b in zip(*losses, strict=True))
         assert losses[0] == pytest.approx(losses[1], rel=0.2)
 
     @pytest.mark.slow
     def test_two_processes_equal_one(self, recipe, tmp_path, run_command):
         one = run(recipe, f"output_dir={tmp_path / 'one'}")
-        command = ["torchrun", "--nproc_per_node", "2", ROOT / "recipes" / "pretrain.py", recipe, f"output_dir={tmp_path / 'two'}"]
+        command = [
+            "torchrun",
+            "--nproc_per_node",
+            "2",
+            ROOT / "recipes" / "pretrain.py",
+            recipe,
+            f"output_dir={tmp_path / 'two'}",
+        ]
         done = run_command(*command, cwd=tmp_path, env={"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
         assert "2 process(es) x 1 micro-batches of 4" in done.stdout
@@ -201,7 +216,9 @@ class TestNonFinite:
         assert_equal(states[4], states[5])
         assert any(not torch.equal(states[3][n], states[4][n]) for n in states[3])
         assert all(torch.isfinite(p).all() for p in states[-1].values())
-        assert [m.name.split("-")[1] for m in list_milestones(Path(config.output_dir))] == ["4"], "nothing after step 6"
+        assert [m.name.split("-")[1] for m in list_milestones(Path(config.output_dir))] == ["4"], (
+            "nothing after step 6"
+        )
 
 
 class TestRefusals:
@@ -259,7 +276,15 @@ def test_dry_run_says_everything_and_writes_nothing(recipe, capsys):
     config = load_config(recipe)
     loop.pretrain(config, dry_run=True)
     printed = capsys.readouterr().out
-    for fact in ("parameters", "12 steps of 256", "2 micro-batches", "GFLOP", "read ", "step-6-token", "first block '"):
+    for fact in (
+        "parameters",
+        "12 steps of 256",
+        "2 micro-batches",
+        "GFLOP",
+        "read ",
+        "step-6-token",
+        "first block '",
+    ):
         assert fact in printed, fact
     assert not Path(config.output_dir).exists()
 

@@ -1,5 +1,7 @@
 """The learning rate at the places that matter, and names and steps of milestones."""
 
+import itertools
+
 import pytest
 
 from tinyllama_hf.pretrain.checkpoints import milestone_names, milestone_steps
@@ -25,7 +27,7 @@ def test_regression_floor_equal_to_peak(config):
     assert learning_rate(middle, config) == pytest.approx((4e-4 + 4e-5) / 2)
     assert learning_rate(102400 - step, config) == pytest.approx(4e-5, rel=1e-3)
     rates = [learning_rate(tokens, config) for tokens in range(2560, 102400, step)]
-    assert all(a > b for a, b in zip(rates, rates[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates))
 
 
 def test_regression_rate_follows_tokens_not_steps(config, recipe):

@@ -1,5 +1,6 @@
 """Generating text from one prompt, shown as it appears."""
 
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ from ..errors import InputError
 
 
 DEFAULT_NEW_TOKENS = 256
+_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class ExactTextStreamer(TextStreamer):
@@ -27,14 +29,22 @@ class ExactTextStreamer(TextStreamer):
     def put(self, value: torch.Tensor) -> None:
         """Takes the ids of the prompt, then of each new token; `[1, num_tokens]` or `[num_tokens]`."""
         self.token_cache.extend(value.reshape(-1).tolist())
-        text = self.tokenizer.decode(self.token_cache, **self.decode_kwargs)
-        # The bytes of an unfinished character decode to U+FFFD: wait for the rest.
+        # A run of byte pieces becomes text only as a whole (one bad byte spoils its neighbours), and in byte-level
+        # vocabularies an unfinished character decodes to U+FFFD: wait for the rest of both.
+        settled = len(self.token_cache)
+        while settled and self._is_byte(self.token_cache[settled - 1]):
+            settled -= 1
+        text = self.tokenizer.decode(self.token_cache[:settled], **self.decode_kwargs)
         self._show(text.rstrip("\ufffd"))
 
     def end(self) -> None:
         """Shows what was held back."""
         self._show(self.tokenizer.decode(self.token_cache, **self.decode_kwargs))
         self.token_cache, self.print_len = [], 0
+
+    def _is_byte(self, token: int) -> bool:
+        piece = self.tokenizer.convert_ids_to_tokens(token)  # None for an id beyond the vocabulary
+        return piece is not None and _BYTE_PIECE.fullmatch(piece) is not None
 
     def _show(self, text: str) -> None:
         if len(text) > self.print_len:

@@ -1,5 +1,6 @@
 """Milestones: complete plain Llama folders that a run leaves behind and never removes."""
 
+import itertools
 import os
 import shutil
 from collections.abc import Sequence
@@ -32,9 +33,11 @@ def milestone_names(steps: Sequence[int], tokens_per_step: int) -> dict[int, str
         tokens = step * tokens_per_step
         return f"{tokens / 1e9:.{decimals}f}B" if tokens >= 1e9 else f"{tokens / 1e6:.{decimals}f}M"
 
-    decimals = 0
-    while len(labels := {tokens_name(step, decimals) for step in steps}) < len(steps) or "0M" in labels:
-        decimals += 1
+    def is_ambiguous(decimals: int) -> bool:
+        names = {tokens_name(step, decimals) for step in steps}
+        return len(names) < len(steps) or any(float(name[:-1]) == 0 for name in names)
+
+    decimals = next(n for n in itertools.count() if not is_ambiguous(n))
     step_names = {step: f"{step / 1000:.0f}k" if step >= 10_000 else str(step) for step in steps}
     return {step: f"step-{step_names[step]}-token-{tokens_name(step, decimals)}" for step in steps}
 

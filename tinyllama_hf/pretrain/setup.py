@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedTokenizerFast
 
 from ..configuration_tinyllama import TinyLlamaConfig
@@ -80,7 +81,7 @@ def model_config(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> 
         built = TinyLlamaConfig.preset(config.model.preset, **fields)
     except InputError:
         raise
-    except (ValueError, TypeError) as error:
+    except (StrictDataclassError, ValueError, TypeError) as error:
         raise InputError(f"model.overrides: {' '.join(str(error).split())}") from error
     if config.data.sequence_length > built.max_position_embeddings:
         raise InputError(
