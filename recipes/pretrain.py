@@ -29,7 +29,9 @@ def main() -> int:
     from tinyllama_hf.errors import InputError
     from tinyllama_hf.pretrain.config import load_config
     from tinyllama_hf.pretrain.loop import NonFiniteError, pretrain
+    from tinyllama_hf.progress import quiet_library_bars
 
+    quiet_library_bars()
     try:
         config = load_config(arguments.recipe, arguments.overrides)
         pretrain(config, arguments.overwrite, arguments.dry_run)

@@ -27,7 +27,9 @@ def evaluate(
     """
     from tinyllama_hf import provenance
     from tinyllama_hf.evaluation.ladder import score
+    from tinyllama_hf.progress import quiet_library_bars
 
+    quiet_library_bars()
     scores = score(models, data or (), baselines, device)
     print(f"{'bits per byte':>13}  {'tokens':>12}  model")
     for row in [*scores["baselines"], *scores["models"]]:
@@ -54,6 +56,8 @@ def report(
 
     Example: tinyllama-hf report runs/demo/pretrain --output runs/demo/report --prompt "def main():"
     """
+    from tinyllama_hf.progress import quiet_library_bars
     from tinyllama_hf.report.page import write_report
 
+    quiet_library_bars()
     print(f"wrote {write_report(run, output, prompt or (), stages)}")

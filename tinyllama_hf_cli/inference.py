@@ -41,7 +41,9 @@ def generate(
     """
     from tinyllama_hf.inference.generation import ExactTextStreamer, generate_text
     from tinyllama_hf.inference.load import load
+    from tinyllama_hf.progress import quiet_library_bars
 
+    quiet_library_bars()
     loaded, tokenizer = load(model, device=device)
     streamer = ExactTextStreamer(tokenizer)
     generate_text(loaded, tokenizer, prompt, max_new_tokens, temperature, top_p, seed, streamer)

@@ -8,6 +8,10 @@
 set -eu
 
 HERE=$(dirname "$0")
+case $HERE in  # the folder above, in its shortest form
+    */*) RECIPES=${HERE%/*} ;;
+    *) RECIPES=$HERE/.. ;;
+esac
 RUN=${1:-runs/demo}
 mkdir -p "$RUN/.done"
 
@@ -44,7 +48,7 @@ stage prose tinyllama-hf prepare embedded:prose --tokenizer "$RUN/tokenizer" --o
 stage code tinyllama-hf prepare embedded:code --tokenizer "$RUN/tokenizer" --output "$RUN/data/code" \
     --validation-fraction 0.01 --sample-fraction 0.047
 
-stage pretrain accelerate launch --quiet --config_file "$HERE/../accelerate/cpu.yaml" "$HERE/../pretrain.py" \
+stage pretrain accelerate launch --quiet --config_file "$RECIPES/accelerate/cpu.yaml" "$RECIPES/pretrain.py" \
     "$HERE/pretrain.yaml" "output_dir=$RUN/pretrain" "data.tokenizer=$RUN/tokenizer" \
     "data.sources=[{path: $RUN/data/prose, weight: 0.7}, {path: $RUN/data/code, weight: 0.3}]" --overwrite
 
@@ -69,6 +73,6 @@ Look at
 
 Try next
   tinyllama-hf generate $LAST "class Queue:"
-  accelerate launch $HERE/../pretrain.py $HERE/pretrain.yaml training.total_tokens=4_000_000 output_dir=$RUN/longer --dry-run
+  accelerate launch $RECIPES/pretrain.py $HERE/pretrain.yaml training.total_tokens=4_000_000 output_dir=$RUN/longer --dry-run
   tinyllama-hf recipes copy my-recipes      and change them
 END

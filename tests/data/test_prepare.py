@@ -15,6 +15,7 @@ from tinyllama_hf import load_tokenizer
 from tinyllama_hf.data.pipeline import split_of
 from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.data.shards import TokenDataset, read_metadata
+from tinyllama_hf.data.sources import zstd_library
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.tokenization_tinyllama import encode_text, tokenizer_fingerprint
 
@@ -86,9 +87,7 @@ def test_every_form_of_source(documents, tokenizer_folder, tmp_path, form):
         with gzip.open(folder / "a.jsonl.gz", "wt") as file:
             file.write("".join(lines))
     elif form == "jsonl.zst":
-        import zstandard
-
-        (folder / "a.jsonl.zst").write_bytes(zstandard.compress("".join(lines).encode()))
+        (folder / "a.jsonl.zst").write_bytes(zstd_library().compress("".join(lines).encode()))
     elif form == "two files":
         (folder / "a.jsonl").write_text("".join(lines[:5]))
         (folder / "b.jsonl").write_text("".join(lines[5:]))
@@ -204,14 +203,17 @@ class TestRefusals:
             (["embedded:poetry"], {}, "embedded:prose, embedded:code"),
             (["a.csv"], {}, "of no known kind"),
             (["a.jsonl"], {"text_column": "body"}, "'body', but: text"),
-            (["broken.jsonl"], {}, "first line is no JSON"),
-            (["empty.jsonl"], {}, "is empty"),
+            (["broken.jsonl"], {}, "row 1: no JSON"),
+            (["empty.jsonl"], {}, "holds no row"),
+            (["late.jsonl"], {"validation_fraction": 0.0}, "row 2: no JSON"),
+            (["cut.jsonl.gz"], {"validation_fraction": 0.0}, "damaged after row [0-9]+ .*end-of-stream"),
+            (["cut.jsonl.zst"], {"validation_fraction": 0.0}, "damaged after row [0-9]+ .*end-of-stream"),
             (["a.jsonl", "b.txt"], {}, "mixed"),
             (["a.jsonl"], {"separator": "bot"}, "did you mean 'both'"),
             (["a.jsonl"], {"validation_fraction": 1.0}, "below 1"),
             (["a.jsonl"], {"sample_fraction": 0.0}, "above 0"),
             (["latin.txt"], {"validation_fraction": 0.0}, "not UTF-8"),
-            (["second.jsonl"], {"validation_fraction": 0.0}, "row 1: no text"),
+            (["second.jsonl"], {"validation_fraction": 0.0}, "row 2: no text under 'text', but: other"),
             (["a.jsonl"], {"sample_fraction": 1e-9, "validation_fraction": 0.0}, "no text to train on"),
         ],
     )
@@ -221,9 +223,13 @@ class TestRefusals:
         (tmp_path / "a.jsonl").write_text('{"text": "some text"}\n')
         (tmp_path / "second.jsonl").write_text('{"text": "some text"}\n{"other": 1}\n')
         (tmp_path / "broken.jsonl").write_text("{\n")
+        (tmp_path / "late.jsonl").write_text('{"text": "some text"}\n{\n{"text": "more"}\n')
+        rows = "".join(f'{{"text": "{i * i}"}}\n' for i in range(20_000)).encode()
+        (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(rows)[:-1000])
+        (tmp_path / "cut.jsonl.zst").write_bytes(zstd_library().compress(rows)[:-1000])
         (tmp_path / "empty.jsonl").write_text("")
         (tmp_path / "b.txt").write_text("text")
         (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
         with pytest.raises(InputError, match=message):
             run(sources, tokenizer_folder, tmp_path / "out", **options)
-        assert not (tmp_path / "out" / "dataset.json").exists()
+        assert not (tmp_path / "out").exists()

@@ -9,7 +9,6 @@ from typing import Any
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.tokens.tokenizer import TokenizedFile
 from datatrove.pipeline.writers import JsonlWriter
 from datatrove.utils.batching import batched
@@ -18,9 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer
 
 from .. import provenance
-from ..errors import InputError
-from . import embedded
-from .sources import Source, read_text
+from .sources import Source, read_documents
 
 
 _BATCH_DOCUMENTS = 256
@@ -30,7 +27,7 @@ def run_pipeline(source: Source, output: Path, record: dict[str, Any], workers: 
     """Runs the tasks that are not complete yet; each leaves its shards and a file of counts."""
     work = output / "work"
     executor = _QuietExecutor(
-        pipeline=[_reader(source, work), SplitTokenizer(output, record)],
+        pipeline=[SourceReader(source), SplitTokenizer(output, record)],
         tasks=source.num_tasks,
         workers=min(workers, source.num_tasks),
         logging_dir=str(work / "logs"),
@@ -69,50 +66,18 @@ class _QuietExecutor(LocalPipelineExecutor):
             logger.remove()  # ends of tasks would be logged to the terminal again
 
 
-def _reader(source: Source, work: Path) -> PipelineStep:
-    if source.kind == "embedded":
-        return EmbeddedReader(source.files)
-    if source.kind == "text":
-        return TextReader(source.files)
-    paths = work / "files.txt"
-    paths.write_text("\n".join(file.lstrip("/") for file in source.files) + "\n", encoding="utf-8")
-    return JsonlReader("/", paths_file=str(paths), text_key=source.text_column, adapter=_text_only)
+class SourceReader(PipelineStep):
+    """Reads the documents of a task. datatrove's own readers skip rows that they cannot parse, with a line in a log."""
 
+    name, type = "Documents", "READER"
 
-def _text_only(self: JsonlReader, data: dict, path: str, id_in_file: int | str) -> dict:
-    if not isinstance(data.get(self.text_key), str):
-        raise InputError(f"/{path}, row {id_in_file}: no text under {self.text_key!r}; see --text-column")
-    return {"text": data[self.text_key], "id": f"{path}/{id_in_file}"}
-
-
-class EmbeddedReader(PipelineStep):
-    """Reads parts of the embedded corpus; a task takes every n-th document."""
-
-    name, type = "Embedded corpus", "READER"
-
-    def __init__(self, kinds: tuple[str, ...]):
+    def __init__(self, source: Source):
         super().__init__()
-        self.kinds = kinds
+        self.source = source
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        documents = ((kind, document) for kind in self.kinds for document in embedded.documents(kind))
-        for i, (kind, document) in enumerate(documents):
-            if i % world_size == rank:
-                yield Document(text=document.text, id=f"{kind}/{document.name}")
-
-
-class TextReader(PipelineStep):
-    """Reads text files, each one document; a task takes every n-th file."""
-
-    name, type = "Text files", "READER"
-
-    def __init__(self, files: tuple[str, ...]):
-        super().__init__()
-        self.files = files
-
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        for file in self.files[rank::world_size]:
-            yield Document(text=read_text(file), id=file)
+        for document in read_documents(self.source, rank, world_size):
+            yield Document(text=document.text, id=document.name)
 
 
 class SplitTokenizer(PipelineStep):

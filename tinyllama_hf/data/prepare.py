@@ -82,13 +82,12 @@ def prepare(
     provenance.write_json(work / "request.json", request.record)
     # Saved anew each time: exact, and small next to the data.
     request.tokenizer.save_pretrained(request.output / "tokenizer")
-    run_pipeline(request.source, request.output, request.record, workers or os.cpu_count() or 1, progress)
-    metadata = _describe(request)
-    if metadata["splits"]["train"]["tokens"] == 0:
-        raise InputError(
-            f"{', '.join(sources)}: no text to train on (column {text_column!r}, {validation_fraction} held out, "
-            f"{sample_fraction} of the rest kept)"
-        )
+    try:
+        run_pipeline(request.source, request.output, request.record, workers or os.cpu_count() or 1, progress)
+        metadata = _describe(request)
+    except InputError:
+        shutil.rmtree(request.output)  # what a bad source left could never be finished: mended, it is another source
+        raise
     provenance.write_json(request.output / METADATA_FILE, metadata)
     shutil.rmtree(work)
     return PreparedData(metadata, False)
@@ -163,6 +162,11 @@ def _describe(request: Plan) -> dict[str, Any]:
             shards.append({"file": name, "sha256": digest, **counts[split]})
         totals = {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "bytes")}
         splits[split] = {**totals, "shards": shards}
+    if splits["train"]["tokens"] == 0:
+        raise InputError(
+            f"{', '.join(request.source.files)}: no text to train on; of all documents, "
+            f"{request.record['validation_fraction']} are held out and {request.record['sample_fraction']} of the rest kept"
+        )
     tokenizer = request.tokenizer
     return {
         "format_version": FORMAT_VERSION,

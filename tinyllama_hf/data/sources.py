@@ -2,8 +2,10 @@
 
 import gzip
 import hashlib
+import itertools
 import json
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +17,13 @@ from . import embedded
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 TEXT = (".txt", ".md", ".rst", ".py")
 _EMBEDDED_TASKS = 2  # each task walks the whole standard library to find its share
+
+
+class SourceDocument(NamedTuple):
+    """A document and where it stands, for messages."""
+
+    name: str
+    text: str
 
 
 class Source(NamedTuple):
@@ -47,36 +56,65 @@ def open_sources(sources: Sequence[str], text_column: str = "text") -> Source:
         raise InputError(f"{', '.join(sources)}: JSON lines and text files mixed; prepare them as two data sets")
     kind = kinds.pop()
     if kind == "json lines":
-        for file in files:
-            _check_first_row(file, text_column)
+        for file in files:  # a wrong column or format is found now, not after hours
+            if next(_read_json_lines(file, text_column), None) is None:
+                raise InputError(f"{file}: holds no row; remove it, or fetch it again")
     record = {"kind": kind, "files": [{"name": file.name, "sha256": _sha256(file)} for file in files]}
     return Source(kind, tuple(str(file.resolve()) for file in files), text_column, record, len(files))
 
 
-def read_texts(source: Source) -> Iterator[str]:
-    """Yields the text of every document, in order, without a pipeline: for training and checking tokenizers."""
-    for file in source.files:
-        if source.kind == "embedded":
-            yield from (document.text for document in embedded.documents(file))
-        elif source.kind == "text":
-            yield read_text(file)
-        else:
-            with _open_lines(Path(file)) as lines:
-                for line in lines:
-                    if line.strip():
-                        yield json.loads(line)[source.text_column]
-
-
-def read_text(file: str) -> str:
-    """Reads a text file as UTF-8, line ends as they are.
+def read_documents(source: Source, task: int = 0, num_tasks: int = 1) -> Iterator[SourceDocument]:
+    """Yields the documents of a task, in order: every `num_tasks`-th file, or document of the embedded corpus.
 
     Raises:
-        InputError: if it is not UTF-8.
+        InputError: at a file that is damaged, a row that is no JSON object with a text, and text that is not UTF-8.
     """
+    if source.kind == "embedded":
+        named = ((kind, document) for kind in source.files for document in embedded.documents(kind))
+        for kind, document in itertools.islice(named, task, None, num_tasks):
+            yield SourceDocument(f"{kind}/{document.name}", document.text)
+        return
+    read = _read_text if source.kind == "text" else _read_json_lines
+    for file in source.files[task::num_tasks]:
+        yield from read(Path(file), source.text_column)
+
+
+def read_texts(source: Source) -> Iterator[str]:
+    """Yields the text of every document, in order: for training and checking tokenizers."""
+    return (document.text for document in read_documents(source))
+
+
+def _read_text(file: Path, text_column: str) -> Iterator[SourceDocument]:
     try:
-        return Path(file).read_bytes().decode("utf-8")
+        # Bytes, so that line ends stay as they are.
+        yield SourceDocument(str(file), file.read_bytes().decode("utf-8"))
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 ({error.reason} at byte {error.start}); convert it first") from error
+
+
+def _read_json_lines(file: Path, text_column: str) -> Iterator[SourceDocument]:
+    number = 0
+    damage = (UnicodeDecodeError, OSError, EOFError, zlib.error)
+    if file.suffix == ".zst":
+        damage += (zstd_library().ZstdError,)
+    try:
+        with _open_lines(file) as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield SourceDocument(
+                        f"{file}/{number}", _text_of(json.loads(line), f"{file}, row {number}", text_column)
+                    )
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file}, row {number}: no JSON ({error}); repair or remove it") from error
+    except damage as error:
+        raise InputError(f"{file}: damaged after row {number} ({error}); fetch it again") from error
+
+
+def _text_of(row: Any, where: str, text_column: str) -> str:
+    if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
+        columns = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
+        raise InputError(f"{where}: no text under {text_column!r}, but: {columns}; see --text-column")
+    return row[text_column]
 
 
 def _embedded(sources: Sequence[str], text_column: str) -> Source:
@@ -110,23 +148,17 @@ def _open_lines(file: Path):
     if file.suffix == ".gz":
         return gzip.open(file, "rt", encoding="utf-8")
     if file.suffix == ".zst":
-        import fsspec
-
-        return fsspec.open(str(file), "rt", compression="zstd", encoding="utf-8").open()
+        return zstd_library().open(file, "rt", encoding="utf-8")
     return file.open(encoding="utf-8")
 
 
-def _check_first_row(file: Path, text_column: str) -> None:
+def zstd_library():
+    """Python 3.14's module or its backport. The package zstandard (0.25) reads a truncated file without a word."""
     try:
-        with _open_lines(file) as lines:
-            row = json.loads(next(iter(lines), "null"))
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError, EOFError) as error:
-        raise InputError(f"{file}: its first line is no JSON: {error}") from error
-    if row is None:
-        raise InputError(f"{file}: is empty")
-    if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
-        columns = ", ".join(sorted(row)) if isinstance(row, dict) else "no columns"
-        raise InputError(f"{file}: its first row has no text under {text_column!r}, but: {columns}; see --text-column")
+        from compression import zstd
+    except ImportError:
+        from backports import zstd
+    return zstd
 
 
 def _sha256(file: Path) -> str:

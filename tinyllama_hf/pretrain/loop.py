@@ -89,7 +89,8 @@ class _Trainer:
     def train(self) -> None:
         """Runs all steps."""
         config, run = self.config, self.run
-        with Metrics(run.output, config.training.total_tokens, self.accelerator.is_main_process) as metrics:
+        total_tokens = config.num_steps * config.training.tokens_per_step
+        with Metrics(run.output, total_tokens, self.accelerator.is_main_process) as metrics:
             self.metrics = metrics
             self.clock, self.clock_tokens, self.paused = time.perf_counter(), 0, 0.0
             next_validation = config.validation.every_tokens

@@ -16,7 +16,7 @@ class Metrics:
 
     Args:
         run (`Path`): folder of the run.
-        total_tokens (`int`): of the run.
+        total_tokens (`int`): of all steps together.
         enabled (`bool`): whether this is the process that reports.
     """
 
