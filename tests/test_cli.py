@@ -1,0 +1,220 @@
+"""The commands: help without torch, examples that are real, and bad input that ends in one message and exit status 2."""
+
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+import yaml
+
+import tinyllama_hf_cli
+from tests.conftest import ROOT
+
+
+def commands(group=None, path: tuple[str, ...] = ()):
+    """(words, click command) of every command."""
+    group = group or typer.main.get_command(tinyllama_hf_cli.app)
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+COMMANDS = dict(commands())
+
+
+class TestHelp:
+    def test_without_torch_in_about_a_second(self, tmp_path):
+        """Whether torch was imported is asserted; the time is measured in benchmarks/start_up.py."""
+        code = (
+            "import sys; sys.argv = ['tinyllama-hf', '--help']\n"
+            "from tinyllama_hf_cli import main\n"
+            "try: main()\n"
+            "finally: print([m for m in ('torch', 'transformers', 'numpy', 'tinyllama_hf') if m in sys.modules])"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.endswith("[]\n")
+        for words in COMMANDS:
+            assert words[0] in done.stdout
+
+    @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+    def test_every_command_has_an_example_that_parses(self, words):
+        """The example's options exist and its required arguments are there."""
+        example = re.search(r"Example: tinyllama-hf (.+)", COMMANDS[words].help or "")
+        assert example, f"{words} shows no example"
+        import shlex
+
+        given = shlex.split(example[1])
+        assert tuple(given[: len(words)]) == words
+        COMMANDS[words].make_context(" ".join(words), given[len(words) :])
+
+    @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+    def test_every_option_is_explained(self, words):
+        assert all(getattr(parameter, "help", None) for parameter in COMMANDS[words].params)
+
+    def test_the_installed_command(self, run_command, tmp_path):
+        done = run_command("tinyllama-hf", "generate", "--help", cwd=tmp_path)
+        assert done.returncode == 0 and "--temperature" in done.stdout and "Example:" in done.stdout
+
+    def test_a_misspelt_command(self, run_command, tmp_path):
+        done = run_command("tinyllama-hf", "generat", cwd=tmp_path)
+        assert done.returncode == 2 and "Did you mean 'generate'" in done.stderr
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Runs a command in this process, in an empty folder; returns (exit status, standard error)."""
+
+    def run(*words: str) -> tuple[int, str]:
+        if words[0] == "pretrain.py":
+            main = runpy.run_path(str(ROOT / "recipes" / "pretrain.py"))["main"]
+        else:
+            main = tinyllama_hf_cli.main
+        monkeypatch.setattr(sys, "argv", [words[0], *map(str, words[1:])])
+        monkeypatch.chdir(tmp_path)
+        capsys.readouterr()
+        try:
+            status = main() or 0
+        except SystemExit as stop:
+            status = stop.code or 0
+        return status, capsys.readouterr().err
+
+    return run
+
+
+def tree(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))
+
+
+@pytest.fixture
+def things(tmp_path, prepared, tokenizer_folder, corpus, recipe, documents):
+    """What the bad commands below name in braces."""
+    from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
+    from tinyllama_hf.data.tokenizer import train_tokenizer
+
+    model = TinyLlamaForCausalLM(TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=64))
+    model.save_pretrained(tmp_path / "model")
+    load_tokenizer(tokenizer_folder).save_pretrained(tmp_path / "model")
+    train_tokenizer(documents, 400, tmp_path / "other-tokenizer")
+    values = yaml.safe_load(recipe.read_text())
+    values["data"]["sequence_lenght"] = values["data"].pop("sequence_length")
+    values["trainning"] = values.pop("training")
+    (tmp_path / "misspelt.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "small.jsonl").write_text(json.dumps({"text": "a few words"}) + "\n")
+    (tmp_path / "empty").mkdir()
+    return {"prepared": prepared, "tokenizer": tokenizer_folder, "corpus": corpus, "recipe": recipe}
+
+
+BAD = {
+    "missing model": ("generate nowhere", "model 'nowhere': no such folder, and no released model"),
+    "almost a released name": ("generate step-50k-105", "did you mean 'step-50k-105b'?"),
+    "released name without a Hub": ("generate step-50k-105b", "cannot be fetched from the Hub"),
+    "folder without a model": ("generate empty", "holds no config.json"),
+    "no GPU": ("generate model --device cuda", "has no GPU that torch can use; use cpu or auto"),
+    "no device": ("generate model --device gpu", "--device 'gpu': no device; use auto, cpu, cuda"),
+    "too many tokens": ("generate model --max-new-tokens 64", "longer than the model's context of 64"),
+    "temperature": ("generate model --temperature -1", "--temperature -1.0: must be 0"),
+    "missing source": ("prepare nowhere --tokenizer {tokenizer} --output out", "source nowhere: no such file or folder"),
+    "missing tokenizer": ("prepare {corpus} --tokenizer nowhere --output out", "model 'nowhere': no such folder"),
+    "folder without a tokenizer": ("prepare {corpus} --tokenizer empty --output out", "holds neither tokenizer.model nor"),
+    "separator": ("prepare {corpus} --tokenizer {tokenizer} --output out --separator bath", "did you mean 'both'?"),
+    "prepared with another tokenizer": (
+        "prepare {corpus} --tokenizer other-tokenizer --output {prepared} --validation-fraction 0.1",
+        "holds data prepared from another request (different: tokenizer)",
+    ),
+    "nothing to train on": (
+        "prepare small.jsonl --tokenizer {tokenizer} --output out --sample-fraction 1e-9", "no text to train on"),
+    "tokenizer exists": ("tokenizer train {corpus} --output model", "--output model: exists already"),
+    "vocabulary too small": ("tokenizer train {corpus} --output out --vocab-size 100", "must be above 259"),
+    "nothing to compare with": ("tokenizer verify empty", "no SentencePiece model to compare with"),
+    "no data to score on": ("eval model", "--data: needed to score model folders"),
+    "no such data": ("eval model --data nowhere", "nowhere does not exist; make it with `tinyllama-hf prepare"),
+    "baselines of a folder": ("eval model --baselines", "--baselines: needs one run"),
+    "no run": ("report empty --output out", "holds no metrics.jsonl"),
+    "copy over something": ("recipes copy empty", "empty: exists already"),
+    "missing recipe": ("pretrain.py nowhere.yaml", "recipe nowhere.yaml does not exist"),
+    "unknown keys": ("pretrain.py misspelt.yaml", "data.sequence_lenght: unknown key; did you mean 'sequence_length'?"),
+    "other tokenizer than the data's": (
+        "pretrain.py {recipe} data.tokenizer=other-tokenizer", "was prepared with a tokenizer of fingerprint"),
+    "less than a block": (
+        "pretrain.py {recipe} data.sequence_length=65536 training.tokens_per_step=65536 training.total_tokens=65536",
+        "less than one block of 65536 + 1"),
+    "longer than the context": (
+        "pretrain.py {recipe} model.overrides.max_position_embeddings=16",
+        "data.sequence_length: 32 is longer than the model's context"),
+    "GPU-only attention": (
+        "pretrain.py {recipe} training.attention=flash_attention_2", "flash_attention_2 needs a GPU, and there is none"),
+    "missing data": ("pretrain.py {recipe} data.sources=[{{path:\xa0nowhere,weight:\xa01}}]", "nowhere does not exist"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "message"), BAD.values(), ids=BAD)
+def test_bad_input(call, things, tmp_path, command, message):
+    """One message that names the thing, status 2, no traceback, and nothing written."""
+    import torch
+
+    if torch.cuda.is_available() and ("GPU" in message):
+        pytest.skip("this machine has a GPU")
+    before = tree(tmp_path) | tree(things["prepared"])
+    words = [word.format(**things).replace("\xa0", " ") for word in command.split(" ")]
+    status, error = call(*(words if words[0] == "pretrain.py" else ["tinyllama-hf", *words]))
+    assert status == 2, error
+    assert message in error
+    assert error.startswith("error: ") and error.count("error: ") == 1 and "Traceback" not in error
+    assert tree(tmp_path) | tree(things["prepared"]) == before
+
+
+def test_all_problems_of_a_recipe_at_once(call, things):
+    status, error = call("pretrain.py", "misspelt.yaml")
+    assert status == 2
+    for line in ("4 problems", "data.sequence_length: is required", "trainning: unknown key; did you mean 'training'?",
+                 "training: is required"):  # fmt: skip
+        assert line in error
+
+
+def test_bad_input_through_accelerate_launch(recipe, run_command, tmp_path):
+    """accelerate replaces the exit status by 1; the message is the only thing printed with --quiet."""
+    done = run_command(
+        "accelerate", "launch", "--quiet", "--config_file", ROOT / "recipes" / "accelerate" / "cpu.yaml",
+        ROOT / "recipes" / "pretrain.py", recipe, "training.sed=1", cwd=tmp_path, env={"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "training.sed: unknown key; did you mean 'seed'?" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bug_is_not_bad_input(monkeypatch, call):
+    """Only InputError is turned into a message; anything else keeps its traceback."""
+    monkeypatch.setattr(sys.modules["tinyllama_hf.released"], "released", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call("tinyllama-hf", "list")
+
+
+def test_prepare_dry_run_writes_nothing(call, things, tmp_path, capsys):
+    before = tree(tmp_path)
+    status, _ = call(
+        "tinyllama-hf", "prepare", things["corpus"], "--tokenizer", things["tokenizer"], "--output", "out", "--dry-run"
+    )
+    assert status == 0 and tree(tmp_path) == before
+
+
+def test_recipes_copy_and_list(call, tmp_path, monkeypatch):
+    status, error = call("tinyllama-hf", "recipes", "copy", "mine")
+    assert status == 0, error
+    copied = {p.relative_to(tmp_path / "mine").as_posix() for p in (tmp_path / "mine").rglob("*") if p.is_file()}
+    assert copied >= {
+        "pretrain.py",
+        "pretrain/micro.yaml",
+        "demo/demo.sh",
+        "accelerate/cpu.yaml",
+        "eval/bits_per_byte.py",
+    }
+    assert os.access(tmp_path / "mine" / "pretrain.py", os.R_OK)
