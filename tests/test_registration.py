@@ -3,9 +3,11 @@
 import subprocess
 import sys
 
+import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import tinyllama_hf
+from tinyllama_hf.errors import InputError
 
 
 OPTIONAL = ("trl", "peft", "bitsandbytes", "lm_eval", "datatrove", "datasets", "matplotlib", "gguf")
@@ -38,6 +40,10 @@ def test_auto_classes(tmp_path, tokenizer_folder):
     (tmp_path / "tokenizer.model").write_bytes((tokenizer_folder / "tokenizer.model").read_bytes())
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert type(tokenizer) is tinyllama_hf.TinyLlamaTokenizer
+    assert tokenizer.padding_side == "right"
+    assert AutoTokenizer.from_pretrained(tmp_path, padding_side="left").padding_side == "left"
+    with pytest.raises(InputError, match="'subfolder' is no setting"):
+        tinyllama_hf.TinyLlamaTokenizer.from_pretrained(tmp_path, subfolder="x")
 
 
 def test_import_is_lean():

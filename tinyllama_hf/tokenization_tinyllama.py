@@ -18,13 +18,17 @@ import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .errors import InputError
+from .errors import InputError, did_you_mean
 
 
 DUMMY_PREFIX = "\u2581"  # stands for a space inside pieces
+# What is fetched from the Hub where only the tokenizer is wanted.
+TOKENIZER_FILES = ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json")
 # What a released Llama folder says of its tokenizer besides the vocabulary; anything else in there is library state.
 _CARRIED_SETTINGS = ("add_bos_token", "add_eos_token", "model_max_length", "padding_side", "truncation_side", "bos_token",
                      "eos_token", "unk_token", "pad_token")  # fmt: skip
+# What AutoTokenizer may hand on and is of no consequence here.
+_AUTO_ARGUMENTS = ("config", "use_fast", "trust_remote_code")
 # Where implementations of this tokenizer differ from each other: spaces in runs and at the ends, bytes, control text.
 _PROBES = (
     "", " ", "  ", "   a", "a   ", "\n", " \n\n \t\t", "    def f(x):\n        return x\n", "Hello  world   !", "3.14 1000000",
@@ -42,9 +46,30 @@ class TinyLlamaTokenizer(PreTrainedTokenizerFast):
     sentencepiece_model: bytes | None = None
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *inputs: Any, **kwargs: Any):
-        """Loads through [`load_tokenizer`], so that `AutoTokenizer` gives the exact pipeline for TinyLlama folders."""
-        return load_tokenizer(pretrained_model_name_or_path)
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, revision: str | None = None, **kwargs: Any
+    ):
+        """Loads through [`load_tokenizer`], so that `AutoTokenizer` gives the exact pipeline for TinyLlama folders.
+
+        Args:
+            revision (`str`, *optional*): of a Hub repository.
+            **kwargs: settings of the tokenizer, such as `padding_side` or `model_max_length`.
+
+        Raises:
+            InputError: for an argument that would have no effect here.
+        """
+        name = str(pretrained_model_name_or_path)
+        settings = {
+            key: value for key, value in kwargs.items() if not key.startswith("_") and key not in _AUTO_ARGUMENTS
+        }
+        if unknown := sorted(set(settings) - set(_CARRIED_SETTINGS)):
+            raise InputError(
+                f"{name}: {unknown[0]!r} is no setting of this tokenizer{did_you_mean(unknown[0], _CARRIED_SETTINGS)}"
+            )
+        tokenizer = load_tokenizer(name if revision is None or Path(name).exists() else f"{name}@{revision}")
+        for key, value in settings.items():
+            setattr(tokenizer, key, value)
+        return tokenizer
 
     def _save_pretrained(self, save_directory, file_names, legacy_format=None, filename_prefix=None):
         saved = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
@@ -77,7 +102,7 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
     if not path.exists():
         from .released import local_folder
 
-        path = local_folder(str(path), only=("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json"))
+        path = local_folder(str(path), TOKENIZER_FILES)
     if path.is_file() and path.suffix == ".gguf":
         return _from_gguf(path)
     folder = path if path.is_dir() else path.parent

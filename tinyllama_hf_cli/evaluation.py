@@ -56,8 +56,12 @@ def report(
 
     Example: tinyllama-hf report runs/demo/pretrain --output runs/demo/report --prompt "def main():"
     """
+    from rich.console import Console
+
     from tinyllama_hf.progress import quiet_library_bars
     from tinyllama_hf.report.page import write_report
 
     quiet_library_bars()
-    print(f"wrote {write_report(run, output, prompt or (), stages)}")
+    with Console().status("Drawing, and continuing the prompts"):
+        page = write_report(run, output, prompt or (), stages)
+    print(f"wrote {page}")

@@ -23,11 +23,14 @@ def train(
 
     Example: tinyllama-hf tokenizer train embedded:prose embedded:code --vocab-size 2048 --output my-tokenizer
     """
+    from rich.console import Console
+
     from tinyllama_hf.data.sources import open_sources, read_texts
     from tinyllama_hf.data.tokenizer import train_tokenizer
 
     texts = read_texts(open_sources(sources, text_column))
-    trained = train_tokenizer(texts, vocab_size, output, overwrite)
+    with Console().status("Reading the texts and training"):
+        trained = train_tokenizer(texts, vocab_size, output, overwrite)
     print(f"wrote {output}: {len(trained):,} ids")
 
 
@@ -50,13 +53,17 @@ def verify(
     """
     import itertools
 
+    from rich.console import Console
+    from rich.progress import track
+
     from tinyllama_hf.data.sources import open_sources, read_texts
     from tinyllama_hf.data.tokenizer import verify_tokenizer
     from tinyllama_hf.errors import InputError
-    from tinyllama_hf.tokenization_tinyllama import load_tokenizer
+    from tinyllama_hf.released import local_folder
+    from tinyllama_hf.tokenization_tinyllama import TOKENIZER_FILES, load_tokenizer
 
     sources = [open_sources([source], text_column) for source in text or ["embedded:prose", "embedded:code"]]
-    path = Path(folder)
+    path = local_folder(folder, TOKENIZER_FILES)
     reference = against or (path if path.suffix == ".model" else path / "tokenizer.model")
     if not reference.is_file():
         raise InputError(
@@ -65,10 +72,12 @@ def verify(
     if stock:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     else:
-        tokenizer = load_tokenizer(folder)
-    result = verify_tokenizer(tokenizer, reference, itertools.chain.from_iterable(map(read_texts, sources)))
+        tokenizer = load_tokenizer(path)
+    texts = itertools.chain.from_iterable(map(read_texts, sources))
+    texts = track(texts, "Comparing", transient=True, disable=not Console().is_terminal)
+    result = verify_tokenizer(tokenizer, reference, texts)
     counted = f"{result.texts:,} texts, {result.characters:,} characters, {result.tokens:,} tokens"
     if result.difference is None:
         print(f"equal: {counted}; every text came back from its tokens")

@@ -71,7 +71,7 @@ Look at
                              a plain Llama folder: AutoModelForCausalLM.from_pretrained loads it, without this package
   $RUN/pretrain/metrics.jsonl, training.yaml
 
-Try next
+Try next (with the environment of the demo: . .venv/bin/activate)
   tinyllama-hf generate $LAST "class Queue:"
   accelerate launch $RECIPES/pretrain.py $HERE/pretrain.yaml training.total_tokens=4_000_000 output_dir=$RUN/longer --dry-run
   tinyllama-hf recipes copy my-recipes      and change them

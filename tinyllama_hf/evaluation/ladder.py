@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress, TextColumn
+from rich.progress import Progress, TextColumn, track
 from transformers import AutoTokenizer
 
 from .. import provenance
@@ -99,7 +99,8 @@ def _baselines(run: Path, held_out: Sequence[HeldOut]) -> list[dict[str, Any]]:
     )
     documents = {h.name: [_tokens(tokenizer, text) for text in h.texts] for h in held_out}
     scores = []
-    for folder in list_milestones(run):
+    milestones = list_milestones(run)
+    for folder in track(milestones, "Fitting counting models", transient=True, disable=not Console().is_terminal):
         record = read_record(folder)
         blocks = sorted(set(mixture.blocks(0, record["step"] * config.sequences_per_step)))
         text = mixture.tokens(blocks)[:, :-1].reshape(-1)  # neighbouring blocks join without a seam
