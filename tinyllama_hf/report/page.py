@@ -123,9 +123,9 @@ def _samples(milestones: Sequence[tuple[Path, dict]], prompts: Sequence[str]) ->
     for folder, _ in milestones:
         model, tokenizer = load(folder)
         for prompt in prompts:
-            written[prompt].append(
-                (folder.name, generate_text(model, tokenizer, prompt, _SAMPLE_TOKENS, temperature=0))
-            )
+            room = model.config.max_position_embeddings - len(tokenizer(prompt)["input_ids"])
+            text = generate_text(model, tokenizer, prompt, max(min(_SAMPLE_TOKENS, room), 1), temperature=0)
+            written[prompt].append((folder.name, text))
     for prompt, texts in written.items():
         for name, text in texts:
             given, new = html.escape(text[: len(prompt)]), html.escape(text[len(prompt) :])

@@ -1,0 +1,64 @@
+"""The page and pictures of a run: what they say is what the run's files say."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tinyllama_hf.errors import InputError
+from tinyllama_hf.pretrain.config import load_config
+from tinyllama_hf.pretrain.loop import pretrain
+from tinyllama_hf.report.page import write_report
+
+
+@pytest.fixture
+def run(recipe) -> Path:
+    config = load_config(recipe)
+    pretrain(config)
+    return Path(config.output_dir)
+
+
+def score_file(run: Path, tokens: tuple[int, ...]) -> dict:
+    """Scores as `tinyllama-hf eval RUN --baselines` writes them, with figures that can be recognised."""
+    path = "data/a & b"
+    rows = [
+        {"name": f"step-{i}", "tokens": t, "bits_per_byte": 3 - i / 8, "by_source": {path: 3 - i / 8}}
+        for i, t in enumerate(tokens)
+    ]
+    baselines = [
+        {"name": n, "tokens": t, "bits_per_byte": b, "by_source": {path: b}}
+        for t in tokens
+        for n, b in (("unigram", 4.125), ("5-gram", 2.9375))
+    ]
+    return {"data": [{"path": path, "documents": 7}], "models": rows, "baselines": baselines}
+
+
+def test_page_of_a_scored_run(run, tmp_path):
+    scores = score_file(run, (1536, 3072))
+    (run / "scores.json").write_text(json.dumps(scores))
+    stages = tmp_path / "stages.tsv"
+    stages.write_text("first\t12\nsecond\t3\n")
+    page = write_report(run, tmp_path / "report", ["def <b>"], stages).read_text()
+    assert page.count('src="data:image/png;base64,') == 3 and "http" not in page.replace("http-equiv", "")
+    for fact in ("<b>2.875 bits per byte</b>", "a unigram model 4.125", "a 5-gram model 2.938", "7 documents of data/a &amp; b",
+                 "<td>second</td><td class=\"n\">3</td>", "def &lt;b&gt;"):  # fmt: skip
+        assert fact in page, fact
+    assert "def <b>" not in page
+    for name in ("loss", "learning_rate", "trajectory"):
+        with Image.open(tmp_path / "report" / f"{name}.png") as picture:
+            assert picture.size == (1080, 630)
+
+
+def test_page_of_a_run_without_scores(run, tmp_path):
+    page = write_report(run, tmp_path / "report").read_text()
+    assert page.count('src="data:image/png;base64,') == 2 and "Bits per byte" not in page
+    assert "left 2 milestones" in page
+    again = write_report(run, tmp_path / "report").read_text()
+    assert again == page
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(InputError, match=r"holds no metrics\.jsonl"):
+        write_report(tmp_path, tmp_path / "report")
+    assert not (tmp_path / "report").exists()
