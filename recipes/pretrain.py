@@ -2,7 +2,7 @@
 
     accelerate launch recipes/pretrain.py RECIPE.yaml [section.key=value ...] [--overwrite] [--dry-run]
 
-In under a minute on a CPU, from the folder of this file (`tinyllama-hf recipes copy recipes` writes it):
+In about a minute on a CPU, from a folder that holds recipes/ (`tinyllama-hf recipes copy recipes` writes it):
 
     tinyllama-hf tokenizer train embedded:prose --vocab-size 1024 --output runs/micro/tokenizer
     tinyllama-hf prepare embedded:prose --tokenizer runs/micro/tokenizer --output runs/micro/data --validation-fraction 0.05

@@ -4,7 +4,6 @@ Importing this package makes `model_type: tinyllama` known to the Auto classes. 
 that the import itself costs next to nothing.
 """
 
-import functools
 import importlib
 import sys
 from typing import TYPE_CHECKING, Any
@@ -41,25 +40,8 @@ CONFIG_MAPPING._modules["tinyllama"] = sys.modules[__name__]
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULES[name], __name__), name)
-    if name.startswith("TinyLlama"):
-        _register()
-    return value
+    return getattr(importlib.import_module(_MODULES[name], __name__), name)
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-@functools.cache
-def _register() -> None:
-    """Registers the classes, once one of them is imported anyway."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    from .configuration_tinyllama import TinyLlamaConfig
-    from .modeling_tinyllama import TinyLlamaForCausalLM
-    from .tokenization_tinyllama import TinyLlamaTokenizer
-
-    AutoConfig.register(TinyLlamaConfig.model_type, TinyLlamaConfig, exist_ok=True)
-    AutoModelForCausalLM.register(TinyLlamaConfig, TinyLlamaForCausalLM, exist_ok=True)
-    AutoTokenizer.register(TinyLlamaConfig, fast_tokenizer_class=TinyLlamaTokenizer, exist_ok=True)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
 from .errors import InputError, did_you_mean
 
@@ -91,3 +91,8 @@ class _PlainLlamaConfig(LlamaConfig):
         fields["rope_theta"] = self.rope_parameters["rope_theta"]
         fields["architectures"] = ["LlamaForCausalLM"]
         return fields
+
+
+# Whoever has a configuration may hand it to the Auto classes, which then need to know model and tokenizer.
+AutoConfig.register(TinyLlamaConfig.model_type, TinyLlamaConfig, exist_ok=True)
+from . import modeling_tinyllama, tokenization_tinyllama  # noqa: E402, F401

@@ -22,6 +22,8 @@ def linear_cross_entropy_sum(hidden: torch.Tensor, weight: torch.Tensor, labels:
     Returns:
         `torch.Tensor`: a scalar in fp32, natural logarithm.
     """
+    if not torch.is_grad_enabled():  # inside the function the mode is always off, and a parameter would ask for one
+        hidden, weight = hidden.detach(), weight.detach()
     return _ChunkedCrossEntropy.apply(hidden, weight, labels)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, LlamaForCausalLM, LlamaModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -118,6 +118,8 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
         keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
         if labels is None or not self.training or not keeps_all:
             return super().forward(**inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
+        # Nothing reads a cache here: it would keep a copy of all keys and values, and break compilation by layer.
+        inputs["use_cache"] = bool(use_cache)
         num_items = kwargs.pop("num_items_in_batch", None)
         shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(**inputs, **kwargs)
@@ -183,7 +185,9 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
             config = TinyLlamaConfig.from_llama(config)
         return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, as_tinyllama: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, as_tinyllama: bool = False, **kwargs: Any
+    ) -> None:
         """Writes a plain Llama folder that every Llama tool reads; arguments as in transformers.
 
         Args:
@@ -191,10 +195,10 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
                 Auto classes of a process that imported `tinyllama_hf` know.
         """
         if as_tinyllama:
-            return super().save_pretrained(save_directory, **kwargs)
+            return super().save_pretrained(save_directory, *args, **kwargs)
         own, self.config = self.config, self.config.to_llama()
         try:
-            return super().save_pretrained(save_directory, **kwargs)
+            return super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.config = own
 
@@ -227,3 +231,6 @@ def _cache_for_positions(position_ids, attention_mask, past_key_values, use_cach
             "stock attention would then let the documents see each other. Call without it, or unpack the documents"
         )
     return False
+
+
+AutoModelForCausalLM.register(TinyLlamaConfig, TinyLlamaForCausalLM, exist_ok=True)

@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from .errors import InputError
+
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "datatrove", "numpy")
 
@@ -35,10 +37,19 @@ def code_version() -> dict[str, Any]:
     version: dict[str, Any] = {"tinyllama_hf": _version("tinyllama_hf")}
     root = Path(__file__).parents[1]
     if (root / ".git").exists():
-        git = functools.partial(subprocess.run, cwd=root, capture_output=True, text=True, check=False)
-        version["commit"] = git(["git", "rev-parse", "HEAD"]).stdout.strip() or None
-        version["modified"] = bool(git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip())
+        version["commit"] = _git(root, "rev-parse", "HEAD")
+        changes = _git(root, "status", "--porcelain", "--untracked-files=no")
+        version["modified"] = None if changes is None else bool(changes)
     return version
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """What a git command prints, `None` where there is no git or it refuses the folder."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 @functools.cache
@@ -66,8 +77,29 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a text file under a temporary name and renames it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        InputError: if it is not valid JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: damaged, not valid JSON ({error}); fetch or make it again") from error
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's contents."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _version(distribution: str) -> str | None:

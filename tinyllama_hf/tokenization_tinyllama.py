@@ -18,7 +18,9 @@ import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .errors import InputError, did_you_mean
+from .configuration_tinyllama import TinyLlamaConfig
+from .errors import InputError, did_you_mean, require
+from .provenance import read_json
 
 
 DUMMY_PREFIX = "\u2581"  # stands for a space inside pieces
@@ -26,7 +28,7 @@ DUMMY_PREFIX = "\u2581"  # stands for a space inside pieces
 TOKENIZER_FILES = ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json")
 # What a released Llama folder says of its tokenizer besides the vocabulary; anything else in there is library state.
 _CARRIED_SETTINGS = ("add_bos_token", "add_eos_token", "model_max_length", "padding_side", "truncation_side", "bos_token",
-                     "eos_token", "unk_token", "pad_token")  # fmt: skip
+                     "eos_token", "unk_token")  # fmt: skip
 # What AutoTokenizer may hand on and is of no consequence here.
 _AUTO_ARGUMENTS = ("config", "use_fast", "trust_remote_code")
 # Where implementations of this tokenizer differ from each other: spaces in runs and at the ends, bytes, control text.
@@ -159,8 +161,8 @@ def _from_sentencepiece(model_file: Path, folder: Path | None) -> TinyLlamaToken
 
 
 def _from_tokenizer_json(json_file: Path, folder: Path | None) -> PreTrainedTokenizerFast:
-    state = json.loads(json_file.read_text(encoding="utf-8"))
-    model = state["model"]
+    state = read_json(json_file)
+    model = state.get("model", {})
     if model.get("type") != "BPE" or not model.get("byte_fallback") or not _has_dummy_prefix(state):
         return (
             AutoTokenizer.from_pretrained(folder) if folder else PreTrainedTokenizerFast(tokenizer_file=str(json_file))
@@ -183,10 +185,9 @@ def _has_dummy_prefix(state: Mapping[str, Any]) -> bool:
 
 
 def _from_gguf(path: Path) -> PreTrainedTokenizerFast:
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise InputError(f"{path}: reading a GGUF file needs `pip install tinyllama_hf[gguf]`") from error
+    require("gguf", "gguf", f"{path}: reading a GGUF file")
+    from gguf import GGUFReader
+
     try:
         fields = GGUFReader(path).fields
     except ValueError as error:
@@ -196,6 +197,8 @@ def _from_gguf(path: Path) -> PreTrainedTokenizerFast:
         field = fields.get(f"tokenizer.{name}")
         return default if field is None else field.contents()
 
+    if value("ggml.model") is None:
+        raise InputError(f"{path}: holds no tokenizer (no tokenizer.ggml.model); give the model's own tokenizer")
     if value("ggml.model") != "llama":
         return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     if value("ggml.add_space_prefix", True) is False:
@@ -249,12 +252,15 @@ def _pipeline(vocabulary: dict[str, int], merges: list, unknown: str, control: I
 def _wrap(backend: Tokenizer, special: dict, folder: Path | None, settings: dict | None = None) -> TinyLlamaTokenizer:
     """Makes the transformers tokenizer, with what the folder says besides the vocabulary."""
     settings = {"add_bos_token": True, **special, "pad_token": special["unk_token"], **(settings or {})}
-    if folder and (folder / "tokenizer.json").is_file():
-        state = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        _add_tokens(state["added_tokens"], backend, folder / "tokenizer.json")
-        settings.update(_separators(state["post_processor"], settings))
     config_file = folder / "tokenizer_config.json" if folder else None
-    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file and config_file.is_file() else {}
+    config = read_json(config_file) if config_file and config_file.is_file() else {}
+    json_file = folder / "tokenizer.json" if folder else None
+    if folder:
+        _add_tokens(_added_tokens(folder, config), backend, folder)
+    # From 5.0 on, transformers keeps the separators in the template alone. That of its LlamaTokenizer is not Llama's: it
+    # writes one without begin-of-sequence even where nobody asked for it (5.23).
+    if "tokenizer_class" in config and not config["tokenizer_class"].startswith("Llama") and json_file.is_file():
+        settings.update(_separators(read_json(json_file).get("post_processor"), settings))
     for name in _CARRIED_SETTINGS:
         if config.get(name) is not None:
             value = config[name]
@@ -269,22 +275,35 @@ def _wrap(backend: Tokenizer, special: dict, folder: Path | None, settings: dict
 
 
 def _separators(post_processor: dict | None, settings: Mapping[str, Any]) -> dict[str, bool]:
-    """Which separators a saved template adds; transformers 5 keeps that nowhere else."""
+    """Which separators a saved template adds."""
     if not post_processor or post_processor["type"] != "TemplateProcessing":
         return {}
     added = {part["SpecialToken"]["id"] for part in post_processor["single"] if "SpecialToken" in part}
     return {f"add_{name}": settings[name] in added for name in ("bos_token", "eos_token")}
 
 
-def _add_tokens(tokens: list[dict[str, Any]], backend: Tokenizer, json_file: Path) -> None:
+def _added_tokens(folder: Path, config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The tokens outside the vocabulary, from whichever of its three homes the folder has."""
+    if (folder / "tokenizer.json").is_file():
+        return read_json(folder / "tokenizer.json")["added_tokens"]
+    tokens = [{"id": int(i), **token} for i, token in config.get("added_tokens_decoder", {}).items()]
+    if not tokens and (folder / "added_tokens.json").is_file():
+        tokens = [
+            {"id": i, "content": name, "special": True} for name, i in read_json(folder / "added_tokens.json").items()
+        ]
+    return tokens
+
+
+def _add_tokens(tokens: list[dict[str, Any]], backend: Tokenizer, folder: Path) -> None:
     """Adds the tokens that a fine-tuned model put behind the vocabulary (`<|im_start|>`), under the same ids."""
     for token in sorted(tokens, key=lambda t: t["id"]):
-        options = {name: token[name] for name in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+        names = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        options = {"normalized": False} | {name: token[name] for name in names if name in token}
         if backend.token_to_id(token["content"]) is None:
             backend.add_tokens([AddedToken(token["content"], **options)])
         if backend.token_to_id(token["content"]) != token["id"]:
             raise InputError(
-                f"{json_file}: gives {token['content']!r} the id {token['id']}, but the vocabulary beside it gives "
+                f"{folder}: gives {token['content']!r} the id {token['id']}, but the vocabulary beside it gives "
                 f"{backend.token_to_id(token['content'])}; the two files are of different tokenizers, remove one"
             )
 
@@ -299,3 +318,6 @@ def load_sentencepiece(model_file: str | os.PathLike) -> sentencepiece.SentenceP
 
 def _chunks(text: str, size: int = 4096) -> Iterable[str]:
     return (text[i : i + size] for i in range(0, len(text), size))
+
+
+AutoTokenizer.register(TinyLlamaConfig, fast_tokenizer_class=TinyLlamaTokenizer, exist_ok=True)

@@ -26,18 +26,25 @@ def evaluate(
     Example: tinyllama-hf eval runs/demo/pretrain --baselines
     """
     from tinyllama_hf import provenance
+    from tinyllama_hf.errors import InputError
     from tinyllama_hf.evaluation.ladder import score
+    from tinyllama_hf.pretrain.checkpoints import MILESTONES_FOLDER
     from tinyllama_hf.progress import quiet_library_bars
 
     quiet_library_bars()
+    is_run = len(models) == 1 and (Path(models[0]) / MILESTONES_FOLDER).is_dir()
+    target = output or (Path(models[0]) / "scores.json" if is_run else None)
+    if target and target.is_dir():
+        raise InputError(f"--output {target}: is a folder; name a file")
     scores = score(models, data or (), baselines, device)
+    if target and target.is_file() and not baselines:
+        # They depend on the run and the data alone, and cost more than the models.
+        before = provenance.read_json(target)
+        scores["baselines"] = before["baselines"] if before["data"] == scores["data"] else []
     print(f"{'bits per byte':>13}  {'tokens':>12}  model")
     for row in [*scores["baselines"], *scores["models"]]:
         tokens = f"{row['tokens']:,}" if "tokens" in row else ""
         print(f"{row['bits_per_byte']:>13.4f}  {tokens:>12}  {row['name']}")
-    target = output or (
-        Path(models[0]) / "scores.json" if "step" in scores["models"][0] and len(models) == 1 else None
-    )
     if target:
         target.parent.mkdir(parents=True, exist_ok=True)
         provenance.write_json(target, scores)

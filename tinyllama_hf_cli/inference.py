@@ -8,6 +8,8 @@ import typer
 def list_released() -> None:
     """List the released checkpoints by the names that every command takes in place of a model folder.
 
+    pythia-1b, of another family, is the peer of the published table and is not loaded.
+
     Example: tinyllama-hf list
     """
     from rich.console import Console

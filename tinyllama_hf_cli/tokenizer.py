@@ -8,6 +8,7 @@ import typer
 
 app = typer.Typer(help="Train a small tokenizer of Llama 2's kind, and prove that one is exact.", no_args_is_help=True)
 
+EMBEDDED = ("embedded:prose", "embedded:code")
 _SOURCES_HELP = "embedded:prose, embedded:code; or files and folders of JSON lines or text."
 
 
@@ -37,6 +38,7 @@ def train(
 @app.command()
 def verify(
     folder: Annotated[str, typer.Argument(help="Tokenizer folder or file, or a released name.")],
+    files: Annotated[list[str] | None, typer.Argument(help="More of what --text takes.")] = None,
     against: Annotated[Path | None, typer.Option(help="SentencePiece model; default: FOLDER/tokenizer.model.")] = None,
     text: Annotated[
         list[str] | None,
@@ -49,7 +51,7 @@ def verify(
 
     Exit status 1 at the first difference, which is printed.
 
-    Example: tinyllama-hf tokenizer verify my-model --against tokenizer.model --text README.md
+    Example: tinyllama-hf tokenizer verify my-model --against tokenizer.model --text README.md CHANGELOG.md
     """
     import itertools
 
@@ -62,7 +64,7 @@ def verify(
     from tinyllama_hf.released import local_folder
     from tinyllama_hf.tokenization_tinyllama import TOKENIZER_FILES, load_tokenizer
 
-    sources = [open_sources([source], text_column) for source in text or ["embedded:prose", "embedded:code"]]
+    sources = [open_sources([source], text_column) for source in [*(text or ()), *(files or ())] or EMBEDDED]
     path = local_folder(folder, TOKENIZER_FILES)
     reference = against or (path if path.suffix == ".model" else path / "tokenizer.model")
     if not reference.is_file():

@@ -55,7 +55,7 @@ stage pretrain accelerate launch --quiet --config_file "$RECIPES/accelerate/cpu.
 # Every milestone on text that no block came from, by stock transformers, beside models that only count.
 stage score tinyllama-hf eval "$RUN/pretrain" --baselines
 
-LAST=$(ls -d "$RUN"/pretrain/milestones/step-* | sort -t- -k2 -n | tail -n 1)
+LAST=$RUN/pretrain/milestones/$(ls "$RUN/pretrain/milestones" | sort -t- -k2 -n | tail -n 1)
 stage generate tinyllama-hf generate "$LAST" "Return a list of" --temperature 0.7 --max-new-tokens 60 --seed 1
 
 stage report tinyllama-hf report "$RUN/pretrain" --output "$RUN/report" --stages "$RUN/stages.tsv" \

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from tinyllama_hf import load_tokenizer
 from tinyllama_hf.data.pipeline import split_of
@@ -140,7 +142,8 @@ def test_killed_it_goes_on_with_what_is_missing(documents, tokenizer_folder, tmp
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    done = {p.name: p.stat().st_mtime_ns for p in completions.glob("*")}
+    shards = [out / "train" / f"{p.name}.tokens" for p in completions.glob("*")]
+    done = {shard: shard.stat().st_mtime_ns for shard in shards}
     assert 3 <= len(done) < 24, "killed too late to show anything"
     with pytest.raises(InputError, match="interrupted"):
         read_metadata(out)
@@ -148,6 +151,21 @@ def test_killed_it_goes_on_with_what_is_missing(documents, tokenizer_folder, tmp
     metadata, _ = run([folder], tokenizer_folder, out, validation_fraction=0.1)
     reference, _ = run([folder], tokenizer_folder, tmp_path / "reference", validation_fraction=0.1)
     assert metadata["fingerprint"] == reference["fingerprint"]
+    assert {shard: shard.stat().st_mtime_ns for shard in done} == done, "what was finished must not be done again"
+
+
+def test_truncation_of_a_stock_tokenizer_is_not_obeyed(documents, corpus, tokenizer_folder, tmp_path):
+    """A folder may carry truncation and padding from somebody's fine-tuning."""
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer_folder, folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=4)
+    loaded = load_tokenizer(tokenizer_folder)
+    (folder / "tokenizer.model").unlink()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    metadata, _ = run([corpus], folder, tmp_path / "out", validation_fraction=0)
+    assert metadata["splits"]["train"]["tokens"] == sum(len(encode_text(loaded, text)) + 2 for text in documents)
 
 
 class TestBlocks:
@@ -205,6 +223,8 @@ class TestRefusals:
             (["a.jsonl"], {"text_column": "body"}, "'body', but: text"),
             (["broken.jsonl"], {}, "row 1: no JSON"),
             (["empty.jsonl"], {}, "holds no row"),
+            (["half.jsonl"], {"validation_fraction": 0.0}, "row 2: surrogates not allowed at character 1"),
+            (["a.jsonl"], {"workers_": 0}, "--workers 0: must be at least 1"),
             (["late.jsonl"], {"validation_fraction": 0.0}, "row 2: no JSON"),
             (["cut.jsonl.gz"], {"validation_fraction": 0.0}, "damaged after row [0-9]+ .*end-of-stream"),
             (["cut.jsonl.zst"], {"validation_fraction": 0.0}, "damaged after row [0-9]+ .*end-of-stream"),
@@ -223,6 +243,7 @@ class TestRefusals:
         (tmp_path / "a.jsonl").write_text('{"text": "some text"}\n')
         (tmp_path / "second.jsonl").write_text('{"text": "some text"}\n{"other": 1}\n')
         (tmp_path / "broken.jsonl").write_text("{\n")
+        (tmp_path / "half.jsonl").write_text('{"text": "some text"}\n{"text": "a\\ud83d"}\n')
         (tmp_path / "late.jsonl").write_text('{"text": "some text"}\n{\n{"text": "more"}\n')
         rows = "".join(f'{{"text": "{i * i}"}}\n' for i in range(20_000)).encode()
         (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(rows)[:-1000])
@@ -231,5 +252,12 @@ class TestRefusals:
         (tmp_path / "b.txt").write_text("text")
         (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
         with pytest.raises(InputError, match=message):
-            run(sources, tokenizer_folder, tmp_path / "out", **options)
+            prepare(
+                sources,
+                tokenizer_folder,
+                tmp_path / "out",
+                workers=options.pop("workers_", 1),
+                progress=False,
+                **options,
+            )
         assert not (tmp_path / "out").exists()

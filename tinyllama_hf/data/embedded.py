@@ -13,6 +13,7 @@ ship the first, and nothing can be learned from the second.
 import ast
 import importlib
 import inspect
+import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,7 +100,7 @@ def _prose() -> Iterator[EmbeddedDocument]:
 
 def without_docstrings(source: str) -> str:
     """Returns Python source with every docstring cut out; a body that was only a docstring becomes `...`."""
-    lines = source.splitlines(keepends=True)
+    lines = re.findall(r".*\n|.+$", source)  # str.splitlines would also break at form feeds, where ast does not
     tree = ast.parse(source)
     for node in [n for n in ast.walk(tree) if isinstance(n, _DOCUMENTED) and ast.get_docstring(n, clean=False)]:
         docstring = node.body[0]

@@ -28,22 +28,21 @@ class BlockOrder:
 
     Args:
         num_blocks (`Sequence[int]`): blocks of each source.
-        weights (`Sequence[float]`): share of each source, summing to one.
+        weights (`Sequence[float]`): share of each source; divided by their sum.
         seed (`int`): of the permutations.
 
     Raises:
-        ValueError: if a source has no block, or the weights are not positive or do not sum to one.
+        ValueError: if a source has no block, or a weight is not positive.
     """
 
     def __init__(self, num_blocks: Sequence[int], weights: Sequence[float], seed: int):
         # Decimal fractions are taken as written: 0.7 is 7/10, so that due times compare exactly.
-        self.weights = [Fraction(str(weight)) for weight in weights]
+        shares = [Fraction(str(weight)) for weight in weights]
         if len(weights) != len(num_blocks) or min(num_blocks) < 1:
             raise ValueError(f"every source needs a weight and at least one block, got {num_blocks} and {weights}")
-        if min(self.weights) <= 0 or sum(self.weights) != 1:
-            raise ValueError(
-                f"weights must be positive and sum to 1, got {list(weights)}, sum {float(sum(self.weights))}"
-            )
+        if min(shares) <= 0:
+            raise ValueError(f"weights must be positive, got {list(weights)}")
+        self.weights = [share / sum(shares) for share in shares]
         self.num_blocks, self.seed = list(num_blocks), seed
 
     def counts(self, position: int) -> list[int]:

@@ -95,6 +95,8 @@ class SplitTokenizer(PipelineStep):
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         tokenizer = Tokenizer.from_file(str(self.output / "tokenizer" / "tokenizer.json"))
         tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()  # a stock folder may carry either, and would cut documents without a word
+        tokenizer.no_padding()
         counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in ("train", "validation")}
         files = {
             split: TokenizedFile(str(self.output / split), f"{rank:05d}.tokens", token_size=self.record["token_bytes"])

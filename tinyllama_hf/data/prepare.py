@@ -13,8 +13,6 @@ A finished folder holds
 that are not complete.
 """
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -24,7 +22,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerFast
 
 from .. import provenance
-from ..errors import InputError, did_you_mean
+from ..errors import InputError, did_you_mean, require
 from ..tokenization_tinyllama import load_tokenizer, tokenizer_fingerprint
 from .shards import FORMAT_VERSION, METADATA_FILE
 from .sources import Source, open_sources
@@ -73,8 +71,10 @@ def prepare(
             out of range; before anything is written where it can be known by then.
     """
     request = plan(sources, tokenizer, output, separator, validation_fraction, sample_fraction, text_column)
+    if workers is not None and workers < 1:
+        raise InputError(f"--workers {workers}: must be at least 1")
     if request.is_finished:
-        return PreparedData(json.loads((request.output / METADATA_FILE).read_text(encoding="utf-8")), True)
+        return PreparedData(provenance.read_json(request.output / METADATA_FILE), True)
     from .pipeline import run_pipeline
 
     work = request.output / "work"
@@ -107,6 +107,7 @@ def plan(sources, tokenizer, output, separator, validation_fraction, sample_frac
     """Checks a request without writing anything; arguments and errors as for [`prepare`]."""
     if separator not in SEPARATORS:
         raise InputError(f"--separator {separator!r}{did_you_mean(separator, SEPARATORS)}")
+    require("datatrove", "data", "preparing data")
     if not 0 <= validation_fraction < 1:
         raise InputError(f"--validation-fraction {validation_fraction}: must be at least 0 and below 1")
     if not 0 < sample_fraction <= 1:
@@ -135,10 +136,10 @@ def _is_finished(output: Path, record: dict[str, Any]) -> bool:
     """Whether the output holds this very data set; raises if it holds another, or something else."""
     finished, begun = output / METADATA_FILE, output / "work" / "request.json"
     if finished.is_file():
-        found = json.loads(finished.read_text(encoding="utf-8")).get("request")
+        found = provenance.read_json(finished).get("request")
     elif begun.is_file():
-        found = json.loads(begun.read_text(encoding="utf-8"))
-    elif output.exists() and any(output.iterdir()):
+        found = provenance.read_json(begun)
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"--output {output}: is not empty and no data set; choose another folder")
     else:
         return False
@@ -156,10 +157,9 @@ def _describe(request: Plan) -> dict[str, Any]:
     for split in SPLITS:
         shards = []
         for counts_file in sorted((request.output / "work").glob("counts_*.json")):
-            counts = json.loads(counts_file.read_text(encoding="utf-8"))
+            counts = provenance.read_json(counts_file)
             name = f"{split}/{counts['rank']:05d}.tokens"
-            digest = hashlib.sha256((request.output / name).read_bytes()).hexdigest()
-            shards.append({"file": name, "sha256": digest, **counts[split]})
+            shards.append({"file": name, "sha256": provenance.file_sha256(request.output / name), **counts[split]})
         totals = {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "bytes")}
         splits[split] = {**totals, "shards": shards}
     if splits["train"]["tokens"] == 0:

@@ -1,6 +1,5 @@
 """Reading prepared data: memory-mapped token shards as one stream, cut into blocks."""
 
-import json
 import os
 from functools import cached_property
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError
+from ..provenance import read_json
 
 
 FORMAT_VERSION = 1
@@ -117,7 +117,7 @@ def read_metadata(folder: str | os.PathLike) -> dict:
             f"{folder}: no {METADATA_FILE}, so it is no prepared data set or its preparation was interrupted; run "
             "`tinyllama-hf prepare` again with the same arguments, it goes on where it stopped"
         )
-    metadata = json.loads(path.read_text(encoding="utf-8"))
+    metadata = read_json(path)
     if metadata.get("format_version") != FORMAT_VERSION:
         raise InputError(
             f"{path}: format_version {metadata.get('format_version')!r}, this version reads {FORMAT_VERSION}; prepare again"

@@ -1,7 +1,6 @@
 """Where documents come from: files of JSON lines, text files, or the embedded corpus."""
 
 import gzip
-import hashlib
 import itertools
 import json
 import sys
@@ -10,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import InputError
+from ..errors import InputError, require
+from ..provenance import file_sha256
 from . import embedded
 
 
@@ -59,7 +59,7 @@ def open_sources(sources: Sequence[str], text_column: str = "text") -> Source:
         for file in files:  # a wrong column or format is found now, not after hours
             if next(_read_json_lines(file, text_column), None) is None:
                 raise InputError(f"{file}: holds no row; remove it, or fetch it again")
-    record = {"kind": kind, "files": [{"name": file.name, "sha256": _sha256(file)} for file in files]}
+    record = {"kind": kind, "files": [{"name": file.name, "sha256": file_sha256(file)} for file in files]}
     return Source(kind, tuple(str(file.resolve()) for file in files), text_column, record, len(files))
 
 
@@ -114,7 +114,12 @@ def _text_of(row: Any, where: str, text_column: str) -> str:
     if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
         columns = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
         raise InputError(f"{where}: no text under {text_column!r}, but: {columns}; see --text-column")
-    return row[text_column]
+    text = row[text_column]
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        raise InputError(f"{where}: {error.reason} at character {error.start}; repair or drop the row") from error
+    return text
 
 
 def _embedded(sources: Sequence[str], text_column: str) -> Source:
@@ -157,10 +162,6 @@ def zstd_library():
     try:
         from compression import zstd
     except ImportError:
+        require("backports.zstd", "data", "reading .zst files")
         from backports import zstd
     return zstd
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -18,6 +18,7 @@ from ..tokenization_tinyllama import DUMMY_PREFIX, TinyLlamaTokenizer, encode_te
 # The 256 bytes and the three control tokens come before any learned piece.
 _FIXED_PIECES = 259
 _MAX_LINE_BYTES = 1 << 16
+_FILES = {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"}  # what training writes and may replace
 
 
 def train_tokenizer(
@@ -38,9 +39,15 @@ def train_tokenizer(
         InputError: if the folder exists and is not to be replaced, the vocabulary is too small, or the texts do not fill it.
     """
     output = Path(output)
-    replaces = overwrite and (output / "tokenizer.model").is_file()
+    found = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    replaces = overwrite and bool(found) and found <= _FILES
     if output.exists() and not replaces:
-        raise InputError(f"--output {output}: exists already; choose another folder, or pass --overwrite")
+        fix = (
+            f"it holds more than a tokenizer ({sorted(found - _FILES)[0]})"
+            if found - _FILES
+            else "or pass --overwrite"
+        )
+        raise InputError(f"--output {output}: exists already; choose another folder, {fix}")
     if vocab_size <= _FIXED_PIECES:
         raise InputError(
             f"--vocab-size {vocab_size}: must be above {_FIXED_PIECES}, which bytes and control tokens take"

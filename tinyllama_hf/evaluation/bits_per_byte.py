@@ -114,7 +114,12 @@ def bits_per_byte(
 
     Returns:
         `dict`: `bits_per_byte` over all documents, `by_source`, and the `protocol` that decides the figure.
+
+    Raises:
+        InputError: if the tokenizer has no begin-of-sequence.
     """
+    if tokenizer.bos_token_id is None:
+        raise InputError("bits per byte: the tokenizer has no begin-of-sequence, which each document starts with here")
     context = model.config.max_position_embeddings
     stride = max(context // 2, 1)
     documents = [(source.name, text) for source in held_out for text in source.texts]

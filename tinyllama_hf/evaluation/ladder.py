@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress, TextColumn, track
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerBase
 
 from .. import provenance
 from ..data.mixture import Mixture
 from ..errors import InputError
 from ..inference.load import load_stock, model_folder
 from ..pretrain.checkpoints import CONFIG_FILE, MILESTONES_FOLDER, list_milestones, read_record
-from ..pretrain.config import load_config
+from ..pretrain.config import PretrainConfig, load_config
 from ..tokenization_tinyllama import encode_text, load_tokenizer, tokenizer_fingerprint
 from .bits_per_byte import HeldOut, bits_per_byte, held_out_documents, summarise
 from .ngram import NGramModel
@@ -56,13 +56,16 @@ def score(
         raise InputError("--data: needed to score model folders; name prepared data sets")
     else:
         folders = [model_folder(model) for model in models]
+    if len({Path(folder).resolve() for folder in data}) < len(data):
+        raise InputError(f"--data: {', '.join(data)}: a data set is named twice; its documents count once")
     held_out = [held_out_documents(folder) for folder in data]
+    opened = _open_mixture(config) if run and baselines else None
     scores: dict[str, Any] = {
         "task": "bits_per_byte",
         "data": [{"path": h.name, "fingerprint": h.fingerprint, "documents": len(h.texts), "bytes": h.num_bytes}
                  for h in held_out],
         "models": [_score_folder(folder, held_out, device) for folder in folders],
-        "baselines": _baselines(run, held_out) if run and baselines else [],
+        "baselines": _baselines(*opened, folders, held_out) if opened else [],
     }  # fmt: skip
     return {**scores, "provenance": provenance.collect()}
 
@@ -70,7 +73,7 @@ def score(
 def _score_folder(folder: Path, held_out: Sequence[HeldOut], device: str) -> dict[str, Any]:
     """Scores a folder with stock transformers: model and tokenizer as somebody without this package loads them."""
     began = time.perf_counter()
-    model, tokenizer = load_stock(folder, device), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = load_stock(folder, device)
     total = sum(h.num_bytes for h in held_out)
     columns = (*Progress.get_default_columns(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, transient=True, disable=not Console().is_terminal) as bar:
@@ -89,20 +92,23 @@ def _score_folder(folder: Path, held_out: Sequence[HeldOut], device: str) -> dic
     }
 
 
-def _baselines(run: Path, held_out: Sequence[HeldOut]) -> list[dict[str, Any]]:
-    """Counting models fitted on what each milestone had read, each block once however often it was read."""
-    config = load_config(run / CONFIG_FILE)
+def _open_mixture(config: PretrainConfig) -> tuple[Mixture, PreTrainedTokenizerBase]:
+    """The training text of a run, and the tokenizer that it is in."""
     tokenizer = load_tokenizer(config.data.tokenizer)
     paths, weights = zip(*((source.path, source.weight) for source in config.data.sources), strict=True)
-    mixture = Mixture(
-        paths, weights, config.data.sequence_length, config.training.seed, tokenizer_fingerprint(tokenizer)
-    )
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    return Mixture(paths, weights, config.data.sequence_length, config.training.seed, fingerprint), tokenizer
+
+
+def _baselines(
+    mixture: Mixture, tokenizer: PreTrainedTokenizerBase, milestones: Sequence[Path], held_out: Sequence[HeldOut]
+) -> list[dict[str, Any]]:
+    """Counting models fitted on what each milestone had read, each block once however often it was read."""
     documents = {h.name: [_tokens(tokenizer, text) for text in h.texts] for h in held_out}
     scores = []
-    milestones = list_milestones(run)
     for folder in track(milestones, "Fitting counting models", transient=True, disable=not Console().is_terminal):
         record = read_record(folder)
-        blocks = sorted(set(mixture.blocks(0, record["step"] * config.sequences_per_step)))
+        blocks = sorted(set(mixture.blocks(0, record["tokens"] // mixture.block_size)))
         text = mixture.tokens(blocks)[:, :-1].reshape(-1)  # neighbouring blocks join without a seam
         for name, order in BASELINES.items():
             model = NGramModel(text, len(tokenizer), order)

@@ -86,6 +86,8 @@ def generate_text(
     if max_new_tokens is not None and max_new_tokens < 1:
         raise InputError(f"--max-new-tokens {max_new_tokens}: must be at least 1")
     inputs = tokenizer(prompt, return_tensors="pt", split_special_tokens=True, verbose=False)
+    if not inputs["input_ids"].numel():
+        raise InputError("prompt: is empty, and this tokenizer has no begin-of-sequence to begin with; give a prompt")
     length, context = inputs["input_ids"].shape[-1], model.config.max_position_embeddings
     room = context - length
     if room < (max_new_tokens or 1):

@@ -1,15 +1,16 @@
 """Loading a model with its tokenizer for inference."""
 
-import json
 import os
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configuration_tinyllama import TinyLlamaConfig
 from ..errors import InputError
 from ..modeling_tinyllama import TinyLlamaForCausalLM
+from ..provenance import read_json
 from ..released import local_folder
 from ..tokenization_tinyllama import load_tokenizer
 
@@ -28,17 +29,40 @@ def load(
         `(model, tokenizer)`: a `TinyLlamaForCausalLM` for a Llama folder.
 
     Raises:
-        InputError: if it is no model folder, is no Llama, or the device is not there.
+        InputError: if it is no model folder, is no Llama, is damaged or incomplete, or the device is not there.
     """
     device = choose_device(device)
     folder = model_folder(path_or_name)
-    model = TinyLlamaForCausalLM.from_pretrained(folder, dtype=dtype)
-    return model.to(device).eval(), load_tokenizer(folder)
+    return _load_weights(TinyLlamaForCausalLM, folder, dtype).to(device).eval(), load_tokenizer(folder)
 
 
-def load_stock(folder: Path, device: str = "auto", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Loads a folder with stock transformers alone, as somebody without this package would."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(choose_device(device)).eval()
+def load_stock(
+    folder: Path, device: str = "auto", dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a folder with stock transformers alone, as somebody without this package would; errors as [`load`]."""
+    device = choose_device(device)
+    model = _load_weights(AutoModelForCausalLM, folder, dtype).to(device).eval()
+    try:
+        return model, AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {folder}: its tokenizer cannot be loaded ({_first_line(error)})") from error
+
+
+def _load_weights(kind: type, folder: Path, dtype: str | torch.dtype) -> PreTrainedModel:
+    """Loads every weight; the library would draw a missing one at random, and only mention it."""
+    try:
+        model, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"model {folder}: cannot be loaded ({_first_line(error)}); fetch or make it again") from error
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(
+            f"model {folder}: {len(missing)} weights are missing, {missing[0]} first; fetch or make it again"
+        )
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
 
 
 def model_folder(path_or_name: str | os.PathLike) -> Path:
@@ -51,7 +75,7 @@ def model_folder(path_or_name: str | os.PathLike) -> Path:
     config = folder / "config.json"
     if not config.is_file():
         raise InputError(f"model {folder}: holds no config.json, so it is no model folder{_milestones_hint(folder)}")
-    model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    model_type = read_json(config).get("model_type")
     if model_type not in ("llama", TinyLlamaConfig.model_type):
         raise InputError(f"{config}: model_type {model_type!r} is not a Llama; tinyllama_hf loads Llama folders only")
     return folder

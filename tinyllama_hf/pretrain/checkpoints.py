@@ -75,6 +75,4 @@ def list_milestones(run: Path) -> list[Path]:
 
 def read_record(milestone: Path) -> dict[str, Any]:
     """The `provenance.json` of a milestone."""
-    import json
-
-    return json.loads((milestone / "provenance.json").read_text(encoding="utf-8"))
+    return provenance.read_json(milestone / "provenance.json")

@@ -3,20 +3,33 @@
 Every quantity of data is in tokens. All problems of a file are reported at once, before anything else is loaded.
 """
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from ..configuration_tinyllama import PRESETS, TinyLlamaConfig
 from ..errors import InputError, did_you_mean
+
+
+# Fields of a Llama that a recipe does not decide, and what does.
+_NOT_OVERRIDDEN = {
+    "vocab_size": "follows from the tokenizer",
+    "bos_token_id": "follows from the tokenizer",
+    "eos_token_id": "follows from the tokenizer",
+    "pad_token_id": "would freeze an embedding row; padding is <unk>, in the tokenizer and the generation config",
+    "attention_dropout": "pretraining has no dropout, and validation relies on it",
+    "model_type": "is llama",
+}
 
 
 class _Section(BaseModel):
     # "forbid" makes a misspelt key an error; protected_namespaces would forbid names that begin with model_.
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelSection(_Section):
@@ -54,7 +67,7 @@ class ScheduleSection(_Section):
 class OptimizerSection(_Section):
     """AdamW on every parameter, norms and embeddings included, as TinyLlama."""
 
-    betas: tuple[float, float]
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
     eps: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
     gradient_clip: float = Field(gt=0)
@@ -132,19 +145,34 @@ def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Pretr
         raise InputError(f"recipe {path} does not exist; `tinyllama-hf recipes list` shows those that come along")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: a recipe is a mapping of sections, got {type(values).__name__}")
     for override in overrides:
         _apply(values, override)
+    sections, problems = _read_sections(values)
+    problems += _contradictions(sections)
+    if problems:
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise InputError(f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}\n{lines}")
+    return PretrainConfig.model_validate(values)
+
+
+def _read_sections(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The sections that can be read by themselves, and the problems of all."""
     try:
-        config = PretrainConfig.model_validate(values)
+        PretrainConfig.model_validate(values)
+        found = []
     except ValidationError as error:
-        raise _input_error(path, [_problem(problem) for problem in error.errors()]) from error
-    if problems := _contradictions(config):
-        raise _input_error(path, problems)
-    return config
+        found = error.errors()
+    broken = {problem["loc"][0] for problem in found}
+    sections = {
+        name: field.annotation.model_validate(values[name])
+        for name, field in PretrainConfig.model_fields.items()
+        if name not in broken and field.annotation is not str
+    }
+    return sections, [_problem(problem) for problem in found]
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -156,7 +184,10 @@ def _apply(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise InputError(f"override {override!r}: {section!r} is a value, not a section")
-    values[key] = yaml.safe_load(text)
+    try:
+        values[key] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"override {override!r}: its value is not valid YAML: {error}") from error
 
 
 def _problem(problem: dict[str, Any]) -> str:
@@ -179,39 +210,57 @@ def _fields(sections: Sequence[str | int]) -> list[str]:
     return list(model.model_fields)
 
 
-def _contradictions(config: PretrainConfig) -> list[str]:
-    """Rules between keys; each line names the keys, the values, the rule and the fix."""
-    data, training, schedule = config.data, config.training, config.schedule
-    problems = []
-    if training.tokens_per_step % data.sequence_length:
-        problems.append(
-            f"training.tokens_per_step: {training.tokens_per_step} is no multiple of data.sequence_length "
-            f"{data.sequence_length}; use {training.tokens_per_step // data.sequence_length * data.sequence_length or data.sequence_length}"
-        )
-    if training.tokens_per_step > training.total_tokens:
-        problems.append(
-            f"training.total_tokens: {training.total_tokens} is less than one step of {training.tokens_per_step}"
-        )
-    if abs(sum(source.weight for source in data.sources) - 1) > 1e-9:
-        total = sum(source.weight for source in data.sources)
-        problems.append(f"data.sources: the weights sum to {total:.6g}; they must sum to 1")
-    if schedule.floor > schedule.peak:
+def _contradictions(sections: Mapping[str, Any]) -> list[str]:
+    """Broken rules between keys, of the sections that could be read; each names the keys, the values and the fix."""
+    problems = _model_problems(sections["model"]) if "model" in sections else []
+    data, schedule, training = (sections.get(name) for name in ("data", "schedule", "training"))
+    if data:
+        total = math.fsum(source.weight for source in data.sources)
+        if abs(total - 1) > 1e-6:
+            problems.append(f"data.sources: the weights sum to {total:.6g}; they must sum to 1")
+        paths = [os.path.abspath(source.path) for source in data.sources]
+        if repeated := sorted({path for path in paths if paths.count(path) > 1}):
+            problems.append(f"data.sources: {repeated[0]} is named twice; name it once, with the sum of the weights")
+    if schedule and schedule.floor > schedule.peak:
         problems.append(f"schedule.floor: {schedule.floor} is above schedule.peak {schedule.peak}")
-    if schedule.warmup_tokens >= training.total_tokens:
+    if not training:
+        return problems
+    step, total = training.tokens_per_step, training.total_tokens
+    if data and step % data.sequence_length:
+        nearest = step // data.sequence_length * data.sequence_length or data.sequence_length
         problems.append(
-            f"schedule.warmup_tokens: {schedule.warmup_tokens} must be below training.total_tokens {training.total_tokens}"
+            f"training.tokens_per_step: {step} is no multiple of data.sequence_length {data.sequence_length}; use {nearest}"
         )
-    beyond = [tokens for tokens in config.milestones.tokens if not 0 < tokens <= training.total_tokens]
-    if beyond:
+    if step > total:
+        problems.append(f"training.total_tokens: {total} is less than one step of {step}")
+    if schedule and schedule.warmup_tokens >= total:
         problems.append(
-            f"milestones.tokens: {beyond} must lie above 0 and up to training.total_tokens {training.total_tokens}"
+            f"schedule.warmup_tokens: {schedule.warmup_tokens} must be below training.total_tokens {total}"
         )
-    if sorted(set(config.milestones.tokens)) != config.milestones.tokens:
-        problems.append(f"milestones.tokens: {config.milestones.tokens} must increase")
+    if "milestones" in sections:
+        problems += _milestone_problems(sections["milestones"].tokens, total)
     return problems
 
 
-def _input_error(path: Path, problems: Sequence[str]) -> InputError:
-    return InputError(
-        f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}\n" + "\n".join(f"  {p}" for p in problems)
-    )
+def _milestone_problems(tokens: list[int], total: int) -> list[str]:
+    problems = []
+    if beyond := [count for count in tokens if not 0 < count <= total]:
+        problems.append(f"milestones.tokens: {beyond} must lie above 0 and up to training.total_tokens {total}")
+    if sorted(set(tokens)) != tokens:
+        problems.append(f"milestones.tokens: {tokens} must increase")
+    return problems
+
+
+def _model_problems(model: ModelSection) -> list[str]:
+    known = TinyLlamaConfig().to_dict()
+    problems = []
+    if model.preset not in PRESETS:
+        problems.append(f"model.preset: {model.preset!r} does not exist{did_you_mean(model.preset, PRESETS)}")
+    for name, value in model.overrides.items():
+        if name not in known:
+            problems.append(f"model.overrides.{name}: no field of a Llama{did_you_mean(name, known)}")
+        elif name in _NOT_OVERRIDDEN:
+            problems.append(f"model.overrides.{name}: {_NOT_OVERRIDDEN[name]}; leave it out")
+        elif name in PRESETS["1.1b"] and (not isinstance(value, int) or value < 1):
+            problems.append(f"model.overrides.{name}: {value!r}: must be a whole number above 0")
+    return problems

@@ -40,6 +40,7 @@ def pretrain(config: PretrainConfig, overwrite: bool = False, dry_run: bool = Fa
     accelerator = Accelerator(
         mixed_precision="no" if config.training.precision == "fp32" else config.training.precision
     )
+    setup.check_launch(accelerator)
     run = setup.open_run(config, overwrite)
     setup.accumulation_steps(config, accelerator.num_processes)
     compiled, compile_says = setup.compiles(config.training.compile, accelerator.device)
@@ -52,16 +53,18 @@ def pretrain(config: PretrainConfig, overwrite: bool = False, dry_run: bool = Fa
             print(f"first block {setup.sample(run)!r}\nwould write {run.output}/ (dry run: nothing was written)")
     if dry_run:
         return
+    if compiled:
+        for layer in model.model.layers:
+            layer.compile()
+    trainer = _Trainer(run, accelerator, accelerator.prepare_model(model))
+    accelerator.wait_for_everyone()  # nobody is still looking whether the folder is empty
     if accelerator.is_main_process:
         if run.output.exists():
             shutil.rmtree(run.output)
         (run.output / MILESTONES_FOLDER).mkdir(parents=True)
         provenance.write_text(run.output / CONFIG_FILE, setup.training_yaml(config))
     accelerator.wait_for_everyone()
-    if compiled:
-        for layer in model.model.layers:
-            layer.compile()
-    _Trainer(run, accelerator, accelerator.prepare_model(model)).train()
+    trainer.train()
     accelerator.end_training()
 
 
@@ -123,7 +126,8 @@ class _Trainer:
                 self.accelerator.backward(loss * processes)
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.gradient_clip)
-        bad = ~torch.isfinite(norm)
+        # Summed over processes, as one must not step without the others.
+        bad = self.accelerator.reduce((~(torch.isfinite(norm) & torch.isfinite(total))).float(), reduction="sum") > 0
         # The fused optimiser leaves the parameters alone where this is 1, without a word to the host.
         self.optimizer.found_inf = bad.float()
         self.optimizer.step()

@@ -51,7 +51,7 @@ class Metrics:
         self._file.flush()
         if "loss" not in row:
             summary = f"validation loss {row['validation_loss']:.3f}"
-            self._bar.console.print(f"step {row['step']:>6}  {row['tokens']:>12,} tokens  {summary}")
+            self.say(f"step {row['step']:>6}  {row['tokens']:>12,} tokens  {summary}")
             return
         rate = row["tokens_per_second"]
         mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}"
@@ -59,12 +59,12 @@ class Metrics:
         self._bar.update(self._task, completed=row["tokens"], step=row["step"], summary=summary)
         if not self._console.is_terminal:
             left = (self.total_tokens - row["tokens"]) / rate
-            self._console.print(f"step {row['step']:>6}  {row['tokens']:>12,} tokens  {summary}  {left:,.0f} s left")
+            self.say(f"step {row['step']:>6}  {row['tokens']:>12,} tokens  {summary}  {left:,.0f} s left")
 
     def say(self, line: str) -> None:
         """Prints a line above the bar."""
         if self.enabled:
-            self._bar.console.print(line, highlight=False, soft_wrap=True)
+            self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -1,18 +1,20 @@
 """From a checked recipe to the things that a run works with, and the facts that follow from it."""
 
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import yaml
+from accelerate import Accelerator, DistributedType
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedTokenizerFast
 
 from ..configuration_tinyllama import TinyLlamaConfig
 from ..data.mixture import Mixture
-from ..errors import InputError, did_you_mean
+from ..errors import InputError
 from ..modeling_tinyllama import TinyLlamaForCausalLM
 from ..tokenization_tinyllama import load_tokenizer, tokenizer_fingerprint
 from .checkpoints import CONFIG_FILE, milestone_names, milestone_steps
@@ -47,6 +49,8 @@ def open_run(config: PretrainConfig, overwrite: bool = False) -> Run:
     )
     validation = mixture.validation_blocks(config.validation.max_tokens)
     output = Path(config.output_dir)
+    if output.exists() and not output.is_dir():
+        raise InputError(f"output_dir {output}: is a file; choose a folder")
     if output.exists() and any(output.iterdir()) and not (overwrite and (output / CONFIG_FILE).is_file()):
         hint = "pass --overwrite to start it anew" if (output / CONFIG_FILE).is_file() else "it is no run"
         raise InputError(f"output_dir {output}: is not empty; choose another folder ({hint})")
@@ -60,35 +64,42 @@ def model_config(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> 
     """The model's configuration: preset and overrides, with vocabulary and separators of the tokenizer.
 
     Raises:
-        InputError: for an unknown preset or field, and a sequence longer than the context.
+        InputError: for fields that together make no model, and a sequence longer than the context.
     """
-    overrides = config.model.overrides
-    known = TinyLlamaConfig().to_dict()
-    if unknown := sorted(set(overrides) - set(known)):
-        raise InputError(f"model.overrides.{unknown[0]}: no field of a Llama{did_you_mean(unknown[0], known)}")
     fields = {
         "max_position_embeddings": config.data.sequence_length,
-        **overrides,
+        **config.model.overrides,
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    if overrides.get("vocab_size", len(tokenizer)) != len(tokenizer):
-        raise InputError(
-            f"model.overrides.vocab_size: {overrides['vocab_size']}, but the tokenizer has {len(tokenizer)} ids; leave it out"
-        )
     try:
         built = TinyLlamaConfig.preset(config.model.preset, **fields)
-    except InputError:
-        raise
-    except (StrictDataclassError, ValueError, TypeError) as error:
-        raise InputError(f"model.overrides: {' '.join(str(error).split())}") from error
+        with torch.device("meta"):  # shapes only: the fields must make a model that runs
+            TinyLlamaForCausalLM(built)(input_ids=torch.zeros(1, 2, dtype=torch.long))
+    except (StrictDataclassError, ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
+        raise InputError(f"model.overrides: make no model: {' '.join(str(error).split())}") from error
     if config.data.sequence_length > built.max_position_embeddings:
         raise InputError(
             f"data.sequence_length: {config.data.sequence_length} is longer than the model's context, "
             f"model.overrides.max_position_embeddings {built.max_position_embeddings}; shorten the one or raise the other"
         )
     return built
+
+
+def check_launch(accelerator: Accelerator) -> None:
+    """Refuses launch settings under which the recipe would not mean what it says."""
+    kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if accelerator.distributed_type not in kinds:
+        raise InputError(
+            f"accelerate launches {accelerator.distributed_type}; this version trains on one process or with "
+            "DistributedDataParallel only: use recipes/accelerate/cpu.yaml, or --multi_gpu"
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise InputError(
+            f"accelerate's gradient_accumulation_steps is {accelerator.gradient_accumulation_steps}; accumulation follows "
+            "from training.tokens_per_step and training.micro_batch_size: leave it out of the launch command"
+        )
 
 
 def check_attention(attention: str) -> None:
@@ -127,13 +138,17 @@ def compiles(setting: str, device: torch.device) -> tuple[bool, str]:
     Raises:
         InputError: if compilation is asked for and no compiler is found.
     """
-    compiler = next((name for name in ("gcc", "cc", "clang") if shutil.which(name)), None)
+    # What inductor calls: a C++ compiler for CPU kernels, a C compiler for triton's launchers.
+    variable, names = ("CC", ("gcc", "cc", "clang")) if device.type == "cuda" else ("CXX", ("g++", "clang++"))
+    compiler = next((name for name in (os.environ.get(variable), *names) if name and shutil.which(name)), None)
     if setting == "off":
         return False, "off"
     if compiler is None:
         if setting == "layers":
-            raise InputError("training.compile: layers needs a C compiler, and none is found; install gcc or use off")
-        return False, "off (auto: no C compiler found)"
+            raise InputError(
+                f"training.compile: layers needs a compiler, and none of {', '.join(names)} is found; use off"
+            )
+        return False, "off (auto: no compiler found)"
     if setting == "auto" and device.type != "cuda":
         return False, "off (auto: no GPU)"
     return True, "per layer"

@@ -2,7 +2,6 @@
 
 import base64
 import html
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import yaml
 
 from .. import provenance
-from ..errors import InputError
+from ..errors import InputError, require
 from ..inference.generation import generate_text
 from ..inference.load import load
 from ..pretrain.checkpoints import CONFIG_FILE, list_milestones, read_record
@@ -41,18 +40,25 @@ def write_report(run: Path, output: Path, prompts: Sequence[str] = (), stages: P
         The page.
 
     Raises:
-        InputError: if the folder is no run, or matplotlib is missing.
+        InputError: if the folder is no run or one without a step, something named does not exist, or matplotlib is
+            missing; before anything is written.
     """
     if not (run / METRICS_FILE).is_file():
         raise InputError(f"run {run}: holds no {METRICS_FILE}, so it is no pretraining run")
-    try:
-        from . import plots
-    except ImportError as error:
-        raise InputError("report: pictures need `pip install tinyllama_hf[report]`") from error
-    milestones = [(folder, read_record(folder)) for folder in list_milestones(run)]
     rows = read_metrics(run)
+    if not any("loss" in row for row in rows):
+        raise InputError(f"run {run}: has logged no step yet; wait for the first")
+    if stages and not stages.is_file():
+        raise InputError(f"--stages {stages}: no such file")
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output}: is a file; name a folder")
+    require("matplotlib", "report", "drawing pictures")
+    from . import plots
+
+    milestones = [(folder, read_record(folder)) for folder in list_milestones(run)]
+    samples = _samples(milestones, prompts) if prompts and milestones else ""
     scores_file = run / "scores.json"
-    scores = json.loads(scores_file.read_text(encoding="utf-8")) if scores_file.is_file() else None
+    scores = provenance.read_json(scores_file) if scores_file.is_file() else None
     output.mkdir(parents=True, exist_ok=True)
     plots.loss_curve(rows, [record["tokens"] for _, record in milestones], output / "loss.png")
     plots.learning_rate_curve(rows, output / "learning_rate.png")
@@ -62,8 +68,8 @@ def write_report(run: Path, output: Path, prompts: Sequence[str] = (), stages: P
         _headline(run, rows, milestones, scores),
         _scores(scores, output) if scores else "",
         f"<h2>The run</h2>{_picture(output / 'loss.png')}{_picture(output / 'learning_rate.png')}",
-        _samples(milestones, prompts) if prompts and milestones else "",
-        _stages(stages) if stages and stages.is_file() else "",
+        samples,
+        _stages(stages) if stages else "",
         _footer(run, milestones),
     ]
     body = "\n".join(section for section in sections if section)
