@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM
+from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, losses
 from tinyllama_hf.errors import InputError
 
 
@@ -181,6 +181,21 @@ class TestLoss:
         assert ours(input_ids=tokens).logits is not None
         evaluated, reference = ours.eval()(input_ids=tokens, labels=tokens), stock(input_ids=tokens, labels=tokens)
         assert torch.equal(evaluated.logits, reference.logits) and torch.equal(evaluated.loss, reference.loss)
+
+    def test_training_keeps_no_cache(self):
+        model, _ = make_pair()
+        tokens = ids(1, 8)
+        assert model.train()(input_ids=tokens, labels=tokens).past_key_values is None
+
+    def test_without_gradients_none_are_computed(self, monkeypatch):
+        """Validation runs in training mode under no_grad; the weight, a parameter, must not ask for a gradient there."""
+        hidden, weight, labels = torch.randn(6, 8), torch.randn(16, 8, requires_grad=True), torch.randint(0, 16, (6,))
+        expected = losses.linear_cross_entropy_sum(hidden, weight, labels)
+        products = []
+        monkeypatch.setattr(torch.Tensor, "scatter_add_", lambda *arguments: products.append(1))
+        with torch.no_grad():
+            assert torch.equal(losses.linear_cross_entropy_sum(hidden, weight, labels), expected.detach())
+        assert not products
 
     @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory from /proc")
     def test_peak_memory_is_bounded(self):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,30 @@ class TestFileForms:
         assert loaded.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]) == [512, 513]
         assert loaded("<|im_start|>a").input_ids == tokenizer("<|im_start|>a").input_ids
 
+    @pytest.mark.parametrize("home", ["added_tokens.json", "tokenizer_config.json"])
+    def test_added_tokens_of_folders_without_tokenizer_json(self, tokenizer_folder, tmp_path, home):
+        """What the slow tokenizers of transformers 4 wrote."""
+        shutil.copy(tokenizer_folder / "tokenizer.model", tmp_path)
+        added = {"<|im_start|>": 512, "<|im_end|>": 513}
+        decoder = {str(i): {"content": name, "special": True} for name, i in added.items()}
+        (tmp_path / home).write_text(
+            json.dumps(added if home == "added_tokens.json" else {"added_tokens_decoder": decoder})
+        )
+        loaded = load_tokenizer(tmp_path)
+        assert loaded.convert_tokens_to_ids(list(added)) == [512, 513]
+        assert loaded("<|im_start|>").input_ids == [1, 512]
+
+    def test_padding_is_unk_whatever_the_folder_says(self, tokenizer_folder, tmp_path):
+        shutil.copy(tokenizer_folder / "tokenizer.model", tmp_path)
+        (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "</s>"}')
+        assert load_tokenizer(tmp_path).pad_token == "<unk>"
+
+    def test_begin_of_sequence_where_stock_llama_wrote_none(self, shared):
+        """transformers 5.23 saved this folder; its template adds nothing, without anybody having asked for that."""
+        folder = shared / "data" / "models" / "stories260K"
+        assert "<s>" not in json.dumps(json.loads((folder / "tokenizer.json").read_text())["post_processor"])
+        assert load_tokenizer(folder)("a").input_ids[0] == 1
+
     def test_two_tokenizers_in_one_folder_are_refused(self, tokenizer_folder, llama2, tmp_path):
         llama2.add_tokens(["<|im_start|>"])
         llama2.save_pretrained(tmp_path)
@@ -248,6 +273,15 @@ class TestTraining:
         with pytest.raises(InputError, match="do not suffice"):
             train_tokenizer(["only this"], 5000, tmp_path / "large")
         assert not any(tmp_path.iterdir())
+
+    def test_overwrite_replaces_tokenizers_and_nothing_else(self, documents, tokenizer_folder, tmp_path):
+        shutil.copytree(tokenizer_folder, tmp_path / "model")
+        train_tokenizer(documents, 400, tmp_path / "model", overwrite=True)
+        assert len(load_tokenizer(tmp_path / "model")) == 400
+        (tmp_path / "model" / "config.json").write_text("{}")
+        with pytest.raises(InputError, match=r"holds more than a tokenizer \(config\.json\)"):
+            train_tokenizer(documents, 400, tmp_path / "model", overwrite=True)
+        assert (tmp_path / "model" / "config.json").exists()
 
 
 class TestVerify:

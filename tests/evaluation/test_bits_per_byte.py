@@ -105,6 +105,8 @@ def test_refusals(prepared, tmp_path, corpus, tokenizer_folder):
 
     with pytest.raises(InputError, match="--data: needed"):
         score([str(tmp_path)])
+    with pytest.raises(InputError, match="named twice"):
+        score([str(tmp_path)], [str(prepared), f"{prepared}/."])
     with pytest.raises(InputError, match="needs one run"):
         score([str(tmp_path)], [str(prepared)], baselines=True)
     with pytest.raises(InputError, match=r"holds no config\.json"):
@@ -112,3 +114,19 @@ def test_refusals(prepared, tmp_path, corpus, tokenizer_folder):
     prepare([str(corpus)], tokenizer_folder, tmp_path / "all", validation_fraction=0, workers=1, progress=False)
     with pytest.raises(InputError, match="holds out no document"):
         held_out_documents(tmp_path / "all")
+
+
+def test_the_command_keeps_baselines_and_writes_into_runs_only(recipe, run_command, tmp_path):
+    config = load_config(recipe)
+    pretrain(config)
+    run = tmp_path / "run"
+    (milestone, *_) = sorted((run / "milestones").iterdir())
+    before = set(milestone.iterdir())
+    done = run_command("tinyllama-hf", "eval", run, "--baselines", cwd=tmp_path)
+    with_baselines = json.loads((run / "scores.json").read_text())["baselines"]
+    assert len(with_baselines) == 4, done.stderr
+    run_command("tinyllama-hf", "eval", run, cwd=tmp_path)
+    assert json.loads((run / "scores.json").read_text())["baselines"] == with_baselines
+    done = run_command("tinyllama-hf", "eval", milestone, "--data", config.data.sources[0].path, cwd=tmp_path)
+    assert done.returncode == 0 and "wrote" not in done.stdout
+    assert set(milestone.iterdir()) == before

@@ -27,11 +27,14 @@ def test_all_problems_at_once(recipe):
     values["shedule"] = {}
     values["data"]["sources"][0]["wieght"] = 1
     del values["model"]["preset"]
+    values["schedule"]["floor"] = 9.0
+    values["milestones"]["tokens"] = [5, 4]
     recipe.write_text(yaml.safe_dump(values))
     with pytest.raises(InputError) as caught:
         load_config(recipe)
     message = str(caught.value)
-    assert message.startswith(f"{recipe}: 5 problems")
+    assert message.startswith(f"{recipe}: 6 problems")
+    assert "schedule.floor: 9.0 is above schedule.peak 0.005" in message, "rules between keys are checked as well"
     assert "data.sequence_lenght: unknown key; did you mean 'sequence_length'?" in message
     assert "training.precision: 'fp17': input should be 'fp32' or 'bf16'" in message
     assert "shedule: unknown key; did you mean 'schedule'?" in message
@@ -52,6 +55,9 @@ def test_all_problems_at_once(recipe):
         (["schedule.warmup_tokens=999999"], "must be below training.total_tokens 3072"),
         (["milestones.tokens=[9999999]"], r"\[9999999\] must lie above 0 and up to training.total_tokens 3072"),
         (["milestones.tokens=[512, 256]"], "must increase"),
+        (["data.sources=[{path: a, weight: 0.7}, {path: ./a, weight: 0.3}]"], "a is named twice"),
+        (["model.preset=nanno", "model.overrides={hiden_size: 64, rope: 1}"], "3 problems"),
+        (["training.seed=["], "its value is not valid YAML"),
         (["training.seed"], "write section.key=value"),
         (["training.seed.more=1"], "is a value, not a section"),
         (["training.micro_batch_size=-1"], "training.micro_batch_size: -1: input should be greater than 0"),
@@ -76,4 +82,16 @@ def test_what_is_no_recipe(tmp_path):
         load_config(tmp_path / "a.yaml")
     (tmp_path / "a.yaml").write_text("- 1")
     with pytest.raises(InputError, match="mapping of sections"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_thirds_sum_to_one(recipe):
+    third = 0.3333333333333333
+    sources = ", ".join(f"{{path: {name}, weight: {third}}}" for name in "abc")
+    assert len(load_config(recipe, [f"data.sources=[{sources}]"]).data.sources) == 3
+
+
+def test_a_recipe_that_is_no_text(tmp_path):
+    (tmp_path / "a.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="not valid YAML"):
         load_config(tmp_path / "a.yaml")

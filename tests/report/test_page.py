@@ -61,4 +61,10 @@ def test_page_of_a_run_without_scores(run, tmp_path):
 def test_refusals(tmp_path):
     with pytest.raises(InputError, match=r"holds no metrics\.jsonl"):
         write_report(tmp_path, tmp_path / "report")
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(InputError, match="has logged no step yet"):
+        write_report(tmp_path, tmp_path / "report")
+    (tmp_path / "metrics.jsonl").write_text('{"loss": 1.0}\n')
+    with pytest.raises(InputError, match="no such file"):
+        write_report(tmp_path, tmp_path / "report", stages=tmp_path / "nowhere.tsv")
     assert not (tmp_path / "report").exists()

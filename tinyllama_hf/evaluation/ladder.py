@@ -43,6 +43,8 @@ def score(
     Raises:
         InputError: for anything missing, before the first model is scored.
     """
+    if len({Path(folder).resolve() for folder in data}) < len(data):
+        raise InputError(f"--data: {', '.join(data)}: a data set is named twice; its documents count once")
     run = Path(models[0]) if len(models) == 1 and (Path(models[0]) / MILESTONES_FOLDER).is_dir() else None
     if run:
         config = load_config(run / CONFIG_FILE)
@@ -56,8 +58,6 @@ def score(
         raise InputError("--data: needed to score model folders; name prepared data sets")
     else:
         folders = [model_folder(model) for model in models]
-    if len({Path(folder).resolve() for folder in data}) < len(data):
-        raise InputError(f"--data: {', '.join(data)}: a data set is named twice; its documents count once")
     held_out = [held_out_documents(folder) for folder in data]
     opened = _open_mixture(config) if run and baselines else None
     scores: dict[str, Any] = {

@@ -1,0 +1,51 @@
+"""Folders that are damaged or incomplete: one message, never a model with random weights."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
+from tinyllama_hf.errors import InputError
+from tinyllama_hf.inference.load import load_stock
+
+
+@pytest.fixture
+def folder(tokenizer_folder, tmp_path):
+    model = TinyLlamaForCausalLM(TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=64))
+    model.save_pretrained(tmp_path)
+    load_tokenizer(tokenizer_folder).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "model.safetensors"])
+def test_cut_files(folder, name):
+    cut(folder / name)
+    with pytest.raises(InputError, match=r"damaged|cannot be loaded"):
+        load(folder)
+
+
+def test_no_weights(folder):
+    (folder / "model.safetensors").unlink()
+    for loader in (load, load_stock):
+        with pytest.raises(InputError, match="cannot be loaded"):
+            loader(folder)
+
+
+def test_a_missing_weight_is_not_drawn_at_random(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    for loader in (load, load_stock):
+        with pytest.raises(InputError, match=r"1 weights are missing, model\.layers\.1\.mlp\.up_proj\.weight first"):
+            loader(folder)
+
+
+def test_both_loaders_agree(folder):
+    ids = torch.arange(3, 20)[None]
+    (ours, _), (stock, _) = load(folder), load_stock(folder)
+    assert torch.equal(ours(ids).logits, stock(ids).logits)
+    assert (type(ours).__name__, type(stock).__name__) == ("TinyLlamaForCausalLM", "LlamaForCausalLM")

@@ -1,0 +1,35 @@
+"""Records of where things come from, on machines that lack what they would like to name."""
+
+import json
+
+import pytest
+
+from tinyllama_hf import provenance
+from tinyllama_hf.errors import InputError
+
+
+def test_a_record_is_json_and_names_everything():
+    record = json.loads(json.dumps(provenance.collect(step=3)))
+    assert record["step"] == 3
+    assert record["libraries"]["transformers"] and record["machine"]["cores"] and record["code"]["tinyllama_hf"]
+
+
+def test_a_clone_on_a_machine_without_git(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    version = provenance.code_version.__wrapped__()
+    assert version["tinyllama_hf"] and version.get("commit") is None and version.get("modified") is None
+
+
+def test_nothing_half_written(tmp_path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(OSError):
+        provenance.write_json(tmp_path / "there", {"a": 1})
+    with pytest.raises(TypeError):
+        provenance.write_json(tmp_path / "file.json", {"a": object()})
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_damaged_json_names_the_file(tmp_path):
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(InputError, match=r"a\.json: damaged, not valid JSON"):
+        provenance.read_json(tmp_path / "a.json")
