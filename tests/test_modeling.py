@@ -292,12 +292,14 @@ class TestSaving:
             TinyLlamaForCausalLM.from_pretrained(tmp_path)
 
 
-class TestAccounting:
-    @pytest.fixture(scope="class")
-    def big(self):
-        with torch.device("meta"):
-            return TinyLlamaForCausalLM(TinyLlamaConfig.preset("1.1b"))
+@pytest.fixture(scope="module")
+def big():
+    """The published architecture, without storage."""
+    with torch.device("meta"):
+        return TinyLlamaForCausalLM(TinyLlamaConfig.preset("1.1b"))
 
+
+class TestAccounting:
     def test_parameters(self, big):
         assert sum(p.numel() for p in big.parameters()) == 1_100_048_384
         assert len(big.state_dict()) == 201
