@@ -2,40 +2,58 @@
 
     python benchmarks/start_up.py [--rounds 9]
 
-Fresh processes, interleaved, medians: `import torch, transformers.models.llama` alone, the same with `tinyllama_hf`, and
-`tinyllama-hf --help`.
+Fresh processes, interleaved, medians: `import torch, transformers.models.llama`; `import tinyllama_hf` after it, timed inside
+the process; and the whole of `tinyllama-hf --help`.
 """
 
 import argparse
 import os
+import statistics
 import subprocess
 import sys
-from functools import partial
+import time
 from pathlib import Path
 
 
-BASE = "import torch, transformers.models.llama"
-COMMANDS = {
-    "libraries": [sys.executable, "-c", BASE],
-    "libraries and tinyllama_hf": [sys.executable, "-c", f"{BASE}, tinyllama_hf"],
-    "--help": [str(Path(sys.executable).parent / "tinyllama-hf"), "--help"],
-}
+IMPORTS = """
+import time
+began = time.perf_counter()
+import torch, transformers.models.llama
+libraries = time.perf_counter()
+import tinyllama_hf
+print(libraries - began, time.perf_counter() - libraries)
+"""
+
+
+def imports() -> tuple[float, float]:
+    """Seconds of the libraries' import, and of the package's after it."""
+    done = subprocess.run([sys.executable, "-c", IMPORTS], check=True, capture_output=True, text=True)
+    libraries, package = map(float, done.stdout.split())
+    return libraries, package
+
+
+def help_page() -> float:
+    """Seconds of `tinyllama-hf --help`, the start of Python included."""
+    began = time.perf_counter()
+    subprocess.run([Path(sys.executable).parent / "tinyllama-hf", "--help"], check=True, capture_output=True)
+    return time.perf_counter() - began
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds")
     arguments = parser.parse_args()
-    from common import interleaved, medians, save
+    from common import save
 
-    run = partial(subprocess.run, check=True, capture_output=True)
-    figures = medians(
-        interleaved({name: partial(run, command) for name, command in COMMANDS.items()}, arguments.rounds)
-    )
-    figures["import of tinyllama_hf"] = figures["libraries and tinyllama_hf"] - figures["libraries"]
-    figures = {name: round(seconds, 3) for name, seconds in figures.items()}
+    imports(), help_page()  # fills the disk cache
+    rounds = [(*imports(), help_page()) for _ in range(arguments.rounds)]
+    names = ("import torch, transformers.models.llama", "import tinyllama_hf after it", "tinyllama-hf --help")
+    figures = {
+        name: round(statistics.median(column), 3)
+        for name, column in zip(names, zip(*rounds, strict=True), strict=True)
+    }
     for name, seconds in figures.items():
-        print(f"{name:<28} {seconds:>7} s")
+        print(f"{name:<40} {seconds:>7} s")
     print(f"wrote {os.path.relpath(save('start_up', figures))}")
 
 

@@ -42,7 +42,7 @@ def evaluate(
         before = provenance.read_json(target)
         scores["baselines"] = before["baselines"] if before["data"] == scores["data"] else []
     print(f"{'bits per byte':>13}  {'tokens':>12}  model")
-    for row in [*scores["baselines"], *scores["models"]]:
+    for row in sorted([*scores["baselines"], *scores["models"]], key=lambda row: row.get("tokens", 0)):
         tokens = f"{row['tokens']:,}" if "tokens" in row else ""
         print(f"{row['bits_per_byte']:>13.4f}  {tokens:>12}  {row['name']}")
     if target:

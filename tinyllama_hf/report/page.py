@@ -17,6 +17,7 @@ from ..pretrain.metrics import METRICS_FILE, read_metrics
 
 
 _SAMPLE_TOKENS = 64
+_SAMPLING = {"temperature": 0.7, "top_p": 0.95, "seed": 1}
 _STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 img { max-width: 100%; border: 1px solid #eee; border-radius: 6px }
@@ -33,7 +34,7 @@ def write_report(run: Path, output: Path, prompts: Sequence[str] = (), stages: P
     Args:
         run (`Path`): folder of the run.
         output (`Path`): folder to write into; pictures and page of an earlier report are replaced.
-        prompts (`Sequence[str]`, *optional*): continued greedily by every milestone.
+        prompts (`Sequence[str]`, *optional*): continued by every milestone.
         stages (`Path`, *optional*): lines of `name<TAB>seconds`.
 
     Returns:
@@ -105,34 +106,46 @@ def _headline(run: Path, rows: Sequence[dict], milestones: Sequence[tuple], scor
 
 def _scores(scores: dict[str, Any], output: Path) -> str:
     sources = list(scores["models"][0]["by_source"])
-    head = "".join(f'<th class="n">{html.escape(Path(source).name)}</th>' for source in sources)
+    names = list(dict.fromkeys(row["name"] for row in scores["baselines"]))
+    counted = {(row["name"], row["tokens"]): row["bits_per_byte"] for row in scores["baselines"]}
+    heads = ["tokens", *names, "model", *(f"model, {html.escape(Path(source).name)}" for source in sources)]
+    head = "".join(f'<th class="n">{name}</th>' for name in heads)
     lines = []
-    for row in [*scores["baselines"], *scores["models"]]:
-        cells = "".join(f'<td class="n">{row["by_source"][source]:.3f}</td>' for source in sources)
-        lines.append(
-            f'<tr><td>{html.escape(row["name"])}</td><td class="n">{row["tokens"]:,}</td>'
-            f'<td class="n"><b>{row["bits_per_byte"]:.3f}</b></td>{cells}</tr>'
+    for row in scores["models"]:
+        before = [f"{row['tokens']:,}", *(_figure(counted.get((name, row["tokens"]))) for name in names)]
+        after = [_figure(row["by_source"][source]) for source in sources]
+        cells = "".join(
+            f'<td class="n">{text}</td>' for text in [*before, f"<b>{_figure(row['bits_per_byte'])}</b>", *after]
         )
+        lines.append(f"<tr><td>{html.escape(row['name'])}</td>{cells}</tr>")
     documents = ", ".join(f"{d['documents']} documents of {html.escape(d['path'])}" for d in scores["data"])
     return (
         f"<h2>Bits per byte on unseen text</h2>{_picture(output / 'trajectory.png')}"
         "<p>Lower is better; a byte that cannot be foreseen at all costs 8. The counting models (5-gram: interpolated "
         "modified Kneser-Ney over the same tokens) were fitted on the text that the milestone had read. Scored by stock "
         f"transformers on {documents} that no training block came from.</p>"
-        f'<table><tr><th>model</th><th class="n">tokens</th><th class="n">all</th>{head}</tr>{"".join(lines)}</table>'
+        f"<table><tr><th>milestone</th>{head}</tr>{''.join(lines)}</table>"
     )
 
 
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
 def _samples(milestones: Sequence[tuple[Path, dict]], prompts: Sequence[str]) -> str:
-    parts = ["<h2>The same beginnings, continued</h2><p>Most likely token each time; the beginning is grey.</p>"]
+    how = ", ".join(f"{name} {value}" for name, value in _SAMPLING.items())
+    parts = [
+        f"<h2>The same beginnings, continued</h2><p>Drawn with {how.replace('_', '-')}; the beginning is grey.</p>"
+    ]
     written: dict[str, list[tuple[str, str]]] = {prompt: [] for prompt in prompts}
     for folder, _ in milestones:
         model, tokenizer = load(folder)
         for prompt in prompts:
             room = model.config.max_position_embeddings - len(tokenizer(prompt)["input_ids"])
-            text = generate_text(model, tokenizer, prompt, max(min(_SAMPLE_TOKENS, room), 1), temperature=0)
+            text = generate_text(model, tokenizer, prompt, max(min(_SAMPLE_TOKENS, room), 1), **_SAMPLING)
             written[prompt].append((folder.name, text))
     for prompt, texts in written.items():
+        parts.append(f"<h3>{html.escape(prompt.strip())}</h3>")
         for name, text in texts:
             given, new = html.escape(text[: len(prompt)]), html.escape(text[len(prompt) :])
             parts.append(f'<h4>{html.escape(name)}</h4><pre><span class="given">{given}</span>{new}</pre>')

@@ -63,7 +63,8 @@ def trajectory(scores: dict[str, Any], path: Path) -> None:
               color=_COLOURS["model"], label="model")  # fmt: skip
     for row in models:
         axes.annotate(f"{row['bits_per_byte']:.2f}", (row["tokens"] / 1e6, row["bits_per_byte"]),
-                      textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)  # fmt: skip
+                      textcoords="offset points", xytext=(0, -13), ha="center", fontsize=8)  # fmt: skip
+    axes.margins(y=0.12)  # room for the figures below the points
     axes.set(xlabel="million tokens", ylabel="bits per byte, unseen text", title="What each milestone has learned")
     axes.legend(frameon=False)
     _save(figure, path)
