@@ -72,7 +72,7 @@ class TestWhatARunLeavesBehind:
         record = json.loads((milestones[0] / "provenance.json").read_text())
         assert (record["step"], record["tokens"]) == (10, 10240)
         assert record["libraries"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert record["data"] and record["code"]
+        assert record["data"] and record["code"]
 
     def test_a_milestone_loads_where_this_package_cannot_be_imported(self, finished):
         script = f"""
