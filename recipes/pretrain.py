@@ -41,6 +41,11 @@ def main() -> int:
     except NonFiniteError as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 3
+    except KeyboardInterrupt:
+        print(
+            f"interrupted; the milestones in {config.output_dir} are whole, --overwrite starts anew", file=sys.stderr
+        )
+        return 130
     return 0
 
 

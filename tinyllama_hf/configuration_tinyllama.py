@@ -51,10 +51,15 @@ class TinyLlamaConfig(LlamaConfig):
             **overrides: any field, for example `vocab_size` or `max_position_embeddings`.
 
         Raises:
-            InputError: if there is no such preset.
+            InputError: if there is no such preset, or no such field.
         """
         if name not in PRESETS:
-            raise InputError(f"model preset {name!r} does not exist{did_you_mean(name, PRESETS)}")
+            raise InputError(f"model preset {name!r} does not exist{did_you_mean(str(name), PRESETS)}")
+        known = cls().to_dict().keys() | {"rope_theta", "attn_implementation"}  # taken under these names as well
+        if unknown := sorted(overrides.keys() - known):
+            raise InputError(
+                f"{unknown[0]}={overrides[unknown[0]]!r}: no field of a Llama{did_you_mean(unknown[0], known)}"
+            )
         return cls(**{**PRESETS[name], **overrides})
 
     @classmethod

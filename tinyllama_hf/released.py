@@ -68,13 +68,16 @@ def local_folder(name: str, only: Sequence[str] | None = None) -> Path:
     if path.exists():
         return path
     known = {model.name: model for model in released()}
+    loadable = [model.name for model in released() if model.kind != "peer"]
+    if name in known and known[name].kind == "peer":
+        raise InputError(f"model {name!r}: is no Llama; it is listed as the peer of the published table only")
     if name in known:
         repository, revision = known[name].hub, known[name].revision
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.parent.exists():
         repository, _, revision = name.partition("@")
     else:
         raise InputError(
-            f"model {name!r}: no such folder, and no released model{did_you_mean(name, known)} (see `tinyllama-hf list`)"
+            f"model {name!r}: no such folder, and no released model{did_you_mean(name, loadable)} (see `tinyllama-hf list`)"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -162,7 +162,9 @@ def _from_sentencepiece(model_file: Path, folder: Path | None) -> TinyLlamaToken
 
 def _from_tokenizer_json(json_file: Path, folder: Path | None) -> PreTrainedTokenizerFast:
     state = read_json(json_file)
-    model = state.get("model", {})
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        raise InputError(f"{json_file}: no tokenizer.json (it has no vocabulary under 'model'); give the folder")
+    model = state["model"]
     if model.get("type") != "BPE" or not model.get("byte_fallback") or not _has_dummy_prefix(state):
         return (
             AutoTokenizer.from_pretrained(folder) if folder else PreTrainedTokenizerFast(tokenizer_file=str(json_file))

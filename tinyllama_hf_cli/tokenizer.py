@@ -24,12 +24,15 @@ def train(
 
     Example: tinyllama-hf tokenizer train embedded:prose embedded:code --vocab-size 2048 --output my-tokenizer
     """
+    import itertools
+
     from rich.console import Console
 
     from tinyllama_hf.data.sources import open_sources, read_texts
     from tinyllama_hf.data.tokenizer import train_tokenizer
 
-    texts = read_texts(open_sources(sources, text_column))
+    opened = [open_sources([source], text_column) for source in sources]
+    texts = itertools.chain.from_iterable(map(read_texts, opened))
     with Console().status("Reading the texts and training"):
         trained = train_tokenizer(texts, vocab_size, output, overwrite)
     print(f"wrote {output}: {len(trained):,} ids")
@@ -80,6 +83,8 @@ def verify(
     texts = itertools.chain.from_iterable(map(read_texts, sources))
     texts = track(texts, "Comparing", transient=True, disable=not Console().is_terminal)
     result = verify_tokenizer(tokenizer, reference, texts)
+    if not result.characters:
+        raise InputError("--text: holds no character to compare; name other files")
     counted = f"{result.texts:,} texts, {result.characters:,} characters, {result.tokens:,} tokens"
     if result.difference is None:
         print(f"equal: {counted}; every text came back from its tokens")

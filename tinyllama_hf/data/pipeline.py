@@ -1,6 +1,9 @@
 """The datatrove pipeline behind `prepare`: one reader, one step that tokenises, splits and writes."""
 
+import contextlib
 import hashlib
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +16,7 @@ from datatrove.pipeline.tokens.tokenizer import TokenizedFile
 from datatrove.pipeline.writers import JsonlWriter
 from datatrove.utils.batching import batched
 from datatrove.utils.logging import logger
+from multiprocess import forkserver
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer
 
@@ -41,6 +45,11 @@ def run_pipeline(source: Source, output: Path, record: dict[str, Any], workers: 
         except BaseException as error:
             errors.append(error)
 
+    if threading.current_thread() is threading.main_thread():
+        # Worker processes inherit this: an interrupt ends the command, which ends them; they need not each report it.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        forkserver.ensure_running()
+        signal.signal(signal.SIGINT, handler)
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), "files,",
@@ -57,13 +66,14 @@ def run_pipeline(source: Source, output: Path, record: dict[str, Any], workers: 
 
 
 class _QuietExecutor(LocalPipelineExecutor):
-    """Logs to files only: datatrove writes a task's log to the terminal where its local rank is 0."""
+    """Logs to files only: datatrove's logger writes to the terminal too, and an error with pages of source."""
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1):
-        try:
-            return super()._run_for_rank(rank, local_rank + 1, node_rank)
-        finally:
-            logger.remove()  # ends of tasks would be logged to the terminal again
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+            try:
+                return super()._run_for_rank(rank, local_rank, node_rank)
+            finally:
+                logger.remove()  # while its sink is still open
 
 
 class SourceReader(PipelineStep):

@@ -111,9 +111,13 @@ def _read_json_lines(file: Path, text_column: str) -> Iterator[SourceDocument]:
 
 
 def _text_of(row: Any, where: str, text_column: str) -> str:
-    if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
+    if not isinstance(row, dict) or text_column not in row:
         columns = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
         raise InputError(f"{where}: no text under {text_column!r}, but: {columns}; see --text-column")
+    if not isinstance(row[text_column], str):
+        raise InputError(
+            f"{where}: {text_column!r} is {json.dumps(row[text_column])[:40]}, no string; repair or drop the row"
+        )
     text = row[text_column]
     try:
         text.encode()

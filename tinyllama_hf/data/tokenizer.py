@@ -3,6 +3,7 @@
 import io
 import itertools
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -41,6 +42,8 @@ def train_tokenizer(
     output = Path(output)
     found = {path.name for path in output.iterdir()} if output.is_dir() else set()
     replaces = overwrite and bool(found) and found <= _FILES
+    if output.is_file():
+        raise InputError(f"--output {output}: is a file; name a folder")
     if output.exists() and not replaces:
         fix = (
             f"it holds more than a tokenizer ({sorted(found - _FILES)[0]})"
@@ -73,9 +76,11 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise InputError(
-            f"--vocab-size {vocab_size}: the texts do not suffice for it: {str(error).strip()}"
-        ) from error
+        if "sentences_.empty()" in str(error):
+            raise InputError("the sources hold no text to learn from; name others") from error
+        limit = re.search(r"value <= (\d+)", str(error))
+        fix = f"they suffice for {limit[1]}" if limit else str(error).strip()
+        raise InputError(f"--vocab-size {vocab_size}: the texts do not suffice for it; {fix}") from error
     temporary = output.with_name(f".{output.name}.tmp")
     temporary.mkdir(parents=True, exist_ok=True)
     (temporary / "tokenizer.model").write_bytes(model.getvalue())

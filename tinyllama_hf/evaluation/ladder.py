@@ -49,6 +49,11 @@ def score(
     if run:
         config = load_config(run / CONFIG_FILE)
         data = data or [source.path for source in config.data.sources]
+        if missing := [folder for folder in data if not Path(folder).is_dir()]:
+            raise InputError(
+                f"data folder {missing[0]} does not exist here; a recipe names its data from the folder in which the run "
+                "was started: call from there, or name the data with --data"
+            )
         folders = list_milestones(run)
         if not folders:
             raise InputError(f"run {run}: has no milestone yet; wait for the first, or train it")

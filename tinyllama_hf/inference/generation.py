@@ -1,5 +1,6 @@
 """Generating text from one prompt, shown as it appears."""
 
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -79,8 +80,8 @@ def generate_text(
     Raises:
         InputError: for values out of range, and a prompt that does not fit the context.
     """
-    if temperature < 0:
-        raise InputError(f"--temperature {temperature}: must be 0 (always the most likely token) or above")
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"--temperature {temperature}: must be 0 (always the most likely token) or above, and finite")
     if not 0 < top_p <= 1:
         raise InputError(f"--top-p {top_p}: must lie above 0 and up to 1")
     if max_new_tokens is not None and max_new_tokens < 1:

@@ -155,7 +155,8 @@ def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Pretr
     problems += _contradictions(sections)
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
-        raise InputError(f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}\n{lines}")
+        where = f"{path} with {' '.join(overrides)}" if overrides else path
+        raise InputError(f"{where}: {len(problems)} problem{'s' * (len(problems) > 1)}\n{lines}")
     return PretrainConfig.model_validate(values)
 
 

@@ -57,7 +57,9 @@ def open_run(config: PretrainConfig, overwrite: bool = False) -> Run:
     steps = milestone_steps(config.milestones.tokens, config.training.tokens_per_step, config.num_steps)
     names = milestone_names(steps, config.training.tokens_per_step)
     check_attention(config.training.attention)
-    return Run(config, output, tokenizer, mixture, model_config(config, tokenizer), validation, names)
+    built = model_config(config, tokenizer)
+    tokenizer.model_max_length = built.max_position_embeddings  # saved with every milestone
+    return Run(config, output, tokenizer, mixture, built, validation, names)
 
 
 def model_config(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> TinyLlamaConfig:

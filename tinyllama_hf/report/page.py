@@ -24,7 +24,7 @@ img { max-width: 100%; border: 1px solid #eee; border-radius: 6px }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums } td, th { padding: .25rem .9rem .25rem 0; text-align: left }
 th { border-bottom: 2px solid #ccc } td { border-bottom: 1px solid #eee } td.n, th.n { text-align: right }
 pre { background: #f6f8fa; padding: .7rem; border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px }
-.given { color: #888 } footer { color: #777; font-size: 13px; margin-top: 3rem }
+h3 code { white-space: pre } .given { color: #888 } footer { color: #777; font-size: 13px; margin-top: 3rem }
 """
 
 
@@ -123,7 +123,7 @@ def _scores(scores: dict[str, Any], output: Path) -> str:
         f"<h2>Bits per byte on unseen text</h2>{_picture(output / 'trajectory.png')}"
         "<p>Lower is better; a byte that cannot be foreseen at all costs 8. The counting models (5-gram: interpolated "
         "modified Kneser-Ney over the same tokens) were fitted on the text that the milestone had read. Scored by stock "
-        f"transformers on {documents} that no training block came from.</p>"
+        f"transformers on {documents} that no training block came from; the sum over all counts bytes, whatever the mixture.</p>"
         f"<table><tr><th>milestone</th>{head}</tr>{''.join(lines)}</table>"
     )
 
@@ -145,7 +145,7 @@ def _samples(milestones: Sequence[tuple[Path, dict]], prompts: Sequence[str]) ->
             text = generate_text(model, tokenizer, prompt, max(min(_SAMPLE_TOKENS, room), 1), **_SAMPLING)
             written[prompt].append((folder.name, text))
     for prompt, texts in written.items():
-        parts.append(f"<h3>{html.escape(prompt.strip())}</h3>")
+        parts.append(f"<h3><code>{html.escape(prompt)}</code></h3>")
         for name, text in texts:
             given, new = html.escape(text[: len(prompt)]), html.escape(text[len(prompt) :])
             parts.append(f'<h4>{html.escape(name)}</h4><pre><span class="given">{given}</span>{new}</pre>')
