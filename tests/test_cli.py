@@ -108,6 +108,8 @@ def things(tmp_path, prepared, tokenizer_folder, corpus, recipe, documents):
     values["trainning"] = values.pop("training")
     (tmp_path / "misspelt.yaml").write_text(yaml.safe_dump(values))
     (tmp_path / "small.jsonl").write_text(json.dumps({"text": "a few words"}) + "\n")
+    (tmp_path / "late.jsonl").write_text('{"text": "a few words"}\n{"text": null}\n')
+    (tmp_path / "empty.txt").write_text("")
     (tmp_path / "empty").mkdir()
     return {"prepared": prepared, "tokenizer": tokenizer_folder, "corpus": corpus, "recipe": recipe}
 
@@ -116,6 +118,15 @@ BAD = {
     "missing model": ("generate nowhere", "model 'nowhere': no such folder, and no released model"),
     "almost a released name": ("generate step-50k-105", "did you mean 'step-50k-105b'?"),
     "released name without a Hub": ("generate step-50k-105b", "cannot be fetched from the Hub"),
+    "the peer of the table": ("generate pythia-1b", "is no Llama; it is listed as the peer"),
+    "not a number": ("generate model --temperature nan", "--temperature nan: must be 0"),
+    "a bad row after good ones": (
+        "prepare late.jsonl --tokenizer {tokenizer} --output out", "late.jsonl, row 2: 'text' is null, no string"),
+    "nothing to learn from": ("tokenizer train empty.txt --output out", "the sources hold no text to learn from"),
+    "more pieces than the text has": (
+        "tokenizer train small.jsonl --output out --vocab-size 5000", "do not suffice for it; they suffice for 2"),
+    "a file for a folder": ("tokenizer train {corpus} --output small.jsonl", "small.jsonl: is a file; name a folder"),
+    "nothing to verify": ("tokenizer verify model --text empty.txt", "holds no character to compare"),
     "folder without a model": ("generate empty", "holds no config.json"),
     "no GPU": ("generate model --device cuda", "has no GPU that torch can use; use cpu or auto"),
     "no device": ("generate model --device gpu", "--device 'gpu': no device; use auto, cpu, cuda"),

@@ -29,6 +29,7 @@ _BATCH_DOCUMENTS = 256
 
 def run_pipeline(source: Source, output: Path, record: dict[str, Any], workers: int, show_progress: bool) -> None:
     """Runs the tasks that are not complete yet; each leaves its shards and a file of counts."""
+    output = output.absolute()  # fsspec (2026.9) remembers what a relative path meant before a change of directory
     work = output / "work"
     executor = _QuietExecutor(
         pipeline=[SourceReader(source), SplitTokenizer(output, record)],
