@@ -42,9 +42,7 @@ def main() -> int:
         print(f"stopped: {error}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
-        print(
-            f"interrupted; the milestones in {config.output_dir} are whole, --overwrite starts anew", file=sys.stderr
-        )
+        print("interrupted; milestones that were written are whole, --overwrite starts anew", file=sys.stderr)
         return 130
     return 0
 
