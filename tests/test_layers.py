@@ -12,9 +12,9 @@ from tests.conftest import ROOT
 # From the top down; a module imports from its own layer and those below. Modules that are not named are at the bottom.
 LAYERS = (
     {"tinyllama_hf_cli", "recipes", "eval"},
-    {"report"},
-    {"pretrain", "inference", "evaluation"},
-    {"data"},
+    {"report", "hub"},
+    {"pretrain", "finetune", "inference", "evaluation"},
+    {"data", "chat"},
 )
 # Packages that `import tinyllama_hf` must do without, and the only modules that may import them at their top.
 OPTIONAL = {

@@ -15,7 +15,8 @@ from typing import Any
 from .errors import InputError
 
 
-_LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "datatrove", "numpy")
+_LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "datatrove", "trl", "peft", "bitsandbytes", "lm_eval",
+              "evaluate", "huggingface_hub", "numpy")  # fmt: skip
 
 
 def collect(**extra: Any) -> dict[str, Any]:
