@@ -1,13 +1,16 @@
 """Where an artefact comes from: code, libraries, machine. Written beside everything that this package makes."""
 
+import contextlib
 import datetime
 import functools
 import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -83,6 +86,23 @@ def write_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Gives a folder under a temporary name to write into, and renames it once everything lies there.
+
+    What lay under the name is removed in the last moment; after an exception nothing is left of the new folder.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_json(path: Path) -> Any:

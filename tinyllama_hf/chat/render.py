@@ -49,7 +49,10 @@ def has_generation_markers(template: str) -> bool:
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = False, where: str = "conversation"
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    add_generation_prompt: bool = False,
+    where: str = "conversation",
 ) -> Rendering:
     """Renders a conversation with the tokenizer's chat template.
 
@@ -119,7 +122,9 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     found = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     trimmed = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and (t.lstrip or t.rstrip)]
     if trimmed:
-        raise InputError(f"the tokenizer's control token {trimmed[0]!r} swallows spaces beside it; such are not supported")
+        raise InputError(
+            f"the tokenizer's control token {trimmed[0]!r} swallows spaces beside it; such are not supported"
+        )
     return found
 
 

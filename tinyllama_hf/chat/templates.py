@@ -1,5 +1,6 @@
 """Chat templates by name, and the contract that a template must keep to be trained with."""
 
+import itertools
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -37,7 +38,9 @@ def load_template(name: str) -> str:
     """
     path = Path(name) if name.endswith(".jinja") else _FOLDER / f"{name}.jinja"
     if not path.is_file():
-        raise InputError(f"chat template {name!r} does not exist{did_you_mean(name, template_names())}, or a .jinja file")
+        raise InputError(
+            f"chat template {name!r} does not exist{did_you_mean(name, template_names())}, or a .jinja file"
+        )
     return path.read_text(encoding="utf-8")
 
 
@@ -63,7 +66,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
 def _check_probe(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> None:
     ids, masks = render(tokenizer, messages)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if ids[0] != bos or any(a == b == bos for a, b in zip(ids, ids[1:], strict=False)):
+    if ids[0] != bos or any(a == b == bos for a, b in itertools.pairwise(ids)):
         raise InputError(
             f"chat template: a conversation must begin with one begin-of-sequence {tokenizer.bos_token!r} and never have two "
             f"in a row; this one begins {tokenizer.convert_ids_to_tokens(ids[:3])}"
@@ -87,9 +90,9 @@ def _check_probe(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> None
             f"chat template: the generation markers cover {learned}; they must cover the replies {replies} with their stop "
             "tokens and nothing else"
         )
-    last_reply = len(ids) - 1 - masks[::-1].index(1) - len(stretches[-1]) + 1
+    before_last_reply = len(ids) - masks[::-1].index(1) - len(stretches[-1])
     prompt = render(tokenizer, messages[:-1], add_generation_prompt=True).input_ids
-    if prompt != ids[:last_reply]:
+    if prompt != ids[:before_last_reply]:
         raise InputError(
             "chat template: with a generation prompt it ends in other tokens than those before a reply in a whole "
             "conversation; a model would be asked in another form than it was trained in"

@@ -6,6 +6,8 @@ Two kinds of documents, disjoint in content so that a text held out of one never
   in C, and the text files that lie beside the sources;
 - `code`: the sources without their docstrings.
 
+Some packages appear in neither: data/questions.py makes the conversations for fine-tuning from their docstrings.
+
 The same Python version gives the same documents. Tests and generated tables are left out: some distributions do not
 ship the first, and nothing can be learned from the second.
 """
@@ -28,6 +30,11 @@ _EXCLUDED_FOLDERS = {
     "site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "_bundled", "encodings", "turtledemo",
 }  # fmt: skip
 _EXCLUDED_FILES = {"pydoc_data/topics.py", "this.py", "antigravity.py", "__phello__.foo.py", "sitecustomize.py"}
+# Top-level modules and packages that every build of Python 3.11 to 3.14 has; data/questions.py reads them.
+_CONVERSATIONS = {
+    "asyncio", "email", "http", "ipaddress.py", "logging", "mailbox.py", "multiprocessing", "tarfile.py", "unittest",
+    "urllib", "wsgiref", "xml", "xmlrpc",
+}  # fmt: skip
 # Modules written in C that every build has, whether linked in or as a file.
 _C_MODULES = ("builtins", "sys", "time", "itertools", "math", "gc", "marshal", "errno", "_io", "_thread", "_functools",
               "_operator", "_codecs", "_signal", "_struct", "_random", "_datetime", "_socket")  # fmt: skip
@@ -62,14 +69,22 @@ def documents(kind: str) -> Iterator[EmbeddedDocument]:
             yield document
 
 
-def _sources(pattern: str = "*.py") -> Iterator[tuple[str, str]]:
-    """Yields (path relative to the standard library, text) of its files, UTF-8 ones only."""
+def sources(pattern: str = "*.py", for_conversations: bool = False) -> Iterator[tuple[str, str]]:
+    """Yields (path relative to the standard library, text) of its files, UTF-8 ones only.
+
+    Args:
+        pattern (`str`, *optional*, defaults to `"*.py"`): of the file names.
+        for_conversations (`bool`, *optional*, defaults to `False`): the files that the corpus leaves out for
+            conversations, instead of those that it reads.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob(pattern)):
         relative = path.relative_to(root)
         name = relative.as_posix()
         excluded = _EXCLUDED_FOLDERS.intersection(relative.parts) or name in _EXCLUDED_FILES
         if excluded or relative.parts[0].startswith(_EXCLUDED_PREFIXES):
+            continue
+        if (relative.parts[0] in _CONVERSATIONS) != for_conversations:
             continue
         try:
             yield name, path.read_text(encoding="utf-8")
@@ -78,15 +93,15 @@ def _sources(pattern: str = "*.py") -> Iterator[tuple[str, str]]:
 
 
 def _code() -> Iterator[EmbeddedDocument]:
-    for name, source in _sources():
+    for name, source in sources():
         yield EmbeddedDocument(name, without_docstrings(source))
 
 
 def _prose() -> Iterator[EmbeddedDocument]:
-    for name, source in _sources():
+    for name, source in sources():
         yield EmbeddedDocument(name, _docstrings(name, source))
     for pattern in ("*.rst", "*.txt"):
-        for name, text in _sources(pattern):
+        for name, text in sources(pattern):
             if name.endswith("Grammar.txt"):
                 continue  # a table
             yield EmbeddedDocument(name, text)
@@ -114,9 +129,14 @@ def without_docstrings(source: str) -> str:
     return "".join(lines).strip() + "\n"
 
 
+def dotted_name(path: str) -> str:
+    """The dotted name of a module of the standard library."""
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
 def _docstrings(name: str, source: str) -> str:
     """The docstrings of a module, each under the dotted name and signature of what it documents."""
-    module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    module = dotted_name(name)
     parts: list[str] = []
 
     def visit(node: ast.AST, qualified: str, signature: str) -> None:

@@ -93,6 +93,16 @@ def _read_text(file: Path, text_column: str) -> Iterator[SourceDocument]:
 
 
 def _read_json_lines(file: Path, text_column: str) -> Iterator[SourceDocument]:
+    for number, row in read_rows(file):
+        yield SourceDocument(f"{file}/{number}", _text_of(row, f"{file}, row {number}", text_column))
+
+
+def read_rows(file: Path) -> Iterator[tuple[int, Any]]:
+    """Yields (number of the line, value) of the rows of a JSON lines file.
+
+    Raises:
+        InputError: at a file that is damaged, and a row that is no JSON.
+    """
     number = 0
     damage = (UnicodeDecodeError, OSError, EOFError, zlib.error)
     if file.suffix == ".zst":
@@ -101,9 +111,7 @@ def _read_json_lines(file: Path, text_column: str) -> Iterator[SourceDocument]:
         with _open_lines(file) as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield SourceDocument(
-                        f"{file}/{number}", _text_of(json.loads(line), f"{file}, row {number}", text_column)
-                    )
+                    yield number, json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{file}, row {number}: no JSON ({error}); repair or remove it") from error
     except damage as error:

@@ -1,8 +1,6 @@
 """Milestones: complete plain Llama folders that a run leaves behind and never removes."""
 
 import itertools
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,13 +56,11 @@ def write_milestone(
         training_yaml (`str`): the exact configuration of the run.
         record (`dict`): what `provenance.json` says besides code, libraries and machine.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    provenance.write_text(temporary / CONFIG_FILE, training_yaml)
-    provenance.write_json(temporary / "provenance.json", provenance.collect(**record))
-    os.replace(temporary, folder)
+    with provenance.new_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        provenance.write_text(temporary / CONFIG_FILE, training_yaml)
+        provenance.write_json(temporary / "provenance.json", provenance.collect(**record))
 
 
 def list_milestones(run: Path) -> list[Path]:

@@ -1,19 +1,15 @@
-"""The recipe of a pretraining run: a YAML file, read strictly.
-
-Every quantity of data is in tokens. All problems of a file are reported at once, before anything else is loaded.
-"""
+"""The recipe of a pretraining run. Every quantity of data is in tokens."""
 
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from ..configuration_tinyllama import PRESETS, TinyLlamaConfig
-from ..errors import InputError, did_you_mean
+from ..errors import did_you_mean
+from ..recipe import Section, read_recipe
 
 
 # Fields of a Llama that a recipe does not decide, and what does.
@@ -27,26 +23,21 @@ _NOT_OVERRIDDEN = {
 }
 
 
-class _Section(BaseModel):
-    # "forbid" makes a misspelt key an error; protected_namespaces would forbid names that begin with model_.
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
-
-
-class ModelSection(_Section):
+class ModelSection(Section):
     """The architecture: a preset, and fields of `TinyLlamaConfig` that differ from it."""
 
     preset: str
     overrides: dict[str, Any] = Field(default_factory=dict)
 
 
-class SourceSection(_Section):
+class SourceSection(Section):
     """A prepared data set and its share of the tokens."""
 
     path: str
     weight: float = Field(gt=0, le=1)
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """What is read, in what shape."""
 
     tokenizer: str
@@ -55,7 +46,7 @@ class DataSection(_Section):
     document_masking: bool = False
 
 
-class ScheduleSection(_Section):
+class ScheduleSection(Section):
     """Learning rate: linear warm-up, then a cosine from `peak` to `floor` at the last token."""
 
     name: Literal["cosine"] = "cosine"
@@ -64,7 +55,7 @@ class ScheduleSection(_Section):
     warmup_tokens: int = Field(ge=0)
 
 
-class OptimizerSection(_Section):
+class OptimizerSection(Section):
     """AdamW on every parameter, norms and embeddings included, as TinyLlama."""
 
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
@@ -73,7 +64,7 @@ class OptimizerSection(_Section):
     gradient_clip: float = Field(gt=0)
 
 
-class TrainingSection(_Section):
+class TrainingSection(Section):
     """How long, in what batches, with what arithmetic."""
 
     total_tokens: int = Field(gt=0)
@@ -90,26 +81,26 @@ class TrainingSection(_Section):
         return "off" if value is False else value  # YAML 1.1 reads an unquoted off as false
 
 
-class MilestonesSection(_Section):
+class MilestonesSection(Section):
     """Where a complete model folder is written: at the first step that reaches each count, and at the last step."""
 
     tokens: list[int] = Field(default_factory=list)
 
 
-class ValidationSection(_Section):
+class ValidationSection(Section):
     """Loss on held-out blocks, every so many tokens and at the end."""
 
     every_tokens: int = Field(gt=0)
     max_tokens: int = Field(gt=0)
 
 
-class LoggingSection(_Section):
+class LoggingSection(Section):
     """A row of `metrics.jsonl` and a move of the progress bar."""
 
     every_steps: int = Field(gt=0)
 
 
-class PretrainConfig(_Section):
+class PretrainConfig(Section):
     """A whole recipe."""
 
     output_dir: str
@@ -134,81 +125,8 @@ class PretrainConfig(_Section):
 
 
 def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> PretrainConfig:
-    """Reads a recipe and applies `section.key=value` overrides.
-
-    Raises:
-        InputError: naming every unknown key (with the nearest valid one), wrong type, value out of range and
-            contradiction of the file at once.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"recipe {path} does not exist; `tinyllama-hf recipes list` shows those that come along")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: a recipe is a mapping of sections, got {type(values).__name__}")
-    for override in overrides:
-        _apply(values, override)
-    sections, problems = _read_sections(values)
-    problems += _contradictions(sections)
-    if problems:
-        lines = "\n".join(f"  {problem}" for problem in problems)
-        where = f"{path} with {' '.join(overrides)}" if overrides else path
-        raise InputError(f"{where}: {len(problems)} problem{'s' * (len(problems) > 1)}\n{lines}")
-    return PretrainConfig.model_validate(values)
-
-
-def _read_sections(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The sections that can be read by themselves, and the problems of all."""
-    try:
-        PretrainConfig.model_validate(values)
-        found = []
-    except ValidationError as error:
-        found = error.errors()
-    broken = {problem["loc"][0] for problem in found}
-    sections = {
-        name: field.annotation.model_validate(values[name])
-        for name, field in PretrainConfig.model_fields.items()
-        if name not in broken and field.annotation is not str
-    }
-    return sections, [_problem(problem) for problem in found]
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    name, equals, text = override.partition("=")
-    *sections, key = name.split(".")
-    if not equals or not key:
-        raise InputError(f"override {override!r}: write section.key=value, for example training.total_tokens=1000000")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise InputError(f"override {override!r}: {section!r} is a value, not a section")
-    try:
-        values[key] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"override {override!r}: its value is not valid YAML: {error}") from error
-
-
-def _problem(problem: dict[str, Any]) -> str:
-    """One line for one of pydantic's findings."""
-    *sections, key = problem["loc"]
-    name = ".".join(map(str, problem["loc"]))
-    if problem["type"] == "extra_forbidden":
-        return f"{name}: unknown key{did_you_mean(str(key), _fields(sections))}"
-    if problem["type"] == "missing":
-        return f"{name}: is required"
-    return f"{name}: {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
-
-
-def _fields(sections: Sequence[str | int]) -> list[str]:
-    model: Any = PretrainConfig
-    for section in sections:
-        if isinstance(section, str):
-            annotation = model.model_fields[section].annotation
-            model = getattr(annotation, "__args__", (annotation,))[0]
-    return list(model.model_fields)
+    """Reads a recipe and applies `section.key=value` overrides; see [`read_recipe`]."""
+    return read_recipe(PretrainConfig, path, overrides, _contradictions)
 
 
 def _contradictions(sections: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,222 @@
+"""Fine-tuning: what is learned, what is written, and that TRL sees exactly our tokens."""
+
+import json
+import os
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT
+from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
+from tinyllama_hf.errors import InputError
+from tinyllama_hf.evaluation.replies import generate_replies, reply_loss, score_replies
+from tinyllama_hf.finetune import sft
+from tinyllama_hf.finetune.config import load_config
+from tinyllama_hf.finetune.conversations import read_conversations, render_all
+from tinyllama_hf.inference.load import load_stock
+
+
+COLOURS = ("red", "green", "blue", "white")
+THINGS = ("sky", "sea", "sun", "car", "cat", "hat", "box", "bag", "cup", "pen")
+
+
+@pytest.fixture(scope="module")
+def base(tokenizer_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "model"
+    torch.manual_seed(0)
+    config = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128, "max_position_embeddings": 96}
+    TinyLlamaForCausalLM(TinyLlamaConfig.preset("micro", vocab_size=512, **config)).save_pretrained(folder)
+    load_tokenizer(tokenizer_folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(base, tmp_path):
+    rows = [
+        [
+            {"role": "user", "content": f"Which {thing} is number {i}?"},
+            {"role": "assistant", "content": f"The {colour} one."},
+        ]
+        for thing in THINGS
+        for i, colour in enumerate(COLOURS)
+    ]
+    (tmp_path / "talk.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in rows))
+    values = yaml.safe_load((ROOT / "recipes" / "sft" / "full.yaml").read_text())
+    values["output_dir"] = str(tmp_path / "chat")
+    values["model"]["path"] = str(base)
+    values["data"] |= {"conversations": str(tmp_path / "talk.jsonl"), "max_length": 96, "validation_fraction": 0.2}
+    values["training"] |= {"epochs": 12, "learning_rate": 5e-3, "sequences_per_step": 8, "micro_batch_size": 8}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return tmp_path / "recipe.yaml"
+
+
+def tuned(recipe, *overrides):
+    config = load_config(recipe, overrides)
+    sft.finetune(config)
+    return recipe.parent / "chat"
+
+
+def test_full_fine_tuning_leaves_a_plain_folder_that_replies_and_stops(recipe, base):
+    folder = tuned(recipe)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"] and config["model_type"] == "llama"
+    assert config["rope_theta"] == 10000.0 and config.get("pad_token_id") is None and config["use_cache"] is True
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert (generation["pad_token_id"], generation["eos_token_id"]) == (0, 2)
+    assert not (folder / "adapter").exists()
+    record = json.loads((folder / "provenance.json").read_text())
+    losses = record["held_out_loss"]
+    model, stock_tokenizer = load_stock(folder)
+    conversations = read_conversations(str(folder / sft.HELD_OUT_FILE))
+    rendered = render_all(load_tokenizer(folder), conversations, 96)
+    assert (
+        losses["after"] == pytest.approx(reply_loss(model, rendered), abs=1e-6)
+        and losses["after"] < losses["before"] / 2
+    )
+    assert losses["before"] == pytest.approx(reply_loss(load_stock(base)[0], rendered), abs=1e-6)
+    scores = score_replies(model, load_tokenizer(folder), [c.messages for c in conversations], 24)
+    assert scores["stop_rate"] == 1.0 and scores["median_length"] > 3
+    assert all(sample["reply"].startswith("The ") for sample in scores["samples"])
+    asked = stock_tokenizer.apply_chat_template(
+        conversations[0].messages[:1], return_tensors="pt", return_dict=True, add_generation_prompt=True
+    )
+    reply = model.generate(**asked, max_new_tokens=24, do_sample=False)[0, asked["input_ids"].shape[1] :]
+    assert stock_tokenizer.decode(reply, skip_special_tokens=True).strip() == scores["samples"][0]["reply"]
+    assert load_config(folder / "training.yaml").model_dump() == load_config(recipe).model_dump()
+
+
+def test_the_reply_loss_is_that_of_a_plain_loop(recipe, base):
+    run = sft.open_run(load_config(recipe))
+    model, _ = load_stock(base)
+    total = count = 0
+    for rendering in run.held_out:
+        logits = model(torch.tensor([rendering.input_ids])).logits[0].log_softmax(-1)
+        for i, mask in enumerate(rendering.assistant_masks):
+            if mask:
+                total -= logits[i - 1, rendering.input_ids[i]].item()
+                count += 1
+    assert reply_loss(model, run.held_out, batch_size=3) == pytest.approx(total / count, abs=1e-5)
+
+
+def test_trl_trains_on_exactly_our_tokens(recipe, base, monkeypatch):
+    """The first batch that reaches the model: ids and labels are our rendering, and one step equals a hand-written one."""
+    import trl
+
+    seen = []
+    stock_step = trl.SFTTrainer.training_step
+
+    def watch(self, model, inputs, *arguments, **options):
+        seen.append({name: value.clone() for name, value in inputs.items() if torch.is_tensor(value)})
+        return stock_step(self, model, inputs, *arguments, **options)
+
+    monkeypatch.setattr(trl.SFTTrainer, "training_step", watch)
+    folder = tuned(recipe, "training.epochs=0.2", "training.schedule=constant", "training.warmup_steps=0")
+    assert len(seen) == 1, "32 conversations in steps of 8, a fifth of an epoch"
+    run = sft.open_run(load_config(recipe), overwrite=True)
+    ours = {tuple(r.input_ids): r.assistant_masks for r in run.train}
+    for ids, labels, attention in zip(*(seen[0][n] for n in ("input_ids", "labels", "attention_mask")), strict=True):
+        length = int(attention.sum())
+        masks = ours[tuple(ids[:length].tolist())]
+        assert [int(label != -100) for label in labels[:length]] == masks
+        assert torch.equal(labels[:length][torch.tensor(masks) == 1], ids[:length][torch.tensor(masks) == 1])
+        assert (labels[length:] == -100).all()
+    model = load_stock(base)[0].train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
+    logits = model(seen[0]["input_ids"], attention_mask=seen[0]["attention_mask"]).logits[:, :-1].flatten(0, 1)
+    torch.nn.functional.cross_entropy(logits, seen[0]["labels"][:, 1:].flatten(), ignore_index=-100).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    written = load_file(folder / "model.safetensors")
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(written[name], weight, atol=2e-4, rtol=0, msg=name)
+
+
+def test_lora_writes_the_merged_model_and_the_adapter(recipe, base):
+    from peft import PeftModel
+
+    folder = tuned(recipe, "adapter.kind=lora", "training.learning_rate=2e-2")
+    record = json.loads((folder / "provenance.json").read_text())
+    assert record["held_out_loss"]["after"] < record["held_out_loss"]["before"]
+    adapter = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert adapter["r"] == 8 and {name.split(".")[-1] for name in adapter["target_modules"]} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+    }  # fmt: skip
+    before, after = load_file(base / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if ".self_attn." in name or ".mlp." in name}
+    with_adapter = PeftModel.from_pretrained(load_stock(base)[0], folder / "adapter").eval()
+    ids = torch.arange(3, 40)[None]
+    merged = load_stock(folder)[0]
+    torch.testing.assert_close(with_adapter(ids).logits, merged(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_the_same_recipe_gives_the_same_weights(recipe):
+    first = load_file(tuned(recipe, "training.epochs=1") / "model.safetensors")
+    sft.finetune(load_config(recipe, ["training.epochs=1"]), overwrite=True)
+    second = load_file(recipe.parent / "chat" / "model.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_replies_in_a_batch_equal_replies_alone(recipe):
+    folder = tuned(recipe, "training.epochs=3")
+    model, tokenizer = load_stock(folder)[0], load_tokenizer(folder)
+    prompts = [c.messages[:1] for c in read_conversations(str(folder / sft.HELD_OUT_FILE))]
+    prompts[0] = [{"role": "user", "content": "A much longer question than the others, is it not?"}]
+    together = generate_replies(model, tokenizer, prompts, 16)
+    assert together == [generate_replies(model, tokenizer, [prompt], 16)[0] for prompt in prompts]
+
+
+BAD = {
+    "longer than the context": (
+        ["data.max_length=97"],
+        "data.max_length: 97 is longer than the model's context of 96",
+    ),
+    "conversations that do not fit": (["data.max_length=8"], "conversations are longer than data.max_length 8"),
+    "no template of its own": (["chat.template=own"], "chat.template: own, but .* has no chat template; use llama2"),
+    "no such template": (["chat.template=lama2"], "chat template 'lama2' does not exist; did you mean 'llama2'"),
+    "no such conversations": (["data.conversations=nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    "no such model": (["model.path=nowhere"], "model 'nowhere': no such folder"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD.values(), ids=BAD)
+def test_bad_input_before_anything_is_written(recipe, overrides, message):
+    before = sorted(recipe.parent.rglob("*"))
+    with pytest.raises(InputError, match=message):
+        sft.finetune(load_config(recipe, overrides))
+    assert sorted(recipe.parent.rglob("*")) == before
+
+
+def test_a_template_without_markers(recipe, base, tmp_path):
+    (tmp_path / "plain.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    with pytest.raises(InputError, match=r"has no {% generation %} markers"):
+        sft.finetune(load_config(recipe, [f"chat.template={tmp_path / 'plain.jinja'}"]))
+
+
+def test_an_output_that_is_something_else(recipe):
+    (recipe.parent / "chat").mkdir()
+    (recipe.parent / "chat" / "thesis.txt").write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match=r"is not empty; choose another folder .it is no fine-tuned model"):
+            sft.finetune(load_config(recipe), overwrite)
+    assert (recipe.parent / "chat" / "thesis.txt").exists()
+
+
+def test_the_script(recipe, run_command):
+    """As a user starts it: dry run with a decoded sample, then a short training, then a refusal to write over it."""
+    env = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
+    launch = ("accelerate", "launch", "--quiet", "--config_file", ROOT / "recipes" / "accelerate" / "cpu.yaml",
+              ROOT / "recipes" / "sft.py", recipe)  # fmt: skip
+    dry = run_command(*launch, "--dry-run", cwd=recipe.parent, env=env)
+    assert dry.returncode == 0, dry.stderr
+    assert "⟦The red one. </s>⟧" in dry.stdout and "dry run: nothing was written" in dry.stdout
+    assert not (recipe.parent / "chat").exists()
+    done = run_command(*launch, "training.epochs=1", cwd=recipe.parent, env=env)
+    assert done.returncode == 0 and "wrote " in done.stdout, done.stderr
+    again = run_command(*launch, cwd=recipe.parent, env=env)
+    assert (
+        again.returncode != 0 and "pass --overwrite to replace it" in again.stderr and "Traceback" not in again.stderr
+    )

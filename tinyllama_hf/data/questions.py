@@ -1,0 +1,72 @@
+"""Questions and answers from docstrings, of modules that the embedded corpus leaves out.
+
+What a function or class does is asked in one of a few ways; the answer is the first sentence of its docstring. The same
+Python version gives the same pairs, in the same order.
+"""
+
+import ast
+import hashlib
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from .embedded import dotted_name, sources
+
+
+_MAX_ANSWER, _MIN_ANSWER = 200, 20  # characters
+_MAX_SIGNATURE = 60  # characters; longer ones are left out of the question
+_FUNCTION_QUESTIONS = ("What does {} do?", "What is {} for?", "Explain {}.", "Tell me what {} does.")
+_CLASS_QUESTIONS = ("What is {}?", "What is the class {} for?", "Explain the class {}.", "Tell me about {}.")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
+# Abbreviations, lists and examples make no sentence that could stand alone.
+_UNFIT = re.compile(r">>>|::|\n\s*[-*]|e\.g\.$|i\.e\.$|etc\.$")
+
+
+class Question(NamedTuple):
+    """A question about `name`, and its answer."""
+
+    name: str
+    question: str
+    answer: str
+
+
+def questions() -> Iterator[Question]:
+    """Yields the pairs, each answer once."""
+    seen: set[str] = set()
+    for path, source in sources(for_conversations=True):
+        for node, name in _documented(ast.parse(source), dotted_name(path)):
+            answer = _first_sentence(ast.get_docstring(node))
+            if answer is None or answer in seen:
+                continue
+            seen.add(answer)
+            yield Question(name, _question(node, name), answer)
+
+
+def _documented(node: ast.AST, qualified: str) -> Iterator[tuple[ast.AST, str]]:
+    """Functions and classes with a docstring, each with its dotted name."""
+    for child in getattr(node, "body", []):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            name = f"{qualified}.{child.name}"
+            if ast.get_docstring(child):
+                yield child, name
+            yield from _documented(child, name)
+
+
+def _question(node: ast.AST, name: str) -> str:
+    """One of the ways to ask, decided by the name."""
+    is_class = isinstance(node, ast.ClassDef)
+    if not is_class:
+        signature = ast.unparse(node.args)
+        name += f"({signature})" if len(signature) <= _MAX_SIGNATURE else "()"
+    ways = _CLASS_QUESTIONS if is_class else _FUNCTION_QUESTIONS
+    return ways[hashlib.sha256(name.encode()).digest()[0] % len(ways)].format(name)
+
+
+def _first_sentence(docstring: str) -> str | None:
+    paragraph = docstring.strip().split("\n\n")[0]
+    if _UNFIT.search(paragraph):
+        return None
+    sentence = _SENTENCE_END.split(" ".join(paragraph.split()))[0]
+    if not _MIN_ANSWER <= len(sentence) <= _MAX_ANSWER or not sentence[0].isalpha():
+        return None
+    return sentence

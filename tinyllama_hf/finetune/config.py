@@ -1,0 +1,89 @@
+"""The recipe of supervised fine-tuning."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import Field
+
+from ..recipe import Section, read_recipe
+
+
+class ModelSection(Section):
+    """What is fine-tuned: a folder, a released name or a Hub id."""
+
+    path: str
+
+
+class ChatSection(Section):
+    """The chat template: one that comes along, a `.jinja` file, or `own` for the one that the model has."""
+
+    template: str
+
+
+class DataSection(Section):
+    """Conversations: JSON lines with `messages`, or `embedded:questions`."""
+
+    conversations: str
+    validation_fraction: float = Field(gt=0, lt=1)
+    max_length: int = Field(ge=8)
+    overlong: Literal["error", "drop"]
+
+
+class AdapterSection(Section):
+    """`none` trains every weight; `lora` trains low-rank adapters on every linear layer but the head."""
+
+    kind: Literal["none", "lora"]
+    rank: int = Field(gt=0)
+    alpha: float = Field(gt=0)
+    dropout: float = Field(ge=0, lt=1)
+
+
+class TrainingSection(Section):
+    """How often, how fast, with what arithmetic."""
+
+    epochs: float = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+    schedule: Literal["constant", "linear", "cosine"]
+    warmup_steps: int = Field(ge=0)
+    sequences_per_step: int = Field(gt=0)
+    micro_batch_size: int = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    gradient_clip: float = Field(gt=0)
+    precision: Literal["fp32", "bf16"]
+    seed: int = Field(ge=0)
+
+
+class LoggingSection(Section):
+    """A row of `metrics.jsonl`."""
+
+    every_steps: int = Field(gt=0)
+
+
+class FinetuneConfig(Section):
+    """A whole recipe."""
+
+    output_dir: str
+    model: ModelSection
+    chat: ChatSection
+    data: DataSection
+    adapter: AdapterSection
+    training: TrainingSection
+    logging: LoggingSection
+
+
+def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> FinetuneConfig:
+    """Reads a recipe and applies `section.key=value` overrides; see [`read_recipe`]."""
+    return read_recipe(FinetuneConfig, path, overrides, _contradictions)
+
+
+def _contradictions(sections: Mapping[str, Any]) -> list[str]:
+    """Broken rules between keys; each names the keys, the values and the fix."""
+    training = sections.get("training")
+    if training and training.sequences_per_step % training.micro_batch_size:
+        sizes = [n for n in range(1, training.sequences_per_step + 1) if training.sequences_per_step % n == 0]
+        return [
+            f"training.micro_batch_size: {training.micro_batch_size} does not divide training.sequences_per_step "
+            f"{training.sequences_per_step}; sizes that do: {', '.join(map(str, sizes))}"
+        ]
+    return []

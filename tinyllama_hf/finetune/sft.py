@@ -1,0 +1,278 @@
+"""Supervised fine-tuning over TRL's `SFTTrainer`: our rendering in, a plain Llama folder out."""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from accelerate import PartialState
+from transformers import AutoConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from .. import provenance
+from ..chat.render import Rendering
+from ..chat.templates import check_template, load_template
+from ..configuration_tinyllama import TinyLlamaConfig
+from ..errors import InputError, require
+from ..evaluation.replies import reply_loss
+from ..inference.load import load_stock, model_folder
+from ..modeling_tinyllama import TinyLlamaForCausalLM
+from ..pretrain.checkpoints import CONFIG_FILE
+from ..tokenization_tinyllama import load_tokenizer, tokenizer_fingerprint
+from .config import FinetuneConfig
+from .conversations import Conversation, read_conversations, render_all, split, write_rows
+
+
+HELD_OUT_FILE = "validation.jsonl"
+METRICS_FILE = "metrics.jsonl"
+
+
+class Run(NamedTuple):
+    """A recipe with everything loaded that can be loaded before the first step."""
+
+    config: FinetuneConfig
+    output: Path
+    base: Path
+    tokenizer: PreTrainedTokenizerFast
+    context: int
+    train: list[Rendering]
+    held_out: list[Rendering]
+    held_out_conversations: list[Conversation]
+    num_dropped: int
+    accumulation_steps: int
+
+
+def finetune(config: FinetuneConfig, overwrite: bool = False, dry_run: bool = False) -> None:
+    """Fine-tunes as the recipe says and writes a plain Llama folder with chat template and provenance.
+
+    Args:
+        config (`FinetuneConfig`): from [`load_config`].
+        overwrite (`bool`, *optional*, defaults to `False`): replace what an earlier run left in `output_dir`.
+        dry_run (`bool`, *optional*, defaults to `False`): check everything, say what would happen, and stop.
+
+    Raises:
+        InputError: before the first step, for anything that cannot work.
+    """
+    require("trl", "finetune", "fine-tuning")
+    require("peft", "finetune", "fine-tuning")
+    run = open_run(config, overwrite)
+    state = PartialState()
+    if state.is_main_process:
+        print("\n".join(facts(run, state.num_processes)), flush=True)
+        if dry_run:
+            print(f"{sample(run)}\nwould write {run.output}/ (dry run: nothing was written)")
+    if dry_run:
+        return
+    before = _held_out_loss(run, run.base)
+    if state.is_main_process:
+        print(f"held-out replies: loss {before:.3f} nats a token before", flush=True)
+    model, adapter, history = _train(run)
+    if state.is_main_process:
+        with provenance.new_folder(run.output) as temporary:
+            _save(run, model, temporary)
+            if adapter is not None:
+                adapter.save(temporary / "adapter")
+            after = _held_out_loss(run, temporary)
+            print(f"held-out replies: loss {after:.3f} nats a token after")
+            rows = "".join(json.dumps(row) + "\n" for row in history)
+            provenance.write_text(temporary / METRICS_FILE, rows)
+            record = _record(run, {"before": before, "after": after})
+            provenance.write_json(temporary / "provenance.json", provenance.collect(**record))
+        print(f"wrote {run.output}")
+    state.wait_for_everyone()
+
+
+def open_run(config: FinetuneConfig, overwrite: bool = False) -> Run:
+    """Checks everything that the recipe names and opens it; writes nothing.
+
+    Raises:
+        InputError: for a model, template, conversations and output that cannot be used together.
+    """
+    output = Path(config.output_dir)
+    if output.exists() and not output.is_dir():
+        raise InputError(f"output_dir {output}: is a file; choose a folder")
+    if output.exists() and any(output.iterdir()) and not (overwrite and (output / HELD_OUT_FILE).is_file()):
+        hint = "pass --overwrite to replace it" if (output / HELD_OUT_FILE).is_file() else "it is no fine-tuned model"
+        raise InputError(f"output_dir {output}: is not empty; choose another folder ({hint})")
+    base = model_folder(config.model.path)
+    tokenizer = load_tokenizer(base)
+    if config.chat.template != "own":
+        tokenizer.chat_template = load_template(config.chat.template)
+    elif not isinstance(tokenizer.chat_template, str):
+        raise InputError(f"chat.template: own, but {base} has no chat template; use llama2")
+    check_template(tokenizer)
+    context = AutoConfig.from_pretrained(base).max_position_embeddings
+    if config.data.max_length > context:
+        raise InputError(
+            f"data.max_length: {config.data.max_length} is longer than the model's context of {context}; lower it"
+        )
+    tokenizer.model_max_length = context  # saved with the model
+    conversations = read_conversations(config.data.conversations)
+    train, held_out = split(conversations, config.data.validation_fraction)
+    drop = config.data.overlong == "drop"
+    rendered = [render_all(tokenizer, part, config.data.max_length, drop) for part in (train, held_out)]
+    if not all(rendered):
+        raise InputError(f"data.max_length: {config.data.max_length} drops every conversation; raise it")
+    dropped = len(conversations) - len(rendered[0]) - len(rendered[1])
+    accumulation = _accumulation_steps(config, PartialState().num_processes)
+    return Run(config, output, base, tokenizer, context, *rendered, held_out, dropped, accumulation)
+
+
+def facts(run: Run, num_processes: int) -> list[str]:
+    """What follows from the recipe, as lines to print."""
+    config, train = run.config, run.train
+    learned = sum(sum(rendering.assistant_masks) for rendering in train)
+    tokens = sum(len(rendering.input_ids) for rendering in train)
+    steps = -(-len(train) // config.training.sequences_per_step) * config.training.epochs
+    adapter = "every weight" if config.adapter.kind == "none" else f"LoRA of rank {config.adapter.rank}"
+    return [
+        f"model         {run.base}, {adapter}, template {config.chat.template}",
+        f"conversations {len(train):,} to train on, {len(run.held_out):,} held out"
+        + (f", {run.num_dropped:,} longer than {config.data.max_length} tokens dropped" if run.num_dropped else ""),
+        f"tokens        {tokens:,} an epoch, {learned:,} of them learned ({learned / tokens:.0%}: replies and stop tokens)",
+        f"steps         {steps:.0f} of {config.training.sequences_per_step} conversations, {config.training.epochs:g} epochs; "
+        f"{num_processes} process{'es' * (num_processes > 1)} x {config.training.micro_batch_size} x {run.accumulation_steps}",
+    ]
+
+
+def sample(run: Run) -> str:
+    """The first conversation as it is trained, what is learned between brackets."""
+    rendering, tokenizer = run.train[0], run.tokenizer
+    parts, start = [], 0
+    for end in range(1, len(rendering.input_ids) + 1):
+        if end == len(rendering.input_ids) or rendering.assistant_masks[end] != rendering.assistant_masks[start]:
+            text = tokenizer.decode(rendering.input_ids[start:end])
+            parts.append(f"⟦{text}⟧" if rendering.assistant_masks[start] else text)
+            start = end
+    return f"first conversation, what is learned between ⟦ and ⟧:\n{' '.join(parts)}"
+
+
+def _accumulation_steps(config: FinetuneConfig, num_processes: int) -> int:
+    sequences, micro = config.training.sequences_per_step, config.training.micro_batch_size
+    if sequences % (micro * num_processes):
+        raise InputError(
+            f"training.micro_batch_size: {micro} x {num_processes} processes does not divide the {sequences} sequences of a "
+            "step; change one of them"
+        )
+    return sequences // (micro * num_processes)
+
+
+def _held_out_loss(run: Run, folder: Path) -> float:
+    model, _ = load_stock(folder)
+    return reply_loss(model, run.held_out)
+
+
+class _Adapter(NamedTuple):
+    """A LoRA adapter's weights and configuration, kept from before it was merged."""
+
+    config: Any
+    weights: dict[str, torch.Tensor]
+
+    def save(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        self.config.save_pretrained(folder)
+        save_file(self.weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _train(run: Run) -> tuple[LlamaForCausalLM, _Adapter | None, list[dict[str, Any]]]:
+    """Trains stock Llama with TRL; returns it with the adapter merged, the adapter, and the logged rows."""
+    from datasets import Dataset, disable_progress_bars
+    from peft import get_peft_model_state_dict
+    from trl import SFTTrainer
+
+    model, _ = load_stock(run.base, "cpu")
+    model.config.pad_token_id = run.tokenizer.pad_token_id  # TRL and Trainer want it there; `_save` takes it out again
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = SFTTrainer(
+            model=model.train(),
+            args=_arguments(run, scratch),
+            train_dataset=Dataset.from_list([rendering._asdict() for rendering in run.train]),
+            processing_class=run.tokenizer,
+            peft_config=_lora(run.config) if run.config.adapter.kind == "lora" else None,
+        )
+        trainer.train()
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    if run.config.adapter.kind == "none":
+        return trained, None, trainer.state.log_history
+    weights = {name: w.detach().cpu().contiguous() for name, w in get_peft_model_state_dict(trained).items()}
+    adapter = _Adapter(trained.peft_config["default"], weights)
+    return trained.merge_and_unload(), adapter, trainer.state.log_history
+
+
+def _arguments(run: Run, scratch: str) -> Any:
+    from trl import SFTConfig
+
+    training = run.config.training
+    return SFTConfig(
+        output_dir=scratch,
+        num_train_epochs=training.epochs,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.schedule,
+        warmup_steps=training.warmup_steps,
+        per_device_train_batch_size=training.micro_batch_size,
+        gradient_accumulation_steps=run.accumulation_steps,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.gradient_clip,
+        bf16=training.precision == "bf16",
+        seed=training.seed,
+        logging_steps=run.config.logging.every_steps,
+        logging_nan_inf_filter=False,
+        max_length=None,  # nothing is cut: longer conversations were refused or dropped before
+        activation_checkpointing=False,  # TRL turns it on by default
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=not sys.stderr.isatty(),
+        save_strategy="no",
+        report_to="none",
+    )
+
+
+def _lora(config: FinetuneConfig) -> Any:
+    from peft import LoraConfig
+
+    adapter = config.adapter
+    return LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
+def _save(run: Run, trained: LlamaForCausalLM, folder: Path) -> None:
+    """Writes the plain Llama folder: weights, config in both spellings, generation config, tokenizer, recipe, held-out rows."""
+    trained.config.pad_token_id = None  # it would freeze and zero that row of the embedding at the next load
+    plain = TinyLlamaForCausalLM(TinyLlamaConfig.from_llama(trained.config))
+    plain.load_state_dict(trained.state_dict())
+    plain.config.use_cache = True
+    plain.generation_config.eos_token_id = run.tokenizer.eos_token_id
+    plain.generation_config.pad_token_id = run.tokenizer.pad_token_id
+    plain.save_pretrained(folder)
+    run.tokenizer.save_pretrained(folder)
+    provenance.write_text(folder / CONFIG_FILE, yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False))
+    provenance.write_text(folder / HELD_OUT_FILE, write_rows(run.held_out_conversations))
+
+
+def _record(run: Run, losses: dict[str, float]) -> dict[str, Any]:
+    """What `provenance.json` says besides code, libraries and machine."""
+    base_record = run.base / "provenance.json"
+    return {
+        "base_model": {
+            "path": run.config.model.path,
+            "sha256": {file.name: provenance.file_sha256(file) for file in sorted(run.base.glob("*.safetensors"))},
+            **({"provenance": provenance.read_json(base_record)} if base_record.is_file() else {}),
+        },
+        "conversations": {
+            "source": run.config.data.conversations,
+            "train": len(run.train),
+            "held_out": len(run.held_out),
+            "dropped": run.num_dropped,
+        },
+        "tokenizer": tokenizer_fingerprint(run.tokenizer),
+        "held_out_loss": losses,
+    }

@@ -1,0 +1,113 @@
+"""Reading a recipe, the YAML file of a training run, strictly.
+
+All problems of a file are reported at once, before anything else is loaded.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .errors import InputError, did_you_mean
+
+
+class Section(BaseModel):
+    """A part of a recipe; every key is known."""
+
+    # "forbid" makes a misspelt key an error; protected_namespaces would forbid names that begin with model_.
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+Recipe = TypeVar("Recipe", bound=Section)
+
+
+def read_recipe(
+    schema: type[Recipe],
+    path: str | os.PathLike,
+    overrides: Sequence[str],
+    contradictions: Callable[[Mapping[str, Any]], list[str]],
+) -> Recipe:
+    """Reads a recipe and applies `section.key=value` overrides.
+
+    Args:
+        schema (`type[Section]`): what the file holds.
+        path (`str` or `os.PathLike`): the YAML file.
+        overrides (`Sequence[str]`): replace single values.
+        contradictions (`Callable`): given the sections that could be read, the broken rules between their keys.
+
+    Raises:
+        InputError: naming every unknown key (with the nearest valid one), wrong type, value out of range and
+            contradiction of the file at once.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"recipe {path} does not exist; `tinyllama-hf recipes list` shows those that come along")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: a recipe is a mapping of sections, got {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    sections, problems = _read_sections(schema, values)
+    problems += contradictions(sections)
+    if problems:
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        where = f"{path} with {' '.join(overrides)}" if overrides else path
+        raise InputError(f"{where}: {len(problems)} problem{'s' * (len(problems) > 1)}\n{lines}")
+    return schema.model_validate(values)
+
+
+def _read_sections(schema: type[Recipe], values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The sections that can be read by themselves, and the problems of all."""
+    try:
+        schema.model_validate(values)
+        found = []
+    except ValidationError as error:
+        found = error.errors()
+    broken = {problem["loc"][0] for problem in found}
+    sections = {
+        name: field.annotation.model_validate(values[name])
+        for name, field in schema.model_fields.items()
+        if name not in broken and field.annotation is not str
+    }
+    return sections, [_problem(schema, problem) for problem in found]
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    *sections, key = name.split(".")
+    if not equals or not key:
+        raise InputError(f"override {override!r}: write section.key=value, for example training.seed=1")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise InputError(f"override {override!r}: {section!r} is a value, not a section")
+    try:
+        values[key] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"override {override!r}: its value is not valid YAML: {error}") from error
+
+
+def _problem(schema: type[Recipe], problem: dict[str, Any]) -> str:
+    """One line for one of pydantic's findings."""
+    *sections, key = problem["loc"]
+    name = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        return f"{name}: unknown key{did_you_mean(str(key), _fields(schema, sections))}"
+    if problem["type"] == "missing":
+        return f"{name}: is required"
+    return f"{name}: {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _fields(schema: type[Recipe], sections: Sequence[str | int]) -> list[str]:
+    model: Any = schema
+    for section in sections:
+        if isinstance(section, str):
+            annotation = model.model_fields[section].annotation
+            model = getattr(annotation, "__args__", (annotation,))[0]
+    return list(model.model_fields)
