@@ -147,6 +147,23 @@ BAD = {
     "nothing to compare with": ("tokenizer verify empty", "no SentencePiece model to compare with"),
     "no data to score on": ("eval model", "--data: needed to score model folders"),
     "no such data": ("eval model --data nowhere", "nowhere does not exist; make it with `tinyllama-hf prepare"),
+    "missing evaluation data": (
+        "eval model --task commonsense --data empty", "--data empty: holds no hellaswag/validation.jsonl, openbookqa/test"),
+    "evaluation data without a Hub": ("eval model --task commonsense", "or name local files with --data"),
+    "unknown task": ("eval model --task commonsens", "--task 'commonsens': there is no such task; did you mean 'comm"),
+    "option of another task": ("eval model --limit 5", "--limit: belongs to --task commonsense"),
+    "baselines of another task": ("eval model --task commonsense --baselines", "--baselines: belongs to --task bits_per_b"),
+    "no published row": (
+        "eval model --task commonsense --published step-50k-105", "--published 'step-50k-105': no row of the published"),
+    "nothing was published": (
+        "eval model --task commonsense --published chat-v1.0", "--published 'chat-v1.0': no scores were published"),
+    "one item": ("eval model --task commonsense --limit 1", "--limit 1: must be at least 2"),
+    "no batch": ("eval model --task commonsense --batch-size 0", "--batch-size 0: must be at least 1"),
+    "two folders of tasks": (
+        "eval model --task commonsense --data empty --data model", "--data empty model: commonsense reads one folder"),
+    "scores over something else": (
+        "eval model --task commonsense --data embedded:sample --output small.jsonl",
+        "--output small.jsonl: holds something else than commonsense scores"),
     "baselines of a folder": ("eval model --baselines", "--baselines: needs one run"),
     "no run": ("report empty --output out", "holds no metrics.jsonl"),
     "copy over something": ("recipes copy empty", "empty: exists already"),

@@ -107,7 +107,7 @@ def installed(distributions, tmp_path_factory) -> Path:
     scripts = environment / ("Scripts" if os.name == "nt" else "bin")
     pip = (scripts / "python", "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt")
     run(*pip, "torch", cwd=environment)
-    run(*pip, f"{distributions[1]}[data]", cwd=environment)
+    run(*pip, f"{distributions[1]}[data,eval]", cwd=environment)
     return scripts
 
 

@@ -8,35 +8,80 @@ import typer
 
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Model folders or names; or one run, for all its milestones.")],
+    task: Annotated[
+        str, typer.Option(help="bits_per_byte of held-out documents, or commonsense: TinyLlama's seven tasks.")
+    ] = "bits_per_byte",
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Prepared data whose held-out text is scored, repeatable; default: the run's."),
+        typer.Option(
+            help="bits_per_byte: prepared data whose held-out text is scored, repeatable; default: the run's. "
+            "commonsense: folder with the tasks' rows, or embedded:sample, no benchmark; default: the Hub."
+        ),
     ] = None,
     baselines: Annotated[
         bool,
-        typer.Option("--baselines", help="Also fit a unigram and a 5-gram model on the text each milestone read."),
+        typer.Option(
+            "--baselines", help="bits_per_byte: also fit a unigram and a 5-gram model on the text each milestone read."
+        ),
     ] = False,
+    limit: Annotated[int | None, typer.Option(help="commonsense: items of each task, the first ones.")] = None,
+    published: Annotated[
+        str | None, typer.Option(help="commonsense: row of TinyLlama's table to compare with, see `list`.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="commonsense: rows of a forward pass; default: 8.")] = None,
+    samples: Annotated[
+        Path | None, typer.Option(help="commonsense: JSON lines file to write, with every item and its choices.")
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="JSON file to write; default for a run: RUN/scores.json.")
+        Path | None,
+        typer.Option(
+            help="JSON file to write; default for a run: RUN/scores.json, of commonsense RUN/commonsense.json."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
-    """Bits per byte on held-out documents, computed by stock transformers on the exported folders.
+    """Score models by stock transformers on the exported folders: bits per byte, or the commonsense tasks by lm-eval.
+
+    Commonsense follows the published protocol: fp32, zero-shot, no begin-of-sequence. The output file is read first, and
+    models that it has are not scored again.
 
     Example: tinyllama-hf eval runs/demo/pretrain --baselines
     """
-    from tinyllama_hf import provenance
-    from tinyllama_hf.errors import InputError
-    from tinyllama_hf.evaluation.ladder import score
-    from tinyllama_hf.pretrain.checkpoints import MILESTONES_FOLDER
+    from tinyllama_hf.errors import InputError, did_you_mean
     from tinyllama_hf.progress import quiet_library_bars
 
+    options = {
+        "bits_per_byte": {"--baselines": baselines or None},
+        "commonsense": {
+            "--limit": limit,
+            "--published": published,
+            "--batch-size": batch_size,
+            "--samples": samples,
+        },
+    }
+    if task not in options:
+        raise InputError(f"--task {task!r}: there is no such task{did_you_mean(task, options)}")
+    for other in options.keys() - {task}:
+        for option, value in options[other].items():
+            if value is not None and option not in options[task]:
+                raise InputError(f"{option}: belongs to --task {other}; leave it out, or choose that task")
     quiet_library_bars()
-    is_run = len(models) == 1 and (Path(models[0]) / MILESTONES_FOLDER).is_dir()
-    target = output or (Path(models[0]) / "scores.json" if is_run else None)
+    if task == "commonsense":
+        _commonsense(models, data or [], limit, published, batch_size, samples, output, device)
+    else:
+        _bits_per_byte(models, data or [], baselines, output, device)
+
+
+def _bits_per_byte(models: list[str], data: list[str], baselines: bool, output: Path | None, device: str) -> None:
+    from tinyllama_hf import provenance
+    from tinyllama_hf.errors import InputError
+    from tinyllama_hf.evaluation.ladder import score, the_run
+
+    run = the_run(models)
+    target = output or (run / "scores.json" if run else None)
     if target and target.is_dir():
         raise InputError(f"--output {target}: is a folder; name a file")
-    scores = score(models, data or (), baselines, device)
+    scores = score(models, data, baselines, device)
     if target and target.is_file() and not baselines:
         # They depend on the run and the data alone, and cost more than the models.
         before = provenance.read_json(target)
@@ -51,12 +96,45 @@ def evaluate(
         print(f"wrote {target}")
 
 
+def _commonsense(
+    models: list[str],
+    data: list[str],
+    limit: int | None,
+    published: str | None,
+    batch_size: int | None,
+    samples: Path | None,
+    output: Path | None,
+    device: str,
+) -> None:
+    from tinyllama_hf.errors import InputError
+    from tinyllama_hf.evaluation.commonsense import score_commonsense
+    from tinyllama_hf.evaluation.harness import BATCH_SIZE
+    from tinyllama_hf.evaluation.ladder import the_run
+    from tinyllama_hf.evaluation.protocol import published_row
+    from tinyllama_hf.evaluation.table import table_lines
+
+    if len(data) > 1:
+        raise InputError(f"--data {' '.join(data)}: commonsense reads one folder; name one")
+    row = published_row(published) if published is not None else None
+    run = the_run(models)
+    target = output or (run / "commonsense.json" if run else None)
+    batch_size = BATCH_SIZE if batch_size is None else batch_size
+    scores = score_commonsense(models, data[0] if data else None, limit, batch_size, device, target, samples, print)
+    for line in table_lines(scores, row):
+        print(line)
+    for path in filter(None, (target, samples)):
+        print(f"wrote {path}")
+
+
 def report(
     run: Annotated[Path, typer.Argument(help="Folder of a pretraining run, with scores.json from `eval`.")],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
     prompt: Annotated[list[str] | None, typer.Option(help="Continued by every milestone, repeatable.")] = None,
     stages: Annotated[
         Path | None, typer.Option(help="File of stage names and seconds, as the demo writes it.")
+    ] = None,
+    chat: Annotated[
+        Path | None, typer.Option(help="Model fine-tuned from the run, scored with `eval --task replies`.")
     ] = None,
 ) -> None:
     """Tell the story of a run in pictures: one page that opens in any browser, and the pictures beside it.
@@ -70,5 +148,5 @@ def report(
 
     quiet_library_bars()
     with Console().status("Drawing, and continuing the prompts"):
-        page = write_report(run, output, prompt or (), stages)
+        page = write_report(run, output, prompt or (), stages, chat)
     print(f"wrote {page}")

@@ -16,7 +16,8 @@ def list_recipes() -> None:
     Example: tinyllama-hf recipes list
     """
     for name, file in _files():
-        print(f"{name:<28} {_summary(file)}")
+        if file.suffix != ".jsonl":  # rows, described by the README beside them
+            print(f"{name:<28} {_summary(file)}")
 
 
 @app.command()
@@ -47,7 +48,9 @@ def _files() -> list[tuple[str, Path]]:
     for part, target in (("recipes", ""), ("eval", "eval/")):
         # A wheel carries them inside the package, a clone beside it.
         root = next(path for path in (package / part, package.parent / part) if path.is_dir())
-        files = sorted(p for p in root.rglob("*") if p.is_file() and p.suffix in (".py", ".yaml", ".sh", ".md"))
+        files = sorted(
+            p for p in root.rglob("*") if p.is_file() and p.suffix in (".py", ".yaml", ".sh", ".md", ".jsonl")
+        )
         found += [(target + file.relative_to(root).as_posix(), file) for file in files]
     return found
 

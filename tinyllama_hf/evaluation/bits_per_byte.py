@@ -7,7 +7,6 @@ is scored. Bits of all documents are summed and divided by their UTF-8 bytes.
 
 import gzip
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.shards import read_metadata
 from ..errors import InputError
 from ..tokenization_tinyllama import encode_text
+from .metrics import load_metric
 
 
 class HeldOut(NamedTuple):
@@ -122,24 +122,27 @@ def bits_per_byte(
         raise InputError("bits per byte: the tokenizer has no begin-of-sequence, which each document starts with here")
     context = model.config.max_position_embeddings
     stride = max(context // 2, 1)
-    documents = [(source.name, text) for source in held_out for text in source.texts]
+    documents = [text for source in held_out for text in source.texts]
     pieces = []
-    for number, (_, text) in enumerate(documents):
+    for number, text in enumerate(documents):
         tokens = np.array([tokenizer.bos_token_id, *encode_text(tokenizer, text)])
         pieces += windows(number, tokens, context, stride)
     pieces.sort(key=lambda window: len(window.tokens))  # alike in length, so that little is padded
     batches = (pieces[i : i + batch_size] for i in range(0, len(pieces), batch_size))
-    nats = {source.name: 0.0 for source in held_out}
+    nats = [0.0] * len(documents)
     for number, log_probability in log_probabilities(model, batches, advance):
-        nats[documents[number][0]] -= log_probability
+        nats[number] -= log_probability
     protocol = {"context": context, "stride": stride, "bos": True, "dtype": str(model.dtype).removeprefix("torch.")}
     return {**summarise(nats, held_out), "protocol": protocol}
 
 
-def summarise(nats: dict[str, float], held_out: Sequence[HeldOut]) -> dict[str, Any]:
-    """Turns the summed negative log-probabilities of each source into bits per byte."""
-    num_bytes = {source.name: source.num_bytes for source in held_out}
-    return {
-        "bits_per_byte": sum(nats.values()) / math.log(2) / sum(num_bytes.values()),
-        "by_source": {name: nats[name] / math.log(2) / num_bytes[name] for name in nats},
-    }
+def summarise(nats: Sequence[float], held_out: Sequence[HeldOut]) -> dict[str, Any]:
+    """Turns the negative log-probability of each document, source after source, into bits per byte."""
+    metric = load_metric("bits_per_byte")
+    by_source, done = {}, 0
+    for source in held_out:
+        own = nats[done : done + len(source.texts)]
+        by_source[source.name] = metric.compute(predictions=own, references=source.texts)["bits_per_byte"]
+        done += len(source.texts)
+    texts = [text for source in held_out for text in source.texts]
+    return {**metric.compute(predictions=nats, references=texts), "by_source": by_source}

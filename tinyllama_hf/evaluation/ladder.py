@@ -18,6 +18,7 @@ from ..pretrain.checkpoints import CONFIG_FILE, MILESTONES_FOLDER, list_mileston
 from ..pretrain.config import PretrainConfig, load_config
 from ..tokenization_tinyllama import encode_text, load_tokenizer, tokenizer_fingerprint
 from .bits_per_byte import HeldOut, bits_per_byte, held_out_documents, summarise
+from .metrics import load_metric
 from .ngram import NGramModel
 
 
@@ -45,7 +46,7 @@ def score(
     """
     if len({Path(folder).resolve() for folder in data}) < len(data):
         raise InputError(f"--data: {', '.join(data)}: a data set is named twice; its documents count once")
-    run = Path(models[0]) if len(models) == 1 and (Path(models[0]) / MILESTONES_FOLDER).is_dir() else None
+    run = the_run(models)
     if run:
         config = load_config(run / CONFIG_FILE)
         data = data or [source.path for source in config.data.sources]
@@ -54,9 +55,7 @@ def score(
                 f"data folder {missing[0]} does not exist here; a recipe names its data from the folder in which the run "
                 "was started: call from there, or name the data with --data"
             )
-        folders = list_milestones(run)
-        if not folders:
-            raise InputError(f"run {run}: has no milestone yet; wait for the first, or train it")
+        folders = milestones_of(run)
     elif baselines:
         raise InputError("--baselines: needs one run (a folder with milestones), to know which text was read")
     elif not data:
@@ -64,6 +63,7 @@ def score(
     else:
         folders = [model_folder(model) for model in models]
     held_out = [held_out_documents(folder) for folder in data]
+    load_metric("bits_per_byte")  # a missing package is known before the first model is scored
     opened = _open_mixture(config) if run and baselines else None
     scores: dict[str, Any] = {
         "task": "bits_per_byte",
@@ -73,6 +73,30 @@ def score(
         "baselines": _baselines(*opened, folders, held_out) if opened else [],
     }  # fmt: skip
     return {**scores, "provenance": provenance.collect()}
+
+
+def the_run(models: Sequence[str]) -> Path | None:
+    """The run that is meant, if one folder with milestones is named."""
+    return Path(models[0]) if len(models) == 1 and (Path(models[0]) / MILESTONES_FOLDER).is_dir() else None
+
+
+def milestones_of(run: Path) -> list[Path]:
+    """The milestones of a run, in the order of their steps.
+
+    Raises:
+        InputError: if there is none yet.
+    """
+    folders = list_milestones(run)
+    if not folders:
+        raise InputError(f"run {run}: has no milestone yet; wait for the first, or train it")
+    return folders
+
+
+def place_in_run(folder: Path) -> dict[str, int]:
+    """`step` and `tokens` of a milestone; nothing of another folder."""
+    is_milestone = (folder / "provenance.json").is_file() and (folder / CONFIG_FILE).is_file()
+    record = read_record(folder) if is_milestone else {}
+    return {key: record[key] for key in ("step", "tokens") if key in record}
 
 
 def _score_folder(folder: Path, held_out: Sequence[HeldOut], device: str) -> dict[str, Any]:
@@ -85,13 +109,10 @@ def _score_folder(folder: Path, held_out: Sequence[HeldOut], device: str) -> dic
         estimate = total // 3  # tokens; the bar is for the eye
         task = bar.add_task(f"Scoring {folder.name}", total=estimate, note="")
         result = bits_per_byte(model, tokenizer, held_out, advance=lambda n: bar.advance(task, n))
-    is_milestone = (folder / "provenance.json").is_file() and (folder / CONFIG_FILE).is_file()
-    record = read_record(folder) if is_milestone else {}
-    known = {key: record[key] for key in ("step", "tokens") if key in record}
     return {
         "name": folder.name,
         "path": str(folder),
-        **known,
+        **place_in_run(folder),
         **result,
         "seconds": round(time.perf_counter() - began, 1),
     }
@@ -109,7 +130,7 @@ def _baselines(
     mixture: Mixture, tokenizer: PreTrainedTokenizerBase, milestones: Sequence[Path], held_out: Sequence[HeldOut]
 ) -> list[dict[str, Any]]:
     """Counting models fitted on what each milestone had read, each block once however often it was read."""
-    documents = {h.name: [_tokens(tokenizer, text) for text in h.texts] for h in held_out}
+    documents = [_tokens(tokenizer, text) for h in held_out for text in h.texts]
     scores = []
     for folder in track(milestones, "Fitting counting models", transient=True, disable=not Console().is_terminal):
         record = read_record(folder)
@@ -117,10 +138,7 @@ def _baselines(
         text = mixture.tokens(blocks)[:, :-1].reshape(-1)  # neighbouring blocks join without a seam
         for name, order in BASELINES.items():
             model = NGramModel(text, len(tokenizer), order)
-            nats = {
-                source: -float(sum(model.log_probabilities(tokens).sum() for tokens in of_source))
-                for source, of_source in documents.items()
-            }
+            nats = [-float(model.log_probabilities(tokens).sum()) for tokens in documents]
             known = {"name": name, "step": record["step"], "tokens": record["tokens"], "distinct_tokens": len(text)}
             scores.append({**known, **summarise(nats, held_out)})
     return scores

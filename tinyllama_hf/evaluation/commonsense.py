@@ -1,0 +1,172 @@
+"""Scoring models, or every milestone of a run, on the commonsense tasks, into one file under one protocol."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from .. import provenance
+from ..errors import InputError
+from ..inference.load import choose_device, load_stock, model_folder
+from .harness import BATCH_SIZE, Suite, open_suite, run_suite
+from .ladder import milestones_of, place_in_run, the_run
+from .metrics import load_metric
+from .protocol import TASKS, Protocol, published_protocol
+
+
+# What decides the scores of a model folder; stock transformers loads no more.
+MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+
+def score_commonsense(
+    models: Sequence[str],
+    data: str | None = None,
+    limit: int | None = None,
+    batch_size: int = BATCH_SIZE,
+    device: str = "auto",
+    output: Path | None = None,
+    samples: Path | None = None,
+    note: Callable[[str], Any] = lambda line: None,
+) -> dict[str, Any]:
+    """Scores models under the published protocol. Nothing is scored twice: the output file is read first.
+
+    Args:
+        models (`Sequence[str]`): model folders or names; or one run, for all its milestones.
+        data (`str`, *optional*): folder with the tasks' rows, or `"embedded:sample"`; without it they come from the Hub.
+        limit (`int`, *optional*): items of each task; all by default.
+        batch_size (`int`, *optional*, defaults to 8): rows of a forward pass.
+        device (`str`, *optional*, defaults to `"auto"`): where the models run.
+        output (`Path`, *optional*): JSON file, written after each model. Models that it already has under an equal
+            protocol keep their scores.
+        samples (`Path`, *optional*): JSON lines of every item, also written after each model; makes all be scored anew.
+        note (`Callable`): called with a line for the user about a model that is left out, or cut requests.
+
+    Returns:
+        `dict`: contents of the output file, with the models asked for in their order.
+
+    Raises:
+        InputError: for anything missing or contradictory, before the first model is loaded.
+    """
+    _check_options(limit, batch_size, output, samples)
+    device = choose_device(device)
+    run = the_run(models)
+    folders = {str(f): f for f in milestones_of(run)} if run else {name: model_folder(name) for name in models}
+    context = _common_context(list(folders.values()))
+    with open_suite(data) as suite:
+        protocol = published_protocol(suite.harness, suite.versions, context, limit, suite.data, suite.sample)
+        kept = _read_scores(output, protocol)
+        rows, lines = [], []
+        for given, folder in folders.items():
+            name = folder.name if Path(given).is_dir() else given
+            known = {"name": name, "path": str(folder), **place_in_run(folder), "fingerprint": _fingerprint(folder)}
+            before = next((row for row in kept if row["fingerprint"] == known["fingerprint"]), None)
+            if before and not samples:
+                note(f"{name}: scored before under this protocol, with these weights")
+                rows.append({**before, **known})
+            else:
+                row, items = _score_folder(folder, known, suite, protocol, batch_size, device, note)
+                rows.append(row)
+                lines += [json.dumps({"model": str(folder), **item}) + "\n" for item in items]
+            scores = {"task": "commonsense", "protocol": protocol.to_dict(), "models": rows}
+            if output:
+                replaced = {row[key] for row in rows for key in ("path", "fingerprint")}
+                others = [row for row in kept if not replaced & {row["path"], row["fingerprint"]}]
+                _write(output, {**scores, "models": [*others, *rows], "provenance": provenance.collect()})
+            if samples:
+                samples.parent.mkdir(parents=True, exist_ok=True)
+                provenance.write_text(samples, "".join(lines))
+    return {**scores, "provenance": provenance.collect()}
+
+
+def _check_options(limit: int | None, batch_size: int, output: Path | None, samples: Path | None) -> None:
+    if limit is not None and limit < 2:
+        raise InputError(f"--limit {limit}: must be at least 2, since one item has no standard error")
+    if batch_size < 1:
+        raise InputError(f"--batch-size {batch_size}: must be at least 1")
+    for option, path in (("--output", output), ("--samples", samples)):
+        if path and path.is_dir():
+            raise InputError(f"{option} {path}: is a folder; name a file")
+    if output and output == samples:
+        raise InputError(f"--samples {samples}: is also the output; name two files")
+
+
+def _common_context(folders: Sequence[Path]) -> int:
+    """Tokens that the models read; they decide what is cut from a long request, so all must agree."""
+    contexts = {f: provenance.read_json(f / "config.json").get("max_position_embeddings") for f in folders}
+    if len(set(contexts.values())) > 1:
+        raise InputError(
+            f"the models' contexts differ ({', '.join(f'{f}: {c}' for f, c in contexts.items())}), and a protocol has "
+            "one; score them one at a time, each into a file of its own"
+        )
+    return contexts[folders[0]]
+
+
+def _read_scores(output: Path | None, protocol: Protocol) -> list[dict[str, Any]]:
+    """The models that the output file has; refuses a file that these scores must not be mixed with."""
+    if output is None or not output.is_file():
+        return []
+    before = provenance.read_json(output)
+    if not isinstance(before, dict) or before.get("task") != "commonsense":
+        raise InputError(f"--output {output}: holds something else than commonsense scores; name another file")
+    if differences := protocol.differences(before["protocol"]):
+        raise InputError(
+            f"--output {output}: holds scores of another protocol (different: {'; '.join(differences)}), and scores of two "
+            "protocols do not belong together; name another file, or remove this one"
+        )
+    return before["models"]
+
+
+def _fingerprint(folder: Path) -> str:
+    files = {file.name: file for pattern in MODEL_FILES for file in folder.glob(pattern)}
+    return provenance.fingerprint({name: provenance.file_sha256(file) for name, file in files.items()})
+
+
+def _score_folder(
+    folder: Path,
+    known: dict[str, Any],
+    suite: Suite,
+    protocol: Protocol,
+    batch_size: int,
+    device: str,
+    note: Callable[[str], Any],
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A model's entry of the score file, and all its items."""
+    began = time.perf_counter()
+    model, tokenizer = load_stock(folder, device, getattr(torch, protocol.dtype))
+    with Progress(transient=True, disable=not Console().is_terminal) as bar:
+        task = bar.add_task(f"Scoring {known['name']}", total=None)
+        outcome = run_suite(
+            model,
+            tokenizer,
+            suite,
+            protocol,
+            batch_size,
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if outcome.num_cut:
+        note(f"{known['name']}: {outcome.num_cut} requests are longer than its context of {protocol.context_length} tokens; "
+             "their beginnings were cut")  # fmt: skip
+    average = load_metric("commonsense_average").compute(
+        predictions=[outcome.results[name]["score"] for name in TASKS],
+        references=list(TASKS),
+        standard_errors=[outcome.results[name]["standard_error"] for name in TASKS],
+    )
+    row = {
+        **known,
+        "results": outcome.results,
+        "average": average["average"],
+        "average_standard_error": average["standard_error"],
+        "cut_requests": outcome.num_cut,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    return row, outcome.items
+
+
+def _write(output: Path, scores: dict[str, Any]) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    provenance.write_json(output, scores)

@@ -1,0 +1,62 @@
+"""Commonsense scores as lines of text, for terminals."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..released import Released, tables
+from .protocol import TASKS, compare
+
+
+COLUMNS = (*TASKS, "average")
+WIDTHS = [max(len(name), 8) + 2 for name in COLUMNS]
+
+
+def table_lines(scores: dict[str, Any], published: Released | None = None) -> Iterator[str]:
+    """Yields the table of a score file.
+
+    Args:
+        scores (`dict`): contents of a score file.
+        published (`Released`, *optional*): a row of the published table to set beside each model.
+    """
+    protocol = scores["protocol"]
+    rows = scores["models"]
+    labels = [row["name"] for row in rows] + [
+        "standard error",
+        *([f"published {published.name}"] if published else []),
+    ]
+    label_width = max(map(len, labels)) + 2
+    if protocol["sample"]:
+        yield "SAMPLE: a few made-up items that show that the pipeline runs; no benchmark, the scores mean nothing"
+    elif subset := _subset(rows):
+        yield f"SUBSET: {subset}; not comparable with scores on all items"
+    yield _line("", COLUMNS, label_width)
+    yield _line("", [*protocol["metrics"].values(), ""], label_width)
+    for row in rows:
+        results = [row["results"][task] for task in TASKS]
+        yield _line(row["name"], [f"{r['score']:.2f}" for r in results] + [f"{row['average']:.2f}"], label_width)
+        errors = [r["standard_error"] for r in results] + [row["average_standard_error"]]
+        yield _line("  standard error", [f"{error:.2f}" for error in errors], label_width)
+        if published:
+            yield from _comparison(row, published, label_width)
+
+
+def _comparison(row: dict[str, Any], published: Released, label_width: int) -> Iterator[str]:
+    found, tolerance = compare(row, published), tables()["protocol"]["tolerance"]
+    values = [f"{published.scores[task]:.2f}" for task in TASKS] + [f"{published.average:.2f}"]
+    yield _line(f"  published {published.name}", values, label_width)
+    differences = [f"{found['differences'][n]:+.2f}{'*' if n in found['outside'] else ''}" for n in COLUMNS]
+    yield _line("  difference", differences, label_width)
+    bounds = f"{tolerance['per_task']} a task and {tolerance['average']} of the average"
+    verdict = f"outside in {', '.join(found['outside'])} (*)" if found["outside"] else "within"
+    yield f"  tolerance, {bounds}: {verdict}"
+
+
+def _subset(rows: list[dict[str, Any]]) -> str:
+    """Which tasks were scored on other than all of their items."""
+    official = tables()["protocol"]["items"]
+    counts = {task: rows[0]["results"][task]["items"] for task in TASKS}
+    return ", ".join(f"{n} of {official[task]} items of {task}" for task, n in counts.items() if n != official[task])
+
+
+def _line(label: str, cells: Sequence[str], label_width: int) -> str:
+    return (f"{label:<{label_width}}" + "".join(f"{c:>{w}}" for c, w in zip(cells, WIDTHS, strict=True))).rstrip()
