@@ -1,5 +1,6 @@
-"""Progress bars belong on terminals: in a log file they are noise."""
+"""What libraries print: progress bars belong on terminals, and some warnings are for the libraries themselves."""
 
+import logging as python_logging
 from collections.abc import Callable
 from typing import Any
 
@@ -16,3 +17,21 @@ def quiet_library_bars() -> None:
 
 def _on_terminals(bar: Callable[..., Any], arguments: tuple, options: dict[str, Any]) -> Any:
     return bar(*arguments, **{"disable": None, "leave": False, **options})
+
+
+def quiet_bitsandbytes() -> None:
+    """Silences what bitsandbytes (0.50.2) warns of as a matter of course.
+
+    At its import on a CPU with AVX512_BF16: that an optional package is missing. In int8, once a layer and pass: that it
+    casts. Call it before the import.
+    """
+    python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)
+
+
+def quiet_assisted_generation() -> None:
+    """Silences what transformers (5.23) warns of in its own call of the draft's `generate`: how it passes arguments."""
+    python_logging.getLogger("transformers.generation.utils").addFilter(_is_for_the_user)
+
+
+def _is_for_the_user(record: python_logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Passing `generation_config` together with generation-related arguments")

@@ -8,22 +8,25 @@ import sys
 
 import typer
 
-from . import data, evaluation, inference, recipes, tokenizer
+from . import data, evaluation, hub, inference, recipes, tokenizer
 
 
 app = typer.Typer(
     name="tinyllama-hf",
-    help="Everything one does with a small Llama: data, training, evaluation, generation.\n\n"
-    "Training itself is started with: accelerate launch recipes/pretrain.py RECIPE.yaml (see `recipes copy`).",
+    help="Everything one does with a small Llama: data, training, evaluation, generation, chat, publishing.\n\n"
+    "Training itself is started with: accelerate launch recipes/pretrain.py RECIPE.yaml, fine-tuning with "
+    "recipes/sft.py (see `recipes copy`).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
 app.command("list")(inference.list_released)
 app.command("generate")(inference.generate)
+app.command("chat")(inference.chat)
 app.command("prepare")(data.prepare)
 app.command("eval")(evaluation.evaluate)
 app.command("report")(evaluation.report)
+app.command("publish")(hub.publish)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(recipes.app, name="recipes")
 

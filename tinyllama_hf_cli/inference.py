@@ -1,6 +1,7 @@
-"""`tinyllama-hf list` and `tinyllama-hf generate`."""
+"""`tinyllama-hf list`, `tinyllama-hf generate` and `tinyllama-hf chat`."""
 
-from typing import Annotated
+import sys
+from typing import Annotated, Any
 
 import typer
 
@@ -28,25 +29,132 @@ def list_released() -> None:
     print("average: unweighted mean of the seven published commonsense scores, in percent")
 
 
+_MODEL = Annotated[str, typer.Argument(help="Model folder, released name or Hub id.")]
+_TEMPERATURE = Annotated[float, typer.Option(help="0 takes the most likely token each time.")]
+_TOP_P = Annotated[float, typer.Option(help="Draw from the smallest set of tokens with this probability.")]
+_MAX_NEW_TOKENS = Annotated[int | None, typer.Option(help="Default: 256, or what is left of the context.")]
+_SEED = Annotated[int | None, typer.Option(help="Makes the draws repeatable.")]
+_DEVICE = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+_DTYPE = Annotated[str, typer.Option(help="Of the weights: auto (the file's), fp32 or bf16.")]
+_QUANTIZATION = Annotated[str, typer.Option(help="none, int8 or nf4 (4 bit).")]
+_DRAFT = Annotated[
+    str | None, typer.Option(help="Smaller model with the same tokenizer, which proposes tokens to the model.")
+]
+
+
 def generate(
-    model: Annotated[str, typer.Argument(help="Model folder, released name or Hub id.")],
+    model: _MODEL,
     prompt: Annotated[str, typer.Argument(help="Text to continue; empty begins a new one.")] = "",
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.8,
-    top_p: Annotated[float, typer.Option(help="Draw from the smallest set of tokens with this probability.")] = 0.95,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Default: 256, or what is left of the context.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes the draws repeatable.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    temperature: _TEMPERATURE = 0.8,
+    top_p: _TOP_P = 0.95,
+    max_new_tokens: _MAX_NEW_TOKENS = None,
+    seed: _SEED = None,
+    device: _DEVICE = "auto",
+    dtype: _DTYPE = "auto",
+    quantization: _QUANTIZATION = "none",
+    draft: _DRAFT = None,
 ) -> None:
-    """Continue a prompt, shown as it appears.
+    """Continue a prompt, shown as it appears. Measurements go to standard error.
 
     Example: tinyllama-hf generate step-1431k-3T "The capital of France is" --temperature 0 --max-new-tokens 20
     """
-    from tinyllama_hf.inference.generation import ExactTextStreamer, generate_text
+    from tinyllama_hf.inference.generation import ExactTextStreamer, Sampling, generate_text
+
+    Sampling(temperature, top_p, max_new_tokens).check()
+    loaded, tokenizer, helper = _load(model, dtype, device, quantization, draft)
+    streamer = ExactTextStreamer(tokenizer)
+    generate_text(loaded, tokenizer, prompt, max_new_tokens, temperature, top_p, seed, streamer, helper)
+    print(flush=True)
+    if helper:
+        _note(str(helper.statistics))
+
+
+def chat(
+    model: _MODEL,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    temperature: _TEMPERATURE = 0.8,
+    top_p: _TOP_P = 0.95,
+    max_new_tokens: _MAX_NEW_TOKENS = None,
+    seed: _SEED = None,
+    device: _DEVICE = "auto",
+    dtype: _DTYPE = "auto",
+    quantization: _QUANTIZATION = "none",
+    draft: _DRAFT = None,
+) -> None:
+    """Talk to a chat model; each line is a message. /system TEXT, /reset, /help, /exit. Ctrl-C stops a reply.
+
+    Lines may also come from a file or a pipe. Messages are text: a control token typed in them stays text.
+
+    Example: tinyllama-hf chat chat-v1.0 --system "Answer in one sentence." --quantization nf4
+    """
+    from tinyllama_hf.inference.chat import ChatSession
+    from tinyllama_hf.inference.generation import Sampling
+
+    sampling = Sampling(temperature, top_p, max_new_tokens)
+    sampling.check()
+    loaded, tokenizer, helper = _load(model, dtype, device, quantization, draft)
+    session = ChatSession(loaded, tokenizer, system, sampling, seed, helper, note=_note)
+    if sys.stdin.isatty():
+        _note("Type a message; /help shows the commands, /exit leaves.")
+    while (line := _read_line()) is not None and _turn(session, line):
+        pass
+
+
+def _turn(session: Any, line: str) -> bool:
+    """One line of a conversation; on a terminal nothing but /exit ends it."""
+    from tinyllama_hf.errors import InputError
+
+    said = len(session.exchanges)
+    try:
+        goes_on = session.handle(line)
+    except InputError as error:
+        if not sys.stdin.isatty():
+            raise
+        _note(f"error: {error}")
+        return True
+    except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
+        print(flush=True)
+        _note("(stopped; this exchange is forgotten)")
+        return True
+    if len(session.exchanges) != said and session.exchanges:
+        print(flush=True)
+        if session.draft:
+            _note(str(session.draft.statistics))
+    return goes_on
+
+
+def _read_line() -> str | None:
+    """The next line of standard input, `None` at its end."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+    except KeyboardInterrupt:
+        print()
+        return None
+
+
+def _load(model: str, dtype: str, device: str, quantization: str, draft: str | None) -> tuple[Any, Any, Any]:
+    """(model, tokenizer, draft or None), with the memory of a quantised model on standard error."""
+    import torch
+
+    from tinyllama_hf.errors import InputError, did_you_mean
+    from tinyllama_hf.inference.drafts import Draft
     from tinyllama_hf.inference.load import load
+    from tinyllama_hf.inference.quantization import footprint_line
     from tinyllama_hf.progress import quiet_library_bars
 
+    dtypes = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16}
+    if dtype not in dtypes:
+        raise InputError(f"--dtype {dtype!r}: there is none of this name{did_you_mean(dtype, dtypes)}")
     quiet_library_bars()
-    loaded, tokenizer = load(model, device=device)
-    streamer = ExactTextStreamer(tokenizer)
-    generate_text(loaded, tokenizer, prompt, max_new_tokens, temperature, top_p, seed, streamer)
-    print()
+    loaded, tokenizer = load(model, dtypes[dtype], device, quantization)
+    if quantization != "none":
+        _note(footprint_line(loaded, quantization))
+    return loaded, tokenizer, Draft(*load(draft, dtypes[dtype], device), loaded, tokenizer) if draft else None
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

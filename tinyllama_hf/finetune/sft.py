@@ -20,6 +20,7 @@ from ..evaluation.replies import reply_loss
 from ..inference.load import load_stock, model_folder
 from ..modeling_tinyllama import TinyLlamaForCausalLM
 from ..pretrain.checkpoints import CONFIG_FILE
+from ..progress import quiet_bitsandbytes
 from ..tokenization_tinyllama import load_tokenizer, tokenizer_fingerprint
 from .config import FinetuneConfig
 from .conversations import Conversation, read_conversations, render_all, split, write_rows
@@ -55,6 +56,7 @@ def finetune(config: FinetuneConfig, overwrite: bool = False, dry_run: bool = Fa
     Raises:
         InputError: before the first step, for anything that cannot work.
     """
+    quiet_bitsandbytes()  # which peft imports
     require("trl", "finetune", "fine-tuning")
     require("peft", "finetune", "fine-tuning")
     run = open_run(config, overwrite)

@@ -3,13 +3,14 @@
 import math
 import re
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from ..errors import InputError
+from .drafts import Draft
 
 
 DEFAULT_NEW_TOKENS = 256
@@ -23,12 +24,20 @@ class ExactTextStreamer(TextStreamer):
     strips the space that a Llama text begins with, so that every line loses one column of indentation.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], Any] = sys.stdout.write):
-        super().__init__(tokenizer, skip_special_tokens=True)
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        write: Callable[[str], Any] = sys.stdout.write,
+        skip_prompt: bool = False,
+    ):
+        super().__init__(tokenizer, skip_prompt, skip_special_tokens=True)
         self._write = write
 
     def put(self, value: torch.Tensor) -> None:
         """Takes the ids of the prompt, then of each new token; `[1, num_tokens]` or `[num_tokens]`."""
+        if self.skip_prompt and self.next_tokens_are_prompt:
+            self.next_tokens_are_prompt = False
+            return
         self.token_cache.extend(value.reshape(-1).tolist())
         # A run of byte pieces becomes text only as a whole (one bad byte spoils its neighbours), and in byte-level
         # vocabularies an unfinished character decodes to U+FFFD: wait for the rest of both.
@@ -42,6 +51,7 @@ class ExactTextStreamer(TextStreamer):
         """Shows what was held back."""
         self._show(self.tokenizer.decode(self.token_cache, **self.decode_kwargs))
         self.token_cache, self.print_len = [], 0
+        self.next_tokens_are_prompt = True
 
     def _is_byte(self, token: int) -> bool:
         piece = self.tokenizer.convert_ids_to_tokens(token)  # None for an id beyond the vocabulary
@@ -55,6 +65,43 @@ class ExactTextStreamer(TextStreamer):
                 sys.stdout.flush()
 
 
+class Sampling(NamedTuple):
+    """How tokens are drawn; the fields are the commands' options.
+
+    Attributes:
+        temperature (`float`): 0 takes the most likely token each time.
+        top_p (`float`): the smallest set of tokens with this probability is drawn from.
+        max_new_tokens (`int`, *optional*): defaults to 256, or what is left of the context.
+    """
+
+    temperature: float = 0.8
+    top_p: float = 0.95
+    max_new_tokens: int | None = None
+
+    def check(self) -> None:
+        """Refuses values out of range, by the names of the commands' options."""
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(
+                f"--temperature {self.temperature}: must be 0 (always the most likely token) or above, and finite"
+            )
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"--top-p {self.top_p}: must lie above 0 and up to 1")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise InputError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")
+
+    def arguments(self) -> dict[str, Any]:
+        """As `generate` takes them."""
+        if self.temperature == 0:
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+
+
+def context_of(model: PreTrainedModel, draft: Draft | None = None) -> int:
+    """Tokens that a model can read, and its draft with it."""
+    context = model.config.max_position_embeddings
+    return min(context, draft.context) if draft else context
+
+
 def generate_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -64,6 +111,7 @@ def generate_text(
     top_p: float = 0.95,
     seed: int | None = None,
     streamer: TextStreamer | None = None,
+    draft: Draft | None = None,
 ) -> str:
     """Continues a prompt and returns prompt and continuation.
 
@@ -71,42 +119,56 @@ def generate_text(
         model (`PreTrainedModel`): a causal language model.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
         prompt (`str`): plain text; empty starts from begin-of-sequence.
-        max_new_tokens (`int`, *optional*): defaults to 256, or what is left of the context.
-        temperature (`float`): 0 takes the most likely token each time.
-        top_p (`float`): smallest set of tokens with this probability is drawn from.
+        max_new_tokens (`int`, *optional*): see [`Sampling`].
+        temperature (`float`): see [`Sampling`].
+        top_p (`float`): see [`Sampling`].
         seed (`int`, *optional*): of the draws.
         streamer (`TextStreamer`, *optional*): shown the tokens as they appear.
+        draft (`Draft`, *optional*): proposes tokens; its `statistics` tell what that was worth.
 
     Raises:
         InputError: for values out of range, and a prompt that does not fit the context.
     """
-    if not 0 <= temperature < math.inf:
-        raise InputError(f"--temperature {temperature}: must be 0 (always the most likely token) or above, and finite")
-    if not 0 < top_p <= 1:
-        raise InputError(f"--top-p {top_p}: must lie above 0 and up to 1")
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise InputError(f"--max-new-tokens {max_new_tokens}: must be at least 1")
-    inputs = tokenizer(prompt, return_tensors="pt", split_special_tokens=True, verbose=False)
-    if not inputs["input_ids"].numel():
+    sampling = Sampling(temperature, top_p, max_new_tokens)
+    sampling.check()
+    ids = tokenizer(prompt, split_special_tokens=True, verbose=False)["input_ids"]
+    if not ids:
         raise InputError("prompt: is empty, and this tokenizer has no begin-of-sequence to begin with; give a prompt")
-    length, context = inputs["input_ids"].shape[-1], model.config.max_position_embeddings
-    room = context - length
+    room = context_of(model, draft) - len(ids)
     if room < (max_new_tokens or 1):
+        whose = "draft's" if draft and draft.context < model.config.max_position_embeddings else "model's"
         raise InputError(
-            f"prompt of {length} tokens and {max_new_tokens or 1} new ones are longer than the model's context of "
-            f"{context}; shorten the prompt{' or lower --max-new-tokens' if max_new_tokens else ''}"
+            f"prompt of {len(ids)} tokens and {max_new_tokens or 1} new ones are longer than the {whose} context of "
+            f"{context_of(model, draft)}; shorten the prompt{' or lower --max-new-tokens' if max_new_tokens else ''}"
         )
-    sampling = (
-        {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    )
     if seed is not None:
         torch.manual_seed(seed)
-    output = model.generate(
-        input_ids=inputs["input_ids"].to(model.device),
-        attention_mask=inputs["attention_mask"].to(model.device),
-        max_new_tokens=max_new_tokens or min(DEFAULT_NEW_TOKENS, room),
-        pad_token_id=tokenizer.pad_token_id,
-        streamer=streamer,
-        **({"top_k": 0} | sampling if temperature else sampling),
+    new = generate_ids(
+        model, tokenizer, ids, max_new_tokens or min(DEFAULT_NEW_TOKENS, room), sampling, streamer, draft
     )
-    return tokenizer.decode(output[0], skip_special_tokens=True)
+    return tokenizer.decode(ids + new, skip_special_tokens=True)
+
+
+def generate_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    streamer: TextStreamer | None = None,
+    draft: Draft | None = None,
+    **options: Any,
+) -> list[int]:
+    """Continues the ids of one prompt and returns the new ones; `options` go to `generate`."""
+    inputs = torch.tensor([ids], device=model.device)
+    arguments = {
+        "input_ids": inputs,
+        "attention_mask": torch.ones_like(inputs),
+        "max_new_tokens": max_new_tokens,
+        "pad_token_id": tokenizer.pad_token_id,
+        "streamer": streamer,
+        **sampling.arguments(),
+        **options,
+    }
+    output = draft.generate(model, **arguments) if draft else model.generate(**arguments)
+    return output[0, len(ids) :].tolist()

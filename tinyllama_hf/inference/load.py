@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -13,10 +14,14 @@ from ..modeling_tinyllama import TinyLlamaForCausalLM
 from ..provenance import read_json
 from ..released import local_folder
 from ..tokenization_tinyllama import load_tokenizer
+from .quantization import QuantizedTinyLlama, check_quantization, quantization_config
 
 
 def load(
-    path_or_name: str | os.PathLike, dtype: str | torch.dtype = "auto", device: str = "auto"
+    path_or_name: str | os.PathLike,
+    dtype: str | torch.dtype = "auto",
+    device: str = "auto",
+    quantization: str = "none",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a model in evaluation mode, with its tokenizer.
 
@@ -24,16 +29,25 @@ def load(
         path_or_name (`str` or `os.PathLike`): a folder, a name of the released ladder, or a Hub id.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): of the weights; `"auto"` takes the file's.
         device (`str`, *optional*, defaults to `"auto"`): `"auto"` takes a GPU where there is one.
+        quantization (`str`, *optional*, defaults to `"none"`): `"int8"` or `"nf4"` (4 bit) through bitsandbytes, for
+            inference: such a model refuses to be saved or trained.
 
     Returns:
         `(model, tokenizer)`: a `TinyLlamaForCausalLM` for a Llama folder.
 
     Raises:
-        InputError: if it is no model folder, is no Llama, is damaged or incomplete, or the device is not there.
+        InputError: if it is no model folder, is no Llama, is damaged or incomplete, or the device or the package for
+            the quantisation is not there.
     """
     device = choose_device(device)
+    check_quantization(quantization)
     folder = model_folder(path_or_name)
-    return _load_weights(TinyLlamaForCausalLM, folder, dtype).to(device).eval(), load_tokenizer(folder)
+    if quantization == "none":
+        return _load_weights(TinyLlamaForCausalLM, folder, dtype).to(device).eval(), load_tokenizer(folder)
+    config = quantization_config(quantization, device)
+    model = _load_weights(QuantizedTinyLlama, folder, dtype, quantization_config=config, device_map=device).eval()
+    model.sealed = True
+    return model, load_tokenizer(folder)
 
 
 def load_stock(
@@ -48,10 +62,10 @@ def load_stock(
         raise InputError(f"model {folder}: its tokenizer cannot be loaded ({_first_line(error)})") from error
 
 
-def _load_weights(kind: type, folder: Path, dtype: str | torch.dtype) -> PreTrainedModel:
+def _load_weights(kind: type, folder: Path, dtype: str | torch.dtype, **options: Any) -> PreTrainedModel:
     """Loads every weight; the library would draw a missing one at random, and only mention it."""
     try:
-        model, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        model, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model {folder}: cannot be loaded ({_first_line(error)}); fetch or make it again") from error
     if missing := sorted(report["missing_keys"]):
@@ -75,9 +89,14 @@ def model_folder(path_or_name: str | os.PathLike) -> Path:
     config = folder / "config.json"
     if not config.is_file():
         raise InputError(f"model {folder}: holds no config.json, so it is no model folder{_milestones_hint(folder)}")
-    model_type = read_json(config).get("model_type")
+    fields = read_json(config)
+    model_type = fields.get("model_type")
     if model_type not in ("llama", TinyLlamaConfig.model_type):
         raise InputError(f"{config}: model_type {model_type!r} is not a Llama; tinyllama_hf loads Llama folders only")
+    if "quantization_config" in fields:
+        raise InputError(
+            f"{config}: the weights are quantised already; give the unquantised model, and quantise when loading"
+        )
     return folder
 
 
