@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,15 +16,17 @@ from tests.conftest import ROOT
 from tests.evaluation.test_bits_per_byte import STOCK
 
 
-STAGES = ["tokenizer", "prose", "code", "pretrain", "score", "generate", "report"]
+STAGES = ["tokenizer", "prose", "code", "pretrain", "score", "commonsense", "generate", "chat", "replies", "talk-8-bit",
+          "talk-4-bit", "draft", "drafted", "publish", "report"]  # fmt: skip
 
 
 def demo(folder: Path) -> subprocess.Popen:
     scripts = Path(sys.executable).parent
     return subprocess.Popen(
-        ["sh", str(ROOT / "recipes" / "demo" / "demo.sh"), "run"],
+        [sys.executable, "-m", "tests.local_hub", "--storage", "run/hub", "--",
+         "sh", str(ROOT / "recipes" / "demo" / "demo.sh"), "run"],
         cwd=folder,
-        env=os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"},
+        env=os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -100,6 +103,91 @@ def test_the_story_lies_there_with_its_pictures(finished):
     for name in ("loss.png", "learning_rate.png", "trajectory.png"):
         with Image.open(report / name) as picture:
             assert picture.width > 800 and len(picture.convert("RGB").getcolors(1 << 24)) > 50, "an empty picture"
+
+
+@pytest.mark.slow
+def test_unseen_questions_get_replies_that_end(finished):
+    run, _ = finished
+    scores = json.loads((run / "chat" / "replies.json").read_text())["models"][0]
+    assert scores["replies"] == 100 and scores["stop_rate"] >= 0.95 and scores["median_length"] > 5
+    losses = json.loads((run / "chat" / "provenance.json").read_text())["held_out_loss"]
+    assert losses["after"] < losses["before"]
+    held_out = {json.loads(line)["messages"][0]["content"] for line in (run / "chat" / "validation.jsonl").open()}
+    assert {sample["question"] for sample in scores["samples"]} <= held_out
+
+
+CHAT = """
+import sys
+sys.modules["tinyllama_hf"] = None
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = AutoModelForCausalLM.from_pretrained(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[1])
+inputs = tokenizer.apply_chat_template([{"role": "user", "content": sys.argv[2]}], return_tensors="pt", return_dict=True)
+output = model.generate(**inputs, max_new_tokens=64, do_sample=False)[0, inputs["input_ids"].shape[1]:]
+print(tokenizer.decode(output, skip_special_tokens=True).strip())
+"""
+
+
+@pytest.mark.slow
+def test_the_chat_model_replies_the_same_to_stock_transformers(finished):
+    run, _ = finished
+    sample = json.loads((run / "chat" / "replies.json").read_text())["models"][0]["samples"][0]
+    done = subprocess.run(
+        [sys.executable, "-c", CHAT, str(run / "chat"), sample["question"]], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == sample["reply"], done.stderr
+
+
+@pytest.mark.slow
+def test_it_talked_in_8_and_4_bit_and_the_draft_was_of_use(finished):
+    _, printed = finished
+    assert re.search(r"int8: [\d.]+ MB of weights", printed) and re.search(r"nf4: [\d.]+ MB of weights", printed)
+    accepted = re.search(r"draft: (\d+) % of (\d+) drafted tokens accepted, (\d+) target passes for (\d+) tokens", printed)
+    assert accepted, "the draft's line"
+    assert int(accepted[1]) > 0 and int(accepted[3]) < int(accepted[4])
+
+
+@pytest.mark.slow
+def test_commonsense_of_every_milestone_is_marked_as_a_sample(finished):
+    run, printed = finished
+    scores = json.loads((run / "pretrain" / "commonsense.json").read_text())
+    assert len(scores["models"]) == 4 and all(len(row["results"]) == 7 for row in scores["models"])
+    assert "sample" in printed.split("== commonsense")[1].split("\n== ")[0].splitlines()[-3]
+
+
+PUBLISHED = """
+import json, sys
+sys.modules["tinyllama_hf"] = None
+from huggingface_hub import HfApi, ModelCard, hf_hub_download
+from transformers import AutoModelForCausalLM, AutoTokenizer
+repo = sys.argv[1]
+paths = {}
+for branch in [b.name for b in HfApi().list_repo_refs(repo).branches]:
+    model = AutoModelForCausalLM.from_pretrained(repo, revision=branch)
+    AutoTokenizer.from_pretrained(repo, revision=branch)
+    paths[branch] = hf_hub_download(repo, "model.safetensors", revision=branch)
+    card = ModelCard.load(hf_hub_download(repo, "README.md", revision=branch))
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
+print(json.dumps(paths))
+"""
+
+
+@pytest.mark.slow
+def test_every_published_milestone_loads_by_its_revision(finished, tmp_path):
+    """In a process with stock transformers alone, against the Hub that the demo published to; equal byte for byte."""
+    run, _ = finished
+    milestones = {path.name: path for path in (run / "pretrain" / "milestones").iterdir()}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.local_hub", "--storage", str(run / "hub"), "--",
+         sys.executable, "-c", PUBLISHED, "demo/nano-stdlib"],
+        cwd=ROOT, env=os.environ | {"HF_HOME": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    paths = json.loads(done.stdout.splitlines()[-1])
+    assert paths.keys() == {"main", *milestones}
+    for branch, path in paths.items():
+        newest = max(milestones, key=lambda name: int(name.split("-")[1]))
+        folder = milestones[newest if branch == "main" else branch]
+        assert Path(path).read_bytes() == (folder / "model.safetensors").read_bytes(), branch
 
 
 @pytest.mark.slow

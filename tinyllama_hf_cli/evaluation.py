@@ -9,13 +9,18 @@ import typer
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Model folders or names; or one run, for all its milestones.")],
     task: Annotated[
-        str, typer.Option(help="bits_per_byte of held-out documents, or commonsense: TinyLlama's seven tasks.")
+        str,
+        typer.Option(
+            help="bits_per_byte of held-out documents; commonsense: TinyLlama's seven tasks; "
+            "replies of a chat model: do they end, and how likely are the true ones."
+        ),
     ] = "bits_per_byte",
     data: Annotated[
         list[str] | None,
         typer.Option(
             help="bits_per_byte: prepared data whose held-out text is scored, repeatable; default: the run's. "
-            "commonsense: folder with the tasks' rows, or embedded:sample, no benchmark; default: the Hub."
+            "commonsense: folder with the tasks' rows, or embedded:sample, no benchmark; default: the Hub. "
+            "replies: JSON lines of conversations; default: MODEL/validation.jsonl."
         ),
     ] = None,
     baselines: Annotated[
@@ -24,7 +29,10 @@ def evaluate(
             "--baselines", help="bits_per_byte: also fit a unigram and a 5-gram model on the text each milestone read."
         ),
     ] = False,
-    limit: Annotated[int | None, typer.Option(help="commonsense: items of each task, the first ones.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="commonsense: items of each task, the first ones; replies: conversations."),
+    ] = None,
     published: Annotated[
         str | None, typer.Option(help="commonsense: row of TinyLlama's table to compare with, see `list`.")
     ] = None,
@@ -32,15 +40,17 @@ def evaluate(
     samples: Annotated[
         Path | None, typer.Option(help="commonsense: JSON lines file to write, with every item and its choices.")
     ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="replies: budget of a reply; default: 64.")] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            help="JSON file to write; default for a run: RUN/scores.json, of commonsense RUN/commonsense.json."
+            help="JSON file to write; default for a run: RUN/scores.json, of commonsense RUN/commonsense.json; "
+            "for the replies of one folder: MODEL/replies.json."
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
-    """Score models by stock transformers on the exported folders: bits per byte, or the commonsense tasks by lm-eval.
+    """Score models by stock transformers on the exported folders: bits per byte, the commonsense tasks by lm-eval, replies.
 
     Commonsense follows the published protocol: fp32, zero-shot, no begin-of-sequence. The output file is read first, and
     models that it has are not scored again.
@@ -58,6 +68,7 @@ def evaluate(
             "--batch-size": batch_size,
             "--samples": samples,
         },
+        "replies": {"--limit": limit, "--max-new-tokens": max_new_tokens},
     }
     if task not in options:
         raise InputError(f"--task {task!r}: there is no such task{did_you_mean(task, options)}")
@@ -68,6 +79,8 @@ def evaluate(
     quiet_library_bars()
     if task == "commonsense":
         _commonsense(models, data or [], limit, published, batch_size, samples, output, device)
+    elif task == "replies":
+        _replies(models, data or [], limit, max_new_tokens, output, device)
     else:
         _bits_per_byte(models, data or [], baselines, output, device)
 
@@ -124,6 +137,31 @@ def _commonsense(
         print(line)
     for path in filter(None, (target, samples)):
         print(f"wrote {path}")
+
+
+def _replies(
+    models: list[str], data: list[str], limit: int | None, max_new_tokens: int | None, output: Path | None, device: str
+) -> None:
+    from tinyllama_hf import provenance
+    from tinyllama_hf.errors import InputError
+    from tinyllama_hf.evaluation.replies import MAX_NEW_TOKENS, score
+
+    if len(data) > 1:
+        raise InputError(f"--data {' '.join(data)}: replies reads one file; name one")
+    target = output or (Path(models[0]) / "replies.json" if len(models) == 1 and Path(models[0]).is_dir() else None)
+    if target and target.is_dir():
+        raise InputError(f"--output {target}: is a folder; name a file")
+    budget = MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
+    scores = score(models, data[0] if data else None, limit, budget, device)
+    print(f"{'replies':>7}  {'end in time':>11}  {'median length':>13}  {'loss of true replies':>20}  model")
+    for row in scores["models"]:
+        print(
+            f"{row['replies']:>7}  {row['stop_rate']:>11.1%}  {row['median_length']:>13g}  {row['loss']:>20.4f}  {row['name']}"
+        )
+    if target:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        provenance.write_json(target, scores)
+        print(f"wrote {target}")
 
 
 def report(

@@ -14,7 +14,7 @@ from tinyllama_hf.errors import InputError
 from tinyllama_hf.evaluation.replies import generate_replies, reply_loss, score_replies
 from tinyllama_hf.finetune import sft
 from tinyllama_hf.finetune.config import load_config
-from tinyllama_hf.finetune.conversations import read_conversations, render_all
+from tinyllama_hf.finetune.conversations import HELD_OUT_FILE, read_conversations, render_all
 from tinyllama_hf.inference.load import load_stock
 
 
@@ -69,7 +69,7 @@ def test_full_fine_tuning_leaves_a_plain_folder_that_replies_and_stops(recipe, b
     record = json.loads((folder / "provenance.json").read_text())
     losses = record["held_out_loss"]
     model, stock_tokenizer = load_stock(folder)
-    conversations = read_conversations(str(folder / sft.HELD_OUT_FILE))
+    conversations = read_conversations(str(folder / HELD_OUT_FILE))
     rendered = render_all(load_tokenizer(folder), conversations, 96)
     assert (
         losses["after"] == pytest.approx(reply_loss(model, rendered), abs=1e-6)
@@ -163,7 +163,7 @@ def test_the_same_recipe_gives_the_same_weights(recipe):
 def test_replies_in_a_batch_equal_replies_alone(recipe):
     folder = tuned(recipe, "training.epochs=3")
     model, tokenizer = load_stock(folder)[0], load_tokenizer(folder)
-    prompts = [c.messages[:1] for c in read_conversations(str(folder / sft.HELD_OUT_FILE))]
+    prompts = [c.messages[:1] for c in read_conversations(str(folder / HELD_OUT_FILE))]
     prompts[0] = [{"role": "user", "content": "A much longer question than the others, is it not?"}]
     together = generate_replies(model, tokenizer, prompts, 16)
     assert together == [generate_replies(model, tokenizer, [prompt], 16)[0] for prompt in prompts]

@@ -58,6 +58,29 @@ def test_page_of_a_run_without_scores(run, tmp_path):
     assert again == page
 
 
+def test_what_became_of_the_last_milestone(run, tmp_path):
+    """The chat model's replies and the commonsense table, as their score files have them."""
+    chat = tmp_path / "chat"
+    chat.mkdir()
+    with pytest.raises(InputError, match=r"replies.json does not exist; `tinyllama-hf eval .*chat --task replies` writes it"):
+        write_report(run, tmp_path / "report", chat=chat)
+    assert not (tmp_path / "report").exists()
+    samples = [{"question": f"What is <{i}>?", "reply": f"It is {i}.", "true": "No & yes."} for i in range(40)]
+    replies = {"replies": 40, "stop_rate": 0.975, "median_length": 12.5, "max_new_tokens": 64, "samples": samples}
+    (chat / "replies.json").write_text(json.dumps({"models": [replies]}))
+    record = {"held_out_loss": {"before": 5.83, "after": 2.74}, "conversations": {"train": 1728, "source": "embedded:questions"}}
+    (chat / "provenance.json").write_text(json.dumps(record))
+    results = {name: {"score": 25.04, "standard_error": 4.26, "items": 100} for name in ("hellaswag", "piqa")}
+    rows = [{"name": "step-12", "results": results, "average": 25.04, "average_standard_error": 3.01}]
+    (run / "commonsense.json").write_text(json.dumps({"protocol": {"limit": 100}, "models": rows}))
+    page = write_report(run, tmp_path / "report", chat=chat).read_text()
+    for fact in ("1,728 conversations (embedded:questions)", "from 5.83 to <b>2.74 nats a token</b>", "Of 40 unseen questions <b>98%</b>",
+                 "What is &lt;5&gt;?", "It is 35.", "No &amp; yes.", "25.0 ± 4.3", "<b>25.0 ± 3.0</b>", "over 200 questions",
+                 "Only the first 100 questions of each task."):  # fmt: skip
+        assert fact in page, fact
+    assert "What is &lt;36&gt;?" not in page, "some of the replies are shown, not all"
+
+
 def test_refusals(tmp_path):
     with pytest.raises(InputError, match=r"holds no metrics\.jsonl"):
         write_report(tmp_path, tmp_path / "report")

@@ -1,15 +1,77 @@
 """How well a chat model replies to conversations it has not seen: loss of the true replies, and whether it stops."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..chat.render import Messages, Rendering, render
 from ..errors import InputError
+from ..finetune.conversations import HELD_OUT_FILE, read_conversations
+from ..inference.load import load_stock, model_folder
+from ..provenance import collect, file_sha256
+from ..tokenization_tinyllama import load_tokenizer
 from .metrics import load_metric
+
+
+MAX_NEW_TOKENS = 64
+
+
+def score(
+    models: Sequence[str],
+    data: str | None = None,
+    limit: int | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Scores chat models on the last reply of each conversation.
+
+    Args:
+        models (`Sequence[str]`): model folders or names.
+        data (`str`, *optional*): JSON lines of conversations; by default those that a fine-tuned folder held out.
+        limit (`int`, *optional*): conversations, from the first; all by default.
+        max_new_tokens (`int`, *optional*, defaults to 64): the budget of a reply.
+        device (`str`, *optional*, defaults to `"auto"`): where the models run.
+
+    Returns:
+        `dict`: contents of the score file; see [`score_replies`] for each model's entry.
+
+    Raises:
+        InputError: for anything missing, before the first model is scored.
+    """
+    for option, value in (("--limit", limit), ("--max-new-tokens", max_new_tokens)):
+        if value is not None and value < 1:
+            raise InputError(f"{option} {value}: must be at least 1")
+    folders = [model_folder(model) for model in models]
+    files = [Path(data) if data else folder / HELD_OUT_FILE for folder in folders]
+    for file, folder in zip(files, folders, strict=True):
+        if not file.is_file():
+            fix = (
+                "name another" if data else f"{folder} is no fine-tuned model with held-out conversations; name --data"
+            )
+            raise InputError(f"{file}: no such file; {fix}")
+    conversations = [[c.messages for c in read_conversations(str(file))][:limit] for file in files]
+    for file, rows in zip(files, conversations, strict=True):
+        if unfinished := [row for row in rows if row[-1]["role"] != "assistant"]:
+            raise InputError(
+                f"{file}: {len(unfinished)} conversations do not end with the assistant, whose reply is scored"
+            )
+    load_metric("stop_rate")  # a missing package is known before the first model is scored
+    rows = []
+    for folder, file, messages in zip(folders, files, conversations, strict=True):
+        model, tokenizer = load_stock(folder, device)[0], load_tokenizer(folder)
+        with Progress(transient=True, disable=not Console().is_terminal) as bar:
+            task = bar.add_task(f"Asking {folder.name}", total=len(messages))
+            advance = functools.partial(bar.advance, task)
+            scores = score_replies(model, tokenizer, messages, max_new_tokens, advance)
+        rows.append({"name": folder.name, "path": str(folder), "data_sha256": file_sha256(file), **scores})
+    return {"task": "replies", "decoding": "greedy", "models": rows, "provenance": collect()}
 
 
 @torch.inference_mode()
@@ -90,7 +152,7 @@ def score_replies(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Messages],
-    max_new_tokens: int = 64,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     advance: Callable[[int], Any] = lambda n: None,
 ) -> dict[str, Any]:
     """Scores the last reply of each conversation.

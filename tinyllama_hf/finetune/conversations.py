@@ -15,6 +15,7 @@ from ..errors import InputError
 
 
 EMBEDDED = "embedded:questions"
+HELD_OUT_FILE = "validation.jsonl"  # in the folder of a fine-tuned model
 
 
 class Conversation(NamedTuple):

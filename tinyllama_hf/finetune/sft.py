@@ -23,10 +23,9 @@ from ..pretrain.checkpoints import CONFIG_FILE
 from ..progress import quiet_bitsandbytes
 from ..tokenization_tinyllama import load_tokenizer, tokenizer_fingerprint
 from .config import FinetuneConfig
-from .conversations import Conversation, read_conversations, render_all, split, write_rows
+from .conversations import HELD_OUT_FILE, Conversation, read_conversations, render_all, split, write_rows
 
 
-HELD_OUT_FILE = "validation.jsonl"
 METRICS_FILE = "metrics.jsonl"
 
 

@@ -14,6 +14,7 @@ from ..inference.generation import generate_text
 from ..inference.load import load
 from ..pretrain.checkpoints import CONFIG_FILE, list_milestones, read_record
 from ..pretrain.metrics import METRICS_FILE, read_metrics
+from . import sections
 
 
 _SAMPLE_TOKENS = 64
@@ -28,7 +29,9 @@ h3 code { white-space: pre } .given { color: #888 } footer { color: #777; font-s
 """
 
 
-def write_report(run: Path, output: Path, prompts: Sequence[str] = (), stages: Path | None = None) -> Path:
+def write_report(
+    run: Path, output: Path, prompts: Sequence[str] = (), stages: Path | None = None, chat: Path | None = None
+) -> Path:
     """Writes pictures and page of a finished run.
 
     Args:
@@ -36,6 +39,7 @@ def write_report(run: Path, output: Path, prompts: Sequence[str] = (), stages: P
         output (`Path`): folder to write into; pictures and page of an earlier report are replaced.
         prompts (`Sequence[str]`, *optional*): continued by every milestone.
         stages (`Path`, *optional*): lines of `name<TAB>seconds`.
+        chat (`Path`, *optional*): a model that was fine-tuned from the run and scored with `eval --task replies`.
 
     Returns:
         The page.
@@ -53,6 +57,7 @@ def write_report(run: Path, output: Path, prompts: Sequence[str] = (), stages: P
         raise InputError(f"--stages {stages}: no such file")
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output}: is a file; name a folder")
+    replied = sections.replies(chat) if chat else ""
     require("matplotlib", "report", "drawing pictures")
     from . import plots
 
@@ -60,20 +65,23 @@ def write_report(run: Path, output: Path, prompts: Sequence[str] = (), stages: P
     samples = _samples(milestones, prompts) if prompts and milestones else ""
     scores_file = run / "scores.json"
     scores = provenance.read_json(scores_file) if scores_file.is_file() else None
+    commonsense_file = run / "commonsense.json"
     output.mkdir(parents=True, exist_ok=True)
     plots.loss_curve(rows, [record["tokens"] for _, record in milestones], output / "loss.png")
     plots.learning_rate_curve(rows, output / "learning_rate.png")
     if scores:
         plots.trajectory(scores, output / "trajectory.png")
-    sections = [
+    parts = [
         _headline(run, rows, milestones, scores),
         _scores(scores, output) if scores else "",
         f"<h2>The run</h2>{_picture(output / 'loss.png')}{_picture(output / 'learning_rate.png')}",
         samples,
+        sections.commonsense(provenance.read_json(commonsense_file)) if commonsense_file.is_file() else "",
+        replied,
         _stages(stages) if stages else "",
         _footer(run, milestones),
     ]
-    body = "\n".join(section for section in sections if section)
+    body = "\n".join(part for part in parts if part)
     page = output / "index.html"
     title = html.escape(f"The story of {run}")
     provenance.write_text(
