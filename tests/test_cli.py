@@ -73,8 +73,8 @@ def call(monkeypatch, capsys, tmp_path):
     """Runs a command in this process, in an empty folder; returns (exit status, standard error)."""
 
     def run(*words: str) -> tuple[int, str]:
-        if words[0] == "pretrain.py":
-            main = runpy.run_path(str(ROOT / "recipes" / "pretrain.py"))["main"]
+        if words[0].endswith(".py"):
+            main = runpy.run_path(str(ROOT / "recipes" / words[0]))["main"]
         else:
             main = tinyllama_hf_cli.main
         monkeypatch.setattr(sys, "argv", [words[0], *map(str, words[1:])])
@@ -111,7 +111,22 @@ def things(tmp_path, prepared, tokenizer_folder, corpus, recipe, documents):
     (tmp_path / "late.jsonl").write_text('{"text": "a few words"}\n{"text": null}\n')
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "empty").mkdir()
+    for name, messages in CONVERSATIONS.items():
+        rows = [[*messages, {"role": "user", "content": f"And {i}?"}] for i in range(30)]  # enough to hold some out
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    (tmp_path / "plain.jinja").write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    values = yaml.safe_load((ROOT / "recipes" / "sft" / "full.yaml").read_text())
+    values |= {"output_dir": "out", "model": {"path": "model"}}
+    values["data"]["max_length"] = 64
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(values))
     return {"prepared": prepared, "tokenizer": tokenizer_folder, "corpus": corpus, "recipe": recipe}
+
+
+CONVERSATIONS = {
+    "assistant-first": [{"role": "assistant", "content": "Hi"}],
+    "empty-reply": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}],
+    "long-reply": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "word " * 100}],
+}
 
 
 BAD = {
@@ -151,7 +166,7 @@ BAD = {
         "eval model --task commonsense --data empty", "--data empty: holds no hellaswag/validation.jsonl, openbookqa/test"),
     "evaluation data without a Hub": ("eval model --task commonsense", "or name local files with --data"),
     "unknown task": ("eval model --task commonsens", "--task 'commonsens': there is no such task; did you mean 'comm"),
-    "option of another task": ("eval model --limit 5", "--limit: belongs to --task commonsense"),
+    "option of another task": ("eval model --limit 5", "--limit: belongs to --task commonsense or replies"),
     "baselines of another task": ("eval model --task commonsense --baselines", "--baselines: belongs to --task bits_per_b"),
     "no published row": (
         "eval model --task commonsense --published step-50k-105", "--published 'step-50k-105': no row of the published"),
@@ -165,6 +180,9 @@ BAD = {
         "eval model --task commonsense --data embedded:sample --output small.jsonl",
         "--output small.jsonl: holds something else than commonsense scores"),
     "baselines of a folder": ("eval model --baselines", "--baselines: needs one run"),
+    "no repository": ("publish model --repo micro", "--repo 'micro': it must be USER/NAME"),
+    "nothing to publish": ("publish empty --repo me/x --dry-run", "empty: holds neither milestones nor a model"),
+    "publish offline": ("publish model --repo me/x", "HF_HUB_OFFLINE is set"),
     "no run": ("report empty --output out", "holds no metrics.jsonl"),
     "copy over something": ("recipes copy empty", "empty: exists already"),
     "missing recipe": ("pretrain.py nowhere.yaml", "recipe nowhere.yaml does not exist"),
@@ -179,6 +197,23 @@ BAD = {
         "data.sequence_length: 32 is longer than the model's context"),
     "GPU-only attention": (
         "pretrain.py {recipe} training.attention=flash_attention_2", "flash_attention_2 needs a GPU, and there is none"),
+    "a conversation that starts with the assistant": (
+        "sft.py sft.yaml data.conversations=assistant-first.jsonl",
+        "assistant-first.jsonl, row 1: starts with the assistant; a reply needs a message of the user before it"),
+    "an empty reply": (
+        "sft.py sft.yaml data.conversations=empty-reply.jsonl", "empty-reply.jsonl, row 1, message 1: the reply is empty"),
+    "a reply longer than the context": (
+        "sft.py sft.yaml data.conversations=long-reply.jsonl",
+        "conversations are longer than data.max_length 64; the longest is long-reply.jsonl, row"),
+    "longer conversations than the context": (
+        "sft.py sft.yaml data.max_length=65", "data.max_length: 65 is longer than the model's context of 64"),
+    "a template without markers": (
+        "sft.py sft.yaml chat.template=plain.jinja", "chat template: has no {% generation %} markers"),
+    "an unknown key of fine-tuning": ("sft.py sft.yaml adapter.rnk=8", "adapter.rnk: unknown key; did you mean 'rank'?"),
+    "chat with a base model": ("chat model", "the tokenizer has no chat template, so this is a base model"),
+    "an unknown quantisation": ("generate model --quantization int4", "quantization 'int4': there is none of this name"),
+    "an unknown dtype": ("generate model --dtype fp8", "--dtype 'fp8': there is none of this name"),
+    "no such draft": ("generate model --draft nowhere", "model 'nowhere': no such folder"),
     "missing data": ("pretrain.py {recipe} data.sources=[{{path:\xa0nowhere,weight:\xa01}}]", "nowhere does not exist"),
 }  # fmt: skip
 
@@ -192,7 +227,7 @@ def test_bad_input(call, things, tmp_path, command, message):
         pytest.skip("this machine has a GPU")
     before = tree(tmp_path) | tree(things["prepared"])
     words = [word.format(**things).replace("\xa0", " ") for word in command.split(" ")]
-    status, error = call(*(words if words[0] == "pretrain.py" else ["tinyllama-hf", *words]))
+    status, error = call(*(words if words[0].endswith(".py") else ["tinyllama-hf", *words]))
     assert status == 2, error
     assert message in error
     assert error.startswith("error: ") and error.count("error: ") == 1 and "Traceback" not in error

@@ -72,10 +72,10 @@ def evaluate(
     }
     if task not in options:
         raise InputError(f"--task {task!r}: there is no such task{did_you_mean(task, options)}")
-    for other in options.keys() - {task}:
-        for option, value in options[other].items():
-            if value is not None and option not in options[task]:
-                raise InputError(f"{option}: belongs to --task {other}; leave it out, or choose that task")
+    for option, value in {name: value for own in options.values() for name, value in own.items()}.items():
+        if value is not None and option not in options[task]:
+            owners = " or ".join(name for name in options if option in options[name])
+            raise InputError(f"{option}: belongs to --task {owners}; leave it out, or choose that task")
     quiet_library_bars()
     if task == "commonsense":
         _commonsense(models, data or [], limit, published, batch_size, samples, output, device)

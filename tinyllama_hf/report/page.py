@@ -24,6 +24,7 @@ body { font: 16px/1.55 system-ui, sans-serif; max-width: 52rem; margin: 2rem aut
 img { max-width: 100%; border: 1px solid #eee; border-radius: 6px }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums } td, th { padding: .25rem .9rem .25rem 0; text-align: left }
 th { border-bottom: 2px solid #ccc } td { border-bottom: 1px solid #eee } td.n, th.n { text-align: right }
+table.wide { font-size: 12.5px } table.wide td { white-space: nowrap; padding-right: .6rem } table.words td { overflow-wrap: anywhere }
 pre { background: #f6f8fa; padding: .7rem; border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px }
 h3 code { white-space: pre } .given { color: #888 } footer { color: #777; font-size: 13px; margin-top: 3rem }
 """

@@ -32,7 +32,7 @@ def replies(chat: Path) -> str:
         f"<b>{scores['stop_rate']:.0%}</b> of the replies end in the stop token within {scores['max_new_tokens']} tokens; "
         f"their median length is {scores['median_length']:g} tokens. (A model of this size learns the form of an answer, "
         "not the facts.)</p>"
-        f"<table><tr><th>question</th><th>reply</th><th>true answer</th></tr>{rows}</table>"
+        f'<table class="words"><tr><th>question</th><th>reply</th><th>true answer</th></tr>{rows}</table>'
     )
 
 
@@ -52,7 +52,7 @@ def commonsense(scores: dict[str, Any]) -> str:
     return (
         f"<h2>Commonsense, by lm-eval</h2><p>Percent ± standard error over {items:,} questions, zero-shot, under the protocol "
         f"of TinyLlama's table; the last column is the mean of the tasks.{_subset(scores['protocol'])}</p>"
-        f'<table><tr><th>milestone</th>{head}<th class="n">average</th></tr>{rows}</table>'
+        f'<table class="wide"><tr><th>milestone</th>{head}<th class="n">average</th></tr>{rows}</table>'
     )
 
 
