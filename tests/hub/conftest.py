@@ -1,0 +1,165 @@
+"""A published run needs a run, and a Hub."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.local_hub.accounts import WRITE_TOKEN
+from tests.local_hub.server import LocalHub
+
+
+TASK_ITEMS = {"hellaswag": 10042, "openbookqa": 500, "winogrande": 1267, "arc_challenge": 1172, "arc_easy": 2376, "boolq": 3270,
+              "piqa": 1838}  # fmt: skip
+
+
+@pytest.fixture
+def hub(tmp_path):
+    with LocalHub(tmp_path / "hub").serving() as hub:
+        yield hub
+
+
+# Runs several commands in one process, since each would import torch anew: what it prints is a JSON list of results.
+COMMANDS = """
+import contextlib, io, json, os, sys
+import tinyllama_hf_cli
+results = []
+for token, *words in json.loads(sys.argv[1]):
+    os.environ.pop("HF_TOKEN", None)
+    if token:
+        os.environ["HF_TOKEN"] = token
+    sys.argv = ["tinyllama-hf", *words]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            status = tinyllama_hf_cli.main() or 0
+        except SystemExit as stop:
+            status = stop.code or 0
+    results.append([status, out.getvalue(), err.getvalue()])
+print(json.dumps(results))
+"""
+
+
+class Result(NamedTuple):
+    """What became of a command."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def python(hub, tmp_path) -> Callable[..., str]:
+    """Runs code in a process whose Hub is the local one (the client reads its settings when it is imported), and returns
+    what it prints."""
+
+    def run(code: str, *arguments: str, token: str = WRITE_TOKEN, **environment: str) -> str:
+        known = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
+        known |= {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf-home")}
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            cwd=tmp_path,
+            env=known | {"HF_TOKEN": token, "COLUMNS": "120"} | environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture
+def commands(python) -> Callable[..., list[Result]]:
+    """Runs commands, each given as (token, *words), one after the other in one process."""
+
+    def run(*calls: tuple, **environment: str) -> list[Result]:
+        words = json.dumps([[token, *map(str, rest)] for token, *rest in calls])
+        return [Result(*result) for result in json.loads(python(COMMANDS, words, **environment))]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(request, tmp_path_factory) -> Path:
+    """A micro run with two milestones, bits per byte and commonsense scores with figures that can be recognised."""
+    import yaml
+
+    from tests.conftest import ROOT
+    from tinyllama_hf.pretrain.config import load_config
+    from tinyllama_hf.pretrain.loop import pretrain
+
+    folder = tmp_path_factory.mktemp("trained")
+    prepared, tokenizer = (request.getfixturevalue(name) for name in ("prepared", "tokenizer_folder"))
+    values = yaml.safe_load((ROOT / "recipes" / "pretrain" / "micro.yaml").read_text())
+    values["output_dir"] = str(folder / "run")
+    values["model"]["overrides"] = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
+    values["data"] |= {
+        "tokenizer": str(tokenizer),
+        "sources": [{"path": str(prepared), "weight": 1.0}],
+        "sequence_length": 32,
+    }
+    values["schedule"] |= {"warmup_tokens": 512}
+    values["training"] |= {"total_tokens": 12 * 256, "tokens_per_step": 256, "micro_batch_size": 4}
+    values["milestones"] = {"tokens": [1500]}
+    values["validation"] = {"every_tokens": 1024, "max_tokens": 512}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    pretrain(load_config(folder / "recipe.yaml"))
+    run = folder / "run"
+    names = sorted((path.name for path in (run / "milestones").iterdir()), key=lambda name: int(name.split("-")[1]))
+    (run / "scores.json").write_text(json.dumps(bits_per_byte_scores(names, str(prepared))))
+    return run
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A copy of the run, to be changed."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def bits_per_byte_scores(names: list[str], data: str) -> dict:
+    """Scores as `tinyllama-hf eval RUN --baselines` writes them: 2.5 bits for the first milestone, 2.25 for the next."""
+    tokens = [1536, 3072]
+    rows = [
+        {"name": name, "step": t // 256, "tokens": t, "bits_per_byte": 2.5 - i / 4, "by_source": {data: 2.5 - i / 4}}
+        for i, (name, t) in enumerate(zip(names, tokens, strict=True))
+    ]
+    baselines = [
+        {"name": name, "step": t // 256, "tokens": t, "bits_per_byte": bits, "by_source": {data: bits}}
+        for t in tokens
+        for name, bits in (("unigram", 4.0), ("5-gram", 3.0))
+    ]
+    return {
+        "task": "bits_per_byte",
+        "data": [{"path": data, "fingerprint": "f" * 64, "documents": 6, "bytes": 31_415}],
+        "models": rows,
+        "baselines": baselines,
+        "provenance": {"libraries": {"transformers": "5.23.0"}},
+    }
+
+
+def commonsense_scores(names: list[str], limit: int | None, sample: bool = False) -> dict:
+    """Scores as `tinyllama-hf eval RUN --task commonsense` writes them: 30, 31, ... percent, each 2 more later."""
+    protocol = {"harness": "lm_eval 0.4.13", "task_versions": dict.fromkeys(TASK_ITEMS, 1), "metrics": metrics(), "dtype": "float32",
+                "num_fewshot": 0, "add_bos_token": False, "apply_chat_template": False, "context_length": 512, "limit": limit,
+                "data": dict.fromkeys(TASK_ITEMS, "0" * 64), "sample": sample}  # fmt: skip
+    rows = []
+    for i, name in enumerate(names):
+        results = {
+            task: {"score": 30.0 + j + 2 * i, "standard_error": 0.7, "items": min(limit or items, items)}
+            for j, (task, items) in enumerate(TASK_ITEMS.items())
+        }
+        # The average is not the mean of the seven: the card must not copy it.
+        rows.append({"name": name, "results": results, "average": 99.0, "average_standard_error": 9.0})
+    return {"task": "commonsense", "protocol": protocol, "models": rows}
+
+
+def metrics() -> dict[str, str]:
+    """The metric of each task of the published protocol."""
+    return dict.fromkeys(TASK_ITEMS, "acc_norm") | {"winogrande": "acc", "boolq": "acc"}

@@ -1,0 +1,128 @@
+"""The card says what the files say: in its text, in its metadata, and nothing of the machine that wrote it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from tests.hub.conftest import commonsense_scores, metrics
+from tinyllama_hf.hub.publish import plan_revisions
+
+
+def cards(run: Path, license: str | None = None) -> dict[str, ModelCard]:
+    """The card of each revision, read as the Hub reads it."""
+    return {r.name: ModelCard(r.files["README.md"].decode()) for r in plan_revisions(run, "me/my-model", license)}
+
+
+@pytest.fixture
+def names(run) -> list[str]:
+    return sorted((path.name for path in (run / "milestones").iterdir()), key=lambda name: int(name.split("-")[1]))
+
+
+def test_what_it_says(run, names):
+    plain = cards(run, license="apache-2.0")
+    main = plain["main"]
+    assert main.data.license == "apache-2.0" and main.data.to_dict()["model-index"][0]["name"] == "my-model"
+    record = json.loads((run / "milestones" / names[1] / "provenance.json").read_text())
+    for fact in (
+        "A Llama of 139,584 parameters, pretrained from scratch; `step-12-token-0.003M` has read 3,072 tokens in 12 steps.",
+        "| 2 | 64 | 4 | 2 | 128 | 512 | 32 |",
+        'AutoModelForCausalLM.from_pretrained("me/my-model")',
+        f"| `{names[0]}` | 6 | 1,536 | ",
+        f"| `{names[1]}` | 12 | 3,072 | {record['validation_loss']:.3f} | 2.250 |",
+        f"`main` holds `{names[1]}`",
+        "![loss](loss.png)",
+        "![trajectory](trajectory.png)",
+        "**2.2500** over all documents",
+        "| prepared | 2.2500 | 6 | 31,415 | `ffffffffffff` |",
+        record["created"],
+        f"torch {record['libraries']['torch']}",
+        next(iter(record["data"].values())),
+    ):
+        assert fact in main.text, fact
+    settings = yaml.safe_load(main.text.split("```yaml\n")[1].split("```")[0])
+    assert settings["training"]["total_tokens"] == 3072 and settings["data"]["sources"] == [
+        {"path": "prepared", "weight": 1.0}
+    ]
+    older = plain[names[0]]
+    assert f'from_pretrained("me/my-model", revision="{names[0]}")' in older.text and "png" not in older.text
+    assert older.data.eval_results[0].metric_value == 2.5 and "**2.5000**" in older.text
+
+
+def test_nothing_of_the_machine_or_the_hour(run):
+    """No absolute path, and the same bytes at every call: else publishing again would upload again."""
+    once, again = plan_revisions(run, "me/my-model"), plan_revisions(run, "me/my-model")
+    assert once == again
+    for revision in once:
+        text = revision.files["README.md"].decode()
+        assert str(run.parent) not in text and "/tmp" not in text and str(Path.home()) not in text
+
+
+def test_without_scores_and_license(run, names):
+    (run / "scores.json").unlink()
+    [revision] = [r for r in plan_revisions(run, "me/my-model") if r.name == "main"]
+    assert "loss.png" in revision.files and "trajectory.png" not in revision.files
+    card = ModelCard(revision.files["README.md"].decode())
+    assert card.data.to_dict().keys() == {"library_name", "pipeline_tag", "tags"}
+    assert "bits per byte |" not in card.text and "commonsense" not in card.text.lower()
+
+
+def test_commonsense_on_every_item(run, names):
+    """Into the text and the index; the average by the metric, not as the file has it."""
+    (run / "commonsense.json").write_text(json.dumps(commonsense_scores(names, limit=None)))
+    plain = cards(run)
+    results = {r.dataset_type: r for r in plain["main"].data.eval_results if r.metric_type != "bits_per_byte"}
+    assert {task: r.metric_type for task, r in results.items()} == metrics()
+    assert [results[task].metric_value for task in metrics()] == [32.0 + i for i in range(7)]
+    assert {r.dataset_args["num_few_shot"] for r in results.values()} == {0}
+    # Seven errors of 0.7: 0.7 * sqrt(7) / 7 = 0.26.
+    assert "| **average** |  | **35.00 ± 0.26** |  |" in plain["main"].text and "99.0" not in plain["main"].text
+    assert "| hellaswag | acc_norm | 32.00 ± 0.70 | 10,042 |" in plain["main"].text
+    assert "lm_eval 0.4.13, float32, 0 examples, without begin-of-sequence, context 512" in plain["main"].text
+    assert "| 2.500 | 33.00 |" in plain["main"].text and "| 2.250 | 35.00 |" in plain["main"].text
+    assert "no benchmark" not in plain["main"].text
+    older = {r.dataset_type: r.metric_value for r in plain[names[0]].data.eval_results}
+    assert older["piqa"] == 36.0
+
+
+@pytest.mark.parametrize(
+    ("scores", "says"),
+    [
+        ({"limit": 100}, "Scored on a part of the items only; not comparable"),
+        ({"limit": None, "sample": True}, "made-up items that show that the pipeline runs; no benchmark"),
+    ],
+)
+def test_commonsense_on_less_than_that(run, names, scores, says):
+    """Said beside the figures, and left out of the index, which leaderboards read."""
+    (run / "commonsense.json").write_text(json.dumps(commonsense_scores(names, **scores)))
+    for name, card in cards(run).items():
+        assert says in card.text and "33.00 \\*" in card.text and "35.00 \\*" in card.text
+        assert [r.metric_type for r in card.data.eval_results] == ["bits_per_byte"], name
+
+
+def test_the_base_of_a_fine_tuned_model(run, names, tmp_path):
+    """A Hub id or a released name is linked, a folder is only named."""
+    from tinyllama_hf.released import released
+
+    folder, record = run / "milestones" / names[1], None
+    record = json.loads((folder / "provenance.json").read_text())
+    for key in ("step", "tokens", "validation_loss", "data"):
+        del record[key]
+    record |= {
+        "conversations": {"source": str(tmp_path / "mine.jsonl"), "train": 10, "held_out": 2, "dropped": 0},
+        "held_out_loss": {"before": 3.0, "after": 2.0},
+    }
+    chat = next(model for model in released() if model.kind != "peer" and model.hub)
+    for given, base in (
+        ("you/your-model@step-3", "you/your-model"),
+        (chat.name, chat.hub),
+        (str(folder), None),
+        ("./x/y", None),
+    ):
+        (folder / "provenance.json").write_text(json.dumps({**record, "base_model": {"path": given, "sha256": {}}}))
+        [revision] = plan_revisions(folder, "me/my-model")
+        card = ModelCard(revision.files["README.md"].decode())
+        assert card.data.base_model == base and str(tmp_path) not in card.text
+        assert "| conversations | mine.jsonl: 10 trained, 2 held out |" in card.text

@@ -1,0 +1,272 @@
+"""Publishing against a real small Hub with the real client: what arrives, what is sent again, what is refused."""
+
+import base64
+import hashlib
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from tests.local_hub.accounts import FINE_REPOSITORY, FINE_TOKEN, READ_TOKEN, WRITE_TOKEN
+from tests.local_hub.server import LocalHub
+from tinyllama_hf.errors import InputError
+from tinyllama_hf.hub.publish import plan_revisions, publish
+
+
+REPO = "demo/micro"
+# Somebody who has transformers and nothing of ours.
+STOCK = """
+import json, sys
+sys.modules["tinyllama_hf"] = None
+import torch
+from huggingface_hub import hf_hub_download
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+repo, *revisions = sys.argv[1:]
+found = {}
+for revision in revisions:
+    model = AutoModelForCausalLM.from_pretrained(repo, revision=revision)
+    tokenizer = AutoTokenizer.from_pretrained(repo, revision=revision)
+    assert type(model) is LlamaForCausalLM
+    model(**tokenizer("def main():", return_tensors="pt"))
+    found[revision] = {n: hf_hub_download(repo, n, revision=revision) for n in ("model.safetensors", "README.md")}
+print(json.dumps(found))
+"""
+OURS = """
+import json, sys
+from tinyllama_hf import load
+model, tokenizer = load(sys.argv[1])
+print(json.dumps([type(model).__name__, float(model.model.embed_tokens.weight.sum()), len(tokenizer)]))
+"""
+
+
+def milestones(run: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted((run / "milestones").iterdir(), key=lambda path: int(path.name.split("-")[1]))
+
+
+def on_hub(hub: LocalHub, repo: str = REPO) -> dict[str, dict[str, str]]:
+    """SHA-256 of every file on every branch, `.gitattributes` aside."""
+    stored = hub.storage.repo("models", repo)
+    return {
+        branch: {
+            path: hashlib.sha256(hub.storage.content(file).read_bytes()).hexdigest()
+            for path, file in stored["commits"][commit]["files"].items()
+            if path != ".gitattributes"
+        }
+        for branch, commit in stored["branches"].items()
+    }
+
+
+def meant(run: Path, repo: str = REPO) -> dict[str, dict[str, str]]:
+    """What `on_hub` must be."""
+    return {
+        revision.name: {
+            path: hashlib.sha256(content if isinstance(content, bytes) else content.read_bytes()).hexdigest()
+            for path, content in revision.files.items()
+        }
+        for revision in plan_revisions(run, repo)
+    }
+
+
+def test_every_milestone_loads_by_its_revision(run, hub, commands, python):
+    """With stock transformers alone, byte for byte; a second call sends nothing."""
+    first, last = milestones(run)
+    for stray in ("optimizer.pt", ".config.json.123.tmp", "notes.txt"):
+        (last / stray).write_text("not part of a milestone")
+    begun, again = commands(*[(WRITE_TOKEN, "publish", run, "--repo", REPO)] * 2)
+    assert begun.status == again.status == 0, begun.err + again.err
+    where = [f"{hub.endpoint}/{REPO}/tree/{folder.name}" for folder in (first, last)] + [f"{hub.endpoint}/{REPO}"]
+    for address in where:
+        assert f"{address}  uploaded\n" in begun.out and f"{address}  already there\n" in again.out
+    # Weights of two milestones, two pictures; the tokenizer's model is the same file everywhere.
+    assert hub.counts == {"commit": 3, "put": 5}
+    assert on_hub(hub) == meant(run)
+    assert set(on_hub(hub)["main"]) == {path.name for path in first.iterdir()} | {
+        "README.md",
+        "loss.png",
+        "trajectory.png",
+    }
+
+    found = json.loads(python(STOCK, REPO, first.name, last.name, "main"))
+    for revision, folder, bits in ((first.name, first, 2.5), (last.name, last, 2.25), ("main", last, 2.25)):
+        assert Path(found[revision]["model.safetensors"]).read_bytes() == (folder / "model.safetensors").read_bytes()
+        card = ModelCard.load(found[revision]["README.md"])
+        assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
+        [result] = card.data.eval_results
+        assert (result.metric_type, result.metric_value, result.dataset_config) == ("bits_per_byte", bits, "f" * 64)
+    from safetensors.torch import load_file
+
+    kind, total, vocabulary = json.loads(python(OURS, f"{REPO}@{first.name}"))
+    weights = load_file(first / "model.safetensors")["model.embed_tokens.weight"]
+    assert (kind, vocabulary) == ("TinyLlamaForCausalLM", 512) and total == pytest.approx(float(weights.sum()))
+
+
+def test_an_upload_that_was_cut_goes_on_and_later_ones_follow_the_run(run, hub, commands):
+    """No revision is ever half made, nothing is sent twice, and what is too much is removed."""
+    command = (WRITE_TOKEN, "publish", run, "--repo", REPO)
+    hub.puts_left = 2  # the large files of the first milestone
+    first, last = milestones(run)
+    [cut] = commands(command)
+    assert cut.status == 2 and "call the command again, it goes on where it stopped" in cut.err
+    assert "Request has expired" in cut.err and cut.err.count("\n") == 1
+    assert on_hub(hub) == {"main": {}, first.name: meant(run)[first.name], last.name: {}}
+    hub.puts_left = None
+    [done] = commands(command)
+    assert done.status == 0, done.err
+    assert f"{first.name}  already there" in done.out and f"{last.name}  uploaded" in done.out
+    assert on_hub(hub) == meant(run)
+    assert hub.counts == {"commit": 3, "put": 5}
+
+    extra = {"path": "old/notes.txt", "content": base64.b64encode(b"old").decode()}
+    hub.storage.commit("models", REPO, last.name, "by hand", [{"key": "file", "value": extra}], "")
+    before, scores = on_hub(hub), json.loads((run / "scores.json").read_text())
+    row = scores["models"][1]
+    row["bits_per_byte"] = row["by_source"][scores["data"][0]["path"]] = 2.125
+    (run / "scores.json").write_text(json.dumps(scores))
+    planned, done = commands((*command, "--dry-run"), command)
+    assert "old/notes.txt  to be removed" in planned.out
+    assert done.status == 0, done.err
+    after = on_hub(hub)
+    assert after == meant(run)
+    changed = {
+        branch: {path for path in files | before[branch] if files.get(path) != before[branch].get(path)}
+        for branch, files in after.items()
+    }
+    assert changed == {
+        first.name: {"README.md"},
+        last.name: {"README.md", "old/notes.txt"},
+        "main": {"README.md", "trajectory.png"},
+    }
+    assert hub.counts == {"commit": 6, "put": 6}
+
+
+def test_dry_run(run, hub, commands):
+    """Everything is said and nothing is sent; with a Hub, without a token, without a Hub."""
+    dry = ("publish", run, "--repo", REPO, "--private", "--license", "mit", "--dry-run")
+    with_token, without = commands((WRITE_TOKEN, *dry), (None, *dry))
+    lines = []
+    publish(run, REPO, private=True, dry_run=True, note=lines.append)  # here, the client is offline
+    offline = "\n".join(lines) + "\n"
+    assert with_token.status == without.status == 0, with_token.err + without.err
+    for said in (with_token.out, without.out, offline):
+        assert said.endswith("dry run: nothing was uploaded\n")
+        size = (milestones(run)[0] / "model.safetensors").stat().st_size
+        assert said.count(f"{size:>14,}  model.safetensors\n") == 3
+        assert "demo/micro, private: 3 revisions" in said and "main  from step-12-token-0.003M" in said
+    assert "the repository does not exist" in with_token.out
+    assert "what is there already is not known: HF_HUB_OFFLINE is set" in offline
+    assert not hub.counts and not list((hub.storage.folder / "repos" / "models").iterdir())
+    assert not list((hub.storage.folder / "lfs").iterdir())
+
+
+def test_private_repositories_and_those_of_others(run, hub, commands):
+    command = ("publish", run, "--repo")
+    foreign = {"path": "model.bin", "content": base64.b64encode(b"weights").decode()}
+    hub.storage.create("models", "demo/other", private=False)
+    hub.storage.commit("models", "demo/other", "main", "by hand", [{"key": "file", "value": foreign}], "")
+    hidden, exposed, other, fine, fine_elsewhere = commands(
+        (WRITE_TOKEN, *command, "demo-lab/hidden", "--private"),
+        (WRITE_TOKEN, *command, "demo/other", "--private"),
+        (WRITE_TOKEN, *command, "demo/other"),
+        (FINE_TOKEN, *command, FINE_REPOSITORY, "--license", "apache-2.0"),
+        (FINE_TOKEN, *command, "demo/elsewhere"),
+    )
+    assert hidden.status == 0 and hub.storage.repo("models", "demo-lab/hidden")["private"]
+    assert exposed.status == 2 and "--private: demo/other exists and is public" in exposed.err
+    assert (
+        other.status == 2 and "demo/other: holds other files (model.bin), which publishing would replace" in other.err
+    )
+    assert fine.status == 0 and not hub.storage.repo("models", FINE_REPOSITORY)["private"], fine.err
+    assert (
+        fine_elsewhere.status == 2 and "'fine' has no permission repo.write for demo/elsewhere" in fine_elsewhere.err
+    )
+    assert on_hub(hub, "demo/other")["main"].keys() == {"model.bin"}
+
+
+def test_a_fine_tuned_model_lies_on_main(run, hub, commands, tmp_path):
+    """A folder without milestones; its held-out conversations stay here."""
+    chat = tmp_path / "chat"
+    shutil.copytree(milestones(run)[1], chat)
+    record = json.loads((chat / "provenance.json").read_text())
+    for key in ("step", "tokens", "validation_loss", "data"):
+        del record[key]
+    record |= {
+        "base_model": {"path": str(milestones(run)[1]), "sha256": {"model.safetensors": "5" * 64}},
+        "conversations": {"source": "embedded:questions", "train": 1728, "held_out": 96, "dropped": 0},
+        "held_out_loss": {"before": 5.8301, "after": 2.7402},
+    }
+    (chat / "provenance.json").write_text(json.dumps(record))
+    (chat / "validation.jsonl").write_text("{}\n")
+    replies = {"replies": 100, "stop_rate": 0.975, "median_length": 12.5, "max_new_tokens": 64}
+    (chat / "replies.json").write_text(json.dumps({"models": [replies]}))
+    [done] = commands((WRITE_TOKEN, "publish", chat, "--repo", REPO))
+    assert done.status == 0, done.err
+    there = on_hub(hub)
+    assert there == meant(chat) and there.keys() == {"main"} and "validation.jsonl" not in there["main"]
+    [revision] = plan_revisions(chat, REPO)
+    card = ModelCard(revision.files["README.md"].decode())
+    assert card.data.base_model is None, "the base was a folder of this machine"
+    for fact in (f"fine-tuned from {milestones(run)[1].name} on 1,728 conversations", "went from 5.830 to **2.740**",
+                 "100 unseen questions 97.5% of the replies", "5" * 64, "embedded:questions: 1,728 trained, 96 held out"):  # fmt: skip
+        assert fact in card.text, fact
+
+
+class TestRefusals:
+    """Each is one message that names the fix, with status 2, and nothing was sent."""
+
+    def test_before_anything_is_sent(self, run, trained, hub, commands, tmp_path):
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "begun" / "milestones").mkdir(parents=True)
+        weights = milestones(run)[0] / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1])
+        others = {
+            name: Path(shutil.copytree(trained, tmp_path / name))
+            for name in ("ours", "untold", "no-tokenizer", "no-log")
+        }
+        config = milestones(others["ours"])[1] / "config.json"
+        config.write_text(config.read_text().replace('"model_type": "llama"', '"model_type": "tinyllama"'))
+        (milestones(others["untold"])[1] / "training.yaml").unlink()
+        (milestones(others["no-tokenizer"])[0] / "tokenizer.json").write_text("{")
+        (others["no-log"] / "metrics.jsonl").unlink()
+
+        def words(folder: Path, repo: str = REPO, token: str | None = WRITE_TOKEN, *more: str) -> tuple:
+            return (token, "publish", folder, "--repo", repo, *more)
+
+        cases = {
+            "--repo 'micro': it must be USER/NAME": words(trained, "micro"),
+            "--repo 'a/b/c': it must be USER/NAME": words(trained, "a/b/c"),
+            "--repo 'demo/a--b': Cannot have -- or ..": words(trained, "demo/a--b"),
+            "empty: holds neither milestones nor a model": words(tmp_path / "empty"),
+            "nowhere: holds neither milestones nor a model": words(tmp_path / "nowhere"),
+            "begun: has no milestone yet": words(tmp_path / "begun"),
+            "model.safetensors: damaged or cut off": words(run),
+            "model_type 'tinyllama', and only plain Llama folders": words(others["ours"]),
+            "holds no training.yaml, so it is not whole": words(others["untold"]),
+            "tokenizer.json: damaged, not valid JSON": words(others["no-tokenizer"]),
+            "no-log: holds no metrics.jsonl": words(others["no-log"]),
+            "no Hub token: set HF_TOKEN": words(trained, token=None),
+            "does not accept the token (Invalid credentials": words(trained, token="hf_no_such_token"),
+            "the Hub token 'read' may only read, and publishing writes to demo/micro; make one": words(trained, token=READ_TOKEN),
+            "does not let this token write to demo-readers/micro (You don't have the rights": words(trained, "demo-readers/micro"),
+            "the token belongs to demo of demo-lab, demo-readers, which may not write to somebody": words(trained, "somebody/micro"),
+            '"license" must be one of': words(trained, REPO, WRITE_TOKEN, "--license", "appache"),
+            "'read' may only read": words(trained, REPO, READ_TOKEN, "--dry-run"),
+        }  # fmt: skip
+        for (message, case), result in zip(cases.items(), commands(*cases.values()), strict=True):
+            assert result.status == 2 and message in result.err, (case, result)
+            assert result.err.startswith("error: ") and result.err.count("\n") == 1, result.err
+        assert not hub.counts and not list((hub.storage.folder / "repos" / "models").iterdir())
+
+    def test_no_hub(self, trained, commands):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))  # not listening: connections are refused
+            address = f"http://127.0.0.1:{free.getsockname()[1]}"
+            [result] = commands((WRITE_TOKEN, "publish", trained, "--repo", REPO), HF_ENDPOINT=address)
+        assert result.status == 2 and f"the Hub {address} cannot be reached (ConnectError" in result.err
+
+    def test_offline(self, trained):
+        with pytest.raises(InputError, match="HF_HUB_OFFLINE is set, which forbids to talk to the Hub; unset it"):
+            publish(trained, REPO)

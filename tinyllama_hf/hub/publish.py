@@ -1,0 +1,281 @@
+"""Publishing: each milestone of a run a revision on the Hub, the newest on main, each with a card."""
+
+import io
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .. import provenance
+from ..errors import InputError, require
+from ..evaluation.ladder import milestones_of
+from ..pretrain.checkpoints import MILESTONES_FOLDER
+from ..pretrain.metrics import METRICS_FILE, read_metrics
+from .access import Unreachable, check_may_write, check_repo, explain_errors, require_hub
+from .card import Scores, model_card, read_scores
+from .folder import PROVENANCE_FILE, ModelFolder, open_model_folder
+
+
+MAIN = "main"
+_CARD_FILE = "README.md"
+_KEPT = ".gitattributes"  # the Hub writes it into every repository
+
+
+class Revision(NamedTuple):
+    """What a branch is to hold.
+
+    Attributes:
+        name (`str`): of the branch.
+        source (`str`): name of the folder that it comes from.
+        files (`dict`): contents by path, either a file here or the bytes themselves.
+    """
+
+    name: str
+    source: str
+    files: dict[str, Path | bytes]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all files together."""
+        return sum(map(_size, self.files.values()))
+
+
+class Published(NamedTuple):
+    """What became of a revision: its address, and the paths that were sent or taken away (of a dry run: would be)."""
+
+    revision: str
+    url: str
+    changed: list[str]
+
+
+def publish(
+    run: str | Path,
+    repo: str,
+    private: bool = False,
+    license: str | None = None,
+    dry_run: bool = False,
+    note: Callable[[str], Any] = lambda line: None,
+) -> list[Published]:
+    """Publishes the milestones of a run, or one fine-tuned model on main alone.
+
+    Each revision is one commit, so nobody sees half of one. What the Hub has already is not sent again: repeated, it
+    uploads nothing; interrupted, it goes on.
+
+    Args:
+        run (`str` or `Path`): folder of a run, or a model folder with provenance.
+        repo (`str`): `USER/NAME`; made if it does not exist.
+        private (`bool`, *optional*, defaults to `False`): make the repository private.
+        license (`str`, *optional*): an identifier that the Hub knows, for the card.
+        dry_run (`bool`, *optional*, defaults to `False`): check everything, say what would go where, and stop.
+        note (`Callable`): called with lines for the user.
+
+    Returns:
+        `list[Published]`: in the order of upload.
+
+    Raises:
+        InputError: for anything that cannot work; before the first byte is sent, unless the connection breaks.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    check_repo(repo)
+    if not dry_run:
+        require_hub()
+    revisions = plan_revisions(Path(run), repo, license)
+    if dry_run:
+        return _dry_run(api, repo, revisions, private, note)
+    with explain_errors(api, repo):
+        heads = _heads(api, repo, private)
+        check_may_write(api, repo)
+        _check_card(revisions[-1])
+        if heads is None:
+            api.create_repo(repo, private=private or None)  # else as the account has it by default
+            heads = _heads(api, repo, private)
+        if not sys.stderr.isatty():
+            from huggingface_hub.utils import disable_progress_bars
+
+            disable_progress_bars()
+        return [_upload(api, repo, heads, revision, note) for revision in revisions]
+
+
+def plan_revisions(run: Path, repo: str, license: str | None = None) -> list[Revision]:
+    """What is to be published: the milestones in their order, and the newest again on main, with pictures.
+
+    Raises:
+        InputError: if the folder holds nothing to publish, or a part of it is damaged.
+    """
+    if (run / MILESTONES_FOLDER).is_dir():
+        ladder = [open_model_folder(folder) for folder in milestones_of(run)]
+        models = [(model.name, model) for model in ladder] + [(MAIN, ladder[-1])]
+    elif (run / PROVENANCE_FILE).is_file():
+        ladder, models = [], [(MAIN, open_model_folder(run))]
+    else:
+        raise InputError(
+            f"run {run}: holds neither milestones nor a model with {PROVENANCE_FILE}; name the output_dir of a run of "
+            "recipes/pretrain.py or recipes/sft.py"
+        )
+    scores = read_scores(run)
+    drawn = _pictures(run, ladder, scores) if ladder else {}
+    revisions = []
+    for name, model in models:
+        pictures = drawn if name == MAIN else {}
+        card = model_card(repo, name, model, ladder, scores, license, list(pictures))
+        files = {file.name: file for file in model.files}
+        revisions.append(Revision(name, model.name, {**files, **pictures, _CARD_FILE: card.encode()}))
+    return revisions
+
+
+def _pictures(run: Path, ladder: Sequence[ModelFolder], scores: Scores) -> dict[str, bytes]:
+    """The curves of a run as PNG files; equal runs give equal bytes."""
+    require("matplotlib", "report", "the card's pictures")
+    from ..report import plots
+
+    if not (run / METRICS_FILE).is_file():
+        raise InputError(
+            f"run {run}: holds no {METRICS_FILE}, from which the loss curve is drawn; publish the whole run"
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        tokens = [model.record["tokens"] for model in ladder]
+        plots.loss_curve(read_metrics(run), tokens, folder / "loss.png")
+        if scores.bits_per_byte:
+            plots.trajectory(scores.bits_per_byte, folder / "trajectory.png")
+        return {picture.name: picture.read_bytes() for picture in sorted(folder.iterdir())}
+
+
+def _check_card(revision: Revision) -> None:
+    """Lets the Hub check the metadata, before anything else of a commit."""
+    from huggingface_hub import ModelCard
+
+    try:
+        ModelCard(revision.files[_CARD_FILE].decode()).validate()
+    except ValueError as error:
+        raise InputError(
+            f"the Hub refuses the card's metadata ({error}); if it is the license, change --license"
+        ) from error
+
+
+def _heads(api: Any, repo: str, private: bool) -> dict[str, str] | None:
+    """The commit of each branch, `None` if the repository does not exist.
+
+    Raises:
+        InputError: if it is another than the one that is asked for.
+    """
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        info = api.model_info(repo, timeout=30)  # the client itself would wait for ever
+    except RepositoryNotFoundError:
+        return None
+    if private and not info.private:
+        raise InputError(f"--private: {repo} exists and is public; make it private in its settings, or name another")
+    present = {sibling.rfilename for sibling in info.siblings} - {_KEPT, _CARD_FILE}
+    if present and PROVENANCE_FILE not in present:
+        raise InputError(
+            f"--repo {repo}: holds other files ({', '.join(sorted(present)[:3])}), which publishing would replace; name "
+            "another repository"
+        )
+    return {branch.name: branch.target_commit for branch in api.list_repo_refs(repo).branches}
+
+
+def _upload(api: Any, repo: str, heads: dict[str, str], revision: Revision, note: Callable[[str], Any]) -> Published:
+    """Makes a branch hold exactly what it is to hold, in one commit."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    head = heads.get(revision.name)
+    if head is None:
+        # From the first commit, which holds no model: a branch cut from main would name another milestone's weights.
+        head = api.list_repo_commits(repo)[-1].commit_id
+        api.create_branch(repo, branch=revision.name, revision=head)
+    added, removed = _difference(api, repo, head, revision)
+    result = Published(revision.name, _url(api, repo, revision), [*added, *removed])
+    if not result.changed:
+        note(f"{result.url}  already there")
+        return result
+    note(f"uploading {revision.name}: {_amount(revision, added)}")
+    operations = [CommitOperationAdd(path, revision.files[path]) for path in added]
+    operations += [CommitOperationDelete(path) for path in removed]
+    title = "card" if set(result.changed) == {_CARD_FILE} else revision.source
+    api.create_commit(
+        repo, operations, commit_message=f"Publish {title}", revision=revision.name, parent_commit=head
+    )  # fmt: skip
+    note(f"{result.url}  uploaded")
+    return result
+
+
+def _dry_run(
+    api: Any, repo: str, revisions: Sequence[Revision], private: bool, note: Callable[[str], Any]
+) -> list[Published]:
+    """Says what would go where; asks the Hub what it has, if it can be reached."""
+    note(f"{repo}, {'private' if private else 'public'}: {len(revisions)} revision{'s' * (len(revisions) > 1)}")
+    heads, asked = _ask(api, repo, private, note)
+    results, contents = [], set()
+    for revision in revisions:
+        added, removed = list(revision.files), []
+        if heads and revision.name in heads:
+            with explain_errors(api, repo):
+                added, removed = _difference(api, repo, heads[revision.name], revision)
+        results.append(Published(revision.name, _url(api, repo, revision), [*added, *removed]))
+        state = "already there" if asked and not results[-1].changed else f"to upload: {_amount(revision, added)}"
+        origin = "" if revision.name == revision.source else f"from {revision.source}, "
+        note(f"{revision.name}  {origin}{revision.num_bytes:,} bytes; {state}")
+        for path, content in sorted(revision.files.items()):
+            note(f"  {_size(content):>14,}  {path}{'' if path in added else '  already there'}")
+        for path in removed:
+            note(f"  {'':>14}  {path}  to be removed")
+        contents |= {revision.files[path] for path in added}
+    note(f"{sum(map(_size, contents)):,} bytes to upload in all; what two revisions share goes once")
+    note("dry run: nothing was uploaded")
+    return results
+
+
+def _ask(api: Any, repo: str, private: bool, note: Callable[[str], Any]) -> tuple[dict[str, str] | None, bool]:
+    """The branches that the Hub has, and whether it could be asked."""
+    from huggingface_hub import get_token
+
+    try:
+        with explain_errors(api, repo):
+            heads = _heads(api, repo, private)
+            if get_token():
+                check_may_write(api, repo)
+    except Unreachable as error:
+        note(f"what is there already is not known: {error}")
+        return None, False
+    note("the repository exists" if heads else "the repository does not exist, or this token does not see it")
+    return heads, True
+
+
+def _difference(api: Any, repo: str, commit: str, revision: Revision) -> tuple[list[str], list[str]]:
+    """The paths in which a commit differs from what a branch is to hold: to add or replace, and to remove."""
+    from huggingface_hub import RepoFile
+
+    there = {f.path: f for f in api.list_repo_tree(repo, revision=commit, recursive=True) if isinstance(f, RepoFile)}
+    added = [path for path, content in revision.files.items() if not _equal(content, there.get(path))]
+    return added, sorted(there.keys() - revision.files.keys() - {_KEPT})
+
+
+def _equal(content: Path | bytes, there: Any) -> bool:
+    """Whether the Hub has these bytes: by size and SHA-256, or by the id that git gives to a small file."""
+    from huggingface_hub.utils.sha import git_hash, sha_fileobj
+
+    if there is None or there.size != _size(content):
+        return False
+    if there.lfs is None:
+        return git_hash(content if isinstance(content, bytes) else content.read_bytes()) == there.blob_id
+    if isinstance(content, Path):
+        return provenance.file_sha256(content) == there.lfs.sha256
+    return sha_fileobj(io.BytesIO(content)).hex() == there.lfs.sha256
+
+
+def _size(content: Path | bytes) -> int:
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def _amount(revision: Revision, paths: Sequence[str]) -> str:
+    total = sum(_size(revision.files[path]) for path in paths)
+    return f"{len(paths)} file{'s' * (len(paths) != 1)}, {total:,} bytes"
+
+
+def _url(api: Any, repo: str, revision: Revision) -> str:
+    return f"{api.endpoint}/{repo}" + ("" if revision.name == MAIN else f"/tree/{revision.name}")

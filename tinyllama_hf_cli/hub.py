@@ -1,0 +1,31 @@
+"""`tinyllama-hf publish`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def publish(
+    run: Annotated[Path, typer.Argument(help="Folder of a pretraining run, or of one fine-tuned model.")],
+    repo: Annotated[str, typer.Option(help="USER/NAME on the Hub; made if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    license: Annotated[
+        str | None,
+        typer.Option(help="License of the weights, as the Hub names it: apache-2.0, mit, ...; default: none."),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check everything and say what would go where; needs neither Hub nor token."),
+    ] = False,
+) -> None:
+    """Publish a run: each milestone a revision of its name, the newest on main, with a card made from the run's files.
+
+    What the Hub has already is not sent again, so an interrupted upload goes on with the next call. Needs a token that may
+    write, in HF_TOKEN or from `hf auth login`.
+
+    Example: tinyllama-hf publish runs/demo/pretrain --repo me/my-model --private --dry-run
+    """
+    from tinyllama_hf.hub.publish import publish as run_publish
+
+    run_publish(run, repo, private, license, dry_run, lambda line: print(line, flush=True))
