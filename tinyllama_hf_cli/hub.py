@@ -1,5 +1,6 @@
 """`tinyllama-hf publish`."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,10 @@ def publish(
 
     Example: tinyllama-hf publish runs/demo/pretrain --repo me/my-model --private --dry-run
     """
+    from huggingface_hub.utils import disable_progress_bars
+
     from tinyllama_hf.hub.publish import publish as run_publish
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     run_publish(run, repo, private, license, dry_run, lambda line: print(line, flush=True))

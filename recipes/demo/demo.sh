@@ -77,7 +77,7 @@ stage talk-4-bit tinyllama-hf chat "$RUN/chat" --quantization nf4 --temperature 
 stage draft accelerate launch --quiet --config_file "$RECIPES/accelerate/cpu.yaml" "$RECIPES/pretrain.py" \
     "$RECIPES/pretrain/micro.yaml" "output_dir=$RUN/draft" "data.tokenizer=$RUN/tokenizer" \
     "data.sources=[{path: $RUN/data/prose, weight: 0.7}, {path: $RUN/data/code, weight: 0.3}]" \
-    data.sequence_length=256 training.total_tokens=1_200_000 schedule.warmup_tokens=80_000 "milestones.tokens=[]" \
+    data.sequence_length=256 training.total_tokens=1_200_000 training.micro_batch_size=8 schedule.warmup_tokens=80_000 "milestones.tokens=[]" \
     validation.every_tokens=300_000 logging.every_steps=50 --overwrite
 DRAFT=$(ls -d "$RUN"/draft/milestones/*)
 stage drafted tinyllama-hf generate "$LAST" "Return a list of" --temperature 0 --max-new-tokens 60 --draft "$DRAFT"

@@ -160,6 +160,16 @@ def test_the_same_recipe_gives_the_same_weights(recipe):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_micro_batches_change_nothing(recipe):
+    """The loss is summed over the learned tokens of the whole step, however they are shared out: 1 x 8 equals 4 x 2."""
+    options = ("training.epochs=1", "training.learning_rate=1e-3")
+    whole = load_file(tuned(recipe, *options) / "model.safetensors")
+    sft.finetune(load_config(recipe, [*options, "training.micro_batch_size=2"]), overwrite=True)
+    parts = load_file(recipe.parent / "chat" / "model.safetensors")
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], atol=2e-4, rtol=0, msg=name)
+
+
 def test_replies_in_a_batch_equal_replies_alone(recipe):
     folder = tuned(recipe, "training.epochs=3")
     model, tokenizer = load_stock(folder)[0], load_tokenizer(folder)

@@ -9,6 +9,7 @@ import io
 import json
 import re
 import secrets
+import sys
 import threading
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -67,8 +68,7 @@ class LocalHub:
         self.counts: collections.Counter[str] = collections.Counter()
         self.puts_left: int | None = None
         self.secret = secrets.token_bytes(16)
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.hub = self  # type: ignore[attr-defined]
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
 
@@ -90,6 +90,15 @@ class LocalHub:
 
     def object_url(self, sha256: str) -> str:
         return f"{self.endpoint}/objects/{sha256}?signature={self.signature(sha256)}"
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Stays silent about a client that was killed between two requests."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -199,19 +199,24 @@ def _commonsense(name: str, scores: dict[str, Any] | None) -> str:
     protocol, average = scores["protocol"], _average(row)
     lines = [
         [task, metric, f"{row['results'][task]['score']:.2f} ± {row['results'][task]['standard_error']:.2f}",
-         f"{row['results'][task]['items']:,}"]
+         f"{row['results'][task]['items']:,}", str(protocol["task_versions"][task]), f"`{_rows(protocol['data'][task])}`"]
         for task, metric in protocol["metrics"].items()
     ]  # fmt: skip
-    lines.append(["**average**", "", f"**{average['average']:.2f} ± {average['standard_error']:.2f}**", ""])
+    lines.append(["**average**", "", f"**{average['average']:.2f} ± {average['standard_error']:.2f}**", "", "", ""])
     caveat = _caveat(row, protocol)
     return (
         "## Commonsense\n\n"
         + (f"**{caveat}**\n\n" if caveat else "")
-        + f"{_table(['task', 'metric', 'percent ± standard error', 'items'], lines)}\n\n"
+        + f"{_table(['task', 'metric', 'percent ± standard error', 'items', 'version', 'rows'], lines)}\n\n"
         f"{protocol['harness']}, {protocol['dtype']}, {protocol['num_fewshot']} examples, "
         f"{'with' if protocol['add_bos_token'] else 'without'} begin-of-sequence, context {protocol['context_length']:,}; "
         "the average is the unweighted mean of the tasks."
     )
+
+
+def _rows(data: str) -> str:
+    """Where a task's rows came from: their place on the Hub, or the beginning of the file's SHA-256."""
+    return data if data.startswith("hf://") else data[:12]
 
 
 def _caveat(row: dict[str, Any], protocol: dict[str, Any]) -> str:

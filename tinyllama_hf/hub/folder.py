@@ -1,11 +1,13 @@
 """A model folder as it is published: which files belong to it, and whether all of it is there."""
 
-import itertools
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+import yaml
 from safetensors import SafetensorError, safe_open
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..errors import InputError
 from ..pretrain.checkpoints import CONFIG_FILE
@@ -68,14 +70,22 @@ def open_model_folder(folder: Path) -> ModelFolder:
             "recipes/sft.py, which write all of it"
         )
     config = read_json(folder / "config.json")
-    if config.get("model_type") != "llama":
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    if model_type != "llama":
         raise InputError(
-            f"{folder / 'config.json'}: model_type {config.get('model_type')!r}, and only plain Llama folders (model_type "
+            f"{folder / 'config.json'}: model_type {model_type!r}, and only plain Llama folders (model_type "
             "'llama') are published, which everyone loads; save it with save_as_llama"
         )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         read_json(folder / name)
-    shapes = itertools.chain.from_iterable(_shapes(folder / name) for name in _weight_files(folder))
+    try:
+        yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{folder / CONFIG_FILE}: damaged, not valid YAML; copy the model again") from error
+    shapes: dict[str, list[int]] = {}
+    for name in _weight_files(folder):
+        shapes |= _shapes(folder / name)
+    _check_shapes(folder, config, shapes)
     files = sorted({file for pattern in _FILES for file in folder.glob(pattern) if file.is_file()})
     record = read_json(folder / PROVENANCE_FILE)
     if not record.keys() & {"tokens", "base_model"}:
@@ -83,7 +93,7 @@ def open_model_folder(folder: Path) -> ModelFolder:
             f"{folder / PROVENANCE_FILE}: tells neither of pretraining nor of fine-tuning, and the card is made from it; "
             "publish a run, a milestone or a fine-tuned model of this package"
         )
-    return ModelFolder(folder, files, config, record, sum(map(math.prod, shapes)))
+    return ModelFolder(folder, files, config, record, sum(map(math.prod, shapes.values())))
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -92,12 +102,27 @@ def _weight_files(folder: Path) -> list[str]:
     return sorted(set(read_json(folder / _INDEX_FILE)["weight_map"].values()))
 
 
-def _shapes(weights: Path) -> list[list[int]]:
+def _check_shapes(folder: Path, config: dict[str, Any], shapes: dict[str, list[int]]) -> None:
+    """Refuses weights that a stock loader would draw at random: tensors that are missing or of another shape."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig.from_dict(config))
+    shared = {"lm_head.weight"} if model.config.tie_word_embeddings else set()  # then stored once, as the embedding
+    for name, tensor in model.state_dict().items():
+        if name in shared and name not in shapes:
+            continue
+        if shapes.get(name) != list(tensor.shape):
+            found = f"has shape {shapes[name]}" if name in shapes else "is missing"
+            raise InputError(
+                f"model {folder}: weight {name} {found}, and config.json wants {list(tensor.shape)}; copy or make it again"
+            )
+
+
+def _shapes(weights: Path) -> dict[str, list[int]]:
     """Shapes of the tensors in a safetensors file, whose length must be what its header says."""
     if not weights.is_file():
         raise InputError(f"{weights}: does not exist, so the model is not whole; fetch or make it again")
     try:
         with safe_open(weights, framework="pt") as tensors:
-            return [tensors.get_slice(name).get_shape() for name in tensors.keys()]
+            return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{weights}: damaged or cut off ({error}); fetch or make it again") from error

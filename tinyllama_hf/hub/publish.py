@@ -1,7 +1,7 @@
 """Publishing: each milestone of a run a revision on the Hub, the newest on main, each with a card."""
 
 import io
-import sys
+import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -92,10 +92,6 @@ def publish(
         if heads is None:
             api.create_repo(repo, private=private or None)  # else as the account has it by default
             heads = _heads(api, repo, private)
-        if not sys.stderr.isatty():
-            from huggingface_hub.utils import disable_progress_bars
-
-            disable_progress_bars()
         return [_upload(api, repo, heads, revision, note) for revision in revisions]
 
 
@@ -135,10 +131,14 @@ def _pictures(run: Path, ladder: Sequence[ModelFolder], scores: Scores) -> dict[
         raise InputError(
             f"run {run}: holds no {METRICS_FILE}, from which the loss curve is drawn; publish the whole run"
         )
+    try:
+        rows = read_metrics(run)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{run / METRICS_FILE}: damaged, a row is not valid JSON ({error}); copy it again") from error
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         tokens = [model.record["tokens"] for model in ladder]
-        plots.loss_curve(read_metrics(run), tokens, folder / "loss.png")
+        plots.loss_curve(rows, tokens, folder / "loss.png")
         if scores.bits_per_byte:
             plots.trajectory(scores.bits_per_byte, folder / "trajectory.png")
         return {picture.name: picture.read_bytes() for picture in sorted(folder.iterdir())}
@@ -208,7 +208,7 @@ def _dry_run(
     api: Any, repo: str, revisions: Sequence[Revision], private: bool, note: Callable[[str], Any]
 ) -> list[Published]:
     """Says what would go where; asks the Hub what it has, if it can be reached."""
-    note(f"{repo}, {'private' if private else 'public'}: {len(revisions)} revision{'s' * (len(revisions) > 1)}")
+    note(f"{repo}{', private' if private else ''}: {len(revisions)} revision{'s' * (len(revisions) > 1)}")
     heads, asked = _ask(api, repo, private, note)
     results, contents = [], set()
     for revision in revisions:
@@ -225,7 +225,7 @@ def _dry_run(
         for path in removed:
             note(f"  {'':>14}  {path}  to be removed")
         contents |= {revision.files[path] for path in added}
-    note(f"{sum(map(_size, contents)):,} bytes to upload in all; what two revisions share goes once")
+    note(f"at most {sum(map(_size, contents)):,} bytes to upload; what two revisions share goes once")
     note("dry run: nothing was uploaded")
     return results
 

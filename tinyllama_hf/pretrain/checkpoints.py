@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from .. import provenance
+from ..errors import InputError
 from ..modeling_tinyllama import TinyLlamaForCausalLM
 
 
@@ -64,11 +65,28 @@ def write_milestone(
 
 
 def list_milestones(run: Path) -> list[Path]:
-    """The milestone folders of a run, in the order of their steps."""
+    """The milestone folders of a run, in the order of their steps.
+
+    Raises:
+        InputError: if one has no record of its step.
+    """
     folders = [path for path in (run / MILESTONES_FOLDER).glob("step-*") if path.is_dir()]
-    return sorted(folders, key=lambda path: read_record(path)["step"])
+    steps = {path: read_record(path).get("step") for path in folders}
+    if unknown := [path for path in folders if not isinstance(steps[path], int)]:
+        raise InputError(f"{unknown[0] / 'provenance.json'}: names no step; copy the milestone again, or remove it")
+    return sorted(folders, key=lambda path: steps[path])
 
 
 def read_record(milestone: Path) -> dict[str, Any]:
-    """The `provenance.json` of a milestone."""
-    return provenance.read_json(milestone / "provenance.json")
+    """The `provenance.json` of a milestone.
+
+    Raises:
+        InputError: if it is missing or damaged.
+    """
+    file = milestone / "provenance.json"
+    if not file.is_file():
+        raise InputError(f"milestone {milestone}: holds no provenance.json; copy the milestone again, or remove it")
+    record = provenance.read_json(file)
+    if not isinstance(record, dict):
+        raise InputError(f"{file}: damaged, no JSON object; copy the milestone again, or remove it")
+    return record
