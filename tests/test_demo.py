@@ -23,8 +23,17 @@ STAGES = ["tokenizer", "prose", "code", "pretrain", "score", "commonsense", "gen
 def demo(folder: Path) -> subprocess.Popen:
     scripts = Path(sys.executable).parent
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.local_hub", "--storage", "run/hub", "--",
-         "sh", str(ROOT / "recipes" / "demo" / "demo.sh"), "run"],
+        [
+            sys.executable,
+            "-m",
+            "tests.local_hub",
+            "--storage",
+            "run/hub",
+            "--",
+            "sh",
+            str(ROOT / "recipes" / "demo" / "demo.sh"),
+            "run",
+        ],
         cwd=folder,
         env=os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -32,6 +41,46 @@ def demo(folder: Path) -> subprocess.Popen:
         text=True,
         start_new_session=True,
     )
+
+
+RECORD = """#!{python}
+import json, pathlib, sys
+with open({log!r}, "a") as log:
+    log.write(json.dumps([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]) + "\\n")
+for word in sys.argv:
+    if word.startswith("output_dir="):
+        (pathlib.Path(word.partition("=")[2]) / "milestones" / "step-1-token-1M").mkdir(parents=True)
+"""
+
+
+def test_every_command_of_the_demo_has_a_meaning(tmp_path):
+    """The script with its commands only recorded: recipes with their overrides are valid, options exist."""
+    from tests.test_cli import COMMANDS
+    from tinyllama_hf.finetune.config import load_config as finetune_config
+    from tinyllama_hf.pretrain.config import load_config as pretrain_config
+    from tinyllama_hf.pretrain.setup import accumulation_steps
+
+    log = tmp_path / "calls.jsonl"
+    for name in ("accelerate", "tinyllama-hf"):
+        (tmp_path / name).write_text(RECORD.format(python=sys.executable, log=str(log)))
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    script = ["sh", str(ROOT / "recipes" / "demo" / "demo.sh"), "run"]
+    done = subprocess.run(script, cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    calls = [json.loads(line) for line in log.read_text().splitlines()]
+    assert len(calls) == len(STAGES)
+    for program, *words in calls:
+        if program == "tinyllama-hf":
+            name = next(name for name in COMMANDS if tuple(words[: len(name)]) == name)
+            COMMANDS[name].make_context(" ".join(name), words[len(name) :])
+            continue
+        place = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        recipe, overrides = words[place + 1], [word for word in words[place + 2 :] if not word.startswith("--")]
+        if words[place].endswith("pretrain.py"):
+            assert accumulation_steps(pretrain_config(recipe, overrides), 1) >= 1
+        else:
+            finetune_config(recipe, overrides)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +190,9 @@ def test_the_chat_model_replies_the_same_to_stock_transformers(finished):
 def test_it_talked_in_8_and_4_bit_and_the_draft_was_of_use(finished):
     _, printed = finished
     assert re.search(r"int8: [\d.]+ MB of weights", printed) and re.search(r"nf4: [\d.]+ MB of weights", printed)
-    accepted = re.search(r"draft: (\d+) % of (\d+) drafted tokens accepted, (\d+) target passes for (\d+) tokens", printed)
+    accepted = re.search(
+        r"draft: (\d+) % of (\d+) drafted tokens accepted, (\d+) target passes for (\d+) tokens", printed
+    )
     assert accepted, "the draft's line"
     assert int(accepted[1]) > 0 and int(accepted[3]) < int(accepted[4])
 
