@@ -46,7 +46,7 @@ stage() {  # stage NAME COMMAND...
 stage tokenizer tinyllama-hf tokenizer train embedded:prose embedded:code \
     --vocab-size 2048 --output "$RUN/tokenizer" --overwrite
 
-# Seven parts language to three parts code, as much of it as is read three times below.
+# Seven parts language to three parts code, as much of it as is read about four times below.
 stage prose tinyllama-hf prepare embedded:prose --tokenizer "$RUN/tokenizer" --output "$RUN/data/prose" \
     --validation-fraction 0.05 --sample-fraction 0.28
 stage code tinyllama-hf prepare embedded:code --tokenizer "$RUN/tokenizer" --output "$RUN/data/code" \
