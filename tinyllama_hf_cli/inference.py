@@ -87,6 +87,8 @@ def chat(
 
     Example: tinyllama-hf chat chat-v1.0 --system "Answer in one sentence." --quantization nf4
     """
+    import contextlib
+
     from tinyllama_hf.inference.chat import ChatSession
     from tinyllama_hf.inference.generation import Sampling
 
@@ -95,6 +97,8 @@ def chat(
     loaded, tokenizer, helper = _load(model, dtype, device, quantization, draft)
     session = ChatSession(loaded, tokenizer, system, sampling, seed, helper, note=_note)
     if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):  # not on Windows
+            import readline  # noqa: F401  gives input() line editing
         _note("Type a message; /help shows the commands, /exit leaves.")
     while (line := _read_line()) is not None and _turn(session, line):
         pass
@@ -126,14 +130,19 @@ def _turn(session: Any, line: str) -> bool:
 
 
 def _read_line() -> str | None:
-    """The next line of standard input, `None` at its end."""
+    """The next line of standard input, `None` at its end; on a terminal Ctrl-C drops what was typed."""
     try:
         return input("> " if sys.stdin.isatty() else "")
     except EOFError:
+        if sys.stdin.isatty():
+            print(flush=True)
         return None
     except KeyboardInterrupt:
-        print()
-        return None
+        if not sys.stdin.isatty():
+            raise
+        print(flush=True)
+        _note("(/exit leaves)")
+        return ""
 
 
 def _load(model: str, dtype: str, device: str, quantization: str, draft: str | None) -> tuple[Any, Any, Any]:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
 from tinyllama_hf.errors import InputError
@@ -67,6 +68,63 @@ def test_greedy_output_is_the_targets_own(stories):
     assert ties <= 1 and accepted > 200
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_stranger_as_draft_changes_nothing(tokenizer_folder, seed):
+    """Random pairs, of different width and depth: next to nothing is accepted, with the end of text somewhere inside."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    torch.manual_seed(seed)
+    target, stranger = (
+        TinyLlamaForCausalLM(
+            TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=64, num_hidden_layers=layers)
+        ).eval()
+        for layers in (3, 1)
+    )
+    for model in (target, stranger):
+        model.lm_head.weight.data[tokenizer.eos_token_id] *= 3
+    draft = Draft(stranger, tokenizer, target, tokenizer)
+    for prompt in ("a", "return self", "    def "):
+        alone = generate_text(target, tokenizer, prompt, 40, temperature=0)
+        assert generate_text(target, tokenizer, prompt, 40, temperature=0, draft=draft) == alone
+        assert draft.statistics.drafted > 0
+
+
+def test_the_figures_are_those_of_the_library(stories, monkeypatch):
+    """What our counted passes say, against what its candidate generator was told after each round."""
+    rounds = []
+    update = AssistedCandidateGenerator.update_candidate_strategy
+
+    def spy(self, input_ids, scores, num_matches):
+        rounds.append((scores.shape[1] - 1, int(num_matches)))
+        return update(self, input_ids, scores, num_matches)
+
+    monkeypatch.setattr(AssistedCandidateGenerator, "update_candidate_strategy", spy)
+    model, tokenizer = stories
+    draft = Draft(first_layers(model, 3), tokenizer, model, tokenizer)
+    for temperature in (0, 0.8):
+        rounds.clear()
+        generate_text(model, tokenizer, "Once upon a time", 70, temperature=temperature, seed=0, draft=draft)
+        drafted, accepted = (sum(column) for column in zip(*rounds, strict=True))
+        counted = draft.statistics
+        assert (counted.drafted, counted.accepted, counted.target_passes) == (drafted, accepted, len(rounds))
+
+
+def test_a_quantised_target(stories, shared):
+    """The target's passes over several tokens at once go through the quantised layers."""
+    pytest.importorskip("bitsandbytes")
+    target, tokenizer = load(shared / "data" / "models" / "stories260K", dtype=torch.float32, quantization="int8")
+    draft = Draft(stories[0], tokenizer, target, tokenizer)
+    text = generate_text(target, tokenizer, "Once upon a time", 60, temperature=0, draft=draft)
+    assert text.startswith("Once upon a time, there was a little")
+    assert draft.statistics.target_passes < draft.statistics.new_tokens / 2
+
+
+def test_a_seed_decides(stories):
+    model, tokenizer = stories
+    draft = Draft(first_layers(model, 3), tokenizer, model, tokenizer)
+    texts = [generate_text(model, tokenizer, "Tom", 30, temperature=1.0, seed=s, draft=draft) for s in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
 def test_a_draft_that_is_the_target_is_always_right(stories):
     model, tokenizer = stories
     draft = Draft(first_layers(model, model.config.num_hidden_layers), tokenizer, model, tokenizer)
@@ -91,7 +149,10 @@ def test_one_generation_does_not_change_the_next(stories):
 
 
 def test_sampled_output_follows_the_target(stories):
-    """The second of two tokens over many draws, against the target's exact distribution (chi-square, 5 classes)."""
+    """A token that the draft proposed, over many draws, against the target's exact distribution (chi-square, 5 classes).
+
+    With two new tokens the first one is drafted.
+    """
     model, tokenizer = stories
     draft = Draft(first_layers(model, 2), tokenizer, model, tokenizer)
     ids = torch.tensor([tokenizer("Once upon a time, there was a")["input_ids"]])
@@ -111,6 +172,7 @@ def test_sampled_output_follows_the_target(stories):
             max_new_tokens=2,
             pad_token_id=0,
         )
+        assert draft.statistics.drafted == 1
         token = output[0, ids.shape[1]].item()
         counts[top.index(token) if token in top else 4] += 1
     chi_square = sum((c - draws * e) ** 2 / (draws * e) for c, e in zip(counts, expected, strict=True))

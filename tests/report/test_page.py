@@ -62,13 +62,18 @@ def test_what_became_of_the_last_milestone(run, tmp_path):
     """The chat model's replies and the commonsense table, as their score files have them."""
     chat = tmp_path / "chat"
     chat.mkdir()
-    with pytest.raises(InputError, match=r"replies.json does not exist; `tinyllama-hf eval .*chat --task replies` writes it"):
+    with pytest.raises(
+        InputError, match=r"replies.json does not exist; `tinyllama-hf eval .*chat --task replies` writes it"
+    ):
         write_report(run, tmp_path / "report", chat=chat)
     assert not (tmp_path / "report").exists()
     samples = [{"question": f"What is <{i}>?", "reply": f"It is {i}.", "true": "No & yes."} for i in range(40)]
     replies = {"replies": 40, "stop_rate": 0.975, "median_length": 12.5, "max_new_tokens": 64, "samples": samples}
     (chat / "replies.json").write_text(json.dumps({"models": [replies]}))
-    record = {"held_out_loss": {"before": 5.83, "after": 2.74}, "conversations": {"train": 1728, "source": "embedded:questions"}}
+    record = {
+        "held_out_loss": {"before": 5.83, "after": 2.74},
+        "conversations": {"train": 1728, "source": "embedded:questions"},
+    }
     (chat / "provenance.json").write_text(json.dumps(record))
     results = {name: {"score": 25.04, "standard_error": 4.26, "items": 100} for name in ("hellaswag", "piqa")}
     rows = [{"name": "step-12", "results": results, "average": 25.04, "average_standard_error": 3.01}]

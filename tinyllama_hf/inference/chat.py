@@ -35,7 +35,8 @@ class ChatSession:
         note (`Callable`): is given lines about the conversation.
 
     Raises:
-        InputError: if the tokenizer has no chat template, or a value is out of range.
+        InputError: if the tokenizer has no chat template, the template refuses a system prompt, the system prompt does
+            not fit the context, or a value is out of range.
     """
 
     def __init__(
@@ -50,19 +51,33 @@ class ChatSession:
         note: Callable[[str], Any] = lambda line: None,
     ):
         self.model, self.tokenizer, self.draft = model, tokenizer, draft
-        self.system, self.sampling = system, sampling or Sampling()
-        self.write, self.note = write, note
-        self.exchanges: list[dict[str, str]] = []  # user and assistant by turns
+        self.sampling, self.write, self.note = sampling or Sampling(), write, note
         self.sampling.check()
         if seed is not None:
             torch.manual_seed(seed)
-        self._ids([{"role": "user", "content": ""}])  # a base model is refused now, not at the first message
+        self.context, self._whose = context_of(model, draft)
+        self.begin(system)
+
+    def begin(self, system: str | None = None) -> None:
+        """Begins a conversation with a system prompt, or without one.
+
+        Raises:
+            InputError: if the template refuses it, or it does not fit the context.
+        """
+        # With an empty message, so that a base model and a bad system prompt are refused now, not at the first message.
+        ids = self._ids([{"role": "user", "content": ""}], system)
+        if len(ids) >= self.context:
+            raise InputError(
+                f"the system prompt makes a conversation of {len(ids)} tokens, which leaves no room in the {self._whose} "
+                f"context of {self.context}; shorten it"
+            )
+        self.system, self.exchanges = system, []
 
     def handle(self, line: str) -> bool:
         """Takes a line that the user typed, a message or a command; returns whether the conversation goes on.
 
         Raises:
-            InputError: for an unknown command, and a message that does not fit the context.
+            InputError: for an unknown command, a system prompt that is refused, and a message that does not fit the context.
         """
         line = line.strip()
         if not line.startswith("/"):
@@ -75,10 +90,10 @@ class ChatSession:
         if name == "/help":
             self.note("\n".join(f"{command:<8} {what}" for command, what in COMMANDS.items()))
         elif name == "/reset":
-            self.exchanges = []
+            self.begin(self.system)
             self.note("the conversation is forgotten")
         elif name == "/system":
-            self.system, self.exchanges = text.strip() or None, []
+            self.begin(text.strip() or None)
             self.note(f"system prompt {'set' if self.system else 'removed'}; the conversation begins anew")
         else:
             raise InputError(f"{name}: there is no such command{did_you_mean(name, COMMANDS)}")
@@ -91,8 +106,9 @@ class ChatSession:
             InputError: if the message does not fit the context.
         """
         ids = self._fit(text)
-        streamer = ExactTextStreamer(self.tokenizer, self.write, skip_prompt=True)
-        budget = min(self.sampling.max_new_tokens or DEFAULT_NEW_TOKENS, self._context - len(ids))
+        stop_tokens = self._stop_tokens()
+        streamer = ExactTextStreamer(self.tokenizer, self.write, skip_prompt=True, hidden=stop_tokens)
+        budget = min(self.sampling.max_new_tokens or DEFAULT_NEW_TOKENS, self.context - len(ids))
         reply = generate_ids(
             self.model,
             self.tokenizer,
@@ -101,34 +117,31 @@ class ChatSession:
             self.sampling,
             streamer,
             self.draft,
-            eos_token_id=self._stop_tokens(),
+            eos_token_id=stop_tokens,
         )
+        reply = [token for token in reply if token not in stop_tokens]
         reply_text = self.tokenizer.decode(reply, skip_special_tokens=True).strip()
         self.exchanges += [{"role": "user", "content": text}, {"role": "assistant", "content": reply_text}]
         return reply_text
 
-    @property
-    def _context(self) -> int:
-        return context_of(self.model, self.draft)
-
-    def _ids(self, turns: list[dict[str, str]]) -> list[int]:
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return render(self.tokenizer, [*system, *turns], add_generation_prompt=True).input_ids
+    def _ids(self, turns: list[dict[str, str]], system: str | None) -> list[int]:
+        first = [] if system is None else [{"role": "system", "content": system}]
+        return render(self.tokenizer, [*first, *turns], add_generation_prompt=True).input_ids
 
     def _fit(self, text: str) -> list[int]:
         """The ids of the conversation with a new message; the oldest exchanges go where it leaves too little room."""
-        context = self._context
+        context = self.context
         wanted = min(self.sampling.max_new_tokens or DEFAULT_NEW_TOKENS, context // 4)
         message = {"role": "user", "content": text}
         kept = self.exchanges
-        ids = self._ids([*kept, message])
+        ids = self._ids([*kept, message], self.system)
         while kept and len(ids) + wanted > context:
             kept = kept[2:]
-            ids = self._ids([*kept, message])
+            ids = self._ids([*kept, message], self.system)
         if len(ids) >= context:
             raise InputError(
-                f"the message makes a conversation of {len(ids)} tokens, which leaves no room for a reply in the model's "
-                f"context of {context}; shorten the message{' or the system prompt' if self.system else ''}"
+                f"the message makes a conversation of {len(ids)} tokens, which leaves no room for a reply in the "
+                f"{self._whose} context of {context}; shorten the message{' or the system prompt' if self.system else ''}"
             )
         if dropped := (len(self.exchanges) - len(kept)) // 2:
             self.note(f"the context of {context} tokens is full: the first {dropped} exchanges are forgotten")

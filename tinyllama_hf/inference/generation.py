@@ -3,7 +3,7 @@
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,12 @@ class ExactTextStreamer(TextStreamer):
 
     transformers' `TextStreamer` (5.23) forgets the tokens before each line break; decoding the rest by itself then
     strips the space that a Llama text begins with, so that every line loses one column of indentation.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
+        write (`Callable`): is given the pieces of the text.
+        skip_prompt (`bool`, *optional*, defaults to `False`): show only what is generated.
+        hidden (`Collection[int]`, *optional*): ids that are not shown, beside those of control tokens.
     """
 
     def __init__(
@@ -29,16 +35,17 @@ class ExactTextStreamer(TextStreamer):
         tokenizer: PreTrainedTokenizerBase,
         write: Callable[[str], Any] = sys.stdout.write,
         skip_prompt: bool = False,
+        hidden: Collection[int] = (),
     ):
         super().__init__(tokenizer, skip_prompt, skip_special_tokens=True)
-        self._write = write
+        self._write, self._hidden = write, hidden
 
     def put(self, value: torch.Tensor) -> None:
         """Takes the ids of the prompt, then of each new token; `[1, num_tokens]` or `[num_tokens]`."""
         if self.skip_prompt and self.next_tokens_are_prompt:
             self.next_tokens_are_prompt = False
             return
-        self.token_cache.extend(value.reshape(-1).tolist())
+        self.token_cache.extend(token for token in value.reshape(-1).tolist() if token not in self._hidden)
         # A run of byte pieces becomes text only as a whole (one bad byte spoils its neighbours), and in byte-level
         # vocabularies an unfinished character decodes to U+FFFD: wait for the rest of both.
         settled = len(self.token_cache)
@@ -96,10 +103,10 @@ class Sampling(NamedTuple):
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
 
 
-def context_of(model: PreTrainedModel, draft: Draft | None = None) -> int:
-    """Tokens that a model can read, and its draft with it."""
+def context_of(model: PreTrainedModel, draft: Draft | None = None) -> tuple[int, str]:
+    """Tokens that a model can read, and its draft with it, and whose limit that is: `"model's"` or `"draft's"`."""
     context = model.config.max_position_embeddings
-    return min(context, draft.context) if draft else context
+    return (draft.context, "draft's") if draft and draft.context < context else (context, "model's")
 
 
 def generate_text(
@@ -134,12 +141,12 @@ def generate_text(
     ids = tokenizer(prompt, split_special_tokens=True, verbose=False)["input_ids"]
     if not ids:
         raise InputError("prompt: is empty, and this tokenizer has no begin-of-sequence to begin with; give a prompt")
-    room = context_of(model, draft) - len(ids)
+    context, whose = context_of(model, draft)
+    room = context - len(ids)
     if room < (max_new_tokens or 1):
-        whose = "draft's" if draft and draft.context < model.config.max_position_embeddings else "model's"
         raise InputError(
             f"prompt of {len(ids)} tokens and {max_new_tokens or 1} new ones are longer than the {whose} context of "
-            f"{context_of(model, draft)}; shorten the prompt{' or lower --max-new-tokens' if max_new_tokens else ''}"
+            f"{context}; shorten the prompt{' or lower --max-new-tokens' if max_new_tokens else ''}"
         )
     if seed is not None:
         torch.manual_seed(seed)

@@ -30,7 +30,7 @@ def load(
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): of the weights; `"auto"` takes the file's.
         device (`str`, *optional*, defaults to `"auto"`): `"auto"` takes a GPU where there is one.
         quantization (`str`, *optional*, defaults to `"none"`): `"int8"` or `"nf4"` (4 bit) through bitsandbytes, for
-            inference: such a model refuses to be saved or trained.
+            inference: such a model refuses to be saved, moved or trained.
 
     Returns:
         `(model, tokenizer)`: a `TinyLlamaForCausalLM` for a Llama folder.
@@ -45,8 +45,8 @@ def load(
     if quantization == "none":
         return _load_weights(TinyLlamaForCausalLM, folder, dtype).to(device).eval(), load_tokenizer(folder)
     config = quantization_config(quantization, device)
-    model = _load_weights(QuantizedTinyLlama, folder, dtype, quantization_config=config, device_map=device).eval()
-    model.sealed = True
+    model = _load_weights(QuantizedTinyLlama, folder, dtype, quantization_config=config, device_map=device)
+    model.seal()
     return model, load_tokenizer(folder)
 
 

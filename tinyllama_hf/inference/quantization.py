@@ -1,14 +1,17 @@
 """Models in 8 and 4 bit through bitsandbytes, for inference.
 
-On a CPU with AVX512_BF16, bitsandbytes (0.50.2) repacks 4-bit weights at the first forward pass in evaluation mode. A
-repacked layer saves corrupt weights (slightly other ones if its scales are quantised too), and lets no gradient pass, with
-a warning at most. That fast path is kept, and what it would break is refused: a quantised model is not saved and not
-trained. tests/inference/test_quantization.py shows the library's behaviour.
+On a CPU with AVX512_BF16, bitsandbytes (0.50.2) repacks 4-bit weights at the first forward pass in evaluation mode. From
+then on a save writes corrupt weights (slightly other ones if the scales are quantised too), `dequantize()` and PEFT's
+merging return noise, and no gradient passes: all without an error. That fast path is kept, and what it would break is
+refused on every machine: a quantised model is neither saved, nor read out, nor moved, nor trained.
+tests/inference/test_quantization.py shows the library's behaviour.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration_tinyllama import TinyLlamaConfig
@@ -18,34 +21,98 @@ from ..progress import quiet_bitsandbytes
 
 
 QUANTIZATIONS = ("none", "int8", "nf4")
+_FIXES = {
+    "trained": "fine-tune the unquantised model (recipes/sft/lora.yaml needs little memory)",
+    "read out": "take the weights of the unquantised model",
+    "saved": "keep the unquantised folder, and quantise when loading",
+    "copied": "load it again",
+    "moved": "load it with device=...",
+}
 
 
-class QuantizedTinyLlama(TinyLlamaForCausalLM):
-    """A `TinyLlamaForCausalLM` with int8 or nf4 weights that generates, and refuses what would damage it."""
+def _refuse(what: str) -> NoReturn:
+    raise InputError(f"a quantised model is for inference and cannot be {what}: {_FIXES[what]}")
 
-    sealed = False  # while it is being loaded, the library needs what is refused afterwards
+
+class SealedLinear(nn.Module):
+    """A quantised layer that computes, and refuses what would take its weights for what they were before repacking.
+
+    The library's layer is no submodule, so that nothing else finds it: neither a loop over modules that dequantises, nor
+    PEFT, which would wrap it and merge into it.
+
+    Args:
+        layer (`torch.nn.Module`): `Linear4bit` or `Linear8bitLt` of bitsandbytes.
+    """
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self._layer = (layer.eval(),)  # in a tuple, which torch does not register
+
+    @property
+    def layer(self) -> nn.Module:
+        """The library's layer; its weights may be repacked."""
+        return self._layer[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in_features]` to `[..., out_features]`; refuses an input that asks for a gradient."""
+        if x.requires_grad:
+            _refuse("trained")
+        return self.layer(x)
 
     def train(self, mode: bool = True):
         """Refuses training mode; `eval()` works as ever."""
         if mode:
-            self._refuse("trained", "fine-tune the unquantised model (recipes/sft/lora.yaml needs little memory)")
+            _refuse("trained")
         return super().train(mode)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Refuses to hand out weights that the fast path has repacked."""
-        self._refuse("read out", "take the weights of the unquantised model")
-        return super().state_dict(*args, **kwargs)
+    def extra_repr(self) -> str:
+        """Shows the layer in the model's `repr`."""
+        return repr(self.layer)
+
+    def _save_to_state_dict(self, *_: Any) -> None:
+        _refuse("read out")
+
+    def __getstate__(self) -> NoReturn:
+        _refuse("copied")
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):
+        device = self.layer.weight.device
+        if fn(torch.empty(0, device=device)).device != device:
+            _refuse("moved")
+        return super()._apply(fn, recurse)
+
+
+class QuantizedTinyLlama(TinyLlamaForCausalLM):
+    """A `TinyLlamaForCausalLM` with int8 or nf4 weights, which generates."""
+
+    def seal(self) -> None:
+        """Seals the quantised layers once they are loaded, and asks for no gradient of the others."""
+        from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+        for name, module in list(self.named_modules()):
+            if isinstance(module, (Linear4bit, Linear8bitLt)):
+                self.set_submodule(name, SealedLinear(module))
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True):
+        """Refuses training mode before any part of the model has changed."""
+        if mode:
+            _refuse("trained")
+        return super().train(mode)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Refuses to write weights that the fast path has repacked."""
-        self._refuse("saved", "keep the unquantised folder, and quantise when loading")
-        super().save_pretrained(*args, **kwargs)
+        """Refuses before anything is written, or made on a Hub."""
+        _refuse("saved")
 
-    save_as_llama = save_pretrained
+    save_as_llama = push_to_hub = save_pretrained
 
-    def _refuse(self, what: str, fix: str) -> None:
-        if self.sealed:
-            raise InputError(f"a quantised model is for inference and cannot be {what}: {fix}")
+    def dequantize(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses: the library would find no layer to dequantise, and say nothing."""
+        _refuse("read out")
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of the weights, sealed ones and buffers included; see [`footprint`]."""
+        return footprint(self).weights
 
 
 class Footprint(NamedTuple):
@@ -76,22 +143,29 @@ def quantization_config(quantization: str, device: str) -> Any:
 
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    from bitsandbytes.functional import has_avx512bf16
-
-    fast_bf16 = device.startswith("cuda") or has_avx512bf16()
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16 if fast_bf16 else torch.float32,
+        bnb_4bit_compute_dtype=_compute_dtype(device),
     )
+
+
+def _compute_dtype(device: str) -> torch.dtype:
+    """The fastest type here for products with dequantised weights; bf16 is slow where the hardware only emulates it."""
+    from bitsandbytes.functional import has_avx512bf16
+
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if has_avx512bf16() else torch.float32
 
 
 def footprint(model: PreTrainedModel) -> Footprint:
     """Measures the memory of a model's weights: parameters, buffers, and the scales beside quantised ones."""
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    for parameter in model.parameters():
-        tensors |= {id(tensor): tensor for tensor in _scales(parameter)}
+    sealed = [module.layer for module in model.modules() if isinstance(module, SealedLinear)]
+    found = [tensor for module in (model, *sealed) for tensor in (*module.parameters(), *module.buffers())]
+    found += [tensor for layer in sealed for tensor in _scales(layer.weight)]
+    tensors = {id(tensor): tensor for tensor in found}
     with torch.device("meta"):
         plain = TinyLlamaForCausalLM(TinyLlamaConfig.from_llama(model.config))
     size = model.dtype.itemsize
@@ -108,7 +182,7 @@ def footprint_line(model: PreTrainedModel, quantization: str) -> str:
     )
 
 
-def _scales(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
+def _scales(parameter: nn.Parameter) -> list[torch.Tensor]:
     """What bitsandbytes keeps beside a quantised weight: row scales of int8; block scales of nf4, and their scales."""
     found = [getattr(parameter, "SCB", None)]
     state = getattr(parameter, "quant_state", None)
