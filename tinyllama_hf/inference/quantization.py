@@ -34,6 +34,18 @@ def _refuse(what: str) -> NoReturn:
     raise InputError(f"a quantised model is for inference and cannot be {what}: {_FIXES[what]}")
 
 
+class _WithoutGradient(torch.autograd.Function):
+    """Calls a layer, and refuses to take a gradient back through it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+        return layer(x.detach())
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> NoReturn:
+        _refuse("trained")
+
+
 class SealedLinear(nn.Module):
     """A quantised layer that computes, and refuses what would take its weights for what they were before repacking.
 
@@ -54,10 +66,10 @@ class SealedLinear(nn.Module):
         return self._layer[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., in_features]` to `[..., out_features]`; refuses an input that asks for a gradient."""
-        if x.requires_grad:
-            _refuse("trained")
-        return self.layer(x)
+        """`[..., in_features]` to `[..., out_features]`; a backward pass through it is refused."""
+        # Not by freezing the other weights: without gradients of its own the head copies its weight at each prompt
+        # (torch 2.13 multiplies a slice of the hidden states by bmm then).
+        return _WithoutGradient.apply(x, self.layer) if x.requires_grad else self.layer(x)
 
     def train(self, mode: bool = True):
         """Refuses training mode; `eval()` works as ever."""
@@ -86,13 +98,15 @@ class QuantizedTinyLlama(TinyLlamaForCausalLM):
     """A `TinyLlamaForCausalLM` with int8 or nf4 weights, which generates."""
 
     def seal(self) -> None:
-        """Seals the quantised layers once they are loaded, and asks for no gradient of the others."""
+        """Seals the quantised layers once they are loaded."""
         from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
         for name, module in list(self.named_modules()):
+            if isinstance(module, Linear4bit) and (module.out_features % 32 or module.in_features % 64):
+                module.support_avx512bf16_for_cpu = False  # repacking fails on such a shape (0.50.2)
             if isinstance(module, (Linear4bit, Linear8bitLt)):
                 self.set_submodule(name, SealedLinear(module))
-        self.requires_grad_(False).eval()
+        self.eval()
 
     def train(self, mode: bool = True):
         """Refuses training mode before any part of the model has changed."""
