@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from transformers import AutoConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .. import provenance
@@ -59,7 +60,7 @@ def finetune(config: FinetuneConfig, overwrite: bool = False, dry_run: bool = Fa
     require("trl", "finetune", "fine-tuning")
     require("peft", "finetune", "fine-tuning")
     run = open_run(config, overwrite)
-    state = PartialState()
+    state = _processes()
     if state.is_main_process:
         print("\n".join(facts(run, state.num_processes)), flush=True)
         if dry_run:
@@ -117,7 +118,7 @@ def open_run(config: FinetuneConfig, overwrite: bool = False) -> Run:
     if not all(rendered):
         raise InputError(f"data.max_length: {config.data.max_length} drops every conversation; raise it")
     dropped = len(conversations) - len(rendered[0]) - len(rendered[1])
-    accumulation = _accumulation_steps(config, PartialState().num_processes)
+    accumulation = _accumulation_steps(config, _processes().num_processes)
     return Run(config, output, base, tokenizer, context, *rendered, held_out, dropped, accumulation)
 
 
@@ -148,6 +149,11 @@ def sample(run: Run) -> str:
             parts.append(f"⟦{text}⟧" if rendering.assistant_masks[start] else text)
             start = end
     return f"first conversation, what is learned between ⟦ and ⟧:\n{' '.join(parts)}"
+
+
+def _processes() -> PartialState:
+    """The launched processes; on CPU `PartialState` (accelerate 1.15) sees one unless it is told, as Trainer tells it."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def _accumulation_steps(config: FinetuneConfig, num_processes: int) -> int:
