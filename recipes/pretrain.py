@@ -12,39 +12,28 @@ Bad input ends with one message and exit status 2 (`accelerate launch` turns any
 adding a traceback of its own).
 """
 
-import argparse
 import sys
+from collections.abc import Sequence
+
+from tinyllama_hf_cli.scripts import training_script
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="pretrain.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("recipe", help="YAML file; every key is explained in those that come along")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the recipe")
-    parser.add_argument("--overwrite", action="store_true", help="remove the run that lies in output_dir")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, say what would happen, and stop")
-    arguments = parser.parse_intermixed_args()
-
-    from tinyllama_hf.errors import InputError
+def run(recipe: str, overrides: Sequence[str], overwrite: bool, dry_run: bool) -> int:
     from tinyllama_hf.pretrain.config import load_config
     from tinyllama_hf.pretrain.loop import NonFiniteError, pretrain
-    from tinyllama_hf.progress import quiet_library_bars
 
-    quiet_library_bars()
     try:
-        config = load_config(arguments.recipe, arguments.overrides)
-        pretrain(config, arguments.overwrite, arguments.dry_run)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        pretrain(load_config(recipe, overrides), overwrite, dry_run)
     except NonFiniteError as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 3
-    except KeyboardInterrupt:
-        print("interrupted; milestones that were written are whole, --overwrite starts anew", file=sys.stderr)
-        return 130
     return 0
+
+
+def main() -> int:
+    overwrites = "remove the run that lies in output_dir"
+    interrupted = "milestones that were written are whole, --overwrite starts anew"
+    return training_script("pretrain.py", __doc__, overwrites, interrupted, run)
 
 
 if __name__ == "__main__":

@@ -12,37 +12,23 @@ Bad input ends with one message and exit status 2 (`accelerate launch` turns any
 adding a traceback of its own).
 """
 
-import argparse
 import sys
+from collections.abc import Sequence
+
+from tinyllama_hf_cli.scripts import training_script
+
+
+def run(recipe: str, overrides: Sequence[str], overwrite: bool, dry_run: bool) -> int:
+    from tinyllama_hf.finetune.config import load_config
+    from tinyllama_hf.finetune.sft import finetune
+
+    finetune(load_config(recipe, overrides), overwrite, dry_run)
+    return 0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="sft.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("recipe", help="YAML file; every key is explained in those that come along")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the recipe")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace the fine-tuned model that lies in output_dir"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="check everything, say what would happen, and stop")
-    arguments = parser.parse_intermixed_args()
-
-    from tinyllama_hf.errors import InputError
-    from tinyllama_hf.finetune.config import load_config
-    from tinyllama_hf.finetune.sft import finetune
-    from tinyllama_hf.progress import quiet_library_bars
-
-    quiet_library_bars()
-    try:
-        finetune(load_config(arguments.recipe, arguments.overrides), arguments.overwrite, arguments.dry_run)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    overwrites = "replace the fine-tuned model that lies in output_dir"
+    return training_script("sft.py", __doc__, overwrites, "nothing was written", run)
 
 
 if __name__ == "__main__":

@@ -77,10 +77,26 @@ def prepared(corpus, tokenizer_folder, tmp_path_factory) -> Path:
 @pytest.fixture
 def recipe(prepared, tokenizer_folder, tmp_path) -> Path:
     """A recipe of 12 steps over the prepared data."""
+    return write_recipe(tmp_path, prepared, tokenizer_folder)
+
+
+def assert_recipe_is_complete(path: Path, config) -> None:
+    """Every key of the configuration stands in the file, and the command that runs it on top."""
+    import yaml
+
+    written = yaml.safe_load(path.read_text())
+    for section, values in config.model_dump(mode="json").items():
+        assert not isinstance(values, dict) or set(values) == set(written[section]), f"{section} is not complete"
+    script = "sft.py" if path.parent.name == "sft" else "pretrain.py"
+    assert f"recipes/{script} {path.relative_to(ROOT)}" in path.read_text()
+
+
+def write_recipe(folder: Path, prepared: Path, tokenizer_folder: Path) -> Path:
+    """Writes the recipe into a folder; its run lies beside it."""
     import yaml
 
     values = yaml.safe_load((ROOT / "recipes" / "pretrain" / "micro.yaml").read_text())
-    values["output_dir"] = str(tmp_path / "run")
+    values["output_dir"] = str(folder / "run")
     values["model"]["overrides"] = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
     values["data"] |= {
         "tokenizer": str(tokenizer_folder),
@@ -92,7 +108,7 @@ def recipe(prepared, tokenizer_folder, tmp_path) -> Path:
     values["milestones"] = {"tokens": [1500]}
     values["validation"] = {"every_tokens": 1024, "max_tokens": 512}
     values["logging"] = {"every_steps": 1}
-    path = tmp_path / "recipe.yaml"
+    path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
 

@@ -33,3 +33,22 @@ def test_damaged_json_names_the_file(tmp_path):
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(InputError, match=r"a\.json: damaged, not valid JSON"):
         provenance.read_json(tmp_path / "a.json")
+
+
+def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "model"
+    with provenance.new_folder(folder) as temporary:
+        (temporary / "a").write_text("first")
+        assert not folder.exists()
+    with pytest.raises(RuntimeError), provenance.new_folder(folder, overwrite=True) as temporary:
+        (temporary / "a").write_text("half")
+        raise RuntimeError
+    assert (folder / "a").read_text() == "first"
+    with pytest.raises(OSError), provenance.new_folder(folder) as temporary:
+        (temporary / "a").write_text("unasked")
+    assert (folder / "a").read_text() == "first"
+    with provenance.new_folder(folder, overwrite=True) as temporary:
+        (temporary / "b").write_text("second")
+    assert [path.name for path in folder.iterdir()] == ["b"] and [path.name for path in tmp_path.iterdir()] == [
+        "model"
+    ]

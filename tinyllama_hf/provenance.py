@@ -89,18 +89,29 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     """Gives a folder under a temporary name to write into, and renames it once everything lies there.
 
-    What lay under the name is removed in the last moment; after an exception nothing is left of the new folder.
+    After an exception nothing is left of the new folder, and what lay under the name lies there still.
+
+    Args:
+        folder (`Path`): where it is to lie.
+        overwrite (`bool`, *optional*, defaults to `False`): replace what lies there; otherwise the folder must not exist
+            or be empty.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        if overwrite and folder.exists():
+            replaced = folder.with_name(f".{folder.name}.replaced")
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.replace(folder, replaced)
+            os.replace(temporary, folder)
+            shutil.rmtree(replaced)
+        else:
+            os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -1,7 +1,7 @@
 """`tinyllama-hf eval` and `tinyllama-hf report`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -57,10 +57,9 @@ def evaluate(
 
     Example: tinyllama-hf eval runs/demo/pretrain --baselines
     """
-    from tinyllama_hf.errors import InputError, did_you_mean
     from tinyllama_hf.progress import quiet_library_bars
 
-    options = {
+    own_options = {
         "bits_per_byte": {"--baselines": baselines or None},
         "commonsense": {
             "--limit": limit,
@@ -70,12 +69,7 @@ def evaluate(
         },
         "replies": {"--limit": limit, "--max-new-tokens": max_new_tokens},
     }
-    if task not in options:
-        raise InputError(f"--task {task!r}: there is no such task{did_you_mean(task, options)}")
-    for option, value in {name: value for own in options.values() for name, value in own.items()}.items():
-        if value is not None and option not in options[task]:
-            owners = " or ".join(name for name in options if option in options[name])
-            raise InputError(f"{option}: belongs to --task {owners}; leave it out, or choose that task")
+    _check_task(task, own_options)
     quiet_library_bars()
     if task == "commonsense":
         _commonsense(models, data or [], limit, published, batch_size, samples, output, device)
@@ -83,6 +77,18 @@ def evaluate(
         _replies(models, data or [], limit, max_new_tokens, output, device)
     else:
         _bits_per_byte(models, data or [], baselines, output, device)
+
+
+def _check_task(task: str, own_options: dict[str, dict[str, Any]]) -> None:
+    """Refuses an unknown task, and an option that is given but belongs to others."""
+    from tinyllama_hf.errors import InputError, did_you_mean
+
+    if task not in own_options:
+        raise InputError(f"--task {task!r}: there is no such task{did_you_mean(task, own_options)}")
+    given = {name for options in own_options.values() for name, value in options.items() if value is not None}
+    for option in sorted(given - own_options[task].keys()):
+        owners = " or ".join(name for name, options in own_options.items() if option in options)
+        raise InputError(f"{option}: belongs to --task {owners}; leave it out, or choose that task")
 
 
 def _bits_per_byte(models: list[str], data: list[str], baselines: bool, output: Path | None, device: str) -> None:

@@ -108,9 +108,8 @@ def _turn(session: Any, line: str) -> bool:
     """One line of a conversation; on a terminal nothing but /exit ends it."""
     from tinyllama_hf.errors import InputError
 
-    said = len(session.exchanges)
     try:
-        goes_on = session.handle(line)
+        return session.handle(line)
     except InputError as error:
         if not sys.stdin.isatty():
             raise
@@ -122,11 +121,6 @@ def _turn(session: Any, line: str) -> bool:
         print(flush=True)
         _note("(stopped; this exchange is forgotten)")
         return True
-    if len(session.exchanges) != said and session.exchanges:
-        print(flush=True)
-        if session.draft:
-            _note(str(session.draft.statistics))
-    return goes_on
 
 
 def _read_line() -> str | None:

@@ -206,6 +206,31 @@ def test_a_template_without_markers(recipe, base, tmp_path):
         sft.finetune(load_config(recipe, [f"chat.template={tmp_path / 'plain.jinja'}"]))
 
 
+def test_training_that_diverged_writes_nothing_and_keeps_what_lay_there(recipe):
+    folder = tuned(recipe, "training.epochs=1")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    diverging = ["training.learning_rate=1e30", "training.schedule=constant", "training.warmup_steps=0"]
+    with pytest.raises(InputError, match=r"training.learning_rate: 1e\+30: training diverged"):
+        sft.finetune(load_config(recipe, diverging), overwrite=True)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert not list(recipe.parent.glob(".*"))
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(recipe, run_command):
+    options = ("training.epochs=1", "training.learning_rate=1e-3")
+    one = load_file(tuned(recipe, *options) / "model.safetensors")
+    command = ("torchrun", "--nproc_per_node", "2", ROOT / "recipes" / "sft.py", recipe, *options,
+               "training.micro_batch_size=4", "--overwrite")  # fmt: skip
+    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = run_command(*command, cwd=recipe.parent, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes x 4 x 1" in done.stdout and done.stdout.count("wrote ") == 1
+    two = load_file(recipe.parent / "chat" / "model.safetensors")
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=5e-4, rtol=0, msg=name)
+
+
 def test_an_output_that_is_something_else(recipe):
     (recipe.parent / "chat").mkdir()
     (recipe.parent / "chat" / "thesis.txt").write_text("precious")

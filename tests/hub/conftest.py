@@ -89,28 +89,13 @@ def commands(python) -> Callable[..., list[Result]]:
 @pytest.fixture(scope="session")
 def trained(request, tmp_path_factory) -> Path:
     """A micro run with two milestones, bits per byte and commonsense scores with figures that can be recognised."""
-    import yaml
-
-    from tests.conftest import ROOT
+    from tests.conftest import write_recipe
     from tinyllama_hf.pretrain.config import load_config
     from tinyllama_hf.pretrain.loop import pretrain
 
     folder = tmp_path_factory.mktemp("trained")
     prepared, tokenizer = (request.getfixturevalue(name) for name in ("prepared", "tokenizer_folder"))
-    values = yaml.safe_load((ROOT / "recipes" / "pretrain" / "micro.yaml").read_text())
-    values["output_dir"] = str(folder / "run")
-    values["model"]["overrides"] = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
-    values["data"] |= {
-        "tokenizer": str(tokenizer),
-        "sources": [{"path": str(prepared), "weight": 1.0}],
-        "sequence_length": 32,
-    }
-    values["schedule"] |= {"warmup_tokens": 512}
-    values["training"] |= {"total_tokens": 12 * 256, "tokens_per_step": 256, "micro_batch_size": 4}
-    values["milestones"] = {"tokens": [1500]}
-    values["validation"] = {"every_tokens": 1024, "max_tokens": 512}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
-    pretrain(load_config(folder / "recipe.yaml"))
+    pretrain(load_config(write_recipe(folder, prepared, tokenizer)))
     run = folder / "run"
     names = sorted((path.name for path in (run / "milestones").iterdir()), key=lambda name: int(name.split("-")[1]))
     (run / "scores.json").write_text(json.dumps(bits_per_byte_scores(names, str(prepared))))

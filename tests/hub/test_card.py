@@ -90,7 +90,7 @@ def test_commonsense_on_every_item(run, names):
 @pytest.mark.parametrize(
     ("scores", "says"),
     [
-        ({"limit": 100}, "Scored on a part of the items only; not comparable"),
+        ({"limit": 100}, "; not comparable with scores on all items"),
         ({"limit": None, "sample": True}, "made-up items that show that the pipeline runs; no benchmark"),
     ],
 )

@@ -119,6 +119,16 @@ def test_the_oldest_exchanges_go_when_the_context_is_full(model, tokenizer):
     assert "Rule." in last and "number 5" in last and "number 0" not in last
 
 
+def test_every_reply_ends_in_a_line_end_also_when_the_context_is_full(model, tokenizer):
+    """One exchange is forgotten and one joins, so that the history keeps its length."""
+    session = Session(model, tokenizer)
+    for number in range(8):
+        session.shown.clear()
+        session.say(f"Question number {number}?")
+        assert "".join(session.shown).endswith("\n")
+    assert any("forgotten" in note for note in session.notes)
+
+
 def test_a_message_that_never_fits(model, tokenizer):
     session = Session(model, tokenizer)
     with pytest.raises(

@@ -165,6 +165,10 @@ def test_what_would_be_damaged_is_refused(folder, tmp_path, quantization):
     assert torch.equal(model.to("cpu")(IDS).logits, before), "it is there already"
     with pytest.raises(InputError, match=r"cannot be moved: load it with device="):
         model.to("meta")
+    with torch.inference_mode():
+        assert torch.equal(model(IDS).logits, before), "no part of it has moved"
+    with pytest.raises(InputError, match=r"cannot be trained"):
+        model.flops_per_token(32)
 
 
 def test_adapters_do_not_get_under_the_seal(folder):

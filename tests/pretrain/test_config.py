@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, assert_recipe_is_complete
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.pretrain.config import load_config
 
@@ -13,11 +13,7 @@ RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_recipe_is_valid_complete_and_says_how_to_run_it(path):
-    config = load_config(path)
-    written = yaml.safe_load(path.read_text())
-    for section, values in config.model_dump(mode="json").items():
-        assert not isinstance(values, dict) or set(values) == set(written[section]), f"{section} is not complete"
-    assert f"recipes/pretrain.py {path.relative_to(ROOT)}" in path.read_text()
+    assert_recipe_is_complete(path, load_config(path))
 
 
 def test_all_problems_at_once(recipe):

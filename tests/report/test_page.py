@@ -77,11 +77,11 @@ def test_what_became_of_the_last_milestone(run, tmp_path):
     (chat / "provenance.json").write_text(json.dumps(record))
     results = {name: {"score": 25.04, "standard_error": 4.26, "items": 100} for name in ("hellaswag", "piqa")}
     rows = [{"name": "step-12", "results": results, "average": 25.04, "average_standard_error": 3.01}]
-    (run / "commonsense.json").write_text(json.dumps({"protocol": {"limit": 100}, "models": rows}))
+    (run / "commonsense.json").write_text(json.dumps({"protocol": {"sample": False}, "models": rows}))
     page = write_report(run, tmp_path / "report", chat=chat).read_text()
     for fact in ("1,728 conversations (embedded:questions)", "from 5.83 to <b>2.74 nats a token</b>", "Of 40 unseen questions <b>98%</b>",
                  "What is &lt;5&gt;?", "It is 35.", "No &amp; yes.", "25.0 ± 4.3", "<b>25.0 ± 3.0</b>", "over 200 questions",
-                 "Only the first 100 questions of each task."):  # fmt: skip
+                 "Scored on 100 of 10042 items of hellaswag, 100 of 1838 items of piqa; not comparable"):  # fmt: skip
         assert fact in page, fact
     assert "What is &lt;36&gt;?" not in page, "some of the replies are shown, not all"
 

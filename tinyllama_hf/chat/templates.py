@@ -66,7 +66,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
 def _check_probe(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> None:
     ids, masks = render(tokenizer, messages)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if ids[0] != bos or any(a == b == bos for a, b in itertools.pairwise(ids)):
+    if ids[:1] != [bos] or any(a == b == bos for a, b in itertools.pairwise(ids)):
         raise InputError(
             f"chat template: a conversation must begin with one begin-of-sequence {tokenizer.bos_token!r} and never have two "
             f"in a row; this one begins {tokenizer.convert_ids_to_tokens(ids[:3])}"

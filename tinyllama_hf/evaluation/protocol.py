@@ -116,3 +116,17 @@ def compare(row: dict[str, Any], published: Released) -> dict[str, Any]:
     # 45.41 - 44.51 is 0.8999...: published scores have two decimals, so hundredths are compared.
     outside = [name for name, difference in differences.items() if round(abs(difference), 2) > allowed[name]]
     return {"differences": differences, "outside": outside}
+
+
+def caveat(protocol: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:
+    """What commonsense scores were made on if that is no benchmark result, empty if they are one.
+
+    Args:
+        protocol (`dict`): of a score file.
+        results (`dict`): of one of its models, by task.
+    """
+    if protocol["sample"]:
+        return "a few made-up items that show that the pipeline runs; no benchmark, the scores mean nothing"
+    official = tables()["protocol"]["items"]
+    partial = [f"{r['items']} of {official[t]} items of {t}" for t, r in results.items() if r["items"] != official[t]]
+    return f"{', '.join(partial)}; not comparable with scores on all items" if partial else ""

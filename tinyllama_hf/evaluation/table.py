@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..released import Released, tables
-from .protocol import TASKS, compare
+from .protocol import TASKS, caveat, compare
 
 
 COLUMNS = (*TASKS, "average")
@@ -25,10 +25,8 @@ def table_lines(scores: dict[str, Any], published: Released | None = None) -> It
         *([f"published {published.name}"] if published else []),
     ]
     label_width = max(map(len, labels)) + 2
-    if protocol["sample"]:
-        yield "SAMPLE: a few made-up items that show that the pipeline runs; no benchmark, the scores mean nothing"
-    elif subset := _subset(rows):
-        yield f"SUBSET: {subset}; not comparable with scores on all items"
+    if made_on := caveat(protocol, rows[0]["results"]):
+        yield f"{'SAMPLE' if protocol['sample'] else 'SUBSET'}: {made_on}"
     yield _line("", COLUMNS, label_width)
     yield _line("", [*protocol["metrics"].values(), ""], label_width)
     for row in rows:
@@ -49,13 +47,6 @@ def _comparison(row: dict[str, Any], published: Released, label_width: int) -> I
     bounds = f"{tolerance['per_task']} a task and {tolerance['average']} of the average"
     verdict = f"outside in {', '.join(found['outside'])} (*)" if found["outside"] else "within"
     yield f"  tolerance, {bounds}: {verdict}"
-
-
-def _subset(rows: list[dict[str, Any]]) -> str:
-    """Which tasks were scored on other than all of their items."""
-    official = tables()["protocol"]["items"]
-    counts = {task: rows[0]["results"][task]["items"] for task in TASKS}
-    return ", ".join(f"{n} of {official[task]} items of {task}" for task, n in counts.items() if n != official[task])
 
 
 def _line(label: str, cells: Sequence[str], label_width: int) -> str:

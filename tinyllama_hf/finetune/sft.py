@@ -1,6 +1,7 @@
 """Supervised fine-tuning over TRL's `SFTTrainer`: our rendering in, a plain Llama folder out."""
 
 import json
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -54,7 +55,7 @@ def finetune(config: FinetuneConfig, overwrite: bool = False, dry_run: bool = Fa
         dry_run (`bool`, *optional*, defaults to `False`): check everything, say what would happen, and stop.
 
     Raises:
-        InputError: before the first step, for anything that cannot work.
+        InputError: before the first step, for anything that cannot work; and after the last, if training diverged.
     """
     quiet_bitsandbytes()  # which peft imports
     require("trl", "finetune", "fine-tuning")
@@ -67,16 +68,21 @@ def finetune(config: FinetuneConfig, overwrite: bool = False, dry_run: bool = Fa
             print(f"{sample(run)}\nwould write {run.output}/ (dry run: nothing was written)")
     if dry_run:
         return
-    before = _held_out_loss(run, run.base)
     if state.is_main_process:
+        before = _held_out_loss(run, run.base)
         print(f"held-out replies: loss {before:.3f} nats a token before", flush=True)
     model, adapter, history = _train(run)
     if state.is_main_process:
-        with provenance.new_folder(run.output) as temporary:
+        with provenance.new_folder(run.output, overwrite) as temporary:
             _save(run, model, temporary)
             if adapter is not None:
                 adapter.save(temporary / "adapter")
             after = _held_out_loss(run, temporary)
+            if not math.isfinite(after):
+                raise InputError(
+                    f"training.learning_rate: {config.training.learning_rate}: training diverged, the loss of held-out "
+                    "replies is not finite; nothing was written, lower it"
+                )
             print(f"held-out replies: loss {after:.3f} nats a token after")
             rows = "".join(json.dumps(row) + "\n" for row in history)
             provenance.write_text(temporary / METRICS_FILE, rows)

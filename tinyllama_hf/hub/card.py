@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from ..evaluation.metrics import load_metric
+from ..evaluation.protocol import caveat
 from ..pretrain.checkpoints import CONFIG_FILE
 from ..provenance import read_json
-from ..released import released, tables
+from ..released import released
 from .folder import ModelFolder
 
 
@@ -99,7 +100,7 @@ def _eval_results(name: str, scores: Scores) -> list[Any]:
                     metric_value=round(row["by_source"][source["path"]], 4),
                 )
             )
-    if (row := _row(name, scores.commonsense)) and not _caveat(row, scores.commonsense["protocol"]):
+    if (row := _row(name, scores.commonsense)) and not caveat(scores.commonsense["protocol"], row["results"]):
         for task, metric in scores.commonsense["protocol"]["metrics"].items():
             results.append(
                 EvalResult(
@@ -166,7 +167,7 @@ def _ladder(ladder: Sequence[ModelFolder], scores: Scores) -> str:
         if bits := _row(name, scores.bits_per_byte):
             row["bits per byte"] = f"{bits['bits_per_byte']:.3f}"
         if commonsense := _row(name, scores.commonsense):
-            flag = " \\*" if _caveat(commonsense, scores.commonsense["protocol"]) else ""
+            flag = " \\*" if caveat(scores.commonsense["protocol"], commonsense["results"]) else ""
             row["commonsense average"] = f"{_average(commonsense)['average']:.2f}{flag}"
         rows.append(row)
     heads = list(dict.fromkeys(head for row in rows for head in row))
@@ -203,10 +204,10 @@ def _commonsense(name: str, scores: dict[str, Any] | None) -> str:
         for task, metric in protocol["metrics"].items()
     ]  # fmt: skip
     lines.append(["**average**", "", f"**{average['average']:.2f} ± {average['standard_error']:.2f}**", "", "", ""])
-    caveat = _caveat(row, protocol)
+    made_on = caveat(protocol, row["results"])
     return (
         "## Commonsense\n\n"
-        + (f"**{caveat}**\n\n" if caveat else "")
+        + (f"**Scored on {made_on}.**\n\n" if made_on else "")
         + f"{_table(['task', 'metric', 'percent ± standard error', 'items', 'version', 'rows'], lines)}\n\n"
         f"{protocol['harness']}, {protocol['dtype']}, {protocol['num_fewshot']} examples, "
         f"{'with' if protocol['add_bos_token'] else 'without'} begin-of-sequence, context {protocol['context_length']:,}; "
@@ -217,18 +218,6 @@ def _commonsense(name: str, scores: dict[str, Any] | None) -> str:
 def _rows(data: str) -> str:
     """Where a task's rows came from: their place on the Hub, or the beginning of the file's SHA-256."""
     return data if data.startswith("hf://") else data[:12]
-
-
-def _caveat(row: dict[str, Any], protocol: dict[str, Any]) -> str:
-    """Why commonsense figures are no benchmark result, empty if they are one."""
-    if protocol["sample"]:
-        return (
-            "Scored on a few made-up items that show that the pipeline runs; no benchmark, the figures mean nothing."
-        )
-    official = tables()["protocol"]["items"]
-    if any(result["items"] != official[task] for task, result in row["results"].items()):
-        return "Scored on a part of the items only; not comparable with scores on all of them."
-    return ""
 
 
 def _average(row: dict[str, Any]) -> dict[str, float]:

@@ -31,8 +31,8 @@ class ChatSession:
         sampling (`Sampling`, *optional*): how tokens are drawn.
         seed (`int`, *optional*): of the draws.
         draft (`Draft`, *optional*): proposes tokens.
-        write (`Callable`): is given the pieces of a reply as they appear.
-        note (`Callable`): is given lines about the conversation.
+        write (`Callable`): is given the pieces of a reply as they appear, and a line end after it.
+        note (`Callable`): is given lines about the conversation, and what the draft was worth.
 
     Raises:
         InputError: if the tokenizer has no chat template, the template refuses a system prompt, the system prompt does
@@ -119,6 +119,9 @@ class ChatSession:
             self.draft,
             eos_token_id=stop_tokens,
         )
+        self.write("\n")
+        if self.draft:
+            self.note(str(self.draft.statistics))
         reply = [token for token in reply if token not in stop_tokens]
         reply_text = self.tokenizer.decode(reply, skip_special_tokens=True).strip()
         self.exchanges += [{"role": "user", "content": text}, {"role": "assistant", "content": reply_text}]

@@ -108,6 +108,17 @@ class QuantizedTinyLlama(TinyLlamaForCausalLM):
                 self.set_submodule(name, SealedLinear(module))
         self.eval()
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):
+        # Before any part of the model has moved, which the layers alone would notice too late.
+        sealed = any(isinstance(module, SealedLinear) for module in self.modules())
+        if sealed and fn(torch.empty(0, device=self.device)).device != self.device:
+            _refuse("moved")
+        return super()._apply(fn, recurse)
+
+    def flops_per_token(self, seq_len: int | None = None, convention: str = "without_input_embedding") -> int:
+        """Refuses: it is about training, and the sealed weights are not among the parameters that it counts."""
+        _refuse("trained")
+
     def train(self, mode: bool = True):
         """Refuses training mode before any part of the model has changed."""
         if mode:

@@ -6,6 +6,7 @@ from typing import Any
 
 from .. import provenance
 from ..errors import InputError
+from ..evaluation.protocol import caveat
 
 
 _SHOWN_REPLIES = 8
@@ -48,20 +49,13 @@ def commonsense(scores: dict[str, Any]) -> str:
         )
         average = f"{row['average']:.1f} ± {row['average_standard_error']:.1f}"
         rows += f'<tr><td>{html.escape(row["name"])}</td>{cells}<td class="n"><b>{average}</b></td></tr>'
+    made_on = caveat(scores["protocol"], scores["models"][0]["results"])
     items = sum(result["items"] for result in scores["models"][0]["results"].values())
     return (
         f"<h2>Commonsense, by lm-eval</h2><p>Percent ± standard error over {items:,} questions, zero-shot, under the protocol "
-        f"of TinyLlama's table; the last column is the mean of the tasks.{_subset(scores['protocol'])}</p>"
+        f"of TinyLlama's table; the last column is the mean of the tasks.{f' <b>Scored on {made_on}.</b>' if made_on else ''}</p>"
         f'<table class="wide"><tr><th>milestone</th>{head}<th class="n">average</th></tr>{rows}</table>'
     )
-
-
-def _subset(protocol: dict[str, Any]) -> str:
-    if protocol.get("sample"):
-        return " <b>Scored on the sample that comes along: a check that the pipeline runs, and no benchmark.</b>"
-    if protocol.get("limit"):
-        return f" <b>Only the first {protocol['limit']} questions of each task.</b>"
-    return ""
 
 
 def _spread(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
