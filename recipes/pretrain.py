@@ -8,8 +8,9 @@ In about a minute on a CPU, from a folder that holds recipes/ (`tinyllama-hf rec
     tinyllama-hf prepare embedded:prose --tokenizer runs/micro/tokenizer --output runs/micro/data --validation-fraction 0.05
     accelerate launch recipes/pretrain.py recipes/pretrain/micro.yaml
 
-Bad input ends with one message and exit status 2 (`accelerate launch` turns any failure into 1; `--quiet` keeps it from
-adding a traceback of its own).
+The same command goes on with a run that was stopped, killed or moved. Exit status: 0 finished, 2 bad input, 3 a loss that
+is not finite, 4 a checkpoint that could not be written, 75 stopped by SIGTERM or SIGINT after saving (a second signal stops
+at once). `accelerate launch` turns any of them into 1; `--quiet` keeps it from adding a traceback of its own.
 """
 
 import sys
@@ -19,20 +20,23 @@ from tinyllama_hf_cli.scripts import training_script
 
 
 def run(recipe: str, overrides: Sequence[str], overwrite: bool, dry_run: bool) -> int:
+    from tinyllama_hf.pretrain.checkpoints import FullDiskError
     from tinyllama_hf.pretrain.config import load_config
     from tinyllama_hf.pretrain.loop import NonFiniteError, pretrain
+    from tinyllama_hf.pretrain.signals import EXIT_STATUS, Stopped
 
+    statuses = {NonFiniteError: 3, FullDiskError: 4, Stopped: EXIT_STATUS}
     try:
         pretrain(load_config(recipe, overrides), overwrite, dry_run)
-    except NonFiniteError as error:
+    except tuple(statuses) as error:
         print(f"stopped: {error}", file=sys.stderr)
-        return 3
+        return statuses[type(error)]
     return 0
 
 
 def main() -> int:
     overwrites = "remove the run that lies in output_dir"
-    interrupted = "milestones that were written are whole, --overwrite starts anew"
+    interrupted = "what was written is whole, the same command goes on after the last checkpoint"
     return training_script("pretrain.py", __doc__, overwrites, interrupted, run)
 
 

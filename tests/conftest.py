@@ -85,7 +85,8 @@ def assert_recipe_is_complete(path: Path, config) -> None:
     import yaml
 
     written = yaml.safe_load(path.read_text())
-    for section, values in config.model_dump(mode="json").items():
+    for section, values in config.model_dump(mode="json", by_alias=True).items():
+        assert section in written, f"{section} is missing"
         assert not isinstance(values, dict) or set(values) == set(written[section]), f"{section} is not complete"
     script = "sft.py" if path.parent.name == "sft" else "pretrain.py"
     assert f"recipes/{script} {path.relative_to(ROOT)}" in path.read_text()
@@ -105,9 +106,10 @@ def write_recipe(folder: Path, prepared: Path, tokenizer_folder: Path) -> Path:
     }
     values["schedule"] |= {"warmup_tokens": 512, "peak": 5.0e-3}
     values["training"] |= {"total_tokens": 12 * 256, "tokens_per_step": 256, "micro_batch_size": 4}
-    values["milestones"] = {"tokens": [1500]}
+    values["milestones"]["tokens"] = [1500]
     values["validation"] = {"every_tokens": 1024, "max_tokens": 512}
-    values["logging"] = {"every_steps": 1}
+    values["checkpoints"] = {"every_tokens": 1024, "keep": 2}
+    values["logging"] = {"every_steps": 1, "trackers": []}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
     return path

@@ -116,6 +116,16 @@ def new_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def synchronise(*paths: Path) -> None:
+    """Waits until files, and the entries of folders, are on the disk and not only in its cache."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def read_json(path: Path) -> Any:
     """Reads a JSON file.
 

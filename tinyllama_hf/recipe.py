@@ -6,7 +6,7 @@ All problems of a file are reported at once, before anything else is loaded.
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -71,11 +71,20 @@ def _read_sections(schema: type[Recipe], values: dict[str, Any]) -> tuple[dict[s
         found = error.errors()
     broken = {problem["loc"][0] for problem in found}
     sections = {
-        name: field.annotation.model_validate(values[name])
+        name: section.model_validate(values[name])
         for name, field in schema.model_fields.items()
-        if name not in broken and field.annotation is not str
+        if (section := _section_of(field.annotation)) and name not in broken and values.get(name) is not None
     }
     return sections, [_problem(schema, problem) for problem in found]
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    """The section that a field holds, `None` for a plain value."""
+    return next((kind for kind in (annotation, *get_args(annotation)) if _is_section(kind)), None)
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -108,6 +117,5 @@ def _fields(schema: type[Recipe], sections: Sequence[str | int]) -> list[str]:
     model: Any = schema
     for section in sections:
         if isinstance(section, str):
-            annotation = model.model_fields[section].annotation
-            model = getattr(annotation, "__args__", (annotation,))[0]
-    return list(model.model_fields)
+            model = _section_of(model.model_fields[section].annotation)
+    return [field.alias or name for name, field in model.model_fields.items()]

@@ -54,7 +54,7 @@ stage code tinyllama-hf prepare embedded:code --tokenizer "$RUN/tokenizer" --out
 
 stage pretrain accelerate launch --quiet --config_file "$RECIPES/accelerate/cpu.yaml" "$RECIPES/pretrain.py" \
     "$HERE/pretrain.yaml" "output_dir=$RUN/pretrain" "data.tokenizer=$RUN/tokenizer" \
-    "data.sources=[{path: $RUN/data/prose, weight: 0.7}, {path: $RUN/data/code, weight: 0.3}]" --overwrite
+    "data.sources=[{path: $RUN/data/prose, weight: 0.7}, {path: $RUN/data/code, weight: 0.3}]"
 
 # Every milestone on text that no block came from, by stock transformers, beside models that only count.
 stage score tinyllama-hf eval "$RUN/pretrain" --baselines
@@ -78,7 +78,7 @@ stage draft accelerate launch --quiet --config_file "$RECIPES/accelerate/cpu.yam
     "$RECIPES/pretrain/micro.yaml" "output_dir=$RUN/draft" "data.tokenizer=$RUN/tokenizer" \
     "data.sources=[{path: $RUN/data/prose, weight: 0.7}, {path: $RUN/data/code, weight: 0.3}]" \
     data.sequence_length=256 training.total_tokens=1_200_000 training.micro_batch_size=8 schedule.warmup_tokens=80_000 "milestones.tokens=[]" \
-    validation.every_tokens=300_000 logging.every_steps=50 --overwrite
+    validation.every_tokens=300_000 logging.every_steps=50
 DRAFT=$(ls -d "$RUN"/draft/milestones/*)
 stage drafted tinyllama-hf generate "$LAST" "Return a list of" --temperature 0 --max-new-tokens 60 --draft "$DRAFT"
 

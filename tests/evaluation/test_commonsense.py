@@ -19,7 +19,7 @@ from tinyllama_hf.evaluation.harness import open_suite, task_files
 from tinyllama_hf.evaluation.protocol import TASKS, compare, published_row
 from tinyllama_hf.evaluation.table import table_lines
 from tinyllama_hf.inference import load as loading
-from tinyllama_hf.pretrain.checkpoints import write_milestone
+from tinyllama_hf.pretrain.milestones import write_milestone
 from tinyllama_hf.released import tables
 
 

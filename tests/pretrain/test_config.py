@@ -67,7 +67,7 @@ def test_contradictions(recipe, overrides, message):
 def test_overrides(recipe):
     config = load_config(recipe, ["training.total_tokens=10_000", "schedule.peak=4e-4", "training.compile=off"])
     assert (config.training.total_tokens, config.schedule.peak, config.training.compile) == (10_000, 4e-4, "off")
-    assert config.num_steps == 40 and config.sequences_per_step == 8
+    assert config.steps.number == 40 and config.sequences(1) == 8
 
 
 def test_what_is_no_recipe(tmp_path):

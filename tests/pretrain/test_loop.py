@@ -15,10 +15,11 @@ from tests.conftest import ROOT
 from tinyllama_hf import TinyLlamaForCausalLM
 from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.pretrain import loop, setup
-from tinyllama_hf.pretrain.checkpoints import list_milestones
+from tinyllama_hf.pretrain import launch, loop, setup
 from tinyllama_hf.pretrain.config import load_config
 from tinyllama_hf.pretrain.metrics import read_metrics
+from tinyllama_hf.pretrain.milestones import list_milestones
+from tinyllama_hf.pretrain.step import TrainStep
 
 
 def run(recipe: Path, *overrides: str) -> Path:
@@ -41,7 +42,7 @@ def finished(prepared, tokenizer_folder, tmp_path_factory):
                        "sources": [{"path": str(prepared), "weight": 1.0}]}  # fmt: skip
     values["training"] |= {"total_tokens": 30 * 1024, "tokens_per_step": 1024, "micro_batch_size": 8}
     values["schedule"] |= {"warmup_tokens": 4096}
-    values["milestones"] = {"tokens": [10_000, 20_000]}
+    values["milestones"]["tokens"] = [10_000, 20_000]
     values["validation"] = {"every_tokens": 10_000, "max_tokens": 2000}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -135,7 +136,7 @@ class TestArithmetic:
         model.load_state_dict(start.state_dict())
         optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
         losses = []
-        for step in range(config.num_steps):
+        for step in range(config.steps.number):
             optimizer.param_groups[0]["lr"] = setup_rate(step, config)
             tokens = torch.from_numpy(opened.mixture.tokens(opened.mixture.blocks(step * 8, 8)))
             logits = model(input_ids=tokens[:, :-1]).logits
@@ -185,7 +186,7 @@ class TestArithmetic:
 def setup_rate(step: int, config) -> float:
     from tinyllama_hf.pretrain.schedule import learning_rate
 
-    return learning_rate(step * config.training.tokens_per_step, config)
+    return learning_rate(step + 1, config)
 
 
 class _LossOnly(torch.autograd.Function):
@@ -226,7 +227,7 @@ class TestNonFinite:
                     output.loss = poison.apply(output.loss)
             return output
 
-        step = loop._Trainer.step
+        step = TrainStep.__call__
 
         def observed(self, number):
             result = step(self, number)
@@ -234,7 +235,7 @@ class TestNonFinite:
             return result
 
         monkeypatch.setattr(TinyLlamaForCausalLM, "forward", poisoned)
-        monkeypatch.setattr(loop._Trainer, "step", observed)
+        monkeypatch.setattr(TrainStep, "__call__", observed)
         with pytest.raises(loop.NonFiniteError, match=r"step 6 \(1,536 tokens\)"):
             loop.pretrain(config)
         assert len(states) == 8, "the run must stop at the next logging step"
@@ -280,10 +281,10 @@ class TestRefusals:
             run(recipe, "training.attention=flash_attention_2")
 
     def test_compilation_without_a_compiler(self, monkeypatch):
-        monkeypatch.setattr(setup.shutil, "which", lambda name: None)
+        monkeypatch.setattr(launch.shutil, "which", lambda name: None)
         with pytest.raises(InputError, match=r"needs a compiler, and none of g\+\+"):
-            setup.compiles("layers", torch.device("cpu"))
-        assert setup.compiles("auto", torch.device("cuda")) == (False, "off (auto: no compiler found)")
+            launch.compiles("layers", torch.device("cpu"))
+        assert launch.compiles("auto", torch.device("cuda")) == (False, "off (auto: no compiler found)")
 
     def test_other_tokenizer_than_the_data(self, recipe, shared):
         folder = shared / "data" / "models" / "stories260K"
@@ -291,7 +292,7 @@ class TestRefusals:
             run(recipe, f"data.tokenizer={folder}")
 
     def test_a_run_is_not_overwritten_unless_asked(self, recipe, finished):
-        config = load_config(recipe, [f"output_dir={finished}"])
+        config = load_config(recipe, [f"output_dir={finished}", "resume=never"])
         with pytest.raises(InputError, match="--overwrite"):
             loop.pretrain(config)
         assert len(list_milestones(finished)) == 3
@@ -339,11 +340,11 @@ def test_regression_every_rank_reads_its_own_share(recipe, monkeypatch, processe
     model = TinyLlamaForCausalLM(opened.model_config)
     accelerator = Accelerator()
     monkeypatch.setattr(Accelerator, "num_processes", processes)
-    trainer = loop._Trainer(opened, accelerator, model)
+    trainer = TrainStep(opened.config, opened.mixture, accelerator, model, torch.optim.AdamW(model.parameters()))
     for step in (1, 2, 7):
         rows = []
         for rank in range(processes):
             monkeypatch.setattr(Accelerator, "process_index", rank)
-            rows += [trainer.micro_batch(step, i)["input_ids"] for i in range(trainer.accumulation)]
+            rows += [trainer.micro_batch(step, i)["input_ids"] for i in range(trainer.accumulation(step))]
         expected = opened.mixture.tokens(opened.mixture.blocks((step - 1) * 8, 8))[:, :-1]
         assert torch.equal(torch.cat(rows), torch.from_numpy(expected))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..errors import InputError
-from .order import Block, BlockOrder
+from .order import Block, BlockOrder, WeightChange
 from .shards import TokenDataset
 
 
@@ -19,9 +19,11 @@ class Mixture:
         block_size (`int`): tokens that a sequence feeds to the model.
         seed (`int`): of the order.
         tokenizer_fingerprint (`str`): of the tokenizer that the model is to have.
+        changes (`Sequence[WeightChange]`, *optional*): later weights, in blocks.
 
     Raises:
-        InputError: if a folder is no data set, holds too little, or was prepared with another tokenizer.
+        InputError: if a folder is no data set, holds too little, was prepared with another tokenizer, or puts other
+            separators around documents than the first.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class Mixture:
         block_size: int,
         seed: int,
         tokenizer_fingerprint: str,
+        changes: Sequence[WeightChange] = (),
     ):
         self.sources = [TokenDataset(folder, block_size) for folder in folders]
         for source in self.sources:
@@ -41,8 +44,15 @@ class Mixture:
                     f"{tokenizer_fingerprint[:12]}, so its ids would mean other text; use {source.folder}/tokenizer, or "
                     "prepare the data again"
                 )
+            first = self.sources[0]
+            if source.metadata["separator"] != first.metadata["separator"]:
+                # TinyLlama's policy changed between runs, and the released models never learned to stop.
+                raise InputError(
+                    f"{source.folder}: was prepared with --separator {source.metadata['separator']}, {first.folder} with "
+                    f"{first.metadata['separator']}; documents of one run must begin and end alike: prepare one again"
+                )
         self.block_size, self.weights = block_size, list(weights)
-        self.order = BlockOrder([len(source) for source in self.sources], weights, seed)
+        self.order = BlockOrder([len(source) for source in self.sources], weights, seed, changes)
 
     def blocks(self, start: int, count: int) -> list[Block]:
         """The blocks at some places of the run."""
@@ -61,15 +71,19 @@ class Mixture:
         counts = self.order.counts(num_blocks)
         return [count / len(source) for count, source in zip(counts, self.sources, strict=True)]
 
-    def validation_blocks(self, max_tokens: int) -> list[np.ndarray]:
-        """Per source, `[num_blocks, block_size + 1]` held-out tokens: the first of the split, by its weight.
+    def shares(self, num_blocks: int) -> list[float]:
+        """Share of each source in the first so many blocks: its weight, or the mean of its changing weights."""
+        return [count / num_blocks for count in self.order.counts(num_blocks)]
+
+    def validation_blocks(self, max_tokens: int, shares: Sequence[float]) -> list[np.ndarray]:
+        """Per source, `[num_blocks, block_size + 1]` held-out tokens: the first of the split, by its share.
 
         Raises:
             InputError: if a source holds out less than a block.
         """
         chosen = []
-        for source, weight in zip(self.sources, self.weights, strict=True):
+        for source, share in zip(self.sources, shares, strict=True):
             held_out = TokenDataset(source.folder, self.block_size, "validation")
-            number = min(len(held_out), max(int(max_tokens * weight) // self.block_size, 1))
+            number = min(len(held_out), max(int(max_tokens * share) // self.block_size, 1))
             chosen.append(np.stack([held_out[i] for i in range(number)]))
         return chosen

@@ -1,11 +1,13 @@
 """The order of the training data as a pure function of (seed, sources, weights, block number).
 
-Block k of a run is found in two steps, neither of which has a state. Among the sources, the m-th block of source i
-(m = 0, 1, ...) is due at time (m + 1/2) / w_i, and blocks are taken in the order of their due times. Within a source,
-draw m is block `permutation(epoch)[m % n]` of epoch m // n: each epoch reads every block once, in an order of its own.
+Block k of a run is found in two steps, neither of which has a state. Among the sources, W_i(t) is the integral of source
+i's weight up to time t, in blocks; its m-th block (m = 1, 2, ...) is due when W_i(t) = m - 1/2, and blocks are taken in the
+order of their due times. Within a source, draw m is block `permutation(epoch)[m % n]` of epoch m // n: each epoch reads
+every block once, in an order of its own.
 """
 
 import heapq
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -14,6 +16,9 @@ import numpy as np
 
 
 _ROUNDS = 6  # of the Feistel network; four already pass for random (Luby and Rackoff 1988)
+_GRID = (
+    1 << 32
+)  # due times are whole numbers of 1 / 2^32 block, so that they compare exactly: those of a ramp are roots
 
 
 class Block(NamedTuple):
@@ -23,58 +28,168 @@ class Block(NamedTuple):
     index: int
 
 
+class WeightChange(NamedTuple):
+    """New weights, reached linearly over `ramp` blocks from block `start` on."""
+
+    start: Fraction
+    ramp: Fraction
+    weights: Sequence[float]
+
+
 class BlockOrder:
     """Which block of which source stands at each place of a run.
+
+    After any k blocks, the number of source i's is within 1/2 + n w_i / 2 of W_i(k), with n sources and w_i the largest of
+    its weights within n / 2 blocks of k: below one block for two sources of constant weight.
 
     Args:
         num_blocks (`Sequence[int]`): blocks of each source.
         weights (`Sequence[float]`): share of each source; divided by their sum.
         seed (`int`): of the permutations.
+        changes (`Sequence[WeightChange]`, *optional*): later weights, one ramp after the other.
 
     Raises:
-        ValueError: if a source has no block, or a weight is not positive.
+        ValueError: if a source has no block, or a weight is negative or missing.
     """
 
-    def __init__(self, num_blocks: Sequence[int], weights: Sequence[float], seed: int):
-        # Decimal fractions are taken as written: 0.7 is 7/10, so that due times compare exactly.
-        shares = [Fraction(str(weight)) for weight in weights]
-        if len(weights) != len(num_blocks) or min(num_blocks) < 1:
-            raise ValueError(f"every source needs a weight and at least one block, got {num_blocks} and {weights}")
-        if min(shares) <= 0:
-            raise ValueError(f"weights must be positive, got {list(weights)}")
-        self.weights = [share / sum(shares) for share in shares]
+    def __init__(
+        self,
+        num_blocks: Sequence[int],
+        weights: Sequence[float],
+        seed: int,
+        changes: Sequence[WeightChange] = (),
+    ):
+        for shares in (weights, *(change.weights for change in changes)):
+            if len(shares) != len(num_blocks) or min(num_blocks) < 1:
+                raise ValueError(f"every source needs a weight and at least one block, got {num_blocks} and {shares}")
+            if min(shares) < 0 or not sum(shares):
+                raise ValueError(f"weights must not be negative and must not all be 0, got {list(shares)}")
         self.num_blocks, self.seed = list(num_blocks), seed
+        self._due = [_DueTimes(pieces) for pieces in _pieces(weights, changes)]
 
     def counts(self, position: int) -> list[int]:
-        """How many blocks of each source stand before a place of the run: within 1/2 + n w_i / 2 of w_i x position."""
-        # At time t, source i has had round(w_i t) blocks, which sum to t give or take half a block per source. Start
+        """How many blocks of each source stand before a place of the run."""
+        # At time t, source i has had round(W_i(t)) blocks, which sum to t give or take half a block per source. Start
         # surely too early and take the few missing ones.
-        time = max(position - len(self.weights), 0)
-        counts = [int(weight * time + Fraction(1, 2)) for weight in self.weights]
+        time = max(position - len(self._due), 0) * _GRID
+        counts = [due.count(time) for due in self._due]
         for source, _ in self._merge(counts, position - sum(counts)):
             counts[source] += 1
         return counts
 
     def blocks(self, start: int, count: int) -> list[Block]:
         """The blocks at the places `start` to `start + count - 1` of the run."""
-        return [Block(source, self._draw(source, m)) for source, m in self._merge(self.counts(start), count)]
+        taken = self._merge(self.counts(start), count)
+        draws: dict[tuple[int, int], list[int]] = {}  # (source, epoch) -> places in its permutation
+        for source, m in taken:
+            epoch, place = divmod(m, self.num_blocks[source])
+            draws.setdefault((source, epoch), []).append(place)
+        indices = {
+            (source, epoch): iter(
+                permuted(np.array(places), self.num_blocks[source], (self.seed, source, epoch)).tolist()
+            )
+            for (source, epoch), places in draws.items()
+        }
+        return [Block(source, next(indices[source, m // self.num_blocks[source]])) for source, m in taken]
 
     def _merge(self, counts: list[int], number: int) -> list[tuple[int, int]]:
-        due = [
-            (Fraction(2 * m + 1, 2) / w, source, m)
-            for source, (m, w) in enumerate(zip(counts, self.weights, strict=True))
-        ]
+        due = [(self._due[source].time(m), source, m) for source, m in enumerate(counts)]
         heapq.heapify(due)
         taken = []
         for _ in range(number):
-            time, source, m = due[0]
+            _, source, m = due[0]
             taken.append((source, m))
-            heapq.heapreplace(due, (time + 1 / self.weights[source], source, m + 1))
+            heapq.heapreplace(due, (self._due[source].time(m + 1), source, m + 1))
         return taken
 
-    def _draw(self, source: int, m: int) -> int:
-        epoch, place = divmod(m, self.num_blocks[source])
-        return int(permuted(np.array([place]), self.num_blocks[source], (self.seed, source, epoch))[0])
+
+class _Piece(NamedTuple):
+    """A stretch of time on which 2 W = c + 2 a x + b x^2, times `scale`, x the grid units since `start`; all integers.
+
+    The last piece has no end (`math.inf`) and b = 0.
+    """
+
+    start: int
+    end: float
+    scale: int
+    c: int
+    a: int
+    b: int
+
+    def twice_integral(self, x: int) -> int:
+        return self.c + 2 * self.a * x + self.b * x * x
+
+
+class _DueTimes:
+    """When the blocks of one source are due, in grid units."""
+
+    def __init__(self, pieces: list[_Piece]):
+        self.pieces = pieces
+
+    def count(self, time: int) -> int:
+        """Blocks due until a time: round(W(time))."""
+        piece = next(piece for piece in reversed(self.pieces) if piece.start <= time)
+        return (piece.twice_integral(time - piece.start) + piece.scale) // (2 * piece.scale)
+
+    def time(self, m: int) -> float:
+        """The first grid unit at which W is at least m + 1/2, for m = 0, 1, ...; infinite if that never comes."""
+        for piece in self.pieces:
+            target = (2 * m + 1) * piece.scale
+            if piece.end == math.inf or piece.twice_integral(int(piece.end) - piece.start) >= target:
+                return self._within(piece, target)
+        raise AssertionError("the last piece has no end")
+
+    @staticmethod
+    def _within(piece: _Piece, target: int) -> float:
+        missing = target - piece.c  # smallest x with 2 a x + b x^2 >= missing
+        if missing <= 0:
+            return piece.start
+        if piece.a == piece.b == 0:
+            return math.inf
+        if piece.b == 0:
+            return piece.start - (-missing // (2 * piece.a))
+        # x = (sqrt(a^2 + b missing) - a) / b, in the form without a difference of near numbers. The root is rounded
+        # down to a whole number; what that loses is made up for below.
+        x = missing // (piece.a + math.isqrt(max(piece.a * piece.a + piece.b * missing, 0)) or 1)
+        while piece.twice_integral(x) < target:
+            x += 1
+        while x and piece.twice_integral(x - 1) >= target:
+            x -= 1
+        return piece.start + x
+
+
+def _pieces(weights: Sequence[float], changes: Sequence[WeightChange]) -> list[list[_Piece]]:
+    """For each source its pieces: constant, ramp, constant, ramp, ..., constant."""
+    # Decimal fractions are taken as written: 0.7 is 7/10.
+    levels = [_normalised(shares) for shares in (weights, *(change.weights for change in changes))]
+    starts = [int(change.start * _GRID) for change in changes]
+    ends = [start + int(change.ramp * _GRID) for start, change in zip(starts, changes, strict=True)]
+    found = []
+    for source in range(len(weights)):
+        pieces, integral = [], Fraction(0)
+        bounds = [0, *(bound for pair in zip(starts, ends, strict=True) for bound in pair), math.inf]
+        for number, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            before, after = levels[number // 2][source], levels[(number + 1) // 2][source]
+            if start == end:
+                continue  # a change without a ramp
+            piece = _piece(start, end, integral, before, after)
+            pieces.append(piece)
+            if end != math.inf:
+                integral = Fraction(piece.twice_integral(end - start), 2 * piece.scale)
+        found.append(pieces)
+    return found
+
+
+def _piece(start: int, end: float, integral: Fraction, before: Fraction, after: Fraction) -> _Piece:
+    slope = Fraction(0) if before == after else (after - before) / (int(end) - start) / _GRID
+    per_unit = before / _GRID
+    scale = math.lcm(integral.denominator, per_unit.denominator, slope.denominator)
+    return _Piece(start, end, scale, int(2 * integral * scale), int(per_unit * scale), int(slope * scale))
+
+
+def _normalised(weights: Sequence[float]) -> list[Fraction]:
+    shares = [Fraction(str(weight)) for weight in weights]
+    return [share / sum(shares) for share in shares]
 
 
 def permuted(places: np.ndarray, size: int, key: Sequence[int]) -> np.ndarray:

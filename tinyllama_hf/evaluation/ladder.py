@@ -14,8 +14,9 @@ from .. import provenance
 from ..data.mixture import Mixture
 from ..errors import InputError
 from ..inference.load import load_stock, model_folder
-from ..pretrain.checkpoints import CONFIG_FILE, MILESTONES_FOLDER, list_milestones, read_record
 from ..pretrain.config import PretrainConfig, load_config
+from ..pretrain.milestones import CONFIG_FILE, MILESTONES_FOLDER, list_milestones, read_record
+from ..pretrain.setup import open_mixture
 from ..tokenization_tinyllama import encode_text, load_tokenizer, tokenizer_fingerprint
 from .bits_per_byte import HeldOut, bits_per_byte, held_out_documents, summarise
 from .metrics import load_metric
@@ -121,9 +122,7 @@ def _score_folder(folder: Path, held_out: Sequence[HeldOut], device: str) -> dic
 def _open_mixture(config: PretrainConfig) -> tuple[Mixture, PreTrainedTokenizerBase]:
     """The training text of a run, and the tokenizer that it is in."""
     tokenizer = load_tokenizer(config.data.tokenizer)
-    paths, weights = zip(*((source.path, source.weight) for source in config.data.sources), strict=True)
-    fingerprint = tokenizer_fingerprint(tokenizer)
-    return Mixture(paths, weights, config.data.sequence_length, config.training.seed, fingerprint), tokenizer
+    return open_mixture(config, tokenizer_fingerprint(tokenizer)), tokenizer
 
 
 def _baselines(

@@ -21,7 +21,7 @@ from ..errors import InputError, require
 from ..evaluation.replies import reply_loss
 from ..inference.load import load_stock, model_folder
 from ..modeling_tinyllama import TinyLlamaForCausalLM
-from ..pretrain.checkpoints import CONFIG_FILE
+from ..pretrain.milestones import CONFIG_FILE
 from ..progress import quiet_bitsandbytes
 from ..tokenization_tinyllama import load_tokenizer, tokenizer_fingerprint
 from .config import FinetuneConfig

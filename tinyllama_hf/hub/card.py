@@ -8,7 +8,7 @@ import yaml
 
 from ..evaluation.metrics import load_metric
 from ..evaluation.protocol import caveat
-from ..pretrain.checkpoints import CONFIG_FILE
+from ..pretrain.milestones import CONFIG_FILE
 from ..provenance import read_json
 from ..released import released
 from .folder import ModelFolder

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..errors import InputError
-from ..pretrain.checkpoints import CONFIG_FILE
+from ..pretrain.milestones import CONFIG_FILE
 from ..provenance import read_json
 
 

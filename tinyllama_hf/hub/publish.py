@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from .. import provenance
 from ..errors import InputError, require
 from ..evaluation.ladder import milestones_of
-from ..pretrain.checkpoints import MILESTONES_FOLDER
 from ..pretrain.metrics import METRICS_FILE, read_metrics
+from ..pretrain.milestones import MILESTONES_FOLDER
 from .access import Unreachable, check_may_write, check_repo, explain_errors, require_hub
 from .card import Scores, model_card, read_scores
 from .folder import PROVENANCE_FILE, ModelFolder, open_model_folder

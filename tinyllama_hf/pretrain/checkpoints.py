@@ -1,92 +1,211 @@
-"""Milestones: complete plain Llama folders that a run leaves behind and never removes."""
+"""Rolling checkpoints: what a stopped run goes on from, bit for bit.
 
-import itertools
-from collections.abc import Sequence
+A checkpoint is a folder `checkpoints/step-N` of files from torch.distributed.checkpoint (model and optimiser, in whatever
+parts the processes hold, loadable by any other number of processes) and `checkpoint.json`, which says what they are and
+lists their sizes and checksums. It is written under a temporary name, synchronised to the disk and renamed: whatever bears
+the name is complete.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import warnings
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
+import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from .. import provenance
 from ..errors import InputError
-from ..modeling_tinyllama import TinyLlamaForCausalLM
+from .step import TrainStep
 
 
-MILESTONES_FOLDER = "milestones"
-CONFIG_FILE = "training.yaml"
+CHECKPOINTS_FOLDER = "checkpoints"
+TRAINING_STATE_FOLDER = "training_state"  # beside the milestones: what a branch begins with
+RECORD_FILE = "checkpoint.json"
+FORMAT_VERSION = 1
+BYTES_PER_PARAMETER = 12  # weight and two moments, all fp32
 
 
-def milestone_steps(tokens: Sequence[int], tokens_per_step: int, num_steps: int) -> list[int]:
-    """The steps after which a milestone is written: the first to reach each count of tokens, and the last."""
-    return sorted({-(-count // tokens_per_step) for count in tokens} | {num_steps})
+class FullDiskError(RuntimeError):
+    """A checkpoint could not be written; those before it are whole."""
 
 
-def milestone_names(steps: Sequence[int], tokens_per_step: int) -> dict[int, str]:
-    """Names like TinyLlama's, `step-480k-token-1007B`, one for each step.
-
-    Steps are written in k from 10 000 on. Tokens are written in B from 1e9 on, else in M, all with as few decimals as
-    keep them apart.
-    """
-
-    def tokens_name(step: int, decimals: int) -> str:
-        tokens = step * tokens_per_step
-        return f"{tokens / 1e9:.{decimals}f}B" if tokens >= 1e9 else f"{tokens / 1e6:.{decimals}f}M"
-
-    def is_ambiguous(decimals: int) -> bool:
-        names = {tokens_name(step, decimals) for step in steps}
-        return len(names) < len(steps) or any(float(name[:-1]) == 0 for name in names)
-
-    decimals = next(n for n in itertools.count() if not is_ambiguous(n))
-    step_names = {step: f"{step / 1000:.0f}k" if step >= 10_000 else str(step) for step in steps}
-    return {step: f"step-{step_names[step]}-token-{tokens_name(step, decimals)}" for step in steps}
-
-
-def write_milestone(
-    folder: Path,
-    model: TinyLlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    training_yaml: str,
-    record: dict[str, Any],
-) -> None:
-    """Writes a complete model folder under a temporary name and renames it.
+def write_checkpoint(folder: Path, train_step: TrainStep, record: dict[str, Any]) -> None:
+    """Writes a checkpoint; to be called by all processes.
 
     Args:
-        folder (`Path`): where it is to lie; must not exist.
-        model (`TinyLlamaForCausalLM`): unwrapped.
-        tokenizer (`PreTrainedTokenizerFast`): saved beside it.
-        training_yaml (`str`): the exact configuration of the run.
-        record (`dict`): what `provenance.json` says besides code, libraries and machine.
-    """
-    with provenance.new_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        provenance.write_text(temporary / CONFIG_FILE, training_yaml)
-        provenance.write_json(temporary / "provenance.json", provenance.collect(**record))
-
-
-def list_milestones(run: Path) -> list[Path]:
-    """The milestone folders of a run, in the order of their steps.
+        folder (`Path`): where it is to lie; what lies there is replaced.
+        train_step (`TrainStep`): whose model, optimiser and guards are saved.
+        record (`dict`): what `checkpoint.json` says besides the files.
 
     Raises:
-        InputError: if one has no record of its step.
+        FullDiskError: if the disk is full; nothing is left of the new checkpoint then.
     """
-    folders = [path for path in (run / MILESTONES_FOLDER).glob("step-*") if path.is_dir()]
-    steps = {path: read_record(path).get("step") for path in folders}
-    if unknown := [path for path in folders if not isinstance(steps[path], int)]:
-        raise InputError(f"{unknown[0] / 'provenance.json'}: names no step; copy the milestone again, or remove it")
-    return sorted(folders, key=lambda path: steps[path])
+    accelerator = train_step.accelerator
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    problem = None
+    try:
+        with _alone(accelerator) as no_dist:  # synchronises its files, and raises on every process
+            dcp.save(_state(train_step), checkpoint_id=temporary, no_dist=no_dist)
+    except Exception as error:
+        problem = error
+    if accelerator.is_main_process and problem is None:
+        try:
+            _complete(temporary, folder, record)
+        except OSError as error:
+            problem = error
+    shared = [None if problem is None else _reason(problem)]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(shared)
+    if shared[0] is not None:
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise FullDiskError(
+            f"{folder}: could not be written ({shared[0]}); the checkpoints before it are whole. Make room, or lower "
+            "checkpoints.keep, and give the same command again"
+        ) from problem
 
 
-def read_record(milestone: Path) -> dict[str, Any]:
-    """The `provenance.json` of a milestone.
+def _complete(temporary: Path, folder: Path, record: dict[str, Any]) -> None:
+    files = {path.name: _size_and_checksum(path) for path in sorted(temporary.iterdir())}
+    provenance.write_json(temporary / RECORD_FILE, {"format_version": FORMAT_VERSION, **record, "files": files})
+    provenance.synchronise(temporary / RECORD_FILE, temporary)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(temporary, folder)
+    provenance.synchronise(folder.parent)
+
+
+def _reason(problem: BaseException) -> str:
+    """The cause of a failed save in a few words; torch wraps it together with pages of traceback."""
+    text = str(problem)
+    known = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO))
+    return next(
+        (name for name in known if name in text), text.strip().splitlines()[-1] if text.strip() else repr(problem)
+    )
+
+
+def read_checkpoint(folder: Path, train_step: TrainStep) -> None:
+    """Loads a checkpoint into the model, the optimiser and the guards; to be called by all processes."""
+    state = _state(train_step)
+    with _alone(train_step.accelerator) as no_dist:
+        dcp.load(state, checkpoint_id=folder, no_dist=no_dist)
+    set_state_dict(
+        train_step.model,
+        train_step.optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+    )
+    train_step.load_state(state["guards"])
+
+
+@contextlib.contextmanager
+def _alone(accelerator: Accelerator) -> Iterator[bool]:
+    """Whether there is one process, without torch's warning that there is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield accelerator.num_processes == 1
+
+
+def _state(train_step: TrainStep) -> dict[str, Any]:
+    model, optimizer = get_state_dict(train_step.model, train_step.optimizer)
+    return {"model": model, "optimizer": optimizer, "guards": train_step.state()}
+
+
+def prune(run: Path, keep: int) -> None:
+    """Removes all but the newest checkpoints of a run, and what a killed process left under temporary names."""
+    folder = run / CHECKPOINTS_FOLDER
+    for path in [*reversed(_checkpoints(run))][keep:]:
+        # Renamed first: a folder that loses its files while it bears its name would pass for a damaged checkpoint.
+        shutil.rmtree(path.rename(path.with_name(f".{path.name}.tmp")))
+    for path in folder.glob(".*.tmp"):
+        shutil.rmtree(path)
+
+
+def newest_complete(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint of a run whose files are all as they were written, and what is wrong with newer ones."""
+    complaints = []
+    for path in reversed(_checkpoints(run)):
+        problem = damage(path)
+        if problem is None:
+            return path, complaints
+        complaints.append(f"checkpoint {path.name} is damaged ({problem}), taking the one before it")
+    return None, complaints
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, `None` if nothing is."""
+    try:
+        record = read_record(checkpoint)
+    except InputError as error:
+        return str(error)
+    for name, expected in record["files"].items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _size_and_checksum(path) != expected:
+            return f"{name} has other contents than were written"
+    return None
+
+
+def read_record(checkpoint: Path) -> dict[str, Any]:
+    """The `checkpoint.json` of a checkpoint.
 
     Raises:
-        InputError: if it is missing or damaged.
+        InputError: if it is missing, damaged or of another format.
     """
-    file = milestone / "provenance.json"
-    if not file.is_file():
-        raise InputError(f"milestone {milestone}: holds no provenance.json; copy the milestone again, or remove it")
-    record = provenance.read_json(file)
-    if not isinstance(record, dict):
-        raise InputError(f"{file}: damaged, no JSON object; copy the milestone again, or remove it")
+    path = checkpoint / RECORD_FILE
+    if not path.is_file():
+        raise InputError(f"{RECORD_FILE} is missing")
+    record = provenance.read_json(path)
+    if not isinstance(record, dict) or "files" not in record or "step" not in record:
+        raise InputError(f"{path}: damaged, it names no files")
+    if record.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"{path}: format_version {record.get('format_version')!r}, this version reads {FORMAT_VERSION}"
+        )
     return record
+
+
+def check_space(run: Path, num_parameters: int, keep: int, num_milestones: int, keep_training_state: bool) -> None:
+    """Refuses a run whose checkpoints cannot lie on its disk.
+
+    Raises:
+        InputError: naming what is needed and what is free.
+    """
+    state = BYTES_PER_PARAMETER * num_parameters
+    milestone = 4 * num_parameters + (state if keep_training_state else 0)
+    needed = (keep + 1) * state + num_milestones * milestone  # a new checkpoint lies there before an old one goes
+    existing = next(path for path in (run, *run.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise InputError(
+            f"output_dir {run}: {keep + 1} checkpoints and {num_milestones} milestones take {needed / 1e9:,.1f} GB, "
+            f"{free / 1e9:,.1f} GB are free; make room, lower checkpoints.keep, or choose another disk"
+        )
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """By number: as text, step-960000 would come after step-1000000."""
+    found = [path for path in (run / CHECKPOINTS_FOLDER).glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def _size_and_checksum(path: Path) -> list[int]:
+    """Guards against damage, not against malice."""
+    checksum, size = 0, 0
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            checksum, size = zlib.crc32(block, checksum), size + len(block)
+    return [size, checksum]

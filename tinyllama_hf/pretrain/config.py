@@ -1,26 +1,15 @@
-"""The recipe of a pretraining run. Every quantity of data is in tokens."""
+"""The recipe of a pretraining run. Every quantity of data is in tokens; the rules between keys are in `rules.py`."""
 
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
-from ..configuration_tinyllama import PRESETS, TinyLlamaConfig
-from ..errors import did_you_mean
 from ..recipe import Section, read_recipe
-
-
-# Fields of a Llama that a recipe does not decide, and what does.
-_NOT_OVERRIDDEN = {
-    "vocab_size": "follows from the tokenizer",
-    "bos_token_id": "follows from the tokenizer",
-    "eos_token_id": "follows from the tokenizer",
-    "pad_token_id": "would freeze an embedding row; padding is <unk>, in the tokenizer and the generation config",
-    "attention_dropout": "pretraining has no dropout, and validation relies on it",
-    "model_type": "is llama",
-}
+from .rules import contradictions
+from .schedule import Steps
 
 
 class ModelSection(Section):
@@ -28,13 +17,22 @@ class ModelSection(Section):
 
     preset: str
     overrides: dict[str, Any] = Field(default_factory=dict)
+    init_from: str | None = None  # a Llama whose weights the run begins with; the token count begins at 0
 
 
 class SourceSection(Section):
     """A prepared data set and its share of the tokens."""
 
     path: str
-    weight: float = Field(gt=0, le=1)
+    weight: float = Field(ge=0, le=1)
+
+
+class MixtureChange(Section):
+    """New shares of the sources, reached linearly over `ramp_tokens` from `from_tokens` on."""
+
+    from_tokens: int = Field(gt=0)
+    ramp_tokens: int = Field(ge=0)
+    weights: list[Annotated[float, Field(ge=0, le=1)]]
 
 
 class DataSection(Section):
@@ -42,17 +40,23 @@ class DataSection(Section):
 
     tokenizer: str
     sources: list[SourceSection] = Field(min_length=1)
+    mixture_changes: list[MixtureChange] = Field(default_factory=list)
     sequence_length: int = Field(ge=2)
     document_masking: bool = False
 
 
 class ScheduleSection(Section):
-    """Learning rate: linear warm-up, then a cosine from `peak` to `floor` at the last token."""
+    """Learning rate: linear warm-up to `peak`, then by name.
 
-    name: Literal["cosine"] = "cosine"
+    `cosine` falls to `floor` at the last token; `wsd` stays and falls linearly to `floor` over the last `decay_tokens`;
+    `constant` stays.
+    """
+
+    name: Literal["cosine", "wsd", "constant"]
     peak: float = Field(gt=0)
-    floor: float = Field(ge=0)
+    floor: float | None = Field(default=None, ge=0)
     warmup_tokens: int = Field(ge=0)
+    decay_tokens: int | None = Field(default=None, gt=0)
 
 
 class OptimizerSection(Section):
@@ -64,15 +68,27 @@ class OptimizerSection(Section):
     gradient_clip: float = Field(gt=0)
 
 
+class BatchChange(Section):
+    """Another batch from the first step on that begins with `from_tokens` seen."""
+
+    from_tokens: int = Field(gt=0)
+    tokens_per_step: int = Field(gt=0)
+
+
 class TrainingSection(Section):
     """How long, in what batches, with what arithmetic."""
 
     total_tokens: int = Field(gt=0)
     tokens_per_step: int = Field(gt=0)
+    batch_changes: list[BatchChange] = Field(default_factory=list)
     micro_batch_size: int = Field(gt=0)
     precision: Literal["fp32", "bf16"]
-    compile: Literal["auto", "off", "layers"] = "auto"
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    compile: Literal["auto", "off", "layers", "model"] = "auto"
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex"] = "sdpa"
+    kernels: Literal["none", "liger"] = "none"
+    activation_checkpointing: bool = False
+    deterministic: bool = False  # CUDA: algorithms that give the same bits each time
+    skip_spikes_sigma: float | None = Field(default=None, gt=0)
     seed: int = Field(ge=0)
 
     @field_validator("compile", mode="before")
@@ -85,6 +101,24 @@ class MilestonesSection(Section):
     """Where a complete model folder is written: at the first step that reaches each count, and at the last step."""
 
     tokens: list[int] = Field(default_factory=list)
+    steps: list[int] = Field(default_factory=list)
+    keep_training_state: bool = False  # keeps the optimiser beside each, for `branch`
+
+
+class CheckpointsSection(Section):
+    """What a run that was stopped goes on from; the last `keep` stay."""
+
+    every_tokens: int = Field(gt=0)
+    keep: int = Field(ge=1)
+
+
+class BranchSection(Section):
+    """A fork of another run at one of its milestones that kept its training state."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    from_: str = Field(alias="from")  # the milestone's folder
+    schedule: Literal["cooldown", "continue"]
 
 
 class ValidationSection(Section):
@@ -95,91 +129,46 @@ class ValidationSection(Section):
 
 
 class LoggingSection(Section):
-    """A row of `metrics.jsonl` and a move of the progress bar."""
+    """A row of `metrics.jsonl` and a move of the progress bar; the same rows to trackers."""
 
     every_steps: int = Field(gt=0)
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
 
 
 class PretrainConfig(Section):
     """A whole recipe."""
 
     output_dir: str
+    resume: Literal["auto", "never"] = "auto"
     model: ModelSection
     data: DataSection
     schedule: ScheduleSection
     optimizer: OptimizerSection
     training: TrainingSection
     milestones: MilestonesSection
+    evaluate_at_milestones: Literal["off", "inline", "watch"] = "off"
+    checkpoints: CheckpointsSection
+    branch: BranchSection | None = None
     validation: ValidationSection
     logging: LoggingSection
 
-    @property
-    def num_steps(self) -> int:
-        """Optimiser steps: the last one reaches `total_tokens`."""
-        return -(-self.training.total_tokens // self.training.tokens_per_step)
+    @field_validator("evaluate_at_milestones", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        return "off" if value is False else value
 
-    @property
-    def sequences_per_step(self) -> int:
+    @cached_property
+    def steps(self) -> Steps:
+        """Which optimiser step begins with how many tokens seen."""
+        training = self.training
+        changes = [(change.from_tokens, change.tokens_per_step) for change in training.batch_changes]
+        return Steps(training.total_tokens, training.tokens_per_step, changes)
+
+    def sequences(self, step: int) -> int:
         """Blocks of an optimiser step, all processes together."""
-        return self.training.tokens_per_step // self.data.sequence_length
+        return self.steps.tokens_of(step) // self.data.sequence_length
 
 
 def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> PretrainConfig:
     """Reads a recipe and applies `section.key=value` overrides; see [`read_recipe`]."""
-    return read_recipe(PretrainConfig, path, overrides, _contradictions)
-
-
-def _contradictions(sections: Mapping[str, Any]) -> list[str]:
-    """Broken rules between keys, of the sections that could be read; each names the keys, the values and the fix."""
-    problems = _model_problems(sections["model"]) if "model" in sections else []
-    data, schedule, training = (sections.get(name) for name in ("data", "schedule", "training"))
-    if data:
-        total = math.fsum(source.weight for source in data.sources)
-        if abs(total - 1) > 1e-6:
-            problems.append(f"data.sources: the weights sum to {total:.6g}; they must sum to 1")
-        paths = [os.path.abspath(source.path) for source in data.sources]
-        if repeated := sorted({path for path in paths if paths.count(path) > 1}):
-            problems.append(f"data.sources: {repeated[0]} is named twice; name it once, with the sum of the weights")
-    if schedule and schedule.floor > schedule.peak:
-        problems.append(f"schedule.floor: {schedule.floor} is above schedule.peak {schedule.peak}")
-    if not training:
-        return problems
-    step, total = training.tokens_per_step, training.total_tokens
-    if data and step % data.sequence_length:
-        nearest = step // data.sequence_length * data.sequence_length or data.sequence_length
-        problems.append(
-            f"training.tokens_per_step: {step} is no multiple of data.sequence_length {data.sequence_length}; use {nearest}"
-        )
-    if step > total:
-        problems.append(f"training.total_tokens: {total} is less than one step of {step}")
-    if schedule and schedule.warmup_tokens >= total:
-        problems.append(
-            f"schedule.warmup_tokens: {schedule.warmup_tokens} must be below training.total_tokens {total}"
-        )
-    if "milestones" in sections:
-        problems += _milestone_problems(sections["milestones"].tokens, total)
-    return problems
-
-
-def _milestone_problems(tokens: list[int], total: int) -> list[str]:
-    problems = []
-    if beyond := [count for count in tokens if not 0 < count <= total]:
-        problems.append(f"milestones.tokens: {beyond} must lie above 0 and up to training.total_tokens {total}")
-    if sorted(set(tokens)) != tokens:
-        problems.append(f"milestones.tokens: {tokens} must increase")
-    return problems
-
-
-def _model_problems(model: ModelSection) -> list[str]:
-    known = TinyLlamaConfig().to_dict()
-    problems = []
-    if model.preset not in PRESETS:
-        problems.append(f"model.preset: {model.preset!r} does not exist{did_you_mean(model.preset, PRESETS)}")
-    for name, value in model.overrides.items():
-        if name not in known:
-            problems.append(f"model.overrides.{name}: no field of a Llama{did_you_mean(name, known)}")
-        elif name in _NOT_OVERRIDDEN:
-            problems.append(f"model.overrides.{name}: {_NOT_OVERRIDDEN[name]}; leave it out")
-        elif name in PRESETS["1.1b"] and (not isinstance(value, int) or value < 1):
-            problems.append(f"model.overrides.{name}: {value!r}: must be a whole number above 0")
-    return problems
+    return read_recipe(PretrainConfig, path, overrides, contradictions)

@@ -1,227 +1,308 @@
-"""The pretraining loop: data order, schedule in tokens, milestones, metrics.
+"""The pretraining loop: steps, validation, milestones, checkpoints, and going on where a stopped run was.
 
 Every process computes the numbers of its blocks from the step alone, so there is no loader and no state of one.
 """
 
 import contextlib
+import fcntl
 import shutil
+import signal
 import time
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from .. import provenance
+from ..errors import InputError
+from ..inference.load import load
 from ..modeling_tinyllama import TinyLlamaForCausalLM
-from . import setup
-from .checkpoints import CONFIG_FILE, MILESTONES_FOLDER, write_milestone
+from . import launch, setup
+from .checkpoints import (
+    CHECKPOINTS_FOLDER,
+    TRAINING_STATE_FOLDER,
+    check_space,
+    prune,
+    read_checkpoint,
+    write_checkpoint,
+)
 from .config import PretrainConfig
+from .hooks import Hooks
+from .identity import arithmetic, changed_arithmetic
 from .metrics import Metrics
-from .schedule import learning_rate
-from .throughput import model_flops_utilization
+from .milestones import CONFIG_FILE, MILESTONES_FOLDER, export_weights, write_milestone
+from .resume import Start, find_start
+from .signals import Stopped, StopRequests
+from .step import StepResult, TrainStep
+from .throughput import measure_matmul_flops, model_flops_utilization, peak_memory_bytes
+from .trackers import row_values, start_trackers
+from .validation import validation_losses
 
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient was not finite. The parameters are those of the last finite step."""
 
 
-def pretrain(config: PretrainConfig, overwrite: bool = False, dry_run: bool = False) -> None:
-    """Trains a model as the recipe says and leaves a milestone folder at each count of tokens.
+def pretrain(
+    config: PretrainConfig,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    measure_peak: bool = False,
+    hooks: Hooks | None = None,
+) -> None:
+    """Trains a model as the recipe says, leaves a milestone folder at each count of tokens, and goes on with a run that
+    was stopped.
 
     Args:
         config (`PretrainConfig`): from [`load_config`].
-        overwrite (`bool`, *optional*, defaults to `False`): remove the run that lies in `output_dir`.
+        overwrite (`bool`, *optional*, defaults to `False`): remove the run that lies in `output_dir` and start anew.
         dry_run (`bool`, *optional*, defaults to `False`): check everything, say what would happen, and stop.
+        measure_peak (`bool`, *optional*, defaults to `False`): log the share of the matrix rate measured on the spot.
+        hooks (`Hooks`, *optional*): what the caller does at milestones and checkpoints.
 
     Raises:
         InputError: before the first step, for anything that cannot work.
         NonFiniteError: at the logging step after a loss or gradient that is not finite.
+        Stopped: after SIGTERM or SIGINT, once the step is done and a checkpoint written.
+        FullDiskError: if a checkpoint cannot be written; those before it are whole.
     """
-    accelerator = Accelerator(
-        mixed_precision="no" if config.training.precision == "fp32" else config.training.precision
+    accelerator = launch.make_accelerator(config)
+    run = setup.open_run(config)
+    setup.check_batches(config, accelerator.num_processes)
+    launch.check_attention(config.training, config.data.document_masking, accelerator.device)
+    launch.check_kernels(config.training.kernels, accelerator.device)
+    compiled, compile_says = launch.compiles(config.training.compile, accelerator.device)
+    start = find_start(run, accelerator, overwrite)
+    model = _build_model(run)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    check_space(
+        run.output, num_parameters, config.checkpoints.keep, len(run.milestones), config.milestones.keep_training_state
     )
-    setup.check_launch(accelerator)
-    run = setup.open_run(config, overwrite)
-    setup.accumulation_steps(config, accelerator.num_processes)
-    compiled, compile_says = setup.compiles(config.training.compile, accelerator.device)
-    torch.manual_seed(config.training.seed)
-    model = TinyLlamaForCausalLM._from_config(run.model_config, attn_implementation=config.training.attention)
-    model.generation_config.pad_token_id = run.tokenizer.pad_token_id
     if accelerator.is_main_process:
-        print("\n".join(setup.facts(run, model, accelerator.num_processes, compile_says)), flush=True)
+        print("\n".join([*setup.facts(run, model, accelerator.num_processes, compile_says), *start.says]), flush=True)
         if dry_run:
             print(f"first block {setup.sample(run)!r}\nwould write {run.output}/ (dry run: nothing was written)")
-    if dry_run:
+    if dry_run or start.is_finished:
         return
-    if compiled:
-        for layer in model.model.layers:
-            layer.compile()
-    trainer = _Trainer(run, accelerator, accelerator.prepare_model(model))
-    accelerator.wait_for_everyone()  # nobody is still looking whether the folder is empty
-    if accelerator.is_main_process:
-        if run.output.exists():
-            shutil.rmtree(run.output)
-        (run.output / MILESTONES_FOLDER).mkdir(parents=True)
-        provenance.write_text(run.output / CONFIG_FILE, setup.training_yaml(config))
-    accelerator.wait_for_everyone()
-    trainer.train()
-    accelerator.end_training()
+    launch.prepare_layers(model, config.training, compiled)
+    accelerator.wait_for_everyone()  # nobody is still looking at the folder
+    with _output_of_one(run, accelerator, start, overwrite):
+        trainer = _Trainer(run, accelerator, *launch.wrap(accelerator, model, config), start, hooks or Hooks())
+        trainer.matmul_flops = measure_matmul_flops(accelerator.device, torch.bfloat16) if measure_peak else None
+        start_trackers(accelerator, config, run.output)
+        trainer.train()
+        accelerator.end_training()
+
+
+def _build_model(run: setup.Run) -> TinyLlamaForCausalLM:
+    training = run.config.training
+    torch.manual_seed(training.seed)
+    implementation = launch.attention_implementation(training)
+    model = TinyLlamaForCausalLM._from_config(run.model_config, attn_implementation=implementation)
+    if run.config.model.init_from:
+        initial, _ = load(run.config.model.init_from, dtype=torch.float32, device="cpu")
+        model.load_state_dict(initial.state_dict())
+    model.generation_config.pad_token_id = run.tokenizer.pad_token_id
+    return model
+
+
+@contextlib.contextmanager
+def _output_of_one(run: setup.Run, accelerator: Accelerator, start: Start, overwrite: bool) -> Iterator[None]:
+    """Makes the run's folder ready, and keeps other launches out of it."""
+    if not accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+        yield
+        return
+    if overwrite and run.output.exists():
+        shutil.rmtree(run.output)
+    (run.output / MILESTONES_FOLDER).mkdir(parents=True, exist_ok=True)
+    with (run.output / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"output_dir {run.output}: another process trains in this folder; wait for it") from error
+        prune(run.output, run.config.checkpoints.keep)
+        provenance.write_text(run.output / CONFIG_FILE, setup.training_yaml(run.config))
+        accelerator.wait_for_everyone()
+        yield
 
 
 class _Trainer:
-    """The state of a run: model, optimiser, step."""
+    """A run under way."""
 
-    def __init__(self, run: setup.Run, accelerator: Accelerator, model: torch.nn.Module):
-        self.run, self.accelerator, self.model = run, accelerator, model
-        config = run.config
-        self.config, self.device = config, accelerator.device
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=config.schedule.peak,
-            betas=config.optimizer.betas,
-            eps=config.optimizer.eps,
-            weight_decay=config.optimizer.weight_decay,
-            fused=True,
-        )
-        self.accumulation = setup.accumulation_steps(config, accelerator.num_processes)
-        self.flops_per_token = accelerator.unwrap_model(model).flops_per_token(config.data.sequence_length)
-        # First step whose loss or gradient was not finite, -1 for none; read only where the run reports anyway.
-        self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
+    def __init__(
+        self,
+        run: setup.Run,
+        accelerator: Accelerator,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        start: Start,
+        hooks: Hooks,
+    ):
+        self.run, self.config, self.accelerator, self.model, self.hooks = run, run.config, accelerator, model, hooks
+        self.train_step = TrainStep(run.config, run.mixture, accelerator, model, optimizer, start.branched_at)
+        if start.checkpoint:
+            read_checkpoint(start.checkpoint, self.train_step)
+        self.start, self.branched_at, self.last_checkpoint = start.step, start.branched_at, start.checkpoint
+        self.flops_per_token = accelerator.unwrap_model(model).flops_per_token(run.config.data.sequence_length)
+        self.arithmetic = arithmetic(run.config, accelerator)
+        if start.arithmetic and (warning := changed_arithmetic(start.arithmetic, self.arithmetic)):
+            accelerator.print(warning)
+        self.matmul_flops: float | None = None
         self.validation_loss: float | None = None
 
     def train(self) -> None:
-        """Runs all steps."""
-        config, run = self.config, self.run
-        total_tokens = config.num_steps * config.training.tokens_per_step
-        with Metrics(run.output, total_tokens, self.accelerator.is_main_process) as metrics:
-            self.metrics = metrics
-            self.clock, self.clock_tokens, self.paused = time.perf_counter(), 0, 0.0
-            next_validation = config.validation.every_tokens
-            for step in range(1, config.num_steps + 1):
-                loss, gradient_norm, rate = self.step(step)
-                tokens, last = step * config.training.tokens_per_step, step == config.num_steps
-                if step % config.logging.every_steps == 0 or last:
-                    self.report(step, loss, gradient_norm, rate)
-                if tokens >= next_validation or last or step in run.milestones:
+        """Runs the steps that are left."""
+        config, run, steps = self.config, self.run, self.config.steps
+        total = steps.tokens_after(steps.number)
+        with (
+            Metrics(run.output, total, self.accelerator.is_main_process, self.start) as self.metrics,
+            StopRequests() as requests,
+        ):
+            self.clock, self.clock_tokens, self.paused = time.perf_counter(), steps.tokens_after(self.start), 0.0
+            for step in range(self.start + 1, steps.number + 1):
+                result, is_last = self.train_step(step), step == steps.number
+                is_milestone = step in run.milestones
+                if step % config.logging.every_steps == 0 or is_last:
+                    self.report(step, result)
+                if is_milestone or self.is_due(step, config.validation.every_tokens):
                     self.validate(step)
-                    next_validation = (tokens // config.validation.every_tokens + 1) * config.validation.every_tokens
-                if step in run.milestones:
+                if is_milestone:
                     self.milestone(step)
+                asked = requests.agreed()
+                if is_milestone or asked or self.is_due(step, config.checkpoints.every_tokens):
+                    self.checkpoint(step)
+                if asked and not is_last:
+                    raise Stopped(
+                        f"{signal.Signals(asked).name} after step {step:,} ({steps.tokens_after(step):,} tokens); "
+                        f"{self.last_checkpoint} is written, the same command goes on from it"
+                    )
 
-    def step(self, step: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """One optimiser step; returns this process's share of the loss, the gradient norm, the learning rate."""
-        training = self.config.training
-        rate = learning_rate((step - 1) * training.tokens_per_step, self.config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        total = torch.zeros((), device=self.device)
-        processes = self.accelerator.num_processes
-        for micro_step in range(self.accumulation):
-            inputs = self.micro_batch(step, micro_step)
-            last = micro_step == self.accumulation - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                # Sum over this micro-batch / tokens of the whole step: parts add up over micro-batches and processes.
-                loss = self.model(**inputs, num_items_in_batch=training.tokens_per_step).loss
-                # DistributedDataParallel averages gradients over processes, a sum is wanted.
-                self.accelerator.backward(loss * processes)
-            total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.gradient_clip)
-        # Summed over processes, as one must not step without the others.
-        bad = self.accelerator.reduce((~(torch.isfinite(norm) & torch.isfinite(total))).float(), reduction="sum") > 0
-        # The fused optimiser leaves the parameters alone where this is 1, without a word to the host.
-        self.optimizer.found_inf = bad.float()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.bad_step = torch.where(bad & (self.bad_step < 0), step, self.bad_step)
-        return total, norm, rate
+    def is_due(self, step: int, every_tokens: int) -> bool:
+        """Whether the step crosses a multiple of so many tokens."""
+        steps = self.config.steps
+        return steps.tokens_after(step) // every_tokens > steps.tokens_after(step - 1) // every_tokens
 
-    def micro_batch(self, step: int, micro_step: int) -> dict[str, torch.Tensor]:
-        """The inputs of one forward pass: a slice of the step's blocks, the same whatever the number of processes."""
-        sequences, micro = self.config.sequences_per_step, self.config.training.micro_batch_size
-        first = (
-            (step - 1) * sequences + self.accelerator.process_index * self.accumulation * micro + micro_step * micro
-        )
-        blocks = self.run.mixture.blocks(first, micro)
-        tokens = torch.from_numpy(self.run.mixture.tokens(blocks))  # [micro, seq + 1]
-        inputs = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "shift_labels": tokens[:, 1:]}
-        if self.config.data.document_masking:
-            inputs["position_ids"] = torch.from_numpy(self.run.mixture.position_ids(blocks))
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
-
-    def report(self, step: int, loss: torch.Tensor, gradient_norm: torch.Tensor, rate: float) -> None:
-        """Logs a step, and stops the run if one since the last report was not finite."""
-        config, tokens = self.config, step * self.config.training.tokens_per_step
-        loss = self.accelerator.reduce(loss, reduction="sum").item()
-        if (bad_step := self.bad_step.item()) >= 0:
-            raise NonFiniteError(
-                f"step {bad_step} ({bad_step * config.training.tokens_per_step:,} tokens): the loss or the gradient was "
-                "not finite. The parameters were not moved by it; nothing was saved after it. Lower schedule.peak, "
-                "lengthen schedule.warmup_tokens, or look at the data of that step"
-            )
-        now = time.perf_counter()
-        rate_tokens = (tokens - self.clock_tokens) / (now - self.clock - self.paused)
-        self.clock, self.clock_tokens, self.paused = now, tokens, 0.0
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
-        sequences = config.sequences_per_step
-        self.metrics.log(
-            {
-                "step": step,
-                "tokens": tokens,
-                "loss": loss,
-                "learning_rate": rate,
-                "gradient_norm": gradient_norm.item(),
-                "blocks": [(step - 1) * sequences, step * sequences],
-                "tokens_per_second": rate_tokens,
-                "mfu": model_flops_utilization(
-                    rate_tokens, self.flops_per_token, name, self.accelerator.num_processes
-                ),
-            }
-        )
-
-    @torch.no_grad()
-    def validate(self, step: int) -> None:
-        """Loss on the held-out blocks of each source, and their mean by weight."""
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time that is not training's, left out of tokens per second."""
         began = time.perf_counter()
-        model, micro = self.accelerator.unwrap_model(self.model), self.config.training.micro_batch_size
-        losses = []
-        for blocks in self.run.validation:
-            total = torch.zeros((), device=self.device)
-            for start in range(0, len(blocks), micro):
-                tokens = torch.from_numpy(blocks[start : start + micro]).to(self.device)
-                with self.accelerator.autocast():
-                    # In training mode (there is no dropout) the logits are never held as a whole.
-                    labels = tokens[:, 1:]
-                    total += model(
-                        input_ids=tokens[:, :-1], labels=labels, shift_labels=labels, num_items_in_batch=1
-                    ).loss
-            losses.append(total.item() / (len(blocks) * self.config.data.sequence_length))
-        self.validation_loss = setup.weighted(losses, self.run.mixture.weights)
-        row: dict[str, Any] = {"step": step, "tokens": step * self.config.training.tokens_per_step}
-        row["validation_loss"] = self.validation_loss
-        row["validation_loss_by_source"] = {
-            source.path: loss for source, loss in zip(self.config.data.sources, losses, strict=True)
-        }
-        self.metrics.log(row)
+        yield
         self.paused += time.perf_counter() - began
+
+    def check_finite(self) -> None:
+        """Stops the run if a step since the last look was not finite."""
+        if (bad_step := int(self.train_step.bad_step.item())) < 0:
+            return
+        names = [source.path for source in self.config.data.sources]
+        counts = Counter(names[block.source] for block in self.train_step.blocks(bad_step))
+        raise NonFiniteError(
+            f"step {bad_step} ({self.config.steps.tokens_after(bad_step):,} tokens): the loss or the gradient was not finite. "
+            "The parameters were not moved by it; nothing was saved after it. Its blocks: "
+            f"{', '.join(f'{count} of {name}' for name, count in sorted(counts.items()))}. Last checkpoint: "
+            f"{self.last_checkpoint or 'none'}. Lower schedule.peak, lengthen schedule.warmup_tokens, or look at the data "
+            "of that step"
+        )
+
+    def report(self, step: int, result: StepResult) -> None:
+        """Logs a step."""
+        config, tokens = self.config, self.config.steps.tokens_after(step)
+        self.check_finite()
+        now = time.perf_counter()
+        seconds = now - self.clock - self.paused
+        rate = (tokens - self.clock_tokens) / seconds
+        device = self.accelerator.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        processes = self.accelerator.num_processes
+        row: dict[str, Any] = {
+            "step": step,
+            "tokens": tokens,
+            "loss": result.loss.item(),
+            "learning_rate": result.learning_rate,
+            "gradient_norm": result.gradient_norm.item(),
+            "blocks": [config.steps.tokens_after(n) // config.data.sequence_length for n in (step - 1, step)],
+            "block_ids": provenance.fingerprint(self.train_step.blocks(step))[:16],
+            "tokens_per_second": rate,
+            "mfu": model_flops_utilization(rate, self.flops_per_token, name, processes),
+            "data_wait_share": self.train_step.wait_seconds / seconds,
+            "peak_memory_bytes": peak_memory_bytes(device),
+            "seconds_left": (config.steps.tokens_after(config.steps.number) - tokens) / rate,
+        }
+        if config.training.skip_spikes_sigma is not None:
+            row["skipped_steps"] = int(self.train_step.skipped.item())
+        if self.matmul_flops:
+            row["matmul_share"] = rate * self.flops_per_token / (self.matmul_flops * processes)
+        self.clock, self.clock_tokens, self.paused, self.train_step.wait_seconds = now, tokens, 0.0, 0.0
+        self.log(row)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """A row of the metrics, to the file and the trackers."""
+        self.metrics.log(row)
+        if self.config.logging.trackers:
+            self.accelerator.log(row_values(row), step=row["step"])
+
+    def validate(self, step: int) -> None:
+        """Loss on the held-out blocks of each source, and their mean by share."""
+        self.check_finite()
+        with self.pause():
+            losses = validation_losses(self.run, self.accelerator, self.model)
+            self.validation_loss = sum(loss * share for loss, share in zip(losses, self.run.shares, strict=True))
+            names = [source.path for source in self.config.data.sources]
+            self.log(
+                {
+                    "step": step,
+                    "tokens": self.config.steps.tokens_after(step),
+                    "validation_loss": self.validation_loss,
+                    "validation_loss_by_source": dict(zip(names, losses, strict=True)),
+                }
+            )
 
     def milestone(self, step: int) -> None:
         """Writes the model folder of a step."""
-        if self.bad_step.item() >= 0:
-            return  # the next report stops the run
-        began = time.perf_counter()
-        if self.accelerator.is_main_process:
-            run, config = self.run, self.config
-            folder = run.output / MILESTONES_FOLDER / run.milestones[step]
-            record = {
-                "step": step,
-                "tokens": step * config.training.tokens_per_step,
-                "validation_loss": self.validation_loss,
-                "num_processes": self.accelerator.num_processes,
-                "data": {source.path: self.run.mixture.sources[i].metadata["fingerprint"]
-                         for i, source in enumerate(config.data.sources)},
-            }  # fmt: skip
-            model = self.accelerator.unwrap_model(self.model)
-            write_milestone(folder, model, run.tokenizer, setup.training_yaml(config), record)
-            self.metrics.say(f"step {step:>6}  wrote {folder}")
-        self.accelerator.wait_for_everyone()
-        self.paused += time.perf_counter() - began
+        with self.pause():
+            run, name = self.run, self.run.milestones[step]
+            folder = run.output / MILESTONES_FOLDER / name
+            weights = export_weights(self.model)
+            if self.accelerator.is_main_process:
+                record = {
+                    "step": step,
+                    "tokens": self.config.steps.tokens_after(step),
+                    "validation_loss": self.validation_loss,
+                    "num_processes": self.accelerator.num_processes,
+                    "data": {spec.path: source.metadata["fingerprint"] for spec, source in
+                             zip(self.config.data.sources, run.mixture.sources, strict=True)},
+                }  # fmt: skip
+                model = self.accelerator.unwrap_model(self.model)
+                text = setup.training_yaml(self.config)
+                write_milestone(folder, model, run.tokenizer, text, record, weights, self.hooks.complete_milestone)
+                self.metrics.say(f"step {step:>6}  wrote {folder}")
+                self.hooks.after_milestone(run.output, folder)
+            self.accelerator.wait_for_everyone()
+            if self.config.milestones.keep_training_state:
+                write_checkpoint(run.output / TRAINING_STATE_FOLDER / name, self.train_step, self.record(step))
+
+    def checkpoint(self, step: int) -> None:
+        """Writes what the run can go on from."""
+        self.check_finite()
+        with self.pause():
+            self.metrics.synchronise()
+            folder = self.run.output / CHECKPOINTS_FOLDER / f"step-{step}"
+            write_checkpoint(folder, self.train_step, self.record(step))
+            self.last_checkpoint = folder
+            if self.accelerator.is_main_process:
+                prune(self.run.output, self.config.checkpoints.keep)
+                self.hooks.after_checkpoint(self.run.output)
+            self.accelerator.wait_for_everyone()
+
+    def record(self, step: int) -> dict[str, Any]:
+        """What a checkpoint says of itself."""
+        return {
+            "step": step,
+            "tokens": self.config.steps.tokens_after(step),
+            "branched_at": self.branched_at,
+            "identity": self.run.identity,
+            "arithmetic": self.arithmetic,
+            "provenance": provenance.collect(),
+        }

@@ -1,6 +1,7 @@
 """What a run says of itself while it goes on: rows of `metrics.jsonl`, and a progress bar or lines."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ class Metrics:
         run (`Path`): folder of the run.
         total_tokens (`int`): of all steps together.
         enabled (`bool`): whether this is the process that reports.
+        step (`int`): after which the run goes on; rows of later steps are cut, those steps come again.
     """
 
-    def __init__(self, run: Path, total_tokens: int, enabled: bool):
+    def __init__(self, run: Path, total_tokens: int, enabled: bool, step: int = 0):
         self.enabled, self.total_tokens = enabled, total_tokens
         self._console = Console()
         self._bar = Progress(
@@ -32,7 +34,9 @@ class Metrics:
             disable=not (enabled and self._console.is_terminal),
         )
         self._task = self._bar.add_task("", total=total_tokens, step=0, summary="")
-        self._file = (run / METRICS_FILE).open("w", encoding="utf-8") if enabled else None
+        if enabled:
+            _cut(run, step)
+        self._file = (run / METRICS_FILE).open("a", encoding="utf-8") if enabled else None
 
     def __enter__(self) -> "Metrics":
         self._bar.start()
@@ -58,8 +62,13 @@ class Metrics:
         summary = f"loss {row['loss']:.3f}  {rate:,.0f} tokens/s  MFU {mfu}"
         self._bar.update(self._task, completed=row["tokens"], step=row["step"], summary=summary)
         if not self._console.is_terminal:
-            left = (self.total_tokens - row["tokens"]) / rate
-            self.say(f"step {row['step']:>6}  {row['tokens']:>12,} tokens  {summary}  {left:,.0f} s left")
+            left = duration((self.total_tokens - row["tokens"]) / rate)
+            self.say(f"step {row['step']:>6}  {row['tokens']:>12,} tokens  {summary}  {left} left")
+
+    def synchronise(self) -> None:
+        """Puts all rows on the disk: a checkpoint must not be newer than the rows before it."""
+        if self._file:
+            os.fsync(self._file.fileno())
 
     def say(self, line: str) -> None:
         """Prints a line above the bar."""
@@ -67,7 +76,25 @@ class Metrics:
             self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+def duration(seconds: float) -> str:
+    """A time in the two units that one would say it in: `42 s`, `7 min`, `3 h 20 min`, `89 d 23 h`."""
+    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
+    if days >= 1:
+        return f"{int(days)} d {int(hours % 24)} h"
+    if hours >= 1:
+        return f"{int(hours)} h {int(minutes % 60)} min"
+    return f"{minutes:.0f} min" if minutes >= 2 else f"{seconds:.0f} s"
+
+
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run's `metrics.jsonl`."""
+    """The rows of a run's `metrics.jsonl`; a last line that a killed process left half-written is no row."""
     with (run / METRICS_FILE).open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _cut(run: Path, step: int) -> None:
+    path = run / METRICS_FILE
+    rows = [row for row in read_metrics(run) if row["step"] <= step] if step and path.is_file() else []
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, path)

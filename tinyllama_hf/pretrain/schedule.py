@@ -1,20 +1,98 @@
-"""The learning rate as a function of the tokens seen, and nothing else."""
+"""Steps and learning rate as functions of the tokens seen, and nothing else."""
 
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-from .config import PretrainConfig
+
+if TYPE_CHECKING:
+    from .config import PretrainConfig
 
 
-def learning_rate(tokens: int, config: PretrainConfig) -> float:
-    """The learning rate of the step that begins after `tokens` tokens.
+class _Stage(NamedTuple):
+    """Steps of one size: how many steps and tokens stand before them."""
 
-    Linear from 0 to `schedule.peak` over `schedule.warmup_tokens`, then half a cosine down to `schedule.floor` at
-    `training.total_tokens`. It does not depend on the number of processes.
+    steps_before: int
+    tokens_before: int
+    tokens_per_step: int
+
+
+class Steps:
+    """Optimiser steps, numbered from 1, and the tokens that each begins and ends with.
+
+    Args:
+        total_tokens (`int`): the last step is the first to reach it.
+        tokens_per_step (`int`): of all processes together.
+        changes (`Sequence[tuple[int, int]]`, *optional*): (tokens, tokens per step): from the first step on that begins
+            with at least so many tokens seen. Increasing.
     """
+
+    def __init__(self, total_tokens: int, tokens_per_step: int, changes: Sequence[tuple[int, int]] = ()):
+        self._stages = [_Stage(0, 0, tokens_per_step)]
+        for from_tokens, size in changes:
+            last = self._stages[-1]
+            number = -(-(from_tokens - last.tokens_before) // last.tokens_per_step)
+            tokens = last.tokens_before + number * last.tokens_per_step
+            self._stages.append(_Stage(last.steps_before + number, tokens, size))
+        self.total_tokens = total_tokens
+        self.number = self.reaching(total_tokens)
+
+    @property
+    def sizes(self) -> list[int]:
+        """The different sizes of a step, in tokens."""
+        return sorted({stage.tokens_per_step for stage in self._stages if stage.steps_before < self.number})
+
+    def tokens_after(self, step: int) -> int:
+        """Tokens seen once `step` steps are done."""
+        stage = next(stage for stage in reversed(self._stages) if stage.steps_before <= step)
+        return stage.tokens_before + (step - stage.steps_before) * stage.tokens_per_step
+
+    def tokens_of(self, step: int) -> int:
+        """Tokens of the step with this number."""
+        return next(stage for stage in reversed(self._stages) if stage.steps_before < step).tokens_per_step
+
+    def reaching(self, tokens: int) -> int:
+        """The first step after which at least so many tokens have been seen."""
+        stage = next(
+            stage for stage in reversed(self._stages) if stage.tokens_before < tokens or not stage.steps_before
+        )
+        return stage.steps_before + -(-(tokens - stage.tokens_before) // stage.tokens_per_step)
+
+
+def learning_rate(step: int, config: "PretrainConfig", branched_at: int | None = None) -> float:
+    """The learning rate of a step. It follows from tokens alone, never from the number of processes.
+
+    Linear from 0 to `schedule.peak` over `schedule.warmup_tokens`; then, with u going from 0 to 1 until
+    `training.total_tokens`,
+
+    - `cosine`: `floor + (peak - floor) (1 + cos(pi u)) / 2`, as published;
+    - `wsd`: `peak`, and linear to `floor` over the last `schedule.decay_tokens` (a trapezoid);
+    - `constant`: `peak`;
+    - in a branch with `schedule: cooldown`: linear from the rate of its first step to `floor`, 0 where there is none.
+
+    Args:
+        step (`int`): from 1 on.
+        config (`PretrainConfig`): the recipe.
+        branched_at (`int`, *optional*): tokens seen where the run left another one.
+    """
+    tokens = config.steps.tokens_after(step - 1)
+    if branched_at is None or config.branch.schedule == "continue":
+        return _scheduled(tokens, tokens + config.steps.tokens_of(step), config)
+    first = config.steps.reaching(branched_at) + 1
+    start = _scheduled(branched_at, branched_at + config.steps.tokens_of(first), config)
+    done = (tokens - branched_at) / (config.training.total_tokens - branched_at)
+    return start + ((config.schedule.floor or 0.0) - start) * done
+
+
+def _scheduled(tokens: int, reached: int, config: "PretrainConfig") -> float:
     schedule, total = config.schedule, config.training.total_tokens
     # The first step would have rate 0 and be lost: warm-up counts the step's own tokens.
-    reached = tokens + config.training.tokens_per_step
     if reached < schedule.warmup_tokens:
         return schedule.peak * reached / schedule.warmup_tokens
+    if schedule.name == "constant":
+        return schedule.peak
+    if schedule.name == "wsd":
+        left = min((total - tokens) / schedule.decay_tokens, 1.0)
+        return schedule.floor + (schedule.peak - schedule.floor) * max(left, 0.0)
     progress = min((tokens - schedule.warmup_tokens) / (total - schedule.warmup_tokens), 1.0)
     return schedule.floor + (schedule.peak - schedule.floor) * 0.5 * (1 + math.cos(math.pi * max(progress, 0.0)))

@@ -1,24 +1,24 @@
 """From a checked recipe to the things that a run works with, and the facts that follow from it."""
 
-import math
-import os
-import shutil
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import yaml
-from accelerate import Accelerator, DistributedType
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from ..configuration_tinyllama import TinyLlamaConfig
+from ..configuration_tinyllama import PRESETS, TinyLlamaConfig
 from ..data.mixture import Mixture
+from ..data.order import WeightChange
 from ..errors import InputError
+from ..inference.load import model_folder
 from ..modeling_tinyllama import TinyLlamaForCausalLM
 from ..tokenization_tinyllama import load_tokenizer, tokenizer_fingerprint
-from .checkpoints import CONFIG_FILE, milestone_names, milestone_steps
 from .config import PretrainConfig
+from .identity import identity
+from .milestones import milestone_names, milestone_steps
 
 
 class Run(NamedTuple):
@@ -30,36 +30,68 @@ class Run(NamedTuple):
     mixture: Mixture
     model_config: TinyLlamaConfig
     validation: list  # per source, `[num_blocks, sequence_length + 1]` tokens
+    shares: list[float]  # of the sources in all tokens of the run
     milestones: dict[int, str]  # step -> name
+    identity: dict  # what makes it the same run
 
 
-def open_run(config: PretrainConfig, overwrite: bool = False) -> Run:
+def open_run(config: PretrainConfig) -> Run:
     """Checks everything that the recipe names and opens it; writes nothing.
 
     Raises:
         InputError: for data, tokenizer, model and output that cannot be used together.
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
-    mixture = Mixture(
-        [source.path for source in config.data.sources],
-        [source.weight for source in config.data.sources],
-        config.data.sequence_length,
-        config.training.seed,
-        tokenizer_fingerprint(tokenizer),
-    )
-    validation = mixture.validation_blocks(config.validation.max_tokens)
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    mixture = open_mixture(config, fingerprint)
+    total_blocks = config.steps.tokens_after(config.steps.number) // config.data.sequence_length
+    shares = mixture.shares(total_blocks) if config.data.mixture_changes else mixture.weights
+    validation = mixture.validation_blocks(config.validation.max_tokens, shares)
     output = Path(config.output_dir)
     if output.exists() and not output.is_dir():
         raise InputError(f"output_dir {output}: is a file; choose a folder")
-    if output.exists() and any(output.iterdir()) and not (overwrite and (output / CONFIG_FILE).is_file()):
-        hint = "pass --overwrite to start it anew" if (output / CONFIG_FILE).is_file() else "it is no run"
-        raise InputError(f"output_dir {output}: is not empty; choose another folder ({hint})")
-    steps = milestone_steps(config.milestones.tokens, config.training.tokens_per_step, config.num_steps)
-    names = milestone_names(steps, config.training.tokens_per_step)
-    check_attention(config.training.attention)
+    steps = milestone_steps(config.milestones.tokens, config.milestones.steps, config.steps)
+    names = milestone_names(steps, config.steps)
     built = model_config(config, tokenizer)
+    if config.model.init_from:
+        check_initial_model(config.model.init_from, built)
     tokenizer.model_max_length = built.max_position_embeddings  # saved with every milestone
-    return Run(config, output, tokenizer, mixture, built, validation, names)
+    return Run(
+        config, output, tokenizer, mixture, built, validation, shares, names, identity(config, mixture, fingerprint)
+    )
+
+
+def open_mixture(config: PretrainConfig, tokenizer_fingerprint: str) -> Mixture:
+    """The training stream of a recipe; arguments in tokens become blocks."""
+    length = config.data.sequence_length
+    return Mixture(
+        [source.path for source in config.data.sources],
+        [source.weight for source in config.data.sources],
+        length,
+        config.training.seed,
+        tokenizer_fingerprint,
+        [
+            WeightChange(Fraction(change.from_tokens, length), Fraction(change.ramp_tokens, length), change.weights)
+            for change in config.data.mixture_changes
+        ],
+    )
+
+
+def check_initial_model(name: str, expected: TinyLlamaConfig) -> None:
+    """Refuses `model.init_from` if its architecture is not that of the recipe; reads its config only.
+
+    Raises:
+        InputError: naming each field that differs.
+    """
+    folder = model_folder(name)
+    found = TinyLlamaConfig.from_llama(AutoConfig.from_pretrained(folder)).to_dict()
+    wanted = expected.to_dict()
+    # The context may differ: rotary positions have no weights.
+    decisive = {*PRESETS["1.1b"], "vocab_size", "head_dim", "tie_word_embeddings", "rms_norm_eps", "rope_parameters",
+                "hidden_act", "attention_bias", "mlp_bias"}  # fmt: skip
+    if different := sorted(field for field in decisive if found.get(field) != wanted.get(field)):
+        lines = "\n".join(f"  {field}: {found.get(field)} there, {wanted.get(field)} here" for field in different)
+        raise InputError(f"model.init_from {name}: is another architecture than the recipe's\n{lines}")
 
 
 def model_config(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> TinyLlamaConfig:
@@ -89,93 +121,51 @@ def model_config(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> 
     return built
 
 
-def check_launch(accelerator: Accelerator) -> None:
-    """Refuses launch settings under which the recipe would not mean what it says."""
-    kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    if accelerator.distributed_type not in kinds:
-        raise InputError(
-            f"accelerate launches {accelerator.distributed_type}; this version trains on one process or with "
-            "DistributedDataParallel only: use recipes/accelerate/cpu.yaml, or --multi_gpu"
-        )
-    if accelerator.gradient_accumulation_steps != 1:
-        raise InputError(
-            f"accelerate's gradient_accumulation_steps is {accelerator.gradient_accumulation_steps}; accumulation follows "
-            "from training.tokens_per_step and training.micro_batch_size: leave it out of the launch command"
-        )
-
-
-def check_attention(attention: str) -> None:
-    """Refuses an attention implementation that this machine cannot run."""
-    if attention != "flash_attention_2":
-        return
-    from transformers.utils import is_flash_attn_2_available
-
-    if not torch.cuda.is_available():
-        raise InputError("training.attention: flash_attention_2 needs a GPU, and there is none; use sdpa")
-    if not is_flash_attn_2_available():
-        raise InputError("training.attention: flash_attention_2 needs the package flash-attn; use sdpa")
-
-
-def accumulation_steps(config: PretrainConfig, num_processes: int) -> int:
-    """Micro-batches of a process in a step.
+def check_batches(config: PretrainConfig, num_processes: int) -> None:
+    """Refuses batches that do not divide.
 
     Raises:
-        InputError: if processes x micro-batch does not divide the step, listing the sizes that do.
+        InputError: if processes x micro-batch does not divide a step, listing the sizes that do.
     """
-    sequences, micro = config.sequences_per_step, config.training.micro_batch_size
-    if sequences % (num_processes * micro):
-        per_process, rest = divmod(sequences, num_processes)
-        sizes = [size for size in range(1, per_process + 1) if not rest and per_process % size == 0]
-        fix = f"sizes that do: {', '.join(map(str, sizes))}" if sizes else "change training.tokens_per_step"
-        raise InputError(
-            f"training.micro_batch_size: {micro} x {num_processes} processes does not divide the "
-            f"{sequences} sequences of a step; {fix}"
-        )
-    return sequences // (num_processes * micro)
-
-
-def compiles(setting: str, device: torch.device) -> tuple[bool, str]:
-    """Whether layers are compiled, and the sentence that says so.
-
-    Raises:
-        InputError: if compilation is asked for and no compiler is found.
-    """
-    # What inductor calls: a C++ compiler for CPU kernels, a C compiler for triton's launchers.
-    variable, names = ("CC", ("gcc", "cc", "clang")) if device.type == "cuda" else ("CXX", ("g++", "clang++"))
-    compiler = next((name for name in (os.environ.get(variable), *names) if name and shutil.which(name)), None)
-    if setting == "off":
-        return False, "off"
-    if compiler is None:
-        if setting == "layers":
+    micro = config.training.micro_batch_size
+    for tokens in config.steps.sizes:
+        sequences = tokens // config.data.sequence_length
+        if sequences % (num_processes * micro):
+            per_process, rest = divmod(sequences, num_processes)
+            sizes = [size for size in range(1, per_process + 1) if not rest and per_process % size == 0]
+            fix = f"sizes that do: {', '.join(map(str, sizes))}" if sizes else "change training.tokens_per_step"
             raise InputError(
-                f"training.compile: layers needs a compiler, and none of {', '.join(names)} is found; use off"
+                f"training.micro_batch_size: {micro} x {num_processes} processes does not divide the "
+                f"{sequences} sequences of a step; {fix}"
             )
-        return False, "off (auto: no compiler found)"
-    if setting == "auto" and device.type != "cuda":
-        return False, "off (auto: no GPU)"
-    return True, "per layer"
 
 
 def facts(run: Run, model: TinyLlamaForCausalLM, num_processes: int, compile_says: str) -> list[str]:
     """The quantities that follow from a recipe, one line each."""
-    config, training = run.config, run.config.training
-    steps, step_tokens = config.num_steps, training.tokens_per_step
-    total = steps * step_tokens
+    config, training, steps = run.config, run.config.training, run.config.steps
+    total, length = steps.tokens_after(steps.number), run.config.data.sequence_length
     parameters = sum(p.numel() for p in model.parameters())
-    epochs = run.mixture.epochs(steps * config.sequences_per_step)
+    epochs = run.mixture.epochs(total // length)
+    sizes = ", then ".join(
+        f"{size:,}" for size in (training.tokens_per_step, *(c.tokens_per_step for c in training.batch_changes))
+    )
+    micro_batches = ", then ".join(
+        str(size // length // (num_processes * training.micro_batch_size)) for size in steps.sizes
+    )
     lines = [
         f"model       {config.model.preset}: {parameters:,} parameters, {len(run.tokenizer):,} tokens in the vocabulary, "
         f"context {run.model_config.max_position_embeddings}",
-        f"tokens      {total:,} in {steps:,} steps of {step_tokens:,} ({config.sequences_per_step} sequences of "
-        f"{config.data.sequence_length}); {total / parameters:.2f} per parameter",
-        f"a step      {num_processes} process(es) x {accumulation_steps(config, num_processes)} micro-batches of "
-        f"{training.micro_batch_size} sequences, {training.precision}, compile {compile_says}",
+        f"tokens      {total:,} in {steps.number:,} steps of {sizes} ({config.sequences(1)} sequences of "
+        f"{length}); {total / parameters:.2f} per parameter",
+        f"a step      {num_processes} process(es) x {micro_batches} micro-batches of "
+        f"{training.micro_batch_size} sequences, {training.precision}, attention {training.attention}, compile "
+        f"{compile_says}",
         f"arithmetic  {model.flops_per_token(config.data.sequence_length) / 1e9:.4g} GFLOP a token (6 x parameters without "
         "the input embedding + attention, not halved)",
     ]
-    for source, spec, epoch in zip(run.mixture.sources, config.data.sources, epochs, strict=True):
+    for source, spec, share, epoch in zip(run.mixture.sources, config.data.sources, run.shares, epochs, strict=True):
         lines.append(
-            f"data        {spec.weight:.1%} {spec.path}: {len(source):,} blocks, {source.num_tail_tokens} tokens left "
+            f"data        {share:.1%} {spec.path}: {len(source):,} blocks, {source.num_tail_tokens} tokens left "
             f"over, read {epoch:.2f} times"
         )
     for step, name in run.milestones.items():
@@ -191,9 +181,4 @@ def sample(run: Run, num_tokens: int = 48) -> str:
 
 def training_yaml(config: PretrainConfig) -> str:
     """The configuration as it was used, overrides applied: a recipe that repeats the run."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def weighted(losses: list[float], weights: list[float]) -> float:
-    """Mean of the sources' losses by their share of the training tokens."""
-    return math.fsum(loss * weight for loss, weight in zip(losses, weights, strict=True))
+    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False)

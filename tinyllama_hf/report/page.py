@@ -12,8 +12,8 @@ from .. import provenance
 from ..errors import InputError, require
 from ..inference.generation import generate_text
 from ..inference.load import load
-from ..pretrain.checkpoints import CONFIG_FILE, list_milestones, read_record
 from ..pretrain.metrics import METRICS_FILE, read_metrics
+from ..pretrain.milestones import CONFIG_FILE, list_milestones, read_record
 from . import sections
 
 

@@ -1,0 +1,394 @@
+"""Going on: a run that was stopped or killed at any moment gives the numbers of the uninterrupted one, bit for bit."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT
+from tinyllama_hf.data.prepare import prepare
+from tinyllama_hf.errors import InputError
+from tinyllama_hf.pretrain import checkpoints, loop
+from tinyllama_hf.pretrain.config import load_config
+from tinyllama_hf.pretrain.hooks import Hooks
+from tinyllama_hf.pretrain.metrics import read_metrics
+from tinyllama_hf.pretrain.milestones import list_milestones
+from tinyllama_hf.pretrain.signals import Stopped
+
+
+# What must repeat; times and rates of the machine need not.
+EXACT = ("step", "tokens", "loss", "learning_rate", "gradient_norm", "blocks", "block_ids", "validation_loss",
+         "validation_loss_by_source", "skipped_steps")  # fmt: skip
+
+
+def run(recipe: Path, *overrides: str, **options) -> Path:
+    config = load_config(recipe, overrides)
+    loop.pretrain(config, **options)
+    return Path(config.output_dir)
+
+
+def exact_rows(output: Path) -> list[dict]:
+    return [{name: row[name] for name in EXACT if name in row} for row in read_metrics(output)]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Same milestones, same weights, same metrics."""
+    assert exact_rows(a) == exact_rows(b)
+    names = [folder.name for folder in list_milestones(a)]
+    assert names == [folder.name for folder in list_milestones(b)]
+    for name in names:
+        weights = [load_file(x / "milestones" / name / "model.safetensors") for x in (a, b)]
+        assert weights[0].keys() == weights[1].keys()
+        assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0]), name
+
+
+def signal_after(step: int, number: int):
+    """Hooks that send this process a signal while a checkpoint or milestone is being finished."""
+    state = {"calls": 0}
+
+    def send(*_: Path) -> None:
+        state["calls"] += 1
+        if state["calls"] == step:
+            os.kill(os.getpid(), number)
+
+    return send
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(prepared, tokenizer_folder, tmp_path_factory) -> Path:
+    from tests.conftest import write_recipe
+
+    return run(write_recipe(tmp_path_factory.mktemp("uninterrupted"), prepared, tokenizer_folder))
+
+
+class TestSignals:
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_saves_stops_and_goes_on(self, recipe, uninterrupted, number):
+        hooks = Hooks(after_checkpoint=signal_after(1, number))
+        with pytest.raises(Stopped, match=rf"{signal.Signals(number).name} after step 5 \(1,280 tokens\).*step-5 is written"):
+            run(recipe, hooks=hooks)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "handlers are given back"
+        assert_same_run(run(recipe), uninterrupted)
+
+    def test_exit_status_and_second_signal(self, recipe, tmp_path):
+        """In a process of its own: the first signal saves and ends with 75, a second one ends at once."""
+        slow = ["training.total_tokens=2_560_000", "milestones.tokens=[]"]
+        command = [sys.executable, ROOT / "recipes" / "pretrain.py", recipe, *slow]
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        wait_for(recipe.parent / "run" / "checkpoints" / "step-4")
+        process.send_signal(signal.SIGTERM)
+        printed = process.communicate(timeout=60)[0]
+        assert process.returncode == 75, printed
+        assert "the same command goes on from it" in printed
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for line in process.stdout:
+            if line.startswith("step "):
+                break
+        os.kill(process.pid, signal.SIGSTOP)  # both signals must arrive within one step
+        for number in (signal.SIGTERM, signal.SIGINT):
+            process.send_signal(number)
+        os.kill(process.pid, signal.SIGCONT)
+        time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+        assert process.returncode in (75, -signal.SIGTERM, -signal.SIGINT)
+
+
+def wait_for(path: Path, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} never came"
+        time.sleep(0.01)
+
+
+class TestGoingOn:
+    def test_a_finished_run_does_nothing(self, recipe, capsys):
+        output = run(recipe)
+        before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+        run(recipe)
+        assert "finished: nothing is left to do" in capsys.readouterr().out
+        assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+
+    def test_rows_beyond_the_checkpoint_are_cut(self, recipe, uninterrupted):
+        output = run(recipe)
+        shutil.rmtree(output / "checkpoints" / "step-12")
+        with (output / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 13, "tok')  # what a killed process leaves
+        assert_same_run(run(recipe), uninterrupted)
+
+    def test_from_the_start_if_killed_before_the_first_checkpoint(self, recipe, uninterrupted):
+        output = run(recipe)
+        shutil.rmtree(output / "checkpoints")
+        for folder in list_milestones(output)[1:]:
+            shutil.rmtree(folder)
+        assert_same_run(run(recipe), uninterrupted)
+
+    def test_other_micro_batches_read_the_same_blocks(self, recipe, uninterrupted, capsys):
+        output = run(recipe)
+        shutil.rmtree(output / "checkpoints" / "step-12")
+        run(recipe, "training.micro_batch_size=2")
+        assert "within rounding only (micro_batch_size: was 4, is 2)" in capsys.readouterr().out
+        rows = [[row["block_ids"] for row in read_metrics(x) if "loss" in row] for x in (output, uninterrupted)]
+        assert rows[0] == rows[1]
+        losses = [[row["loss"] for row in read_metrics(x) if "loss" in row] for x in (output, uninterrupted)]
+        assert losses[0] == pytest.approx(losses[1], abs=2e-5)
+
+    def test_over_the_end_of_an_epoch_and_through_spikes(self, recipe, tmp_path):
+        """Fifteen epochs of the data, with the guard's own state in use."""
+        settings = ["training.total_tokens=51_200", "training.skip_spikes_sigma=1.0", "checkpoints.every_tokens=12_800",
+                    "validation.every_tokens=51_200"]  # fmt: skip
+        whole = run(recipe, *settings, f"output_dir={tmp_path / 'whole'}")
+        with pytest.raises(Stopped):
+            run(recipe, *settings, hooks=Hooks(after_checkpoint=signal_after(4, signal.SIGTERM)))
+        assert_same_run(run(recipe, *settings), whole)
+        assert [row["skipped_steps"] for row in read_metrics(whole) if "loss" in row][-1] > 0
+
+    def test_last_k_stay(self, recipe):
+        assert sorted(path.name for path in (run(recipe) / "checkpoints").iterdir()) == ["step-12", "step-8"]
+
+
+class TestDamage:
+    @pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "record"])
+    def test_falls_back_to_the_newest_complete_one_and_says_so(self, recipe, uninterrupted, capsys, harm):
+        output = run(recipe)
+        newest = output / "checkpoints" / "step-12"
+        part = next(newest.glob("*.distcp"))
+        data = bytearray(part.read_bytes())
+        if harm == "truncate":
+            part.write_bytes(data[:-1])
+        elif harm == "flip":
+            data[len(data) // 2] ^= 1
+            part.write_bytes(data)
+        elif harm == "remove":
+            part.unlink()
+        else:
+            (newest / "checkpoint.json").write_text('{"files": {')
+        assert_same_run(run(recipe), uninterrupted)
+        printed = capsys.readouterr().out
+        assert "checkpoint step-12 is damaged" in printed and "checkpoints/step-8, step 8: going on" in printed
+
+    def test_sorted_by_number(self, tmp_path):
+        """The original picked iter-960000 after iter-1000000, by text."""
+        for step in (960_000, 1_000_000, 5):
+            (tmp_path / "checkpoints" / f"step-{step}").mkdir(parents=True)
+        assert [p.name for p in checkpoints._checkpoints(tmp_path)] == ["step-5", "step-960000", "step-1000000"]
+
+    def test_nothing_is_lost_where_all_are_damaged(self, recipe):
+        output = run(recipe)
+        for part in output.glob("checkpoints/*/*.distcp"):
+            part.unlink()
+        with pytest.raises(InputError, match="cannot be gone on with"):
+            run(recipe)
+        assert len(list_milestones(output)) == 2
+
+    def test_a_full_disk_leaves_the_checkpoint_before(self, recipe, uninterrupted, tmp_path):
+        """With a limit on the size of files, which fails a write as a full disk does."""
+        script = f"""
+import resource, runpy, sys
+from tinyllama_hf.pretrain.hooks import Hooks
+from tinyllama_hf.pretrain import loop
+from tinyllama_hf.pretrain.config import load_config
+import signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+limit = lambda run: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+try:
+    loop.pretrain(load_config({str(recipe)!r}), hooks=Hooks(after_checkpoint=limit))
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+        assert "FullDiskError" in done.stdout and "File too large" in done.stdout, done.stdout + done.stderr
+        output = recipe.parent / "run"
+        assert [p.name for p in (output / "checkpoints").iterdir()] == ["step-4"]
+        assert_same_run(run(recipe), uninterrupted)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            ("schedule.peak=1e-3", "schedule.peak: was 0.005, is 0.001"),
+            ("training.total_tokens=5120", "training.total_tokens: was 3072, is 5120"),
+            ("training.seed=1", "training.seed: was 3407, is 1"),
+            ("model.overrides.num_hidden_layers=3", "model.overrides"),
+        ],
+    )
+    def test_other_settings(self, recipe, override, message):
+        output = run(recipe)
+        with pytest.raises(InputError, match=message):
+            run(recipe, override)
+        assert len(list_milestones(output)) == 2
+
+    def test_changed_data_and_tokenizer(self, recipe, corpus, tokenizer_folder, documents, tmp_path):
+        from tinyllama_hf.data.tokenizer import train_tokenizer
+
+        run(recipe)
+        other = tmp_path / "other"
+        prepare([str(corpus)], tokenizer_folder, other, validation_fraction=0.2, workers=1, progress=False)
+        with pytest.raises(InputError, match=r"data.sources: was .*fingerprint"):
+            run(recipe, f"data.sources=[{{path: {other}, weight: 1}}]")
+        train_tokenizer(documents, 500, tmp_path / "tokenizer")
+        data = tmp_path / "data"
+        prepare([str(corpus)], tmp_path / "tokenizer", data, validation_fraction=0.1, workers=1, progress=False)
+        with pytest.raises(InputError, match="tokenizer: was"):
+            run(recipe, f"data.tokenizer={tmp_path / 'tokenizer'}", f"data.sources=[{{path: {data}, weight: 1}}]")
+
+    def test_data_that_moved_is_the_same_data(self, recipe, prepared, tmp_path, uninterrupted):
+        output = run(recipe)
+        shutil.rmtree(output / "checkpoints" / "step-12")
+        moved = tmp_path / "moved"
+        shutil.copytree(prepared, moved)
+        run(recipe, f"data.sources=[{{path: {moved}, weight: 1.0}}]")
+        assert [r.get("loss") for r in exact_rows(output)] == [r.get("loss") for r in exact_rows(uninterrupted)]
+
+    def test_two_launches_in_one_folder(self, recipe):
+        import fcntl
+
+        output = recipe.parent / "run"
+        output.mkdir()
+        (output / "training.yaml").write_text("model: {}")
+        with (output / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with pytest.raises(InputError, match="another process trains in this folder"):
+                run(recipe, overwrite=True)
+
+    def test_too_little_disk(self, recipe, monkeypatch):
+        usage = shutil.disk_usage("/")._replace(free=1000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(InputError, match=r"take .* GB, 0.0 GB are free"):
+            run(recipe)
+        assert not (recipe.parent / "run").exists()
+
+
+class TestBranch:
+    def test_continued_branch_equals_the_run(self, recipe, tmp_path):
+        """A branch that changes nothing repeats the rest of its run bit for bit."""
+        base = run(recipe, "milestones.keep_training_state=true")
+        milestone = list_milestones(base)[0]
+        branch = f"branch={{from: {milestone}, schedule: continue}}"
+        forked = run(recipe, branch, f"output_dir={tmp_path / 'forked'}")
+        rows = [row for row in exact_rows(base) if row["step"] > 6]
+        assert exact_rows(forked) == rows
+        assert {p.name for p in milestone.iterdir()} == {p.name for p in list_milestones(forked)[-1].iterdir()}
+        assert not any("distcp" in p.name for p in milestone.rglob("*")), "outside the published folder"
+
+    def test_cooldown_resumes_too(self, recipe, tmp_path):
+        base = run(recipe, "milestones.keep_training_state=true")
+        settings = [f"branch={{from: {list_milestones(base)[0]}, schedule: cooldown}}", "training.total_tokens=4096",
+                    "milestones.tokens=[]"]  # fmt: skip
+        whole = run(recipe, *settings, f"output_dir={tmp_path / 'whole'}")
+        with pytest.raises(Stopped):
+            run(recipe, *settings, f"output_dir={tmp_path / 'cut'}",
+                hooks=Hooks(after_checkpoint=signal_after(1, signal.SIGTERM)))  # fmt: skip
+        cut = run(recipe, *settings, f"output_dir={tmp_path / 'cut'}")
+        assert_same_run(cut, whole)
+        rates = [row["learning_rate"] for row in read_metrics(whole) if "loss" in row]
+        assert len(rates) == 10 and all(a > b for a, b in zip(rates, rates[1:], strict=False))
+
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            ([], "has no training state"),
+            (["model.overrides.num_hidden_layers=3"], "a branch continues model, tokenizer and precision"),
+            (["training.tokens_per_step=512"], "keep training.tokens_per_step"),
+            (["training.total_tokens=1536", "milestones.tokens=[]"], "is reached already"),
+        ],
+    )
+    def test_refusals(self, recipe, tmp_path, overrides, message):
+        base = run(recipe, f"milestones.keep_training_state={'true' if overrides else 'false'}")
+        milestone = list_milestones(base)[0]
+        with pytest.raises(InputError, match=message):
+            run(recipe, f"branch={{from: {milestone}, schedule: cooldown}}", f"output_dir={tmp_path / 'x'}", *overrides)
+
+
+class TestInitFrom:
+    def test_begins_with_these_weights(self, recipe, uninterrupted, tmp_path):
+        milestone = list_milestones(uninterrupted)[-1]
+        output = run(recipe, f"model.init_from={milestone}", f"output_dir={tmp_path / 'x'}", "schedule.peak=1e-12",
+                     "schedule.floor=0", "milestones.tokens=[]", "training.total_tokens=512", "schedule.warmup_tokens=0",
+                     "optimizer.weight_decay=0")  # fmt: skip
+        a, b = (load_file(list_milestones(x)[-1] / "model.safetensors") for x in (uninterrupted, output))
+        assert all(torch.allclose(a[name], b[name], atol=1e-9) for name in a)
+
+    def test_a_real_model(self, recipe, shared, tmp_path):
+        """stories260K: its own tokenizer, data prepared with it, and its loss stays what it was."""
+        folder = shared / "data" / "models" / "stories260K"
+        stories = shared / "data" / "corpora" / "stories" / "validation.jsonl.gz"
+        data = tmp_path / "data"
+        prepare([str(stories)], folder, data, validation_fraction=0.1, workers=1, progress=False)
+        config = json.loads((folder / "config.json").read_text())
+        keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+                "rms_norm_eps", "tie_word_embeddings")  # fmt: skip
+        overrides = yaml.safe_dump({key: config[key] for key in keys}, default_flow_style=True).strip()
+        output = run(recipe, f"model.init_from={folder}", f"model.overrides={overrides}", f"data.tokenizer={folder}",
+                     f"data.sources=[{{path: {data}, weight: 1}}]", "schedule.peak=1e-6", "schedule.floor=0")  # fmt: skip
+        losses = [row["loss"] for row in read_metrics(output) if "loss" in row]
+        assert max(losses) < 2.0, "a model that knows stories, from the first step on"
+
+    def test_another_architecture(self, recipe, shared):
+        with pytest.raises(InputError, match=r"is another architecture than the recipe's(.|\n)*vocab_size: 512 there"):
+            run(recipe, f"model.init_from={shared / 'data' / 'models' / 'stories260K'}", "model.overrides.hidden_size=128")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kill_anywhere(recipe, tmp_path, processes):
+    """SIGKILL at five random moments and during a checkpoint's write; weights and metrics as if nothing had happened."""
+    settings = ["training.total_tokens=153_600", "milestones.tokens=[50_000, 100_000]", "checkpoints.every_tokens=5120",
+                "validation.every_tokens=20_480", "model.overrides={hidden_size: 256, num_attention_heads: 4}",
+                "training.micro_batch_size=2"]  # fmt: skip
+    script = [ROOT / "recipes" / "pretrain.py", recipe, *settings]
+    launcher = [sys.executable] if processes == 1 else [Path(sys.executable).parent / "torchrun", "--nproc_per_node", "2"]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+    def launch(output: Path) -> subprocess.Popen:
+        command = [*map(str, launcher), *map(str, script), f"output_dir={output}"]
+        log = (tmp_path / "log.txt").open("a")
+        return subprocess.Popen(command, env=env, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert launch(whole).wait(600) == 0, (tmp_path / "log.txt").read_text()[-3000:]
+    random.seed(0)
+    kills = during_a_write = 0
+    while kills < 6:
+        process = launch(killed)
+        metrics = killed / "metrics.jsonl"
+        wait_until_it_moves(metrics, process)
+        if during_a_write == 0:
+            during_a_write += wait_for_a_write(killed / "checkpoints", process)
+        else:
+            time.sleep(random.uniform(0, 2))
+        assert process.poll() is None, f"over before it was killed: {(tmp_path / 'log.txt').read_text()[-3000:]}"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert during_a_write == 1
+    assert launch(killed).wait(600) == 0
+    assert f"{processes} process(es)" in (tmp_path / "log.txt").read_text()
+    assert_same_run(killed, whole)
+
+
+def wait_until_it_moves(metrics: Path, process: subprocess.Popen) -> None:
+    """Until the resumed run has written a row of its own."""
+    before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+    while (metrics.stat().st_mtime_ns if metrics.exists() else 0) == before:
+        assert process.poll() is None
+        time.sleep(0.005)
+
+
+def wait_for_a_write(folder: Path, process: subprocess.Popen) -> int:
+    """Until a checkpoint lies under its temporary name with a part written."""
+    while process.poll() is None:
+        if any(folder.glob(".step-*.tmp/*")):
+            return 1
+    return 0

@@ -1,0 +1,24 @@
+"""What a run lets its caller do on the main process, beside training: cards, scores and pictures lie in higher layers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+def _nothing(*_: Path) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Called on the main process only, while the others wait.
+
+    Args:
+        complete_milestone (`Callable[[Path], None]`): given the folder of a milestone before it gets its name; adds files.
+        after_milestone (`Callable[[Path, Path], None]`): given the run and the milestone.
+        after_checkpoint (`Callable[[Path], None]`): given the run.
+    """
+
+    complete_milestone: Callable[[Path], None] = _nothing
+    after_milestone: Callable[[Path, Path], None] = _nothing
+    after_checkpoint: Callable[[Path], None] = _nothing

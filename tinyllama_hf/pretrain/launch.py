@@ -1,0 +1,169 @@
+"""How a run meets its devices: accelerate, sharding, attention, kernels, compilation.
+
+What a recipe asks for and the machine cannot do is an error, never another way of doing it.
+"""
+
+import datetime
+import os
+import shutil
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+
+from ..errors import InputError, require
+from ..modeling_tinyllama import TinyLlamaForCausalLM
+from .config import PretrainConfig, TrainingSection
+
+
+# transformers' names for our attention setting, where they differ.
+_ATTENTION = {"flex": "flex_attention"}
+# A milestone that the main process writes or scores keeps the others waiting.
+_TIMEOUT = datetime.timedelta(hours=2)
+
+
+def make_accelerator(config: PretrainConfig) -> Accelerator:
+    """The accelerator of a run, checked against the recipe.
+
+    Raises:
+        InputError: for launch settings under which the recipe would not mean what it says.
+    """
+    if config.training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; or cuBLAS refuses
+        torch.use_deterministic_algorithms(True)
+    precision = config.training.precision
+    accelerator = Accelerator(
+        mixed_precision="no" if precision == "fp32" else precision,
+        log_with=config.logging.trackers or None,
+        project_dir=config.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT)],
+    )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # accelerate 1.15 ignores its own sharding settings on CPUs and would train with DistributedDataParallel.
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        if precision != "fp32":
+            accelerator.state.fsdp_plugin.set_mixed_precision(precision)
+    _check_launch(accelerator)
+    return accelerator
+
+
+def _check_launch(accelerator: Accelerator) -> None:
+    kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+    if accelerator.distributed_type not in kinds:
+        raise InputError(
+            f"accelerate launches {accelerator.distributed_type}; pretraining runs on one process, with "
+            "DistributedDataParallel, or sharded by FSDP2: see recipes/accelerate"
+        )
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise InputError(
+            "accelerate launches FSDP version 1; set fsdp_version: 2, as recipes/accelerate/fsdp2.yaml does"
+        )
+    if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.activation_checkpointing:
+        raise InputError(
+            "accelerate's fsdp_activation_checkpointing is on; it belongs to the recipe: set "
+            "training.activation_checkpointing there and leave it out of the launch settings"
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise InputError(
+            f"accelerate's gradient_accumulation_steps is {accelerator.gradient_accumulation_steps}; accumulation follows "
+            "from training.tokens_per_step and training.micro_batch_size: leave it out of the launch command"
+        )
+
+
+def check_attention(training: TrainingSection, document_masking: bool, device: torch.device) -> None:
+    """Refuses an attention implementation that this machine cannot train with."""
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+    name, on_gpu = training.attention, device.type == "cuda"
+    packages = {
+        "flash_attention_2": ("flash-attn", is_flash_attn_2_available),
+        "flash_attention_3": ("flash_attn_3", is_flash_attn_3_available),
+    }
+    if name in packages:
+        if not on_gpu:
+            raise InputError(f"training.attention: {name} needs a GPU, and there is none; use sdpa")
+        package, is_available = packages[name]
+        if not is_available():
+            raise InputError(
+                f"training.attention: {name} needs the package {package}; install it, or use sdpa or flex"
+            )
+        if training.precision != "bf16":
+            raise InputError(
+                f"training.attention: {name} computes in bf16 only; set training.precision: bf16, or use sdpa"
+            )
+    if name == "flex" and not on_gpu:
+        raise InputError("training.attention: flex has no backward pass on a CPU (torch 2.13); use sdpa")
+    if document_masking and on_gpu and name in ("sdpa", "eager"):
+        raise InputError(
+            f"training.attention: {name} keeps documents apart with a mask of sequence_length x sequence_length for each "
+            "sequence; on a GPU use flex or flash_attention_2, or set data.document_masking: false"
+        )
+
+
+def check_kernels(kernels: str, device: torch.device) -> None:
+    """Refuses kernels that this machine cannot run."""
+    if kernels == "liger":
+        if device.type != "cuda":
+            raise InputError("training.kernels: liger needs a GPU, and there is none; use none")
+        require("liger_kernel", "gpu", "training.kernels: liger")
+
+
+def prepare_layers(model: TinyLlamaForCausalLM, training: TrainingSection, compiled: bool) -> None:
+    """Applies kernels, activation checkpointing and compilation, in this order, before the model is wrapped."""
+    if training.kernels == "liger":
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        # The loss stays ours: its memory is bounded already.
+        apply_liger_kernel_to_llama(cross_entropy=False, fused_linear_cross_entropy=False, model=model)
+    if training.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if compiled and training.compile == "model":
+        model.compile()
+    elif compiled:
+        for layer in model.model.layers:
+            layer.compile()
+
+
+def attention_implementation(training: TrainingSection) -> str:
+    """The name that transformers has for the recipe's attention."""
+    return _ATTENTION.get(training.attention, training.attention)
+
+
+def compiles(setting: str, device: torch.device) -> tuple[bool, str]:
+    """Whether something is compiled, and the sentence that says so.
+
+    Raises:
+        InputError: if compilation is asked for and no compiler is found.
+    """
+    # What inductor calls: a C++ compiler for CPU kernels, a C compiler for triton's launchers.
+    variable, names = ("CC", ("gcc", "cc", "clang")) if device.type == "cuda" else ("CXX", ("g++", "clang++"))
+    compiler = next((name for name in (os.environ.get(variable), *names) if name and shutil.which(name)), None)
+    if setting == "off":
+        return False, "off"
+    if compiler is None:
+        if setting != "auto":
+            raise InputError(
+                f"training.compile: {setting} needs a compiler, and none of {', '.join(names)} is found; use off"
+            )
+        return False, "off (auto: no compiler found)"
+    if setting == "auto" and device.type != "cuda":
+        return False, "off (auto: no GPU)"
+    return True, "the whole model" if setting == "model" else "per layer"
+
+
+def wrap(
+    accelerator: Accelerator, model: TinyLlamaForCausalLM, config: PretrainConfig
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """The model as the launch settings wrap or shard it, and its optimiser: AdamW on every parameter."""
+    optimizer = torch.optim.AdamW(
+        model.to(accelerator.device).parameters(),
+        lr=config.schedule.peak,
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+        weight_decay=config.optimizer.weight_decay,
+        fused=True,
+    )
+    model, wrapped = accelerator.prepare(model, optimizer)
+    # accelerate's wrapper would skip steps by its own count of accumulation, and hides `found_inf`.
+    return model, wrapped.optimizer

@@ -1,0 +1,109 @@
+"""Milestones: complete plain Llama folders that a run leaves behind and never removes."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import PreTrainedTokenizerFast
+
+from .. import provenance
+from ..errors import InputError
+from ..modeling_tinyllama import TinyLlamaForCausalLM
+from .schedule import Steps
+
+
+MILESTONES_FOLDER = "milestones"
+CONFIG_FILE = "training.yaml"
+
+
+def milestone_steps(tokens: Sequence[int], numbers: Sequence[int], steps: Steps) -> list[int]:
+    """The steps after which a milestone is written: the first to reach each count of tokens, those given, and the last."""
+    return sorted({steps.reaching(count) for count in tokens} | set(numbers) | {steps.number})
+
+
+def milestone_names(numbers: Sequence[int], steps: Steps) -> dict[int, str]:
+    """Names like TinyLlama's, `step-480k-token-1007B`, one for each step.
+
+    Steps are written in k from 10 000 on. Tokens are written in B from 1e9 on, else in M, all with as few decimals as
+    keep them apart.
+    """
+
+    def tokens_name(step: int, decimals: int) -> str:
+        tokens = steps.tokens_after(step)
+        return f"{tokens / 1e9:.{decimals}f}B" if tokens >= 1e9 else f"{tokens / 1e6:.{decimals}f}M"
+
+    def is_ambiguous(decimals: int) -> bool:
+        names = {tokens_name(step, decimals) for step in numbers}
+        return len(names) < len(numbers) or any(float(name[:-1]) == 0 for name in names)
+
+    decimals = next(n for n in itertools.count() if not is_ambiguous(n))
+    step_names = {step: f"{step / 1000:.0f}k" if step >= 10_000 else str(step) for step in numbers}
+    return {step: f"step-{step_names[step]}-token-{tokens_name(step, decimals)}" for step in numbers}
+
+
+def write_milestone(
+    folder: Path,
+    model: TinyLlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    training_yaml: str,
+    record: dict[str, Any],
+    state_dict: dict[str, torch.Tensor] | None = None,
+    complete: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Writes a complete model folder under a temporary name and renames it; what lay under the name is replaced.
+
+    Args:
+        folder (`Path`): where it is to lie.
+        model (`TinyLlamaForCausalLM`): unwrapped.
+        tokenizer (`PreTrainedTokenizerFast`): saved beside it.
+        training_yaml (`str`): the exact configuration of the run.
+        record (`dict`): what `provenance.json` says besides code, libraries and machine.
+        state_dict (`dict`, *optional*): the weights, where those in the model are sharded.
+        complete (`Callable`, *optional*): given the folder before it gets its name, to add files.
+    """
+    with provenance.new_folder(folder, overwrite=True) as temporary:
+        model.save_pretrained(temporary, state_dict=state_dict)
+        tokenizer.save_pretrained(temporary)
+        provenance.write_text(temporary / CONFIG_FILE, training_yaml)
+        provenance.write_json(temporary / "provenance.json", provenance.collect(name=folder.name, **record))
+        complete(temporary)
+        provenance.synchronise(*temporary.rglob("*"), temporary)
+
+
+def export_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The whole weights of a model, however it is wrapped, sharded or compiled; on all processes but the first, nothing.
+
+    To be called by all processes.
+    """
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def list_milestones(run: Path) -> list[Path]:
+    """The milestone folders of a run, in the order of their steps.
+
+    Raises:
+        InputError: if one has no record of its step.
+    """
+    folders = [path for path in (run / MILESTONES_FOLDER).glob("step-*") if path.is_dir()]
+    steps = {path: read_record(path).get("step") for path in folders}
+    if unknown := [path for path in folders if not isinstance(steps[path], int)]:
+        raise InputError(f"{unknown[0] / 'provenance.json'}: names no step; copy the milestone again, or remove it")
+    return sorted(folders, key=lambda path: steps[path])
+
+
+def read_record(milestone: Path) -> dict[str, Any]:
+    """The `provenance.json` of a milestone.
+
+    Raises:
+        InputError: if it is missing or damaged.
+    """
+    file = milestone / "provenance.json"
+    if not file.is_file():
+        raise InputError(f"milestone {milestone}: holds no provenance.json; copy the milestone again, or remove it")
+    record = provenance.read_json(file)
+    if not isinstance(record, dict):
+        raise InputError(f"{file}: damaged, no JSON object; copy the milestone again, or remove it")
+    return record

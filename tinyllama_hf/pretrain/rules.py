@@ -1,0 +1,170 @@
+"""The rules between the keys of a pretraining recipe. Each problem names the keys, the values and the fix."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..configuration_tinyllama import PRESETS, TinyLlamaConfig
+from ..errors import did_you_mean
+from .schedule import Steps
+
+
+# Fields of a Llama that a recipe does not decide, and what does.
+_NOT_OVERRIDDEN = {
+    "vocab_size": "follows from the tokenizer",
+    "bos_token_id": "follows from the tokenizer",
+    "eos_token_id": "follows from the tokenizer",
+    "pad_token_id": "would freeze an embedding row; padding is <unk>, in the tokenizer and the generation config",
+    "attention_dropout": "pretraining has no dropout, and validation relies on it",
+    "model_type": "is llama",
+}
+
+
+def contradictions(sections: Mapping[str, Any]) -> list[str]:
+    """Broken rules between keys, of the sections that could be read."""
+    data, schedule, training, branch = (sections.get(name) for name in ("data", "schedule", "training", "branch"))
+    problems = _model_problems(sections["model"]) if "model" in sections else []
+    if data:
+        problems += _data_problems(data)
+    if schedule:
+        problems += _schedule_problems(schedule, branch)
+    if not training:
+        return problems
+    problems += _training_problems(training)
+    if data:
+        problems += _batch_problems(training, data.sequence_length)
+        problems += _order_problems("data.mixture_changes", data.mixture_changes, training.total_tokens)
+    if schedule:
+        spent = schedule.warmup_tokens + (schedule.decay_tokens or 0)
+        if spent >= training.total_tokens:
+            problems.append(
+                f"schedule.warmup_tokens: {schedule.warmup_tokens} and schedule.decay_tokens {schedule.decay_tokens or 0} "
+                f"together must be below training.total_tokens {training.total_tokens}"
+            )
+    if "milestones" in sections:
+        problems += _milestone_problems(sections["milestones"], training)
+    if branch and "model" in sections and sections["model"].init_from:
+        problems.append("branch: takes its weights from the milestone; leave out model.init_from")
+    return problems
+
+
+def _data_problems(data: Any) -> list[str]:
+    problems = []
+    weights = {"data.sources": [source.weight for source in data.sources]}
+    weights |= {f"data.mixture_changes.{i}.weights": change.weights for i, change in enumerate(data.mixture_changes)}
+    for key, values in weights.items():
+        if len(values) != len(data.sources):
+            problems.append(
+                f"{key}: {len(values)} weights for {len(data.sources)} sources; give one each, in their order"
+            )
+        elif abs(math.fsum(values) - 1) > 1e-6:
+            problems.append(f"{key}: the weights sum to {math.fsum(values):.6g}; they must sum to 1")
+    for place, source in enumerate(data.sources):
+        if not any(values[place] for values in weights.values() if len(values) == len(data.sources)):
+            problems.append(
+                f"data.sources.{place}.weight: 0 and never changed, so nothing is read of {source.path}; remove it"
+            )
+    paths = [os.path.abspath(source.path) for source in data.sources]
+    if repeated := sorted({path for path in paths if paths.count(path) > 1}):
+        problems.append(f"data.sources: {repeated[0]} is named twice; name it once, with the sum of the weights")
+    ends = [change.from_tokens + change.ramp_tokens for change in data.mixture_changes]
+    for place, change in enumerate(data.mixture_changes[1:]):
+        if ends[place] > change.from_tokens:
+            problems.append(
+                f"data.mixture_changes.{place + 1}.from_tokens: {change.from_tokens} lies before the end of the ramp "
+                f"before it, {ends[place]}; shorten that ramp or begin later"
+            )
+    return problems
+
+
+def _schedule_problems(schedule: Any, branch: Any) -> list[str]:
+    problems, name = [], schedule.name
+    is_cooldown = branch is not None and branch.schedule == "cooldown"
+    if name == "constant" and schedule.floor is not None and not is_cooldown:
+        problems.append(f"schedule.floor: {schedule.floor} is never reached by a constant schedule; use null")
+    if name != "constant" and schedule.floor is None:
+        problems.append(f"schedule.floor: is required by {name}; the published recipe has a tenth of the peak")
+    if schedule.floor is not None and schedule.floor > schedule.peak:
+        problems.append(f"schedule.floor: {schedule.floor} is above schedule.peak {schedule.peak}")
+    if schedule.floor == schedule.peak:
+        # TinyLlama's first 0.5T tokens were trained at a constant rate by such a slip.
+        problems.append(
+            f"schedule.floor: {schedule.floor} equals schedule.peak, so {name} is constant; use name: constant"
+        )
+    if (schedule.decay_tokens is None) == (name == "wsd"):
+        rule = (
+            "is required by wsd" if name == "wsd" else f"{schedule.decay_tokens} has no meaning for {name}; use null"
+        )
+        problems.append(f"schedule.decay_tokens: {rule}")
+    return problems
+
+
+def _training_problems(training: Any) -> list[str]:
+    problems = []
+    if training.tokens_per_step > training.total_tokens:
+        problems.append(
+            f"training.total_tokens: {training.total_tokens} is less than one step of {training.tokens_per_step}"
+        )
+    if training.deterministic and training.attention == "flash_attention_3":
+        problems.append(
+            "training.deterministic: flash_attention_3 gives other bits each time; use sdpa or flash_attention_2"
+        )
+    return problems + _order_problems("training.batch_changes", training.batch_changes, training.total_tokens)
+
+
+def _batch_problems(training: Any, sequence_length: int) -> list[str]:
+    sizes = {"training.tokens_per_step": training.tokens_per_step}
+    for place, change in enumerate(training.batch_changes):
+        sizes[f"training.batch_changes.{place}.tokens_per_step"] = change.tokens_per_step
+    problems = []
+    for key, size in sizes.items():
+        if size % sequence_length:
+            nearest = size // sequence_length * sequence_length or sequence_length
+            problems.append(f"{key}: {size} is no multiple of data.sequence_length {sequence_length}; use {nearest}")
+    return problems
+
+
+def _order_problems(key: str, changes: Sequence[Any], total: int) -> list[str]:
+    """Changes must come one after the other and before the end."""
+    starts = [change.from_tokens for change in changes]
+    problems = []
+    if sorted(set(starts)) != starts:
+        problems.append(f"{key}: from_tokens {starts} must increase")
+    if beyond := [start for start in starts if start >= total]:
+        problems.append(f"{key}: from_tokens {beyond} must lie below training.total_tokens {total}")
+    return problems
+
+
+def _milestone_problems(milestones: Any, training: Any) -> list[str]:
+    problems = []
+    total = training.total_tokens
+    if beyond := [count for count in milestones.tokens if not 0 < count <= total]:
+        problems.append(f"milestones.tokens: {beyond} must lie above 0 and up to training.total_tokens {total}")
+    for name in ("tokens", "steps"):
+        values = getattr(milestones, name)
+        if sorted(set(values)) != values:
+            problems.append(f"milestones.{name}: {values} must increase")
+    changes = sorted((change.from_tokens, change.tokens_per_step) for change in training.batch_changes)
+    number = Steps(total, training.tokens_per_step, changes).number
+    if beyond := [step for step in milestones.steps if not 0 < step <= number]:
+        problems.append(
+            f"milestones.steps: {beyond} must lie above 0 and up to {number}, the step that reaches "
+            f"training.total_tokens {total}"
+        )
+    return problems
+
+
+def _model_problems(model: Any) -> list[str]:
+    known = TinyLlamaConfig().to_dict()
+    problems = []
+    if model.preset not in PRESETS:
+        problems.append(f"model.preset: {model.preset!r} does not exist{did_you_mean(model.preset, PRESETS)}")
+    for name, value in model.overrides.items():
+        if name not in known:
+            problems.append(f"model.overrides.{name}: no field of a Llama{did_you_mean(name, known)}")
+        elif name in _NOT_OVERRIDDEN:
+            problems.append(f"model.overrides.{name}: {_NOT_OVERRIDDEN[name]}; leave it out")
+        elif name in PRESETS["1.1b"] and (not isinstance(value, int) or value < 1):
+            problems.append(f"model.overrides.{name}: {value!r}: must be a whole number above 0")
+    return problems

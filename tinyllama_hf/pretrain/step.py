@@ -1,0 +1,149 @@
+"""One optimiser step: accumulation over micro-batches, and the guards that decide on the device whether it counts."""
+
+import contextlib
+import time
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
+
+from ..data.mixture import Mixture
+from ..data.order import Block
+from .config import PretrainConfig
+from .schedule import learning_rate
+
+
+SPIKE_WINDOW = 128  # steps whose losses say what is usual, as in OLMo-core's SkipStepAdamW
+
+
+class StepResult(NamedTuple):
+    """What a step leaves for the log; tensors stay on the device until somebody asks.
+
+    `loss` is the mean over the step's tokens of all processes, `gradient_norm` the norm before clipping.
+    """
+
+    loss: torch.Tensor
+    gradient_norm: torch.Tensor
+    learning_rate: float
+
+
+class TrainStep:
+    """The optimiser steps of a run.
+
+    Args:
+        config (`PretrainConfig`): the recipe.
+        mixture (`Mixture`): where the blocks come from.
+        accelerator (`Accelerator`): the processes.
+        model (`torch.nn.Module`): as accelerate wrapped it.
+        optimizer (`torch.optim.Optimizer`): fused AdamW over its parameters.
+        branched_at (`int`, *optional*): tokens seen where the run left another one.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        mixture: Mixture,
+        accelerator: Accelerator,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        branched_at: int | None = None,
+    ):
+        self.config, self.mixture, self.accelerator = config, mixture, accelerator
+        self.model, self.optimizer, self.branched_at = model, optimizer, branched_at
+        self.device = accelerator.device
+        # First step whose loss or gradient was not finite, -1 for none; read only where the run reports anyway.
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
+        # The last losses that counted, for spikes: a ring that is full once `counted` has passed its length.
+        self.losses = torch.zeros(SPIKE_WINDOW, device=self.device)
+        self.counted = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.wait_seconds = 0.0  # spent on fetching data since somebody last took it
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What decides later steps besides model and optimiser."""
+        return {"losses": self.losses, "counted": self.counted, "skipped": self.skipped}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Takes back what [`state`] gave."""
+        self.losses, self.counted, self.skipped = state["losses"], state["counted"], state["skipped"]
+
+    def accumulation(self, step: int) -> int:
+        """Micro-batches of a process in a step."""
+        return self.config.sequences(step) // (self.accelerator.num_processes * self.config.training.micro_batch_size)
+
+    def __call__(self, step: int) -> StepResult:
+        """Runs the step with this number. Nothing in it waits for the device."""
+        rate = learning_rate(step, self.config, self.branched_at)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        tokens, accumulation = self.config.steps.tokens_of(step), self.accumulation(step)
+        total = torch.zeros((), device=self.device)
+        for micro_step in range(accumulation):
+            inputs = self.micro_batch(step, micro_step)
+            with contextlib.nullcontext() if self._synchronises(micro_step, accumulation) else self._unsynchronised():
+                # Sum over this micro-batch / tokens of the whole step: parts add up over micro-batches and processes.
+                loss = self.model(**inputs, num_items_in_batch=tokens).loss
+                # Gradients are averaged over processes, a sum is wanted.
+                self.accelerator.backward(loss * self.accelerator.num_processes)
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.gradient_clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        loss = self.accelerator.reduce(total, reduction="sum")
+        self._apply(step, loss, norm)
+        return StepResult(loss, norm, rate)
+
+    def _apply(self, step: int, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        """Moves the parameters unless the step is bad, which every process sees in the same two numbers."""
+        bad = ~(torch.isfinite(norm) & torch.isfinite(loss))
+        spike = self._is_spike(loss) & ~bad
+        # The fused optimiser leaves the parameters alone where this is 1, without a word to the host.
+        self.optimizer.found_inf = (bad | spike).float()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.bad_step = torch.where(bad & (self.bad_step < 0), step, self.bad_step)
+        self.skipped = self.skipped + spike
+        counts = ~(bad | spike)
+        place = (self.counted % SPIKE_WINDOW).reshape(1)
+        self.losses = self.losses.scatter(
+            0, place, torch.where(counts, loss, self.losses.gather(0, place)[0]).reshape(1)
+        )
+        self.counted = self.counted + counts
+
+    def _is_spike(self, loss: torch.Tensor) -> torch.Tensor:
+        """Whether the loss lies past so many standard deviations above the mean of the last ones."""
+        sigma = self.config.training.skip_spikes_sigma
+        if sigma is None:
+            return torch.zeros((), dtype=torch.bool, device=self.device)
+        return (self.counted >= SPIKE_WINDOW) & (loss > self.losses.mean() + sigma * self.losses.std())
+
+    def _synchronises(self, micro_step: int, accumulation: int) -> bool:
+        # Sharded gradients are summed at once, in fp32: kept whole until the last micro-batch they would need the memory
+        # that sharding saves.
+        return self.accelerator.is_fsdp2 or micro_step == accumulation - 1
+
+    def _unsynchronised(self) -> contextlib.AbstractContextManager:
+        return self.accelerator.no_sync(self.model)
+
+    def blocks(self, step: int) -> list[Block]:
+        """All blocks of a step, whatever the number of processes."""
+        sequences = self.config.sequences(step)
+        first = self.config.steps.tokens_after(step - 1) // self.config.data.sequence_length
+        return self.mixture.blocks(first, sequences)
+
+    def micro_batch(self, step: int, micro_step: int) -> dict[str, torch.Tensor]:
+        """The inputs of one forward pass: a slice of the step's blocks, the same whatever the number of processes."""
+        began = time.perf_counter()
+        micro = self.config.training.micro_batch_size
+        first = self.config.steps.tokens_after(step - 1) // self.config.data.sequence_length
+        first += (self.accelerator.process_index * self.accumulation(step) + micro_step) * micro
+        blocks = self.mixture.blocks(first, micro)
+        tokens = torch.from_numpy(self.mixture.tokens(blocks))  # [micro, seq + 1]
+        inputs = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "shift_labels": tokens[:, 1:]}
+        if self.config.data.document_masking:
+            inputs["position_ids"] = torch.from_numpy(self.mixture.position_ids(blocks))
+        if self.device.type == "cuda":  # only from pinned memory does the copy go on beside the computation
+            inputs = {name: tensor.contiguous().pin_memory() for name, tensor in inputs.items()}
+        inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
+        self.wait_seconds += time.perf_counter() - began
+        return inputs
