@@ -1,5 +1,6 @@
 """Going on: a run that was stopped or killed at any moment gives the numbers of the uninterrupted one, bit for bit."""
 
+import itertools
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT
 from tinyllama_hf.data.prepare import prepare
+from tinyllama_hf.data.shards import TokenDataset
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.pretrain import checkpoints, loop
 from tinyllama_hf.pretrain.config import load_config
@@ -75,7 +77,9 @@ class TestSignals:
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_saves_stops_and_goes_on(self, recipe, uninterrupted, number):
         hooks = Hooks(after_checkpoint=signal_after(1, number))
-        with pytest.raises(Stopped, match=rf"{signal.Signals(number).name} after step 5 \(1,280 tokens\).*step-5 is written"):
+        with pytest.raises(
+            Stopped, match=rf"{signal.Signals(number).name} after step 5 \(1,280 tokens\).*step-5 is written"
+        ):
             run(recipe, hooks=hooks)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "handlers are given back"
         assert_same_run(run(recipe), uninterrupted)
@@ -143,15 +147,29 @@ class TestGoingOn:
         losses = [[row["loss"] for row in read_metrics(x) if "loss" in row] for x in (output, uninterrupted)]
         assert losses[0] == pytest.approx(losses[1], abs=2e-5)
 
-    def test_over_the_end_of_an_epoch_and_through_spikes(self, recipe, tmp_path):
-        """Fifteen epochs of the data, with the guard's own state in use."""
-        settings = ["training.total_tokens=51_200", "training.skip_spikes_sigma=1.0", "checkpoints.every_tokens=12_800",
-                    "validation.every_tokens=51_200"]  # fmt: skip
+    def test_over_the_end_of_an_epoch_and_through_spikes(self, recipe, corpus, tokenizer_folder, tmp_path):
+        """Three epochs of little data, at so low a rate that noise passes for spikes: the guard's own state is in use."""
+        data = tmp_path / "little"
+        prepare(
+            [str(corpus)],
+            tokenizer_folder,
+            data,
+            validation_fraction=0.1,
+            sample_fraction=0.1,
+            workers=1,
+            progress=False,
+        )
+        settings = ["training.total_tokens=51_200", "training.skip_spikes_sigma=0.5", "checkpoints.every_tokens=12_800",
+                    "validation.every_tokens=51_200", "schedule.peak=1e-6", "schedule.floor=0",
+                    f"data.sources=[{{path: {data}, weight: 1}}]"]  # fmt: skip
         whole = run(recipe, *settings, f"output_dir={tmp_path / 'whole'}")
         with pytest.raises(Stopped):
             run(recipe, *settings, hooks=Hooks(after_checkpoint=signal_after(4, signal.SIGTERM)))
         assert_same_run(run(recipe, *settings), whole)
-        assert [row["skipped_steps"] for row in read_metrics(whole) if "loss" in row][-1] > 0
+        skipped = [row["skipped_steps"] for row in read_metrics(whole) if "loss" in row]
+        assert set(skipped[:128]) == {0} and 0 < skipped[-1] < 72
+        epochs = 1600 / len(TokenDataset(data, 32))
+        assert epochs > 2
 
     def test_last_k_stay(self, recipe):
         assert sorted(path.name for path in (run(recipe) / "checkpoints").iterdir()) == ["step-12", "step-8"]
@@ -293,7 +311,7 @@ class TestBranch:
         cut = run(recipe, *settings, f"output_dir={tmp_path / 'cut'}")
         assert_same_run(cut, whole)
         rates = [row["learning_rate"] for row in read_metrics(whole) if "loss" in row]
-        assert len(rates) == 10 and all(a > b for a, b in zip(rates, rates[1:], strict=False))
+        assert len(rates) == 10 and all(a > b for a, b in itertools.pairwise(rates))
 
     @pytest.mark.parametrize(
         ("overrides", "message"),
@@ -308,7 +326,9 @@ class TestBranch:
         base = run(recipe, f"milestones.keep_training_state={'true' if overrides else 'false'}")
         milestone = list_milestones(base)[0]
         with pytest.raises(InputError, match=message):
-            run(recipe, f"branch={{from: {milestone}, schedule: cooldown}}", f"output_dir={tmp_path / 'x'}", *overrides)
+            run(
+                recipe, f"branch={{from: {milestone}, schedule: cooldown}}", f"output_dir={tmp_path / 'x'}", *overrides
+            )
 
 
 class TestInitFrom:
@@ -333,11 +353,15 @@ class TestInitFrom:
         output = run(recipe, f"model.init_from={folder}", f"model.overrides={overrides}", f"data.tokenizer={folder}",
                      f"data.sources=[{{path: {data}, weight: 1}}]", "schedule.peak=1e-6", "schedule.floor=0")  # fmt: skip
         losses = [row["loss"] for row in read_metrics(output) if "loss" in row]
-        assert max(losses) < 2.0, "a model that knows stories, from the first step on"
+        assert max(losses) < 3.0, "untrained it would be 6.2: a model that knows stories, from the first step on"
 
     def test_another_architecture(self, recipe, shared):
-        with pytest.raises(InputError, match=r"is another architecture than the recipe's(.|\n)*vocab_size: 512 there"):
-            run(recipe, f"model.init_from={shared / 'data' / 'models' / 'stories260K'}", "model.overrides.hidden_size=128")
+        with pytest.raises(InputError, match=r"is another architecture than the recipe's(.|\n)*head_dim: 8 there"):
+            run(
+                recipe,
+                f"model.init_from={shared / 'data' / 'models' / 'stories260K'}",
+                "model.overrides.hidden_size=128",
+            )
 
 
 @pytest.mark.slow
@@ -348,7 +372,9 @@ def test_kill_anywhere(recipe, tmp_path, processes):
                 "validation.every_tokens=20_480", "model.overrides={hidden_size: 256, num_attention_heads: 4}",
                 "training.micro_batch_size=2"]  # fmt: skip
     script = [ROOT / "recipes" / "pretrain.py", recipe, *settings]
-    launcher = [sys.executable] if processes == 1 else [Path(sys.executable).parent / "torchrun", "--nproc_per_node", "2"]
+    launcher = (
+        [sys.executable] if processes == 1 else [Path(sys.executable).parent / "torchrun", "--nproc_per_node", "2"]
+    )
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
     def launch(output: Path) -> subprocess.Popen:

@@ -35,7 +35,7 @@ def test_regression_floor_equal_to_peak(config, recipe):
     assert rate_at(102400 - step, config) == pytest.approx(4e-5, rel=1e-3)
     rates = [learning_rate(number, config) for number in range(11, config.steps.number + 1)]
     assert all(a > b for a, b in itertools.pairwise(rates))
-    with pytest.raises(InputError, match="equals schedule.peak, so cosine is constant"):
+    with pytest.raises(InputError, match=r"equals schedule\.peak, so cosine is constant"):
         load_config(recipe, ["schedule.peak=4e-4", "schedule.floor=4e-4"])
 
 

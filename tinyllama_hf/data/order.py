@@ -7,6 +7,7 @@ every block once, in an order of its own.
 """
 
 import heapq
+import itertools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -168,7 +169,7 @@ def _pieces(weights: Sequence[float], changes: Sequence[WeightChange]) -> list[l
     for source in range(len(weights)):
         pieces, integral = [], Fraction(0)
         bounds = [0, *(bound for pair in zip(starts, ends, strict=True) for bound in pair), math.inf]
-        for number, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for number, (start, end) in enumerate(itertools.pairwise(bounds)):
             before, after = levels[number // 2][source], levels[(number + 1) // 2][source]
             if start == end:
                 continue  # a change without a ramp

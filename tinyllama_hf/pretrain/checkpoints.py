@@ -19,6 +19,7 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from .. import provenance
@@ -34,7 +35,22 @@ BYTES_PER_PARAMETER = 12  # weight and two moments, all fp32
 
 
 class FullDiskError(RuntimeError):
-    """A checkpoint could not be written; those before it are whole."""
+    """A checkpoint or milestone could not be written; those before it are whole."""
+
+    def __init__(self, folder: Path, reason: str):
+        super().__init__(
+            f"{folder}: could not be written ({reason}); the checkpoints before it are whole. Make room, or lower "
+            "checkpoints.keep, and give the same command again"
+        )
+
+
+@contextlib.contextmanager
+def full_disk_says(folder: Path) -> Iterator[None]:
+    """Turns what a failed write raises into a [`FullDiskError`]."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise FullDiskError(folder, _reason(error)) from error
 
 
 def write_checkpoint(folder: Path, train_step: TrainStep, record: dict[str, Any]) -> None:
@@ -71,10 +87,7 @@ def write_checkpoint(folder: Path, train_step: TrainStep, record: dict[str, Any]
     if shared[0] is not None:
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise FullDiskError(
-            f"{folder}: could not be written ({shared[0]}); the checkpoints before it are whole. Make room, or lower "
-            "checkpoints.keep, and give the same command again"
-        ) from problem
+        raise FullDiskError(folder, shared[0]) from problem
 
 
 def _complete(temporary: Path, folder: Path, record: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from .checkpoints import (
     CHECKPOINTS_FOLDER,
     TRAINING_STATE_FOLDER,
     check_space,
+    full_disk_says,
     prune,
     read_checkpoint,
     write_checkpoint,
@@ -66,7 +68,7 @@ def pretrain(
         InputError: before the first step, for anything that cannot work.
         NonFiniteError: at the logging step after a loss or gradient that is not finite.
         Stopped: after SIGTERM or SIGINT, once the step is done and a checkpoint written.
-        FullDiskError: if a checkpoint cannot be written; those before it are whole.
+        FullDiskError: if a checkpoint or milestone cannot be written; those before it are whole.
     """
     accelerator = launch.make_accelerator(config)
     run = setup.open_run(config)
@@ -88,7 +90,7 @@ def pretrain(
         return
     launch.prepare_layers(model, config.training, compiled)
     accelerator.wait_for_everyone()  # nobody is still looking at the folder
-    with _output_of_one(run, accelerator, start, overwrite):
+    with _output_of_one(run, accelerator, overwrite):
         trainer = _Trainer(run, accelerator, *launch.wrap(accelerator, model, config), start, hooks or Hooks())
         trainer.matmul_flops = measure_matmul_flops(accelerator.device, torch.bfloat16) if measure_peak else None
         start_trackers(accelerator, config, run.output)
@@ -109,24 +111,35 @@ def _build_model(run: setup.Run) -> TinyLlamaForCausalLM:
 
 
 @contextlib.contextmanager
-def _output_of_one(run: setup.Run, accelerator: Accelerator, start: Start, overwrite: bool) -> Iterator[None]:
+def _output_of_one(run: setup.Run, accelerator: Accelerator, overwrite: bool) -> Iterator[None]:
     """Makes the run's folder ready, and keeps other launches out of it."""
     if not accelerator.is_main_process:
         accelerator.wait_for_everyone()
         yield
         return
-    if overwrite and run.output.exists():
-        shutil.rmtree(run.output)
-    (run.output / MILESTONES_FOLDER).mkdir(parents=True, exist_ok=True)
+    run.output.mkdir(parents=True, exist_ok=True)
     with (run.output / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise InputError(f"output_dir {run.output}: another process trains in this folder; wait for it") from error
-        prune(run.output, run.config.checkpoints.keep)
+        if overwrite:
+            _empty(run.output)
+        # First of all, since it is what makes the folder a run that may be gone on with.
         provenance.write_text(run.output / CONFIG_FILE, setup.training_yaml(run.config))
+        (run.output / MILESTONES_FOLDER).mkdir(exist_ok=True)
+        prune(run.output, run.config.checkpoints.keep)
         accelerator.wait_for_everyone()
         yield
+
+
+def _empty(output: Path) -> None:
+    """Removes a run; what makes the folder one goes last, so that a killed removal can be repeated."""
+    for path in sorted(output.iterdir(), key=lambda path: path.name == CONFIG_FILE):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
 
 
 class _Trainer:
@@ -276,7 +289,8 @@ class _Trainer:
                 }  # fmt: skip
                 model = self.accelerator.unwrap_model(self.model)
                 text = setup.training_yaml(self.config)
-                write_milestone(folder, model, run.tokenizer, text, record, weights, self.hooks.complete_milestone)
+                with full_disk_says(folder):
+                    write_milestone(folder, model, run.tokenizer, text, record, weights, self.hooks.complete_milestone)
                 self.metrics.say(f"step {step:>6}  wrote {folder}")
                 self.hooks.after_milestone(run.output, folder)
             self.accelerator.wait_for_everyone()

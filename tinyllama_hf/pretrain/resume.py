@@ -52,7 +52,8 @@ def find_start(run: Run, accelerator: Accelerator, overwrite: bool) -> Start:
 
 def _find(run: Run, overwrite: bool) -> Start:
     output, is_run = run.output, (run.output / CONFIG_FILE).is_file()
-    is_empty = not output.exists() or not any(output.iterdir())
+    # A lock and files under temporary names are all that a launch leaves that was killed at once.
+    is_empty = not output.exists() or all(path.name.startswith(".") for path in output.iterdir())
     if not is_empty and not is_run:
         raise InputError(f"output_dir {output}: is not empty, and it is no run; choose another folder")
     if is_empty or overwrite:
