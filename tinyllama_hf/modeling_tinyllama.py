@@ -55,6 +55,18 @@ class TinyLlamaModel(_TinyLlamaInitialization, LlamaModel):
     config_class = TinyLlamaConfig
 
 
+class _OutputEmbedding(nn.Linear):
+    """The product with the output embedding; given labels, the summed loss without whole logits.
+
+    The loss is computed inside the module, since sharded weights are only whole while their module runs.
+    """
+
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        if labels is None:
+            return super().forward(hidden)
+        return linear_cross_entropy_sum(hidden, self.weight, labels)
+
+
 class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
     """A causal Llama for pretraining and generation.
 
@@ -69,7 +81,7 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
         super(LlamaForCausalLM, self).__init__(config)
         self.model = TinyLlamaModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = _OutputEmbedding(config.hidden_size, config.vocab_size, bias=False)
         if self.generation_config.pad_token_id is None:
             self.generation_config.pad_token_id = 0  # <unk>; in the model's own config it would freeze the row
         self.post_init()
@@ -127,7 +139,7 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
             shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
         shift_labels = shift_labels.reshape(-1).to(outputs.last_hidden_state.device)
         hidden = outputs.last_hidden_state.reshape(-1, self.config.hidden_size)  # [batch x seq, hidden]
-        loss = linear_cross_entropy_sum(hidden, self.lm_head.weight, shift_labels)
+        loss = self.lm_head(hidden, shift_labels)
         if num_items is None:
             num_items = (shift_labels != IGNORE_INDEX).sum()
         elif torch.is_tensor(num_items):

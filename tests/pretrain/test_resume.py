@@ -1,5 +1,6 @@
 """Going on: a run that was stopped or killed at any moment gives the numbers of the uninterrupted one, bit for bit."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -373,7 +375,9 @@ def test_kill_anywhere(recipe, tmp_path, processes):
                 "training.micro_batch_size=2"]  # fmt: skip
     script = [ROOT / "recipes" / "pretrain.py", recipe, *settings]
     launcher = (
-        [sys.executable] if processes == 1 else [Path(sys.executable).parent / "torchrun", "--nproc_per_node", "2"]
+        [sys.executable]
+        if processes == 1
+        else [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", "2"]
     )
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
@@ -395,13 +399,21 @@ def test_kill_anywhere(recipe, tmp_path, processes):
         else:
             time.sleep(random.uniform(0, 2))
         assert process.poll() is None, f"over before it was killed: {(tmp_path / 'log.txt').read_text()[-3000:]}"
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_all(process)
         kills += 1
     assert during_a_write == 1
     assert launch(killed).wait(600) == 0
     assert f"{processes} process(es)" in (tmp_path / "log.txt").read_text()
     assert_same_run(killed, whole)
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """SIGKILL to the launcher and its workers, which run in sessions of their own."""
+    family = psutil.Process(process.pid)
+    for member in [family, *family.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
 
 
 def wait_until_it_moves(metrics: Path, process: subprocess.Popen) -> None:

@@ -9,7 +9,11 @@ import shutil
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs, TorchDynamoPlugin
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 
 from ..errors import InputError, require
 from ..modeling_tinyllama import TinyLlamaForCausalLM
@@ -31,21 +35,38 @@ def make_accelerator(config: PretrainConfig) -> Accelerator:
     if config.training.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; or cuBLAS refuses
         torch.use_deterministic_algorithms(True)
-    precision = config.training.precision
+    precision = "no" if config.training.precision == "fp32" else config.training.precision
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("ACCELERATE_USE_CPU") == "true":
+        _shard_on_cpus(precision)
+    elif AcceleratorState._shared_state:
+        AcceleratorState._reset_state()  # accelerate keeps the precision of the first run of a process
     accelerator = Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision,
+        mixed_precision=precision,
         log_with=config.logging.trackers or None,
         project_dir=config.output_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT)],
     )
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        # accelerate 1.15 ignores its own sharding settings on CPUs and would train with DistributedDataParallel.
-        accelerator.state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-        if precision != "fp32":
-            accelerator.state.fsdp_plugin.set_mixed_precision(precision)
     _check_launch(accelerator)
+    if accelerator.is_fsdp2 and precision == "bf16":
+        # accelerate's own policy would also sum the gradients of micro-batches and processes in bf16.
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     return accelerator
+
+
+def _shard_on_cpus(precision: str) -> None:
+    """Makes accelerate shard over CPU processes: 1.15 ignores its own settings there and trains unsharded, silently."""
+    asks_for_mesh = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true"
+    state = AcceleratorState(
+        mixed_precision=precision,
+        dynamo_plugin=TorchDynamoPlugin(),
+        parallelism_config=ParallelismConfig() if asks_for_mesh else None,
+        _from_accelerator=True,
+        timeout=_TIMEOUT,
+    )
+    # Both, as accelerate does itself: the accelerator copies the one over the other.
+    PartialState._shared_state["distributed_type"] = state.distributed_type = DistributedType.FSDP
+    state.fsdp_plugin = FullyShardedDataParallelPlugin()
 
 
 def _check_launch(accelerator: Accelerator) -> None:
@@ -117,6 +138,7 @@ def prepare_layers(model: TinyLlamaForCausalLM, training: TrainingSection, compi
         # The loss stays ours: its memory is bounded already.
         apply_liger_kernel_to_llama(cross_entropy=False, fused_linear_cross_entropy=False, model=model)
     if training.activation_checkpointing:
+        # Called activation_checkpointing_enable from transformers 5.23 on, which warns of this name; 5.17 has only this.
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if compiled and training.compile == "model":
         model.compile()
@@ -165,5 +187,7 @@ def wrap(
         fused=True,
     )
     model, wrapped = accelerator.prepare(model, optimizer)
+    if accelerator.is_fsdp2 and not all(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise RuntimeError("accelerate was asked to shard the model and has not")
     # accelerate's wrapper would skip steps by its own count of accumulation, and hides `found_inf`.
     return model, wrapped.optimizer
