@@ -12,9 +12,8 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -22,6 +21,9 @@ from .configuration_tinyllama import TinyLlamaConfig
 from .errors import InputError, did_you_mean, require
 from .provenance import read_json
 
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
 
 DUMMY_PREFIX = "\u2581"  # stands for a space inside pieces
 # What is fetched from the Hub where only the tokenizer is wanted.
@@ -310,8 +312,10 @@ def _add_tokens(tokens: list[dict[str, Any]], backend: Tokenizer, folder: Path) 
             )
 
 
-def load_sentencepiece(model_file: str | os.PathLike) -> sentencepiece.SentencePieceProcessor:
+def load_sentencepiece(model_file: str | os.PathLike) -> "SentencePieceProcessor":
     """Opens a SentencePiece model, with a clear error where the file is none."""
+    import sentencepiece  # training a model, for which benchmarks/gpu runs on bare machines, needs none
+
     try:
         return sentencepiece.SentencePieceProcessor(model_file=str(model_file))
     except (OSError, RuntimeError) as error:

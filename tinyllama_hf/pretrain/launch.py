@@ -6,6 +6,7 @@ What a recipe asks for and the machine cannot do is an error, never another way 
 import datetime
 import os
 import shutil
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -17,7 +18,10 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import InputError, require
 from ..modeling_tinyllama import TinyLlamaForCausalLM
-from .config import PretrainConfig, TrainingSection
+
+
+if TYPE_CHECKING:  # benchmarks/gpu runs this where pydantic is not installed
+    from .config import PretrainConfig, TrainingSection
 
 
 # transformers' names for our attention setting, where they differ.
@@ -26,7 +30,7 @@ _ATTENTION = {"flex": "flex_attention"}
 _TIMEOUT = datetime.timedelta(hours=2)
 
 
-def make_accelerator(config: PretrainConfig) -> Accelerator:
+def make_accelerator(config: "PretrainConfig") -> Accelerator:
     """The accelerator of a run, checked against the recipe.
 
     Raises:
@@ -92,7 +96,7 @@ def _check_launch(accelerator: Accelerator) -> None:
         )
 
 
-def check_attention(training: TrainingSection, document_masking: bool, device: torch.device) -> None:
+def check_attention(training: "TrainingSection", document_masking: bool, device: torch.device) -> None:
     """Refuses an attention implementation that this machine cannot train with."""
     from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
@@ -130,7 +134,7 @@ def check_kernels(kernels: str, device: torch.device) -> None:
         require("liger_kernel", "gpu", "training.kernels: liger")
 
 
-def prepare_layers(model: TinyLlamaForCausalLM, training: TrainingSection, compiled: bool) -> None:
+def prepare_layers(model: TinyLlamaForCausalLM, training: "TrainingSection", compiled: bool) -> None:
     """Applies kernels, activation checkpointing and compilation, in this order, before the model is wrapped."""
     if training.kernels == "liger":
         from liger_kernel.transformers import apply_liger_kernel_to_llama
@@ -147,7 +151,7 @@ def prepare_layers(model: TinyLlamaForCausalLM, training: TrainingSection, compi
             layer.compile()
 
 
-def attention_implementation(training: TrainingSection) -> str:
+def attention_implementation(training: "TrainingSection") -> str:
     """The name that transformers has for the recipe's attention."""
     return _ATTENTION.get(training.attention, training.attention)
 
@@ -175,7 +179,7 @@ def compiles(setting: str, device: torch.device) -> tuple[bool, str]:
 
 
 def wrap(
-    accelerator: Accelerator, model: TinyLlamaForCausalLM, config: PretrainConfig
+    accelerator: Accelerator, model: TinyLlamaForCausalLM, config: "PretrainConfig"
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """The model as the launch settings wrap or shard it, and its optimiser: AdamW on every parameter."""
     optimizer = torch.optim.AdamW(

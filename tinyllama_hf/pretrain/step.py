@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -10,8 +10,11 @@ from torch.distributed.tensor import DTensor
 
 from ..data.mixture import Mixture
 from ..data.order import Block
-from .config import PretrainConfig
 from .schedule import learning_rate
+
+
+if TYPE_CHECKING:  # benchmarks/gpu runs this where pydantic is not installed
+    from .config import PretrainConfig
 
 
 SPIKE_WINDOW = 128  # steps whose losses say what is usual, as in OLMo-core's SkipStepAdamW
@@ -42,7 +45,7 @@ class TrainStep:
 
     def __init__(
         self,
-        config: PretrainConfig,
+        config: "PretrainConfig",
         mixture: Mixture,
         accelerator: Accelerator,
         model: torch.nn.Module,
@@ -139,11 +142,12 @@ class TrainStep:
         first += (self.accelerator.process_index * self.accumulation(step) + micro_step) * micro
         blocks = self.mixture.blocks(first, micro)
         tokens = torch.from_numpy(self.mixture.tokens(blocks))  # [micro, seq + 1]
-        inputs = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "shift_labels": tokens[:, 1:]}
+        labels = tokens[:, 1:].contiguous()
+        inputs = {"input_ids": tokens[:, :-1].contiguous(), "labels": labels, "shift_labels": labels}
         if self.config.data.document_masking:
             inputs["position_ids"] = torch.from_numpy(self.mixture.position_ids(blocks))
         if self.device.type == "cuda":  # only from pinned memory does the copy go on beside the computation
-            inputs = {name: tensor.contiguous().pin_memory() for name, tensor in inputs.items()}
+            inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
         inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
         self.wait_seconds += time.perf_counter() - began
         return inputs
