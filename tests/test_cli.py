@@ -184,6 +184,12 @@ BAD = {
     "nothing to publish": ("publish empty --repo me/x --dry-run", "empty: holds neither milestones nor a model"),
     "publish offline": ("publish model --repo me/x", "HF_HUB_OFFLINE is set"),
     "no run": ("report empty --output out", "holds no metrics.jsonl"),
+    "plan for an unknown device": ("plan {recipe} --device h300", "--device 'h300': not listed; did you mean 'h"),
+    "plan for no device": ("plan {recipe} --devices 0", "--devices 0: must be at least 1"),
+    "more than all of the peak": ("plan {recipe} --device h200 --mfu 56", "--mfu 56.0: must lie above 0 and up to 1"),
+    "a share of an unknown peak": ("plan {recipe} --mfu 0.5", "--mfu: is a share of a device's peak rate; name one"),
+    "devices that do not divide the step": (
+        "plan {recipe} --devices 999", "does not divide the"),
     "copy over something": ("recipes copy empty", "empty: exists already"),
     "missing recipe": ("pretrain.py nowhere.yaml", "recipe nowhere.yaml does not exist"),
     "unknown keys": ("pretrain.py misspelt.yaml", "data.sequence_lenght: unknown key; did you mean 'sequence_length'?"),

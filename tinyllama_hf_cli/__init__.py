@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from . import data, evaluation, hub, inference, recipes, tokenizer
+from . import data, evaluation, hub, inference, pretrain, recipes, tokenizer
 
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("list")(inference.list_released)
 app.command("generate")(inference.generate)
 app.command("chat")(inference.chat)
 app.command("prepare")(data.prepare)
+app.command("plan")(pretrain.plan)
 app.command("eval")(evaluation.evaluate)
 app.command("report")(evaluation.report)
 app.command("publish")(hub.publish)

@@ -134,7 +134,7 @@ def sweep(arguments: argparse.Namespace, session: Session) -> None:
         "preset": arguments.preset, "model": "ours", "sequence_length": arguments.sequence_length,
         "micro_batch_size": arguments.micro_batch_sizes[0], "accumulation": 1, "precision": "bf16",
         "compile": "auto", "attention": "sdpa", "kernels": "none", "activation_checkpointing": False,
-        "loss_chunk": 512, "warmup_steps": arguments.warmup_steps, "steps": arguments.steps,
+        "loss_chunk_megabytes": 128, "warmup_steps": arguments.warmup_steps, "steps": arguments.steps,
     }  # fmt: skip
     sizes = arguments.micro_batch_sizes
     ours = best([session.row(f"ours, micro-batch {size}", base | {"micro_batch_size": size}) for size in sizes])[
@@ -143,10 +143,10 @@ def sweep(arguments: argparse.Namespace, session: Session) -> None:
     changes: list[dict[str, Any]] = [
         {"compile": "off"}, {"compile": "model"}, {"attention": "flash_attention_2"}, {"attention": "flash_attention_3"},
         {"attention": "flex"}, {"kernels": "liger", "compile": "off"}, {"activation_checkpointing": True},
-        {"loss_chunk": 2048}, {"loss_chunk": 8192}, {"accumulation": 4},
+        {"loss_chunk_megabytes": 32}, {"loss_chunk_megabytes": 512}, {"accumulation": 4},
     ]  # fmt: skip
     rows = [session.row("ours, " + ", ".join(f"{k} {v}" for k, v in c.items()), ours | c) for c in changes]
-    stock = {"model": "stock", "loss_chunk": 512}
+    stock = {"model": "stock", "loss_chunk_megabytes": 128}
     peers = [
         session.row(
             f"stock, micro-batch {size}, compile {how}", base | stock | {"micro_batch_size": size, "compile": how}

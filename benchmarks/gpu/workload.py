@@ -79,21 +79,24 @@ class _StockInputs(torch.nn.Module):
         )
 
 
-def build(settings: dict[str, Any]) -> tuple[TrainStep, int]:
+def build(settings: dict[str, Any], tokens: Any = None) -> tuple[TrainStep, int]:
     """The step of some settings, and FLOPs per token in the default convention.
 
     Args:
         settings (`dict`): `preset`, `model` (`ours` or `stock`), `sequence_length`, `micro_batch_size`, `accumulation`,
-            `precision`, `compile`, `attention`, `kernels`, `activation_checkpointing`, `loss_chunk`.
+            `precision`, `compile`, `attention`, `kernels`, `activation_checkpointing`, `loss_chunk_megabytes`, and optionally
+            `architecture`, fields that differ from the preset.
+        tokens (*optional*): with the methods of [`RandomTokens`], which is the default.
     """
     config = config_of(settings)
     accelerator = launch.make_accelerator(config)
     launch.check_attention(config.training, False, accelerator.device)
     launch.check_kernels(config.training.kernels, accelerator.device)
     compiled, _ = launch.compiles(config.training.compile, accelerator.device)
-    losses.CHUNK_TOKENS = settings["loss_chunk"]
+    losses.CHUNK_BYTES = settings["loss_chunk_megabytes"] * 2**20
     torch.manual_seed(0)
-    shape = TinyLlamaConfig.preset(settings["preset"], max_position_embeddings=settings["sequence_length"])
+    fields = {"max_position_embeddings": settings["sequence_length"], **settings.get("architecture", {})}
+    shape = TinyLlamaConfig.preset(settings["preset"], **fields)
     implementation = launch.attention_implementation(config.training)
     ours = TinyLlamaForCausalLM._from_config(shape, attn_implementation=implementation)
     flops_per_token = ours.flops_per_token(settings["sequence_length"])
@@ -106,7 +109,7 @@ def build(settings: dict[str, Any]) -> tuple[TrainStep, int]:
         launch.prepare_layers(stock, config.training, compiled)
         model = _StockInputs(stock)
     wrapped, optimizer = launch.wrap(accelerator, model, config)
-    tokens = RandomTokens(shape.vocab_size, settings["sequence_length"])
+    tokens = tokens or RandomTokens(shape.vocab_size, settings["sequence_length"])
     return TrainStep(
         config, tokens, Accelerator(mixed_precision=accelerator.mixed_precision), wrapped, optimizer
     ), flops_per_token

@@ -1,16 +1,102 @@
-"""MFU against figures worked out by hand, and never for a device that is not known."""
+"""Model FLOPs utilisation, the table of devices, and what is measured on the spot.
+
+The table is checked against TinyLlama's published speed and against relations that hold between the devices.
+"""
+
+import math
 
 import pytest
+import torch
 
-from tinyllama_hf.pretrain.throughput import model_flops_utilization
-
-
-def test_the_published_figure():
-    """TinyLlama: 24 000 tokens a second on each of 16 A100, 7.31 GFLOP a token, 56 %."""
-    mfu = model_flops_utilization(16 * 24_000, 7_310_000_000, "NVIDIA A100-SXM4-40GB", 16)
-    assert mfu == pytest.approx(0.5623, abs=1e-4)
+from tinyllama_hf.errors import InputError
+from tinyllama_hf.pretrain.devices import DEVICES, GIB, find_device, known_device
+from tinyllama_hf.pretrain.throughput import measure_matmul_flops, model_flops_utilization, peak_memory_bytes
 
 
-@pytest.mark.parametrize("name", [None, "", "NVIDIA A100", "AMD Instinct MI300X"])
-def test_unknown_devices_have_none(name):
-    assert model_flops_utilization(1000, 1_000_000, name) is None
+# GFLOP a token of the 1.1b model at 2048: without the input embedding, and counting every parameter.
+WITHOUT_EMBEDDING, ALL = 7.314e9, 7.708e9
+
+
+class TestUtilization:
+    def test_tinyllamas_published_figure(self):
+        """24 000 tokens/s on an A100 are 56 % in the one convention and 59 % in the other."""
+        assert model_flops_utilization(24_000, WITHOUT_EMBEDDING, "NVIDIA A100-SXM4-40GB") == pytest.approx(
+            0.56, abs=0.005
+        )
+        assert model_flops_utilization(24_000, ALL, "NVIDIA A100-SXM4-40GB") == pytest.approx(0.593, abs=0.001)
+
+    def test_h200_is_not_read_as_an_a100(self):
+        """The peers' bug: H200 falls back to the A100's peak and reads 3.2 times too high."""
+        ratio = model_flops_utilization(1e4, ALL, "NVIDIA A100-SXM4-40GB") / model_flops_utilization(
+            1e4, ALL, "NVIDIA H200"
+        )
+        assert ratio == pytest.approx(3.17, abs=0.01)
+
+    def test_of_several_devices(self):
+        one = model_flops_utilization(24_000, ALL, "NVIDIA H200")
+        assert model_flops_utilization(16 * 24_000, ALL, "NVIDIA H200", 16) == pytest.approx(one)
+
+    @pytest.mark.parametrize("name", [None, "", "NVIDIA H300", "NVIDIA H200 MIG 1g.18gb", "AMD Instinct MI300X"])
+    def test_unknown_device(self, name):
+        """A slice of a device, too, is another device."""
+        assert model_flops_utilization(1e4, ALL, name) is None
+
+
+class TestDevices:
+    def test_all_that_were_asked_for(self):
+        wanted = {"h200", "h100", "a100-40g", "a100-80g", "a40", "l40s", "a6000", "3090", "4090", "5090"}
+        assert wanted <= DEVICES.keys()
+
+    def test_names_are_the_drivers_and_each_has_a_source(self):
+        assert len({device.name for device in DEVICES.values()}) == len(DEVICES)
+        for device in DEVICES.values():
+            assert device.name.startswith("NVIDIA ") and device.source.startswith("NVIDIA ")
+            assert known_device(device.name) is device
+
+    def test_rates_are_dense_with_fp32_accumulation(self):
+        """Twice and four times as much is printed on the boxes of GeForce: with fp16 accumulation, and with sparsity."""
+        assert DEVICES["3090"].flops == pytest.approx(142e12 / 2)
+        assert DEVICES["4090"].flops == pytest.approx(660.6e12 / 4, rel=1e-3)
+        assert DEVICES["5090"].flops == pytest.approx(838e12 / 4, rel=1e-3)
+        assert DEVICES["h200"].flops == DEVICES["h100"].flops == pytest.approx(1979e12 / 2)
+        assert DEVICES["a6000"].flops / DEVICES["3090"].flops == pytest.approx(
+            2.18, abs=0.01
+        )  # the same chip, unhalved
+
+    @pytest.mark.parametrize(
+        ("key", "boxed"),
+        [("h200", 141), ("h100", 80), ("a100-40g", 40), ("a40", 48), ("l40s", 48), ("4090", 24), ("5090", 32)],
+    )
+    def test_memory_is_a_little_less_than_on_the_box(self, key, boxed):
+        assert 0.91 * boxed * GIB < DEVICES[key].memory < boxed * GIB
+
+    def test_short_and_full_names(self):
+        assert find_device("H200") is find_device("NVIDIA H200") is DEVICES["h200"]
+        with pytest.raises(InputError, match=r"--device 'a100-40': not listed; did you mean 'a100-40g'"):
+            find_device("a100-40")
+        with pytest.raises(InputError, match="'a100': not listed; there are a100-40g, a100-80g,"):
+            find_device("a100")
+
+
+class TestMeasured:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_matmul_rate(self, dtype):
+        """A product timed here cannot beat the roof by much: it would be no roof."""
+        import time
+
+        roof = measure_matmul_flops("cpu", dtype)
+        left, right = (torch.randn(1024, 1024).to(dtype) for _ in range(2))
+        seconds = []
+        for _ in range(5):
+            began = time.perf_counter()
+            left @ right
+            seconds.append(time.perf_counter() - began)
+        assert math.isfinite(roof) and 0 < 2 * 1024**3 / min(seconds) < 2 * roof
+
+    def test_peak_memory_grows_with_what_is_held(self):
+        before = peak_memory_bytes("cpu")
+        if before is None:
+            pytest.skip("no /proc/self/status here")
+        held = torch.ones(before + 2**26, dtype=torch.uint8)  # more than the process ever had at once
+        assert peak_memory_bytes("cpu") >= len(held)
+        assert peak_memory_bytes("meta") is None

@@ -62,6 +62,8 @@ def find_device(key: str) -> Device:
         InputError: if there is none.
     """
     device = DEVICES.get(key.lower()) or known_device(key)
-    if device is None:
-        raise InputError(f"--device {key!r}: not listed{did_you_mean(key.lower(), DEVICES)}")
-    return device
+    if device is not None:
+        return device
+    kinds = [name for name in DEVICES if name.startswith(f"{key.lower()}-")]
+    fix = f"; there are {', '.join(kinds)}" if kinds else did_you_mean(key.lower(), DEVICES)
+    raise InputError(f"--device {key!r}: not listed{fix}")

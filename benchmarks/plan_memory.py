@@ -1,0 +1,177 @@
+"""The memory estimate of `tinyllama-hf plan` against real steps.
+
+    python benchmarks/plan_memory.py
+
+Each configuration differs from the first of its precision in one thing. Every one runs in a process of its own: three
+optimiser steps through the real model, loss and fused AdamW. On a CPU the figure is the peak of the resident set minus what
+was resident just before the model was built; on a GPU torch's `max_memory_allocated`. The C library is told to hand freed
+memory back (`MALLOC_MMAP_THRESHOLD_`), as its habit of keeping it for later would be measured otherwise; `--default-malloc`
+shows by how much.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import LlamaForCausalLM
+
+from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM
+from tinyllama_hf.pretrain.memory import Layout, step_memory
+
+
+STEPS = 3
+
+
+class Case(NamedTuple):
+    """A configuration of the measurement; widths follow from `hidden_size`."""
+
+    layers: int = 8
+    hidden_size: int = 512
+    vocab_size: int = 32000
+    micro_batch_size: int = 2
+    sequence_length: int = 512
+    precision: str = "fp32"
+    loss: str = "chunked"
+    activation_checkpointing: bool = False
+    accumulation: int = 1
+
+    def model_config(self) -> TinyLlamaConfig:
+        """Heads of 64, four to a key/value head; the MLP 2.75 times as wide, as the 1.1b model's."""
+        return TinyLlamaConfig.preset(
+            "120m",
+            num_hidden_layers=self.layers,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.hidden_size * 11 // 4,
+            num_attention_heads=self.hidden_size // 64,
+            num_key_value_heads=self.hidden_size // 256,
+            vocab_size=self.vocab_size,
+            max_position_embeddings=self.sequence_length,
+        )
+
+    def layout(self) -> Layout:
+        """What the estimate wants to know of it."""
+        return Layout(
+            micro_batch_size=self.micro_batch_size,
+            sequence_length=self.sequence_length,
+            precision=self.precision,
+            activation_checkpointing=self.activation_checkpointing,
+            accumulates=self.accumulation > 1,
+            loss=self.loss,
+            device_type="cuda" if torch.cuda.is_available() else "cpu",
+        )
+
+
+_FP32, _BF16 = Case(), Case(precision="bf16")
+CASES = {
+    "fp32": _FP32,
+    "fp32, layers 16": _FP32._replace(layers=16),
+    "fp32, width 1024": _FP32._replace(hidden_size=1024),
+    "fp32, vocabulary 8192": _FP32._replace(vocab_size=8192),
+    "fp32, micro-batch 8": _FP32._replace(micro_batch_size=8),
+    "fp32, sequence 2048": _FP32._replace(sequence_length=2048),
+    "fp32, sequence 128": _FP32._replace(sequence_length=128),
+    "fp32, stock loss": _FP32._replace(loss="stock"),
+    "fp32, checkpointing at micro-batch 8": _FP32._replace(micro_batch_size=8, activation_checkpointing=True),
+    "fp32, accumulation": _FP32._replace(accumulation=2),
+    "bf16": _BF16,
+    "bf16, width 1024": _BF16._replace(hidden_size=1024),
+    "bf16, micro-batch 8": _BF16._replace(micro_batch_size=8),
+    "bf16, stock loss": _BF16._replace(loss="stock"),
+    "bf16, checkpointing at micro-batch 8": _BF16._replace(micro_batch_size=8, activation_checkpointing=True),
+}
+
+
+def resident_bytes(field: str) -> int:
+    """A line of `/proc/self/status`: VmRSS is now, VmHWM the peak of this process alone."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{field}:")[1].split()[0]) * 1024
+
+
+def measured_here(case: Case) -> int:
+    """Runs the steps in this process; bytes at the peak, beyond what was there before the model."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    torch.manual_seed(0)
+    before = 0 if on_gpu else resident_bytes("VmRSS")
+    model_class = TinyLlamaForCausalLM if case.loss == "chunked" else LlamaForCausalLM
+    config = case.model_config()
+    with device:
+        model = model_class._from_config(
+            config if case.loss == "chunked" else config.to_llama(), attn_implementation="sdpa"
+        ).train()
+    if case.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    shape = (case.micro_batch_size, case.sequence_length + 1)
+    for _ in range(STEPS):
+        for _ in range(case.accumulation):
+            tokens = torch.randint(0, case.vocab_size, shape, device=device)
+            labels = tokens[:, 1:].contiguous()
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=case.precision == "bf16"):
+                loss = model(
+                    input_ids=tokens[:, :-1],
+                    labels=labels,
+                    shift_labels=labels,
+                    num_items_in_batch=labels.numel() * case.accumulation,
+                    use_cache=False,
+                ).loss
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return torch.cuda.max_memory_allocated() if on_gpu else resident_bytes("VmHWM") - before
+
+
+def measure(case: Case, default_malloc: bool = False) -> int:
+    """The same in a fresh process."""
+    environment = dict(os.environ)
+    if not default_malloc:
+        environment["MALLOC_MMAP_THRESHOLD_"] = "131072"  # glibc's own start value, but it stays there
+    command = [sys.executable, __file__, "--measure", json.dumps(case._asdict())]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return int(done.stdout)
+
+
+def compare(case: Case, default_malloc: bool = False) -> dict[str, Any]:
+    """Estimate and measurement of a configuration."""
+    estimate, measured = step_memory(case.model_config(), case.layout()), measure(case, default_malloc)
+    return {
+        "estimated_megabytes": round(estimate.total / 1e6, 1),
+        "measured_megabytes": round(measured / 1e6, 1),
+        "ratio": round(estimate.total / measured, 3),
+        "moment": estimate.moment,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--default-malloc", action="store_true", help="leave glibc as it is, and write nothing")
+    parser.add_argument("--only", help="the configurations whose names contain this; writes nothing")
+    parser.add_argument("--measure", metavar="JSON", help="the process that is measured")
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(measured_here(Case(**json.loads(arguments.measure))))
+        return
+    from common import save
+
+    figures = {}
+    print(f"{'estimate MB':>11} {'measured MB':>11} {'ratio':>6}  configuration (height of the estimate)")
+    for name, case in CASES.items():
+        if arguments.only and arguments.only not in name:
+            continue
+        row = figures[name] = compare(case, arguments.default_malloc)
+        print(
+            f"{row['estimated_megabytes']:>11} {row['measured_megabytes']:>11} {row['ratio']:>6}  {name} ({row['moment']})",
+            flush=True,
+        )
+    if not arguments.default_malloc and not arguments.only:
+        print(f"wrote {os.path.relpath(save('plan_memory', figures))}")
+
+
+if __name__ == "__main__":
+    main()
