@@ -19,15 +19,17 @@ from collections.abc import Sequence
 from tinyllama_hf_cli.scripts import training_script
 
 
-def run(recipe: str, overrides: Sequence[str], overwrite: bool, dry_run: bool) -> int:
+def run(recipe: str, overrides: Sequence[str], overwrite: bool, dry_run: bool, measure_peak: bool) -> int:
     from tinyllama_hf.pretrain.checkpoints import FullDiskError
     from tinyllama_hf.pretrain.config import load_config
     from tinyllama_hf.pretrain.loop import NonFiniteError, pretrain
     from tinyllama_hf.pretrain.signals import EXIT_STATUS, Stopped
+    from tinyllama_hf_cli.hooks import hooks_of
 
     statuses = {NonFiniteError: 3, FullDiskError: 4, Stopped: EXIT_STATUS}
     try:
-        pretrain(load_config(recipe, overrides), overwrite, dry_run)
+        config = load_config(recipe, overrides)
+        pretrain(config, overwrite, dry_run, measure_peak, hooks_of(config))
     except tuple(statuses) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return statuses[type(error)]
@@ -37,7 +39,8 @@ def run(recipe: str, overrides: Sequence[str], overwrite: bool, dry_run: bool) -
 def main() -> int:
     overwrites = "remove the run that lies in output_dir"
     interrupted = "what was written is whole, the same command goes on after the last checkpoint"
-    return training_script("pretrain.py", __doc__, overwrites, interrupted, run)
+    flags = {"--measure-peak": "also log the share of the matrix rate that is measured on the spot, at the start"}
+    return training_script("pretrain.py", __doc__, overwrites, interrupted, run, flags)
 
 
 if __name__ == "__main__":

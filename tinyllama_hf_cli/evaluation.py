@@ -48,6 +48,11 @@ def evaluate(
             "for the replies of one folder: MODEL/replies.json."
         ),
     ] = None,
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", help="bits_per_byte: score the milestones of a run as they appear, until the last."),
+    ] = False,
+    every: Annotated[float | None, typer.Option(help="With --watch, seconds between two looks; default: 60.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Score models by stock transformers on the exported folders: bits per byte, the commonsense tasks by lm-eval, replies.
@@ -60,7 +65,7 @@ def evaluate(
     from tinyllama_hf.progress import quiet_library_bars
 
     own_options = {
-        "bits_per_byte": {"--baselines": baselines or None},
+        "bits_per_byte": {"--baselines": baselines or None, "--watch": watch or None, "--every": every},
         "commonsense": {
             "--limit": limit,
             "--published": published,
@@ -75,6 +80,8 @@ def evaluate(
         _commonsense(models, data or [], limit, published, batch_size, samples, output, device)
     elif task == "replies":
         _replies(models, data or [], limit, max_new_tokens, output, device)
+    elif watch:
+        _watch(models, data or [], baselines, every, output, device)
     else:
         _bits_per_byte(models, data or [], baselines, output, device)
 
@@ -92,7 +99,6 @@ def _check_task(task: str, own_options: dict[str, dict[str, Any]]) -> None:
 
 
 def _bits_per_byte(models: list[str], data: list[str], baselines: bool, output: Path | None, device: str) -> None:
-    from tinyllama_hf import provenance
     from tinyllama_hf.errors import InputError
     from tinyllama_hf.evaluation.ladder import score, the_run
 
@@ -100,19 +106,29 @@ def _bits_per_byte(models: list[str], data: list[str], baselines: bool, output: 
     target = output or (run / "scores.json" if run else None)
     if target and target.is_dir():
         raise InputError(f"--output {target}: is a folder; name a file")
-    scores = score(models, data, baselines, device)
-    if target and target.is_file() and not baselines:
-        # They depend on the run and the data alone, and cost more than the models.
-        before = provenance.read_json(target)
-        scores["baselines"] = before["baselines"] if before["data"] == scores["data"] else []
+    scores = score(models, data, baselines, device, target)
     print(f"{'bits per byte':>13}  {'tokens':>12}  model")
     for row in sorted([*scores["baselines"], *scores["models"]], key=lambda row: row.get("tokens", 0)):
         tokens = f"{row['tokens']:,}" if "tokens" in row else ""
         print(f"{row['bits_per_byte']:>13.4f}  {tokens:>12}  {row['name']}")
     if target:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        provenance.write_json(target, scores)
         print(f"wrote {target}")
+
+
+def _watch(
+    models: list[str], data: list[str], baselines: bool, every: float | None, output: Path | None, device: str
+) -> None:
+    from tinyllama_hf.errors import InputError
+    from tinyllama_hf.evaluation.ladder import watch
+
+    if len(models) != 1 or data or baselines:
+        raise InputError("--watch: takes one run and its own data; leave out other models, --data and --baselines")
+    if every is not None and every <= 0:
+        raise InputError(f"--every {every}: must be above 0")
+    run = Path(models[0])
+    target = output or run / "scores.json"
+    watch(run, device, target, every or 60, lambda line: print(line, flush=True))
+    print(f"wrote {target}")
 
 
 def _commonsense(

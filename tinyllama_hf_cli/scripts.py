@@ -1,10 +1,19 @@
 """What the scripts that `accelerate launch` runs have in common: arguments, and how they end."""
 
 import sys
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 
-def training_script(name: str, description: str, overwrites: str, interrupted: str, run: Any) -> int:
+def training_script(
+    name: str,
+    description: str,
+    overwrites: str,
+    interrupted: str,
+    run: Any,
+    flags: Mapping[str, str] = MappingProxyType({}),
+) -> int:
     """Reads the arguments of a training script, runs it, and returns its exit status.
 
     Args:
@@ -12,7 +21,8 @@ def training_script(name: str, description: str, overwrites: str, interrupted: s
         description (`str`): its docstring.
         overwrites (`str`): what `--overwrite` does.
         interrupted (`str`): what Ctrl-C leaves behind.
-        run (`Callable`): given recipe, overrides, overwrite and dry run; returns the exit status.
+        run (`Callable`): given recipe, overrides, overwrite, dry run and each flag; returns the exit status.
+        flags (`Mapping[str, str]`, *optional*): options of this script alone, with their help.
     """
     import argparse
 
@@ -23,14 +33,17 @@ def training_script(name: str, description: str, overwrites: str, interrupted: s
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the recipe")
     parser.add_argument("--overwrite", action="store_true", help=overwrites)
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what would happen, and stop")
+    for flag, text in flags.items():
+        parser.add_argument(flag, action="store_true", help=text)
     arguments = parser.parse_intermixed_args()
+    own = [getattr(arguments, flag.lstrip("-").replace("-", "_")) for flag in flags]
 
     from tinyllama_hf.errors import InputError
     from tinyllama_hf.progress import quiet_library_bars
 
     quiet_library_bars()
     try:
-        return run(arguments.recipe, arguments.overrides, arguments.overwrite, arguments.dry_run)
+        return run(arguments.recipe, arguments.overrides, arguments.overwrite, arguments.dry_run, *own)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

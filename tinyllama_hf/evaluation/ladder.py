@@ -1,7 +1,7 @@
 """Scoring the milestones of a run beside counting models that read the same text."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,13 @@ BASELINES = {"unigram": 1, "5-gram": 5}
 
 
 def score(
-    models: Sequence[str], data: Sequence[str] = (), baselines: bool = False, device: str = "auto"
+    models: Sequence[str],
+    data: Sequence[str] = (),
+    baselines: bool = False,
+    device: str = "auto",
+    output: Path | None = None,
 ) -> dict[str, Any]:
-    """Bits per byte of models, or of every milestone of a run.
+    """Bits per byte of models, or of every milestone of a run; what the output file has already is not scored again.
 
     Args:
         models (`Sequence[str]`): model folders or names; or one run.
@@ -38,6 +42,7 @@ def score(
         baselines (`bool`, *optional*, defaults to `False`): for a run, also fit a unigram and a 5-gram model on the text
             that each milestone had read.
         device (`str`, *optional*, defaults to `"auto"`): where the models run.
+        output (`Path`, *optional*): JSON file, written after each model.
 
     Returns:
         `dict`: `models` and `baselines`, each a list of scores, and what decides them.
@@ -66,14 +71,78 @@ def score(
     held_out = [held_out_documents(folder) for folder in data]
     load_metric("bits_per_byte")  # a missing package is known before the first model is scored
     opened = _open_mixture(config) if run and baselines else None
+    described = [{"path": h.name, "fingerprint": h.fingerprint, "documents": len(h.texts), "bytes": h.num_bytes}
+                 for h in held_out]  # fmt: skip
+    before = _scored_before(output, described)
     scores: dict[str, Any] = {
         "task": "bits_per_byte",
-        "data": [{"path": h.name, "fingerprint": h.fingerprint, "documents": len(h.texts), "bytes": h.num_bytes}
-                 for h in held_out],
-        "models": [_score_folder(folder, held_out, device) for folder in folders],
-        "baselines": _baselines(*opened, folders, held_out) if opened else [],
-    }  # fmt: skip
-    return {**scores, "provenance": provenance.collect()}
+        "data": described,
+        "models": [],
+        "baselines": before["baselines"],
+    }
+    for folder in folders:
+        known = next((row for row in before["models"] if _is_score_of(row, folder)), None)
+        scores["models"].append(known or _score_folder(folder, held_out, device))
+        # Of a killed call, what comes later in the old file stays; a milestone that is gone leaves it at the end.
+        later = [row for row in before["models"] if row["path"] not in {r["path"] for r in scores["models"]}]
+        _write(output, {**scores, "models": [*scores["models"], *later]})
+    if opened:
+        scores["baselines"] = _baselines(*opened, folders, held_out)
+    scores["provenance"] = provenance.collect()
+    _write(output, scores)
+    return scores
+
+
+def _write(output: Path | None, scores: dict[str, Any]) -> None:
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        provenance.write_json(output, {"provenance": provenance.collect(), **scores})
+
+
+def _scored_before(output: Path | None, data: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What a score file holds already, nothing of one on other text: figures on two texts are never joined."""
+    nothing: dict[str, Any] = {"models": [], "baselines": []}
+    if output is None or not output.is_file():
+        return nothing
+    before = provenance.read_json(output)
+    return before if before.get("data") == list(data) else nothing
+
+
+def _is_score_of(row: dict[str, Any], folder: Path) -> bool:
+    """Whether a row is of this very folder: one that was written again has another time of making."""
+    return row["path"] == str(folder) and row.get("created") is not None and row["created"] == _created(folder)
+
+
+def _created(folder: Path) -> str | None:
+    is_ours = (folder / "provenance.json").is_file()
+    return read_record(folder).get("created") if is_ours else None
+
+
+def watch(run: Path, device: str, output: Path, every_seconds: float, say: Callable[[str], None]) -> None:
+    """Scores milestones of a run as they appear, until the one that ends it.
+
+    Args:
+        run (`Path`): a run under way or finished.
+        device (`str`): where the models run.
+        output (`Path`): JSON file, written after each milestone.
+        every_seconds (`float`): between two looks.
+        say (`Callable[[str], None]`): given a line for each milestone.
+
+    Raises:
+        InputError: if the folder is no run.
+    """
+    if not (run / CONFIG_FILE).is_file():
+        raise InputError(f"{run}: is no run (no {CONFIG_FILE}); name the output_dir of recipes/pretrain.py")
+    last, said = load_config(run / CONFIG_FILE).steps.number, set()
+    while True:
+        if list_milestones(run):
+            for row in score([str(run)], device=device, output=output)["models"]:
+                if row["name"] not in said:
+                    said.add(row["name"])
+                    say(f"{row['bits_per_byte']:.4f} bits per byte  {row['name']}")
+                if row["step"] == last:
+                    return
+        time.sleep(every_seconds)
 
 
 def the_run(models: Sequence[str]) -> Path | None:
@@ -114,6 +183,7 @@ def _score_folder(folder: Path, held_out: Sequence[HeldOut], device: str) -> dic
         "name": folder.name,
         "path": str(folder),
         **place_in_run(folder),
+        "created": _created(folder),
         **result,
         "seconds": round(time.perf_counter() - began, 1),
     }

@@ -11,7 +11,7 @@ from ..evaluation.protocol import caveat
 from ..pretrain.milestones import CONFIG_FILE
 from ..provenance import read_json
 from ..released import released
-from .folder import ModelFolder
+from .folder import ModelFolder, open_model_folder
 
 
 class Scores(NamedTuple):
@@ -81,6 +81,24 @@ def model_card(
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n"))
 
 
+def milestone_card(folder: Path, name: str) -> str:
+    """Writes the card that lies in a milestone's folder from the start; publishing makes one with scores and pictures.
+
+    Args:
+        folder (`Path`): holds the whole milestone already.
+        name (`str`): that the folder is to have.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    model = open_model_folder(folder)._replace(given_name=name)
+    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["llama", "tinyllama_hf"])
+    loss = f"Loss on held-out text: {model.record['validation_loss']:.4f} nats a token, the mean over the sources by their share."
+    parts = [f"# {name}", _what_it_is("main", model), loss, _how_to_load(name, "main", model), _training(model),
+             _origin(model.record)]  # fmt: skip
+    body = "\n\n".join(parts)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n"))
+
+
 def _eval_results(name: str, scores: Scores) -> list[Any]:
     """The entries of `model-index`: figures on all of a held-out text or task, and no others."""
     from huggingface_hub import EvalResult
@@ -118,9 +136,7 @@ def _eval_results(name: str, scores: Scores) -> list[Any]:
 def _what_it_is(revision: str, model: ModelFolder) -> str:
     config, record = model.config, model.record
     if "tokens" in record:
-        made = (
-            f"pretrained from scratch; `{model.name}` has read {record['tokens']:,} tokens in {record['step']:,} steps"
-        )
+        made = f"{_pretrained_from(model)}; `{model.name}` has read {record['tokens']:,} tokens in {record['step']:,} steps"
     else:
         made = f"fine-tuned from {_shown(record['base_model']['path'])} on {record['conversations']['train']:,} conversations"
     where = "" if revision == "main" or "tokens" not in record else " The newest milestone is on `main`."
@@ -135,6 +151,11 @@ def _what_it_is(revision: str, model: ModelFolder) -> str:
     }
     cells = [f"{value:,}" for value in shape.values()]
     return f"A Llama of {model.num_parameters:,} parameters, {made}.{where}\n\n{_table(list(shape), [cells])}"
+
+
+def _pretrained_from(model: ModelFolder) -> str:
+    initial = yaml.safe_load((model.path / CONFIG_FILE).read_text(encoding="utf-8"))["model"].get("init_from")
+    return f"pretrained further from {_shown(initial)}" if initial else "pretrained from scratch"
 
 
 def _how_to_load(repo: str, revision: str, model: ModelFolder) -> str:

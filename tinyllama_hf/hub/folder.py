@@ -44,6 +44,7 @@ class ModelFolder(NamedTuple):
         config (`dict`): its `config.json`.
         record (`dict`): its `provenance.json`.
         num_parameters (`int`): as the headers of the weights have them, a shared one counted once.
+        given_name (`str`): where the folder does not bear its name yet.
     """
 
     path: Path
@@ -51,11 +52,12 @@ class ModelFolder(NamedTuple):
     config: dict[str, Any]
     record: dict[str, Any]
     num_parameters: int
+    given_name: str = ""
 
     @property
     def name(self) -> str:
         """Of the folder, which is that of the model in score files."""
-        return self.path.resolve().name
+        return self.given_name or self.path.resolve().name
 
 
 def open_model_folder(folder: Path) -> ModelFolder:

@@ -39,7 +39,7 @@ from .resume import Start, find_start
 from .signals import Stopped, StopRequests
 from .step import StepResult, TrainStep
 from .throughput import measure_matmul_flops, model_flops_utilization, peak_memory_bytes
-from .trackers import row_values, start_trackers
+from .trackers import check_trackers, row_values, start_trackers
 from .validation import validation_losses
 
 
@@ -70,6 +70,8 @@ def pretrain(
         Stopped: after SIGTERM or SIGINT, once the step is done and a checkpoint written.
         FullDiskError: if a checkpoint or milestone cannot be written; those before it are whole.
     """
+    hooks = hooks or Hooks()
+    check_trackers(config)
     accelerator = launch.make_accelerator(config)
     run = setup.open_run(config)
     setup.check_batches(config, accelerator.num_processes)
@@ -83,7 +85,8 @@ def pretrain(
         run.output, num_parameters, config.checkpoints.keep, len(run.milestones), config.milestones.keep_training_state
     )
     if accelerator.is_main_process:
-        print("\n".join([*setup.facts(run, model, accelerator.num_processes, compile_says), *start.says]), flush=True)
+        facts = setup.facts(run, model, accelerator.num_processes, compile_says)
+        print("\n".join([*facts, *hooks.before_training, *start.says]), flush=True)
         if dry_run:
             print(f"first block {setup.sample(run)!r}\nwould write {run.output}/ (dry run: nothing was written)")
     if dry_run or start.is_finished:
@@ -91,7 +94,7 @@ def pretrain(
     launch.prepare_layers(model, config.training, compiled)
     accelerator.wait_for_everyone()  # nobody is still looking at the folder
     with _output_of_one(run, accelerator, overwrite):
-        trainer = _Trainer(run, accelerator, *launch.wrap(accelerator, model, config), start, hooks or Hooks())
+        trainer = _Trainer(run, accelerator, *launch.wrap(accelerator, model, config), start, hooks)
         trainer.matmul_flops = measure_matmul_flops(accelerator.device, torch.bfloat16) if measure_peak else None
         start_trackers(accelerator, config, run.output)
         trainer.train()

@@ -186,7 +186,7 @@ def _loss_forward(config: LlamaConfig, layout: Layout) -> dict[str, int]:
         chunk = min(chunk_tokens(vocab, e), tokens)
         rows = 4 * min(ROWS[layout.device_type], chunk) * vocab
         share = (e + (4 if e == 2 and layout.device_type == "cpu" else 0)) * weight
-        loss = cast + 4 * weight + _stream_bytes(layout) * tokens * d + logits + max(rows, share)
+        loss = cast + 4 * weight + _stream_bytes(layout) * tokens * d + e * chunk * vocab + max(rows, share)
     activations = _kept(config, layout) + _tail(config, layout)
     return {"gradients": 0, "copies": _copies(config, layout, config.num_hidden_layers), "activations": activations,
             "loss": loss}  # fmt: skip

@@ -1,0 +1,54 @@
+"""What `recipes/pretrain.py` does beside training: cards, scores and pictures, which lie in higher layers than the loop."""
+
+from pathlib import Path
+from typing import Any
+
+
+def hooks_of(config: Any) -> Any:
+    """The hooks that a pretraining recipe asks for."""
+    from tinyllama_hf.pretrain.hooks import Hooks
+
+    inline = {"after_milestone": _score} if config.evaluate_at_milestones == "inline" else {}
+    return Hooks(before_training=_announce(config), complete_milestone=_write_card, after_checkpoint=_draw, **inline)
+
+
+def _announce(config: Any) -> list[str]:
+    """Lines for the start of a run."""
+    from importlib.util import find_spec
+
+    lines = []
+    if find_spec("matplotlib") is None:
+        lines.append("pictures    none: matplotlib is not installed (pip install 'tinyllama_hf[report]')")
+    if config.evaluate_at_milestones == "watch":
+        lines.append(f"scores      in another process: tinyllama-hf eval {config.output_dir} --watch")
+    return lines
+
+
+def _write_card(milestone: Path) -> None:
+    from tinyllama_hf import provenance
+    from tinyllama_hf.hub.card import milestone_card
+
+    name = provenance.read_json(milestone / "provenance.json")["name"]
+    provenance.write_text(milestone / "README.md", milestone_card(milestone, name))
+
+
+def _score(run: Path, milestone: Path) -> None:
+    """Bits per byte of the new milestone, by stock transformers on its folder."""
+    from tinyllama_hf.evaluation.ladder import score
+
+    row = score([str(run)], output=run / "scores.json")["models"][-1]
+    print(f"{row['bits_per_byte']:.4f} bits per byte  {row['name']}", flush=True)
+
+
+def _draw(run: Path) -> None:
+    """`training.png` in the run's folder."""
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        return
+    from tinyllama_hf.pretrain.metrics import read_metrics
+    from tinyllama_hf.pretrain.milestones import list_milestones, read_record
+    from tinyllama_hf.report.plots import training_panels
+
+    tokens = [read_record(folder)["tokens"] for folder in list_milestones(run)]
+    training_panels(read_metrics(run), tokens, run.name, run / "training.png")
