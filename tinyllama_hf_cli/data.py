@@ -1,7 +1,7 @@
 """`tinyllama-hf prepare`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,17 +10,29 @@ def prepare(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="embedded:prose, embedded:code; or files and folders of .jsonl[.gz|.zst], .txt, .md, .rst, .py."
+            help="embedded:prose, embedded:code; files and folders of .jsonl[.gz|.zst], .parquet, .txt, .md, .rst, .py; "
+            "hub:OWNER/NAME[@REVISION][/PATTERN]; or one recipe .yaml, with key=value to replace its values."
         ),
     ],
-    tokenizer: Annotated[str, typer.Option(help="Tokenizer folder, tokenizer.model, tokenizer.json or GGUF file.")],
-    output: Annotated[Path, typer.Option(help="Folder to write.")],
-    separator: Annotated[str, typer.Option(help="Around each document: both, bos (before) or eos (after).")] = "both",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer folder, tokenizer.model, tokenizer.json or GGUF file.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
+    separator: Annotated[
+        str | None, typer.Option(help="Around each document: both, bos (before) or eos (after); default: both.")
+    ] = None,
     validation_fraction: Annotated[
-        float, typer.Option(help="Share of the documents held out, by their hash.")
-    ] = 0.005,
-    sample_fraction: Annotated[float, typer.Option(help="Share of the other documents kept, by their hash.")] = 1.0,
-    text_column: Annotated[str, typer.Option(help="Column of JSON lines that holds the text.")] = "text",
+        float | None, typer.Option(help="Share of the documents held out, by their hash; default: 0.005.")
+    ] = None,
+    sample_fraction: Annotated[
+        float | None, typer.Option(help="Share of the other documents kept, by their hash; default: 1.")
+    ] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column that holds the text, as a dotted path; default: text.")
+    ] = None,
+    where: Annotated[
+        str | None, typer.Option(help='Rows to keep, for example: meta.redpajama_set_name != "RedPajamaGithub"')
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be read.")] = False,
 ) -> None:
@@ -31,20 +43,58 @@ def prepare(
     from tinyllama_hf.data.prepare import plan
     from tinyllama_hf.data.prepare import prepare as run
 
+    given = {"tokenizer": tokenizer, "output": output, "separator": separator, "validation_fraction": validation_fraction,
+             "sample_fraction": sample_fraction, "text_column": text_column, "where": where}  # fmt: skip
+    request = _request(sources, {name: value for name, value in given.items() if value is not None})
     if dry_run:
-        checked = plan(sources, tokenizer, output, separator, validation_fraction, sample_fraction, text_column)
-        print(f"{len(checked.source.files)} {checked.source.kind} source(s) in {checked.source.num_tasks} task(s)")
-        print("\n".join(f"  {file}" for file in checked.source.files[:10]))
-        print(
-            f"tokenizer of {len(checked.tokenizer):,} ids, separator {separator}, {validation_fraction:.2%} held out"
-        )
-        print(f"{output}: finished already" if checked.is_finished else f"would write {output}")
+        _say(plan(**request))
         return
-    metadata, was_finished = run(
-        sources, tokenizer, output, separator, validation_fraction, sample_fraction, text_column, workers
-    )
-    print(f"{output}: was finished already" if was_finished else f"wrote {output}")
+    metadata, was_finished = run(**request, workers=workers)
+    print(f"{request['output']}: was finished already" if was_finished else f"wrote {request['output']}")
+    rows = metadata.get("rows")  # data sets of version 0.1 did not count them
+    if rows and rows["kept"] < rows["read"]:
+        print(f"  {rows['read']:,} rows, {rows['kept']:,} kept by {metadata['request']['where']!r}")
     for split, counts in metadata["splits"].items():
         print(
             f"  {split:<10} {counts['documents']:>9,} documents {counts['tokens']:>13,} tokens {counts['bytes']:>14,} bytes"
         )
+
+
+def _request(sources: list[str], given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `prepare`: those of a recipe, where one is named, replaced by those given."""
+    from tinyllama_hf.data.config import load_config
+    from tinyllama_hf.errors import InputError
+
+    if sources[0].endswith((".yaml", ".yml")):
+        return {**load_config(sources[0], sources[1:]).model_dump(), **given}
+    if missing := [name for name in ("tokenizer", "output") if name not in given]:
+        raise InputError(f"--{missing[0]}: is needed, unless a recipe names it")
+    defaults = {
+        "separator": "both",
+        "validation_fraction": 0.005,
+        "sample_fraction": 1.0,
+        "text_column": "text",
+        "where": None,
+    }
+    return {"sources": sources, **defaults, **given}
+
+
+def _say(checked: Any) -> None:
+    """What a checked request would do, with the beginning of its first document as the model will see it."""
+    from tinyllama_hf.data.sources import read_documents
+    from tinyllama_hf.tokenization_tinyllama import encode_text
+
+    source, record = checked.source, checked.record
+    print(f"{len(source.files)} {source.kind} source(s) in {source.num_tasks} task(s)")
+    print("\n".join(f"  {file}" for file in source.files[:10]))
+    print(
+        f"tokenizer of {len(checked.tokenizer):,} ids, separator {record['separator']}, "
+        f"{record['validation_fraction']:.2%} held out"
+    )
+    if source.where is not None:
+        print(f"rows where {source.where}")
+    first = next(read_documents(source), None)
+    if first:
+        ids = [*record["begin"], *encode_text(checked.tokenizer, first.text)[:40]]
+        print(f"first document kept, {first.name}: {checked.tokenizer.decode(ids)!r}")
+    print(f"{checked.output}: finished already" if checked.is_finished else f"would write {checked.output}")

@@ -1,8 +1,6 @@
 """What the scripts that `accelerate launch` runs have in common: arguments, and how they end."""
 
 import sys
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 
@@ -12,7 +10,7 @@ def training_script(
     overwrites: str,
     interrupted: str,
     run: Any,
-    flags: Mapping[str, str] = MappingProxyType({}),
+    flags: dict[str, str] | None = None,
 ) -> int:
     """Reads the arguments of a training script, runs it, and returns its exit status.
 
@@ -22,7 +20,7 @@ def training_script(
         overwrites (`str`): what `--overwrite` does.
         interrupted (`str`): what Ctrl-C leaves behind.
         run (`Callable`): given recipe, overrides, overwrite, dry run and each flag; returns the exit status.
-        flags (`Mapping[str, str]`, *optional*): options of this script alone, with their help.
+        flags (`dict[str, str]`, *optional*): options of this script alone, with their help.
     """
     import argparse
 
@@ -33,6 +31,7 @@ def training_script(
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the recipe")
     parser.add_argument("--overwrite", action="store_true", help=overwrites)
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what would happen, and stop")
+    flags = flags or {}
     for flag, text in flags.items():
         parser.add_argument(flag, action="store_true", help=text)
     arguments = parser.parse_intermixed_args()

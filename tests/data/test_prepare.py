@@ -17,7 +17,7 @@ from tinyllama_hf import load_tokenizer
 from tinyllama_hf.data.pipeline import split_of
 from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.data.shards import TokenDataset, read_metadata
-from tinyllama_hf.data.sources import zstd_library
+from tinyllama_hf.data.rows import zstd_library
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.tokenization_tinyllama import encode_text, tokenizer_fingerprint
 
@@ -233,7 +233,7 @@ class TestRefusals:
             (["a.jsonl"], {"validation_fraction": 1.0}, "below 1"),
             (["a.jsonl"], {"sample_fraction": 0.0}, "above 0"),
             (["latin.txt"], {"validation_fraction": 0.0}, "not UTF-8"),
-            (["second.jsonl"], {"validation_fraction": 0.0}, "row 2: no text under 'text', but: other"),
+            (["second.jsonl"], {"validation_fraction": 0.0}, "row 2: no text: nothing under 'text', but: other"),
             (["a.jsonl"], {"sample_fraction": 1e-9, "validation_fraction": 0.0}, "no text to train on"),
         ],
     )

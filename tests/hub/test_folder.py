@@ -14,7 +14,7 @@ TEXTS = {
     ("provenance.json", "[]"): "provenance.json: damaged, no JSON object",
     ("config.json", "[]"): "model_type None, and only plain Llama folders",
     ("training.yaml", "a: [1"): "training.yaml: damaged, not valid YAML",
-    ("../../metrics.jsonl", '{"step": 1, "to'): "metrics.jsonl: damaged, a row is not valid JSON",
+    ("../../metrics.jsonl", '{"step": 1, "to\n'): "metrics.jsonl: damaged, a row is not valid JSON",
 }
 
 

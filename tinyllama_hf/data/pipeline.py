@@ -5,6 +5,7 @@ import hashlib
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def run_pipeline(source: Source, output: Path, record: dict[str, Any], workers: 
     output = output.absolute()  # fsspec (2026.9) remembers what a relative path meant before a change of directory
     work = output / "work"
     executor = _QuietExecutor(
-        pipeline=[SourceReader(source), SplitTokenizer(output, record)],
+        pipeline=[SourceReader(source, output), SplitTokenizer(output, record)],
         tasks=source.num_tasks,
         workers=min(workers, source.num_tasks),
         logging_dir=str(work / "logs"),
@@ -82,13 +83,16 @@ class SourceReader(PipelineStep):
 
     name, type = "Documents", "READER"
 
-    def __init__(self, source: Source):
+    def __init__(self, source: Source, output: Path):
         super().__init__()
-        self.source = source
+        self.source, self.output = source, output
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        for document in read_documents(self.source, rank, world_size):
+        counts: Counter = Counter(read=0, kept=0)
+        for document in read_documents(self.source, rank, world_size, counts):
             yield Document(text=document.text, id=document.name)
+        # Before the next step's counts, which the task ends with.
+        provenance.write_json(self.output / "work" / f"rows_{rank:05d}.json", counts)
 
 
 class SplitTokenizer(PipelineStep):

@@ -47,6 +47,7 @@ def prepare(
     validation_fraction: float = 0.005,
     sample_fraction: float = 1.0,
     text_column: str = "text",
+    where: str | None = None,
     workers: int | None = None,
     progress: bool = True,
 ) -> PreparedData:
@@ -57,20 +58,22 @@ def prepare(
 
     Args:
         sources (`Sequence[str]`): `embedded:prose` or `embedded:code`; or files and folders of `.jsonl`, `.jsonl.gz`,
-            `.jsonl.zst`; or of `.txt`, `.md`, `.rst`, `.py`, one document a file. One kind per call.
+            `.jsonl.zst`; of `.parquet`; or of `.txt`, `.md`, `.rst`, `.py`, one document a file; or data sets of the Hub,
+            `hub:OWNER/NAME[@REVISION][/PATTERN]`, which are fetched first. One kind per call.
         tokenizer (`str` or `os.PathLike`): anything that [`load_tokenizer`] takes.
         output (`str` or `os.PathLike`): folder to write.
         separator (`str`): `"both"` puts begin- and end-of-sequence around each document, `"bos"` and `"eos"` one.
         validation_fraction (`float`): expected share of the documents held out.
         sample_fraction (`float`): expected share of the other documents that is kept for training, by hash as well.
-        text_column (`str`): of JSON lines.
+        text_column (`str`): of rows, as a dotted path.
+        where (`str`, *optional*): expression that chooses rows, see [`data.expressions`].
         workers (`int`, *optional*, defaults to the number of cores): processes.
 
     Raises:
         InputError: for sources that do not exist or cannot be read, an output that holds something else, and values
             out of range; before anything is written where it can be known by then.
     """
-    request = plan(sources, tokenizer, output, separator, validation_fraction, sample_fraction, text_column)
+    request = plan(sources, tokenizer, output, separator, validation_fraction, sample_fraction, text_column, where)
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: must be at least 1")
     if request.is_finished:
@@ -103,7 +106,7 @@ class Plan(NamedTuple):
     is_finished: bool
 
 
-def plan(sources, tokenizer, output, separator, validation_fraction, sample_fraction, text_column) -> Plan:
+def plan(sources, tokenizer, output, separator, validation_fraction, sample_fraction, text_column, where=None) -> Plan:
     """Checks a request without writing anything; arguments and errors as for [`prepare`]."""
     if separator not in SEPARATORS:
         raise InputError(f"--separator {separator!r}{did_you_mean(separator, SEPARATORS)}")
@@ -114,7 +117,7 @@ def plan(sources, tokenizer, output, separator, validation_fraction, sample_frac
         raise InputError(f"--sample-fraction {sample_fraction}: must lie above 0 and up to 1")
     output = Path(output)
     loaded = load_tokenizer(tokenizer)
-    source = open_sources(sources, text_column)
+    source = open_sources(sources, text_column, where)
     record = {
         "format_version": FORMAT_VERSION,
         "tokenizer": tokenizer_fingerprint(loaded),
@@ -126,6 +129,7 @@ def plan(sources, tokenizer, output, separator, validation_fraction, sample_frac
         "sample_fraction": sample_fraction,
         "text_column": text_column,
         "source": source.record,
+        **({} if where is None else {"where": where}),
     }
     if None in (*record["begin"], *record["end"]):
         raise InputError(f"{tokenizer}: has no begin- or end-of-sequence token for --separator {separator}")
@@ -152,6 +156,12 @@ def _is_finished(output: Path, record: dict[str, Any]) -> bool:
     return finished.is_file()
 
 
+def _rows(request: Plan) -> dict[str, int]:
+    """Rows (documents, of text files) that were read, and those that `where` kept, empty ones included."""
+    counted = [provenance.read_json(file) for file in sorted((request.output / "work").glob("rows_*.json"))]
+    return {name: sum(counts[name] for counts in counted) for name in ("read", "kept")}
+
+
 def _describe(request: Plan) -> dict[str, Any]:
     splits = {}
     for split in SPLITS:
@@ -163,11 +173,13 @@ def _describe(request: Plan) -> dict[str, Any]:
         totals = {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "bytes")}
         splits[split] = {**totals, "shards": shards}
     if splits["train"]["tokens"] == 0:
+        rows, where = _rows(request), request.record.get("where")
+        chosen = f"of {rows['read']:,} rows --where {where!r} kept {rows['kept']:,}; " if where else ""
         raise InputError(
-            f"{', '.join(request.source.files)}: no text to train on; of all documents, "
+            f"{', '.join(request.source.files[:5])}: no text to train on; {chosen}of all documents, "
             f"{request.record['validation_fraction']} are held out and {request.record['sample_fraction']} of the rest kept"
         )
-    tokenizer = request.tokenizer
+    tokenizer, rows = request.tokenizer, _rows(request)
     return {
         "format_version": FORMAT_VERSION,
         "fingerprint": provenance.fingerprint([request.record["tokenizer"], request.record["separator"], splits]),
@@ -179,6 +191,7 @@ def _describe(request: Plan) -> dict[str, Any]:
             "eos_token_id": tokenizer.eos_token_id,
         },
         "separator": request.record["separator"],
+        "rows": rows,
         "splits": splits,
         "request": request.record,
         "provenance": provenance.collect(),

@@ -1,22 +1,30 @@
-"""Where documents come from: files of JSON lines, text files, or the embedded corpus."""
+"""Where documents come from: rows of JSON lines or Parquet, text files, a data set of the Hub, or the embedded corpus."""
 
-import gzip
+import fnmatch
+import hashlib
 import itertools
 import json
+import re
 import sys
-import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import InputError, require
+from ..errors import InputError
 from ..provenance import file_sha256
 from . import embedded
+from .expressions import Expression, MissingColumn, value_at
+from .rows import JSON_LINES, PARQUET, read_rows
 
 
-JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 TEXT = (".txt", ".md", ".rst", ".py")
+ROWS = JSON_LINES + PARQUET
 _EMBEDDED_TASKS = 2  # each task walks the whole standard library to find its share
+# Above this, files are told apart by size and samples: reading terabytes twice would cost a day.
+_HASHED_WHOLE_BYTES = 4 * 2**30
+_SAMPLES, _SAMPLE_BYTES = 16, 2**16
+_HUB_SOURCE = re.compile(r"hub:(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<pattern>.+))?")
 
 
 class SourceDocument(NamedTuple):
@@ -29,54 +37,84 @@ class SourceDocument(NamedTuple):
 class Source(NamedTuple):
     """Checked sources of one kind.
 
-    `kind` is `"json lines"`, `"text"` or `"embedded"`; `files` are paths, or the name of the embedded part; `record`
-    identifies the contents; `num_tasks` is in how many parts they are read.
+    `kind` is `"json lines"`, `"parquet"`, `"text"` or `"embedded"`; `files` are paths, or the name of the embedded part;
+    `where` chooses rows; `record` identifies the contents; `num_tasks` is in how many parts they are read.
     """
 
     kind: str
     files: tuple[str, ...]
     text_column: str
+    where: str | None
     record: dict[str, Any]
     num_tasks: int
 
 
-def open_sources(sources: Sequence[str], text_column: str = "text") -> Source:
-    """Finds and checks what `sources` name.
+def open_sources(sources: Sequence[str], text_column: str = "text", where: str | None = None) -> Source:
+    """Finds and checks what `sources` name; data sets of the Hub are fetched first.
 
     Raises:
-        InputError: if something does not exist, is of no known kind, or the kinds differ.
+        InputError: if something does not exist, is of no known kind, the kinds differ, or the first row of a file lacks
+            the text column or a path of `where`.
     """
     if not sources:
-        raise InputError("no source given: name files, folders, embedded:prose or embedded:code")
+        raise InputError("no source given: name files, folders, hub:OWNER/NAME, embedded:prose or embedded:code")
+    chosen = Expression(where) if where is not None else None
     if any(source.startswith("embedded:") for source in sources):
+        if chosen:
+            raise InputError(f"--where {where!r}: the embedded corpus has no columns to choose by; leave it out")
         return _embedded(sources, text_column)
-    files = [file for source in sources for file in _files(source)]
-    kinds = {"json lines" if file.name.endswith(JSON_LINES) else "text" for file in files}
+    found = [_hub_files(source) if source.startswith("hub:") else (_files(source), None) for source in sources]
+    files = [file for part, _ in found for file in part]
+    kinds = {_kind(file) for file in files}
     if len(kinds) > 1:
-        raise InputError(f"{', '.join(sources)}: JSON lines and text files mixed; prepare them as two data sets")
+        raise InputError(
+            f"{', '.join(sources)}: {' and '.join(sorted(kinds))} files mixed; prepare them as two data sets"
+        )
     kind = kinds.pop()
-    if kind == "json lines":
+    if kind == "text" and chosen:
+        raise InputError(f"--where {where!r}: text files have no columns to choose by; leave it out")
+    if kind != "text":
         for file in files:  # a wrong column or format is found now, not after hours
-            if next(_read_json_lines(file, text_column), None) is None:
+            row = next(read_rows(file), None)
+            if row is None:
                 raise InputError(f"{file}: holds no row; remove it, or fetch it again")
-    record = {"kind": kind, "files": [{"name": file.name, "sha256": file_sha256(file)} for file in files]}
-    return Source(kind, tuple(str(file.resolve()) for file in files), text_column, record, len(files))
+            _text_of(*_named(file, row), text_column)
+            _is_chosen(*_named(file, row), chosen)
+    record: dict[str, Any] = {"kind": kind, "files": _identified(files)}
+    if hubs := [hub for _, hub in found if hub]:
+        record["hub"] = hubs
+    return Source(kind, tuple(str(file.absolute()) for file in files), text_column, where, record, len(files))
 
 
-def read_documents(source: Source, task: int = 0, num_tasks: int = 1) -> Iterator[SourceDocument]:
+def read_documents(
+    source: Source, task: int = 0, num_tasks: int = 1, counts: Counter | None = None
+) -> Iterator[SourceDocument]:
     """Yields the documents of a task, in order: every `num_tasks`-th file, or document of the embedded corpus.
+
+    Args:
+        counts (`Counter`, *optional*): counts `read` rows or documents, and those `kept` by `where`.
 
     Raises:
         InputError: at a file that is damaged, a row that is no JSON object with a text, and text that is not UTF-8.
     """
+    counts = Counter() if counts is None else counts
     if source.kind == "embedded":
         named = ((kind, document) for kind in source.files for document in embedded.documents(kind))
         for kind, document in itertools.islice(named, task, None, num_tasks):
+            counts.update(("read", "kept"))
             yield SourceDocument(f"{kind}/{document.name}", document.text)
         return
-    read = _read_text if source.kind == "text" else _read_json_lines
-    for file in source.files[task::num_tasks]:
-        yield from read(Path(file), source.text_column)
+    where = Expression(source.where) if source.where is not None else None
+    for file in map(Path, source.files[task::num_tasks]):
+        if source.kind == "text":
+            counts.update(("read", "kept"))
+            yield _read_text(file)
+            continue
+        for row in read_rows(file):
+            counts["read"] += 1
+            if _is_chosen(*_named(file, row), where):
+                counts["kept"] += 1
+                yield SourceDocument(f"{file}/{row[0]}", _text_of(*_named(file, row), source.text_column))
 
 
 def read_texts(source: Source) -> Iterator[str]:
@@ -84,54 +122,67 @@ def read_texts(source: Source) -> Iterator[str]:
     return (document.text for document in read_documents(source))
 
 
-def _read_text(file: Path, text_column: str) -> Iterator[SourceDocument]:
+def _kind(file: Path) -> str:
+    if file.name.endswith(JSON_LINES):
+        return "json lines"
+    return "parquet" if file.name.endswith(PARQUET) else "text"
+
+
+def _named(file: Path, row: tuple[int, Any]) -> tuple[Any, str]:
+    """The value of a row, and its place for messages."""
+    return row[1], f"{file}, row {row[0]}"
+
+
+def _is_chosen(row: Any, place: str, where: Expression | None) -> bool:
+    if where is None:
+        return True
+    try:
+        return where(row)
+    except MissingColumn as error:
+        raise InputError(f"{place}: {error.args[0]}; see --where {where.text!r}") from error
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error
+
+
+def _text_of(row: Any, place: str, text_column: str) -> str:
+    try:
+        text = value_at(row, text_column)
+    except MissingColumn as error:
+        raise InputError(f"{place}: no text: {error.args[0]}; see --text-column") from error
+    if not isinstance(text, str):
+        shown = json.dumps(text, default=str)[:40]
+        raise InputError(f"{place}: {text_column!r} is {shown}, no string; repair or drop the row")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        raise InputError(f"{place}: {error.reason} at character {error.start}; repair or drop the row") from error
+    return text
+
+
+def _read_text(file: Path) -> SourceDocument:
     try:
         # Bytes, so that line ends stay as they are.
-        yield SourceDocument(str(file), file.read_bytes().decode("utf-8"))
+        return SourceDocument(str(file), file.read_bytes().decode("utf-8"))
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 ({error.reason} at byte {error.start}); convert it first") from error
 
 
-def _read_json_lines(file: Path, text_column: str) -> Iterator[SourceDocument]:
-    for number, row in read_rows(file):
-        yield SourceDocument(f"{file}/{number}", _text_of(row, f"{file}, row {number}", text_column))
+def _identified(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """What tells the files from others: SHA-256, of all their bytes or, of very many, of samples and the size."""
+    if sum(file.stat().st_size for file in files) <= _HASHED_WHOLE_BYTES:
+        return [{"name": file.name, "sha256": file_sha256(file)} for file in files]
+    return [
+        {"name": file.name, "bytes": file.stat().st_size, "sampled_sha256": _sampled_sha256(file)} for file in files
+    ]
 
 
-def read_rows(file: Path) -> Iterator[tuple[int, Any]]:
-    """Yields (number of the line, value) of the rows of a JSON lines file.
-
-    Raises:
-        InputError: at a file that is damaged, and a row that is no JSON.
-    """
-    number = 0
-    damage = (UnicodeDecodeError, OSError, EOFError, zlib.error)
-    if file.suffix == ".zst":
-        damage += (zstd_library().ZstdError,)
-    try:
-        with _open_lines(file) as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file}, row {number}: no JSON ({error}); repair or remove it") from error
-    except damage as error:
-        raise InputError(f"{file}: damaged after row {number} ({error}); fetch it again") from error
-
-
-def _text_of(row: Any, where: str, text_column: str) -> str:
-    if not isinstance(row, dict) or text_column not in row:
-        columns = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
-        raise InputError(f"{where}: no text under {text_column!r}, but: {columns}; see --text-column")
-    if not isinstance(row[text_column], str):
-        raise InputError(
-            f"{where}: {text_column!r} is {json.dumps(row[text_column])[:40]}, no string; repair or drop the row"
-        )
-    text = row[text_column]
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-        raise InputError(f"{where}: {error.reason} at character {error.start}; repair or drop the row") from error
-    return text
+def _sampled_sha256(file: Path) -> str:
+    size, digest = file.stat().st_size, hashlib.sha256()
+    with file.open("rb") as stream:
+        for number in range(_SAMPLES):
+            stream.seek(max(size - _SAMPLE_BYTES, 0) * number // (_SAMPLES - 1))
+            digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def _embedded(sources: Sequence[str], text_column: str) -> Source:
@@ -144,7 +195,7 @@ def _embedded(sources: Sequence[str], text_column: str) -> Source:
                 f"embedded:{name} does not exist; valid: {', '.join(f'embedded:{k}' for k in embedded.KINDS)}"
             )
     record = {"kind": "embedded", "names": names, "python": sys.version.split()[0]}
-    return Source("embedded", tuple(names), text_column, record, _EMBEDDED_TASKS)
+    return Source("embedded", tuple(names), text_column, None, record, _EMBEDDED_TASKS)
 
 
 def _files(source: str) -> list[Path]:
@@ -152,28 +203,32 @@ def _files(source: str) -> list[Path]:
     if not path.exists():
         raise InputError(f"source {source}: no such file or folder")
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(JSON_LINES + TEXT))
+        found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(ROWS + TEXT))
         if not found:
-            raise InputError(f"source {source}: holds none of {', '.join(JSON_LINES + TEXT)}")
+            raise InputError(f"source {source}: holds none of {', '.join(ROWS + TEXT)}")
         return found
-    if not path.name.endswith(JSON_LINES + TEXT):
-        raise InputError(f"source {source}: of no known kind; known: {', '.join(JSON_LINES + TEXT)}")
+    if not path.name.endswith(ROWS + TEXT):
+        raise InputError(f"source {source}: of no known kind; known: {', '.join(ROWS + TEXT)}")
     return [path]
 
 
-def _open_lines(file: Path):
-    if file.suffix == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8")
-    if file.suffix == ".zst":
-        return zstd_library().open(file, "rt", encoding="utf-8")
-    return file.open(encoding="utf-8")
+def _hub_files(source: str) -> tuple[list[Path], dict[str, str]]:
+    """The files of `hub:OWNER/NAME[@REVISION][/PATTERN]`, fetched into the Hub's cache, and the commit they are of."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-
-def zstd_library():
-    """Python 3.14's module or its backport. The package zstandard (0.25) reads a truncated file without a word."""
+    match = _HUB_SOURCE.fullmatch(source)
+    if not match:
+        raise InputError(f"source {source}: write hub:OWNER/NAME, hub:OWNER/NAME@REVISION or hub:OWNER/NAME/PATTERN")
+    repo, revision, pattern = match["repo"], match["revision"], match["pattern"]
+    wanted = [pattern] if pattern else [f"*{ending}" for ending in ROWS]
     try:
-        from compression import zstd
-    except ImportError:
-        require("backports.zstd", "data", "reading .zst files")
-        from backports import zstd
-    return zstd
+        folder = Path(snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=wanted))
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"source {source}: cannot be fetched ({reason}); check name, access and network") from error
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name.endswith(ROWS))
+    files = [path for path in files if any(fnmatch.fnmatch(path.relative_to(folder).as_posix(), w) for w in wanted)]
+    if not files:
+        raise InputError(f"source {source}: holds no file of {', '.join(wanted)} that is of {', '.join(ROWS)}")
+    return files, {"repo": repo, "revision": folder.name}  # the cache names a snapshot by its commit

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..chat.render import Rendering, check_messages, render
 from ..data.questions import questions
-from ..data.sources import JSON_LINES, read_rows
+from ..data.rows import JSON_LINES, read_rows
 from ..errors import InputError
 
 

@@ -1,0 +1,27 @@
+"""The recipe of a data set: the arguments of `prepare` as a YAML file."""
+
+import os
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field
+
+from ..recipe import Section, read_recipe
+
+
+class PrepareConfig(Section):
+    """A whole recipe; keys as the arguments of [`prepare`]."""
+
+    sources: list[str] = Field(min_length=1)
+    tokenizer: str
+    output: str
+    separator: Literal["both", "bos", "eos"]
+    text_column: str
+    where: str | None
+    validation_fraction: float = Field(ge=0, lt=1)
+    sample_fraction: float = Field(gt=0, le=1)
+
+
+def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> PrepareConfig:
+    """Reads a recipe and applies `key=value` overrides; see [`read_recipe`]."""
+    return read_recipe(PrepareConfig, path, overrides, lambda sections: [])

@@ -1,0 +1,74 @@
+"""Rows of JSON lines and Parquet files, one after the other, in bounded memory."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError, require
+
+
+JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+PARQUET = (".parquet",)
+_PARQUET_ROWS = 1024  # read at a time
+
+
+def read_rows(file: Path) -> Iterator[tuple[int, Any]]:
+    """Yields (number, value) of the rows of a file: the number of the line, or of the row from 1.
+
+    Raises:
+        InputError: at a file that is damaged, and a row that is no JSON.
+    """
+    return _read_parquet(file) if file.name.endswith(PARQUET) else _read_json_lines(file)
+
+
+def _read_json_lines(file: Path) -> Iterator[tuple[int, Any]]:
+    number = 0
+    damage = (UnicodeDecodeError, OSError, EOFError, zlib.error)
+    if file.suffix == ".zst":
+        damage += (zstd_library().ZstdError,)
+    try:
+        with _open_lines(file) as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield number, json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file}, row {number}: no JSON ({error}); repair or remove it") from error
+    except damage as error:
+        raise InputError(f"{file}: damaged after row {number} ({error}); fetch it again") from error
+
+
+def _read_parquet(file: Path) -> Iterator[tuple[int, Any]]:
+    require("pyarrow", "data", "reading Parquet files")
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=_PARQUET_ROWS):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{file}: damaged after row {number} ({error}); fetch it again") from error
+
+
+def _open_lines(file: Path):
+    if file.suffix == ".gz":
+        return gzip.open(file, "rt", encoding="utf-8")
+    if file.suffix == ".zst":
+        return zstd_library().open(file, "rt", encoding="utf-8")
+    return file.open(encoding="utf-8")
+
+
+def zstd_library():
+    """Python 3.14's module or its backport. The package zstandard (0.25) reads a truncated file without a word."""
+    try:
+        from compression import zstd
+    except ImportError:
+        require("backports.zstd", "data", "reading .zst files")
+        from backports import zstd
+    return zstd
