@@ -33,10 +33,10 @@ def run_pipeline(source: Source, output: Path, record: dict[str, Any], workers: 
     output = output.absolute()  # fsspec (2026.9) remembers what a relative path meant before a change of directory
     work = output / "work"
     executor = _QuietExecutor(
-        pipeline=[SourceReader(source, output), SplitTokenizer(output, record)],
+        pipeline=steps(source, output, record),
         tasks=source.num_tasks,
         workers=min(workers, source.num_tasks),
-        logging_dir=str(work / "logs"),
+        logging_dir=logging_folder(output),
     )
     logger.remove()  # the parent's copy; each task logs into its file
     errors: list[BaseException] = []
@@ -65,6 +65,16 @@ def run_pipeline(source: Source, output: Path, record: dict[str, Any], workers: 
             bar.update(task, completed=done, tokens=written / record["token_bytes"] / 1e6)
     if errors:
         raise errors[0]
+
+
+def steps(source: Source, output: Path, record: dict[str, Any]) -> list[PipelineStep]:
+    """The pipeline, for any of datatrove's executors; tasks as `source.num_tasks` says."""
+    return [SourceReader(source, output), SplitTokenizer(output, record)]
+
+
+def logging_folder(output: Path) -> str:
+    """Where executors note which tasks are complete, so that one goes on with what another has begun."""
+    return str(output / "work" / "logs")
 
 
 class _QuietExecutor(LocalPipelineExecutor):

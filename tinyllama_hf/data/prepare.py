@@ -80,11 +80,7 @@ def prepare(
         return PreparedData(provenance.read_json(request.output / METADATA_FILE), True)
     from .pipeline import run_pipeline
 
-    work = request.output / "work"
-    work.mkdir(parents=True, exist_ok=True)
-    provenance.write_json(work / "request.json", request.record)
-    # Saved anew each time: exact, and small next to the data.
-    request.tokenizer.save_pretrained(request.output / "tokenizer")
+    begin(request)
     try:
         run_pipeline(request.source, request.output, request.record, workers or os.cpu_count() or 1, progress)
         metadata = _describe(request)
@@ -92,8 +88,17 @@ def prepare(
         shutil.rmtree(request.output)  # what a bad source left could never be finished: mended, it is another source
         raise
     provenance.write_json(request.output / METADATA_FILE, metadata)
-    shutil.rmtree(work)
+    shutil.rmtree(request.output / "work")
     return PreparedData(metadata, False)
+
+
+def begin(request: "Plan") -> None:
+    """Writes what the tasks need: the request, by which a later call knows the folder again, and the tokenizer."""
+    work = request.output / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    provenance.write_json(work / "request.json", request.record)
+    # Saved anew each time: exact, and small next to the data.
+    request.tokenizer.save_pretrained(request.output / "tokenizer")
 
 
 class Plan(NamedTuple):

@@ -1,0 +1,81 @@
+"""Prepares a data recipe on a Slurm cluster: an array job of one task per file, and a job that finishes the data set.
+
+    python recipes/slurm/prepare.py recipes/data/slimpajama.yaml [key=value ...] --partition cpu --time 08:00:00 \\
+        [--jobs 200] [--cpus-per-task 2] [--env ". .venv/bin/activate"] [--dry-run]
+
+The same pipeline as `tinyllama-hf prepare`, through datatrove's Slurm executor; tasks that one has completed the other does
+not repeat. Sources and output must lie where every node sees them. If tasks fail, give the same command again.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="YAML file of recipes/data")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the recipe")
+    parser.add_argument("--partition", required=True)
+    parser.add_argument("--time", required=True, help="limit of a task, as Slurm writes it")
+    parser.add_argument(
+        "--jobs", type=int, default=-1, help="tasks that run at a time; default: as many as Slurm lets"
+    )
+    parser.add_argument("--cpus-per-task", type=int, default=2)
+    parser.add_argument("--env", default=":", help="shell command that makes `tinyllama-hf` available on a node")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, say what would be submitted, and stop"
+    )
+    arguments = parser.parse_intermixed_args()
+
+    from tinyllama_hf.data.config import load_config
+    from tinyllama_hf.data.prepare import plan
+    from tinyllama_hf.errors import InputError
+
+    try:
+        request = plan(**load_config(arguments.recipe, arguments.overrides).model_dump())
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if request.is_finished:
+        print(f"{request.output}: was finished already")
+        return 0
+    print(f"{request.source.num_tasks} task(s) on partition {arguments.partition} -> {request.output}", flush=True)
+    if not arguments.dry_run:
+        submit(request, arguments)
+    return 0
+
+
+def submit(request, arguments: argparse.Namespace) -> None:
+    """Submits the array and, after it, the job that counts and writes `dataset.json`."""
+    from datatrove.executor import SlurmPipelineExecutor
+
+    from tinyllama_hf.data.pipeline import logging_folder, steps
+    from tinyllama_hf.data.prepare import begin
+
+    begin(request)
+    output = request.output.absolute()
+    executor = SlurmPipelineExecutor(
+        pipeline=steps(request.source, output, request.record),
+        tasks=request.source.num_tasks,
+        time=arguments.time,
+        partition=arguments.partition,
+        cpus_per_task=arguments.cpus_per_task,
+        workers=arguments.jobs,
+        job_name="tinyllama-prepare",
+        qos="",
+        env_command=arguments.env,
+        logging_dir=logging_folder(output),
+    )
+    executor.run()
+    # All tasks are complete then, and the command has only the counting left.
+    finish = shlex.join(["tinyllama-hf", "prepare", arguments.recipe, *arguments.overrides])
+    after = [] if executor.job_id == -1 else [f"--dependency=afterok:{executor.job_id}"]
+    command = ["sbatch", *after, f"--partition={arguments.partition}", f"--time={arguments.time}", "--job-name=tinyllama-finish",
+               f"--wrap={arguments.env}; {finish}"]  # fmt: skip
+    subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
