@@ -97,14 +97,14 @@ def build(settings: dict[str, Any], tokens: Any = None) -> tuple[TrainStep, int]
     torch.manual_seed(0)
     fields = {"max_position_embeddings": settings["sequence_length"], **settings.get("architecture", {})}
     shape = TinyLlamaConfig.preset(settings["preset"], **fields)
-    implementation = launch.attention_implementation(config.training)
+    implementation = launch.attention_implementation(config.training, False)
     ours = TinyLlamaForCausalLM._from_config(shape, attn_implementation=implementation)
     flops_per_token = ours.flops_per_token(settings["sequence_length"])
     if settings["model"] == "ours":
         launch.prepare_layers(ours, config.training, compiled)
         model = ours
     else:
-        stock = LlamaForCausalLM._from_config(shape.to_llama(), attn_implementation=implementation)
+        stock = LlamaForCausalLM._from_config(shape.to_llama(), attn_implementation=settings["attention"])
         stock.load_state_dict(ours.state_dict())
         launch.prepare_layers(stock, config.training, compiled)
         model = _StockInputs(stock)

@@ -15,6 +15,8 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs, TorchDynamoPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..errors import InputError, require
 from ..modeling_tinyllama import TinyLlamaForCausalLM
@@ -26,6 +28,11 @@ if TYPE_CHECKING:  # benchmarks/gpu runs this where pydantic is not installed
 
 # transformers' names for our attention setting, where they differ.
 _ATTENTION = {"flex": "flex_attention"}
+# sdpa for sequences that are not packed. transformers (5.23) looks at the positions of every batch for packed documents:
+# that waits for the device at each micro-batch, and makes a dense mask where the whole model is compiled. It makes no mask
+# for an attention that it does not know, and sdpa without one is causal.
+_UNPACKED_SDPA = "unpacked_sdpa"
+AttentionInterface.register(_UNPACKED_SDPA, sdpa_attention_forward)
 # A milestone that the main process writes or scores keeps the others waiting.
 _TIMEOUT = datetime.timedelta(hours=2)
 
@@ -151,8 +158,10 @@ def prepare_layers(model: TinyLlamaForCausalLM, training: "TrainingSection", com
             layer.compile()
 
 
-def attention_implementation(training: "TrainingSection") -> str:
+def attention_implementation(training: "TrainingSection", document_masking: bool) -> str:
     """The name that transformers has for the recipe's attention."""
+    if training.attention == "sdpa" and not document_masking:
+        return _UNPACKED_SDPA
     return _ATTENTION.get(training.attention, training.attention)
 
 

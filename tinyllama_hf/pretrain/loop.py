@@ -31,10 +31,12 @@ from .checkpoints import (
     write_checkpoint,
 )
 from .config import PretrainConfig
+from .devices import known_device
 from .hooks import Hooks
 from .identity import arithmetic, changed_arithmetic
 from .metrics import Metrics
 from .milestones import CONFIG_FILE, MILESTONES_FOLDER, export_weights, write_milestone
+from .plan import lines, plan
 from .resume import Start, find_start
 from .signals import Stopped, StopRequests
 from .step import StepResult, TrainStep
@@ -88,6 +90,9 @@ def pretrain(
         facts = setup.facts(run, model, accelerator.num_processes, compile_says)
         print("\n".join([*facts, *hooks.before_training, *start.says]), flush=True)
         if dry_run:
+            name = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else None
+            planned = plan(config, len(run.tokenizer), accelerator.num_processes, known_device(name))
+            print("\n".join(lines(planned)))
             print(f"first block {setup.sample(run)!r}\nwould write {run.output}/ (dry run: nothing was written)")
     if dry_run or start.is_finished:
         return
@@ -104,7 +109,7 @@ def pretrain(
 def _build_model(run: setup.Run) -> TinyLlamaForCausalLM:
     training = run.config.training
     torch.manual_seed(training.seed)
-    implementation = launch.attention_implementation(training)
+    implementation = launch.attention_implementation(training, run.config.data.document_masking)
     model = TinyLlamaForCausalLM._from_config(run.model_config, attn_implementation=implementation)
     if run.config.model.init_from:
         initial, _ = load(run.config.model.init_from, dtype=torch.float32, device="cpu")

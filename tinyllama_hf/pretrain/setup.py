@@ -4,9 +4,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 import yaml
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from ..configuration_tinyllama import PRESETS, TinyLlamaConfig
@@ -16,6 +14,7 @@ from ..errors import InputError
 from ..inference.load import model_folder
 from ..modeling_tinyllama import TinyLlamaForCausalLM
 from ..tokenization_tinyllama import load_tokenizer, tokenizer_fingerprint
+from .architecture import architecture
 from .config import PretrainConfig
 from .identity import identity
 from .milestones import milestone_names, milestone_steps
@@ -95,30 +94,10 @@ def check_initial_model(name: str, expected: TinyLlamaConfig) -> None:
 
 
 def model_config(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> TinyLlamaConfig:
-    """The model's configuration: preset and overrides, with vocabulary and separators of the tokenizer.
-
-    Raises:
-        InputError: for fields that together make no model, and a sequence longer than the context.
-    """
-    fields = {
-        "max_position_embeddings": config.data.sequence_length,
-        **config.model.overrides,
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    try:
-        built = TinyLlamaConfig.preset(config.model.preset, **fields)
-        with torch.device("meta"):  # shapes only: the fields must make a model that runs
-            TinyLlamaForCausalLM(built)(input_ids=torch.zeros(1, 2, dtype=torch.long))
-    except (StrictDataclassError, ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
-        raise InputError(f"model.overrides: make no model: {' '.join(str(error).split())}") from error
-    if config.data.sequence_length > built.max_position_embeddings:
-        raise InputError(
-            f"data.sequence_length: {config.data.sequence_length} is longer than the model's context, "
-            f"model.overrides.max_position_embeddings {built.max_position_embeddings}; shorten the one or raise the other"
-        )
-    return built
+    """The model's configuration, with vocabulary and separators of the tokenizer; errors as [`architecture`]."""
+    return architecture(
+        config, len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
+    )
 
 
 def check_batches(config: PretrainConfig, num_processes: int) -> None:
