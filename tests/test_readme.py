@@ -13,12 +13,16 @@ from tests.conftest import ROOT
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+MICRO = "accelerate launch --quiet --config_file recipes/accelerate/cpu.yaml recipes/pretrain.py recipes/pretrain/micro.yaml      "
 # What each command must print, by its beginning; a command that is not listed must only succeed.
 PRINTS = {
     "tinyllama-hf tokenizer train": "wrote my-tokenizer: 2,048 ids",
     "tinyllama-hf tokenizer verify": "equal: 1 texts",
     "tinyllama-hf prepare": "wrote my-data",
-    "accelerate launch --quiet --config_file recipes/accelerate/cpu.yaml recipes/pretrain.py": "wrote my-run/milestones/step-98-token-0.2M",
+    "tinyllama-hf plan": "time        90.8 days",
+    MICRO + "output_dir=my-run": "wrote my-run/milestones/step-98-token-0.2M",
+    MICRO + "output_dir=my-long-run": "wrote my-long-run/milestones/step-49-token-0.1M",
+    MICRO + "output_dir=my-cooldown": "wrote my-cooldown/milestones/step-74-token-0.2M",
     "accelerate launch --quiet my-recipes": "would write other-run/ (dry run: nothing was written)",
     "tinyllama-hf eval my-run --baselines": "wrote my-run/scores.json",
     "tinyllama-hf eval my-run --task commonsense": "wrote my-run/commonsense.json",
