@@ -10,7 +10,9 @@ In about a minute on a CPU, from a folder that holds recipes/ (`tinyllama-hf rec
 
 The same command goes on with a run that was stopped, killed or moved. Exit status: 0 finished, 2 bad input, 3 a loss that
 is not finite, 4 a checkpoint that could not be written, 75 stopped by SIGTERM or SIGINT after saving (a second signal stops
-at once). `accelerate launch` turns any of them into 1; `--quiet` keeps it from adding a traceback of its own.
+at once). `accelerate launch` turns any of them into 1; `--quiet` keeps it from adding a traceback of its own. It passes no signal on
+to a single process (1.15): send it to this script, or to all processes as Ctrl-C and Slurm do. To several processes it does,
+and gives them 30 seconds.
 """
 
 import sys

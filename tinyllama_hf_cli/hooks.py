@@ -9,15 +9,20 @@ def hooks_of(config: Any) -> Any:
     from tinyllama_hf.pretrain.hooks import Hooks
 
     inline = {"after_milestone": _score} if config.evaluate_at_milestones == "inline" else {}
-    return Hooks(before_training=_announce(config), complete_milestone=_write_card, after_checkpoint=_draw, **inline)
+    drawing = {"after_checkpoint": _Drawing()} if _can_draw() else {}
+    return Hooks(before_training=_announce(config), complete_milestone=_write_card, **inline, **drawing)
+
+
+def _can_draw() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("matplotlib") is not None
 
 
 def _announce(config: Any) -> list[str]:
     """Lines for the start of a run."""
-    from importlib.util import find_spec
-
     lines = []
-    if find_spec("matplotlib") is None:
+    if not _can_draw():
         lines.append("pictures    none: matplotlib is not installed (pip install 'tinyllama_hf[report]')")
     if config.evaluate_at_milestones == "watch":
         lines.append(f"scores      in another process: tinyllama-hf eval {config.output_dir} --watch")
@@ -40,15 +45,22 @@ def _score(run: Path, milestone: Path) -> None:
     print(f"{row['bits_per_byte']:.4f} bits per byte  {row['name']}", flush=True)
 
 
-def _draw(run: Path) -> None:
-    """`training.png` in the run's folder."""
-    from importlib.util import find_spec
+class _Drawing:
+    """`training.png` in the run's folder; what it has read of the metrics it does not read again."""
 
-    if find_spec("matplotlib") is None:
-        return
-    from tinyllama_hf.pretrain.metrics import read_metrics
-    from tinyllama_hf.pretrain.milestones import list_milestones, read_record
-    from tinyllama_hf.report.plots import training_panels
+    def __init__(self) -> None:
+        self._curves: Any = None
 
-    tokens = [read_record(folder)["tokens"] for folder in list_milestones(run)]
-    training_panels(read_metrics(run), tokens, run.name, run / "training.png")
+    def __call__(self, run: Path) -> None:
+        from tinyllama_hf.pretrain.milestones import list_milestones, read_record
+        from tinyllama_hf.report.plots import training_panels
+        from tinyllama_hf.report.training import TrainingCurves
+
+        try:
+            if self._curves is None:
+                self._curves = TrainingCurves(run)
+            self._curves.refresh()
+            tokens = [read_record(folder)["tokens"] for folder in list_milestones(run)]
+            training_panels(self._curves, tokens, run.name, run / "training.png")
+        except OSError as error:
+            print(f"training.png: not drawn ({error}); training goes on", flush=True)

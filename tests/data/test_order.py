@@ -1,11 +1,12 @@
 """The data order: a pure function, a permutation within each epoch, and a mixture within its stated bound."""
 
+import itertools
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
-from tinyllama_hf.data.order import BlockOrder, permuted
+from tinyllama_hf.data.order import BlockOrder, WeightChange, permuted
 
 
 class TestPermutation:
@@ -99,3 +100,89 @@ class TestMixture:
     def test_refuses(self, num_blocks, weights):
         with pytest.raises(ValueError, match="weight"):
             BlockOrder(num_blocks, weights, seed=0)
+
+
+RAMPED = [
+    ([50, 20, 9], [1.0, 0.0, 0.0], [(300, 200, [0.75, 0.15, 0.10])]),
+    (
+        [50, 20, 9],
+        [0.5, 0.3, 0.2],
+        [(100, 300, [0.0, 0.4, 0.6]), (400, 0, [0.2, 0.3, 0.5]), (600, 50, [0.2, 0.0, 0.8])],
+    ),
+    ([7, 7], [0.693584, 0.306416], [(Fraction(1001, 3), Fraction(700, 9), [0.1, 0.9])]),
+]
+
+
+class TestRamps:
+    """Weights that change linearly: the same guarantees, with the integral of the weight for weight x position."""
+
+    @staticmethod
+    def order(num_blocks, weights, changes, seed=1):
+        return BlockOrder(
+            num_blocks, weights, seed, [WeightChange(Fraction(a), Fraction(b), w) for a, b, w in changes]
+        )
+
+    @staticmethod
+    def weight(weights, changes, source: int, time: Fraction) -> Fraction:
+        value = Fraction(str(weights[source]))
+        for start, ramp, after in changes:
+            target = Fraction(str(after[source]))
+            if time >= start + ramp:
+                value = target
+            elif time > start:
+                return value + (target - value) * (time - start) / Fraction(ramp)
+        return value
+
+    def integral(self, weights, changes, source: int, time: int) -> Fraction:
+        """Exact: the weight is linear between these bounds."""
+        bounds = sorted(
+            {Fraction(0), Fraction(time)}
+            | {min(Fraction(x), Fraction(time)) for a, b, _ in changes for x in (a, a + b)}
+        )
+        total = Fraction(0)
+        for start, end in itertools.pairwise(bounds):
+            middle = (start + end) / 2
+            total += self.weight(weights, changes, source, middle) * (end - start)
+        return total
+
+    @pytest.mark.parametrize(("num_blocks", "weights", "changes"), RAMPED)
+    def test_counts_stay_within_the_bound(self, num_blocks, weights, changes):
+        counts, n = [0] * len(weights), len(weights)
+        for position, block in enumerate(self.order(num_blocks, weights, changes).blocks(0, 900), start=1):
+            counts[block.source] += 1
+            for source, count in enumerate(counts):
+                near = [position + Fraction(d, 4) for d in range(-2 * n, 2 * n + 1)]
+                largest = max(self.weight(weights, changes, source, max(time, Fraction(0))) for time in near)
+                missed = abs(count - self.integral(weights, changes, source, position))
+                assert missed <= Fraction(1, 2) + n * largest / 2 + Fraction(1, 1 << 31), (position, source)
+
+    @pytest.mark.parametrize(("num_blocks", "weights", "changes"), RAMPED)
+    def test_any_place_is_found_without_the_places_before(self, num_blocks, weights, changes):
+        order = self.order(num_blocks, weights, changes)
+        together = order.blocks(0, 900)
+        for start in range(0, 880, 13):
+            assert order.blocks(start, 20) == together[start : start + 20]
+            assert order.counts(start) == [sum(b.source == s for b in together[:start]) for s in range(len(weights))]
+
+    @pytest.mark.parametrize(("num_blocks", "weights", "changes"), RAMPED)
+    def test_each_epoch_reads_every_block_once(self, num_blocks, weights, changes):
+        blocks = self.order(num_blocks, weights, changes).blocks(0, 900)
+        for source, size in enumerate(num_blocks):
+            indices = [block.index for block in blocks if block.source == source]
+            for start in range(0, len(indices) - size + 1, size):
+                assert sorted(indices[start : start + size]) == list(range(size))
+
+    def test_a_source_of_weight_zero_is_not_read(self):
+        blocks = self.order([9, 9], [1.0, 0.0], [(100, 0, [0.0, 1.0])]).blocks(0, 200)
+        assert [block.source for block in blocks] == [0] * 100 + [1] * 100
+
+    def test_the_place_of_v1_1(self):
+        """The published change: 1.5T tokens, ramp of 6B, in blocks of 2048."""
+        start, ramp = Fraction(1_500_000_000_000, 2048), Fraction(6_000_000_000, 2048)
+        order = BlockOrder([10**9] * 3, [1.0, 0.0, 0.0], 1, [WeightChange(start, ramp, [0.75, 0.15, 0.10])])
+        before, after = (order.counts(int(x)) for x in (start - 10, start + ramp))
+        assert before[1:] == [0, 0]
+        assert after[1] == pytest.approx(float(ramp) * 0.15 / 2, abs=2), (
+            "half of its weight, on average, over the ramp"
+        )
+        assert len(order.blocks(int(start + ramp / 2), 64)) == 64

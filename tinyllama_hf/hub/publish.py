@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from .. import provenance
 from ..errors import InputError, require
 from ..evaluation.ladder import milestones_of
-from ..pretrain.metrics import METRICS_FILE, read_metrics
+from ..pretrain.metrics import METRICS_FILE
 from ..pretrain.milestones import MILESTONES_FOLDER
 from .access import Unreachable, check_may_write, check_repo, explain_errors, require_hub
 from .card import Scores, model_card, read_scores
@@ -126,19 +126,20 @@ def _pictures(run: Path, ladder: Sequence[ModelFolder], scores: Scores) -> dict[
     """The curves of a run as PNG files; equal runs give equal bytes."""
     require("matplotlib", "report", "the card's pictures")
     from ..report import plots
+    from ..report.training import TrainingCurves
 
     if not (run / METRICS_FILE).is_file():
         raise InputError(
             f"run {run}: holds no {METRICS_FILE}, from which the loss curve is drawn; publish the whole run"
         )
     try:
-        rows = read_metrics(run)
+        curves = TrainingCurves(run)
     except json.JSONDecodeError as error:
         raise InputError(f"{run / METRICS_FILE}: damaged, a row is not valid JSON ({error}); copy it again") from error
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         tokens = [model.record["tokens"] for model in ladder]
-        plots.loss_curve(rows, tokens, folder / "loss.png")
+        plots.loss_curve(curves, tokens, folder / "loss.png")
         if scores.bits_per_byte:
             plots.trajectory(scores.bits_per_byte, folder / "trajectory.png")
         return {picture.name: picture.read_bytes() for picture in sorted(folder.iterdir())}

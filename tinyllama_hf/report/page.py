@@ -12,9 +12,10 @@ from .. import provenance
 from ..errors import InputError, require
 from ..inference.generation import generate_text
 from ..inference.load import load
-from ..pretrain.metrics import METRICS_FILE, read_metrics
+from ..pretrain.metrics import METRICS_FILE
 from ..pretrain.milestones import CONFIG_FILE, list_milestones, read_record
 from . import sections
+from .training import TrainingCurves
 
 
 _SAMPLE_TOKENS = 64
@@ -51,8 +52,8 @@ def write_report(
     """
     if not (run / METRICS_FILE).is_file():
         raise InputError(f"run {run}: holds no {METRICS_FILE}, so it is no pretraining run")
-    rows = read_metrics(run)
-    if not any("loss" in row for row in rows):
+    curves = TrainingCurves(run)
+    if not curves.last:
         raise InputError(f"run {run}: has logged no step yet; wait for the first")
     if stages and not stages.is_file():
         raise InputError(f"--stages {stages}: no such file")
@@ -68,12 +69,12 @@ def write_report(
     scores = provenance.read_json(scores_file) if scores_file.is_file() else None
     commonsense_file = run / "commonsense.json"
     output.mkdir(parents=True, exist_ok=True)
-    plots.loss_curve(rows, [record["tokens"] for _, record in milestones], output / "loss.png")
-    plots.learning_rate_curve(rows, output / "learning_rate.png")
+    plots.loss_curve(curves, [record["tokens"] for _, record in milestones], output / "loss.png")
+    plots.learning_rate_curve(curves, output / "learning_rate.png")
     if scores:
         plots.trajectory(scores, output / "trajectory.png")
     parts = [
-        _headline(run, rows, milestones, scores),
+        _headline(run, curves, milestones, scores),
         _scores(scores, output) if scores else "",
         f"<h2>The run</h2>{_picture(output / 'loss.png')}{_picture(output / 'learning_rate.png')}",
         samples,
@@ -93,14 +94,13 @@ def write_report(
     return page
 
 
-def _headline(run: Path, rows: Sequence[dict], milestones: Sequence[tuple], scores: dict | None) -> str:
+def _headline(run: Path, curves: TrainingCurves, milestones: Sequence[tuple], scores: dict | None) -> str:
     config = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
-    training = [row for row in rows if "loss" in row]
     sources = ", ".join(f"{s['weight']:.0%} {html.escape(s['path'])}" for s in config["data"]["sources"])
     text = (
-        f"<p>A <b>{html.escape(config['model']['preset'])}</b> Llama read {training[-1]['tokens'] / 1e6:.2f} million tokens "
+        f"<p>A <b>{html.escape(config['model']['preset'])}</b> Llama read {curves.last['tokens'] / 1e6:.2f} million tokens "
         f"({sources}) and left {len(milestones)} milestones, each a plain Llama folder that stock transformers loads. "
-        f"Its training loss went from {training[0]['loss']:.2f} to {training[-1]['loss']:.2f} nats a token.</p>"
+        f"Its training loss went from {curves.first['loss']:.2f} to {curves.last['loss']:.2f} nats a token.</p>"
     )
     if not scores:
         return text

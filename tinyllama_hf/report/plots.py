@@ -11,82 +11,108 @@ import matplotlib
 matplotlib.use("Agg")  # files only: works without a display
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+from .training import TrainingCurves
 
 
 _SIZE = (7.2, 4.2)
-_MAX_POINTS = 4000  # more than there are columns of pixels
 _COLOURS = {"model": "#1f77b4", "validation": "#d62728", "unigram": "#999999", "5-gram": "#2ca02c"}
 
 
-def loss_curve(rows: Sequence[dict[str, Any]], milestones: Sequence[int], path: Path) -> None:
+def loss_curve(curves: TrainingCurves, milestones: Sequence[int], path: Path) -> None:
     """Training and validation loss over tokens, with the milestones marked.
 
     Args:
-        rows (`Sequence[dict]`): of `metrics.jsonl`.
+        curves (`TrainingCurves`): of the run.
         milestones (`Sequence[int]`): tokens of each milestone.
         path (`Path`): PNG file to write.
     """
     figure, axes = plt.subplots(figsize=_SIZE)
-    training = [row for row in rows if "loss" in row]
-    validation = [row for row in rows if "validation_loss" in row]
-    axes.plot([r["tokens"] / 1e6 for r in training], [r["loss"] for r in training], color=_COLOURS["model"],
-              linewidth=1, alpha=0.6, label="training, each logged step")  # fmt: skip
-    axes.plot([r["tokens"] / 1e6 for r in validation], [r["validation_loss"] for r in validation], "o-",
-              color=_COLOURS["validation"], markersize=4, label="validation, unseen text")  # fmt: skip
-    for tokens in milestones:
-        axes.axvline(tokens / 1e6, color="#cccccc", linewidth=0.8, zorder=0)
-    axes.set(xlabel="million tokens (grey lines: milestones)", ylabel="loss, nats per token", title="Loss")
-    axes.legend(frameon=False)
+    _loss(axes, curves, milestones)
+    axes.set(xlabel="tokens")
     _save(figure, path)
 
 
-def learning_rate_curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def learning_rate_curve(curves: TrainingCurves, path: Path) -> None:
     """Learning rate and gradient norm over tokens."""
-    training = [row for row in rows if "loss" in row]
-    tokens = [row["tokens"] / 1e6 for row in training]
     figure, (above, below) = plt.subplots(2, 1, figsize=_SIZE, sharex=True)
-    above.plot(tokens, [row["learning_rate"] for row in training], color=_COLOURS["model"])
-    above.set(ylabel="learning rate", title="Learning rate and gradient norm")
-    below.plot(tokens, [row["gradient_norm"] for row in training], color=_COLOURS["validation"], linewidth=1)
-    below.set(xlabel="million tokens", ylabel="gradient norm")
+    _learning_rate(above, curves)
+    _gradient_norm(below, curves)
+    below.set(xlabel="tokens")
     _save(figure, path)
 
 
-def training_panels(rows: Sequence[dict[str, Any]], milestones: Sequence[int], title: str, path: Path) -> None:
+def training_panels(curves: TrainingCurves, milestones: Sequence[int], title: str, path: Path) -> None:
     """A run at a glance: loss, learning rate, gradient norm and throughput over tokens, in one picture.
 
     Args:
-        rows (`Sequence[dict]`): of `metrics.jsonl`; of long runs every n-th training row is drawn.
+        curves (`TrainingCurves`): of the run.
         milestones (`Sequence[int]`): tokens of each milestone so far.
         title (`str`): above the picture.
-        path (`Path`): PNG file to write, under a temporary name first.
+        path (`Path`): PNG file to write.
     """
-    training = [row for row in rows if "loss" in row]
-    training = training[:: max(len(training) // _MAX_POINTS, 1)]
-    validation = [row for row in rows if "validation_loss" in row]
-    unit, name = (1e9, "billion") if training and training[-1]["tokens"] >= 1e9 else (1e6, "million")
-    figure, grid = plt.subplots(2, 2, figsize=(11, 6.4), sharex=True)
-    loss, rate, norm, speed = grid.flat
-    tokens = [row["tokens"] / unit for row in training]
-    loss.plot(
-        tokens, [row["loss"] for row in training], color=_COLOURS["model"], linewidth=1, alpha=0.6, label="training"
-    )
-    loss.plot([row["tokens"] / unit for row in validation], [row["validation_loss"] for row in validation], "o-",
-              color=_COLOURS["validation"], markersize=3, linewidth=1, label="validation")  # fmt: skip
-    for count in milestones:
-        loss.axvline(count / unit, color="#cccccc", linewidth=0.8, zorder=0)
-    loss.set(ylabel="loss, nats per token", title="Loss (grey lines: milestones)")
-    loss.legend(frameon=False)
-    rate.plot(tokens, [row["learning_rate"] for row in training], color=_COLOURS["model"])
-    rate.set(title="Learning rate", ylim=(0, None))
-    norm.plot(tokens, [row["gradient_norm"] for row in training], color=_COLOURS["validation"], linewidth=1)
-    norm.set(title="Gradient norm before clipping", yscale="log", xlabel=f"{name} tokens")
-    speed.plot(tokens, [row["tokens_per_second"] for row in training], color=_COLOURS["5-gram"], linewidth=1)
-    speed.set(title="Tokens per second", ylim=(0, None), xlabel=f"{name} tokens")
+    figure, ((loss, rate), (norm, speed)) = plt.subplots(2, 2, figsize=(11, 6.4), sharex=True)
+    _loss(loss, curves, milestones)
+    _learning_rate(rate, curves)
+    _gradient_norm(norm, curves)
+    _line(speed, curves, "tokens_per_second", _COLOURS["5-gram"])
+    speed.set(title="Throughput, tokens per second", ylim=(0, None))
+    speed.yaxis.set_major_formatter(FuncFormatter(_short))
+    for axes in (norm, speed):
+        axes.set(xlabel="tokens")
     figure.suptitle(title)
-    temporary = path.with_name(f".{path.name}.tmp.png")
-    _save(figure, temporary)
-    os.replace(temporary, path)
+    _save(figure, path)
+
+
+def _loss(axes: Any, curves: TrainingCurves, milestones: Sequence[int]) -> None:
+    for number, tokens in enumerate(milestones):
+        axes.axvline(tokens, color="#cccccc", linewidth=0.8, zorder=0, label="_" * (number > 0) + "milestone")
+    _line(axes, curves, "loss", _COLOURS["model"], label="training")
+    if curves.validation:
+        axes.plot(*zip(*curves.validation, strict=True), "o-", color=_COLOURS["validation"], markersize=3, linewidth=1,
+                  label="validation, unseen text")  # fmt: skip
+    axes.set(title="Loss, nats per token")
+    _logarithmic(axes)
+    axes.legend(frameon=False)
+
+
+def _learning_rate(axes: Any, curves: TrainingCurves) -> None:
+    _line(axes, curves, "learning_rate", _COLOURS["model"])
+    axes.set(title="Learning rate", ylim=(0, None))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _gradient_norm(axes: Any, curves: TrainingCurves) -> None:
+    _line(axes, curves, "gradient_norm", _COLOURS["validation"])
+    axes.set(title="Gradient norm before clipping")
+    _logarithmic(axes)
+
+
+def _line(axes: Any, curves: TrainingCurves, name: str, colour: str, label: str | None = None) -> None:
+    """The mean of each stretch as a line, and from its lowest to its highest value a band."""
+    curve = curves.curve(name)
+    axes.fill_between(curve.tokens, curve.low, curve.high, color=colour, alpha=0.25, linewidth=0)
+    axes.plot(curve.tokens, curve.mean, color=colour, linewidth=1, label=label, marker="." * (len(curve.tokens) == 1))
+    axes.xaxis.set_major_formatter(FuncFormatter(_short))
+
+
+def _logarithmic(axes: Any) -> None:
+    """A logarithmic axis with round numbers on it, whether it spans a tenth of a decade or several."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    if high / low < 30:
+        axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _short(value: float, position: int = 0) -> str:
+    """Counts as one says them: `250k`, `1.5M`, `300B`, `3T`."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
 
 
 def trajectory(scores: dict[str, Any], path: Path) -> None:
@@ -95,25 +121,32 @@ def trajectory(scores: dict[str, Any], path: Path) -> None:
     series = {name: [row for row in scores["baselines"] if row["name"] == name] for name in ("unigram", "5-gram")}
     for name, rows in series.items():
         if rows:
-            axes.plot([r["tokens"] / 1e6 for r in rows], [r["bits_per_byte"] for r in rows], "s--",
+            axes.plot([r["tokens"] for r in rows], [r["bits_per_byte"] for r in rows], "s--",
                       color=_COLOURS[name], markersize=4, label=f"{name}, same text")  # fmt: skip
     models = scores["models"]
-    axes.plot([r["tokens"] / 1e6 for r in models], [r["bits_per_byte"] for r in models], "o-",
+    axes.plot([r["tokens"] for r in models], [r["bits_per_byte"] for r in models], "o-",
               color=_COLOURS["model"], label="model")  # fmt: skip
     for row in models:
-        axes.annotate(f"{row['bits_per_byte']:.2f}", (row["tokens"] / 1e6, row["bits_per_byte"]),
+        axes.annotate(f"{row['bits_per_byte']:.2f}", (row["tokens"], row["bits_per_byte"]),
                       textcoords="offset points", xytext=(0, -13), ha="center", fontsize=8)  # fmt: skip
     axes.margins(y=0.12)  # room for the figures below the points
-    axes.set(xlabel="million tokens", ylabel="bits per byte, unseen text", title="What each milestone has learned")
+    axes.xaxis.set_major_formatter(FuncFormatter(_short))
+    axes.set(xlabel="tokens", ylabel="bits per byte, unseen text", title="What each milestone has learned")
     axes.legend(frameon=False)
     _save(figure, path)
 
 
 def _save(figure: Any, path: Path) -> None:
+    """Writes under a temporary name and renames, so that whoever looks on never sees half a picture."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#eeeeee")
         axes.set_axisbelow(True)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        figure.savefig(temporary, dpi=150, format="png")
+        os.replace(temporary, path)
+    finally:
+        plt.close(figure)
+        temporary.unlink(missing_ok=True)
