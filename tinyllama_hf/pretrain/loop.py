@@ -36,7 +36,7 @@ from .hooks import Hooks
 from .identity import arithmetic, changed_arithmetic
 from .metrics import Metrics
 from .milestones import CONFIG_FILE, MILESTONES_FOLDER, export_weights, write_milestone
-from .plan import lines, plan
+from .plan import costs, plan
 from .resume import Start, find_start
 from .signals import Stopped, StopRequests
 from .step import StepResult, TrainStep
@@ -92,7 +92,7 @@ def pretrain(
         if dry_run:
             name = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else None
             planned = plan(config, len(run.tokenizer), accelerator.num_processes, known_device(name))
-            print("\n".join(lines(planned)))
+            print("\n".join(costs(planned)))
             print(f"first block {setup.sample(run)!r}\nwould write {run.output}/ (dry run: nothing was written)")
     if dry_run or start.is_finished:
         return

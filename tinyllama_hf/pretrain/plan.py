@@ -167,8 +167,13 @@ def lines(plan: Plan) -> list[str]:
         f"arithmetic  {small:.4g} GFLOP a token (6 x parameters without the input embedding + attention, not halved); "
         f"{large:.4g} counting every parameter",
     ]
-    text += [f"rate        {rate:.3g} at step {step:,}, {name}" for name, step, rate in plan.learning_rates]
     text += [f"milestone   step {step:,} -> {name}" for step, name in plan.milestones.items()]
+    return text + costs(plan)
+
+
+def costs(plan: Plan) -> list[str]:
+    """The part of the plan that a run does not print by itself: learning rate, memory, time, disk."""
+    text = [f"rate        {rate:.3g} at step {step:,}, {name}" for name, step, rate in plan.learning_rates]
     text += _memory_lines(plan)
     text += _time_lines(plan)
     text.append(

@@ -17,6 +17,7 @@ from .training import TrainingCurves
 
 
 _SIZE = (7.2, 4.2)
+_MAX_MARKERS = 100  # more would hide the line
 _COLOURS = {"model": "#1f77b4", "validation": "#d62728", "unigram": "#999999", "5-gram": "#2ca02c"}
 
 
@@ -70,7 +71,8 @@ def _loss(axes: Any, curves: TrainingCurves, milestones: Sequence[int]) -> None:
         axes.axvline(tokens, color="#cccccc", linewidth=0.8, zorder=0, label="_" * (number > 0) + "milestone")
     _line(axes, curves, "loss", _COLOURS["model"], label="training")
     if curves.validation:
-        axes.plot(*zip(*curves.validation, strict=True), "o-", color=_COLOURS["validation"], markersize=3, linewidth=1,
+        style = "o-" if len(curves.validation) <= _MAX_MARKERS else "-"
+        axes.plot(*zip(*curves.validation, strict=True), style, color=_COLOURS["validation"], markersize=3, linewidth=1,
                   label="validation, unseen text")  # fmt: skip
     axes.set(title="Loss, nats per token")
     _logarithmic(axes)
@@ -92,7 +94,7 @@ def _gradient_norm(axes: Any, curves: TrainingCurves) -> None:
 def _line(axes: Any, curves: TrainingCurves, name: str, colour: str, label: str | None = None) -> None:
     """The mean of each stretch as a line, and from its lowest to its highest value a band."""
     curve = curves.curve(name)
-    axes.fill_between(curve.tokens, curve.low, curve.high, color=colour, alpha=0.25, linewidth=0)
+    axes.fill_between(curve.tokens, curve.low, curve.high, color=colour, alpha=0.3, linewidth=0.8)
     axes.plot(curve.tokens, curve.mean, color=colour, linewidth=1, label=label, marker="." * (len(curve.tokens) == 1))
     axes.xaxis.set_major_formatter(FuncFormatter(_short))
 

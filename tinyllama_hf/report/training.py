@@ -10,7 +10,7 @@ from ..pretrain.metrics import METRICS_FILE
 
 
 QUANTITIES = ("loss", "learning_rate", "gradient_norm", "tokens_per_second")
-_MAX_STRETCHES = 2000  # more than a panel has columns of pixels
+_MAX_STRETCHES = 500  # up to twice as many, about the columns of pixels of a panel: a spike is one wide
 
 
 class Curve(NamedTuple):
