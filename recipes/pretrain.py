@@ -31,7 +31,7 @@ def run(recipe: str, overrides: Sequence[str], overwrite: bool, dry_run: bool, m
     statuses = {NonFiniteError: 3, FullDiskError: 4, Stopped: EXIT_STATUS}
     try:
         config = load_config(recipe, overrides)
-        pretrain(config, overwrite, dry_run, measure_peak, hooks_of(config))
+        pretrain(config, overwrite, dry_run, measure_peak, hooks_of(config, overwrite))
     except tuple(statuses) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return statuses[type(error)]

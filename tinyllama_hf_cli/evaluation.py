@@ -52,6 +52,9 @@ def evaluate(
         bool,
         typer.Option("--watch", help="bits_per_byte: score the milestones of a run as they appear, until the last."),
     ] = False,
+    rescore: Annotated[
+        bool, typer.Option("--rescore", help="bits_per_byte: forget what the output file has, and score all again.")
+    ] = False,
     every: Annotated[float | None, typer.Option(help="With --watch, seconds between two looks; default: 60.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
@@ -65,7 +68,12 @@ def evaluate(
     from tinyllama_hf.progress import quiet_library_bars
 
     own_options = {
-        "bits_per_byte": {"--baselines": baselines or None, "--watch": watch or None, "--every": every},
+        "bits_per_byte": {
+            "--baselines": baselines or None,
+            "--watch": watch or None,
+            "--every": every,
+            "--rescore": rescore or None,
+        },
         "commonsense": {
             "--limit": limit,
             "--published": published,
@@ -81,9 +89,9 @@ def evaluate(
     elif task == "replies":
         _replies(models, data or [], limit, max_new_tokens, output, device)
     elif watch:
-        _watch(models, data or [], baselines, every, output, device)
+        _watch(models, data or [], baselines, every, output, device, rescore)
     else:
-        _bits_per_byte(models, data or [], baselines, output, device)
+        _bits_per_byte(models, data or [], baselines, output, device, rescore)
 
 
 def _check_task(task: str, own_options: dict[str, dict[str, Any]]) -> None:
@@ -98,15 +106,17 @@ def _check_task(task: str, own_options: dict[str, dict[str, Any]]) -> None:
         raise InputError(f"{option}: belongs to --task {owners}; leave it out, or choose that task")
 
 
-def _bits_per_byte(models: list[str], data: list[str], baselines: bool, output: Path | None, device: str) -> None:
+def _bits_per_byte(
+    models: list[str], data: list[str], baselines: bool, output: Path | None, device: str, rescore: bool
+) -> None:
     from tinyllama_hf.errors import InputError
-    from tinyllama_hf.evaluation.ladder import score, the_run
+    from tinyllama_hf.evaluation.ladder import SCORES_FILE, score, the_run
 
     run = the_run(models)
-    target = output or (run / "scores.json" if run else None)
+    target = output or (run / SCORES_FILE if run else None)
     if target and target.is_dir():
         raise InputError(f"--output {target}: is a folder; name a file")
-    scores = score(models, data, baselines, device, target)
+    scores = score(models, data, baselines, device, target, rescore)
     print(f"{'bits per byte':>13}  {'tokens':>12}  model")
     for row in sorted([*scores["baselines"], *scores["models"]], key=lambda row: row.get("tokens", 0)):
         tokens = f"{row['tokens']:,}" if "tokens" in row else ""
@@ -116,18 +126,24 @@ def _bits_per_byte(models: list[str], data: list[str], baselines: bool, output: 
 
 
 def _watch(
-    models: list[str], data: list[str], baselines: bool, every: float | None, output: Path | None, device: str
+    models: list[str],
+    data: list[str],
+    baselines: bool,
+    every: float | None,
+    output: Path | None,
+    device: str,
+    rescore: bool,
 ) -> None:
     from tinyllama_hf.errors import InputError
-    from tinyllama_hf.evaluation.ladder import watch
+    from tinyllama_hf.evaluation.ladder import SCORES_FILE, watch
 
     if len(models) != 1 or data or baselines:
         raise InputError("--watch: takes one run and its own data; leave out other models, --data and --baselines")
     if every is not None and every <= 0:
         raise InputError(f"--every {every}: must be above 0")
     run = Path(models[0])
-    target = output or run / "scores.json"
-    watch(run, device, target, every or 60, lambda line: print(line, flush=True))
+    target = output or run / SCORES_FILE
+    watch(run, device, target, every or 60, lambda line: print(line, flush=True), rescore)
     print(f"wrote {target}")
 
 

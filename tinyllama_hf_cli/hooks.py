@@ -4,13 +4,28 @@ from pathlib import Path
 from typing import Any
 
 
-def hooks_of(config: Any) -> Any:
-    """The hooks that a pretraining recipe asks for."""
+def hooks_of(config: Any, overwrite: bool = False) -> Any:
+    """The hooks that a pretraining recipe asks for.
+
+    Raises:
+        InputError: if milestones are to be scored and could not be.
+    """
     from tinyllama_hf.pretrain.hooks import Hooks
 
-    inline = {"after_milestone": _score} if config.evaluate_at_milestones == "inline" else {}
-    drawing = {"after_checkpoint": _Drawing()} if _can_draw() else {}
-    return Hooks(before_training=_announce(config), complete_milestone=_write_card, **inline, **drawing)
+    functions: dict[str, Any] = {}
+    if config.evaluate_at_milestones == "inline":
+        _check_can_score(config, overwrite)
+        functions["after_milestone"] = _score
+    if _can_draw():
+        functions["after_checkpoint"] = _Drawing()
+    return Hooks(before_training=_announce(config), complete_milestone=_write_card, **functions)
+
+
+def _check_can_score(config: Any, overwrite: bool) -> None:
+    from tinyllama_hf.evaluation.ladder import check_can_score
+
+    run = Path(config.output_dir)
+    check_can_score(None if overwrite else run, [source.path for source in config.data.sources])
 
 
 def _can_draw() -> bool:
@@ -38,10 +53,20 @@ def _write_card(milestone: Path) -> None:
 
 
 def _score(run: Path, milestone: Path) -> None:
-    """Bits per byte of the new milestone, by stock transformers on its folder."""
-    from tinyllama_hf.evaluation.ladder import score
+    """Bits per byte of the new milestone, by stock transformers on its folder. Training goes on whatever becomes of it."""
+    import torch
 
-    row = score([str(run)], output=run / "scores.json")["models"][-1]
+    from tinyllama_hf.errors import InputError
+    from tinyllama_hf.evaluation.ladder import SCORES_FILE, score
+
+    try:
+        scores = score([str(run)], output=run / SCORES_FILE, show_progress=False)
+    except (InputError, OSError, torch.OutOfMemoryError) as error:
+        print(
+            f"{milestone.name}: not scored ({error}); training goes on; score it: tinyllama-hf eval {run}", flush=True
+        )
+        return
+    row = next(row for row in scores["models"] if row["name"] == milestone.name)
     print(f"{row['bits_per_byte']:.4f} bits per byte  {row['name']}", flush=True)
 
 

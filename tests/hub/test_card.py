@@ -27,7 +27,10 @@ def test_what_it_says(run, names):
     assert main.data.license == "apache-2.0" and main.data.to_dict()["model-index"][0]["name"] == "my-model"
     record = json.loads((run / "milestones" / names[1] / "provenance.json").read_text())
     for fact in (
-        "A Llama of 139,584 parameters, pretrained from scratch; `step-12-token-0.003M` has read 3,072 tokens in 12 steps.",
+        "A Llama of 139,584 parameters, pretrained from scratch; `step-12-token-0.003M` has read 3,072 tokens in 12 steps, of 3,072 planned.",
+        "| prepared | 100.00% |",
+        "The learning rate rises to 0.005 over 512 tokens, then falls as a cosine to 0.0002 at the last token.",
+        "steps of 256 tokens in sequences of 32; fp32.",
         "| 2 | 64 | 4 | 2 | 128 | 512 | 32 |",
         'AutoModelForCausalLM.from_pretrained("me/my-model")',
         f"| `{names[0]}` | 6 | 1,536 | ",
@@ -36,6 +39,7 @@ def test_what_it_says(run, names):
         "![loss](loss.png)",
         "![trajectory](trajectory.png)",
         "**2.2500** over all documents",
+        "Scored by stock transformers 5.23.0.",
         "| prepared | 2.2500 | 6 | 31,415 | `ffffffffffff` |",
         record["created"],
         f"torch {record['libraries']['torch']}",

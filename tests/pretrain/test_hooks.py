@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -12,10 +14,16 @@ from huggingface_hub import ModelCard
 
 from tests.conftest import ROOT, write_recipe
 from tinyllama_hf import provenance
+from tinyllama_hf.data.prepare import prepare
+from tinyllama_hf.errors import InputError
+from tinyllama_hf.evaluation.bits_per_byte import held_out_documents
 from tinyllama_hf.evaluation.ladder import score, watch
-from tinyllama_hf.pretrain.config import load_config
+from tinyllama_hf.evaluation.metrics import load_metric
+from tinyllama_hf.pretrain.config import SourceSection, load_config
 from tinyllama_hf.pretrain.loop import pretrain
+from tinyllama_hf.pretrain.metrics import read_metrics
 from tinyllama_hf.pretrain.milestones import list_milestones
+from tinyllama_hf.pretrain.setup import training_yaml
 from tinyllama_hf_cli.hooks import hooks_of
 
 
@@ -56,6 +64,41 @@ def test_every_milestone_has_a_card(finished):
         assert str(run.parent) not in card.text, "no path of this machine"
 
 
+def test_the_code_of_a_card_runs(finished):
+    """As it stands there, from the run's folder, without this package."""
+    run, _ = finished
+    code = (list_milestones(run)[0] / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.modules['tinyllama_hf'] = None\n{code}"],
+        cwd=run,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "Return a list of" in done.stdout, done.stderr
+
+
+def test_a_published_card_is_another(finished):
+    """The card in the folder knows no address and no scores; publishing is not confused by it."""
+    from tinyllama_hf.hub.publish import plan_revisions
+
+    run, _ = finished
+    for revision in plan_revisions(run, "me/my-model"):
+        text = revision.files["README.md"].decode()
+        assert "# my-model\n" in text and "bits per byte" in text and "milestones/step" not in text
+
+
+def test_scoring_does_not_move_training(finished, recipe):
+    run, _ = finished
+    config = load_config(recipe)
+    pretrain(config)
+    keys = ("step", "loss", "gradient_norm", "block_ids", "validation_loss")
+    rows = [
+        [{key: row.get(key) for key in keys} for row in read_metrics(folder)]
+        for folder in (run, Path(config.output_dir))
+    ]
+    assert rows[0] == rows[1]
+
+
 def test_inline_scores_equal_those_of_the_command(finished, tmp_path):
     run, printed = finished
     inline = json.loads((run / "scores.json").read_text())
@@ -72,7 +115,105 @@ def test_share_of_the_measured_matrix_rate(finished):
     assert all(0 < row["matmul_share"] < 1 for row in rows if "loss" in row)
 
 
+def test_what_inline_scoring_lacks_is_known_before_the_first_step(recipe, monkeypatch):
+    monkeypatch.setitem(sys.modules, "evaluate", None)
+    load_metric.cache_clear()
+    with pytest.raises(InputError, match="needs the package evaluate"):
+        hooks_of(load_config(recipe, ["evaluate_at_milestones=inline"]))
+    hooks_of(load_config(recipe))
+
+
+def test_scores_on_other_text_are_known_before_the_first_step(finished, recipe):
+    run, _ = finished
+    config = load_config(recipe, ["evaluate_at_milestones=inline"])
+    Path(config.output_dir).mkdir()
+    scores = json.loads((run / "scores.json").read_text())
+    scores["data"][0]["fingerprint"] = "0" * 64
+    (Path(config.output_dir) / "scores.json").write_text(json.dumps(scores))
+    with pytest.raises(InputError, match="has scores on other text"):
+        hooks_of(config)
+    hooks_of(config, overwrite=True)
+
+
+def test_training_goes_on_where_a_score_or_a_picture_cannot_be_had(recipe, capsys, monkeypatch):
+    """Held-out text that is gone when the milestone comes, and a disk without room for a picture."""
+    from tinyllama_hf.evaluation import ladder
+    from tinyllama_hf.report import plots
+
+    def no_room(*_):
+        raise OSError("No space left on device")
+
+    config = load_config(recipe, ["evaluate_at_milestones=inline"])
+    hooks = hooks_of(config)
+    monkeypatch.setattr(plots, "training_panels", no_room)
+    monkeypatch.setattr(ladder, "held_out_documents", lambda folder: held_out_documents("gone"))
+    pretrain(config, hooks=hooks)
+    run, printed = Path(config.output_dir), capsys.readouterr().out
+    names = [folder.name for folder in list_milestones(run)]
+    assert len(names) == 2 and not (run / "scores.json").exists()
+    for name in names:
+        assert f"{name}: not scored (" in printed
+    assert (
+        f"score it: tinyllama-hf eval {run}" in printed
+        and "training.png: not drawn (No space left on device)" in printed
+    )
+
+
 class TestIncremental:
+    def test_other_text_is_refused(self, finished, tmp_path, corpus, tokenizer_folder):
+        """And the file stays as it is, unless it is asked for."""
+        run, _ = finished
+        prepare(
+            [str(corpus)], tokenizer_folder, tmp_path / "other", validation_fraction=0.2, workers=1, progress=False
+        )
+        output = tmp_path / "scores.json"
+        score([str(run)], output=output)
+        before = output.read_text()
+        with pytest.raises(
+            InputError, match=r"has scores on other text.*--rescore, or write elsewhere with --output\n  there"
+        ):
+            score([str(run)], [str(tmp_path / "other")], output=output)
+        assert output.read_text() == before
+        score([str(run)], [str(tmp_path / "other")], output=output, rescore=True)
+        scores = json.loads(output.read_text())
+        assert [data["path"] for data in scores["data"]] == [str(tmp_path / "other")] and len(scores["models"]) == 2
+
+    def test_a_file_of_another_task_is_refused(self, finished, tmp_path):
+        run, _ = finished
+        (tmp_path / "commonsense.json").write_text('{"task": "commonsense"}')
+        with pytest.raises(InputError, match="is no file of bits_per_byte scores"):
+            score([str(run)], output=tmp_path / "commonsense.json")
+
+    def test_another_protocol_is_refused(self, finished, tmp_path):
+        run, _ = finished
+        output = tmp_path / "scores.json"
+        scores = score([str(run)], output=output)
+        scores["models"] = scores["models"][:1]
+        scores["models"][0]["protocol"] |= {"dtype": "bfloat16"}
+        provenance.write_json(output, scores)
+        with pytest.raises(InputError, match=r"'bfloat16'.*'float32'.*two protocols are not joined"):
+            score([str(run)], output=output)
+        assert json.loads(output.read_text()) == scores
+
+    def test_a_run_that_was_moved_is_not_scored_again(self, finished, tmp_path, monkeypatch):
+        from tinyllama_hf.evaluation import ladder
+
+        run, _ = finished
+        first = score([str(run)], output=run / "scores.json")
+        moved = Path(shutil.copytree(run, tmp_path / "elsewhere"))
+        monkeypatch.setattr(ladder, "_score_folder", lambda *_: pytest.fail("scored again"))
+        assert score([str(moved)], output=moved / "scores.json")["models"] == first["models"]
+
+    def test_counting_models_are_not_fitted_again(self, finished, tmp_path, monkeypatch):
+        from tinyllama_hf.evaluation import ladder
+
+        run, _ = finished
+        output = tmp_path / "scores.json"
+        first = score([str(run)], baselines=True, output=output)
+        assert len(first["baselines"]) == 4
+        monkeypatch.setattr(ladder, "NGramModel", lambda *_: pytest.fail("fitted again"))
+        assert score([str(run)], baselines=True, output=output)["baselines"] == first["baselines"]
+
     def test_what_is_scored_is_not_scored_again(self, finished, tmp_path, monkeypatch):
         from tinyllama_hf.evaluation import ladder
 
@@ -125,3 +266,36 @@ def test_watch_scores_as_they_appear(recipe):
     watcher.join(60)
     assert [line.split()[-1] for line in lines] == [folder.name for folder in list_milestones(run)]
     assert len(json.loads((run / "scores.json").read_text())["models"]) == 2
+
+
+def test_watch_refuses_at_once_what_it_could_not_score(recipe, tmp_path):
+    config = load_config(recipe)
+    run = Path(config.output_dir)
+    with pytest.raises(InputError, match=r"is no run \(no training\.yaml\)"):
+        watch(run, "cpu", run / "scores.json", 1, print)
+    (run / "milestones").mkdir(parents=True)
+    values = config.model_copy(
+        update={"data": config.data.model_copy(update={"sources": [SourceSection(path="gone", weight=1)]})}
+    )
+    (run / "training.yaml").write_text(training_yaml(values))
+    with pytest.raises(InputError, match="data folder gone does not exist here"):
+        watch(run, "cpu", run / "scores.json", 1, print)
+
+
+def test_the_watching_command_ends_after_the_last_milestone_or_when_interrupted(finished, tmp_path):
+    run, _ = finished
+    command = [str(Path(sys.executable).parent / "tinyllama-hf"), "eval", str(run), "--watch", "--every", "0.1"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.count("bits per byte") == 2, done.stderr
+    assert done.stdout.endswith(f"wrote {run / 'scores.json'}\n")
+    unfinished = Path(shutil.copytree(run, tmp_path / "unfinished"))
+    shutil.rmtree(list_milestones(unfinished)[-1])
+    command[2] = str(unfinished)
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert "bits per byte" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors

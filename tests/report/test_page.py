@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.report.test_training import training_row
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.pretrain.config import load_config
 from tinyllama_hf.pretrain.loop import pretrain
@@ -92,7 +93,7 @@ def test_refusals(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(InputError, match="has logged no step yet"):
         write_report(tmp_path, tmp_path / "report")
-    (tmp_path / "metrics.jsonl").write_text('{"loss": 1.0}\n')
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(training_row(1)) + "\n")
     with pytest.raises(InputError, match="no such file"):
         write_report(tmp_path, tmp_path / "report", stages=tmp_path / "nowhere.tsv")
     assert not (tmp_path / "report").exists()

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import provenance
 from ..data.mixture import Mixture
+from ..data.shards import read_metadata
 from ..errors import InputError
 from ..inference.load import load_stock, model_folder
 from ..pretrain.config import PretrainConfig, load_config
@@ -23,7 +24,17 @@ from .metrics import load_metric
 from .ngram import NGramModel
 
 
+TASK = "bits_per_byte"
+SCORES_FILE = "scores.json"
 BASELINES = {"unigram": 1, "5-gram": 5}
+
+
+class _Text(NamedTuple):
+    """What is scored on: a run if one is meant, its recipe, and the held-out documents."""
+
+    run: Path | None
+    config: PretrainConfig | None
+    held_out: list[HeldOut]
 
 
 def score(
@@ -32,6 +43,8 @@ def score(
     baselines: bool = False,
     device: str = "auto",
     output: Path | None = None,
+    rescore: bool = False,
+    show_progress: bool = True,
 ) -> dict[str, Any]:
     """Bits per byte of models, or of every milestone of a run; what the output file has already is not scored again.
 
@@ -43,82 +56,35 @@ def score(
             that each milestone had read.
         device (`str`, *optional*, defaults to `"auto"`): where the models run.
         output (`Path`, *optional*): JSON file, written after each model.
+        rescore (`bool`, *optional*, defaults to `False`): forget what the output file has.
+        show_progress (`bool`, *optional*, defaults to `True`): bars on a terminal.
 
     Returns:
         `dict`: `models` and `baselines`, each a list of scores, and what decides them.
 
     Raises:
-        InputError: for anything missing, before the first model is scored.
+        InputError: for anything missing, and an output file with scores of another task or on other text, before the
+            first model is scored.
     """
-    if len({Path(folder).resolve() for folder in data}) < len(data):
-        raise InputError(f"--data: {', '.join(data)}: a data set is named twice; its documents count once")
-    run = the_run(models)
-    if run:
-        config = load_config(run / CONFIG_FILE)
-        data = data or [source.path for source in config.data.sources]
-        if missing := [folder for folder in data if not Path(folder).is_dir()]:
-            raise InputError(
-                f"data folder {missing[0]} does not exist here; a recipe names its data from the folder in which the run "
-                "was started: call from there, or name the data with --data"
-            )
-        folders = milestones_of(run)
-    elif baselines:
-        raise InputError("--baselines: needs one run (a folder with milestones), to know which text was read")
-    elif not data:
-        raise InputError("--data: needed to score model folders; name prepared data sets")
-    else:
-        folders = [model_folder(model) for model in models]
-    held_out = [held_out_documents(folder) for folder in data]
-    load_metric("bits_per_byte")  # a missing package is known before the first model is scored
-    opened = _open_mixture(config) if run and baselines else None
-    described = [{"path": h.name, "fingerprint": h.fingerprint, "documents": len(h.texts), "bytes": h.num_bytes}
-                 for h in held_out]  # fmt: skip
-    before = _scored_before(output, described)
-    scores: dict[str, Any] = {
-        "task": "bits_per_byte",
-        "data": described,
-        "models": [],
-        "baselines": before["baselines"],
-    }
-    for folder in folders:
-        known = next((row for row in before["models"] if _is_score_of(row, folder)), None)
-        scores["models"].append(known or _score_folder(folder, held_out, device))
-        # Of a killed call, what comes later in the old file stays; a milestone that is gone leaves it at the end.
-        later = [row for row in before["models"] if row["path"] not in {r["path"] for r in scores["models"]}]
-        _write(output, {**scores, "models": [*scores["models"], *later]})
+    text = _open_text(models, data, baselines)
+    folders = milestones_of(text.run) if text.run else [model_folder(model) for model in models]
+    file = _ScoreFile(output, text, rescore)
+    opened = _open_mixture(text.config) if text.config and baselines else None
+    file.scores["models"] = [file.row(folder, device, show_progress) for folder in folders]
     if opened:
-        scores["baselines"] = _baselines(*opened, folders, held_out)
-    scores["provenance"] = provenance.collect()
-    _write(output, scores)
-    return scores
+        file.scores["baselines"] = _baselines(*opened, folders, text.held_out, file)
+    file.write()
+    return file.scores
 
 
-def _write(output: Path | None, scores: dict[str, Any]) -> None:
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        provenance.write_json(output, {"provenance": provenance.collect(), **scores})
-
-
-def _scored_before(output: Path | None, data: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What a score file holds already, nothing of one on other text: figures on two texts are never joined."""
-    nothing: dict[str, Any] = {"models": [], "baselines": []}
-    if output is None or not output.is_file():
-        return nothing
-    before = provenance.read_json(output)
-    return before if before.get("data") == list(data) else nothing
-
-
-def _is_score_of(row: dict[str, Any], folder: Path) -> bool:
-    """Whether a row is of this very folder: one that was written again has another time of making."""
-    return row["path"] == str(folder) and row.get("created") is not None and row["created"] == _created(folder)
-
-
-def _created(folder: Path) -> str | None:
-    is_ours = (folder / "provenance.json").is_file()
-    return read_record(folder).get("created") if is_ours else None
-
-
-def watch(run: Path, device: str, output: Path, every_seconds: float, say: Callable[[str], None]) -> None:
+def watch(
+    run: Path,
+    device: str,
+    output: Path,
+    every_seconds: float,
+    say: Callable[[str], None],
+    rescore: bool = False,
+) -> None:
     """Scores milestones of a run as they appear, until the one that ends it.
 
     Args:
@@ -127,22 +93,140 @@ def watch(run: Path, device: str, output: Path, every_seconds: float, say: Calla
         output (`Path`): JSON file, written after each milestone.
         every_seconds (`float`): between two looks.
         say (`Callable[[str], None]`): given a line for each milestone.
+        rescore (`bool`, *optional*, defaults to `False`): forget what the output file has.
 
     Raises:
-        InputError: if the folder is no run.
+        InputError: as [`score`], before the first look; or if the folder is no run.
     """
     if not (run / CONFIG_FILE).is_file():
         raise InputError(f"{run}: is no run (no {CONFIG_FILE}); name the output_dir of recipes/pretrain.py")
+    file = _ScoreFile(output, _open_text([str(run)]), rescore)
     last, said = load_config(run / CONFIG_FILE).steps.number, set()
     while True:
-        if list_milestones(run):
-            for row in score([str(run)], device=device, output=output)["models"]:
-                if row["name"] not in said:
-                    said.add(row["name"])
-                    say(f"{row['bits_per_byte']:.4f} bits per byte  {row['name']}")
-                if row["step"] == last:
-                    return
+        for folder in list_milestones(run):
+            row = file.row(folder, device)
+            if (folder, row["created"]) not in said:  # a resumed run may write one again
+                said.add((folder, row["created"]))
+                say(f"{row['bits_per_byte']:.4f} bits per byte  {row['name']}")
+            if row["step"] == last:
+                return
         time.sleep(every_seconds)
+
+
+def check_can_score(run: Path | None, data: Sequence[str]) -> None:
+    """Refuses to begin a run whose milestones are to be scored and could not be; reads no document.
+
+    Raises:
+        InputError: if a package is missing, or the run's score file is of another task or text.
+    """
+    load_metric("bits_per_byte")
+    _read_scores(run and run / SCORES_FILE, [(folder, read_metadata(Path(folder))["fingerprint"]) for folder in data])
+
+
+def _open_text(models: Sequence[str], data: Sequence[str] = (), baselines: bool = False) -> _Text:
+    """Checks what is named, and reads the held-out documents."""
+    if len({Path(folder).resolve() for folder in data}) < len(data):
+        raise InputError(f"--data: {', '.join(data)}: a data set is named twice; its documents count once")
+    run = the_run(models)
+    config = load_config(run / CONFIG_FILE) if run else None
+    if config:
+        data = data or [source.path for source in config.data.sources]
+        if missing := [folder for folder in data if not Path(folder).is_dir()]:
+            raise InputError(
+                f"data folder {missing[0]} does not exist here; a recipe names its data from the folder in which the run "
+                "was started: call from there, or name the data with --data"
+            )
+    elif baselines:
+        raise InputError("--baselines: needs one run (a folder with milestones), to know which text was read")
+    elif not data:
+        raise InputError("--data: needed to score model folders; name prepared data sets")
+    held_out = [held_out_documents(folder) for folder in data]
+    load_metric("bits_per_byte")  # a missing package is known before the first model is scored
+    return _Text(run, config, held_out)
+
+
+class _ScoreFile:
+    """The scores of this call and of those before it, on the disk after each model.
+
+    Scores are joined only if they are of one task, one text and one protocol.
+    """
+
+    def __init__(self, output: Path | None, text: _Text, rescore: bool):
+        self.output, self.text = output, text
+        self.data = [{"path": h.name, "fingerprint": h.fingerprint, "documents": len(h.texts), "bytes": h.num_bytes}
+                     for h in text.held_out]  # fmt: skip
+        known = None if rescore else _read_scores(output, [(h.name, h.fingerprint) for h in text.held_out])
+        self.known: list[dict[str, Any]] = known["models"] if known else []
+        self.reused: set[str] = set()
+        self.scores: dict[str, Any] = {
+            "task": TASK,
+            "data": self.data,
+            "models": [],
+            "baselines": known["baselines"] if known else [],
+        }
+
+    def row(self, folder: Path, device: str, show_progress: bool = True) -> dict[str, Any]:
+        """The score of a folder: that of an earlier call if the folder is still the same one."""
+        created = _created(folder)
+        own = self._key({"name": folder.name, "path": str(folder)})
+        known = next((row for row in self.known if self._key(row) == own), None)
+        if known and created is not None and known.get("created") == created:
+            self.reused.add(folder.name)
+            return known
+        row = _score_folder(folder, self.text.held_out, device, created, show_progress)
+        self._check_protocol(row)
+        self.known = [*(r for r in self.known if self._key(r) != own), row]
+        # Of a killed call, what comes later in the old file stays; a milestone that is gone leaves it at the end.
+        self.write(models=sorted(self.known, key=lambda r: r.get("step", 0)))
+        return row
+
+    def write(self, **parts: list[dict[str, Any]]) -> None:
+        """Replaces the file, with these parts in place of those that are not complete yet."""
+        self.scores["provenance"] = provenance.collect()
+        if self.output:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            provenance.write_json(self.output, {**self.scores, **parts})
+
+    def _key(self, row: dict[str, Any]) -> str:
+        """What a row is of. The names of a run's milestones tell them apart, wherever the run is called from."""
+        return row["name"] if self.text.run else row["path"]
+
+    def _check_protocol(self, row: dict[str, Any]) -> None:
+        for before in self.known:
+            old, new = before["protocol"], row["protocol"]
+            if old["context"] == new["context"] and old != new and self._key(before) != self._key(row):
+                raise InputError(
+                    f"{self.output}: {before['name']} was scored under {old}, {row['name']} under {new}; figures of two "
+                    "protocols are not joined: score all again with --rescore, or write elsewhere with --output"
+                )
+
+
+def _read_scores(output: Path | None, text: Sequence[tuple[str, str]]) -> dict[str, Any] | None:
+    """What a score file holds, `None` if there is none.
+
+    Raises:
+        InputError: if it is of another task or on other text, given as path and fingerprint of each data set.
+    """
+    if output is None or not output.is_file():
+        return None
+    scores = provenance.read_json(output)
+    if not isinstance(scores, dict) or scores.get("task") != TASK:
+        raise InputError(f"{output}: is no file of {TASK} scores; write elsewhere with --output")
+    there = [(data["path"], data["fingerprint"]) for data in scores["data"]]
+    if there != list(text):
+        lines = [f"  {name}: {', '.join(f'{path} ({print_[:12]})' for path, print_ in sources)}"
+                 for name, sources in (("there", there), ("here", text))]  # fmt: skip
+        raise InputError(
+            f"{output}: has scores on other text, and figures on two texts are not joined; replace them with --rescore, or "
+            "write elsewhere with --output\n" + "\n".join(lines)
+        )
+    return scores
+
+
+def _created(folder: Path) -> str | None:
+    """When a folder of this package was made; one that is written again has another time."""
+    is_ours = (folder / "provenance.json").is_file()
+    return read_record(folder).get("created") if is_ours else None
 
 
 def the_run(models: Sequence[str]) -> Path | None:
@@ -169,22 +253,26 @@ def place_in_run(folder: Path) -> dict[str, int]:
     return {key: record[key] for key in ("step", "tokens") if key in record}
 
 
-def _score_folder(folder: Path, held_out: Sequence[HeldOut], device: str) -> dict[str, Any]:
+def _score_folder(
+    folder: Path, held_out: Sequence[HeldOut], device: str, created: str | None, show_progress: bool
+) -> dict[str, Any]:
     """Scores a folder with stock transformers: model and tokenizer as somebody without this package loads them."""
     began = time.perf_counter()
     model, tokenizer = load_stock(folder, device)
     total = sum(h.num_bytes for h in held_out)
     columns = (*Progress.get_default_columns(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns, transient=True, disable=not Console().is_terminal) as bar:
+    with Progress(*columns, transient=True, disable=not (show_progress and Console().is_terminal)) as bar:
         estimate = total // 3  # tokens; the bar is for the eye
         task = bar.add_task(f"Scoring {folder.name}", total=estimate, note="")
         result = bits_per_byte(model, tokenizer, held_out, advance=lambda n: bar.advance(task, n))
+    libraries = provenance.collect()["libraries"]
     return {
         "name": folder.name,
         "path": str(folder),
         **place_in_run(folder),
-        "created": _created(folder),
+        "created": created,
         **result,
+        "scored_with": {name: libraries[name] for name in ("transformers", "torch")} | {"device": model.device.type},
         "seconds": round(time.perf_counter() - began, 1),
     }
 
@@ -196,20 +284,29 @@ def _open_mixture(config: PretrainConfig) -> tuple[Mixture, PreTrainedTokenizerB
 
 
 def _baselines(
-    mixture: Mixture, tokenizer: PreTrainedTokenizerBase, milestones: Sequence[Path], held_out: Sequence[HeldOut]
+    mixture: Mixture,
+    tokenizer: PreTrainedTokenizerBase,
+    milestones: Sequence[Path],
+    held_out: Sequence[HeldOut],
+    file: _ScoreFile,
 ) -> list[dict[str, Any]]:
     """Counting models fitted on what each milestone had read, each block once however often it was read."""
     documents = [_tokens(tokenizer, text) for h in held_out for text in h.texts]
-    scores = []
+    before, scores = file.scores["baselines"], []
     for folder in track(milestones, "Fitting counting models", transient=True, disable=not Console().is_terminal):
         record = read_record(folder)
+        known = [row for row in before if (row["step"], row["tokens"]) == (record["step"], record["tokens"])]
+        if folder.name in file.reused and [row["name"] for row in known] == list(BASELINES):
+            scores += known
+            continue
         blocks = sorted(set(mixture.blocks(0, record["tokens"] // mixture.block_size)))
         text = mixture.tokens(blocks)[:, :-1].reshape(-1)  # neighbouring blocks join without a seam
         for name, order in BASELINES.items():
             model = NGramModel(text, len(tokenizer), order)
             nats = [-float(model.log_probabilities(tokens).sum()) for tokens in documents]
-            known = {"name": name, "step": record["step"], "tokens": record["tokens"], "distinct_tokens": len(text)}
-            scores.append({**known, **summarise(nats, held_out)})
+            about = {"name": name, "step": record["step"], "tokens": record["tokens"], "distinct_tokens": len(text)}
+            scores.append({**about, **summarise(nats, held_out)})
+        file.write(baselines=scores)
     return scores
 
 

@@ -82,7 +82,8 @@ def model_card(
 
 
 def milestone_card(folder: Path, name: str) -> str:
-    """Writes the card that lies in a milestone's folder from the start; publishing makes one with scores and pictures.
+    """Writes the card that lies in a milestone's folder from the start. It stays there: publishing makes another, with
+    scores and pictures.
 
     Args:
         folder (`Path`): holds the whole milestone already.
@@ -93,8 +94,8 @@ def milestone_card(folder: Path, name: str) -> str:
     model = open_model_folder(folder)._replace(given_name=name)
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["llama", "tinyllama_hf"])
     loss = f"Loss on held-out text: {model.record['validation_loss']:.4f} nats a token, the mean over the sources by their share."
-    parts = [f"# {name}", _what_it_is("main", model), loss, _how_to_load(name, "main", model), _training(model),
-             _origin(model.record)]  # fmt: skip
+    load = _how_to_load(f"milestones/{name}", "main", model, " Called from the run's folder:")
+    parts = [f"# {name}", _what_it_is("main", model), loss, load, _training(model), _origin(model.record)]
     body = "\n\n".join(parts)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n"))
 
@@ -136,7 +137,11 @@ def _eval_results(name: str, scores: Scores) -> list[Any]:
 def _what_it_is(revision: str, model: ModelFolder) -> str:
     config, record = model.config, model.record
     if "tokens" in record:
-        made = f"{_pretrained_from(model)}; `{model.name}` has read {record['tokens']:,} tokens in {record['step']:,} steps"
+        planned = _settings(model)["training"]["total_tokens"]
+        made = (
+            f"{_pretrained_from(model)}; `{model.name}` has read {record['tokens']:,} tokens in {record['step']:,} steps, of "
+            f"{planned:,} planned"
+        )
     else:
         made = f"fine-tuned from {_shown(record['base_model']['path'])} on {record['conversations']['train']:,} conversations"
     where = "" if revision == "main" or "tokens" not in record else " The newest milestone is on `main`."
@@ -154,11 +159,11 @@ def _what_it_is(revision: str, model: ModelFolder) -> str:
 
 
 def _pretrained_from(model: ModelFolder) -> str:
-    initial = yaml.safe_load((model.path / CONFIG_FILE).read_text(encoding="utf-8"))["model"].get("init_from")
+    initial = _settings(model)["model"].get("init_from")
     return f"pretrained further from {_shown(initial)}" if initial else "pretrained from scratch"
 
 
-def _how_to_load(repo: str, revision: str, model: ModelFolder) -> str:
+def _how_to_load(repo: str, revision: str, model: ModelFolder, where: str = "") -> str:
     named = f'"{repo}"' if revision == "main" else f'"{repo}", revision="{revision}"'
     if any(file.name == "chat_template.jinja" for file in model.files):
         use = (
@@ -168,7 +173,7 @@ def _how_to_load(repo: str, revision: str, model: ModelFolder) -> str:
     else:
         use = 'inputs = tokenizer("Return a list of", return_tensors="pt")'
     return (
-        "## How to load it\n\nPlain Llama weights; stock transformers suffices:\n\n```python\n"
+        f"## How to load it\n\nPlain Llama weights; stock transformers suffices.{where}\n\n```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f"model = AutoModelForCausalLM.from_pretrained({named})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({named})\n"
@@ -208,10 +213,11 @@ def _bits_per_byte(name: str, scores: dict[str, Any] | None) -> str:
          f"`{data['fingerprint'][:12]}`"]
         for data in scores["data"]
     ]  # fmt: skip
+    made_by = row.get("scored_with", scores["provenance"]["libraries"])  # rows of early runs do not say it themselves
     heads = ["held-out text", "bits per byte", "documents", "bytes", "fingerprint"]
     return (
         f"## Bits per byte on unseen text\n\n**{row['bits_per_byte']:.4f}** over all documents, of which no training block "
-        f"came. Scored by stock transformers {scores['provenance']['libraries']['transformers']}.\n\n{_table(heads, lines)}"
+        f"came. Scored by stock transformers {made_by['transformers']}.\n\n{_table(heads, lines)}"
     )
 
 
@@ -268,11 +274,42 @@ def _replies(record: dict[str, Any], scores: dict[str, Any] | None) -> str:
 
 
 def _training(model: ModelFolder) -> str:
-    settings = _portable(yaml.safe_load((model.path / CONFIG_FILE).read_text(encoding="utf-8")))
+    settings = _portable(_settings(model))
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    summary = _recipe(settings) if "tokens" in model.record else ""
     return (
-        f"## Training\n\n<details><summary>The whole configuration ({CONFIG_FILE})</summary>\n\n"
+        f"## Training\n\n{summary}<details><summary>The whole configuration ({CONFIG_FILE})</summary>\n\n"
         f"```yaml\n{text}```\n\n</details>"
+    )
+
+
+def _settings(model: ModelFolder) -> dict[str, Any]:
+    return yaml.safe_load((model.path / CONFIG_FILE).read_text(encoding="utf-8"))
+
+
+def _recipe(settings: dict[str, Any]) -> str:
+    """Data, mixture and schedule of pretraining, in words."""
+    data, schedule, training, optimizer = (settings[key] for key in ("data", "schedule", "training", "optimizer"))
+    changes = data.get("mixture_changes") or []
+    heads = ["text", "share", *(f"from {change['from_tokens']:,} tokens on" for change in changes)]
+    rows = [
+        [source["path"], f"{source['weight']:.2%}", *(f"{change['weights'][number]:.2%}" for change in changes)]
+        for number, source in enumerate(data["sources"])
+    ]
+    rate = {
+        "cosine": "falls as a cosine to {floor:g} at the last token",
+        "wsd": "stays, and falls linearly to {floor:g} over the last {decay_tokens:,} tokens",
+        "constant": "stays",
+    }[schedule["name"]].format(**schedule)
+    if branch := settings.get("branch"):
+        rate += f"; a branch ({branch['schedule']}) of {branch['from']}"
+    batches = [training["tokens_per_step"], *(c["tokens_per_step"] for c in training.get("batch_changes") or [])]
+    return (
+        f"{_table(heads, rows)}\n\nThe learning rate rises to {schedule['peak']:g} over {schedule['warmup_tokens']:,} tokens, "
+        f"then {rate}. AdamW with betas {optimizer['betas'][0]:g} and {optimizer['betas'][1]:g}, weight decay "
+        f"{optimizer['weight_decay']:g}, gradients clipped at {optimizer['gradient_clip']:g}; steps of "
+        f"{', then '.join(f'{batch:,}' for batch in batches)} tokens in sequences of {data['sequence_length']:,}; "
+        f"{training['precision']}.\n\n"
     )
 
 
