@@ -101,7 +101,7 @@ def pretrain(
     with _output_of_one(run, accelerator, overwrite):
         trainer = _Trainer(run, accelerator, *launch.wrap(accelerator, model, config), start, hooks)
         trainer.matmul_flops = measure_matmul_flops(accelerator.device, torch.bfloat16) if measure_peak else None
-        start_trackers(accelerator, config, run.output)
+        start_trackers(accelerator, config, run.output, start.step)
         trainer.train()
         accelerator.end_training()
 
