@@ -100,6 +100,19 @@ def test_a_picture_that_cannot_be_written_leaves_the_one_before(tmp_path, monkey
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "training.png"]
 
 
+@pytest.mark.parametrize("high", [0.6, 2.0, 20.0, 300.0, 1e6])
+def test_a_logarithmic_axis_has_plain_numbers(high):
+    """After a spike the axis spans decades, and matplotlib's own labels between them are powers of ten."""
+    figure, axes = plots.plt.subplots()
+    axes.plot([0.4, high])
+    plots._logarithmic(axes)
+    figure.canvas.draw()
+    low, top = axes.get_ylim()
+    shown = [t.get_text() for t in axes.yaxis.get_ticklabels(which="both") if low <= t.get_position()[1] <= top]
+    plots.plt.close(figure)
+    assert 3 <= len(shown) <= 12 and all(float(text) > 0 for text in shown)
+
+
 @pytest.mark.parametrize(
     ("count", "text"), [(0, "0"), (250_000, "250k"), (1.5e6, "1.5M"), (3e11, "300B"), (3e12, "3T")]
 )

@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")  # files only: works without a display
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from .training import TrainingCurves
 
@@ -105,7 +105,9 @@ def _logarithmic(axes: Any) -> None:
     low, high = axes.get_ylim()
     if high / low < 30:
         axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
-        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1000 else (1,)))
+    axes.yaxis.set_minor_locator(NullLocator())  # its labels would be powers of ten beside plain numbers
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
