@@ -1,120 +1,29 @@
 """Going on: a run that was stopped or killed at any moment gives the numbers of the uninterrupted one, bit for bit."""
 
-import contextlib
 import itertools
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT
+from tests.pretrain.runs import assert_same_run, exact_rows, run, signal_after
 from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.data.shards import TokenDataset
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.pretrain import checkpoints, loop
-from tinyllama_hf.pretrain.config import load_config
+from tinyllama_hf.pretrain import checkpoints
 from tinyllama_hf.pretrain.hooks import Hooks
-from tinyllama_hf.pretrain.metrics import read_metrics
+from tinyllama_hf.pretrain.metrics import METRICS_FILE, Metrics, read_metrics
 from tinyllama_hf.pretrain.milestones import list_milestones
 from tinyllama_hf.pretrain.signals import Stopped
-
-
-# What must repeat; times and rates of the machine need not.
-EXACT = ("step", "tokens", "loss", "learning_rate", "gradient_norm", "blocks", "block_ids", "validation_loss",
-         "validation_loss_by_source", "skipped_steps")  # fmt: skip
-
-
-def run(recipe: Path, *overrides: str, **options) -> Path:
-    config = load_config(recipe, overrides)
-    loop.pretrain(config, **options)
-    return Path(config.output_dir)
-
-
-def exact_rows(output: Path) -> list[dict]:
-    return [{name: row[name] for name in EXACT if name in row} for row in read_metrics(output)]
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    """Same milestones, same weights, same metrics."""
-    assert exact_rows(a) == exact_rows(b)
-    names = [folder.name for folder in list_milestones(a)]
-    assert names == [folder.name for folder in list_milestones(b)]
-    for name in names:
-        weights = [load_file(x / "milestones" / name / "model.safetensors") for x in (a, b)]
-        assert weights[0].keys() == weights[1].keys()
-        assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0]), name
-
-
-def signal_after(step: int, number: int):
-    """Hooks that send this process a signal while a checkpoint or milestone is being finished."""
-    state = {"calls": 0}
-
-    def send(*_: Path) -> None:
-        state["calls"] += 1
-        if state["calls"] == step:
-            os.kill(os.getpid(), number)
-
-    return send
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(prepared, tokenizer_folder, tmp_path_factory) -> Path:
-    from tests.conftest import write_recipe
-
-    return run(write_recipe(tmp_path_factory.mktemp("uninterrupted"), prepared, tokenizer_folder))
-
-
-class TestSignals:
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-    def test_saves_stops_and_goes_on(self, recipe, uninterrupted, number):
-        hooks = Hooks(after_checkpoint=signal_after(1, number))
-        with pytest.raises(
-            Stopped, match=rf"{signal.Signals(number).name} after step 5 \(1,280 tokens\).*step-5 is written"
-        ):
-            run(recipe, hooks=hooks)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "handlers are given back"
-        assert_same_run(run(recipe), uninterrupted)
-
-    def test_exit_status_and_second_signal(self, recipe, tmp_path):
-        """In a process of its own: the first signal saves and ends with 75, a second one ends at once."""
-        slow = ["training.total_tokens=2_560_000", "milestones.tokens=[]"]
-        command = [sys.executable, ROOT / "recipes" / "pretrain.py", recipe, *slow]
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        wait_for(recipe.parent / "run" / "checkpoints" / "step-4")
-        process.send_signal(signal.SIGTERM)
-        printed = process.communicate(timeout=60)[0]
-        assert process.returncode == 75, printed
-        assert "the same command goes on from it" in printed
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for line in process.stdout:
-            if line.startswith("step "):
-                break
-        os.kill(process.pid, signal.SIGSTOP)  # both signals must arrive within one step
-        for number in (signal.SIGTERM, signal.SIGINT):
-            process.send_signal(number)
-        os.kill(process.pid, signal.SIGCONT)
-        time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
-        assert process.returncode in (75, -signal.SIGTERM, -signal.SIGINT)
-
-
-def wait_for(path: Path, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < end, f"{path} never came"
-        time.sleep(0.01)
 
 
 class TestGoingOn:
@@ -138,6 +47,20 @@ class TestGoingOn:
         for folder in list_milestones(output)[1:]:
             shutil.rmtree(folder)
         assert_same_run(run(recipe), uninterrupted)
+
+    def test_the_end_of_a_step_is_found_from_the_end_of_the_file(self, tmp_path):
+        rows = [{"step": step, "text": "x" * (step % 700)} for step in range(1, 2001) for _ in range(1 + step % 2)]
+        whole = "".join(json.dumps(row) + "\n" for row in rows)
+        for step, torn in itertools.product((0, 1, 2, 999, 1999, 2000, 3000), ("", '{"step": 2001, "te')):
+            (tmp_path / METRICS_FILE).write_text(whole + torn)
+            Metrics(tmp_path, 1, True, step).__exit__()
+            assert read_metrics(tmp_path) == [row for row in rows if row["step"] <= step]
+
+    def test_a_milestone_of_another_recipe_is_not_replaced(self, recipe):
+        output = run(recipe, "milestones.tokens=[]")
+        shutil.rmtree(output / "checkpoints")
+        with pytest.raises(InputError, match="of another recipe"):
+            run(recipe, "milestones.tokens=[]", "schedule.peak=1e-3")
 
     def test_other_micro_batches_read_the_same_blocks(self, recipe, uninterrupted, capsys):
         output = run(recipe)
@@ -227,26 +150,57 @@ class TestDamage:
             run(recipe)
         assert len(list_milestones(output)) == 2
 
-    def test_a_full_disk_leaves_the_checkpoint_before(self, recipe, uninterrupted, tmp_path):
-        """With a limit on the size of files, which fails a write as a full disk does."""
-        script = f"""
-import resource, runpy, sys
-from tinyllama_hf.pretrain.hooks import Hooks
-from tinyllama_hf.pretrain import loop
+    def test_the_only_good_one_is_kept_when_fewer_are_to_stay(self, recipe, uninterrupted):
+        """Pruning by age alone would keep the damaged one and remove the one that the run goes on from."""
+        output = run(recipe)
+        next((output / "checkpoints" / "step-12").glob("*.distcp")).write_bytes(b"")
+        assert_same_run(run(recipe, "checkpoints.keep=1"), uninterrupted)
+        assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-12"]
+
+    # A limit on the size of files fails a write as a full disk does: of a milestone, or of a checkpoint, which is larger.
+    FULL = """
+import resource, signal, sys
 from tinyllama_hf.pretrain.config import load_config
-import signal
+from tinyllama_hf.pretrain.checkpoints import FullDiskError
+from tinyllama_hf.pretrain.hooks import Hooks
+from tinyllama_hf.pretrain.loop import pretrain
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-limit = lambda run: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+limit = lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 try:
-    loop.pretrain(load_config({str(recipe)!r}), hooks=Hooks(after_checkpoint=limit))
-except Exception as error:
-    print(type(error).__name__, error)
+    pretrain(load_config({recipe!r}, {overrides!r}), hooks=Hooks(after_checkpoint=limit))
+except FullDiskError as error:
+    print("FullDiskError", error)
 """
+
+    @pytest.mark.parametrize(
+        ("overrides", "what"), [([], "step-6-token"), (["milestones.tokens=[]"], "checkpoints/step-8")]
+    )
+    def test_a_full_disk_leaves_the_checkpoint_before(self, recipe, uninterrupted, tmp_path, overrides, what):
+        script = self.FULL.format(limit=50_000, recipe=str(recipe), overrides=overrides)
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
-        assert "FullDiskError" in done.stdout and "File too large" in done.stdout, done.stdout + done.stderr
+        assert "FullDiskError" in done.stdout and what in done.stdout, done.stdout + done.stderr
         output = recipe.parent / "run"
-        assert [p.name for p in (output / "checkpoints").iterdir()] == ["step-4"]
-        assert_same_run(run(recipe), uninterrupted)
+        assert [p.name for p in (output / "checkpoints").iterdir()] == ["step-4"], "and no temporary one"
+        if not overrides:
+            assert_same_run(run(recipe), uninterrupted)
+
+    @pytest.mark.slow
+    def test_a_full_disk_of_one_of_two_processes(self, recipe, tmp_path):
+        """Both end with the message; neither waits for the other."""
+        (tmp_path / "full.py").write_text(
+            self.FULL.format(limit=50_000, recipe=str(recipe), overrides=["milestones.tokens=[]"])
+        )
+        command = [
+            Path(sys.executable).parent / "torchrun",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            tmp_path / "full.py",
+        ]
+        env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([str(c) for c in command], env=env, capture_output=True, text=True, timeout=120)
+        assert done.stdout.count("FullDiskError") == 2, done.stdout + done.stderr
+        assert [p.name for p in (recipe.parent / "run" / "checkpoints").iterdir()] == ["step-4"]
 
 
 class TestRefusals:
@@ -380,69 +334,3 @@ class TestInitFrom:
                 f"model.init_from={shared / 'data' / 'models' / 'stories260K'}",
                 "model.overrides.hidden_size=128",
             )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_kill_anywhere(recipe, tmp_path, processes):
-    """SIGKILL five times, once during a checkpoint's write and else at random; weights and metrics as if nothing had been."""
-    settings = ["training.total_tokens=102_400", "milestones.tokens=[30_000, 70_000]", "checkpoints.every_tokens=5120",
-                "validation.every_tokens=20_480", "model.overrides={hidden_size: 256, num_attention_heads: 4}",
-                "training.micro_batch_size=2"]  # fmt: skip
-    script = [ROOT / "recipes" / "pretrain.py", recipe, *settings]
-    launcher = (
-        [sys.executable]
-        if processes == 1
-        else [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", "2"]
-    )
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-
-    def launch(output: Path) -> subprocess.Popen:
-        command = [*map(str, launcher), *map(str, script), f"output_dir={output}"]
-        log = (tmp_path / "log.txt").open("a")
-        return subprocess.Popen(command, env=env, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
-
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert launch(whole).wait(600) == 0, (tmp_path / "log.txt").read_text()[-3000:]
-    random.seed(0)
-    kills = during_a_write = 0
-    while kills < 5:
-        process = launch(killed)
-        metrics = killed / "metrics.jsonl"
-        wait_until_it_moves(metrics, process)
-        if during_a_write == 0:
-            during_a_write += wait_for_a_write(killed / "checkpoints", process)
-        else:
-            time.sleep(random.uniform(0, 2))
-        assert process.poll() is None, f"over before it was killed: {(tmp_path / 'log.txt').read_text()[-3000:]}"
-        kill_all(process)
-        kills += 1
-    assert during_a_write == 1
-    assert launch(killed).wait(600) == 0
-    assert f"{processes} process(es)" in (tmp_path / "log.txt").read_text()
-    assert_same_run(killed, whole)
-
-
-def kill_all(process: subprocess.Popen) -> None:
-    """SIGKILL to the launcher and its workers, which run in sessions of their own."""
-    family = psutil.Process(process.pid)
-    for member in [family, *family.children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    process.wait()
-
-
-def wait_until_it_moves(metrics: Path, process: subprocess.Popen) -> None:
-    """Until the resumed run has written a row of its own."""
-    before = metrics.stat().st_mtime_ns if metrics.exists() else 0
-    while (metrics.stat().st_mtime_ns if metrics.exists() else 0) == before:
-        assert process.poll() is None
-        time.sleep(0.005)
-
-
-def wait_for_a_write(folder: Path, process: subprocess.Popen) -> int:
-    """Until a checkpoint lies under its temporary name with a part written."""
-    while process.poll() is None:
-        if any(folder.glob(".step-*.tmp/*")):
-            return 1
-    return 0

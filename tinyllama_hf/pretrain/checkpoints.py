@@ -7,7 +7,6 @@ the name is complete.
 """
 
 import contextlib
-import errno
 import os
 import shutil
 import warnings
@@ -20,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from .. import provenance
@@ -35,12 +35,12 @@ BYTES_PER_PARAMETER = 12  # weight and two moments, all fp32
 
 
 class FullDiskError(RuntimeError):
-    """A checkpoint or milestone could not be written; those before it are whole."""
+    """A checkpoint or milestone could not be written, as a rule because the disk is full; those before it are whole."""
 
     def __init__(self, folder: Path, reason: str):
         super().__init__(
-            f"{folder}: could not be written ({reason}); the checkpoints before it are whole. Make room, or lower "
-            "checkpoints.keep, and give the same command again"
+            f"{folder}: could not be written ({reason}); the checkpoints before it are whole. On a full disk make room, or "
+            "lower checkpoints.keep; then give the same command again"
         )
 
 
@@ -70,24 +70,21 @@ def write_checkpoint(folder: Path, train_step: TrainStep, record: dict[str, Any]
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    problem = None
+    problem: BaseException | None = None
     try:
         with _alone(accelerator) as no_dist:  # synchronises its files, and raises on every process
             dcp.save(_state(train_step), checkpoint_id=temporary, no_dist=no_dist)
-    except Exception as error:
-        problem = error
-    if accelerator.is_main_process and problem is None:
-        try:
+        if accelerator.is_main_process:
             _complete(temporary, folder, record)
-        except OSError as error:
-            problem = error
-    shared = [None if problem is None else _reason(problem)]
+    except (CheckpointException, OSError) as error:  # the first is no `Exception`
+        problem = error
+    failed = [None if problem is None else _reason(problem)]  # of the main process, which the others follow
     if accelerator.num_processes > 1:
-        broadcast_object_list(shared)
-    if shared[0] is not None:
+        broadcast_object_list(failed)
+    if failed[0] is not None:
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise FullDiskError(folder, shared[0]) from problem
+        raise FullDiskError(folder, failed[0]) from problem
 
 
 def _complete(temporary: Path, folder: Path, record: dict[str, Any]) -> None:
@@ -101,12 +98,10 @@ def _complete(temporary: Path, folder: Path, record: dict[str, Any]) -> None:
 
 
 def _reason(problem: BaseException) -> str:
-    """The cause of a failed save in a few words; torch wraps it together with pages of traceback."""
-    text = str(problem)
-    known = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO))
-    return next(
-        (name for name in known if name in text), text.strip().splitlines()[-1] if text.strip() else repr(problem)
-    )
+    """The cause of a failed save in a line; torch wraps what happened on each process together with its traceback."""
+    if isinstance(problem, CheckpointException):
+        problem = next(iter(problem.failures.values()))[0]
+    return " ".join(f"{type(problem).__name__}: {problem}".split())[:300]
 
 
 def read_checkpoint(folder: Path, train_step: TrainStep) -> None:
@@ -136,10 +131,15 @@ def _state(train_step: TrainStep) -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer, "guards": train_step.state()}
 
 
-def prune(run: Path, keep: int) -> None:
-    """Removes all but the newest checkpoints of a run, and what a killed process left under temporary names."""
+def prune(run: Path, keep: int, step: int) -> None:
+    """Removes all but the newest checkpoints up to a step, and what a killed process left under temporary names.
+
+    What lies beyond the step of a run that goes on is damaged, and must not count among those that are kept.
+    """
     folder = run / CHECKPOINTS_FOLDER
-    for path in [*reversed(_checkpoints(run))][keep:]:
+    by_age = [*reversed(_checkpoints(run))]
+    good = [path for path in by_age if _step(path) <= step]
+    for path in [*(path for path in by_age if _step(path) > step), *good[keep:]]:
         # Renamed first: a folder that loses its files while it bears its name would pass for a damaged checkpoint.
         shutil.rmtree(path.rename(path.with_name(f".{path.name}.tmp")))
     for path in folder.glob(".*.tmp"):
@@ -212,7 +212,11 @@ def check_space(run: Path, num_parameters: int, keep: int, num_milestones: int, 
 def _checkpoints(run: Path) -> list[Path]:
     """By number: as text, step-960000 would come after step-1000000."""
     found = [path for path in (run / CHECKPOINTS_FOLDER).glob("step-*") if path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    return sorted(found, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _size_and_checksum(path: Path) -> list[int]:

@@ -98,7 +98,7 @@ def pretrain(
         return
     launch.prepare_layers(model, config.training, compiled)
     accelerator.wait_for_everyone()  # nobody is still looking at the folder
-    with _output_of_one(run, accelerator, overwrite):
+    with _output_of_one(run, accelerator, overwrite, start.step):
         trainer = _Trainer(run, accelerator, *launch.wrap(accelerator, model, config), start, hooks)
         trainer.matmul_flops = measure_matmul_flops(accelerator.device, torch.bfloat16) if measure_peak else None
         start_trackers(accelerator, config, run.output, start.step)
@@ -119,7 +119,7 @@ def _build_model(run: setup.Run) -> TinyLlamaForCausalLM:
 
 
 @contextlib.contextmanager
-def _output_of_one(run: setup.Run, accelerator: Accelerator, overwrite: bool) -> Iterator[None]:
+def _output_of_one(run: setup.Run, accelerator: Accelerator, overwrite: bool, step: int) -> Iterator[None]:
     """Makes the run's folder ready, and keeps other launches out of it."""
     if not accelerator.is_main_process:
         accelerator.wait_for_everyone()
@@ -136,7 +136,7 @@ def _output_of_one(run: setup.Run, accelerator: Accelerator, overwrite: bool) ->
         # First of all, since it is what makes the folder a run that may be gone on with.
         provenance.write_text(run.output / CONFIG_FILE, setup.training_yaml(run.config))
         (run.output / MILESTONES_FOLDER).mkdir(exist_ok=True)
-        prune(run.output, run.config.checkpoints.keep)
+        prune(run.output, run.config.checkpoints.keep, step)
         accelerator.wait_for_everyone()
         yield
 
@@ -314,7 +314,7 @@ class _Trainer:
             write_checkpoint(folder, self.train_step, self.record(step))
             self.last_checkpoint = folder
             if self.accelerator.is_main_process:
-                prune(self.run.output, self.config.checkpoints.keep)
+                prune(self.run.output, self.config.checkpoints.keep, step)
                 self.hooks.after_checkpoint(self.run.output)
             self.accelerator.wait_for_everyone()
 

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -93,8 +93,32 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def _cut(run: Path, step: int) -> None:
+    """Drops the rows after a step; of those before it only the last few are parsed."""
     path = run / METRICS_FILE
-    rows = [row for row in read_metrics(run) if row["step"] <= step] if step and path.is_file() else []
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with temporary.open("wb") as kept:
+        if step and path.is_file():
+            with path.open("rb") as rows:
+                end = _end_of_step(rows, step)
+                rows.seek(0)
+                while end and (block := rows.read(min(end, 1 << 24))):
+                    end -= kept.write(block)
     os.replace(temporary, path)
+
+
+def _end_of_step(rows: BinaryIO, step: int) -> int:
+    """Where the rows of a step end, found from the end of the file."""
+    size, window = rows.seek(0, os.SEEK_END), 1 << 16
+    while True:
+        begin = rows.seek(max(size - window, 0))
+        end = begin + (len(rows.readline()) if begin else 0)  # the first row may have begun before
+        rows.seek(end)
+        found = end if not begin else None
+        for line in rows:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+            end += len(line)
+            found = end
+        if found is not None:
+            return found
+        window *= 2

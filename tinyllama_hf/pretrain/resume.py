@@ -66,7 +66,7 @@ def _find(run: Run, overwrite: bool) -> Start:
     checkpoint, complaints = newest_complete(output)
     if checkpoint is None:
         _check_nothing_is_lost(run, complaints)
-        return _first(run)._replace(says=[*complaints, *_first(run).says])
+        return _first(run)
     record = read_record(checkpoint)
     check_same_run(checkpoint, record["identity"], run.identity)
     is_finished = record["step"] >= run.config.steps.number
@@ -83,17 +83,18 @@ def _find(run: Run, overwrite: bool) -> Start:
 
 def _check_nothing_is_lost(run: Run, complaints: list[str]) -> None:
     """A run that was killed before its first checkpoint begins again; one whose checkpoints are gone does not."""
-    if complaints or len(list((run.output / MILESTONES_FOLDER).glob("step-*"))) > 1:
+    milestones = list((run.output / MILESTONES_FOLDER).glob("step-*"))
+    if complaints or len(milestones) > 1:
         reason = complaints[-1] if complaints else f"its {CHECKPOINTS_FOLDER} are gone"
         raise InputError(
             f"output_dir {run.output}: holds a run that cannot be gone on with ({reason}); choose another folder, or pass "
             "--overwrite to start it anew"
         )
     found = yaml.safe_load((run.output / CONFIG_FILE).read_text(encoding="utf-8"))
-    if found.get("model") != run.config.model.model_dump(mode="json"):
+    if milestones and found != run.config.model_dump(mode="json", by_alias=True):
         raise InputError(
-            f"output_dir {run.output}: holds the beginning of a run of another model; choose another folder, or pass "
-            "--overwrite"
+            f"output_dir {run.output}: holds {milestones[0].name} of another recipe (see its {CONFIG_FILE}) and no "
+            "checkpoint; choose another folder, or pass --overwrite"
         )
 
 

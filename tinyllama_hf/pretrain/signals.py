@@ -1,7 +1,9 @@
 """SIGTERM and SIGINT: the step is finished, a checkpoint written, and the run ends. A second signal ends it at once."""
 
+import os
 import signal
 import threading
+import time
 from types import FrameType
 
 import torch
@@ -9,6 +11,9 @@ import torch.distributed as dist
 
 
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: "the user is invited to try again later"
+# One request may arrive several times: Slurm and Ctrl-C reach every process of a job, and torch's launcher, which is one of
+# them, passes what it got on to the others.
+_ONE_REQUEST_SECONDS = 3.0
 
 
 class Stopped(RuntimeError):
@@ -23,7 +28,7 @@ class StopRequests:
     """
 
     def __init__(self) -> None:
-        self._asked = 0
+        self._asked, self._asked_at = 0, 0.0
         self._before: dict[int, object] = {}
         self._is_distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self._group = dist.new_group(backend="gloo") if self._is_distributed else None
@@ -40,9 +45,11 @@ class StopRequests:
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self._asked = number
-        for each in self._before:  # the next one is not ours
-            signal.signal(each, signal.SIG_DFL)
+        if not self._asked:
+            self._asked, self._asked_at = number, time.monotonic()
+        elif time.monotonic() - self._asked_at > _ONE_REQUEST_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def agreed(self) -> int:
         """The number of the signal that some process got, 0 for none; to be called after each step by all."""

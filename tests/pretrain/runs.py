@@ -1,0 +1,72 @@
+"""Runs to compare: in this process or launched as a user would, and what must be equal in two of them."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT
+from tinyllama_hf.pretrain import loop
+from tinyllama_hf.pretrain.config import load_config
+from tinyllama_hf.pretrain.metrics import read_metrics
+from tinyllama_hf.pretrain.milestones import list_milestones
+
+
+# What must repeat; times and rates of the machine need not.
+EXACT = ("step", "tokens", "loss", "learning_rate", "gradient_norm", "blocks", "block_ids", "validation_loss",
+         "validation_loss_by_source", "skipped_steps")  # fmt: skip
+
+
+def run(recipe: Path, *overrides: str, **options) -> Path:
+    config = load_config(recipe, overrides)
+    loop.pretrain(config, **options)
+    return Path(config.output_dir)
+
+
+def exact_rows(output: Path) -> list[dict]:
+    return [{name: row[name] for name in EXACT if name in row} for row in read_metrics(output)]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Same milestones, same weights, same metrics."""
+    assert exact_rows(a) == exact_rows(b)
+    names = [folder.name for folder in list_milestones(a)]
+    assert names == [folder.name for folder in list_milestones(b)]
+    for name in names:
+        weights = [load_file(x / "milestones" / name / "model.safetensors") for x in (a, b)]
+        assert weights[0].keys() == weights[1].keys()
+        assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0]), name
+
+
+def run_launched(recipe: Path, folder: Path, *overrides: str, processes: int = 2) -> subprocess.Popen:
+    """Starts a run on several processes, or on one without a launcher; what it prints goes to log.txt."""
+    launcher = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", str(processes)]
+    command = [*(launcher if processes > 1 else [sys.executable]), str(ROOT / "recipes" / "pretrain.py"), str(recipe)]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    with (folder / "log.txt").open("a") as log:
+        return subprocess.Popen(
+            [*command, *overrides], env=env, cwd=folder, stdout=log, stderr=log, start_new_session=True
+        )
+
+
+def wait_for(path: Path, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} never came"
+        time.sleep(0.01)
+
+
+def signal_after(step: int, number: int):
+    """Hooks that send this process a signal while a checkpoint or milestone is being finished."""
+    state = {"calls": 0}
+
+    def send(*_: Path) -> None:
+        state["calls"] += 1
+        if state["calls"] == step:
+            os.kill(os.getpid(), number)
+
+    return send
