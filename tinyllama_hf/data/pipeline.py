@@ -5,11 +5,13 @@ import hashlib
 import os
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import multiprocess
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
@@ -17,21 +19,27 @@ from datatrove.pipeline.tokens.tokenizer import TokenizedFile
 from datatrove.pipeline.writers import JsonlWriter
 from datatrove.utils.batching import batched
 from datatrove.utils.logging import logger
-from multiprocess import forkserver
+from multiprocess import forkserver, get_context
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer
 
 from .. import provenance
+from ..errors import InputError
 from .sources import Source, read_documents
+from .tasks import counts_file, forget_task, rows_file, shard_name
 
 
 _BATCH_DOCUMENTS = 256
 
 
 def run_pipeline(source: Source, output: Path, record: dict[str, Any], workers: int, show_progress: bool) -> None:
-    """Runs the tasks that are not complete yet; each leaves its shards and a file of counts."""
+    """Runs the tasks that are not complete yet; each leaves its shards and a file of counts.
+
+    Raises:
+        InputError: at a bad source, and if a worker was killed.
+        OSError: if the output cannot be written.
+    """
     output = output.absolute()  # fsspec (2026.9) remembers what a relative path meant before a change of directory
-    work = output / "work"
     executor = _QuietExecutor(
         pipeline=steps(source, output, record),
         tasks=source.num_tasks,
@@ -54,22 +62,33 @@ def run_pipeline(source: Source, output: Path, record: dict[str, Any], workers: 
         signal.signal(signal.SIGINT, handler)
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), "files,",
-               TextColumn("{task.fields[tokens]:.1f}M tokens"), TimeElapsedColumn())  # fmt: skip
-    with Progress(*columns, disable=not show_progress) as bar:
-        task = bar.add_task("Preparing", total=source.num_tasks, tokens=0.0)
-        while thread.is_alive():
-            thread.join(0.2)
-            written = sum(file.stat().st_size for file in output.glob("*/*.tokens"))
-            done = len(list((work / "logs" / "completions").glob("*")))
-            bar.update(task, completed=done, tokens=written / record["token_bytes"] / 1e6)
+    _show(thread, output, source.num_tasks, record["token_bytes"], show_progress)
+    thread.join()
     if errors:
         raise errors[0]
 
 
+def _show(thread: threading.Thread, output: Path, num_tasks: int, token_bytes: int, show_progress: bool) -> None:
+    """Shows how far a thread has come, until it ends."""
+    if not show_progress:
+        return
+    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), "files,",
+               TextColumn("{task.fields[tokens]:.1f}M tokens"), TimeElapsedColumn())  # fmt: skip
+    with Progress(*columns) as bar:
+        task, pause = bar.add_task("Preparing", total=num_tasks, tokens=0.0), 0.2
+        while thread.is_alive():
+            thread.join(pause)
+            began = time.monotonic()
+            written = sum(file.stat().st_size for file in output.glob("*/*.tokens"))
+            done = sum(1 for _ in completions_folder(output).glob("*"))
+            bar.update(task, completed=done, tokens=written / token_bytes / 1e6)
+            # Looking at a hundred thousand shards takes a while itself.
+            pause = max(0.2, 20 * (time.monotonic() - began))
+
+
 def steps(source: Source, output: Path, record: dict[str, Any]) -> list[PipelineStep]:
     """The pipeline, for any of datatrove's executors; tasks as `source.num_tasks` says."""
-    return [SourceReader(source, output), SplitTokenizer(output, record)]
+    return [SourceReader(source, output), SplitTokenizer(source, output, record)]
 
 
 def logging_folder(output: Path) -> str:
@@ -77,8 +96,39 @@ def logging_folder(output: Path) -> str:
     return str(output / "work" / "logs")
 
 
+def completions_folder(output: Path) -> Path:
+    """Where executors leave an empty file for each complete task, named by its number."""
+    return Path(logging_folder(output)) / "completions"
+
+
 class _QuietExecutor(LocalPipelineExecutor):
     """Logs to files only: datatrove's logger writes to the terminal too, and an error with pages of source."""
+
+    def run(self) -> None:
+        """Runs the incomplete tasks, on one worker in this process.
+
+        datatrove's own (0.10.1) waits for ever if a worker is killed, as by a machine out of memory, and sends the whole
+        pipeline, with the names of all files, once per task.
+        """
+        ranks = self.get_incomplete_ranks()
+        if self.workers == 1:
+            for rank in ranks:
+                _run_task(rank, self)
+            return
+        with get_context(self.start_method).Pool(self.workers, initializer=_keep, initargs=(self,)) as pool:
+            processes = list(pool._pool)  # the pool itself replaces those that die, and forgets what they did
+            results = pool.imap_unordered(_run_task, ranks)
+            waiting = len(ranks)
+            while waiting:
+                with contextlib.suppress(multiprocess.TimeoutError):
+                    results.next(timeout=1)
+                    waiting -= 1
+                    continue
+                if died := [process.exitcode for process in processes if process.exitcode is not None]:
+                    raise InputError(
+                        f"--workers {self.workers}: a process ended by itself (exit code {died[0]}; -9 is mostly a machine "
+                        "out of memory); use fewer"
+                    )
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1):
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
@@ -86,6 +136,18 @@ class _QuietExecutor(LocalPipelineExecutor):
                 return super()._run_for_rank(rank, local_rank, node_rank)
             finally:
                 logger.remove()  # while its sink is still open
+
+
+_executor: _QuietExecutor | None = None  # of a worker process
+
+
+def _keep(executor: _QuietExecutor) -> None:
+    global _executor
+    _executor = executor
+
+
+def _run_task(rank: int, executor: _QuietExecutor | None = None) -> None:
+    (executor or _executor)._run_for_rank(rank)
 
 
 class SourceReader(PipelineStep):
@@ -98,11 +160,13 @@ class SourceReader(PipelineStep):
         self.source, self.output = source, output
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        # What an earlier attempt left would outlive a mended file that holds out nothing.
+        forget_task(self.output, rank)
         counts: Counter = Counter(read=0, kept=0)
         for document in read_documents(self.source, rank, world_size, counts):
             yield Document(text=document.text, id=document.name)
         # Before the next step's counts, which the task ends with.
-        provenance.write_json(self.output / "work" / f"rows_{rank:05d}.json", counts)
+        provenance.write_json(rows_file(self.output, rank), counts)
 
 
 class SplitTokenizer(PipelineStep):
@@ -113,9 +177,9 @@ class SplitTokenizer(PipelineStep):
 
     name, type = "Split and tokenise", "TOKENIZER"
 
-    def __init__(self, output: Path, record: dict[str, Any]):
+    def __init__(self, source: Source, output: Path, record: dict[str, Any]):
         super().__init__()
-        self.output, self.record = output, record
+        self.source, self.output, self.record = source, output, record
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         tokenizer = Tokenizer.from_file(str(self.output / "tokenizer" / "tokenizer.json"))
@@ -139,9 +203,12 @@ class SplitTokenizer(PipelineStep):
                     counts[split]["bytes"] += len(document.text.encode())
                     if split == "validation":
                         held_out.write(document, rank=rank)
-        for file in files.values():
+        for split, file in files.items():
             file.close()
-        provenance.write_json(self.output / "work" / f"counts_{rank:05d}.json", {"rank": rank, **counts})
+            # Here, where it lies in memory and many tasks do it at a time.
+            counts[split]["sha256"] = provenance.file_sha256(self.output / shard_name(split, rank))
+        result = {"rank": rank, "input": self.source.identity(rank), **counts}
+        provenance.write_json(counts_file(self.output, rank), result)
         yield from ()
 
     def _chosen(self, data: DocumentsPipeline) -> Iterator[tuple[str, Document]]:

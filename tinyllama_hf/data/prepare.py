@@ -10,12 +10,14 @@ A finished folder holds
     validation/00000.jsonl.gz     and their text
 
 `dataset.json` is written last: without it the preparation was interrupted, and the same call goes on with the tasks
-that are not complete.
+that are not complete. A task is complete for the input file that it read; a file that was mended since is read again.
 """
 
+import contextlib
+import fcntl
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,12 +26,12 @@ from transformers import PreTrainedTokenizerFast
 from .. import provenance
 from ..errors import InputError, did_you_mean, require
 from ..tokenization_tinyllama import load_tokenizer, tokenizer_fingerprint
-from .shards import FORMAT_VERSION, METADATA_FILE
+from .shards import FORMAT_VERSION, METADATA_FILE, SPLITS
 from .sources import Source, open_sources
+from .tasks import keep_complete, task_result
 
 
 SEPARATORS = ("both", "bos", "eos")
-SPLITS = ("train", "validation")
 
 
 class PreparedData(NamedTuple):
@@ -71,34 +73,99 @@ def prepare(
 
     Raises:
         InputError: for sources that do not exist or cannot be read, an output that holds something else, and values
-            out of range; before anything is written where it can be known by then.
+            out of range; before anything is written where it can be known by then. For a disk that is full. What is
+            complete by then stays, and the same call goes on.
     """
     request = plan(sources, tokenizer, output, separator, validation_fraction, sample_fraction, text_column, where)
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: must be at least 1")
     if request.is_finished:
         return PreparedData(provenance.read_json(request.output / METADATA_FILE), True)
-    from .pipeline import run_pipeline
-
-    begin(request)
-    try:
-        run_pipeline(request.source, request.output, request.record, workers or os.cpu_count() or 1, progress)
-        metadata = _describe(request)
-    except InputError:
-        shutil.rmtree(request.output)  # what a bad source left could never be finished: mended, it is another source
-        raise
-    provenance.write_json(request.output / METADATA_FILE, metadata)
-    shutil.rmtree(request.output / "work")
+    with _only_one(request.output):
+        if _is_finished(request.output, request.record):  # by another process, since
+            return PreparedData(provenance.read_json(request.output / METADATA_FILE), True)
+        metadata = _run(request, workers or os.cpu_count() or 1, progress)
+    shutil.rmtree(request.output / "work", ignore_errors=True)
     return PreparedData(metadata, False)
 
 
+def _run(request: "Plan", workers: int, progress: bool) -> dict[str, Any]:
+    from .pipeline import run_pipeline
+
+    try:
+        with writing(request.output):
+            begin(request)
+            run_pipeline(request.source, request.output, request.record, workers, progress)
+    except InputError as error:
+        if done := len(_complete(request)):
+            raise InputError(
+                f"{error}\n{done} of {request.source.num_tasks} files are done and stay in {request.output}; the same "
+                "command goes on with the others"
+            ) from error
+        shutil.rmtree(request.output, ignore_errors=True)
+        raise
+    shards, rows = _results(request)
+    if not any(shard["tokens"] for shard in shards["train"]):
+        shutil.rmtree(request.output, ignore_errors=True)  # other settings are another request
+        raise InputError(_nothing_to_train_on(request, rows))
+    with writing(request.output):
+        metadata = _describe(request, shards, rows)
+        provenance.write_json(request.output / METADATA_FILE, metadata)
+    return metadata
+
+
+@contextlib.contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """Turns what a failed write raises, as on a full disk, into an [`InputError`]."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"--output {output}: cannot be written ({error.strerror or error}); make room, or mend what the reason names, "
+            "and give the same command again"
+        ) from error
+
+
+@contextlib.contextmanager
+def _only_one(output: Path) -> Iterator[None]:
+    """Keeps other processes out of a preparation."""
+    with writing(output):
+        (output / "work").mkdir(parents=True, exist_ok=True)
+        lock = (output / "work" / "lock").open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"--output {output}: another process prepares it; wait for it") from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
 def begin(request: "Plan") -> None:
-    """Writes what the tasks need: the request, by which a later call knows the folder again, and the tokenizer."""
+    """Writes what the tasks need: the request, by which a later call knows the folder again, and the tokenizer.
+
+    Tasks whose input has changed since they were complete are to be done again.
+    """
     work = request.output / "work"
     work.mkdir(parents=True, exist_ok=True)
     provenance.write_json(work / "request.json", request.record)
-    # Saved anew each time: exact, and small next to the data.
-    request.tokenizer.save_pretrained(request.output / "tokenizer")
+    try:
+        # Saved anew each time: exact, and small next to the data.
+        request.tokenizer.save_pretrained(request.output / "tokenizer")
+    except Exception as error:  # tokenizers (0.23) knows no better class
+        if "os error" in str(error):
+            raise OSError(str(error)) from error
+        raise
+    _complete(request)
+
+
+def _complete(request: "Plan") -> list[int]:
+    from .pipeline import completions_folder
+
+    return keep_complete(
+        request.output, request.source, request.record["token_bytes"], completions_folder(request.output)
+    )
 
 
 class Plan(NamedTuple):
@@ -144,16 +211,19 @@ def plan(sources, tokenizer, output, separator, validation_fraction, sample_frac
 def _is_finished(output: Path, record: dict[str, Any]) -> bool:
     """Whether the output holds this very data set; raises if it holds another, or something else."""
     finished, begun = output / METADATA_FILE, output / "work" / "request.json"
+    of_nothing_yet = {output / "work", output / "work" / "lock"}
     if finished.is_file():
         found = provenance.read_json(finished).get("request")
     elif begun.is_file():
         found = provenance.read_json(begun)
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+    elif output.exists() and not (output.is_dir() and all(path in of_nothing_yet for path in output.rglob("*"))):
         raise InputError(f"--output {output}: is not empty and no data set; choose another folder")
     else:
         return False
-    if found != record:
-        changed = sorted(key for key in record if not found or found.get(key) != record[key])
+    changed = sorted(key for key in {*record, *(found or ())} if not found or found.get(key) != record.get(key))
+    if changed == ["source"] and not finished.is_file() and _files_of(found) == _files_of(record):
+        return False  # a file was mended: its task is done again
+    if changed:
         raise InputError(
             f"--output {output}: holds data prepared from another request (different: {', '.join(changed)}); choose "
             "another folder, or remove this one"
@@ -161,30 +231,48 @@ def _is_finished(output: Path, record: dict[str, Any]) -> bool:
     return finished.is_file()
 
 
-def _rows(request: Plan) -> dict[str, int]:
-    """Rows (documents, of text files) that were read, and those that `where` kept, empty ones included."""
-    counted = [provenance.read_json(file) for file in sorted((request.output / "work").glob("rows_*.json"))]
-    return {name: sum(counts[name] for counts in counted) for name in ("read", "kept")}
+def _files_of(record: dict[str, Any]) -> tuple:
+    """What numbers the tasks: the names of the input files, in order; all that is known of other sources."""
+    source = record["source"]
+    return source["kind"], [file["name"] for file in source["files"]] if "files" in source else source
 
 
-def _describe(request: Plan) -> dict[str, Any]:
+def _results(request: Plan) -> tuple[dict[str, list[dict[str, Any]]], dict[str, int]]:
+    """The shards of each split, and how many rows (documents, of text files) were read, and kept by `where`.
+
+    Raises:
+        InputError: if a task is not complete after all.
+    """
+    shards, rows = {split: [] for split in SPLITS}, {"read": 0, "kept": 0}
+    for rank in range(request.source.num_tasks):
+        result = task_result(request.output, request.source, rank, request.record["token_bytes"])
+        if result is None:
+            raise InputError(
+                f"{request.output}: what task {rank} wrote is not there any more; give the same command again"
+            )
+        for split in SPLITS:
+            shard = {key: result[split][key] for key in ("file", "sha256", "documents", "tokens", "bytes")}
+            shards[split].append(shard)
+        for name in rows:
+            rows[name] += result["rows"][name]
+    return shards, rows
+
+
+def _nothing_to_train_on(request: Plan, rows: dict[str, int]) -> str:
+    where = request.record.get("where")
+    chosen = f"of {rows['read']:,} rows --where {where!r} kept {rows['kept']:,}; " if where else ""
+    return (
+        f"{', '.join(request.source.files[:5])}: no text to train on; {chosen}of all documents, "
+        f"{request.record['validation_fraction']} are held out and {request.record['sample_fraction']} of the rest kept"
+    )
+
+
+def _describe(request: Plan, shards: dict[str, list[dict[str, Any]]], rows: dict[str, int]) -> dict[str, Any]:
     splits = {}
-    for split in SPLITS:
-        shards = []
-        for counts_file in sorted((request.output / "work").glob("counts_*.json")):
-            counts = provenance.read_json(counts_file)
-            name = f"{split}/{counts['rank']:05d}.tokens"
-            shards.append({"file": name, "sha256": provenance.file_sha256(request.output / name), **counts[split]})
-        totals = {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "bytes")}
-        splits[split] = {**totals, "shards": shards}
-    if splits["train"]["tokens"] == 0:
-        rows, where = _rows(request), request.record.get("where")
-        chosen = f"of {rows['read']:,} rows --where {where!r} kept {rows['kept']:,}; " if where else ""
-        raise InputError(
-            f"{', '.join(request.source.files[:5])}: no text to train on; {chosen}of all documents, "
-            f"{request.record['validation_fraction']} are held out and {request.record['sample_fraction']} of the rest kept"
-        )
-    tokenizer, rows = request.tokenizer, _rows(request)
+    for split, parts in shards.items():
+        totals = {key: sum(shard[key] for shard in parts) for key in ("documents", "tokens", "bytes")}
+        splits[split] = {**totals, "shards": parts}
+    tokenizer = request.tokenizer
     return {
         "format_version": FORMAT_VERSION,
         "fingerprint": provenance.fingerprint([request.record["tokenizer"], request.record["separator"], splits]),

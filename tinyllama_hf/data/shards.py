@@ -22,6 +22,7 @@ from ..provenance import file_sha256, fingerprint, read_json
 
 FORMAT_VERSION = 1
 METADATA_FILE = "dataset.json"
+SPLITS = ("train", "validation")
 # A quarter of the files that this process may have; at most 4096, the kernel's limit on maps being 65 530.
 _FILE_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 _OPEN_MAPS = 4096 if _FILE_LIMIT == resource.RLIM_INFINITY else min(max(_FILE_LIMIT // 4, 1), 4096)
@@ -53,7 +54,7 @@ class TokenDataset:
         # Absolute, since files are opened later, perhaps from another working directory.
         self._root = os.path.abspath(self.folder)
         for shard in self._shards:
-            check_sizes(self._root, shard, self._dtype)
+            check_sizes(self._root, shard, self._dtype.itemsize)
         if len(self) < 1:
             raise InputError(
                 f"{self.folder}: its {split} split holds {self.num_tokens} tokens, less than one block of "
@@ -125,7 +126,7 @@ def _mapped(path: str, dtype: np.dtype, length: int, sha256: str) -> np.ndarray:
         raise InputError(f"{path}: was there when the data set was opened, cannot be read now ({error})") from error
 
 
-def check_sizes(root: str | os.PathLike, shard: dict, dtype: np.dtype) -> None:
+def check_sizes(root: str | os.PathLike, shard: dict, token_bytes: int) -> None:
     """Compares the sizes of a shard and of its index with what is announced, without opening them.
 
     Raises:
@@ -133,7 +134,7 @@ def check_sizes(root: str | os.PathLike, shard: dict, dtype: np.dtype) -> None:
     """
     path = f"{os.fspath(root)}/{shard['file']}"
     expected = (
-        (path, shard["tokens"] * dtype.itemsize),
+        (path, shard["tokens"] * token_bytes),
         (f"{path}.index", shard["documents"] * _INDEX_DTYPE.itemsize),
     )
     for name, size in expected:
@@ -161,9 +162,9 @@ def check_contents(folder: str | os.PathLike, progress: bool = True) -> int:
     decisive = [metadata["tokenizer"]["fingerprint"], metadata["separator"], metadata["splits"]]
     problems = [] if fingerprint(decisive) == metadata["fingerprint"] else [f"{METADATA_FILE}: fingerprint"]
     shards = [(split, shard) for split, values in metadata["splits"].items() for shard in values["shards"]]
-    dtype = np.dtype(metadata["token_dtype"])
+    token_bytes = np.dtype(metadata["token_dtype"]).itemsize
     for split, shard in track(shards, "Checking", disable=not progress):
-        problems += _problems(folder, split, shard, dtype)
+        problems += _problems(folder, split, shard, token_bytes)
     if problems:
         shown = "\n".join(f"  {problem}" for problem in problems[:10])
         raise InputError(
@@ -173,9 +174,9 @@ def check_contents(folder: str | os.PathLike, progress: bool = True) -> int:
     return len(shards)
 
 
-def _problems(folder: Path, split: str, shard: dict, dtype: np.dtype) -> list[str]:
+def _problems(folder: Path, split: str, shard: dict, token_bytes: int) -> list[str]:
     try:
-        check_sizes(folder, shard, dtype)
+        check_sizes(folder, shard, token_bytes)
     except InputError as error:
         return [str(error)]
     path, found = folder / shard["file"], []

@@ -38,7 +38,8 @@ class Source(NamedTuple):
     """Checked sources of one kind.
 
     `kind` is `"json lines"`, `"parquet"`, `"text"` or `"embedded"`; `files` are paths, or the name of the embedded part;
-    `where` chooses rows; `record` identifies the contents; `num_tasks` is in how many parts they are read.
+    `where` chooses rows; `record` identifies the contents; `num_tasks` is in how many parts they are read; `stamps` are size
+    and time of the files when `record` was made.
     """
 
     kind: str
@@ -47,6 +48,11 @@ class Source(NamedTuple):
     where: str | None
     record: dict[str, Any]
     num_tasks: int
+    stamps: tuple[tuple[int, int], ...] = ()
+
+    def identity(self, task: int) -> dict[str, Any]:
+        """What tells the input of a task from others: the record of its file, where tasks are files."""
+        return self.record["files"][task] if "files" in self.record else self.record
 
 
 def open_sources(sources: Sequence[str], text_column: str = "text", where: str | None = None) -> Source:
@@ -65,6 +71,9 @@ def open_sources(sources: Sequence[str], text_column: str = "text", where: str |
         return _embedded(sources, text_column)
     found = [_hub_files(source) if source.startswith("hub:") else (_files(source), None) for source in sources]
     files = [file for part, _ in found for file in part]
+    stamps = tuple(_stamp(file) for file in files)
+    if repeated := [str(file) for file, number in Counter(file.absolute() for file in files).items() if number > 1]:
+        raise InputError(f"{repeated[0]}: is named twice, and would be read twice; name it once")
     kinds = {_kind(file) for file in files}
     if len(kinds) > 1:
         raise InputError(
@@ -80,10 +89,13 @@ def open_sources(sources: Sequence[str], text_column: str = "text", where: str |
                 raise InputError(f"{file}: holds no row; remove it, or fetch it again")
             _text_of(*_named(file, row), text_column)
             _is_chosen(*_named(file, row), chosen)
-    record: dict[str, Any] = {"kind": kind, "files": _identified(files)}
+    try:
+        record: dict[str, Any] = {"kind": kind, "files": _identified(files)}
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); see its permissions") from error
     if hubs := [hub for _, hub in found if hub]:
         record["hub"] = hubs
-    return Source(kind, tuple(str(file.absolute()) for file in files), text_column, where, record, len(files))
+    return Source(kind, tuple(str(file.absolute()) for file in files), text_column, where, record, len(files), stamps)
 
 
 def read_documents(
@@ -95,7 +107,8 @@ def read_documents(
         counts (`Counter`, *optional*): counts `read` rows or documents, and those `kept` by `where`.
 
     Raises:
-        InputError: at a file that is damaged, a row that is no JSON object with a text, and text that is not UTF-8.
+        InputError: at a file that is damaged, a row that is no JSON object with a text, text that is not UTF-8, and a
+            file that was changed since `open_sources`.
     """
     counts = Counter() if counts is None else counts
     if source.kind == "embedded":
@@ -105,16 +118,19 @@ def read_documents(
             yield SourceDocument(f"{kind}/{document.name}", document.text)
         return
     where = Expression(source.where) if source.where is not None else None
-    for file in map(Path, source.files[task::num_tasks]):
+    for number in range(task, len(source.files), num_tasks):
+        file = Path(source.files[number])
         if source.kind == "text":
             counts.update(("read", "kept"))
             yield _read_text(file)
-            continue
-        for row in read_rows(file):
-            counts["read"] += 1
-            if _is_chosen(*_named(file, row), where):
-                counts["kept"] += 1
-                yield SourceDocument(f"{file}/{row[0]}", _text_of(*_named(file, row), source.text_column))
+        else:
+            for row in read_rows(file):
+                counts["read"] += 1
+                if _is_chosen(*_named(file, row), where):
+                    counts["kept"] += 1
+                    yield SourceDocument(f"{file}/{row[0]}", _text_of(*_named(file, row), source.text_column))
+        if _stamp(file) != source.stamps[number]:  # what was read is not what `record` tells from others
+            raise InputError(f"{file}: was changed since this command looked at it first; give the command again")
 
 
 def read_texts(source: Source) -> Iterator[str]:
@@ -165,6 +181,16 @@ def _read_text(file: Path) -> SourceDocument:
         return SourceDocument(str(file), file.read_bytes().decode("utf-8"))
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 ({error.reason} at byte {error.start}); convert it first") from error
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}); see its permissions and its disk") from error
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    try:
+        stat = file.stat()
+    except FileNotFoundError:
+        return -1, -1
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _identified(files: Sequence[Path]) -> list[dict[str, Any]]:
@@ -194,6 +220,8 @@ def _embedded(sources: Sequence[str], text_column: str) -> Source:
             raise InputError(
                 f"embedded:{name} does not exist; valid: {', '.join(f'embedded:{k}' for k in embedded.KINDS)}"
             )
+        if names.count(name) > 1:
+            raise InputError(f"embedded:{name}: is named twice, and would be read twice; name it once")
     record = {"kind": "embedded", "names": names, "python": sys.version.split()[0]}
     return Source("embedded", tuple(names), text_column, None, record, _EMBEDDED_TASKS)
 
