@@ -45,7 +45,7 @@ class TestExpressions:
         "text",
         [
             "__import__('os').system('true')", "meta.n + 1 == 4", "text.lower() == 'x'", "[x for x in meta.tags]", "lambda: 1",
-            "meta['n'] == 3", "text is None", "f'{text}' == 'x'", "(text := 1) == 1", "b'x' == text", "1 if text else 2", "*text",
+            "meta['n'] == 3", "text is None", "f'{text}' == 'x'", "(text := 1) == 1", "b'x' == text", "1 if text else 2", "*text", "-'x' == text",
         ],
     )  # fmt: skip
     def test_nothing_else_is_of_the_language(self, text):
@@ -176,6 +176,30 @@ class TestParquet:
         (tmp_path / "cut.parquet").write_bytes(data[: len(data) // 2])
         with pytest.raises(InputError, match=r"cut\.parquet: damaged after row 0"):
             open_sources([str(tmp_path / "cut.parquet")])
+
+    def test_text_that_is_not_utf8(self, tmp_path):
+        import pyarrow
+        from pyarrow import parquet
+
+        ends = pyarrow.py_buffer(b"\0\0\0\0\3\0\0\0")
+        text = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, ends, pyarrow.py_buffer(b"a\xff\xfe")])
+        parquet.write_table(pyarrow.table({"text": text}), tmp_path / "a.parquet")
+        with pytest.raises(InputError, match=r"a\.parquet: damaged after row 0 .*utf-8"):
+            list(read_rows(tmp_path / "a.parquet"))
+
+
+class TestJsonLines:
+    @pytest.mark.parametrize("row", ["[" * 100_000, "1" * 5000, "{", "nul"])
+    def test_no_json(self, tmp_path, row):
+        (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' + row + "\n")
+        with pytest.raises(InputError, match="row 2: no JSON"):
+            list(read_rows(tmp_path / "a.jsonl"))
+
+    def test_what_the_system_refuses_is_no_damage(self, tmp_path):
+        """It used to say: damaged, fetch it again."""
+        (tmp_path / "a.jsonl").mkdir()
+        with pytest.raises(InputError, match=r"cannot be read after row 0 .Is a directory.; see its permissions"):
+            list(read_rows(tmp_path / "a.jsonl"))
 
 
 class TestHub:

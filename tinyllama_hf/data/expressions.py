@@ -88,7 +88,8 @@ class Expression:
         known = (ast.BoolOp, ast.UnaryOp, ast.Compare, ast.List, ast.Tuple, ast.Name, ast.Attribute, ast.Constant)
         wrong = not isinstance(node, known)
         if isinstance(node, ast.UnaryOp):
-            is_number = isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant)
+            operand = getattr(node.operand, "value", None)
+            is_number = isinstance(node.op, ast.USub) and type(operand) in (int, float)
             wrong = not (isinstance(node.op, ast.Not) or is_number)
         elif isinstance(node, ast.Compare):
             wrong = any(type(op) not in _COMPARISONS for op in node.ops)

@@ -34,10 +34,11 @@ def _read_json_lines(file: Path) -> Iterator[tuple[int, Any]]:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield number, json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file}, row {number}: no JSON ({error}); repair or remove it") from error
     except damage as error:
-        raise InputError(f"{file}: damaged after row {number} ({error}); fetch it again") from error
+        raise _unreadable(file, number, error) from error
+    # Besides syntax: numbers of more than 4300 digits, and brackets deeper than Python's stack.
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}, row {number}: no JSON ({error}); repair or remove it") from error
 
 
 def _read_parquet(file: Path) -> Iterator[tuple[int, Any]]:
@@ -52,8 +53,16 @@ def _read_parquet(file: Path) -> Iterator[tuple[int, Any]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{file}: damaged after row {number} ({error}); fetch it again") from error
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        raise _unreadable(file, number, error) from error
+
+
+def _unreadable(file: Path, number: int, error: Exception) -> InputError:
+    if getattr(error, "errno", None):  # the system's word; libraries raise OSError for damage, without a number
+        return InputError(
+            f"{file}: cannot be read after row {number} ({error.strerror}); see its permissions and its disk"
+        )
+    return InputError(f"{file}: damaged after row {number} ({error}); fetch it again")
 
 
 def _open_lines(file: Path):
