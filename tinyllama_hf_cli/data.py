@@ -8,12 +8,12 @@ import typer
 
 def prepare(
     sources: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             help="embedded:prose, embedded:code; files and folders of .jsonl[.gz|.zst], .parquet, .txt, .md, .rst, .py; "
             "hub:OWNER/NAME[@REVISION][/PATTERN]; or one recipe .yaml, with key=value to replace its values."
         ),
-    ],
+    ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Tokenizer folder, tokenizer.model, tokenizer.json or GGUF file.")
     ] = None,
@@ -35,8 +35,15 @@ def prepare(
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be read.")] = False,
+    check: Annotated[
+        Path | None,
+        typer.Option(help="Finished data set: read it all and compare it with the checksums in its dataset.json."),
+    ] = None,
 ) -> None:
-    """Tokenise documents into shards that pretraining reads. Interrupted, it goes on; finished, it does nothing.
+    """Tokenise documents into shards that pretraining reads.
+
+    Interrupted, it goes on: after a bad file is mended, or room is made on the disk, with the files that are not done.
+    Finished, it does nothing. Training compares the sizes of shards; --check FOLDER, alone, compares all contents.
 
     Example: tinyllama-hf prepare corpus/*.jsonl.gz --tokenizer tokenizer.model --output data/corpus
     """
@@ -45,7 +52,11 @@ def prepare(
 
     given = {"tokenizer": tokenizer, "output": output, "separator": separator, "validation_fraction": validation_fraction,
              "sample_fraction": sample_fraction, "text_column": text_column, "where": where}  # fmt: skip
-    request = _request(sources, {name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    if check is not None:
+        _check(check, sources, given)
+        return
+    request = _request(sources or [], given)
     if dry_run:
         _say(plan(**request))
         return
@@ -60,13 +71,27 @@ def prepare(
         )
 
 
+def _check(folder: Path, sources: list[str] | None, given: dict[str, Any]) -> None:
+    from tinyllama_hf.data.shards import check_contents
+    from tinyllama_hf.errors import InputError
+
+    if sources or given:
+        named = sources[0] if sources else f"--{next(iter(given)).replace('_', '-')}"
+        raise InputError(f"--check {folder}: reads a finished data set and nothing else; leave out {named}")
+    print(f"{folder}: {check_contents(folder)} shards are as they were prepared")
+
+
 def _request(sources: list[str], given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `prepare`: those of a recipe, where one is named, replaced by those given."""
     from tinyllama_hf.data.config import load_config
     from tinyllama_hf.errors import InputError
 
-    if sources[0].endswith((".yaml", ".yml")):
+    if sources and sources[0].endswith((".yaml", ".yml")):
         return {**load_config(sources[0], sources[1:]).model_dump(), **given}
+    if not sources:
+        raise InputError(
+            "no source given: name files, folders, hub:OWNER/NAME, embedded:prose, embedded:code, or a recipe"
+        )
     if missing := [name for name in ("tokenizer", "output") if name not in given]:
         raise InputError(f"--{missing[0]}: is needed, unless a recipe names it")
     defaults = {

@@ -134,3 +134,22 @@ class TestContents:
         index.write_bytes(index.read_bytes()[:-8])
         with pytest.raises(InputError, match=r"tokens\.index: .*has another size"):
             TokenDataset(data, 8, split)
+
+    def test_command(self, data, capsys, monkeypatch):
+        import tinyllama_hf_cli
+
+        def command(*arguments: object) -> int:
+            monkeypatch.setattr(sys, "argv", ["tinyllama-hf", "prepare", *map(str, arguments)])
+            with pytest.raises(SystemExit) as ended:
+                tinyllama_hf_cli.main()
+            return ended.value.code
+
+        assert command("--check", data) == 0
+        assert "2 shards are as they were prepared" in capsys.readouterr().out
+        assert command("--check", data, "--tokenizer", "x") == 2
+        assert "reads a finished data set and nothing else; leave out --tokenizer" in capsys.readouterr().err
+        (data / "train" / "00000.tokens").unlink()
+        assert command("--check", data) == 2
+        assert "is missing" in capsys.readouterr().err
+        assert command() == 2
+        assert "no source given" in capsys.readouterr().err
