@@ -1,7 +1,7 @@
 """Prepares a data recipe on a Slurm cluster: an array job of one task per file, and a job that finishes the data set.
 
     python recipes/slurm/prepare.py recipes/data/slimpajama.yaml [key=value ...] --partition cpu --time 08:00:00 \\
-        [--jobs 200] [--cpus-per-task 2] [--env ". .venv/bin/activate"] [--dry-run]
+        [--jobs 200] [--max-array-size 1001] [--cpus-per-task 2] [--env ". .venv/bin/activate"] [--dry-run]
 
 The same pipeline as `tinyllama-hf prepare`, through datatrove's Slurm executor; tasks that one has completed the other does
 not repeat. Sources and output must lie where every node sees them. If tasks fail, give the same command again.
@@ -22,6 +22,9 @@ def main() -> int:
     parser.add_argument(
         "--jobs", type=int, default=-1, help="tasks that run at a time; default: as many as Slurm lets"
     )
+    parser.add_argument(
+        "--max-array-size", type=int, default=1001, help="of the cluster, as `scontrol show config` says: MaxArraySize"
+    )
     parser.add_argument("--cpus-per-task", type=int, default=2)
     parser.add_argument("--env", default=":", help="shell command that makes `tinyllama-hf` available on a node")
     parser.add_argument(
@@ -35,27 +38,34 @@ def main() -> int:
 
     try:
         request = plan(**load_config(arguments.recipe, arguments.overrides).model_dump())
+        if request.is_finished:
+            print(f"{request.output}: was finished already")
+            return 0
+        print(f"{request.source.num_tasks} task(s) on partition {arguments.partition} -> {request.output}", flush=True)
+        if not arguments.dry_run:
+            submit(request, arguments)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if request.is_finished:
-        print(f"{request.output}: was finished already")
-        return 0
-    print(f"{request.source.num_tasks} task(s) on partition {arguments.partition} -> {request.output}", flush=True)
-    if not arguments.dry_run:
-        submit(request, arguments)
     return 0
 
 
 def submit(request, arguments: argparse.Namespace) -> None:
-    """Submits the array and, after it, the job that counts and writes `dataset.json`."""
+    """Submits the tasks and, after all of them, the job that counts and writes `dataset.json`."""
     from datatrove.executor import SlurmPipelineExecutor
 
     from tinyllama_hf.data.pipeline import logging_folder, steps
-    from tinyllama_hf.data.prepare import begin
+    from tinyllama_hf.data.prepare import begin, writing
 
-    begin(request)
+    with writing(request.output):
+        begin(request)
     output = request.output.absolute()
+    jobs: list[str] = []
+
+    def job_number(printed: str) -> str:
+        jobs.append(printed.split()[-1])
+        return jobs[-1]
+
     executor = SlurmPipelineExecutor(
         pipeline=steps(request.source, output, request.record),
         tasks=request.source.num_tasks,
@@ -63,15 +73,19 @@ def submit(request, arguments: argparse.Namespace) -> None:
         partition=arguments.partition,
         cpus_per_task=arguments.cpus_per_task,
         workers=arguments.jobs,
+        max_array_size=arguments.max_array_size,
+        job_id_retriever=job_number,
+        sbatch_args={"kill-on-invalid-dep": "yes"},  # or what waits for a task that failed waits for ever
         job_name="tinyllama-prepare",
         qos="",
         env_command=arguments.env,
         logging_dir=logging_folder(output),
     )
     executor.run()
-    # All tasks are complete then, and the command has only the counting left.
+    # All tasks are complete then, and the command has only the counting left. An array begins after the one before it even
+    # if that failed, so the job waits for each; the last job that datatrove submits merges statistics, which nobody reads.
     finish = shlex.join(["tinyllama-hf", "prepare", arguments.recipe, *arguments.overrides])
-    after = [] if executor.job_id == -1 else [f"--dependency=afterok:{executor.job_id}"]
+    after = [f"--dependency=afterok:{':'.join(jobs[:-1])}", "--kill-on-invalid-dep=yes"] if jobs else []
     command = ["sbatch", *after, f"--partition={arguments.partition}", f"--time={arguments.time}", "--job-name=tinyllama-finish",
                f"--wrap={arguments.env}; {finish}"]  # fmt: skip
     subprocess.run(command, check=True)

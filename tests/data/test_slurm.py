@@ -15,7 +15,10 @@ from tinyllama_hf import provenance
 SBATCH = """#!{python}
 import os, re, subprocess, sys
 wrap = [a.removeprefix("--wrap=") for a in sys.argv if a.startswith("--wrap=")]
-env = os.environ | {{"SLURM_JOB_ID": "17", "SLURM_NODELIST": "localhost", "SLURM_NODEID": "0"}}
+with open({log!r} + ".jobs", "a") as jobs:
+    number = 17 + jobs.tell()
+    jobs.write("j")
+env = os.environ | {{"SLURM_JOB_ID": str(number), "SLURM_NODELIST": "localhost", "SLURM_NODEID": "0"}}
 for argument in sys.argv[1:]:
     if argument.startswith("--export=ALL,"):
         name, value = argument.removeprefix("--export=ALL,").split("=")
@@ -29,7 +32,7 @@ with open({log!r}, "a") as log:
         first, last = map(int, re.search(r"--array=(\\d+)-(\\d+)", script).groups())
         for task in range(first, last + 1) if "launch_pickled_pipeline" in script else ():
             subprocess.run(["bash", sys.argv[-1]], check=True, env=env | {{"SLURM_ARRAY_TASK_ID": str(task)}}, stdout=log, stderr=log)
-print("Submitted batch job 17")
+print("Submitted batch job", number)
 """
 SRUN = """#!/bin/bash
 while [ "$1" != launch_pickled_pipeline ]; do shift; done
@@ -74,13 +77,17 @@ def run(*command: object, env: dict[str, str], cwd: Path) -> str:
 
 def test_equals_the_local_executor(cluster, data_recipe, tmp_path):
     script = ROOT / "recipes" / "slurm" / "prepare.py"
-    options = ("--partition", "cpu", "--time", "01:00:00")
+    options = ("--partition", "cpu", "--time", "01:00:00", "--max-array-size", 2)
     assert "3 task(s) on partition cpu" in run(sys.executable, script, data_recipe, "output=there", *options, "--dry-run",
                                                env=cluster, cwd=tmp_path)  # fmt: skip
     assert not (tmp_path / "log").exists(), "a dry run submits nothing"
     run(sys.executable, script, data_recipe, "output=there", *options, env=cluster, cwd=tmp_path)
     submitted = (tmp_path / "log").read_text()
-    assert "--dependency=afterok:17" in submitted and "--wrap=:; tinyllama-hf prepare" in submitted
+    # Two arrays, the second of which begins even if the first failed, so both are waited for; 19 merges statistics.
+    assert "--export=ALL,RUN_OFFSET=1 --dependency=afterany:17" in submitted
+    assert "--dependency=afterok:17:18 --kill-on-invalid-dep=yes" in submitted
+    assert "--wrap=:; tinyllama-hf prepare" in submitted
+    assert not (tmp_path / "there" / "work").exists(), "the last job finishes the data set"
     run("tinyllama-hf", "prepare", data_recipe, "output=here", "--workers", "1", env=cluster, cwd=tmp_path)
     here, there = tmp_path / "here", tmp_path / "there"
     shards = sorted(path.relative_to(here) for path in here.glob("*/*.tokens*"))
