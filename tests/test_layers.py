@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 LAYERS = (
     {"tinyllama_hf_cli", "recipes", "eval"},
     {"report", "hub"},
-    {"pretrain", "finetune", "inference", "evaluation"},
+    {"pretrain", "finetune", "inference", "evaluation", "conversion"},
     {"data", "chat"},
 )
 # Packages that `import tinyllama_hf` must do without, and the only module or folder that may import them at the top.

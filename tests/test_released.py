@@ -5,7 +5,7 @@ import yaml
 
 from tinyllama_hf import released
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.released import local_folder, tables
+from tinyllama_hf.released import intermediate_checkpoint, local_folder, tables
 
 
 def test_every_published_figure(shared):
@@ -50,3 +50,26 @@ def test_names_that_are_none_and_a_hub_that_is_not_there(tmp_path):
     with pytest.raises(InputError, match="cannot be fetched from the Hub"):
         local_folder("nobody/nothing@revision")
     assert local_folder(str(tmp_path)) == tmp_path
+
+
+def test_every_intermediate_checkpoint_has_a_name_and_withdrawn_ones_have_none():
+    first, repaired = (row["hub"] for row in tables()["intermediate_collections"][:2])
+    for thousands in range(5, 1431, 5):
+        name = f"step-{thousands}k-token-{thousands * 1000 * tables()['tokens_per_step'] / 1e9:.0f}B"
+        assert intermediate_checkpoint(name) == (first if thousands <= 480 else repaired, name)
+    assert intermediate_checkpoint("step-715k-token-1499B") == (repaired, "step-715k-token-1499B")
+    assert intermediate_checkpoint("step-480k-1T") is None and intermediate_checkpoint("other") is None
+    with pytest.raises(InputError, match=f"{repaired} cannot be fetched"):
+        local_folder("step-500k-token-1049B")
+    with pytest.raises(InputError, match=f"{first} cannot be fetched"):
+        local_folder(f"{first}@step-500k-token-1049B")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("step-7k-token-15B", "a checkpoint every 5k steps"), ("step-1435k-token-3009B", "up to 1431k"),
+     ("step-715k-token-1510B", "did you mean 'step-715k-token-1499B'")],
+)  # fmt: skip
+def test_intermediate_checkpoints_that_do_not_exist(name, message):
+    with pytest.raises(InputError, match=message):
+        local_folder(name)

@@ -16,6 +16,8 @@ from .released import released
 
 if TYPE_CHECKING:
     from .configuration_tinyllama import TinyLlamaConfig
+    from .conversion.convert import convert
+    from .conversion.verify import verify
     from .inference.load import load
     from .modeling_tinyllama import TinyLlamaForCausalLM
     from .tokenization_tinyllama import TinyLlamaTokenizer, load_tokenizer
@@ -24,11 +26,14 @@ _MODULES = {
     "TinyLlamaConfig": ".configuration_tinyllama",
     "TinyLlamaForCausalLM": ".modeling_tinyllama",
     "TinyLlamaTokenizer": ".tokenization_tinyllama",
+    "convert": ".conversion.convert",
     "load": ".inference.load",
     "load_tokenizer": ".tokenization_tinyllama",
+    "verify": ".conversion.verify",
 }
 
-__all__ = ["TinyLlamaConfig", "TinyLlamaForCausalLM", "TinyLlamaTokenizer", "load", "load_tokenizer", "released"]
+__all__ = ["TinyLlamaConfig", "TinyLlamaForCausalLM", "TinyLlamaTokenizer", "convert", "load", "load_tokenizer", "released",
+           "verify"]  # fmt: skip
 
 # `AutoConfig.register` wants the class, and with it three seconds of imports that transformers itself puts off until
 # somebody asks for a Llama. Its mapping is lazy inside: a class name, looked up in a module. No public call reaches

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from .errors import InputError, did_you_mean
+
+
+_INTERMEDIATE = re.compile(r"step-(\d+)k-token-(\d+)B")
 
 
 class Released(NamedTuple):
@@ -54,11 +58,42 @@ def released() -> tuple[Released, ...]:
     return tuple(found.values())
 
 
+def intermediate_checkpoint(name: str) -> tuple[str, str] | None:
+    """Hub id and revision of a checkpoint between the rungs of the ladder, as in `step-715k-token-1499B`.
+
+    There is one every 5000 steps. After 480k, where the first run went wrong, the names mean the repaired run; the withdrawn
+    checkpoints are reached by their full id (`TinyLlama/tinyLlama-intermediate-checkpoints@step-500k-token-1049B`) only.
+
+    Returns:
+        `None` if the name is not of this form.
+
+    Raises:
+        InputError: if there is no such checkpoint.
+    """
+    match = _INTERMEDIATE.fullmatch(name)
+    if match is None:
+        return None
+    step, billions = 1000 * int(match[1]), int(match[2])
+    tokens = step * tables()["tokens_per_step"]
+    last = max(model.step for model in released() if model.step)
+    if step % 5000 or not 0 < step <= last:
+        raise InputError(
+            f"model {name!r}: there is a checkpoint every 5k steps, up to {last // 1000}k; see `tinyllama-hf list`"
+        )
+    # The repositories do not always round in the same way.
+    if abs(billions - tokens / 1e9) >= 1:
+        raise InputError(f"model {name!r}: step {match[1]}k has {tokens / 1e9:,.1f}B tokens; did you mean "
+                         f"'step-{match[1]}k-token-{tokens / 1e9:.0f}B'?")  # fmt: skip
+    first, repaired = (row["hub"] for row in tables()["intermediate_collections"][:2])
+    return (first if step <= 480_000 else repaired), name
+
+
 def local_folder(name: str, only: Sequence[str] | None = None) -> Path:
     """Returns the folder of a model: a local one as it is, a released name or a Hub id downloaded.
 
     Args:
-        name (`str`): a folder, a name from [`released`], or `user/repository`, with `@revision` if not main.
+        name (`str`): a folder, a name from [`released`] or of an intermediate checkpoint (`step-715k-token-1499B`), or
+            `user/repository`, with `@revision` if not main.
         only (`Sequence[str]`, *optional*): download only the files that match these patterns.
 
     Raises:
@@ -73,6 +108,8 @@ def local_folder(name: str, only: Sequence[str] | None = None) -> Path:
         raise InputError(f"model {name!r}: is no Llama; it is listed as the peer of the published table only")
     if name in known:
         repository, revision = known[name].hub, known[name].revision
+    elif intermediate := intermediate_checkpoint(name):
+        repository, revision = intermediate
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.parent.exists():
         repository, _, revision = name.partition("@")
     else:

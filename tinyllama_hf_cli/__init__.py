@@ -8,12 +8,12 @@ import sys
 
 import typer
 
-from . import data, evaluation, hub, inference, pretrain, recipes, tokenizer
+from . import conversion, data, evaluation, hub, inference, pretrain, recipes, tokenizer
 
 
 app = typer.Typer(
     name="tinyllama-hf",
-    help="Everything one does with a small Llama: data, training, evaluation, generation, chat, publishing.\n\n"
+    help="Everything one does with a small Llama: data, training, evaluation, conversion, generation, chat, publishing.\n\n"
     "Training itself is started with: accelerate launch recipes/pretrain.py RECIPE.yaml, fine-tuning with "
     "recipes/sft.py (see `recipes copy`).",
     no_args_is_help=True,
@@ -23,6 +23,8 @@ app = typer.Typer(
 app.command("list")(inference.list_released)
 app.command("generate")(inference.generate)
 app.command("chat")(inference.chat)
+app.command("convert")(conversion.convert)
+app.command("verify")(conversion.verify)
 app.command("prepare")(data.prepare)
 app.command("plan")(pretrain.plan)
 app.command("eval")(evaluation.evaluate)

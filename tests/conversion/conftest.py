@@ -1,0 +1,44 @@
+"""Other programs that read and write the same formats, fetched from the package index where it serves them."""
+
+import hashlib
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def peer(request) -> Callable[..., Path]:
+    """Installs packages into a folder of their own, never into this environment.
+
+    `peer("name==version", ...)` returns the folder, to be put on a subprocess's `PYTHONPATH`; it is kept in pytest's
+    cache. Nothing that the requirements depend on comes with them. Where the index does not serve one, the test skips.
+    """
+
+    def install(*requirements: str) -> Path:
+        name = hashlib.sha256(" ".join(requirements).encode()).hexdigest()[:12]
+        folder = request.config.cache.mkdir("peers") / name
+        if not folder.is_dir():
+            temporary = folder.with_suffix(".tmp")
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--no-deps",
+                "--target",
+                temporary,
+                "--upgrade",
+            ]
+            done = subprocess.run([*command, *requirements], capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(
+                    f"the package index does not serve {', '.join(requirements)}: {done.stderr.strip()[-200:]}"
+                )
+            temporary.rename(folder)
+        return folder
+
+    return install

@@ -1,0 +1,223 @@
+"""Converts a checkpoint of any known layout into another; whole or not at all."""
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub.serialization._base import parse_size_to_int
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from transformers import PreTrainedTokenizerBase
+
+from .. import provenance
+from ..errors import InputError, did_you_mean
+from ..tokenization_tinyllama import load_tokenizer
+from .checkpoint import Checkpoint
+from .hand_off import HAND_OFF, hand_off
+from .sources import open_checkpoint
+from .vocabulary import resize_vocabulary
+
+
+# Bytes of an output for a parameter, at most, for the look at the disk.
+_BYTES = {"gguf-f32": 4, "gguf-f16": 2, "gguf-bf16": 2, "gguf-q8_0": 1.1, "gguf-q4_0": 0.6, "awq": 2}
+FORMATS = ("llama", "litgpt", *_BYTES)
+DTYPES = {"auto": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Conversion(NamedTuple):
+    """What was written: the folder, the layout it came from, and lines that a user should read."""
+
+    output: Path
+    layout: str
+    notes: tuple[str, ...]
+
+
+def convert(
+    source: str | Path,
+    to: str,
+    output: str | Path,
+    *,
+    dtype: str = "auto",
+    max_shard_size: str = "5GB",
+    vocab_rows: int | None = None,
+    config: str | Path | None = None,
+    calibration: Sequence[str | Path] = (),
+    check: Callable[[Checkpoint], None] | None = None,
+    force: bool = False,
+    progress: bool = False,
+) -> Conversion:
+    """Converts a checkpoint; memory stays near two of its tensors.
+
+    Args:
+        source (`str` or `Path`): a file or folder of any known layout, a released name, or a Hub id.
+        to (`str`): one of `FORMATS`.
+        output (`str` or `Path`): a folder, which gets its name when everything lies in it.
+        dtype (`str`, *optional*, defaults to `"auto"`): `"fp32"`, `"fp16"`, `"bf16"`, or that of each tensor; of `llama` and
+            `litgpt` only.
+        max_shard_size (`str`, *optional*, defaults to `"5GB"`): of `llama` and `awq`.
+        vocab_rows (`int`, *optional*): write so many embedding rows, see [`resize_vocabulary`].
+        config (`str` or `Path`, *optional*): where the source brings no configuration, or a wrong one.
+        calibration (`Sequence`, *optional*): text files for the scales of `awq`; without them weights are rounded.
+        check (`Callable`, *optional*): is given the checkpoint before anything is written, and may raise.
+        force (`bool`, *optional*, defaults to `False`): replace an output that an earlier conversion wrote.
+        progress (`bool`, *optional*, defaults to `False`): show a bar of the bytes read.
+
+    Raises:
+        InputError: for anything that can be known before, and for damage found on the way; then nothing is written.
+    """
+    output = Path(output)
+    _check_arguments(to, dtype, calibration)
+    shard_size = _parse_size(max_shard_size)
+    _check_output(output, source, force)
+    if to in HAND_OFF:
+        raise InputError(hand_off(to, str(source), output))
+    checkpoint = open_checkpoint(source, config)
+    with tempfile.TemporaryDirectory(prefix="tinyllama-hf-") as scratch:
+        if vocab_rows is not None:
+            resize_vocabulary(checkpoint, vocab_rows, Path(scratch))
+        _check_tokenizer(checkpoint)
+        _check_space(checkpoint, to, dtype, output)
+        if check is not None:
+            check(checkpoint)
+        with provenance.new_folder(output, overwrite=force) as folder, _bar(checkpoint, progress):
+            notes = [
+                *checkpoint.notes,
+                *_write(checkpoint, to, folder, DTYPES[dtype], shard_size, calibration, output.name),
+            ]
+            _write_provenance(checkpoint, folder, {"to": to, "dtype": dtype, "vocab_rows": vocab_rows}, str(source))
+            provenance.synchronise(*folder.rglob("*"), folder)
+    return Conversion(output, checkpoint.layout, tuple(notes))
+
+
+def _write(
+    checkpoint: Checkpoint, to: str, folder: Path, dtype: torch.dtype | None, shard_size: int, calibration: Sequence,
+    name: str,
+) -> list[str]:  # fmt: skip
+    """Writes the weights and what goes with them; each writer is imported when it is wanted, some need extras."""
+    if to.startswith("gguf-"):
+        from .gguf_target import write_gguf
+
+        return write_gguf(checkpoint, folder, to.removeprefix("gguf-"), name)
+    notes, write_tokenizer = [], PreTrainedTokenizerBase.save_pretrained
+    if to == "litgpt":
+        from .lit_gpt import write_litgpt, write_litgpt_tokenizer
+
+        notes, write_tokenizer = write_litgpt(checkpoint, folder, dtype, name), write_litgpt_tokenizer
+    elif to == "awq":
+        from .awq import write_awq
+
+        texts = [_read_text(Path(path)) for path in calibration]
+        notes = write_awq(checkpoint, folder, texts or None, shard_size)
+    else:
+        from .llama_target import write_llama
+
+        write_llama(checkpoint, folder, dtype, shard_size)
+    if checkpoint.tokenizer is None:
+        return [*notes, "the source brings no tokenizer, so none is written; put one beside it"]
+    write_tokenizer(load_tokenizer(checkpoint.tokenizer), folder)
+    return notes
+
+
+def _write_provenance(checkpoint: Checkpoint, folder: Path, settings: dict[str, Any], source: str) -> None:
+    """Where the folder comes from, with a hash of every file of weights; the source's own record goes along."""
+    weights = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf", ".pth")]
+    conversion = {"source": source, "layout": checkpoint.layout, **settings}
+    record = provenance.collect(
+        conversion=conversion,
+        sha256={path.name: provenance.file_sha256(path) for path in sorted(weights)},
+        **({"converted_from": checkpoint.provenance} if checkpoint.provenance else {}),
+    )
+    provenance.write_json(folder / "provenance.json", record)
+
+
+def _check_arguments(to: str, dtype: str, calibration: Sequence) -> None:
+    if to not in FORMATS and to not in HAND_OFF:
+        raise InputError(f"--to {to!r}: no format{did_you_mean(to, (*FORMATS, *HAND_OFF))}")
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype!r}: there is none of this name{did_you_mean(dtype, DTYPES)}")
+    if dtype != "auto" and to not in ("llama", "litgpt"):
+        raise InputError(f"--dtype {dtype}: {to} has the types of its name; the option is for llama and litgpt")
+    if calibration and to != "awq":
+        raise InputError(f"--calibration: {to} needs none; the option is for awq")
+    for path in calibration:
+        if not Path(path).is_file():
+            raise InputError(f"--calibration {path}: no such file")
+
+
+def _parse_size(size: str) -> int:
+    try:
+        parsed = parse_size_to_int(size)
+    except ValueError as error:
+        raise InputError(
+            f"--max-shard-size {size!r}: no size; give a number with KB, MB, GB or TB, as in 2GB"
+        ) from error
+    if parsed < 1:
+        raise InputError(f"--max-shard-size {size!r}: must be above 0")
+    return parsed
+
+
+def _check_output(output: Path, source: str | Path, force: bool) -> None:
+    """Refuses an output that holds something, unless it may be replaced and was written by a conversion."""
+    given = Path(source)
+    if given.exists() and output.exists():
+        inside = [given.resolve(), *given.resolve().parents]
+        if output.resolve() in inside:
+            raise InputError(f"--output {output}: holds the source {source}; choose another folder")
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not force:
+        raise InputError(f"--output {output}: exists; choose another folder, or pass --force to replace it")
+    record = output / "provenance.json"
+    written = provenance.read_json(record) if record.is_file() else None
+    if not isinstance(written, dict) or "conversion" not in written:
+        raise InputError(f"--output {output}: was not written by a conversion, so --force does not replace it; choose another "
+                         "folder, or remove it yourself")  # fmt: skip
+
+
+def _check_tokenizer(checkpoint: Checkpoint) -> None:
+    """A token without an embedding row would end the program that reads it."""
+    if checkpoint.tokenizer is None:
+        return
+    number, rows = len(load_tokenizer(checkpoint.tokenizer)), checkpoint.config.vocab_size
+    if number > rows:
+        raise InputError(f"{checkpoint.tokenizer}: the tokenizer has {number:,} tokens, but the model has rows for {rows:,}; it "
+                         f"is of another model, or pass --vocab-rows {number}")  # fmt: skip
+
+
+def _check_space(checkpoint: Checkpoint, to: str, dtype: str, output: Path) -> None:
+    numbers = {name: tensor.num_bytes // tensor.dtype.itemsize for name, tensor in checkpoint.tensors.items()}
+    kind = DTYPES[dtype]
+    per_number = {name: _BYTES.get(to) or (kind or checkpoint.tensors[name].dtype).itemsize for name in numbers}
+    needed = int(sum(numbers[name] * per_number[name] for name in numbers))
+    parent = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise InputError(f"--output {output}: takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room, or choose "
+                         "another disk")  # fmt: skip
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"--calibration {path}: is not UTF-8 text ({error})") from error
+
+
+@contextlib.contextmanager
+def _bar(checkpoint: Checkpoint, show: bool) -> Iterator[None]:
+    """A bar of the bytes that are read, on standard error."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, disable=not show, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("converting", total=checkpoint.num_bytes)
+        checkpoint.advance = lambda num_bytes: bar.advance(task, num_bytes)
+        yield

@@ -1,0 +1,135 @@
+"""Writes tensors into files one after another, so that no more than two of them are in memory at a time."""
+
+import collections
+import io
+import json
+import math
+import pickle
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..provenance import write_json
+
+
+Spec = tuple[torch.dtype, tuple[int, ...]]  # of a tensor that will come
+_SAFETENSORS_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32"}
+_ARCHIVE_STORAGES = {torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage,
+                     torch.bfloat16: torch.BFloat16Storage}  # fmt: skip
+
+
+def ahead(items: Iterable[Any]) -> Iterator[Any]:
+    """The same items, each made while the one before it is being used: reading goes on beside writing."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, iterator, end)
+        while (item := coming.result()) is not end:
+            coming = reader.submit(next, iterator, end)
+            yield item
+
+
+def write_safetensors(
+    folder: Path, specs: Mapping[str, Spec], tensors: Iterable[torch.Tensor], max_shard_size: int
+) -> list[Path]:
+    """Writes `model.safetensors`, or shards of at most `max_shard_size` bytes with an index.
+
+    Args:
+        specs (`Mapping[str, tuple]`): dtype and shape by name.
+        tensors (`Iterable[torch.Tensor]`): one for each of `specs`, in its order. A file has no room between tensors, so
+            wider types must come first if every value is to lie at a multiple of its size.
+
+    Returns:
+        The files with weights. A tensor larger than a shard gets one of its own.
+    """
+    shards: list[dict[str, Spec]] = [{}]
+    for name, spec in specs.items():
+        if shards[-1] and sum(map(_num_bytes, shards[-1].values())) + _num_bytes(spec) > max_shard_size:
+            shards.append({})
+        shards[-1][name] = spec
+    number = len(shards)
+    names = (
+        [f"model-{i:05}-of-{number:05}.safetensors" for i in range(1, number + 1)]
+        if number > 1
+        else ["model.safetensors"]
+    )
+    coming = iter(tensors)
+    for file, shard in zip(names, shards, strict=True):
+        _write_shard(folder / file, shard, coming)
+    if number > 1:
+        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        total = sum(map(_num_bytes, specs.values()))
+        write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
+    return [folder / name for name in names]
+
+
+def _write_shard(path: Path, specs: Mapping[str, Spec], tensors: Iterator[torch.Tensor]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, spec in specs.items():
+        end = offset + _num_bytes(spec)
+        header[name] = {"dtype": _SAFETENSORS_TYPES[spec[0]], "shape": spec[1], "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, spec in specs.items():
+            file.write(_raw(next(tensors), spec, name))
+
+
+def write_torch_archive(path: Path, specs: Mapping[str, Spec], tensors: Iterable[torch.Tensor]) -> None:
+    """Writes a state dict as `torch.save` would, for `torch.load(weights_only=True)`, mapped into memory or not.
+
+    `torch.save` takes a whole state dict. The writer of its container takes record after record; it is private, but what
+    torch, and litgpt's own converter, write every file with.
+    """
+    description = io.BytesIO()
+    _Pickler(description, protocol=2).dump({name: _Stored(i, *spec) for i, (name, spec) in enumerate(specs.items())})
+    writer = torch._C.PyTorchFileWriter(str(path))
+    writer.write_record("data.pkl", description.getvalue(), len(description.getvalue()))
+    writer.write_record("byteorder", b"little", len(b"little"))
+    for i, ((name, spec), tensor) in enumerate(zip(specs.items(), tensors, strict=True)):
+        _raw(tensor, spec, name)
+        writer.write_record(f"data/{i}", tensor.contiguous().untyped_storage(), _num_bytes(spec))
+    writer.write_end_of_file()
+
+
+class _Stored:
+    """Pickles as a tensor that begins at the begin of a record of its own."""
+
+    def __init__(self, record: int, dtype: torch.dtype, shape: tuple[int, ...]):
+        self.record, self.dtype, self.shape = record, dtype, shape
+
+    def __reduce__(self) -> tuple[Any, tuple]:
+        strides = tuple(math.prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
+        arguments = (_Record(self), 0, self.shape, strides, False, collections.OrderedDict())
+        return torch._utils._rebuild_tensor_v2, arguments
+
+
+class _Record:
+    def __init__(self, stored: _Stored):
+        self.stored = stored
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, value: Any) -> Any:
+        if not isinstance(value, _Record):
+            return None
+        stored = value.stored
+        return "storage", _ARCHIVE_STORAGES[stored.dtype], str(stored.record), "cpu", math.prod(stored.shape)
+
+
+def _num_bytes(spec: Spec) -> int:
+    dtype, shape = spec
+    return math.prod(shape) * dtype.itemsize
+
+
+def _raw(tensor: torch.Tensor, spec: Spec, name: str) -> memoryview:
+    """The bytes of a tensor, once it is what was announced."""
+    assert (tensor.dtype, tuple(tensor.shape)) == (spec[0], tuple(spec[1])), name
+    return memoryview(tensor.contiguous().view(torch.uint8).numpy())

@@ -1,0 +1,105 @@
+"""`tinyllama-hf convert` and `tinyllama-hf verify`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+_CONFIG = Annotated[
+    Path | None, typer.Option(help="config.json, model_config.yaml or lit_config.json, where a source brings none.")
+]
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="File or folder of any known layout, released name or Hub id.")],
+    to: Annotated[
+        str,
+        typer.Option(help="llama, litgpt, gguf-f32, gguf-f16, gguf-bf16, gguf-q8_0, gguf-q4_0 or awq."),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder to write; it appears when it is whole.")],
+    dtype: Annotated[
+        str, typer.Option(help="auto (each tensor's own), fp32, bf16 or fp16; of llama and litgpt.")
+    ] = "auto",
+    max_shard_size: Annotated[str, typer.Option(help="Of one safetensors file: 500MB, 2GB, ...")] = "5GB",
+    vocab_rows: Annotated[
+        int | None,
+        typer.Option(help="Embedding rows to write: 32000 trims a chat model's 32003, more adds mean rows."),
+    ] = None,
+    config: _CONFIG = None,
+    calibration: Annotated[
+        list[Path] | None, typer.Option(help="Text file for the scales of awq, several times if you like.")
+    ] = None,
+    sanity: Annotated[
+        bool,
+        typer.Option("--sanity", help="First see that the model predicts a bundled text better than by guessing."),
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace what an earlier conversion wrote.")] = False,
+) -> None:
+    """Convert a checkpoint into another format, without ever running code that is in it.
+
+    Read are Hugging Face (safetensors, .bin), lit-gpt and litgpt (.pth), Meta (consolidated.*.pth), GGUF and llama2.c; which
+    it is, is told by what the files hold.
+
+    Example: tinyllama-hf convert lit_model.pth --to llama --output my-model
+    """
+    import sys
+    import time
+
+    from tinyllama_hf.conversion.convert import convert as run
+    from tinyllama_hf.conversion.verify import check_sanity
+    from tinyllama_hf.progress import quiet_library_bars
+
+    quiet_library_bars()
+    losses: list[float] = []
+    started = time.monotonic()
+    done = run(
+        source, to, output, dtype=dtype, max_shard_size=max_shard_size, vocab_rows=vocab_rows, config=config,
+        calibration=calibration or (), check=(lambda checkpoint: losses.append(check_sanity(checkpoint))) if sanity else None,
+        force=force, progress=sys.stderr.isatty(),
+    )  # fmt: skip
+    print(f"read        {source}: {done.layout}")
+    for note in done.notes:
+        print(f"note        {note}")
+    if losses:
+        print(f"sanity      loss {losses[0]:.3f} nats a token on the bundled text")
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    print(f"wrote {output}: {to}, {size / 1e6:,.1f} MB in {time.monotonic() - started:.1f} s")
+
+
+def verify(
+    a: Annotated[str, typer.Argument(help="File or folder of any known layout, released name or Hub id.")],
+    b: Annotated[str, typer.Argument(help="Another one.")],
+    text: Annotated[Path | None, typer.Option(help="Text file to compute on; its first 512 tokens are taken.")] = None,
+    tolerance: Annotated[float, typer.Option(help="What a logit may differ by.")] = 1e-5,
+    tensors: Annotated[bool, typer.Option("--tensors", help="Report every tensor as well.")] = False,
+    config: _CONFIG = None,
+) -> None:
+    """Compare the logits of two checkpoints of any two formats on the same tokens; exit status 1 beyond the tolerance.
+
+    Both are computed in fp32 by stock Llama; quantised GGUF tensors are dequantised. 0 says that nothing was changed.
+
+    Example: tinyllama-hf verify lit_model.pth my-model
+    """
+    from tinyllama_hf.conversion.verify import compare_tensors
+    from tinyllama_hf.conversion.verify import verify as run
+    from tinyllama_hf.progress import quiet_library_bars
+
+    quiet_library_bars()
+    if tensors:
+        for row in compare_tensors(a, b, config):
+            verdict = "same bits" if row.is_same_bits else f"largest {row.largest:.3g}, mean {row.mean:.3g}"
+            print(f"{row.name:<56} {verdict:<36} {row.what}")
+    found = run(a, b, text=text, tolerance=tolerance, config=config)
+    print(f"{a}: {found.layouts[0]}\n{b}: {found.layouts[1]}")
+    print(f"{found.num_tokens} tokens of {found.inputs}")
+    for note in found.notes:
+        print(f"note: {note}")
+    print(
+        f"logits: largest difference {found.largest:.3g}, mean {found.mean:.3g}, same most likely token at "
+        f"{found.argmax_agreement:.2%} of the positions"
+    )
+    if not found.is_equal:
+        print(f"different: beyond {tolerance:g} from position {found.first_position} on")
+        raise typer.Exit(1)
+    print("equal" if found.largest == 0 else f"equal within {tolerance:g}")
