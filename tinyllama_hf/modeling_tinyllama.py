@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
@@ -106,7 +108,8 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
 
         `position_ids` that restart within a row keep the documents of that row apart, as in stock Llama called without
         mask and cache; here the cache is switched off by itself, and a mask or a cache, with which stock would let the
-        documents see each other, is refused.
+        documents see each other, is refused. In training mode positions are taken to restart without a look at them, which
+        would wait for the device.
 
         Args:
             input_ids (`torch.LongTensor`): `[batch, seq]`.
@@ -115,7 +118,8 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
                 `shift_labels`, shifted already.
 
         Raises:
-            ValueError: if documents are packed and a mask or a cache is given.
+            ValueError: if documents are packed and a mask or a cache is given, or flash attention is to keep apart those of
+                several rows.
         """
         if position_ids is not None and position_ids.shape[-1] > 1:
             use_cache = _cache_for_positions(position_ids, attention_mask, past_key_values, use_cache, self.training)
@@ -132,6 +136,8 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
             return super().forward(**inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
         # Nothing reads a cache here: it would keep a copy of all keys and values, and break compilation by layer.
         inputs["use_cache"] = bool(use_cache)
+        if position_ids is not None and attention_mask is None and past_key_values is None and not use_cache:
+            inputs["attention_mask"] = _document_mask(self.config, position_ids)
         num_items = kwargs.pop("num_items_in_batch", None)
         shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(**inputs, **kwargs)
@@ -243,6 +249,35 @@ def _cache_for_positions(position_ids, attention_mask, past_key_values, use_cach
             "stock attention would then let the documents see each other. Call without it, or unpack the documents"
         )
     return False
+
+
+def _document_mask(config: TinyLlamaConfig, position_ids: torch.Tensor) -> torch.Tensor | BlockMask | None:
+    """The causal mask of packed documents in the form that the attention takes: dense, in blocks for flex, none for flash.
+
+    transformers (5.23) makes the same one, but reads back from the device whether there are several documents.
+
+    Args:
+        position_ids (`torch.Tensor`): `[batch, seq]`.
+    """
+    if "flash" in config._attn_implementation:
+        if (
+            position_ids.shape[0] > 1
+        ):  # stock looks for documents in a single row only, and else lets them see each other
+            raise ValueError(
+                f"attn_implementation {config._attn_implementation}: keeps the documents of one row apart, and "
+                f"position_ids has {position_ids.shape[0]} rows; use flex_attention, or one row"
+            )
+        return None
+    documents = (position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
+    return create_causal_mask(
+        config=config,
+        inputs_embeds=torch.empty(
+            *position_ids.shape, 0, device=position_ids.device
+        ),  # read for shape, type and device
+        attention_mask=None,
+        past_key_values=None,
+        and_mask_function=packed_sequence_mask_function(documents),
+    )
 
 
 AutoModelForCausalLM.register(TinyLlamaConfig, TinyLlamaForCausalLM, exist_ok=True)

@@ -128,7 +128,7 @@ class TestResumeReplaysTheDataLoader:
         assert len(read) == (12 - 8) * 8, "the sequences of steps 9 to 12"
 
 
-class _ReadBacks(TorchDispatchMode):
+class ReadBacks(TorchDispatchMode):
     """Counts what makes the host wait for a device: reading a scalar, and shapes that depend on values."""
 
     def __init__(self):
@@ -145,14 +145,16 @@ class _ReadBacks(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
-@pytest.mark.parametrize("overrides", [[], ["training.skip_spikes_sigma=3.0"], ["training.micro_batch_size=1"]])
+@pytest.mark.parametrize("overrides", [[], ["training.skip_spikes_sigma=3.0"], ["training.micro_batch_size=1"],
+                                       ["data.document_masking=true"],
+                                       ["data.document_masking=true", "training.attention=eager"]])  # fmt: skip
 def test_regression_loss_read_back_at_every_micro_step(recipe, monkeypatch, overrides):
     """No synchronisation off the logging steps: within a step, no value travels to the host."""
     found = []
     real = TrainStep.__call__
 
     def watched(self, step):
-        with _ReadBacks() as watch:
+        with ReadBacks() as watch:
             result = real(self, step)
         found.append(watch.found)
         return result
@@ -166,6 +168,6 @@ def test_transformers_still_looks_for_packed_documents_in_every_batch():
     """The reason for `unpacked_sdpa` (transformers 5.23); when this fails, it can go."""
     model = TinyLlamaForCausalLM(TinyLlamaConfig.preset("micro", vocab_size=512)).train()
     tokens = torch.randint(0, 512, (2, 32))
-    with _ReadBacks() as watch:
+    with ReadBacks() as watch:
         model(input_ids=tokens, labels=tokens)
     assert watch.found

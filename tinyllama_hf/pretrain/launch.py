@@ -6,7 +6,7 @@ What a recipe asks for and the machine cannot do is an error, never another way 
 import datetime
 import os
 import shutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -129,7 +129,7 @@ def check_attention(training: "TrainingSection", document_masking: bool, device:
     if document_masking and on_gpu and name in ("sdpa", "eager"):
         raise InputError(
             f"training.attention: {name} keeps documents apart with a mask of sequence_length x sequence_length for each "
-            "sequence; on a GPU use flex or flash_attention_2, or set data.document_masking: false"
+            "sequence; on a GPU use flex, or set data.document_masking: false"
         )
 
 
@@ -187,6 +187,12 @@ def compiles(setting: str, device: torch.device) -> tuple[bool, str]:
     return True, "the whole model" if setting == "model" else "per layer"
 
 
+def adamw_settings(config: "PretrainConfig") -> dict[str, Any]:
+    """The recipe's settings of AdamW but the learning rate, which each step sets."""
+    optimizer = config.optimizer
+    return {"betas": optimizer.betas, "eps": optimizer.eps, "weight_decay": optimizer.weight_decay}
+
+
 def wrap(
     accelerator: Accelerator, model: TinyLlamaForCausalLM, config: "PretrainConfig"
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
@@ -194,9 +200,7 @@ def wrap(
     optimizer = torch.optim.AdamW(
         model.to(accelerator.device).parameters(),
         lr=config.schedule.peak,
-        betas=config.optimizer.betas,
-        eps=config.optimizer.eps,
-        weight_decay=config.optimizer.weight_decay,
+        **adamw_settings(config),
         fused=True,
     )
     model, wrapped = accelerator.prepare(model, optimizer)

@@ -33,6 +33,13 @@ def contradictions(sections: Mapping[str, Any]) -> list[str]:
         return problems
     problems += _training_problems(training)
     if data:
+        if data.document_masking and training.attention.startswith("flash"):
+            # transformers (5.23) finds documents in a single row only; with more it joins them without a word. And flash
+            # has no fp32, in which alone it could be shown to equal the dense mask.
+            problems.append(
+                f"training.attention: {training.attention} does not keep documents apart here; use flex, or set "
+                "data.document_masking: false"
+            )
         problems += _batch_problems(training, data.sequence_length)
         problems += _order_problems("data.mixture_changes", data.mixture_changes, training.total_tokens)
     if schedule:
