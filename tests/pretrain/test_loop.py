@@ -332,6 +332,13 @@ def test_dry_run_says_everything_and_writes_nothing(recipe, capsys):
     assert not Path(config.output_dir).exists()
 
 
+def test_micro_batches_are_said_in_the_order_of_the_steps(recipe, capsys):
+    changes = "training.batch_changes=[{from_tokens: 1024, tokens_per_step: 128}]"
+    loop.pretrain(load_config(recipe, [changes]), dry_run=True)
+    printed = capsys.readouterr().out
+    assert "steps of 256, then 128 (" in printed and "x 2, then 1 micro-batches of 4" in printed
+
+
 @pytest.mark.parametrize(("processes", "micro"), [(1, 8), (1, 2), (2, 2), (4, 2), (8, 1)])
 def test_regression_every_rank_reads_its_own_share(recipe, monkeypatch, processes, micro):
     """The original's ranks shuffled with different seeds: files read twice, others never. Here any number of processes

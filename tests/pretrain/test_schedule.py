@@ -91,6 +91,10 @@ class TestSteps:
         assert [self.STEPS.tokens_of(n) for n in (1, 6, 7, 18, 19)] == [10, 10, 20, 20, 100]
         assert self.STEPS.number == 25 and self.STEPS.sizes == [10, 20, 100]
 
+    def test_sizes_are_in_the_order_of_time(self):
+        assert Steps(1000, 100, [(300, 20), (600, 100), (700, 50)]).sizes == [100, 20, 100, 50]
+        assert Steps(1000, 10, [(100, 10), (1500, 20)]).sizes == [10], "what is not reached, or is no change, is none"
+
     def test_reaching_is_the_first_step_that_reaches(self):
         for tokens in range(1, 1001):
             step = self.STEPS.reaching(tokens)

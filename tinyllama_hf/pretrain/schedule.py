@@ -1,5 +1,6 @@
 """Steps and learning rate as functions of the tokens seen, and nothing else."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -39,8 +40,11 @@ class Steps:
 
     @property
     def sizes(self) -> list[int]:
-        """The different sizes of a step, in tokens."""
-        return sorted({stage.tokens_per_step for stage in self._stages if stage.steps_before < self.number})
+        """The sizes of a step in tokens, one after the other as the run comes to them."""
+        stages = itertools.pairwise([*self._stages, _Stage(self.number, 0, 0)])
+        reached = [stage.tokens_per_step for stage, following in stages
+                   if stage.steps_before < min(following.steps_before, self.number)]  # fmt: skip
+        return [size for size, _ in itertools.groupby(reached)]
 
     def tokens_after(self, step: int) -> int:
         """Tokens seen once `step` steps are done."""

@@ -125,9 +125,7 @@ def facts(run: Run, model: TinyLlamaForCausalLM, num_processes: int, compile_say
     total, length = steps.tokens_after(steps.number), run.config.data.sequence_length
     parameters = sum(p.numel() for p in model.parameters())
     epochs = run.mixture.epochs(total // length)
-    sizes = ", then ".join(
-        f"{size:,}" for size in (training.tokens_per_step, *(c.tokens_per_step for c in training.batch_changes))
-    )
+    sizes = ", then ".join(f"{size:,}" for size in steps.sizes)
     micro_batches = ", then ".join(
         str(size // length // (num_processes * training.micro_batch_size)) for size in steps.sizes
     )
