@@ -11,19 +11,26 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import yaml
+from accelerate import Accelerator
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from tests.conftest import ROOT
 from tests.pretrain.runs import assert_same_run, exact_rows, run, signal_after
+from tinyllama_hf import TinyLlamaForCausalLM
 from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.data.shards import TokenDataset
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.pretrain import checkpoints
+from tinyllama_hf.pretrain import checkpoints, setup
+from tinyllama_hf.pretrain.config import load_config
 from tinyllama_hf.pretrain.hooks import Hooks
 from tinyllama_hf.pretrain.metrics import METRICS_FILE, Metrics, read_metrics
 from tinyllama_hf.pretrain.milestones import list_milestones
+from tinyllama_hf.pretrain.schedule import learning_rate
 from tinyllama_hf.pretrain.signals import Stopped
+from tinyllama_hf.pretrain.step import TrainStep
 
 
 class TestGoingOn:
@@ -136,11 +143,27 @@ class TestDamage:
         printed = capsys.readouterr().out
         assert "checkpoint step-12 is damaged" in printed and "checkpoints/step-8, step 8: going on" in printed
 
+    def test_what_another_version_wrote_is_no_damage(self, recipe):
+        """It is refused, and removed neither now nor when it is the oldest of too many."""
+        output = run(recipe)
+        newest = output / "checkpoints" / "step-12"
+        record = json.loads((newest / "checkpoint.json").read_text())
+        (newest / "checkpoint.json").write_text(json.dumps({"format_version": 2, "parts": record["files"]}))
+        with pytest.raises(
+            InputError, match=r"step-12/checkpoint.json: has format_version 2, and this version .* reads 1"
+        ):
+            run(recipe)
+        checkpoints.prune(output, 1, 8)
+        assert {path.name for path in (output / "checkpoints").iterdir()} == {"step-8", "step-12"}
+        newest.rename(newest.with_name("step-2"))
+        run(recipe)
+        assert {path.name for path in (output / "checkpoints").iterdir()} == {"step-2", "step-8", "step-12"}
+
     def test_sorted_by_number(self, tmp_path):
         """The original picked iter-960000 after iter-1000000, by text."""
         for step in (960_000, 1_000_000, 5):
             (tmp_path / "checkpoints" / f"step-{step}").mkdir(parents=True)
-        assert [p.name for p in checkpoints._checkpoints(tmp_path)] == ["step-5", "step-960000", "step-1000000"]
+        assert [p.name for p in checkpoints.list_checkpoints(tmp_path)] == ["step-5", "step-960000", "step-1000000"]
 
     def test_nothing_is_lost_where_all_are_damaged(self, recipe):
         output = run(recipe)
@@ -161,7 +184,7 @@ class TestDamage:
     FULL = """
 import resource, signal, sys
 from tinyllama_hf.pretrain.config import load_config
-from tinyllama_hf.pretrain.checkpoints import FullDiskError
+from tinyllama_hf.pretrain.disk import FullDiskError
 from tinyllama_hf.pretrain.hooks import Hooks
 from tinyllama_hf.pretrain.loop import pretrain
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -210,6 +233,7 @@ class TestRefusals:
             ("schedule.peak=1e-3", "schedule.peak: was 0.005, is 0.001"),
             ("training.total_tokens=5120", "training.total_tokens: was 3072, is 5120"),
             ("training.seed=1", "training.seed: was 3407, is 1"),
+            ("validation.max_tokens=1024", "validation.max_tokens: was 512, is 1024"),
             ("model.overrides.num_hidden_layers=3", "model.overrides"),
         ],
     )
@@ -241,24 +265,6 @@ class TestRefusals:
         run(recipe, f"data.sources=[{{path: {moved}, weight: 1.0}}]")
         assert [r.get("loss") for r in exact_rows(output)] == [r.get("loss") for r in exact_rows(uninterrupted)]
 
-    def test_two_launches_in_one_folder(self, recipe):
-        import fcntl
-
-        output = recipe.parent / "run"
-        output.mkdir()
-        (output / "training.yaml").write_text("model: {}")
-        with (output / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            with pytest.raises(InputError, match="another process trains in this folder"):
-                run(recipe, overwrite=True)
-
-    def test_too_little_disk(self, recipe, monkeypatch):
-        usage = shutil.disk_usage("/")._replace(free=1000)
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-        with pytest.raises(InputError, match=r"take .* GB, 0.0 GB are free"):
-            run(recipe)
-        assert not (recipe.parent / "run").exists()
-
 
 class TestBranch:
     def test_continued_branch_equals_the_run(self, recipe, tmp_path):
@@ -271,6 +277,40 @@ class TestBranch:
         assert exact_rows(forked) == rows
         assert {p.name for p in milestone.iterdir()} == {p.name for p in list_milestones(forked)[-1].iterdir()}
         assert not any("distcp" in p.name for p in milestone.rglob("*")), "outside the published folder"
+
+    def test_a_branch_has_its_own_optimiser_settings(self, recipe, tmp_path):
+        """Against the moments of the milestone in an AdamW that is built by hand, for one step."""
+        settings = {"betas": (0.5, 0.6), "weight_decay": 3.0, "eps": 1e-4}
+        base = run(recipe, "milestones.keep_training_state=true")
+        milestone = list_milestones(base)[0]
+        overrides = [f"optimizer.{key}={list(v) if key == 'betas' else v}" for key, v in settings.items()]
+        seen = []
+
+        def step(self, number, real=TrainStep.__call__):
+            result = real(self, number)
+            seen.append(({n: p.detach().clone() for n, p in self.model.named_parameters()}, self.optimizer))
+            return result
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TrainStep, "__call__", step)
+            run(
+                recipe, f"branch={{from: {milestone}, schedule: continue}}", f"output_dir={tmp_path / 'x'}", *overrides
+            )
+        assert all(group[key] == value for group in seen[0][1].param_groups for key, value in settings.items())
+
+        config = load_config(recipe, [*overrides, f"output_dir={tmp_path / 'unused'}"])
+        opened = setup.open_run(config)
+        model = TinyLlamaForCausalLM.from_pretrained(milestone)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate(7, config), fused=True, **settings)
+        by_hand = TrainStep(config, opened.mixture, Accelerator(), model, optimizer)
+        state = {"model": model.state_dict(), "optimizer": get_state_dict(model, optimizer)[1]}
+        dcp.load(state, checkpoint_id=base / "training_state" / milestone.name, no_dist=True)
+        moments = state["optimizer"]["state"]
+        for name, parameter in model.named_parameters():
+            optimizer.state[parameter] = moments[name]
+        by_hand(7)
+        for name, parameter in model.named_parameters():
+            assert (parameter - seen[0][0][name]).abs().max() <= 1e-7, name  # another decay would be 1e-3 off
 
     def test_cooldown_resumes_too(self, recipe, tmp_path):
         base = run(recipe, "milestones.keep_training_state=true")

@@ -18,12 +18,13 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from .. import provenance
 from ..errors import InputError
+from .disk import FullDiskError, full_disk_says, reason
+from .launch import adamw_settings
 from .step import TrainStep
 
 
@@ -34,23 +35,8 @@ FORMAT_VERSION = 1
 BYTES_PER_PARAMETER = 12  # weight and two moments, all fp32
 
 
-class FullDiskError(RuntimeError):
-    """A checkpoint or milestone could not be written, as a rule because the disk is full; those before it are whole."""
-
-    def __init__(self, folder: Path, reason: str):
-        super().__init__(
-            f"{folder}: could not be written ({reason}); the checkpoints before it are whole. On a full disk make room, or "
-            "lower checkpoints.keep; then give the same command again"
-        )
-
-
-@contextlib.contextmanager
-def full_disk_says(folder: Path) -> Iterator[None]:
-    """Turns what a failed write raises into a [`FullDiskError`]."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise FullDiskError(folder, _reason(error)) from error
+class AnotherVersionError(InputError):
+    """A checkpoint of a format that this version does not know. It is not damaged, and never removed."""
 
 
 def write_checkpoint(folder: Path, train_step: TrainStep, record: dict[str, Any]) -> None:
@@ -67,8 +53,9 @@ def write_checkpoint(folder: Path, train_step: TrainStep, record: dict[str, Any]
     accelerator = train_step.accelerator
     temporary = folder.with_name(f".{folder.name}.tmp")
     if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        with full_disk_says(folder):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
     problem: BaseException | None = None
     try:
@@ -76,9 +63,11 @@ def write_checkpoint(folder: Path, train_step: TrainStep, record: dict[str, Any]
             dcp.save(_state(train_step), checkpoint_id=temporary, no_dist=no_dist)
         if accelerator.is_main_process:
             _complete(temporary, folder, record)
-    except (CheckpointException, OSError) as error:  # the first is no `Exception`
+    except CheckpointException as error:  # no `Exception`; it wraps what happened on each process with its traceback
+        problem = next(iter(error.failures.values()))[0]
+    except OSError as error:
         problem = error
-    failed = [None if problem is None else _reason(problem)]  # of the main process, which the others follow
+    failed = [None if problem is None else reason(problem)]  # of the main process, which the others follow
     if accelerator.num_processes > 1:
         broadcast_object_list(failed)
     if failed[0] is not None:
@@ -97,13 +86,6 @@ def _complete(temporary: Path, folder: Path, record: dict[str, Any]) -> None:
     provenance.synchronise(folder.parent)
 
 
-def _reason(problem: BaseException) -> str:
-    """The cause of a failed save in a line; torch wraps what happened on each process together with its traceback."""
-    if isinstance(problem, CheckpointException):
-        problem = next(iter(problem.failures.values()))[0]
-    return " ".join(f"{type(problem).__name__}: {problem}".split())[:300]
-
-
 def read_checkpoint(folder: Path, train_step: TrainStep) -> None:
     """Loads a checkpoint into the model, the optimiser and the guards; to be called by all processes."""
     state = _state(train_step)
@@ -115,6 +97,9 @@ def read_checkpoint(folder: Path, train_step: TrainStep) -> None:
         model_state_dict=state["model"],
         optim_state_dict=state["optimizer"],
     )
+    # With the moments come the settings of the run that saved them, which a branch may have changed.
+    for group in train_step.optimizer.param_groups:
+        group.update(adamw_settings(train_step.config))
     train_step.load_state(state["guards"])
 
 
@@ -134,12 +119,15 @@ def _state(train_step: TrainStep) -> dict[str, Any]:
 def prune(run: Path, keep: int, step: int) -> None:
     """Removes all but the newest checkpoints up to a step, and what a killed process left under temporary names.
 
-    What lies beyond the step of a run that goes on is damaged, and must not count among those that are kept.
+    What lies beyond the step of a run that goes on is damaged, and must not count among those that are kept. What another
+    version of this package wrote is whole, and not for this one to remove.
     """
     folder = run / CHECKPOINTS_FOLDER
-    by_age = [*reversed(_checkpoints(run))]
+    by_age = [*reversed(list_checkpoints(run))]
     good = [path for path in by_age if _step(path) <= step]
     for path in [*(path for path in by_age if _step(path) > step), *good[keep:]]:
+        if _is_of_another_version(path):
+            continue
         # Renamed first: a folder that loses its files while it bears its name would pass for a damaged checkpoint.
         shutil.rmtree(path.rename(path.with_name(f".{path.name}.tmp")))
     for path in folder.glob(".*.tmp"):
@@ -147,9 +135,13 @@ def prune(run: Path, keep: int, step: int) -> None:
 
 
 def newest_complete(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint of a run whose files are all as they were written, and what is wrong with newer ones."""
+    """The newest checkpoint of a run whose files are all as they were written, and what is wrong with newer ones.
+
+    Raises:
+        AnotherVersionError: if a newer one was written by another version: the run is further than this one can see.
+    """
     complaints = []
-    for path in reversed(_checkpoints(run)):
+    for path in reversed(list_checkpoints(run)):
         problem = damage(path)
         if problem is None:
             return path, complaints
@@ -158,9 +150,15 @@ def newest_complete(run: Path) -> tuple[Path | None, list[str]]:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, `None` if nothing is."""
+    """What is wrong with a checkpoint, `None` if nothing is.
+
+    Raises:
+        AnotherVersionError: if another version wrote it, which is no damage.
+    """
     try:
         record = read_record(checkpoint)
+    except AnotherVersionError:
+        raise
     except InputError as error:
         return str(error)
     for name, expected in record["files"].items():
@@ -176,41 +174,36 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
     """The `checkpoint.json` of a checkpoint.
 
     Raises:
-        InputError: if it is missing, damaged or of another format.
+        InputError: if it is missing or damaged.
+        AnotherVersionError: if another version wrote it.
     """
     path = checkpoint / RECORD_FILE
     if not path.is_file():
         raise InputError(f"{RECORD_FILE} is missing")
     record = provenance.read_json(path)
-    if not isinstance(record, dict) or "files" not in record or "step" not in record:
-        raise InputError(f"{path}: damaged, it names no files")
-    if record.get("format_version") != FORMAT_VERSION:
-        raise InputError(
-            f"{path}: format_version {record.get('format_version')!r}, this version reads {FORMAT_VERSION}"
+    version = record.get("format_version") if isinstance(record, dict) else None
+    if isinstance(version, int) and version != FORMAT_VERSION:
+        raise AnotherVersionError(
+            f"{path}: has format_version {version}, and this version of tinyllama_hf reads {FORMAT_VERSION}; go on with the "
+            "version that wrote it, or choose another output_dir"
         )
+    if version != FORMAT_VERSION or "files" not in record or "step" not in record:
+        raise InputError(f"{path}: damaged, it names no files")
     return record
 
 
-def check_space(run: Path, num_parameters: int, keep: int, num_milestones: int, keep_training_state: bool) -> None:
-    """Refuses a run whose checkpoints cannot lie on its disk.
-
-    Raises:
-        InputError: naming what is needed and what is free.
-    """
-    state = BYTES_PER_PARAMETER * num_parameters
-    milestone = 4 * num_parameters + (state if keep_training_state else 0)
-    needed = (keep + 1) * state + num_milestones * milestone  # a new checkpoint lies there before an old one goes
-    existing = next(path for path in (run, *run.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise InputError(
-            f"output_dir {run}: {keep + 1} checkpoints and {num_milestones} milestones take {needed / 1e9:,.1f} GB, "
-            f"{free / 1e9:,.1f} GB are free; make room, lower checkpoints.keep, or choose another disk"
-        )
+def _is_of_another_version(checkpoint: Path) -> bool:
+    try:
+        read_record(checkpoint)
+    except AnotherVersionError:
+        return True
+    except InputError:
+        return False
+    return False
 
 
-def _checkpoints(run: Path) -> list[Path]:
-    """By number: as text, step-960000 would come after step-1000000."""
+def list_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, whole or not, by number: as text, step-960000 would come after step-1000000."""
     found = [path for path in (run / CHECKPOINTS_FOLDER).glob("step-*") if path.name[5:].isdigit()]
     return sorted(found, key=_step)
 

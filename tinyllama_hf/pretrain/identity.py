@@ -12,13 +12,14 @@ from ..errors import InputError
 from .config import PretrainConfig
 
 
-# Sections and keys of the recipe that decide which numbers a run computes; paths count by what lies there.
+# Sections and keys of the recipe that decide which numbers a run computes and reports; paths count by what lies there.
 _DECISIVE = {
     "model": ("preset", "overrides"),
     "data": ("mixture_changes", "sequence_length", "document_masking"),
     "schedule": ("name", "peak", "floor", "warmup_tokens", "decay_tokens"),
     "optimizer": ("betas", "eps", "weight_decay", "gradient_clip"),
     "training": ("total_tokens", "tokens_per_step", "batch_changes", "precision", "skip_spikes_sigma", "seed"),
+    "validation": ("max_tokens",),  # moves no weight, but the losses before and after would not compare
 }
 # A branch may change the rest; it continues these.
 _INHERITED = ("model", "tokenizer", "training.precision")

@@ -4,40 +4,30 @@ Every process computes the numbers of its blocks from the step alone, so there i
 """
 
 import contextlib
-import fcntl
-import shutil
 import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from .. import provenance
-from ..errors import InputError
 from ..inference.load import load
 from ..modeling_tinyllama import TinyLlamaForCausalLM
 from . import launch, setup
-from .checkpoints import (
-    CHECKPOINTS_FOLDER,
-    TRAINING_STATE_FOLDER,
-    check_space,
-    full_disk_says,
-    prune,
-    read_checkpoint,
-    write_checkpoint,
-)
+from .checkpoints import CHECKPOINTS_FOLDER, TRAINING_STATE_FOLDER, prune, read_checkpoint, write_checkpoint
 from .config import PretrainConfig
 from .devices import known_device
+from .disk import full_disk_says
+from .folder import folder_of_one, mark_stopped
 from .hooks import Hooks
 from .identity import arithmetic, changed_arithmetic
 from .metrics import Metrics
-from .milestones import CONFIG_FILE, MILESTONES_FOLDER, export_weights, write_milestone
+from .milestones import MILESTONES_FOLDER, export_weights, write_milestone
 from .plan import costs, plan
-from .resume import Start, find_start
+from .resume import Start, check_space, find_start
 from .signals import Stopped, StopRequests
 from .step import StepResult, TrainStep
 from .throughput import measure_matmul_flops, model_flops_utilization, peak_memory_bytes
@@ -70,7 +60,7 @@ def pretrain(
         InputError: before the first step, for anything that cannot work.
         NonFiniteError: at the logging step after a loss or gradient that is not finite.
         Stopped: after SIGTERM or SIGINT, once the step is done and a checkpoint written.
-        FullDiskError: if a checkpoint or milestone cannot be written; those before it are whole.
+        FullDiskError: if something of the run cannot be written; the checkpoints before it are whole.
     """
     hooks = hooks or Hooks()
     check_trackers(config)
@@ -82,10 +72,7 @@ def pretrain(
     compiled, compile_says = launch.compiles(config.training.compile, accelerator.device)
     start = find_start(run, accelerator, overwrite)
     model = _build_model(run)
-    num_parameters = sum(p.numel() for p in model.parameters())
-    check_space(
-        run.output, num_parameters, config.checkpoints.keep, len(run.milestones), config.milestones.keep_training_state
-    )
+    check_space(run, start, sum(p.numel() for p in model.parameters()), overwrite)
     if accelerator.is_main_process:
         facts = setup.facts(run, model, accelerator.num_processes, compile_says)
         print("\n".join([*facts, *hooks.before_training, *start.says]), flush=True)
@@ -98,12 +85,15 @@ def pretrain(
         return
     launch.prepare_layers(model, config.training, compiled)
     accelerator.wait_for_everyone()  # nobody is still looking at the folder
-    with _output_of_one(run, accelerator, overwrite, start.step):
+    with folder_of_one(run, accelerator, overwrite, start.step):
         trainer = _Trainer(run, accelerator, *launch.wrap(accelerator, model, config), start, hooks)
-        trainer.matmul_flops = measure_matmul_flops(accelerator.device, torch.bfloat16) if measure_peak else None
-        start_trackers(accelerator, config, run.output, start.step)
+        if measure_peak:
+            trainer.measure_peak()
+        with full_disk_says(run.output):  # the trackers' own files
+            start_trackers(accelerator, config, run.output, start.step)
         trainer.train()
-        accelerator.end_training()
+        with full_disk_says(run.output):
+            accelerator.end_training()
 
 
 def _build_model(run: setup.Run) -> TinyLlamaForCausalLM:
@@ -116,38 +106,6 @@ def _build_model(run: setup.Run) -> TinyLlamaForCausalLM:
         model.load_state_dict(initial.state_dict())
     model.generation_config.pad_token_id = run.tokenizer.pad_token_id
     return model
-
-
-@contextlib.contextmanager
-def _output_of_one(run: setup.Run, accelerator: Accelerator, overwrite: bool, step: int) -> Iterator[None]:
-    """Makes the run's folder ready, and keeps other launches out of it."""
-    if not accelerator.is_main_process:
-        accelerator.wait_for_everyone()
-        yield
-        return
-    run.output.mkdir(parents=True, exist_ok=True)
-    with (run.output / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"output_dir {run.output}: another process trains in this folder; wait for it") from error
-        if overwrite:
-            _empty(run.output)
-        # First of all, since it is what makes the folder a run that may be gone on with.
-        provenance.write_text(run.output / CONFIG_FILE, setup.training_yaml(run.config))
-        (run.output / MILESTONES_FOLDER).mkdir(exist_ok=True)
-        prune(run.output, run.config.checkpoints.keep, step)
-        accelerator.wait_for_everyone()
-        yield
-
-
-def _empty(output: Path) -> None:
-    """Removes a run; what makes the folder one goes last, so that a killed removal can be repeated."""
-    for path in sorted(output.iterdir(), key=lambda path: path.name == CONFIG_FILE):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != ".lock":
-            path.unlink()
 
 
 class _Trainer:
@@ -196,10 +154,27 @@ class _Trainer:
                 if is_milestone or asked or self.is_due(step, config.checkpoints.every_tokens):
                     self.checkpoint(step)
                 if asked and not is_last:
-                    raise Stopped(
-                        f"{signal.Signals(asked).name} after step {step:,} ({steps.tokens_after(step):,} tokens); "
-                        f"{self.last_checkpoint} is written, the same command goes on from it"
-                    )
+                    self.stop(step, signal.Signals(asked).name)
+
+    def stop(self, step: int, request: str) -> None:
+        """Ends the run after a step whose checkpoint is written, because it was asked to."""
+        tokens = self.config.steps.tokens_after(step)
+        if self.accelerator.is_main_process:
+            mark_stopped(self.run.output, {"step": step, "tokens": tokens, "request": request})
+        self.accelerator.wait_for_everyone()  # a launcher ends the others when the first one ends
+        raise Stopped(
+            f"{request} after step {step:,} ({tokens:,} tokens); {self.last_checkpoint} is written, the same command goes "
+            "on from it"
+        )
+
+    def measure_peak(self) -> None:
+        """Measures the rate of matrix products that the run's share is logged of, in its own precision."""
+        precision = self.config.training.precision
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.matmul_flops = measure_matmul_flops(self.accelerator.device, dtype)
+        self.accelerator.print(
+            f"peak        {self.matmul_flops / 1e9:,.1f} GFLOP/s, measured here, of products in {precision}"
+        )
 
     def is_due(self, step: int, every_tokens: int) -> bool:
         """Whether the step crosses a multiple of so many tokens."""
@@ -255,6 +230,7 @@ class _Trainer:
             row["skipped_steps"] = int(self.train_step.skipped.item())
         if self.matmul_flops:
             row["matmul_share"] = rate * self.flops_per_token / (self.matmul_flops * processes)
+            row["matmul_precision"] = config.training.precision
         self.clock, self.clock_tokens, self.paused, self.train_step.wait_seconds = now, tokens, 0.0, 0.0
         self.log(row)
 
@@ -262,7 +238,8 @@ class _Trainer:
         """A row of the metrics, to the file and the trackers."""
         self.metrics.log(row)
         if self.config.logging.trackers:
-            self.accelerator.log(row_values(row), step=row["step"])
+            with full_disk_says(self.run.output):
+                self.accelerator.log(row_values(row), step=row["step"])
 
     def validate(self, step: int) -> None:
         """Loss on the held-out blocks of each source, and their mean by share."""

@@ -1,5 +1,6 @@
 """What a run says of itself while it goes on: rows of `metrics.jsonl`, and a progress bar or lines."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -8,12 +9,16 @@ from typing import Any, BinaryIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .disk import FullDiskError, full_disk_says
+
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class Metrics:
     """Writes metrics and shows progress; does nothing on other processes than the first.
+
+    Every write raises a [`FullDiskError`] if it fails.
 
     Args:
         run (`Path`): folder of the run.
@@ -34,25 +39,30 @@ class Metrics:
             disable=not (enabled and self._console.is_terminal),
         )
         self._task = self._bar.add_task("", total=total_tokens, step=0, summary="")
-        if enabled:
-            _cut(run, step)
-        self._file = (run / METRICS_FILE).open("a", encoding="utf-8") if enabled else None
+        self._path = run / METRICS_FILE
+        with full_disk_says(self._path):
+            if enabled:
+                _cut(run, step)
+            self._file = self._path.open("a", encoding="utf-8") if enabled else None
 
     def __enter__(self) -> "Metrics":
         self._bar.start()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *exception: object) -> None:
         self._bar.stop()
-        if self._file:
-            self._file.close()
+        # A row that could not be written is tried again here; what ended the run must not be hidden by that.
+        with contextlib.suppress(FullDiskError) if kind else contextlib.nullcontext(), full_disk_says(self._path):
+            if self._file:
+                self._file.close()
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends a row; rows with a training loss move the bar."""
         if not self._file:
             return
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        with full_disk_says(self._path):
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
         if "loss" not in row:
             summary = f"validation loss {row['validation_loss']:.3f}"
             self.say(f"step {row['step']:>6}  {row['tokens']:>12,} tokens  {summary}")
@@ -68,7 +78,8 @@ class Metrics:
     def synchronise(self) -> None:
         """Puts all rows on the disk: a checkpoint must not be newer than the rows before it."""
         if self._file:
-            os.fsync(self._file.fileno())
+            with full_disk_says(self._path):
+                os.fsync(self._file.fileno())
 
     def say(self, line: str) -> None:
         """Prints a line above the bar."""

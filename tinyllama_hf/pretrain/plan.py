@@ -8,6 +8,7 @@ from .architecture import architecture, shapes_only
 from .checkpoints import BYTES_PER_PARAMETER
 from .config import PretrainConfig
 from .devices import Device
+from .disk import size_in_words
 from .memory import PARTS, Layout, Memory, step_memory
 from .milestones import milestone_names, milestone_steps
 from .schedule import learning_rate
@@ -39,7 +40,7 @@ class Plan(NamedTuple):
     mfu: float
     parameters: int
     tokens: int
-    accumulation: list[int]  # micro-batches of a device in a step, for each size of a step
+    accumulation: list[int]  # micro-batches of a device in a step, for each size of a step in turn
     milestones: dict[int, str]  # step -> name
     flops_per_token: dict[str, int]  # by convention
     learning_rates: list[tuple[str, int, float]]  # landmark, step, rate
@@ -154,8 +155,8 @@ def _sharded(config: PretrainConfig, built: TinyLlamaConfig, num_devices: int, d
 def lines(plan: Plan) -> list[str]:
     """The plan as text."""
     training, length = plan.config.training, plan.config.data.sequence_length
-    sizes = ", ".join(f"{size:,}" for size in plan.config.steps.sizes)
-    micro_batches = " or ".join(map(str, plan.accumulation))
+    sizes = ", then ".join(f"{size:,}" for size in plan.config.steps.sizes)
+    micro_batches = ", then ".join(map(str, plan.accumulation))
     small, large = (plan.flops_per_token[name] / 1e9 for name in ("without_input_embedding", "all_parameters"))
     text = [
         f"model       {plan.config.model.preset}: {plan.parameters:,} parameters, "
@@ -177,8 +178,8 @@ def costs(plan: Plan) -> list[str]:
     text += _memory_lines(plan)
     text += _time_lines(plan)
     text.append(
-        f"disk        {plan.checkpoint_bytes / 1e9:,.1f} GB of checkpoints (the last {plan.config.checkpoints.keep}, and the "
-        f"one being written), {plan.milestone_bytes / 1e9:,.1f} GB of milestones"
+        f"disk        {size_in_words(plan.checkpoint_bytes)} of checkpoints (the last {plan.config.checkpoints.keep}, and "
+        f"the one being written), {size_in_words(plan.milestone_bytes)} of milestones"
     )
     return text
 

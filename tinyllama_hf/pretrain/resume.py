@@ -1,5 +1,6 @@
 """Where a launch begins: at the first step, at a checkpoint of its own, or at a milestone of another run."""
 
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,12 +10,15 @@ from accelerate.utils import broadcast_object_list
 
 from ..errors import InputError
 from .checkpoints import (
+    BYTES_PER_PARAMETER,
     CHECKPOINTS_FOLDER,
     TRAINING_STATE_FOLDER,
     damage,
+    list_checkpoints,
     newest_complete,
     read_record,
 )
+from .disk import size_in_words
 from .identity import check_branch, check_same_run
 from .milestones import CONFIG_FILE, MILESTONES_FOLDER
 from .setup import Run
@@ -52,6 +56,7 @@ def find_start(run: Run, accelerator: Accelerator, overwrite: bool) -> Start:
 
 def _find(run: Run, overwrite: bool) -> Start:
     output, is_run = run.output, (run.output / CONFIG_FILE).is_file()
+    _check_nothing_needed_is_removed(run, overwrite)
     # A lock and files under temporary names are all that a launch leaves that was killed at once.
     is_empty = not output.exists() or all(path.name.startswith(".") for path in output.iterdir())
     if not is_empty and not is_run:
@@ -79,6 +84,24 @@ def _find(run: Run, overwrite: bool) -> Start:
         is_finished,
         [*complaints, f"resume      {checkpoint}, step {record['step']:,}: {words}"],
     )
+
+
+def _check_nothing_needed_is_removed(run: Run, overwrite: bool) -> None:
+    """A branch never lies in the folder of the run that it leaves, and `--overwrite` removes nothing that the run reads."""
+    config, output = run.config, run.output.resolve()
+    if config.branch and Path(config.branch.from_).resolve().is_relative_to(output):
+        raise InputError(
+            f"branch.from {config.branch.from_}: lies in output_dir {run.output}; a branch is a run of its own, and "
+            "--overwrite would remove what it begins with: choose another output_dir"
+        )
+    reads = {"model.init_from": config.model.init_from, "data.tokenizer": config.data.tokenizer}
+    reads |= {f"data.sources.{place}.path": source.path for place, source in enumerate(config.data.sources)}
+    for key, path in reads.items():
+        if overwrite and path and Path(path).exists() and Path(path).resolve().is_relative_to(output):
+            raise InputError(
+                f"{key} {path}: lies in output_dir {run.output}, which --overwrite would remove; move it, or choose another "
+                "output_dir"
+            )
 
 
 def _check_nothing_is_lost(run: Run, complaints: list[str]) -> None:
@@ -125,3 +148,39 @@ def _first(run: Run) -> Start:
         )
     says = f"branch      {milestone}, step {record['step']:,}, {tokens:,} tokens, schedule {branch.schedule}"
     return Start(record["step"], state, tokens, record["arithmetic"], False, [says])
+
+
+def check_space(run: Run, start: Start, num_parameters: int, overwrite: bool) -> None:
+    """Refuses a run if what it is still to write cannot lie on its disk.
+
+    Args:
+        run (`Run`): whose checkpoints and milestones are counted.
+        start (`Start`): what is done already.
+        num_parameters (`int`): of the model.
+        overwrite (`bool`): whether what lies in the folder goes first.
+
+    Raises:
+        InputError: naming what is needed and what is free.
+    """
+    if start.is_finished:
+        return
+    config = run.config
+    state = BYTES_PER_PARAMETER * num_parameters
+    milestone = 4 * num_parameters + (state if config.milestones.keep_training_state else 0)
+    lying = [] if overwrite else list_checkpoints(run.output)
+    # A new checkpoint lies there before an old one goes. Its room also serves a milestone that is written again.
+    checkpoints = max(config.checkpoints.keep + 1 - len(lying), 0)
+    milestones = [name for step, name in run.milestones.items() if step > start.step]
+    if not overwrite:
+        milestones = [name for name in milestones if not (run.output / MILESTONES_FOLDER / name).is_dir()]
+    needed = checkpoints * state + len(milestones) * milestone
+    existing = next(path for path in (run.output, *run.output.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if overwrite and existing == run.output:
+        free += sum(path.stat().st_size for path in run.output.rglob("*") if path.is_file() and not path.is_symlink())
+    if needed > free:
+        raise InputError(
+            f"output_dir {run.output}: {checkpoints} checkpoints and {len(milestones)} milestones that are still to be "
+            f"written take {size_in_words(needed)}, {size_in_words(free)} are free; make room, lower checkpoints.keep, or "
+            "choose another disk"
+        )
