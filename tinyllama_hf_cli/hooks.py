@@ -1,4 +1,8 @@
-"""What `recipes/pretrain.py` does beside training: cards, scores and pictures, which lie in higher layers than the loop."""
+"""What `recipes/pretrain.py` does beside training: cards, scores and pictures, which lie in higher layers than the loop.
+
+None of it is essential: all of it can be made again from what the run leaves (`tinyllama-hf eval`, `report`, `publish`). What
+goes wrong here is said in one line, and training goes on.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -45,29 +49,35 @@ def _announce(config: Any) -> list[str]:
 
 
 def _write_card(milestone: Path) -> None:
+    """The card of a milestone that is being written; a disk that is full is full for the milestone too, and ends the run."""
     from tinyllama_hf import provenance
     from tinyllama_hf.hub.card import milestone_card
 
-    name = provenance.read_json(milestone / "provenance.json")["name"]
-    provenance.write_text(milestone / "README.md", milestone_card(milestone, name))
+    try:
+        name = provenance.read_json(milestone / "provenance.json")["name"]
+        text = milestone_card(milestone, name)
+    except Exception as error:
+        _go_on(f"{milestone.name}: no card", error, "`tinyllama-hf publish` writes one of its own")
+        return
+    provenance.write_text(milestone / "README.md", text)
 
 
 def _score(run: Path, milestone: Path) -> None:
-    """Bits per byte of the new milestone, by stock transformers on its folder. Training goes on whatever becomes of it."""
-    import torch
-
-    from tinyllama_hf.errors import InputError
+    """Bits per byte of the new milestone, by stock transformers on its folder."""
     from tinyllama_hf.evaluation.ladder import SCORES_FILE, score
 
     try:
         scores = score([str(run)], output=run / SCORES_FILE, show_progress=False)
-    except (InputError, OSError, torch.OutOfMemoryError) as error:
-        print(
-            f"{milestone.name}: not scored ({error}); training goes on; score it: tinyllama-hf eval {run}", flush=True
-        )
+        row = next(row for row in scores["models"] if row["name"] == milestone.name)
+    except Exception as error:
+        _go_on(f"{milestone.name}: not scored", error, f"score it: tinyllama-hf eval {run}")
         return
-    row = next(row for row in scores["models"] if row["name"] == milestone.name)
     print(f"{row['bits_per_byte']:.4f} bits per byte  {row['name']}", flush=True)
+
+
+def _go_on(what: str, error: Exception, instead: str) -> None:
+    cause = " ".join(str(error).split()) or type(error).__name__
+    print(f"{what} ({cause}); training goes on; {instead}", flush=True)
 
 
 class _Drawing:
@@ -77,15 +87,16 @@ class _Drawing:
         self._curves: Any = None
 
     def __call__(self, run: Path) -> None:
-        from tinyllama_hf.pretrain.milestones import list_milestones, read_record
-        from tinyllama_hf.report.plots import training_panels
-        from tinyllama_hf.report.training import TrainingCurves
-
         try:
+            from tinyllama_hf.pretrain.milestones import list_milestones, read_record
+            from tinyllama_hf.report.plots import training_panels
+            from tinyllama_hf.report.training import TrainingCurves
+
             if self._curves is None:
                 self._curves = TrainingCurves(run)
             self._curves.refresh()
             tokens = [read_record(folder)["tokens"] for folder in list_milestones(run)]
             training_panels(self._curves, tokens, run.name, run / "training.png")
-        except OSError as error:
-            print(f"training.png: not drawn ({error}); training goes on", flush=True)
+        except Exception as error:
+            self._curves = None  # what was read of the metrics may be half of a row
+            _go_on("training.png: not drawn", error, "the next checkpoint draws it again")

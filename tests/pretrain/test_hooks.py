@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 
 from tests.conftest import ROOT, write_recipe
@@ -19,6 +22,7 @@ from tinyllama_hf.errors import InputError
 from tinyllama_hf.evaluation.bits_per_byte import held_out_documents
 from tinyllama_hf.evaluation.ladder import score, watch
 from tinyllama_hf.evaluation.metrics import load_metric
+from tinyllama_hf.pretrain import loop
 from tinyllama_hf.pretrain.config import SourceSection, load_config
 from tinyllama_hf.pretrain.loop import pretrain
 from tinyllama_hf.pretrain.metrics import read_metrics
@@ -157,6 +161,43 @@ def test_training_goes_on_where_a_score_or_a_picture_cannot_be_had(recipe, capsy
         f"score it: tinyllama-hf eval {run}" in printed
         and "training.png: not drawn (No space left on device)" in printed
     )
+
+
+def test_training_goes_on_where_a_record_is_gone_or_a_card_cannot_be_written(recipe, capsys, monkeypatch):
+    """A milestone whose provenance.json was archived away, which the picture reads, and a card that fails."""
+    from tinyllama_hf.hub import card
+
+    def fails(*_):
+        raise KeyError("preset")
+
+    monkeypatch.setattr(card, "milestone_card", fails)
+    config = load_config(recipe, ["milestones.tokens=[512]"])
+    hooks = hooks_of(config)
+
+    def archive(run: Path, milestone: Path) -> None:
+        (milestone / "provenance.json").unlink()
+
+    pretrain(config, hooks=replace(hooks, after_milestone=archive))
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"training.png: not drawn \(milestone .*: holds no provenance.json;[^\n]*\); training goes on", printed
+    )
+    assert "step-2-token-0.001M: no card ('preset'); training goes on" in printed
+    assert read_metrics(Path(config.output_dir))[-1]["step"] == 12
+
+
+def test_the_measured_rate_is_that_of_the_runs_precision(recipe, capsys, monkeypatch):
+    dtypes = []
+    monkeypatch.setattr(loop, "measure_matmul_flops", lambda device, dtype: dtypes.append(dtype) or 1e9)
+    for precision in ("fp32", "bf16"):
+        settings = [f"training.precision={precision}", f"output_dir={recipe.parent / precision}"]
+        pretrain(
+            load_config(recipe, [*settings, "training.total_tokens=512", "milestones.tokens=[]"]), measure_peak=True
+        )
+        rows = [row for row in read_metrics(recipe.parent / precision) if "loss" in row]
+        assert {row["matmul_precision"] for row in rows} == {precision}
+        assert f"1.0 GFLOP/s, measured here, of products in {precision}" in capsys.readouterr().out
+    assert dtypes == [torch.float32, torch.bfloat16]
 
 
 class TestIncremental:
