@@ -10,6 +10,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 from tests.conftest import ROOT
 from tinyllama_hf import TinyLlamaForCausalLM
@@ -125,8 +126,6 @@ class TestArithmetic:
 
     def test_against_a_plain_loop_on_stock_llama(self, recipe):
         """The whole loop, step by step, against torch and transformers alone."""
-        from transformers import LlamaForCausalLM
-
         output = run(recipe)
         config = load_config(output / "training.yaml")
         opened = setup.open_run(config.model_copy(update={"output_dir": "/nonexistent/folder"}))
@@ -162,6 +161,15 @@ class TestArithmetic:
         losses = [[row["loss"] for row in read_metrics(x) if "loss" in row] for x in (on, off)]
         assert all(a != b for a, b in zip(*losses, strict=True))
         assert losses[0] == pytest.approx(losses[1], rel=0.2)
+        # The validation loss is that of each document alone: under the mask of transformers, by stock Llama.
+        opened = setup.open_run(load_config(on / "training.yaml", [f"output_dir={tmp_path / 'unused'}"]))
+        tokens, positions = (torch.from_numpy(x[0]) for x in (opened.validation, opened.validation_positions))
+        model = LlamaForCausalLM.from_pretrained(list_milestones(on)[-1])
+        with torch.no_grad():
+            logits = model(input_ids=tokens[:, :-1], position_ids=positions, use_cache=False).logits
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
+        logged = [row["validation_loss"] for row in read_metrics(on) if "validation_loss" in row][-1]
+        assert logged == pytest.approx(expected, abs=1e-5) and (positions.diff(dim=-1) != 1).any()
 
     @pytest.mark.slow
     def test_two_processes_equal_one(self, recipe, tmp_path, run_command):

@@ -4,12 +4,14 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import yaml
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from ..configuration_tinyllama import PRESETS, TinyLlamaConfig
 from ..data.mixture import Mixture
 from ..data.order import WeightChange
+from ..data.shards import TokenDataset
 from ..errors import InputError
 from ..inference.load import model_folder
 from ..modeling_tinyllama import TinyLlamaForCausalLM
@@ -32,6 +34,7 @@ class Run(NamedTuple):
     shares: list[float]  # of the sources in all tokens of the run
     milestones: dict[int, str]  # step -> name
     identity: dict  # what makes it the same run
+    validation_positions: list | None  # per source, `[num_blocks, sequence_length]`, where documents are kept apart
 
 
 def open_run(config: PretrainConfig) -> Run:
@@ -55,9 +58,18 @@ def open_run(config: PretrainConfig) -> Run:
     if config.model.init_from:
         check_initial_model(config.model.init_from, built)
     tokenizer.model_max_length = built.max_position_embeddings  # saved with every milestone
-    return Run(
-        config, output, tokenizer, mixture, built, validation, shares, names, identity(config, mixture, fingerprint)
-    )
+    same = identity(config, mixture, fingerprint)
+    positions = _validation_positions(mixture, validation) if config.data.document_masking else None
+    return Run(config, output, tokenizer, mixture, built, validation, shares, names, same, positions)
+
+
+def _validation_positions(mixture: Mixture, validation: list) -> list:
+    """Positions of the held-out blocks: what is trained on documents kept apart is measured on them kept apart."""
+    sources = [TokenDataset(source.folder, mixture.block_size, "validation") for source in mixture.sources]
+    return [
+        np.stack([source.position_ids(index) for index in range(len(blocks))])
+        for source, blocks in zip(sources, validation, strict=True)
+    ]
 
 
 def open_mixture(config: PretrainConfig, tokenizer_fingerprint: str) -> Mixture:

@@ -23,7 +23,7 @@ def validation_losses(run: Run, accelerator: Accelerator, model: torch.nn.Module
     inner = accelerator.unwrap_model(model)
     micro, processes = run.config.training.micro_batch_size, accelerator.num_processes
     losses = []
-    for blocks in run.validation:
+    for number, blocks in enumerate(run.validation):
         starts = range(0, len(blocks), micro)
         total = torch.zeros((), device=accelerator.device)
         for first in range(0, len(starts), processes):
@@ -31,8 +31,12 @@ def validation_losses(run: Run, accelerator: Accelerator, model: torch.nn.Module
             start = starts[place] if place < len(starts) else 0
             tokens = torch.from_numpy(blocks[start : start + micro]).to(accelerator.device)
             labels = tokens[:, 1:]
+            inputs = {"input_ids": tokens[:, :-1], "labels": labels, "shift_labels": labels}
+            if run.validation_positions:
+                positions = run.validation_positions[number][start : start + micro]
+                inputs["position_ids"] = torch.from_numpy(positions).to(accelerator.device)
             with accelerator.autocast():
-                loss = inner(input_ids=tokens[:, :-1], labels=labels, shift_labels=labels, num_items_in_batch=1).loss
+                loss = inner(**inputs, num_items_in_batch=1).loss
             total += loss if place < len(starts) else 0.0
         total = accelerator.reduce(total, reduction="sum")
         losses.append(total.item() / (len(blocks) * run.config.data.sequence_length))
