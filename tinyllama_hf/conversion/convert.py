@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.serialization._base import parse_size_to_int
+from accelerate.utils import convert_file_size_to_int
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from transformers import PreTrainedTokenizerBase
@@ -150,7 +150,7 @@ def _check_arguments(to: str, dtype: str, calibration: Sequence) -> None:
 
 def _parse_size(size: str) -> int:
     try:
-        parsed = parse_size_to_int(size)
+        parsed = convert_file_size_to_int(size)
     except ValueError as error:
         raise InputError(
             f"--max-shard-size {size!r}: no size; give a number with KB, MB, GB or TB, as in 2GB"
