@@ -53,11 +53,11 @@ def _write_card(milestone: Path) -> None:
     from tinyllama_hf import provenance
     from tinyllama_hf.hub.card import milestone_card
 
+    name = provenance.read_json(milestone / "provenance.json")["name"]  # the folder has a temporary one yet
     try:
-        name = provenance.read_json(milestone / "provenance.json")["name"]
         text = milestone_card(milestone, name)
     except Exception as error:
-        _go_on(f"{milestone.name}: no card", error, "`tinyllama-hf publish` writes one of its own")
+        _go_on(f"{name}: no card", error, "`tinyllama-hf publish` writes one of its own")
         return
     provenance.write_text(milestone / "README.md", text)
 

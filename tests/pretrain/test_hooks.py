@@ -182,7 +182,7 @@ def test_training_goes_on_where_a_record_is_gone_or_a_card_cannot_be_written(rec
     assert re.search(
         r"training.png: not drawn \(milestone .*: holds no provenance.json;[^\n]*\); training goes on", printed
     )
-    assert "step-2-token-0.001M: no card ('preset'); training goes on" in printed
+    assert re.search(r"^step-2-token-[\d.]+M: no card \('preset'\); training goes on", printed, re.MULTILINE)
     assert read_metrics(Path(config.output_dir))[-1]["step"] == 12
 
 
@@ -192,7 +192,7 @@ def test_the_measured_rate_is_that_of_the_runs_precision(recipe, capsys, monkeyp
     for precision in ("fp32", "bf16"):
         settings = [f"training.precision={precision}", f"output_dir={recipe.parent / precision}"]
         pretrain(
-            load_config(recipe, [*settings, "training.total_tokens=512", "milestones.tokens=[]"]), measure_peak=True
+            load_config(recipe, [*settings, "training.total_tokens=1024", "milestones.tokens=[]"]), measure_peak=True
         )
         rows = [row for row in read_metrics(recipe.parent / precision) if "loss" in row]
         assert {row["matmul_precision"] for row in rows} == {precision}
