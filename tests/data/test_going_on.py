@@ -160,6 +160,7 @@ def in_a_process(folder: Path, tokenizer_folder: Path, output: Path, workers: in
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
         preexec_fn=limit if file_bytes else None,
     )
 
@@ -206,7 +207,11 @@ def test_a_killed_worker_ends_the_command(documents, tokenizer_folder, tmp_path)
         writer = _writer_of(shard)
     assert writer, "no worker was caught at work"
     os.kill(writer, signal.SIGKILL)
-    _, error = process.communicate(timeout=120)
+    try:
+        _, error = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 2 and "Traceback" not in error
     assert "--workers 2: a process ended by itself (exit code -9" in error
 
