@@ -18,7 +18,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .configuration_tinyllama import TinyLlamaConfig
-from .errors import InputError, did_you_mean, require
+from .errors import InputError, did_you_mean
+from .gguf_tokenizer import NORMAL, UNUSED, byte_level_tokenizer, read_vocabulary
 from .provenance import read_json
 
 
@@ -189,36 +190,19 @@ def _has_dummy_prefix(state: Mapping[str, Any]) -> bool:
 
 
 def _from_gguf(path: Path) -> PreTrainedTokenizerFast:
-    require("gguf", "gguf", f"{path}: reading a GGUF file")
-    from gguf import GGUFReader
-
-    try:
-        fields = GGUFReader(path).fields
-    except ValueError as error:
-        raise InputError(f"{path}: not a readable GGUF file: {error}") from error
-
-    def value(name: str, default: Any = None) -> Any:
-        field = fields.get(f"tokenizer.{name}")
-        return default if field is None else field.contents()
-
-    if value("ggml.model") is None:
-        raise InputError(f"{path}: holds no tokenizer (no tokenizer.ggml.model); give the model's own tokenizer")
-    if value("ggml.model") != "llama":
-        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    if value("ggml.add_space_prefix", True) is False:
+    vocabulary = read_vocabulary(path)
+    if vocabulary.model == "gpt2":
+        return byte_level_tokenizer(vocabulary)
+    if not vocabulary.add_space_prefix:
         raise InputError(f"{path}: tokenizer.ggml.add_space_prefix is false; Llama 2's tokenizer has a dummy prefix")
-    tokens, scores, kinds = value("ggml.tokens"), value("ggml.scores"), value("ggml.token_type")
-    normal, unused = 1, 5  # llama.cpp's token types are SentencePiece's
-    pieces = {t: s for t, s, kind in zip(tokens, scores, kinds, strict=True) if kind in (normal, unused)}
-    control = [t for t, kind in zip(tokens, kinds, strict=True) if kind == 3]
-    special = {
-        "unk_token": tokens[value("ggml.unknown_token_id", 0)],
-        "bos_token": tokens[value("ggml.bos_token_id", 1)],
-        "eos_token": tokens[value("ggml.eos_token_id", 2)],
-    }
-    backend = _pipeline({t: i for i, t in enumerate(tokens)}, merges_by_score(pieces), special["unk_token"], control)
-    tokenizer = _wrap(backend, special, None, {"add_bos_token": value("ggml.add_bos_token", True)})
-    tokenizer.chat_template = value("chat_template")
+    rows = zip(vocabulary.tokens, vocabulary.scores, vocabulary.kinds, strict=True)
+    pieces = {token: score for token, score, kind in rows if kind in (NORMAL, UNUSED)}
+    special = {role: vocabulary.special[role] for role in ("unk_token", "bos_token", "eos_token")}
+    backend = _pipeline(vocabulary.ids(), merges_by_score(pieces), special["unk_token"], ())
+    backend.add_tokens(vocabulary.added())
+    settings = {"add_bos_token": vocabulary.add_bos, "add_eos_token": vocabulary.add_eos}
+    tokenizer = _wrap(backend, special, None, settings)
+    tokenizer.chat_template = vocabulary.chat_template
     return tokenizer
 
 
