@@ -15,7 +15,10 @@ def convert(
     source: Annotated[str, typer.Argument(help="File or folder of any known layout, released name or Hub id.")],
     to: Annotated[
         str,
-        typer.Option(help="llama, litgpt, gguf-f32, gguf-f16, gguf-bf16, gguf-q8_0, gguf-q4_0 or awq."),
+        typer.Option(
+            help="llama, litgpt, gguf-f32, gguf-f16, gguf-bf16, gguf-q8_0, gguf-q4_0 or awq; for gguf-q4_k_m "
+            "and other K-quants and for gptq the commands that go on from what is written."
+        ),
     ],
     output: Annotated[Path, typer.Option(help="Folder to write; it appears when it is whole.")],
     dtype: Annotated[
@@ -64,7 +67,9 @@ def convert(
     if losses:
         print(f"sanity      loss {losses[0]:.3f} nats a token on the bundled text")
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    print(f"wrote {output}: {to}, {size / 1e6:,.1f} MB in {time.monotonic() - started:.1f} s")
+    print(f"wrote {output}: {done.format}, {size / 1e6:,.1f} MB in {time.monotonic() - started:.1f} s")
+    for line in done.next_lines:
+        print(line)
 
 
 def verify(

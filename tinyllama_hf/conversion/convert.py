@@ -17,7 +17,7 @@ from .. import provenance
 from ..errors import InputError, did_you_mean
 from ..tokenization_tinyllama import load_tokenizer
 from .checkpoint import Checkpoint
-from .hand_off import HAND_OFF, hand_off
+from .hand_off import HAND_OFF, hand_off_lines
 from .sources import open_checkpoint
 from .vocabulary import resize_vocabulary
 
@@ -29,11 +29,16 @@ DTYPES = {"auto": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": to
 
 
 class Conversion(NamedTuple):
-    """What was written: the folder, the layout it came from, and lines that a user should read."""
+    """What was written: the folder and its format, the layout it came from, and lines that a user should read.
+
+    `next_lines` are the commands of the program that makes the format that was asked for out of the one that was written.
+    """
 
     output: Path
+    format: str
     layout: str
     notes: tuple[str, ...]
+    next_lines: tuple[str, ...] = ()
 
 
 def convert(
@@ -54,7 +59,7 @@ def convert(
 
     Args:
         source (`str` or `Path`): a file or folder of any known layout, a released name, or a Hub id.
-        to (`str`): one of `FORMATS`.
+        to (`str`): one of `FORMATS`; or of `HAND_OFF`, for which what its program starts from is written.
         output (`str` or `Path`): a folder, which gets its name when everything lies in it.
         dtype (`str`, *optional*, defaults to `"auto"`): `"fp32"`, `"fp16"`, `"bf16"`, or that of each tensor; of `llama` and
             `litgpt` only.
@@ -73,8 +78,7 @@ def convert(
     _check_arguments(to, dtype, calibration)
     shard_size = _parse_size(max_shard_size)
     _check_output(output, source, force)
-    if to in HAND_OFF:
-        raise InputError(hand_off(to, str(source), output))
+    asked, to = to, HAND_OFF.get(to, to)
     checkpoint = open_checkpoint(source, config)
     with tempfile.TemporaryDirectory(prefix="tinyllama-hf-") as scratch:
         if vocab_rows is not None:
@@ -90,7 +94,8 @@ def convert(
             ]
             _write_provenance(checkpoint, folder, {"to": to, "dtype": dtype, "vocab_rows": vocab_rows}, str(source))
             provenance.synchronise(*folder.rglob("*"), folder)
-    return Conversion(output, checkpoint.layout, tuple(notes))
+    next_lines = hand_off_lines(asked, output) if asked in HAND_OFF else ()
+    return Conversion(output, to, checkpoint.layout, tuple(notes), tuple(next_lines))
 
 
 def _write(

@@ -1,0 +1,50 @@
+"""The pages in docs/ by their word: every command is run, in its order, and prints what stands below it."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
+
+
+def commands(page: Path) -> list[tuple[str, str]]:
+    """Each command of a page's shell blocks with the words of the comment below it."""
+    lines = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)).splitlines()
+    found: list[tuple[str, str]] = []
+    for line in lines:
+        if line.startswith("# "):
+            found[-1] = (found[-1][0], line.removeprefix("# "))
+        elif line:
+            found.append((line, ""))
+    return found
+
+
+def test_pages_are_linked_from_the_readme():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(f"docs/{page.name}" in readme for page in (ROOT / "docs").glob("*.md"))
+
+
+@pytest.mark.slow
+def test_converting(tmp_path, tokenizer_folder, documents):
+    """With a random model, which predicts nothing: `--sanity` is left out of the command, and tested elsewhere."""
+    torch.manual_seed(0)
+    TinyLlamaForCausalLM(TinyLlamaConfig.preset("micro", vocab_size=512)).save_pretrained(tmp_path / "my-model")
+    load_tokenizer(tokenizer_folder).save_pretrained(tmp_path / "my-model")
+    (tmp_path / "my-text.txt").write_text("\n".join(documents), encoding="utf-8")
+    found = commands(ROOT / "docs" / "converting.md")
+    assert len(found) >= 11
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for command, wanted in found:
+        done = subprocess.run(
+            command.replace(" --sanity", ""), shell=True, cwd=tmp_path, env=os.environ | {"PATH": path},
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        assert wanted in done.stdout, f"{command}\n{done.stdout}{done.stderr}"
+    assert (tmp_path / "my-k-quant" / "model-f16.gguf").is_file()
