@@ -157,7 +157,9 @@ def smollm2(request) -> Path:
 
 def _save_gguf_as_folder(gguf: Path, folder: Path) -> None:
     import torch
-    from transformers import AutoTokenizer, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
+
+    from tinyllama_hf import load_tokenizer
 
     model = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     del model.config.quantization_config  # transformers 5.23 keeps it, and then refuses to save
@@ -166,5 +168,5 @@ def _save_gguf_as_folder(gguf: Path, folder: Path) -> None:
     plain.load_state_dict(model.state_dict())
     temporary = folder.with_name("model.tmp")
     plain.save_pretrained(temporary)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(temporary)
+    load_tokenizer(gguf).save_pretrained(temporary)  # transformers' own splits white space before digits differently
     temporary.rename(folder)

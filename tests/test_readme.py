@@ -32,6 +32,8 @@ PRINTS = {
     "tinyllama-hf report": "wrote my-report/index.html",
     'tinyllama-hf generate my-run/milestones/step-98-token-0.2M "Return a list of" --temperature 0.7': "Return a list of",
     'tinyllama-hf generate my-run/milestones/step-98-token-0.2M "Return a list of" --temperature 0  ': "Return a list of",
+    "tinyllama-hf convert": "wrote my-gguf: gguf-q8_0",
+    "tinyllama-hf verify": "equal within 1",
     "tinyllama-hf publish": "dry run: nothing was uploaded",
     "tinyllama-hf list": "step-1431k-3T",
     "tinyllama-hf recipes list": "demo/demo.sh",
