@@ -145,13 +145,16 @@ def _placed(
     start = -(-header.position // alignment) * alignment
     end = 0
     for tensor in sorted(infos.values(), key=lambda tensor: tensor.offset):
-        if tensor.offset % alignment or tensor.offset < end:
+        # As llama.cpp has it: a gap, or a rest, would be a tensor that a damaged number hides.
+        if tensor.offset != -(-end // alignment) * alignment:
             raise header.damaged(
-                f"{tensor.name} overlaps with another tensor, or begins off the alignment of {alignment}"
+                f"{tensor.name} overlaps with another tensor, leaves a gap, or begins off the alignment of {alignment}"
             )
         end = tensor.offset + tensor.num_bytes
         if start + end > header.size:
             raise header.damaged(f"{tensor.name} ends at byte {start + end}, the file at {header.size}")
+    if header.size - start - end >= alignment:
+        raise header.damaged(f"{header.size - start - end} bytes are left behind its last tensor")
     for name, tensor in infos.items():
         yield name, tensor._replace(offset=start + tensor.offset)
 

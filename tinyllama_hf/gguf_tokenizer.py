@@ -115,7 +115,7 @@ def read_vocabulary(path: str | os.PathLike) -> Vocabulary:
                              f"{len(scores)} scores")  # fmt: skip
     filling = {i for i, token in enumerate(tokens) if kinds[i] == UNUSED and token == padding_token(i)}
     size = next((i + 1 for i in reversed(range(len(tokens))) if i not in filling), 0)
-    return Vocabulary(
+    vocabulary = Vocabulary(
         Path(path), model, pre, tokens[:size], kinds[:size], scores[:size],
         merges=fields.array("ggml.merges", str),
         special=fields.special(tokens[:size], _LLAMA_IDS if model == "llama" else {}),
@@ -124,6 +124,9 @@ def read_vocabulary(path: str | os.PathLike) -> Vocabulary:
         add_space_prefix=fields.value("ggml.add_space_prefix", bool, model == "llama"),
         chat_template=fields.value("chat_template", str),
     )  # fmt: skip
+    if model == "llama" and vocabulary.special["unk_token"] not in vocabulary.ids():
+        raise fields.damaged("the token for what is unknown stands behind the vocabulary")
+    return vocabulary
 
 
 class _Fields:

@@ -27,7 +27,9 @@ def list_released() -> None:
     console = Console()
     (console if console.is_terminal else Console(width=160)).print(table)
     print("average: unweighted mean of the seven published commonsense scores, in percent")
-    print("Between them is one checkpoint every 5k steps, by names like step-715k-token-1499B (steps x 2,097,152 tokens)")
+    print(
+        "Between them is one checkpoint every 5k steps, by names like step-715k-token-1499B (steps x 2,097,152 tokens)"
+    )
 
 
 _MODEL = Annotated[str, typer.Argument(help="Model folder, released name or Hub id.")]

@@ -1,11 +1,14 @@
 """A checkpoint as every layout is read into and every target is written from: tensors that are read when asked for."""
 
-from collections.abc import Callable
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..configuration_tinyllama import TinyLlamaConfig
@@ -16,6 +19,8 @@ EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 # What some exporters save besides weights, computed from the configuration: "rotary_emb.inv_freq", Meta's "rope.freqs".
 COMPUTED = ("rotary_emb.inv_freq", "rope.freqs")
+_FIRST_LAYER = "model.layers.0."
+_MAX_BITS = {int: 31, float: 63}  # of sizes; of factors, among which are rotary bases of some billions
 
 
 class LazyTensor(NamedTuple):
@@ -81,24 +86,80 @@ class Checkpoint:
         _check_finite(tensor, lazy.source)
         if dtype is not None and dtype != tensor.dtype:
             tensor = tensor.to(dtype)
-            if dtype == torch.float16:
-                _check_finite(tensor, lazy.source, "as float16, which ends at 65504; use bf16")
+            reach = (
+                "which ends at 65504; use bf16"
+                if dtype == torch.float16
+                else "whose largest value it passes; use fp32"
+            )
+            _check_finite(tensor, lazy.source, f"as {str(dtype)[6:]}, {reach}")
         self.advance(lazy.num_bytes)
         return tensor
 
 
-def plain_config(**fields: Any) -> LlamaConfig:
-    """A Llama configuration with TinyLlama's values where no field is given, whose file every Llama tool reads."""
-    return TinyLlamaConfig(**fields).to_llama()
+def positive_number(value: Any, name: str, where: object, kind: type = int) -> Any:
+    """Returns a size or a factor of a configuration, as `kind`.
+
+    Raises:
+        InputError: if it is no positive number, or larger than any model's.
+    """
+    bits = _MAX_BITS[kind]
+    # Infinity and NaN, which JSON of Python and YAML know, are not below the bound.
+    if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < 2**bits:
+        raise InputError(f"{where}: {name} is {_in_short(value)}; a positive number below 2**{bits} is needed")
+    return kind(value)
+
+
+def _in_short(value: Any) -> str:
+    """Python refuses to print a number of very many digits."""
+    return (
+        f"a number of {value.bit_length()} bits"
+        if isinstance(value, int) and value.bit_length() > 99
+        else f"{value!r:.80}"
+    )
+
+
+@contextlib.contextmanager
+def of_transformers(where: object) -> Iterator[None]:
+    """Turns what transformers says of a configuration that makes no Llama into an `InputError`."""
+    try:
+        yield
+    except InputError:
+        raise
+    # Its checks and constructors have no common error; a wrong name of an activation or a scaling is a KeyError.
+    except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError,
+            ImportError, RuntimeError) as error:  # fmt: skip
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{where}: makes no Llama ({type(error).__name__}: {reason}); fetch or make it again"
+        ) from error
+
+
+def plain_config(where: object = "the configuration", /, **fields: Any) -> LlamaConfig:
+    """A Llama configuration with TinyLlama's values where no field is given, whose file every Llama tool reads.
+
+    Raises:
+        InputError: if the fields contradict each other; it names `where` they are from.
+    """
+    with of_transformers(where):
+        return TinyLlamaConfig(**fields).to_llama()
 
 
 def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors that a model of this configuration has, in its order; no tied output."""
+    one = copy.deepcopy(config)
+    one.num_hidden_layers = 1  # all are alike, and a damaged number must not take minutes
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in LlamaForCausalLM(one).state_dict().items()}
     if config.tie_word_embeddings:
-        del shapes[OUTPUT]
+        del found[OUTPUT]
+    layer = {name: shape for name, shape in found.items() if name.startswith(_FIRST_LAYER)}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in found.items():
+        if name not in layer:
+            shapes[name] = shape
+        elif name == next(iter(layer)):
+            for i in range(config.num_hidden_layers):
+                shapes |= {inside.replace(".0.", f".{i}.", 1): size for inside, size in layer.items()}
     return shapes
 
 
@@ -110,11 +171,13 @@ def complete(checkpoint: Checkpoint) -> Checkpoint:
             number.
     """
     path, tensors = checkpoint.path, checkpoint.tensors
+    _check_config(checkpoint)
     if checkpoint.config.tie_word_embeddings:
         tensors.pop(OUTPUT, None)
     for name in [name for name in tensors if name.endswith(COMPUTED)]:
         del tensors[name]
-    shapes = expected_shapes(checkpoint.config)
+    with of_transformers(f"{path}: its configuration"):
+        shapes = expected_shapes(checkpoint.config)
     if missing := [name for name in shapes if name not in tensors]:
         raise InputError(f"{path}: {len(missing)} tensors are missing, {missing[0]} first; fetch or make it again")
     if extra := [name for name in tensors if name not in shapes]:
@@ -130,6 +193,25 @@ def complete(checkpoint: Checkpoint) -> Checkpoint:
             raise InputError(f"{found.source}: holds {str(found.dtype)[6:]}; weights are float32, float16 or bfloat16")
     checkpoint.tensors = {name: tensors[name] for name in shapes}
     return checkpoint
+
+
+def _check_config(checkpoint: Checkpoint) -> None:
+    """What stock code does not ask before it builds or runs a model."""
+    config, path = checkpoint.config, checkpoint.path
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
+                 "intermediate_size", "max_position_embeddings"):  # fmt: skip
+        positive_number(getattr(config, name), name, path)
+    factors = {"rms_norm_eps": config.rms_norm_eps, "rope_theta": config.rope_parameters.get("rope_theta"),
+               "the rotary factor": config.rope_parameters.get("factor", 1)}  # fmt: skip
+    for name, value in factors.items():
+        positive_number(value, name, path, float)
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if heads % groups or config.head_dim % 2:
+        raise InputError(f"{path}: {heads} heads of width {config.head_dim} and {groups} key/value groups: the groups must divide "
+                         "the heads, and the width must be even")  # fmt: skip
+    if config.num_hidden_layers > len(checkpoint.tensors):
+        raise InputError(f"{path}: has {len(checkpoint.tensors)} tensors, but the configuration says {config.num_hidden_layers} "
+                         "layers; fetch or make it again")  # fmt: skip
 
 
 def _check_finite(tensor: torch.Tensor, source: str, when: str = "") -> None:

@@ -24,12 +24,40 @@ from .pickles import StoredTensor, read_pickle
 
 SAFETENSORS_INDEX, BIN_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 _CHUNK = 1 << 24
-_MAX_PICKLE = 1 << 30  # bytes of a description; that of a 70B model with its optimiser takes a few million
+_MAX_JSON = 1 << 27  # bytes of an index or a configuration
+_MAX_PICKLE = 1 << 24  # bytes of a description; that of a 70B model with its optimiser takes about one million
 
 
 def damaged(path: Path, reason: object) -> InputError:
     """The error for a file that is not what it claims to be."""
     return InputError(f"{path}: damaged or cut short ({reason}); fetch or make it again")
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields of a JSON file.
+
+    Raises:
+        InputError: if it is no JSON, holds no fields, or is larger than any configuration or index.
+    """
+    if path.stat().st_size > _MAX_JSON:
+        raise damaged(path, f"{path.stat().st_size} bytes of JSON")
+    try:
+        fields = read_json(path)
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets within brackets
+        raise damaged(path, f"{type(error).__name__}: {error}") from error
+    if not isinstance(fields, dict):
+        raise damaged(path, "it holds no fields")
+    return fields
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file of this name is there; a damaged name may be too long for there to be any."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:
@@ -119,7 +147,11 @@ class _Archive:
             raise damaged(path, f"{len(pickles)} records data.pkl among {len(records)}")
         self.pickle = pickles[0]
         self.root = self.pickle.filename.removesuffix("data.pkl")
-        self.records = {record.filename.removeprefix(self.root): record for record in records}
+        self.records = {
+            record.filename.removeprefix(self.root): record
+            for record in records
+            if record.filename.startswith(self.root)
+        }
         size = path.stat().st_size
         for record in records:
             if (
@@ -227,8 +259,7 @@ def open_sharded(index: Path) -> dict[str, LazyTensor]:
     Raises:
         InputError: if a shard is missing or damaged, or holds other tensors than the index says.
     """
-    listed = read_json(index)
-    weight_map = listed.get("weight_map") if isinstance(listed, dict) else None
+    weight_map = read_fields(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise InputError(f"{index}: has no weight_map of tensor names to files; fetch or make it again")
     tensors: dict[str, LazyTensor] = {}
@@ -236,7 +267,7 @@ def open_sharded(index: Path) -> dict[str, LazyTensor]:
         shard = index.parent / name
         if Path(name).name != name:
             raise InputError(f"{index}: names the file {name!r} outside its folder; fetch or make it again")
-        if not shard.is_file():
+        if not is_file(shard):
             raise InputError(f"{shard}: is missing, but {index.name} names it; fetch it")
         found = (
             open_safetensors(shard) if shard.suffix == ".safetensors" else state_dict(open_torch_archive(shard), shard)

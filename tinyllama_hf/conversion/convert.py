@@ -55,7 +55,7 @@ def convert(
     force: bool = False,
     progress: bool = False,
 ) -> Conversion:
-    """Converts a checkpoint; memory stays near two of its tensors.
+    """Converts a checkpoint; memory stays near two of its tensors, or near a layer and its activations for `awq`.
 
     Args:
         source (`str` or `Path`): a file or folder of any known layout, a released name, or a Hub id.

@@ -18,14 +18,14 @@ from transformers import LlamaConfig, PreTrainedTokenizerBase
 from ..configuration_tinyllama import PRESETS
 from ..errors import InputError
 from ..provenance import read_json, write_json
-from .checkpoint import EMBEDDING, OUTPUT, Checkpoint, LazyTensor, plain_config
+from .checkpoint import EMBEDDING, OUTPUT, Checkpoint, LazyTensor, plain_config, positive_number
 from .writing import ahead, write_torch_archive
 
 
 CONFIG_FILES = ("model_config.yaml", "lit_config.json")  # litgpt's, lit-gpt's
 WEIGHTS_FILE = "lit_model.pth"
 OUTER = {"transformer.wte.weight": EMBEDDING, "transformer.ln_f.weight": "model.norm.weight", "lm_head.weight": OUTPUT}
-_BLOCK = re.compile(r"transformer\.h\.(\d{1,5})\.(.+)")
+_BLOCK = re.compile(r"transformer\.h\.(0|[1-9][0-9]{0,4})\.(.+)")
 _FUSED = ("attn.attn.weight", "attn.qkv.weight")
 _COMMON = {
     "norm_1.weight": "input_layernorm.weight",
@@ -82,14 +82,11 @@ def config_from_fields(fields: Mapping[str, Any], where: str, vocab_rows: int) -
 
     def number(name: str, default: Any = None, kind: type = int) -> Any:
         value = fields.get(name)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, kind)) or value <= 0:
-            raise InputError(f"{where}: {name} is {value!r}; a positive number is needed")
-        return kind(value)
+        return positive_number(default if value is None else value, name, where, kind)
 
     heads, hidden = number("n_head"), number("n_embd")
     return plain_config(
-        vocab_size=vocab_rows, hidden_size=hidden, num_hidden_layers=number("n_layer"), num_attention_heads=heads,
+        where, vocab_size=vocab_rows, hidden_size=hidden, num_hidden_layers=number("n_layer"), num_attention_heads=heads,
         num_key_value_heads=number("n_query_groups", heads), head_dim=number("head_size", hidden // heads or 1),
         intermediate_size=number("intermediate_size", 4 * hidden), max_position_embeddings=number("block_size"),
         rms_norm_eps=number("norm_eps", 1e-5, float), rope_parameters=_rope(fields, number, where),
@@ -105,8 +102,8 @@ def _rope(fields: Mapping[str, Any], number: Any, where: str) -> dict[str, Any]:
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len")
         if not isinstance(adjustments, Mapping) or set(adjustments) != set(names) or ratio != 1:
             raise InputError(f"{where}: rope_adjustments is {adjustments!r}; known are exactly {', '.join(names)}")
-        original = adjustments["original_max_seq_len"]
-        rope |= {name: float(adjustments[name]) for name in names[:3]}
+        original = positive_number(adjustments["original_max_seq_len"], "original_max_seq_len", where)
+        rope |= {name: positive_number(adjustments[name], name, where, float) for name in names[:3]}
         rope |= {"rope_type": "llama3", "original_max_position_embeddings": original}
     return rope
 
@@ -122,14 +119,14 @@ def config_from_shapes(tensors: Mapping[str, LazyTensor], where: str) -> LlamaCo
     layers = 1 + max(int(match[1]) for name in tensors if (match := _BLOCK.fullmatch(name)))
     fused = next(tensor for name, tensor in tensors.items() if name.endswith(_FUSED))
     widths = {
-        tensor.shape[-1] for name, tensor in tensors.items() if name.endswith(("swiglu.w3.weight", "mlp.proj.weight"))
+        tensor.shape[-1:] for name, tensor in tensors.items() if name.endswith(("swiglu.w3.weight", "mlp.proj.weight"))
     }
     for preset in PRESETS.values():
         head_dim = preset["hidden_size"] // preset["num_attention_heads"]
         rows = (preset["num_attention_heads"] + 2 * preset["num_key_value_heads"]) * head_dim
         found = (layers, fused.shape, widths)
-        if found == (preset["num_hidden_layers"], (rows, preset["hidden_size"]), {preset["intermediate_size"]}):
-            return plain_config(vocab_size=_vocab_rows(tensors, where), **preset)
+        if found == (preset["num_hidden_layers"], (rows, preset["hidden_size"]), {(preset["intermediate_size"],)}):
+            return plain_config(where, vocab_size=_vocab_rows(tensors, where), **preset)
     raise InputError(
         f"{where}: brings no {' or '.join(CONFIG_FILES)}, and its shapes ({layers} layers, q/k/v {list(fused.shape)}) are those "
         "of no preset: the number of heads cannot be told. Pass --config with one of these files, or a config.json"
@@ -137,9 +134,10 @@ def config_from_shapes(tensors: Mapping[str, LazyTensor], where: str) -> LlamaCo
 
 
 def _vocab_rows(tensors: Mapping[str, LazyTensor], where: str) -> int:
-    if "transformer.wte.weight" not in tensors:
-        raise InputError(f"{where}: transformer.wte.weight is missing; fetch or make it again")
-    return tensors["transformer.wte.weight"].shape[0]
+    name = "transformer.wte.weight"
+    if name not in tensors:
+        raise InputError(f"{where}: {name} is missing; fetch or make it again")
+    return positive_number((*tensors[name].shape, 0)[0], f"the number of rows of {name}", where)
 
 
 def find_config(fields: Mapping[str, Any] | None, tensors: Mapping[str, LazyTensor], where: str) -> LlamaConfig:

@@ -11,9 +11,8 @@ import torch
 from transformers import LlamaConfig
 
 from ..errors import InputError
-from ..provenance import read_json
-from .checkpoint import EMBEDDING, OUTPUT, Checkpoint, LazyTensor, complete, plain_config
-from .containers import damaged, open_torch_archive, state_dict
+from .checkpoint import EMBEDDING, OUTPUT, Checkpoint, LazyTensor, complete, plain_config, positive_number
+from .containers import damaged, open_torch_archive, read_fields, state_dict
 from .rotary import to_half_split
 
 
@@ -23,7 +22,7 @@ INSIDE = {
     "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w3": "mlp.up_proj",
     "feed_forward.w2": "mlp.down_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
 }  # fmt: skip
-_BLOCK = re.compile(r"layers\.(\d{1,5})\.([a-z_.0-9]+)\.weight")
+_BLOCK = re.compile(r"layers\.(0|[1-9][0-9]{0,4})\.([a-z_.0-9]+)\.weight")
 # Along which dimension each kind is cut over the model-parallel shards; norms lie in each shard whole.
 _BY_ROWS = ("attention.wq", "attention.wk", "attention.wv", "feed_forward.w1", "feed_forward.w3", "output")
 _BY_COLUMNS = ("attention.wo", "feed_forward.w2")
@@ -53,7 +52,7 @@ def read_meta(folder: Path) -> Checkpoint:
         raise InputError(
             f"{params_file}: is missing; it lies beside Meta's files, and the heads cannot be told without it"
         )
-    params = read_json(params_file)
+    params = read_fields(params_file)
     shards = [state_dict(open_torch_archive(file), file) for file in files]
     if any(shard.keys() != shards[0].keys() for shard in shards):
         raise InputError(f"{folder}: its shards hold different tensors; they are not of one model, fetch them again")
@@ -75,11 +74,8 @@ def _number(file: Path) -> int:
 
 
 def _positive(params: Any, name: str, where: Path, default: Any = None, kind: type = int) -> Any:
-    value = params.get(name) if isinstance(params, dict) else None
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, (int, kind)) or value <= 0:
-        raise InputError(f"{where}: {name} is {value!r}; a positive number is needed")
-    return kind(value)
+    value = params.get(name)
+    return positive_number(default if value is None else value, name, where, kind)
 
 
 def _config(params: Mapping[str, Any], where: Path, tensors: Mapping[str, LazyTensor]) -> LlamaConfig:
@@ -88,10 +84,10 @@ def _config(params: Mapping[str, Any], where: Path, tensors: Mapping[str, LazyTe
                          "Hugging Face folder of that model")  # fmt: skip
     heads = _positive(params, "n_heads", where)
     for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):
-        if name not in tensors:
-            raise InputError(f"{where.parent}: {name} is missing; fetch or make it again")
+        if name not in tensors or not tensors[name].shape:
+            raise InputError(f"{where.parent}: {name} is missing or has no rows; fetch or make it again")
     return plain_config(
-        vocab_size=tensors["tok_embeddings.weight"].shape[0], hidden_size=_positive(params, "dim", where),
+        where, vocab_size=tensors["tok_embeddings.weight"].shape[0], hidden_size=_positive(params, "dim", where),
         num_hidden_layers=_positive(params, "n_layers", where), num_attention_heads=heads,
         num_key_value_heads=_positive(params, "n_kv_heads", where, heads),
         intermediate_size=tensors["layers.0.feed_forward.w1.weight"].shape[0], max_position_embeddings=4096,
@@ -103,15 +99,15 @@ def _config(params: Mapping[str, Any], where: Path, tensors: Mapping[str, LazyTe
 
 def _merge(name: str, parts: list[LazyTensor], hidden: int) -> LazyTensor:
     """One tensor of its model-parallel parts."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
     kind = (_BLOCK.fullmatch(name) or [None, None, name.removesuffix(".weight")])[2]
     if kind == "tok_embeddings":  # Llama 1 and 2 cut its columns, Llama 3 its rows
-        dim = 0 if parts[0].shape[-1] == hidden else 1
+        dim = 0 if first.shape[-1:] == (hidden,) else 1
     elif kind in _BY_ROWS + _BY_COLUMNS:
         dim = int(kind in _BY_COLUMNS)
     else:
-        return parts[0]
-    first = parts[0]
-    if len(parts) == 1:
         return first
     if len(first.shape) != 2 or any((part.shape, part.dtype) != (first.shape, first.dtype) for part in parts):
         raise InputError(f"{first.source}: the shards hold parts of different shapes or types; fetch them again")
@@ -201,7 +197,7 @@ def read_llama2c(path: Path) -> Checkpoint:
             tensors[name] = LazyTensor(one, torch.float32, _reader(path, position, one), f"{path}: {name}")
             position += 4 * math.prod(one)
     config = plain_config(
-        vocab_size=abs(vocab), hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        path, vocab_size=abs(vocab), hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=groups, max_position_embeddings=context, tie_word_embeddings=vocab > 0,
     )  # fmt: skip
     beside = path.with_name("tokenizer.model")

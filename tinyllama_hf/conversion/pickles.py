@@ -56,6 +56,9 @@ _STORAGES = {
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _STORAGES.values() if dtype}
 _MAX_DIMENSIONS = 16
 _KEYS = (str, int, float, type(None))  # of dicts; a tuple of tuples takes time without bound to hash
+# Bits of a number: those of a random state have some hundreds; Python refuses to print one of many thousands. Keys have
+# fewer: among larger ones, any number can have the same hash.
+_MAX_BITS, _MAX_KEY_BITS, _MAX_KEY_LENGTH = 4096, 60, 1024
 _MARK = object()
 
 
@@ -87,14 +90,18 @@ class _Interpreter:
     def __init__(self) -> None:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.copied = 0
 
     def run(self, data: bytes) -> Any:
+        self.length = len(data)
         for opcode, argument, position in pickletools.genops(data):
             if opcode.name == "STOP":
                 if len(self.stack) != 1:
                     raise ValueError(f"{len(self.stack)} objects are left at its end")
                 return self.stack.pop()
             if opcode.name in _PUSHED:
+                if isinstance(argument, int) and argument.bit_length() > _MAX_BITS:
+                    raise ValueError(f"a number of {argument.bit_length()} bits at byte {position}")
                 self.stack.append(argument)
             elif action := _ACTIONS.get(opcode.name):
                 action(self, argument)
@@ -124,16 +131,18 @@ class _Interpreter:
     def set_items(self, items: list[Any]) -> None:
         if len(items) % 2:
             raise ValueError("a key without a value")
-        keys = [_checked(key, _KEYS) for key in items[::2]]
+        keys = [_key(key) for key in items[::2]]
         _checked(self.stack[-1], dict).update(zip(keys, items[1::2], strict=True))
 
     def add_items(self, items: list[Any]) -> None:
-        _checked(self.stack[-1], set).update(_checked(item, _KEYS) for item in items)
+        _checked(self.stack[-1], set).update(map(_key, items))
 
     def name(self, module: Any, attribute: Any) -> None:
         name = Name(_checked(module, str), _checked(attribute, str))
         if name not in _KNOWN:
-            raise UnsafePickleError(f"its pickle names {name}, which is not one of the few names that rebuild tensors")
+            raise UnsafePickleError(
+                f"its pickle names {_in_words(name)}, which is not one of the few names that rebuild tensors"
+            )
         self.push(_KNOWN[name] if isinstance(_KNOWN[name], torch.dtype) else name)
 
     def stack_name(self) -> None:
@@ -145,7 +154,12 @@ class _Interpreter:
         rebuild = _KNOWN.get(function) if isinstance(function, Name) else None
         if not callable(rebuild) or isinstance(rebuild, torch.dtype):
             raise UnsafePickleError(f"its pickle calls {_in_words(function)}")
-        self.push(rebuild(*_checked(arguments, tuple)))
+        # One thing in the memo, copied at every call, would make more than the file could hold.
+        for argument in _checked(arguments, tuple):
+            self.copied += len(argument) if isinstance(argument, (str, list, tuple, dict, set, bytes)) else 0
+        if self.copied > self.length:
+            raise ValueError("its calls copy more than it holds")
+        self.push(rebuild(*arguments))
 
     def build(self) -> None:
         """The attributes of an OrderedDict, as `state_dict()` gives it some; they are dropped."""
@@ -170,6 +184,14 @@ def _checked(value: Any, kind: type | tuple[type, ...]) -> Any:
     if not isinstance(value, kind):
         raise TypeError(f"{kind if isinstance(kind, tuple) else kind.__name__} expected, {type(value).__name__} found")
     return value
+
+
+def _key(value: Any) -> Any:
+    """What may be a key of a dict or an item of a set."""
+    size = len(value) if isinstance(value, str) else 0
+    if size > _MAX_KEY_LENGTH or (isinstance(value, int) and value.bit_length() > _MAX_KEY_BITS):
+        raise ValueError(f"a key of {size} characters, or a large number")
+    return _checked(value, _KEYS)
 
 
 def _in_words(value: Any) -> str:
@@ -203,7 +225,7 @@ def _rebuild_parameter(tensor: Any, *_: Any) -> StoredTensor:
 
 
 def _ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
-    return {_checked(key, _KEYS): value for key, value in _checked(pairs, (list, tuple))}
+    return {_key(key): value for key, value in _checked(pairs, (list, tuple))}
 
 
 def _path(*parts: Any) -> str:

@@ -4,26 +4,30 @@ The order of Meta's shards, and which of several files in a folder are weights, 
 is known by a plausible header and its exact size. Everything else is told by contents.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import GenerationConfig, LlamaConfig
+from transformers import GenerationConfig, LlamaConfig, PreTrainedConfig
 
 from ..configuration_tinyllama import TinyLlamaConfig
 from ..errors import InputError
-from ..provenance import file_sha256, read_json
+from ..provenance import file_sha256
 from ..released import local_folder
 from . import lit_gpt, meta
-from .checkpoint import EMBEDDING, OUTPUT, Checkpoint, LazyTensor, complete
+from .awq_source import dequantized, is_awq
+from .checkpoint import EMBEDDING, OUTPUT, Checkpoint, LazyTensor, complete, of_transformers
 from .containers import (
     BIN_INDEX,
     SAFETENSORS_INDEX,
     damaged,
+    is_file,
     open_safetensors,
     open_sharded,
     open_torch_archive,
+    read_fields,
     state_dict,
 )
 
@@ -33,6 +37,18 @@ _WRAPPERS = ("module.", "_forward_module.", "_orig_mod.", "_fsdp_wrapped_module.
 # In the order in which they are taken where a folder holds several.
 _WEIGHTS = (SAFETENSORS_INDEX, "model.safetensors", BIN_INDEX, "pytorch_model.bin", lit_gpt.WEIGHTS_FILE)
 _PROVENANCE = "provenance.json"
+_QUANTIZED = (
+    ".qweight",
+    ".quant_state.bitsandbytes__nf4",
+    ".SCB",
+    ".weight_packed",
+)  # what names of such tensors end in
+_MAX_YAML = 1 << 16  # bytes
+# What a `config.json` says of the architecture. The rest is left aside: it can name kernels to be downloaded and run
+# (`attn_implementation`), or make labels by the billion (`num_labels`).
+_FIELDS = {field.name for field in dataclasses.fields(LlamaConfig)} - {
+    field.name for field in dataclasses.fields(PreTrainedConfig)
+} | {"rope_theta", "rope_scaling", "partial_rotary_factor"}
 
 
 def open_checkpoint(source: str | Path, config: str | Path | None = None) -> Checkpoint:
@@ -109,10 +125,7 @@ def _by_keys(
     if kind:
         checkpoint = _lit_gpt(bare, kind, training, file, given, config)
     elif any(name.startswith("model.layers.") for name in bare):
-        if _is_quantized(bare):
-            raise InputError(f"{file}: holds quantised weights; convert the model that they were made from")
-        read = read_llama_config(config or file.parent / "config.json")
-        checkpoint = Checkpoint(given, f"Hugging Face, {file.name}", read, bare)
+        checkpoint = _hugging_face(bare, file, given, config or file.parent / "config.json")
     elif meta.layout(bare):
         raise InputError(f"{file}: holds Meta's tensors; give the folder with consolidated.00.pth and params.json")
     else:
@@ -123,17 +136,23 @@ def _by_keys(
     return complete(checkpoint)
 
 
+def _hugging_face(tensors: dict[str, LazyTensor], file: Path, given: Path, config: Path) -> Checkpoint:
+    quantization = read_fields(config).get("quantization_config") if is_file(config) else None
+    if is_awq(quantization):
+        tensors = dequantized(tensors, quantization, str(config))
+        return Checkpoint(given, "AWQ, dequantised", read_llama_config(config, quantized=True), tensors)
+    if any(name.endswith(_QUANTIZED) for name in tensors):
+        raise InputError(f"{file}: holds quantised weights; convert the model that they were made from")
+    return Checkpoint(given, f"Hugging Face, {file.name}", read_llama_config(config), tensors)
+
+
 def _bare(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.removeprefix(wrapper).replace(f".{wrapper}", ".")
-    stripped = any(name.startswith(wrapper) for wrapper in _WRAPPERS)
-    return _bare(name) if stripped else name
-
-
-def _is_quantized(names: dict[str, Any]) -> bool:
-    return any(
-        name.endswith((".qweight", ".quant_state.bitsandbytes__nf4", ".SCB", ".weight_packed")) for name in names
-    )
+    before = None
+    while name != before:
+        before = name
+        for wrapper in _WRAPPERS:
+            name = name.removeprefix(wrapper).replace(f".{wrapper}", ".")
+    return name
 
 
 def _lit_gpt(
@@ -162,12 +181,20 @@ def _lit_gpt(
 
 def _fields(config: Path) -> dict[str, Any]:
     if config.suffix == ".json":
-        fields = read_json(config)
-    else:
-        try:
-            fields = yaml.safe_load(config.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise damaged(config, str(error).splitlines()[0]) from error
+        return read_fields(config)
+    if config.stat().st_size > _MAX_YAML:
+        raise damaged(config, f"{config.stat().st_size} bytes of YAML")
+    try:
+        text = config.read_text(encoding="utf-8")
+        # A few lines that refer to each other make billions of values.
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.SafeLoader)):
+            raise damaged(config, "it has aliases, which litgpt never writes")
+        fields = yaml.safe_load(text)
+        str(fields)  # a number of so many digits that Python does not print it is a ValueError
+    except InputError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise damaged(config, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(fields, dict):
         raise damaged(config, "it holds no fields")
     return fields
@@ -178,38 +205,22 @@ def _are_equal(a: LazyTensor | None, b: LazyTensor | None) -> bool:
     return a is not None and b is not None and (a.shape, a.dtype) == (b.shape, b.dtype) and a.read().equal(b.read())
 
 
-def read_llama_config(file: Path) -> LlamaConfig:
-    """Reads a `config.json` of a Llama.
+def read_llama_config(file: Path, quantized: bool = False) -> LlamaConfig:
+    """Reads a `config.json` of a Llama; one that says that the weights are `quantized` only where that is known.
 
     Raises:
         InputError: if there is none, it is no Llama's, is quantised, or has a field that no Llama can have.
     """
     if not file.is_file():
         raise InputError(f"{file}: is missing; it lies beside the weights of a Hugging Face model, or pass --config")
-    fields = read_json(file)
-    if not isinstance(fields, dict):
-        raise damaged(file, "it holds no fields")
+    fields = read_fields(file)
     if fields.get("model_type") not in ("llama", TinyLlamaConfig.model_type):
         raise InputError(f"{file}: model_type {fields.get('model_type')!r} is not a Llama; only Llamas are converted")
-    if "quantization_config" in fields:
+    if "quantization_config" in fields and not quantized:
         raise InputError(f"{file}: the weights are quantised already; convert the model that they were made from")
-    try:
-        config = TinyLlamaConfig.from_llama(LlamaConfig(**fields)).to_llama()
-    # transformers' own checks, whose errors have no common base.
-    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
-        raise damaged(file, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
-    sizes = (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "vocab_size",
-    )
-    for name in (*sizes, "intermediate_size", "max_position_embeddings"):
-        if not 0 < getattr(config, name) < 2**31:
-            raise damaged(file, f"{name} is {getattr(config, name)}")
-    return config
+    with of_transformers(file):
+        config = LlamaConfig(**{name: value for name, value in fields.items() if name in _FIELDS})
+        return TinyLlamaConfig.from_llama(config).to_llama()
 
 
 def _add_surroundings(checkpoint: Checkpoint, folder: Path) -> None:
@@ -219,24 +230,25 @@ def _add_surroundings(checkpoint: Checkpoint, folder: Path) -> None:
     if (folder / "generation_config.json").is_file():
         checkpoint.generation = _generation(folder / "generation_config.json")
     if (folder / _PROVENANCE).is_file():
-        checkpoint.provenance = read_json(folder / _PROVENANCE)
+        checkpoint.provenance = read_fields(folder / _PROVENANCE)
         _check_hashes(folder, checkpoint.provenance)
 
 
 def _generation(file: Path) -> dict[str, Any]:
-    fields = read_json(file)
+    fields = read_fields(file)
     try:
         return json.loads(GenerationConfig(**fields).to_json_string())
-    except (TypeError, ValueError, AttributeError) as error:
-        raise damaged(file, f"{type(error).__name__}: {error}") from error
+    # Whatever its many checks, some of which import optional packages, stumble over.
+    except (TypeError, ValueError, LookupError, AttributeError, ImportError, RecursionError) as error:
+        raise damaged(file, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
 
 
-def _check_hashes(folder: Path, provenance: Any) -> None:
+def _check_hashes(folder: Path, provenance: dict[str, Any]) -> None:
     """Holds the files of a folder against the hashes that its provenance has, where it was written by a conversion."""
-    recorded = provenance.get("sha256") if isinstance(provenance, dict) else None
+    recorded = provenance.get("sha256")
     for name, digest in (recorded if isinstance(recorded, dict) else {}).items():
         file = folder / Path(name).name
-        if not file.is_file():
+        if not is_file(file):
             raise InputError(f"{file}: is missing, but {_PROVENANCE} beside it names it; fetch it")
         if file_sha256(file) != digest:
             raise damaged(file, f"its SHA-256 is not the one in {_PROVENANCE}")
