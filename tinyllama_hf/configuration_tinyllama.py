@@ -86,14 +86,18 @@ def _architecture_fields(config: LlamaConfig) -> dict[str, Any]:
 
 @strict
 class _PlainLlamaConfig(LlamaConfig):
-    """`LlamaConfig` as a file for every reader: the stock class name, and the rotary base in both spellings.
+    """`LlamaConfig` as a file for every reader: the stock class name, and the rotary embedding in both spellings.
 
-    transformers 5 writes only `rope_parameters`; mistral.rs then refuses the folder and others take a wrong base.
+    transformers 5 writes only `rope_parameters`; mistral.rs then refuses the folder, and others take a wrong base or leave
+    out the scaling.
     """
 
     def to_diff_dict(self) -> dict[str, Any]:
         fields = super().to_diff_dict()
+        scaling = {name: value for name, value in self.rope_parameters.items() if name != "rope_theta"}
         fields["rope_theta"] = self.rope_parameters["rope_theta"]
+        if scaling.get("rope_type", "default") != "default":
+            fields["rope_scaling"] = scaling
         fields["architectures"] = ["LlamaForCausalLM"]
         return fields
 

@@ -46,6 +46,7 @@ def convert(
 
     Example: tinyllama-hf convert lit_model.pth --to llama --output my-model
     """
+    import signal
     import sys
     import time
 
@@ -53,6 +54,8 @@ def convert(
     from tinyllama_hf.conversion.verify import check_sanity
     from tinyllama_hf.progress import quiet_library_bars
 
+    for number in (signal.SIGTERM, signal.SIGHUP):  # ended like Ctrl-C: what was begun is removed
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     quiet_library_bars()
     losses: list[float] = []
     started = time.monotonic()

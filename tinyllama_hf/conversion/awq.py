@@ -5,7 +5,6 @@ nothing here calls that AWQ. The files are of the same format either way.
 """
 
 import copy
-import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from ..tokenization_tinyllama import load_tokenizer
 from .awq_packing import BITS, PER_WORD, pack, quantize_groups
 from .awq_search import calibration_tokens, clip_layer, observe_layer, scale_layer
 from .checkpoint import EMBEDDING, Checkpoint
-from .llama_target import write_configs
+from .llama_target import write_config
 from .writing import Spec, write_safetensors
 
 
@@ -57,7 +56,7 @@ def write_awq(
     write_safetensors(folder, specs, _tensors(checkpoint, tokens), max_shard_size)
     config = copy.deepcopy(checkpoint.config)
     config.quantization_config = copy.deepcopy(QUANTIZATION)
-    write_configs(dataclasses.replace(checkpoint, config=config), folder, torch.float16)
+    write_config(config, folder, torch.float16)
     layout = f"{BITS} bit with zero points in groups of {GROUP_SIZE} inputs, the rest float16"
     if tokens is None:
         return [f"{ROUNDING}: {layout}; give calibration text for activation-aware scales"]

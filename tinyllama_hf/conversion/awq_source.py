@@ -46,7 +46,8 @@ def _weight(tensors: Mapping[str, LazyTensor], module: str, group_size: Any) -> 
             f"{source}: {module} lacks its {'scales' if scales is None else 'qzeros'}; fetch or make it again"
         )
     width, columns = (*words.shape, 0, 0)[:2]  # [in, out / 8]
-    groups = width // group_size if isinstance(group_size, int) and group_size > 0 else 0
+    divides = isinstance(group_size, int) and group_size > 0 and width % group_size == 0
+    groups = width // group_size if divides else 0
     shapes, kinds = (words.shape, zeros.shape, scales.shape), (words.dtype, zeros.dtype, scales.dtype)
     fitting = ((width, columns), (groups, columns), (groups, columns * PER_WORD))
     if not groups or shapes != fitting or kinds != (torch.int32, torch.int32, torch.float16):

@@ -172,8 +172,14 @@ def complete(checkpoint: Checkpoint) -> Checkpoint:
     """
     path, tensors = checkpoint.path, checkpoint.tensors
     _check_config(checkpoint)
-    if checkpoint.config.tie_word_embeddings:
-        tensors.pop(OUTPUT, None)
+    if checkpoint.config.tie_word_embeddings and OUTPUT in tensors and EMBEDDING in tensors:
+        if are_equal(tensors[OUTPUT], tensors[EMBEDDING]):
+            del tensors[OUTPUT]
+        else:  # as transformers does
+            checkpoint.config.tie_word_embeddings = False
+            checkpoint.notes.append(
+                f"tie_word_embeddings is true, but {OUTPUT} is another tensor: both are kept, untied"
+            )
     for name in [name for name in tensors if name.endswith(COMPUTED)]:
         del tensors[name]
     with of_transformers(f"{path}: its configuration"):
@@ -193,6 +199,11 @@ def complete(checkpoint: Checkpoint) -> Checkpoint:
             raise InputError(f"{found.source}: holds {str(found.dtype)[6:]}; weights are float32, float16 or bfloat16")
     checkpoint.tensors = {name: tensors[name] for name in shapes}
     return checkpoint
+
+
+def are_equal(a: LazyTensor | None, b: LazyTensor | None) -> bool:
+    """Whether two tensors are the same bits."""
+    return a is not None and b is not None and (a.shape, a.dtype) == (b.shape, b.dtype) and a.read().equal(b.read())
 
 
 def _check_config(checkpoint: Checkpoint) -> None:

@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import provenance
 from ..errors import InputError, did_you_mean
-from ..tokenization_tinyllama import load_tokenizer
+from ..tokenization_tinyllama import TinyLlamaTokenizer, load_tokenizer
 from .checkpoint import Checkpoint
 from .hand_off import HAND_OFF, hand_off_lines
+from .llama_target import write_generation_config, write_llama
 from .sources import open_checkpoint
 from .vocabulary import resize_vocabulary
 
@@ -25,6 +26,10 @@ from .vocabulary import resize_vocabulary
 # Bytes of an output for a parameter, at most, for the look at the disk.
 _BYTES = {"gguf-f32": 4, "gguf-f16": 2, "gguf-bf16": 2, "gguf-q8_0": 1.1, "gguf-q4_0": 0.6, "awq": 2}
 FORMATS = ("llama", "litgpt", *_BYTES)
+# Of a generation configuration: what GGUF keeps, and what concerns calls of transformers alone.
+_NOT_LOST = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config", "use_cache",
+             "output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"}  # fmt: skip
+MAX_SHARD_SIZE = "5GB"
 DTYPES = {"auto": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -47,7 +52,7 @@ def convert(
     output: str | Path,
     *,
     dtype: str = "auto",
-    max_shard_size: str = "5GB",
+    max_shard_size: str = MAX_SHARD_SIZE,
     vocab_rows: int | None = None,
     config: str | Path | None = None,
     calibration: Sequence[str | Path] = (),
@@ -74,8 +79,8 @@ def convert(
     Raises:
         InputError: for anything that can be known before, and for damage found on the way; then nothing is written.
     """
-    output = Path(output)
-    _check_arguments(to, dtype, calibration)
+    output = Path(output).absolute() if Path(output).name in ("", "..") else Path(output)
+    _check_arguments(to, dtype, max_shard_size, calibration)
     shard_size = _parse_size(max_shard_size)
     _check_output(output, source, force)
     asked, to = to, HAND_OFF.get(to, to)
@@ -106,7 +111,9 @@ def _write(
     if to.startswith("gguf-"):
         from .gguf_target import write_gguf
 
-        return write_gguf(checkpoint, folder, to.removeprefix("gguf-"), name)
+        lost = sorted(set(checkpoint.generation or ()) - _NOT_LOST)
+        notes = [f"GGUF has no place for these of the generation configuration: {', '.join(lost)}"] if lost else []
+        return [*notes, *write_gguf(checkpoint, folder, to.removeprefix("gguf-"), name)]
     notes, write_tokenizer = [], PreTrainedTokenizerBase.save_pretrained
     if to == "litgpt":
         from .lit_gpt import write_litgpt, write_litgpt_tokenizer
@@ -118,12 +125,15 @@ def _write(
         texts = [_read_text(Path(path)) for path in calibration]
         notes = write_awq(checkpoint, folder, texts or None, shard_size)
     else:
-        from .llama_target import write_llama
-
         write_llama(checkpoint, folder, dtype, shard_size)
-    if checkpoint.tokenizer is None:
+    tokenizer = load_tokenizer(checkpoint.tokenizer) if checkpoint.tokenizer is not None else None
+    # Without a tokenizer padding is <unk>, as everywhere in this package.
+    write_generation_config(checkpoint, folder, 0 if tokenizer is None else tokenizer.pad_token_id)
+    if tokenizer is None:
         return [*notes, "the source brings no tokenizer, so none is written; put one beside it"]
-    write_tokenizer(load_tokenizer(checkpoint.tokenizer), folder)
+    write_tokenizer(tokenizer, folder)
+    if not (folder / "tokenizer.model").is_file() and isinstance(tokenizer, TinyLlamaTokenizer):
+        notes.append("the source brings no tokenizer.model, so only tokenizer.json is written")
     return notes
 
 
@@ -139,13 +149,15 @@ def _write_provenance(checkpoint: Checkpoint, folder: Path, settings: dict[str, 
     provenance.write_json(folder / "provenance.json", record)
 
 
-def _check_arguments(to: str, dtype: str, calibration: Sequence) -> None:
+def _check_arguments(to: str, dtype: str, max_shard_size: str, calibration: Sequence) -> None:
     if to not in FORMATS and to not in HAND_OFF:
         raise InputError(f"--to {to!r}: no format{did_you_mean(to, (*FORMATS, *HAND_OFF))}")
     if dtype not in DTYPES:
         raise InputError(f"--dtype {dtype!r}: there is none of this name{did_you_mean(dtype, DTYPES)}")
     if dtype != "auto" and to not in ("llama", "litgpt"):
         raise InputError(f"--dtype {dtype}: {to} has the types of its name; the option is for llama and litgpt")
+    if max_shard_size != MAX_SHARD_SIZE and (to == "litgpt" or to.startswith("gguf-")):
+        raise InputError(f"--max-shard-size {max_shard_size}: {to} is one file; the option is for llama and awq")
     if calibration and to != "awq":
         raise InputError(f"--calibration: {to} needs none; the option is for awq")
     for path in calibration:
@@ -167,6 +179,8 @@ def _parse_size(size: str) -> int:
 
 def _check_output(output: Path, source: str | Path, force: bool) -> None:
     """Refuses an output that holds something, unless it may be replaced and was written by a conversion."""
+    if blocked := next((path for path in output.absolute().parents if path.exists() and not path.is_dir()), None):
+        raise InputError(f"--output {output}: {blocked} is a file; choose another folder")
     given = Path(source)
     if given.exists() and output.exists():
         inside = [given.resolve(), *given.resolve().parents]

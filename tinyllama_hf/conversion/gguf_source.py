@@ -112,6 +112,7 @@ class _Fields:
         rows = self.header.tensors["token_embd.weight"].shape[0]
         try:
             return plain_config(
+                self.header.path,
                 vocab_size=rows,
                 hidden_size=hidden,
                 intermediate_size=inner,

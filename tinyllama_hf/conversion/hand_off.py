@@ -1,6 +1,7 @@
 """Formats that other programs make, from what is written here: our part is done, their commands are printed."""
 
 from pathlib import Path
+from shlex import quote
 
 
 _K_QUANTS = ("q3_k_m", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")
@@ -13,6 +14,8 @@ def hand_off_lines(to: str, output: Path) -> list[str]:
 
     Both were run for real: see benchmarks/README.md, "Formats that other programs make".
     """
+    sentencepiece = "tokenizer.model"
+    has_model = (output / sentencepiece).is_file()  # llm-compressor leaves it behind
     if to == "gptq":
         recipe = 'GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"])'
         data = 'load_dataset("json", data_files="calibration.jsonl", split="train")'
@@ -23,10 +26,10 @@ def hand_off_lines(to: str, output: Path) -> list[str]:
             "from llmcompressor.modifiers.gptq import GPTQModifier; "
             f'oneshot(model="{output}", dataset={data}, recipe={recipe}, max_seq_length=512, '
             f'num_calibration_samples=128, output_dir="{output}-gptq")\'',
-            f"cp {output}/tokenizer.model {output}-gptq/",
+            *([f"cp {quote(f'{output}/{sentencepiece}')} {quote(f'{output}-gptq/')}"] if has_model else []),
         ]
     kind = to.removeprefix("gguf-").upper()
-    files = f"{output}/model-f16.gguf {output}/model-{kind.lower()}.gguf"
+    files = " ".join(quote(f"{output}/model-{name}.gguf") for name in ("f16", kind.lower()))
     return [
         "K-quants are made by llama.cpp, from the f16 file that was written; run its program:",
         f"llama-quantize {files} {kind}",

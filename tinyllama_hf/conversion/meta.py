@@ -60,7 +60,12 @@ def read_meta(folder: Path) -> Checkpoint:
     merged = {name: _merge(name, [shard[name] for shard in shards], hidden) for name in shards[0]}
     config = _config(params, params_file, merged)
     tokenizer = next((p for p in (folder / "tokenizer.model", folder.parent / "tokenizer.model") if p.is_file()), None)
-    notes = ["Meta's files do not say the context length: 4096 is written, as for Llama 2; change max_position_embeddings in "
+    extra = []
+    if tokenizer is not None and tokenizer.read_bytes()[:1] != b"\n":  # with which every SentencePiece model begins
+        tokenizer = None
+        extra = ["tokenizer.model is no SentencePiece model (Llama 3 has tiktoken's format): take tokenizer.json from the Hugging "
+                 "Face folder of that model"]  # fmt: skip
+    notes = [*extra, "Meta's files do not say the context length: 4096 is written, as for Llama 2; change max_position_embeddings in "
              "config.json if it is another"]  # fmt: skip
     return complete(Checkpoint(folder, f"Meta, {len(files)} file(s)", config, to_hugging_face(merged, config), tokenizer,
                                notes=notes))  # fmt: skip
@@ -108,13 +113,23 @@ def _merge(name: str, parts: list[LazyTensor], hidden: int) -> LazyTensor:
     elif kind in _BY_ROWS + _BY_COLUMNS:
         dim = int(kind in _BY_COLUMNS)
     else:
-        return first
+        return LazyTensor(first.shape, first.dtype, lambda: _same_in_all(parts), first.source)
     if len(first.shape) != 2 or any((part.shape, part.dtype) != (first.shape, first.dtype) for part in parts):
         raise InputError(f"{first.source}: the shards hold parts of different shapes or types; fetch them again")
     shape = (
         (first.shape[0] * len(parts), first.shape[1]) if dim == 0 else (first.shape[0], first.shape[1] * len(parts))
     )
     return LazyTensor(shape, first.dtype, lambda: torch.cat([part.read() for part in parts], dim), first.source)
+
+
+def _same_in_all(parts: list[LazyTensor]) -> torch.Tensor:
+    """What every shard holds whole."""
+    whole = parts[0].read()
+    if other := next((part for part in parts[1:] if not part.read().equal(whole)), None):
+        raise InputError(
+            f"{other.source}: differs from {parts[0].source}; the shards are not of one model, fetch them again"
+        )
+    return whole
 
 
 def to_hugging_face(tensors: Mapping[str, LazyTensor], config: LlamaConfig) -> dict[str, LazyTensor]:

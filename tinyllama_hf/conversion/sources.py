@@ -18,7 +18,7 @@ from ..provenance import file_sha256
 from ..released import local_folder
 from . import lit_gpt, meta
 from .awq_source import dequantized, is_awq
-from .checkpoint import EMBEDDING, OUTPUT, Checkpoint, LazyTensor, complete, of_transformers
+from .checkpoint import EMBEDDING, OUTPUT, Checkpoint, LazyTensor, are_equal, complete, of_transformers
 from .containers import (
     BIN_INDEX,
     SAFETENSORS_INDEX,
@@ -30,6 +30,7 @@ from .containers import (
     read_fields,
     state_dict,
 )
+from .gguf_source import read_gguf
 
 
 # What training wrappers put into the names of keys.
@@ -73,6 +74,7 @@ def open_checkpoint(source: str | Path, config: str | Path | None = None) -> Che
 
 def _open_folder(folder: Path, config: Path | None) -> Checkpoint:
     if any(folder.glob("consolidated.*.pth")) and not any((folder / name).is_file() for name in _WEIGHTS):
+        _refuse_config(config, "Meta's files")
         return meta.read_meta(folder)
     for name in _WEIGHTS:
         if (folder / name).is_file():
@@ -89,8 +91,13 @@ def _open_folder(folder: Path, config: Path | None) -> Checkpoint:
 
 def _open_file(path: Path, config: Path | None) -> Checkpoint:
     if path.name.startswith("consolidated.") and path.suffix == ".pth":
-        return meta.read_meta(path.parent)
+        return _open_folder(path.parent, config)
     return _open_weights(path, path, config)
+
+
+def _refuse_config(config: Path | None, what: str) -> None:
+    if config is not None:
+        raise InputError(f"--config {config}: {what} bring their own configuration; leave it out")
 
 
 def _open_weights(file: Path, given: Path, config: Path | None) -> Checkpoint:
@@ -100,9 +107,10 @@ def _open_weights(file: Path, given: Path, config: Path | None) -> Checkpoint:
     with file.open("rb") as opened:
         begin = opened.read(9)
     if begin[:4] == b"GGUF":
-        from .gguf_source import read_gguf  # wants numpy's types of the gguf package, which is optional
-
-        return read_gguf(file)
+        _refuse_config(config, "GGUF files")
+        checkpoint = read_gguf(file)
+        _add_provenance(checkpoint, file.parent)
+        return checkpoint
     if begin[:2] == b"PK" or begin[:1] == b"\x80":
         value = open_torch_archive(file)
         training = value if isinstance(value, dict) and isinstance(value.get("model"), dict) else None
@@ -110,6 +118,7 @@ def _open_weights(file: Path, given: Path, config: Path | None) -> Checkpoint:
     if begin[8:9] == b"{":
         return _by_keys(open_safetensors(file), None, file, given, config)
     if meta.is_llama2c(file):
+        _refuse_config(config, "llama2.c's files")
         return meta.read_llama2c(file)
     raise damaged(file, f"begins with {begin[:4]!r}: neither safetensors, torch's zip, GGUF nor llama2.c")
 
@@ -163,13 +172,14 @@ def _lit_gpt(
     given: Path,
     config: Path | None,
 ) -> Checkpoint:
-    config = config or next((p for name in lit_gpt.CONFIG_FILES if (p := file.parent / name).is_file()), None)
+    names = (*lit_gpt.CONFIG_FILES, "config.json")
+    config = config or next((p for name in names if (p := file.parent / name).is_file()), None)
     if config and config.name == "config.json":
         read = read_llama_config(config)
     else:
         read = lit_gpt.find_config(_fields(config) if config else None, tensors, str(config or file))
     converted = lit_gpt.to_hugging_face(tensors, read, kind)
-    if _are_equal(converted.get(OUTPUT), converted.get(EMBEDDING)):
+    if are_equal(converted.get(OUTPUT), converted.get(EMBEDDING)):
         read.tie_word_embeddings = True
     layout = f"{'litgpt' if kind == 'C' else 'lit-gpt'}, layout {kind}"
     checkpoint = Checkpoint(given, layout, read, converted)
@@ -200,11 +210,6 @@ def _fields(config: Path) -> dict[str, Any]:
     return fields
 
 
-def _are_equal(a: LazyTensor | None, b: LazyTensor | None) -> bool:
-    """Whether two tensors are the same bits: lit-gpt keeps a copy of an embedding that is tied."""
-    return a is not None and b is not None and (a.shape, a.dtype) == (b.shape, b.dtype) and a.read().equal(b.read())
-
-
 def read_llama_config(file: Path, quantized: bool = False) -> LlamaConfig:
     """Reads a `config.json` of a Llama; one that says that the weights are `quantized` only where that is known.
 
@@ -216,7 +221,7 @@ def read_llama_config(file: Path, quantized: bool = False) -> LlamaConfig:
     fields = read_fields(file)
     if fields.get("model_type") not in ("llama", TinyLlamaConfig.model_type):
         raise InputError(f"{file}: model_type {fields.get('model_type')!r} is not a Llama; only Llamas are converted")
-    if "quantization_config" in fields and not quantized:
+    if fields.get("quantization_config") is not None and not quantized:
         raise InputError(f"{file}: the weights are quantised already; convert the model that they were made from")
     with of_transformers(file):
         config = LlamaConfig(**{name: value for name, value in fields.items() if name in _FIELDS})
@@ -229,9 +234,7 @@ def _add_surroundings(checkpoint: Checkpoint, folder: Path) -> None:
         checkpoint.tokenizer = folder
     if (folder / "generation_config.json").is_file():
         checkpoint.generation = _generation(folder / "generation_config.json")
-    if (folder / _PROVENANCE).is_file():
-        checkpoint.provenance = read_fields(folder / _PROVENANCE)
-        _check_hashes(folder, checkpoint.provenance)
+    _add_provenance(checkpoint, folder)
 
 
 def _generation(file: Path) -> dict[str, Any]:
@@ -243,11 +246,16 @@ def _generation(file: Path) -> dict[str, Any]:
         raise damaged(file, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
 
 
-def _check_hashes(folder: Path, provenance: dict[str, Any]) -> None:
-    """Holds the files of a folder against the hashes that its provenance has, where it was written by a conversion."""
-    recorded = provenance.get("sha256")
+def _add_provenance(checkpoint: Checkpoint, folder: Path) -> None:
+    """Reads the record of a folder, and holds its files, or the one that was given, against the hashes in it."""
+    if not (folder / _PROVENANCE).is_file():
+        return
+    checkpoint.provenance = read_fields(folder / _PROVENANCE)
+    recorded = checkpoint.provenance.get("sha256")
     for name, digest in (recorded if isinstance(recorded, dict) else {}).items():
         file = folder / Path(name).name
+        if checkpoint.path.is_file() and checkpoint.path.name != file.name:
+            continue
         if not is_file(file):
             raise InputError(f"{file}: is missing, but {_PROVENANCE} beside it names it; fetch it")
         if file_sha256(file) != digest:

@@ -74,7 +74,7 @@ def verify(
     """
     if not tolerance >= 0:
         raise InputError(f"--tolerance {tolerance}: must be 0 or more")
-    first, second = (open_checkpoint(source, _needed(source, config)) for source in (a, b))
+    first, second = _open_both(a, b, config)
     tokens, inputs = _tokens(first, second, text)
     notes = []
     rows = min(first.config.vocab_size, second.config.vocab_size)
@@ -94,7 +94,7 @@ def verify(
 
 def compare_tensors(a: str | Path, b: str | Path, config: str | Path | None = None) -> Iterator[TensorDifference]:
     """Compares two checkpoints tensor by tensor, in fp32, reading one pair at a time; errors as of [`verify`]."""
-    first, second = (open_checkpoint(source, _needed(source, config)) for source in (a, b))
+    first, second = _open_both(a, b, config)
     for name in dict.fromkeys([*first.tensors, *second.tensors]):
         if name not in first.tensors or name not in second.tensors:
             only = a if name in first.tensors else b
@@ -111,19 +111,31 @@ def compare_tensors(a: str | Path, b: str | Path, config: str | Path | None = No
                                float(difference.mean()), what)  # fmt: skip
 
 
-def _needed(source: str | Path, config: str | Path | None) -> str | Path | None:
-    """The configuration for a source that brings none: one that does keeps its own."""
-    path = Path(source)
-    folder = path if path.is_dir() else path.parent
-    brings = ("config.json", "model_config.yaml", "lit_config.json", "params.json")
-    return None if any((folder / name).is_file() for name in brings) else config
+def _open_both(a: str | Path, b: str | Path, config: str | Path | None) -> tuple[Checkpoint, Checkpoint]:
+    """Opens two checkpoints; the configuration is for whichever cannot be opened without."""
+    found = []
+    for source in (a, b):
+        try:
+            found.append(open_checkpoint(source))
+        except InputError:
+            if config is None:
+                raise
+            found.append(open_checkpoint(source, config))
+    return found[0], found[1]
 
 
 def logits_of(checkpoint: Checkpoint, tokens: torch.Tensor) -> torch.Tensor:
-    """The logits `[tokens, vocabulary]` of a checkpoint, computed in fp32 by stock `LlamaForCausalLM`."""
+    """The logits `[tokens, vocabulary]` of a checkpoint, computed in fp32 by stock `LlamaForCausalLM`.
+
+    Raises:
+        InputError: if they are not all finite, so that nothing could be said of them.
+    """
     model = load_model(checkpoint)
     with torch.no_grad():
-        return model(tokens[None], use_cache=False).logits[0]
+        logits = model(tokens[None], use_cache=False).logits[0]
+    if not torch.isfinite(logits).all():
+        raise InputError(f"{checkpoint.path}: its logits are not finite; its weights are no trained model's")
+    return logits
 
 
 def load_model(checkpoint: Checkpoint) -> LlamaForCausalLM:
@@ -172,7 +184,8 @@ def check_sanity(checkpoint: Checkpoint) -> float:
     """The loss on the next token of the bundled text, in nats: what a wrong order of rows, which no shape shows, destroys.
 
     Raises:
-        InputError: if it is no lower than that of guessing, or the checkpoint brings no tokenizer.
+        InputError: if the model knows no more of the text than how often each token comes in it (the entropy of the text's own
+            tokens), or the checkpoint brings no tokenizer.
     """
     if checkpoint.tokenizer is None:
         raise InputError(
@@ -181,9 +194,10 @@ def check_sanity(checkpoint: Checkpoint) -> float:
     tokens, _ = _tokens(checkpoint, checkpoint, None)
     logits = logits_of(checkpoint, tokens)
     loss = float(torch.nn.functional.cross_entropy(logits[:-1], tokens[1:]))
-    guessing = math.log(checkpoint.config.vocab_size)
-    if not loss < guessing:
-        raise InputError(f"--sanity: {checkpoint.path}: a loss of {loss:.3f} nats a token on the bundled text, where guessing has "
-                         f"{guessing:.3f}: its rows are in another order than {checkpoint.layout} says, or it was never "
-                         "trained; nothing was written")  # fmt: skip
+    counts = torch.bincount(tokens[1:]).float()
+    entropy = float(torch.distributions.Categorical(counts).entropy())
+    if not loss < entropy:
+        raise InputError(f"--sanity: {checkpoint.path}: a loss of {loss:.3f} nats a token on the bundled text, where the frequencies "
+                         f"of its tokens alone give {entropy:.3f}: the rows are in another order than {checkpoint.layout} says, "
+                         "or the model was hardly trained; nothing was written")  # fmt: skip
     return loss
