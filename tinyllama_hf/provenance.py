@@ -134,7 +134,8 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    # No JSON; not UTF-8; a number of more digits than Python converts; brackets deeper than its stack.
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: damaged, not valid JSON ({error}); fetch or make it again") from error
 
 

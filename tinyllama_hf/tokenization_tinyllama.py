@@ -7,10 +7,11 @@ merges follow the scores, and a tokenizer made from a `tokenizer.model` is compa
 handed out.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,13 +102,37 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
         `<unk>`. Encode text that is no chat with `split_special_tokens=True`: there a literal `</s>` is text.
 
     Raises:
-        InputError: if there is no tokenizer, or if it is one of SentencePiece's other kinds.
+        InputError: if there is no tokenizer, if it is one of SentencePiece's other kinds, if a file of it is damaged, or
+            if it would need code that lies beside it.
     """
     path = Path(path)
     if not path.exists():
         from .released import local_folder
 
         path = local_folder(str(path), TOKENIZER_FILES)
+    with _damage_refused(path):
+        tokenizer = _load(path)
+        tokenizer("")  # a setting of another type, such as a length that is text, shows at a call alone
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _damage_refused(path: Path) -> Iterator[None]:
+    """Makes one error of the many that damaged files end in; for reading and building, and nothing else."""
+    try:
+        yield
+    # Nothing narrower: tokenizers raises `Exception` itself, or the panic of its Rust, which is no `Exception` and has no
+    # name to import; and fields that are missing or of another type end in almost any error, here and in transformers.
+    except BaseException as error:
+        panic = type(error).__name__ == "PanicException"
+        if isinstance(error, InputError | MemoryError) or not (panic or isinstance(error, Exception)):
+            raise
+        reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), 'no message'):.200}"
+        fix = "install that" if isinstance(error, ImportError) else "fetch or make it again"
+        raise InputError(f"tokenizer {path}: cannot be loaded ({reason}); {fix}") from error
+
+
+def _load(path: Path) -> PreTrainedTokenizerFast:
     if path.is_file() and path.suffix == ".gguf":
         return _from_gguf(path)
     folder = path if path.is_dir() else path.parent
@@ -169,9 +194,7 @@ def _from_tokenizer_json(json_file: Path, folder: Path | None) -> PreTrainedToke
         raise InputError(f"{json_file}: no tokenizer.json (it has no vocabulary under 'model'); give the folder")
     model = state["model"]
     if model.get("type") != "BPE" or not model.get("byte_fallback") or not _has_dummy_prefix(state):
-        return (
-            AutoTokenizer.from_pretrained(folder) if folder else PreTrainedTokenizerFast(tokenizer_file=str(json_file))
-        )
+        return _stock(folder) if folder else PreTrainedTokenizerFast(tokenizer_file=str(json_file))
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     vocabulary = model["vocab"]
     added = {token["content"]: token["id"] for token in state["added_tokens"] if token["special"]}
@@ -182,6 +205,19 @@ def _from_tokenizer_json(json_file: Path, folder: Path | None) -> PreTrainedToke
         raise InputError(f"{json_file}: a SentencePiece vocabulary without <unk>, <s> or </s>; Llama's has all three")
     control = [token for token in added if token in vocabulary]
     return _wrap(_pipeline(vocabulary, merges, special["unk_token"], control), special, folder)
+
+
+def _stock(folder: Path) -> PreTrainedTokenizerFast:
+    """What transformers makes of a folder, without the code in it: left to itself, it asks on the terminal to run that."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise InputError(
+            f"{folder}: its tokenizer wants to run code of its own (auto_map in tokenizer_config.json), which is never "
+            "done; if tokenizer.json is all of the tokenizer, remove auto_map, otherwise take another model"
+        ) from error
 
 
 def _has_dummy_prefix(state: Mapping[str, Any]) -> bool:
@@ -256,7 +292,8 @@ def _wrap(backend: Tokenizer, special: dict, folder: Path | None, settings: dict
     tokenizer = TinyLlamaTokenizer(tokenizer_object=backend, clean_up_tokenization_spaces=False, **settings)
     template_file = folder / "chat_template.jinja" if folder else None
     if template_file and template_file.is_file():
-        tokenizer.chat_template = template_file.read_text(encoding="utf-8")
+        with _damage_refused(template_file):
+            tokenizer.chat_template = template_file.read_text(encoding="utf-8")
     elif config.get("chat_template"):
         tokenizer.chat_template = config["chat_template"]
     return tokenizer

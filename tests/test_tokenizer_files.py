@@ -1,0 +1,174 @@
+"""Tokenizers from files that are damaged, or that bring code: a clear error, and none of the code runs."""
+
+import collections
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from tests.conversion.mutants import _changed, _moved, _odd_fields
+from tests.conversion.test_gguf_tokenizer import byte_level
+from tinyllama_hf import load_tokenizer
+from tinyllama_hf.errors import InputError
+from tinyllama_hf.provenance import read_json
+from tinyllama_hf.tokenization_tinyllama import _damage_refused
+
+
+KINDS = ("sentencepiece", "tokenizer.json", "byte-level")
+
+
+@pytest.fixture(scope="module")
+def sources(documents, tokenizer_folder, tmp_path_factory):
+    """An undamaged folder of every kind."""
+    root = tmp_path_factory.mktemp("tokenizers")
+    files = {
+        "chat_template.jinja": "{{ messages }}",
+        "special_tokens_map.json": json.dumps({"bos_token": {"content": "<s>"}, "eos_token": "</s>"}),
+        "added_tokens.json": json.dumps({"<|im_start|>": 512, "<|im_end|>": 513}),
+        "tokenizer_config.json": json.dumps({"tokenizer_class": "LlamaTokenizer", "model_max_length": 77}),
+    }
+    (root / "sentencepiece").mkdir()
+    shutil.copy(tokenizer_folder / "tokenizer.model", root / "sentencepiece")
+    for name, text in files.items():  # as transformers 4 wrote them
+        (root / "sentencepiece" / name).write_text(text)
+    load_tokenizer(root / "sentencepiece").save_pretrained(root / "tokenizer.json")
+    (root / "tokenizer.json" / "tokenizer.model").unlink()
+    tokenizer = byte_level("smollm", documents, 300)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(root / "byte-level")
+    for name in ("special_tokens_map.json", "added_tokens.json"):
+        (root / "byte-level" / name).write_text(
+            json.dumps({"eos_token": "<|end|>"} if "map" in name else {"<|x|>": 300})
+        )
+    return root
+
+
+@pytest.fixture
+def folder(request, sources, tmp_path):
+    """A copy of one of them."""
+    return shutil.copytree(sources / request.param, tmp_path / "copy")
+
+
+def edited(edit):
+    """A change of a JSON file's fields, as one of its bytes."""
+
+    def change(data: bytes) -> bytes:
+        fields = json.loads(data)
+        edit(fields)
+        return json.dumps(fields).encode()
+
+    return change
+
+
+def test_code_in_the_folder_never_runs(sources, tmp_path):
+    """Not even where the standard input says yes to the question that transformers asks."""
+    folder, canary = shutil.copytree(sources / "byte-level", tmp_path / "evil"), tmp_path / "canary"
+    settings = {"auto_map": {"AutoTokenizer": [None, "evil.Evil"]}, "tokenizer_class": "Evil"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "evil.py").write_text(
+        f"from transformers import PreTrainedTokenizerFast\nopen({str(canary)!r}, 'w').close()\n"
+        "class Evil(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    program = (
+        "import os, sys\nfrom transformers import AutoTokenizer\n"
+        "from tinyllama_hf import load_tokenizer\nfrom tinyllama_hf.errors import InputError\n"
+        "folder, canary = sys.argv[1:]\n"
+        "try:\n    print('loaded', load_tokenizer(folder))\nexcept InputError as error:\n    print(error)\n"
+        "print('ran here:', os.path.exists(canary))\n"
+        "AutoTokenizer.from_pretrained(folder, trust_remote_code=True)\n"
+        "print('ran as control:', os.path.exists(canary))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, folder, canary], input="y\n", capture_output=True, text=True, timeout=120,
+        env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    message, *ran = done.stdout.splitlines()
+    assert ran[-2:] == ["ran here: False", "ran as control: True"]
+    assert message.startswith(f"{folder}: its tokenizer wants to run code of its own") and "never done" in message
+
+
+@pytest.mark.parametrize(
+    "folder, file, change, reason",
+    [
+        ("sentencepiece", "tokenizer.model", lambda data: data.replace("▁t".encode(), b"\xe2\xe2\xe2t", 1), "UnicodeDecodeError"),
+        ("sentencepiece", "chat_template.jinja", lambda _: b"{{ \xff }}", "UnicodeDecodeError"),
+        ("sentencepiece", "added_tokens.json", lambda _: b"[1]", "AttributeError"),
+        ("sentencepiece", "tokenizer_config.json", lambda _: b'{"added_tokens_decoder": {"512": {}}}', "KeyError"),
+        ("sentencepiece", "tokenizer_config.json", lambda _: b"[]", "AttributeError"),
+        ("sentencepiece", "tokenizer_config.json", lambda _: b'{"bos_token": 5}', "TypeError"),
+        ("sentencepiece", "tokenizer_config.json", lambda _: b'{"bos_token": "\\ud800"}', "UnicodeEncodeError"),
+        ("sentencepiece", "tokenizer_config.json", lambda _: b'{"model_max_length": "x"}', "TypeError"),
+        ("tokenizer.json", "tokenizer.json", edited(lambda fields: fields.pop("normalizer")), "KeyError"),
+        ("tokenizer.json", "tokenizer.json", edited(lambda fields: fields["model"].update(merges=5)), "TypeError"),
+        ("tokenizer.json", "tokenizer_config.json", lambda _: b'{"tokenizer_class": 5}', "AttributeError"),
+        ("tokenizer.json", "chat_template.jinja", lambda _: b"\xff", "UnicodeDecodeError"),
+        ("byte-level", "tokenizer.json", edited(lambda fields: fields.update(version="")), "Exception"),
+        ("byte-level", "tokenizer.json", edited(lambda fields: fields["model"].update(continuing_subword_prefix="x" * 40)),
+         "PanicException"),
+        ("byte-level", "tokenizer_config.json", lambda data: data[:-5], "JSONDecodeError"),
+        ("byte-level", "special_tokens_map.json", lambda _: b"[1]", "AttributeError"),
+        ("byte-level", "added_tokens.json", lambda _: b"[1]", "AttributeError"),
+        ("byte-level", "chat_template.jinja", lambda _: b"\xff", "UnicodeDecodeError"),
+    ],
+    indirect=["folder"],
+)  # fmt: skip
+def test_damage_is_named(folder, file, change, reason):
+    load_tokenizer(folder)
+    data = (folder / file).read_bytes()
+    assert change(data) != data
+    (folder / file).write_bytes(change(data))
+    with pytest.raises(InputError, match=rf"\({reason}: .+\); fetch or make it again") as refusal:
+        load_tokenizer(folder)
+    assert str(refusal.value).startswith(f"tokenizer {folder}") and refusal.value.__cause__ is not None
+
+
+def test_seeded_mutants(sources, tmp_path):
+    """Every one ends in an error that names the folder, or in a tokenizer that can be called."""
+    ends: dict[str, collections.Counter] = {kind: collections.Counter() for kind in KINDS}
+    for kind in KINDS:
+        files = sorted(path.name for path in (sources / kind).iterdir())
+        for i in range(60):
+            choose = random.Random(f"{kind} {i}")
+            folder = shutil.copytree(sources / kind, tmp_path / f"{kind} {i}")
+            file = folder / choose.choice(files)
+            data = file.read_bytes()
+            if file.suffix == ".json" and choose.random() < 0.6:
+                file.write_bytes(_odd_fields(file, choose))
+            else:
+                way = choose.choice((_changed, _moved, None))
+                file.write_bytes(way(data, 0, len(data), choose) if way else data[: choose.randrange(len(data))])
+            try:
+                tokenizer = load_tokenizer(folder)
+            except InputError as error:
+                assert str(folder) in str(error)
+                ends[kind]["refused"] += 1
+            else:
+                assert isinstance(tokenizer, PreTrainedTokenizerBase)
+                assert tokenizer("Hello  world\n").input_ids
+                ends[kind]["loaded"] += 1
+    assert all(count["refused"] >= 10 and count["loaded"] >= 5 for count in ends.values()), ends
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError, InputError])
+def test_what_is_no_damage_passes(error, tmp_path):
+    with pytest.raises(error, match=r"^as it was$"), _damage_refused(tmp_path):
+        raise error("as it was")
+
+
+def test_a_package_that_is_missing_is_no_damage(tmp_path):
+    with pytest.raises(InputError, match=r"ModuleNotFoundError: No module named 'nowhere'\); install that"):
+        with _damage_refused(tmp_path):
+            import nowhere  # noqa: F401
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 100_000, "9" * 5000, "\xff", "{"])
+def test_json_that_python_cannot_read(text, tmp_path):
+    (tmp_path / "a.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match=r"a\.json: damaged, not valid JSON \(.+\); fetch or make it again"):
+        read_json(tmp_path / "a.json")
