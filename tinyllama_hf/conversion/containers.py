@@ -6,6 +6,7 @@ against the file's size before it is believed.
 
 import contextlib
 import math
+import mmap
 import struct
 import zipfile
 import zlib
@@ -168,7 +169,7 @@ class _Archive:
     def description(self) -> bytes:
         if self.pickle.file_size > _MAX_PICKLE:
             raise damaged(self.path, f"a pickle of {self.pickle.file_size} bytes")
-        return self._bytes(self.pickle)
+        return bytes(self._bytes(self.pickle))
 
     def tensors_in(self, value: Any) -> Any:
         """The same data with lazy tensors, in containers of its own."""
@@ -207,20 +208,32 @@ class _Archive:
         flat = torch.frombuffer(data, dtype=stored.dtype)
         return flat.as_strided(stored.shape, stored.strides).contiguous()
 
-    def _bytes(self, record: zipfile.ZipInfo, offset: int = 0, length: int | None = None) -> bytearray:
-        """Part of a record. The first time the whole record goes through its checksum, in pieces."""
-        length = record.file_size if length is None else length
-        wanted = bytearray(length)
+    def _bytes(self, record: zipfile.ZipInfo, offset: int = 0, length: int | None = None) -> memoryview:
+        """Part of a record, mapped and not copied: memory of one's own would cost more time than all the rest.
+
+        The mapping is private and goes with the last tensor that lies in it. The first time, the whole record goes through
+        its checksum.
+        """
+        if not record.file_size:
+            return memoryview(b"")
         with self.path.open("rb") as file:
             begin = self._begin(file, record)
-            if record.filename not in self.checked:
-                self._check(file, begin, record, wanted, offset)
-                self.checked.add(record.filename)
-            else:
-                file.seek(begin + offset)
-                if file.readinto(wanted) != length:
-                    raise damaged(self.path, f"{record.filename} ends early")
-        return wanted
+            page = begin % mmap.ALLOCATIONGRANULARITY
+            try:
+                mapped = mmap.mmap(
+                    file.fileno(), page + record.file_size, access=mmap.ACCESS_COPY, offset=begin - page
+                )
+            except (ValueError, OSError) as error:  # the file became shorter
+                raise damaged(self.path, error) from error
+        contents = memoryview(mapped)[page:]
+        if record.filename not in self.checked:
+            checksum = 0
+            for position in range(0, record.file_size, _CHUNK):
+                checksum = zlib.crc32(contents[position : position + _CHUNK], checksum)
+            if checksum != record.CRC:
+                raise damaged(self.path, f"the checksum of {record.filename} does not hold")
+            self.checked.add(record.filename)
+        return contents[offset : None if length is None else offset + length]
 
     def _begin(self, file: Any, record: zipfile.ZipInfo) -> int:
         """Where the contents of a record begin, after its local header, whose lengths may differ from the directory's."""
@@ -232,25 +245,6 @@ class _Archive:
         if file.read(name_length) != record.orig_filename.encode("utf-8" if record.flag_bits & 0x800 else "cp437"):
             raise damaged(self.path, f"{record.filename} has another name in its header")
         return record.header_offset + 30 + name_length + extra_length
-
-    def _check(self, file: Any, begin: int, record: zipfile.ZipInfo, wanted: bytearray, offset: int) -> None:
-        """Holds the checksum of a record, and leaves the wanted part of it in `wanted`."""
-        checksum, target = 0, memoryview(wanted)
-        whole = offset == 0 and len(wanted) == record.file_size
-        buffer = target if whole else memoryview(bytearray(min(_CHUNK, record.file_size)))
-        file.seek(begin)
-        for position in range(0, record.file_size, _CHUNK):
-            end = min(position + _CHUNK, record.file_size)
-            chunk = buffer[position:end] if whole else buffer[: end - position]
-            if file.readinto(chunk) != end - position:
-                raise damaged(self.path, f"{record.filename} ends early")
-            checksum = zlib.crc32(chunk, checksum)
-            if not whole:
-                first, last = max(position, offset), min(end, offset + len(wanted))
-                if first < last:
-                    target[first - offset : last - offset] = chunk[first - position : last - position]
-        if checksum != record.CRC:
-            raise damaged(self.path, f"the checksum of {record.filename} does not hold")
 
 
 def open_sharded(index: Path) -> dict[str, LazyTensor]:

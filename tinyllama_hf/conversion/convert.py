@@ -93,11 +93,13 @@ def convert(
         if check is not None:
             check(checkpoint)
         with provenance.new_folder(output, overwrite=force) as folder, _bar(checkpoint, progress):
+            digests: dict[str, str] = {}
             notes = [
                 *checkpoint.notes,
-                *_write(checkpoint, to, folder, DTYPES[dtype], shard_size, calibration, output.name),
+                *_write(checkpoint, to, folder, DTYPES[dtype], shard_size, calibration, digests, output.name),
             ]
-            _write_provenance(checkpoint, folder, {"to": to, "dtype": dtype, "vocab_rows": vocab_rows}, str(source))
+            settings = {"source": str(source), "to": to, "dtype": dtype, "vocab_rows": vocab_rows}
+            _write_provenance(checkpoint, folder, settings, digests)
             provenance.synchronise(*folder.rglob("*"), folder)
     next_lines = hand_off_lines(asked, output) if asked in HAND_OFF else ()
     return Conversion(output, to, checkpoint.layout, tuple(notes), tuple(next_lines))
@@ -105,9 +107,12 @@ def convert(
 
 def _write(
     checkpoint: Checkpoint, to: str, folder: Path, dtype: torch.dtype | None, shard_size: int, calibration: Sequence,
-    name: str,
+    digests: dict[str, str], name: str,
 ) -> list[str]:  # fmt: skip
-    """Writes the weights and what goes with them; each writer is imported when it is wanted, some need extras."""
+    """Writes the weights and what goes with them, and adds to `digests` the SHA-256 that came with the writing.
+
+    Each writer is imported when it is wanted: some need extras.
+    """
     if to.startswith("gguf-"):
         from .gguf_target import write_gguf
 
@@ -125,7 +130,7 @@ def _write(
         texts = [_read_text(Path(path)) for path in calibration]
         notes = write_awq(checkpoint, folder, texts or None, shard_size)
     else:
-        write_llama(checkpoint, folder, dtype, shard_size)
+        digests |= write_llama(checkpoint, folder, dtype, shard_size)
     tokenizer = load_tokenizer(checkpoint.tokenizer) if checkpoint.tokenizer is not None else None
     # Without a tokenizer padding is <unk>, as everywhere in this package.
     write_generation_config(checkpoint, folder, 0 if tokenizer is None else tokenizer.pad_token_id)
@@ -137,13 +142,12 @@ def _write(
     return notes
 
 
-def _write_provenance(checkpoint: Checkpoint, folder: Path, settings: dict[str, Any], source: str) -> None:
+def _write_provenance(checkpoint: Checkpoint, folder: Path, settings: dict[str, Any], digests: dict[str, str]) -> None:
     """Where the folder comes from, with a hash of every file of weights; the source's own record goes along."""
     weights = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf", ".pth")]
-    conversion = {"source": source, "layout": checkpoint.layout, **settings}
     record = provenance.collect(
-        conversion=conversion,
-        sha256={path.name: provenance.file_sha256(path) for path in sorted(weights)},
+        conversion={"layout": checkpoint.layout, **settings},
+        sha256={path.name: digests.get(path.name) or provenance.file_sha256(path) for path in sorted(weights)},
         **({"converted_from": checkpoint.provenance} if checkpoint.provenance else {}),
     )
     provenance.write_json(folder / "provenance.json", record)

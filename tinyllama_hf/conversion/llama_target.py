@@ -8,17 +8,24 @@ from transformers import LlamaConfig
 
 from ..provenance import write_json
 from .checkpoint import EMBEDDING, Checkpoint
-from .writing import ahead, write_safetensors
+from .writing import write_safetensors
 
 
-def write_llama(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None, max_shard_size: int) -> None:
-    """Writes weights and `config.json`, tensor by tensor; `dtype` of `None` keeps each one's."""
+def write_llama(
+    checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None, max_shard_size: int
+) -> dict[str, str]:
+    """Writes weights and `config.json`, tensor by tensor; `dtype` of `None` keeps each one's.
+
+    Returns:
+        SHA-256 by name of the files with weights.
+    """
     kinds = {name: dtype or tensor.dtype for name, tensor in checkpoint.tensors.items()}
     # The wider first: see `write_safetensors`.
     names = sorted(kinds, key=lambda name: -kinds[name].itemsize)
     specs = {name: (kinds[name], checkpoint.tensors[name].shape) for name in names}
-    write_safetensors(folder, specs, ahead(checkpoint.load(name, kinds[name]) for name in names), max_shard_size)
+    digests = write_safetensors(folder, specs, (checkpoint.load(name, kinds[name]) for name in names), max_shard_size)
     write_config(checkpoint.config, folder, kinds[EMBEDDING])
+    return digests
 
 
 def write_config(config: LlamaConfig, folder: Path, dtype: torch.dtype) -> None:

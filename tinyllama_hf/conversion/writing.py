@@ -1,6 +1,7 @@
 """Writes tensors into files one after another, so that no more than two of them are in memory at a time."""
 
 import collections
+import hashlib
 import io
 import json
 import math
@@ -33,7 +34,7 @@ def ahead(items: Iterable[Any]) -> Iterator[Any]:
 
 def write_safetensors(
     folder: Path, specs: Mapping[str, Spec], tensors: Iterable[torch.Tensor], max_shard_size: int
-) -> list[Path]:
+) -> dict[str, str]:
     """Writes `model.safetensors`, or shards of at most `max_shard_size` bytes with an index.
 
     Args:
@@ -42,7 +43,7 @@ def write_safetensors(
             wider types must come first if every value is to lie at a multiple of its size.
 
     Returns:
-        The files with weights. A tensor larger than a shard gets one of its own.
+        SHA-256 by name of the files with weights. A tensor larger than a shard gets one of its own.
     """
     shards: list[dict[str, Spec]] = [{}]
     for name, spec in specs.items():
@@ -56,18 +57,17 @@ def write_safetensors(
         else ["model.safetensors"]
     )
     coming = iter(tensors)
-    for file, shard in zip(names, shards, strict=True):
-        _write_shard(folder / file, shard, coming)
+    digests = {file: _write_shard(folder / file, shard, coming) for file, shard in zip(names, shards, strict=True)}
     if number > 1:
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         total = sum(map(_num_bytes, specs.values()))
         write_json(
             folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
-    return [folder / name for name in names]
+    return digests
 
 
-def _write_shard(path: Path, specs: Mapping[str, Spec], tensors: Iterator[torch.Tensor]) -> None:
+def _write_shard(path: Path, specs: Mapping[str, Spec], tensors: Iterator[torch.Tensor]) -> str:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, spec in specs.items():
@@ -76,10 +76,20 @@ def _write_shard(path: Path, specs: Mapping[str, Spec], tensors: Iterator[torch.
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    begin = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(begin)
+
+    def hashed() -> Iterator[memoryview]:
         for name, spec in specs.items():
-            file.write(_raw(next(tensors), spec, name))
+            raw = _raw(next(tensors), spec, name)
+            digest.update(raw)
+            yield raw
+
+    with path.open("wb") as file:
+        file.write(begin)
+        for raw in ahead(hashed()):
+            file.write(raw)
+    return digest.hexdigest()
 
 
 def write_torch_archive(path: Path, specs: Mapping[str, Spec], tensors: Iterable[torch.Tensor]) -> None:
