@@ -195,8 +195,9 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
         if config is None:
             model_arguments = {name: kwargs.pop(name) for name in _MODEL_ARGUMENTS if name in kwargs}
             # The library hands the arguments that say where the files lie back as well, next to unknown ones.
+            # No Llama needs code from its folder, and the library would ask the user whether to run it.
             config, kwargs = AutoConfig.from_pretrained(
-                pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
+                pretrained_model_name_or_path, return_unused_kwargs=True, **{**kwargs, "trust_remote_code": False}
             )
             kwargs.update(model_arguments)
         if not isinstance(config, TinyLlamaConfig):

@@ -77,7 +77,7 @@ def verify(
     if stock:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     else:
         tokenizer = load_tokenizer(path)
     texts = itertools.chain.from_iterable(map(read_texts, sources))

@@ -1,5 +1,9 @@
 """Folders that are damaged or incomplete: one message, never a model with random weights."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -49,3 +53,21 @@ def test_both_loaders_agree(folder):
     (ours, _), (stock, _) = load(folder), load_stock(folder)
     assert torch.equal(ours(ids).logits, stock(ids).logits)
     assert (type(ours).__name__, type(stock).__name__) == ("TinyLlamaForCausalLM", "LlamaForCausalLM")
+
+
+def test_code_in_a_folder_is_never_run(tmp_path):
+    """Even where somebody would say yes to the library's question."""
+    fields = {
+        "model_type": "evil",
+        "architectures": ["Evil"],
+        "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    (tmp_path / "evil.py").write_text("open('canary', 'w').close()\nclass Evil: pass\n")
+    for call in ("load.load_stock(pathlib.Path('.'))", "TinyLlamaForCausalLM.from_pretrained('.')"):
+        script = f"import pathlib\nfrom tinyllama_hf import TinyLlamaForCausalLM\nfrom tinyllama_hf.inference import load\n{call}"
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=tmp_path, input="y\n" * 5, capture_output=True, text=True
+        )
+        assert done.returncode != 0 and "trust_remote_code" in done.stderr and "y/N" not in done.stdout, done.stderr
+    assert not (tmp_path / "canary").exists()

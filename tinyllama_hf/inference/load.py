@@ -55,9 +55,9 @@ def load_stock(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a folder with stock transformers alone, as somebody without this package would; errors as [`load`]."""
     device = choose_device(device)
-    model = _load_weights(AutoModelForCausalLM, folder, dtype).to(device).eval()
+    model = _load_weights(AutoModelForCausalLM, folder, dtype, trust_remote_code=False).to(device).eval()
     try:
-        return model, AutoTokenizer.from_pretrained(folder)
+        return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"model {folder}: its tokenizer cannot be loaded ({_first_line(error)})") from error
 
