@@ -401,7 +401,8 @@ class TestGenerationConfig:
         assert {name: found[name] for name in self.FIELDS} == self.FIELDS
         done = convert(tmp_path / "a", "gguf-f32", tmp_path / "d")
         assert (
-            "GGUF has no place for these of the generation configuration: max_length, temperature, top_p" in done.notes
+            "GGUF has no place for these of the generation configuration: eos_token_id, max_length, temperature, top_p"
+            in done.notes
         )
 
     def test_padding_without_one_is_the_tokenizers(self, source, tmp_path):

@@ -116,7 +116,8 @@ def _write(
     if to.startswith("gguf-"):
         from .gguf_target import write_gguf
 
-        lost = sorted(set(checkpoint.generation or ()) - _NOT_LOST)
+        fields = checkpoint.generation or {}
+        lost = sorted(name for name, value in fields.items() if name not in _NOT_LOST or isinstance(value, list))
         notes = [f"GGUF has no place for these of the generation configuration: {', '.join(lost)}"] if lost else []
         return [*notes, *write_gguf(checkpoint, folder, to.removeprefix("gguf-"), name)]
     notes, write_tokenizer = [], PreTrainedTokenizerBase.save_pretrained

@@ -111,12 +111,13 @@ def _open_weights(file: Path, given: Path, config: Path | None) -> Checkpoint:
         checkpoint = read_gguf(file)
         _add_provenance(checkpoint, file.parent)
         return checkpoint
+    # Before the others: the length that a header begins with may be any number, and look like theirs.
+    if begin[4:] == b"\0\0\0\0{":
+        return _by_keys(open_safetensors(file), None, file, given, config)
     if begin[:2] == b"PK" or begin[:1] == b"\x80":
         value = open_torch_archive(file)
         training = value if isinstance(value, dict) and isinstance(value.get("model"), dict) else None
         return _by_keys(state_dict(training["model"] if training else value, file), training, file, given, config)
-    if begin[8:9] == b"{":
-        return _by_keys(open_safetensors(file), None, file, given, config)
     if meta.is_llama2c(file):
         _refuse_config(config, "llama2.c's files")
         return meta.read_llama2c(file)
@@ -142,6 +143,9 @@ def _by_keys(
             f"{file}: of no known layout of Llama; its first keys are {', '.join(list(bare)[:3]) or 'none'}"
         )
     _add_surroundings(checkpoint, file.parent)
+    if kind:  # the configurations of lit-gpt do not have them
+        for name in ("bos_token_id", "eos_token_id"):
+            setattr(checkpoint.config, name, (checkpoint.generation or {}).get(name, getattr(checkpoint.config, name)))
     return complete(checkpoint)
 
 
