@@ -42,12 +42,7 @@ def read_fields(path: Path) -> dict[str, Any]:
     """
     if path.stat().st_size > _MAX_JSON:
         raise damaged(path, f"{path.stat().st_size} bytes of JSON")
-    try:
-        fields = read_json(path)
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets within brackets
-        raise damaged(path, f"{type(error).__name__}: {error}") from error
+    fields = read_json(path)
     if not isinstance(fields, dict):
         raise damaged(path, "it holds no fields")
     return fields
