@@ -156,6 +156,7 @@ def test_the_folder_read_as_published_is_the_rounded_model(tmp_path):
     assert notes[0].startswith("rounding (RTN)") and "AWQ" not in "".join(notes)
 
 
+@pytest.mark.slow
 def test_the_folder_read_as_published_is_the_searched_model(tmp_path, tokenizer_folder, documents):
     checkpoint = as_checkpoint(random_model(), tokenizer_folder)
     tensors, notes = written(checkpoint, tmp_path / "first", documents[:2])
@@ -189,6 +190,7 @@ def test_layout_and_configuration_are_what_readers_take(tmp_path):
     assert not hasattr(checkpoint.config, "quantization_config")
 
 
+@pytest.mark.slow
 def test_one_decoder_layer_is_read_at_a_time(tmp_path, tokenizer_folder, documents, monkeypatch):
     loaded = []
     checkpoint = as_checkpoint(random_model(num_hidden_layers=3), tokenizer_folder, loaded)
@@ -206,7 +208,7 @@ def test_one_decoder_layer_is_read_at_a_time(tmp_path, tokenizer_folder, documen
 # The search
 
 
-@pytest.mark.parametrize("fields", ({}, {"num_key_value_heads": 4}, {"head_dim": 32}, {"hidden_act": "gelu"}), ids=str)
+@pytest.mark.parametrize("fields", ({}, {"num_key_value_heads": 4}, {"head_dim": 32, "hidden_act": "gelu"}), ids=str)
 def test_folded_scales_change_nothing_but_the_rounding(fields, tokenizer_folder, documents, monkeypatch):
     # The widest spread of scales that the grid has, for every group.
     monkeypatch.setattr(awq_search, "_output_error", lambda weight, scales, *others: -scales.max().item())
@@ -287,6 +289,7 @@ def compared(model, ids, folder, calibration):
     return found
 
 
+@pytest.mark.slow
 def test_scales_bring_a_trained_model_nearer_to_what_it_was(trained, documents, tokenizer_folder, tmp_path):
     """A model this small has no channels that stand out: rounding costs it less perplexity than chance gives or takes."""
     model, ids = trained
@@ -295,6 +298,7 @@ def test_scales_bring_a_trained_model_nearer_to_what_it_was(trained, documents, 
     assert found["AWQ"][0] < found["float"][0] * 1.005
 
 
+@pytest.mark.slow
 def test_perplexity_is_below_that_of_rounding_where_channels_stand_out(trained, documents, tokenizer_folder, tmp_path):
     model, ids = trained
     other = with_outlier_channels(model)

@@ -163,7 +163,10 @@ class TestVocabulary:
             convert(source, "llama", tmp_path / "out", vocab_rows=0)
 
 
-@pytest.mark.parametrize("to", FORMATS)
+QUICK = ("gguf-q8_0", "litgpt")
+
+
+@pytest.mark.parametrize("to", [pytest.param(to, marks=() if to in QUICK else pytest.mark.slow) for to in FORMATS])
 def test_every_format_from_the_command_line(source, tmp_path, run_command, to):
     """As a user calls it; what is lossless gives the same logits again."""
     printed = run_command("tinyllama-hf", "convert", source, "--to", to, "--output", "out", cwd=tmp_path)
@@ -451,7 +454,9 @@ def test_a_configuration_where_none_is_wanted(source, tmp_path):
     assert verify(tmp_path / "out", source, config=source / "config.json").largest == 0, "for those that need it only"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGHUP, signal.SIGINT))]
+)
 def test_a_request_to_stop_leaves_nothing(tmp_path, number):
     """In the middle of writing a model that takes some seconds."""
     torch.manual_seed(0)
