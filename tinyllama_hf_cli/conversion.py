@@ -35,7 +35,9 @@ def convert(
     ] = None,
     sanity: Annotated[
         bool,
-        typer.Option("--sanity", help="First see that the model predicts a bundled text better than by guessing."),
+        typer.Option(
+            "--sanity", help="First see that the model predicts a bundled text better than its token frequencies do."
+        ),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what an earlier conversion wrote.")] = False,
 ) -> None:
