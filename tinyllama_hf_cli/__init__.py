@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from . import conversion, data, evaluation, hub, inference, pretrain, recipes, tokenizer
+from . import conversion, data, evaluation, hub, inference, memory, pretrain, recipes, tokenizer
 
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.command("list")(inference.list_released)
 app.command("generate")(inference.generate)
 app.command("chat")(inference.chat)
+app.command("memory")(memory.memory)
 app.command("convert")(conversion.convert)
 app.command("verify")(conversion.verify)
 app.command("prepare")(data.prepare)

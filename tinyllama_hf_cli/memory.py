@@ -1,0 +1,85 @@
+"""`tinyllama-hf memory`."""
+
+from typing import Annotated, Any
+
+import typer
+
+
+def memory(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Model folder, released name, Hub id, or a size: 1.1b, 120m, nano, micro. No weights are read."
+        ),
+    ],
+    batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of each, prompt and continuation; default: the model's context.")
+    ] = None,
+    quantization: Annotated[str, typer.Option(help="none, int8, nf4 or fp4 (4 bit).")] = "none",
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights: auto (the file's; bf16 without one), fp32 or bf16.")
+    ] = "auto",
+    cache: Annotated[
+        str, typer.Option(help="dynamic, fp8, quanto-int4, quanto-int2, hqq-int8, hqq-int4 or hqq-int2.")
+    ] = "dynamic",
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="What it has to fit: a100-40g, 4090, ..., or a size such as 16GB; default: what is free here."
+        ),
+    ] = None,
+) -> None:
+    """Work out the memory of generation: weights, cache, and the largest batch that fits. Loads nothing.
+
+    Ends with status 2 if the batch does not fit.
+
+    Example: tinyllama-hf memory step-1431k-3T --batch 100 --context 2048 --quantization nf4 --device 4090
+    """
+    from tinyllama_hf.inference.architecture import find_architecture
+    from tinyllama_hf.inference.memory import Setup, check_batch, fit_lines, lines
+    from tinyllama_hf.inference.memory import memory as work_out
+
+    found = find_architecture(model)
+    setup = Setup(found.config, _dtype(dtype, found.dtype), quantization, cache)
+    available, where = _available(device)
+    needed = work_out(setup, batch, found.config.max_position_embeddings if context is None else context)
+    print("\n".join([*lines(f"{model} ({found.source})", needed), *fit_lines(needed, available, where)]), flush=True)
+    check_batch(needed, available)
+
+
+def _dtype(name: str, of_file: Any) -> Any:
+    import torch
+
+    from tinyllama_hf.errors import InputError, did_you_mean
+
+    dtypes = {"auto": of_file, "fp32": torch.float32, "bf16": torch.bfloat16}
+    if name not in dtypes:
+        raise InputError(f"--dtype {name!r}: there is none of this name{did_you_mean(name, dtypes)}")
+    if dtypes[name] is None:
+        raise InputError("--dtype auto: the model's config.json names no dtype; give fp32 or bf16")
+    return dtypes[name]
+
+
+def _available(device: str | None) -> tuple[int, str]:
+    """Bytes of a device, and its name."""
+    import re
+
+    import torch
+    from accelerate.utils import convert_file_size_to_int
+
+    from tinyllama_hf.errors import InputError
+    from tinyllama_hf.inference.load import choose_device
+    from tinyllama_hf.inference.memory import free_memory
+    from tinyllama_hf.pretrain.devices import find_device
+
+    if device is None:
+        here = torch.device(choose_device("auto"))
+        return free_memory(here), f"{here} of this machine, what is free now"
+    if re.fullmatch(r"\d+(\.\d+)?[KMG]I?B", device.upper()):
+        return convert_file_size_to_int(device.upper()), device  # it takes a small b for bits
+    try:
+        known = find_device(device)
+    except InputError as error:
+        raise InputError(f"{error}; or give a size such as 16GB") from error
+    return known.memory, known.name
