@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .conversion.convert import convert
     from .conversion.verify import verify
     from .inference.load import load
+    from .inference.speculative import speculative_generate
     from .modeling_tinyllama import TinyLlamaForCausalLM
     from .tokenization_tinyllama import TinyLlamaTokenizer, load_tokenizer
 
@@ -28,12 +29,13 @@ _MODULES = {
     "TinyLlamaTokenizer": ".tokenization_tinyllama",
     "convert": ".conversion.convert",
     "load": ".inference.load",
+    "speculative_generate": ".inference.speculative",
     "load_tokenizer": ".tokenization_tinyllama",
     "verify": ".conversion.verify",
 }
 
 __all__ = ["TinyLlamaConfig", "TinyLlamaForCausalLM", "TinyLlamaTokenizer", "convert", "load", "load_tokenizer", "released",
-           "verify"]  # fmt: skip
+           "speculative_generate", "verify"]  # fmt: skip
 
 # `AutoConfig.register` wants the class, and with it three seconds of imports that transformers itself puts off until
 # somebody asks for a Llama. Its mapping is lazy inside: a class name, looked up in a module. No public call reaches

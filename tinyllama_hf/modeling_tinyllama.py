@@ -157,6 +157,22 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
             attentions=outputs.attentions,
         )
 
+    def generate(self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        """As in transformers; with `assistant_model`, `prompt_lookup_num_tokens` or `assistant_early_exit` for any batch.
+
+        Stock assisted generation takes one prompt (5.23). Prompts are padded on the left; `num_assistant_tokens` fixes the
+        number of drafted tokens, which is otherwise chosen by what pays. See
+        [`~inference.speculative.speculative_generate`].
+        """
+        # Only here does a model reach up, since generating with a draft is a method of models.
+        from .inference.speculative import draft_of_generate, speculative_generate
+
+        draft = draft_of_generate(self, generation_config, kwargs)
+        if draft is None:
+            return super().generate(inputs, generation_config=generation_config, **kwargs)
+        inputs = kwargs.pop("input_ids", inputs)
+        return speculative_generate(self, draft, inputs, generation_config=generation_config, **kwargs)
+
     def flops_per_token(self, seq_len: int | None = None, convention: str = "without_input_embedding") -> int:
         """Floating-point operations of one training step per token, forward and backward.
 

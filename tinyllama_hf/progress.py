@@ -26,12 +26,3 @@ def quiet_bitsandbytes() -> None:
     casts. Call it before the import.
     """
     python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)
-
-
-def quiet_assisted_generation() -> None:
-    """Silences what transformers (5.23) warns of in its own call of the draft's `generate`: how it passes arguments."""
-    python_logging.getLogger("transformers.generation.utils").addFilter(_is_for_the_user)
-
-
-def _is_for_the_user(record: python_logging.LogRecord) -> bool:
-    return not record.getMessage().startswith("Passing `generation_config` together with generation-related arguments")

@@ -53,6 +53,7 @@ class ChatSession:
         self.model, self.tokenizer, self.draft = model, tokenizer, draft
         self.sampling, self.write, self.note = sampling or Sampling(), write, note
         self.sampling.check()
+        self._seeded = seed is not None
         if seed is not None:
             torch.manual_seed(seed)
         self.context, self._whose = context_of(model, draft)
@@ -117,6 +118,7 @@ class ChatSession:
             self.sampling,
             streamer,
             self.draft,
+            self._seeded,
             eos_token_id=stop_tokens,
         )
         self.write("\n")

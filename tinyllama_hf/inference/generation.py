@@ -151,7 +151,14 @@ def generate_text(
     if seed is not None:
         torch.manual_seed(seed)
     new = generate_ids(
-        model, tokenizer, ids, max_new_tokens or min(DEFAULT_NEW_TOKENS, room), sampling, streamer, draft
+        model,
+        tokenizer,
+        ids,
+        max_new_tokens or min(DEFAULT_NEW_TOKENS, room),
+        sampling,
+        streamer,
+        draft,
+        seeded=seed is not None,
     )
     return tokenizer.decode(ids + new, skip_special_tokens=True)
 
@@ -164,9 +171,13 @@ def generate_ids(
     sampling: Sampling,
     streamer: TextStreamer | None = None,
     draft: Draft | None = None,
+    seeded: bool = False,
     **options: Any,
 ) -> list[int]:
-    """Continues the ids of one prompt and returns the new ones; `options` go to `generate`."""
+    """Continues the ids of one prompt and returns the new ones; `options` go to `generate`.
+
+    With a draft, `seeded` makes the draws depend on the seed alone, and not on how long passes take.
+    """
     inputs = torch.tensor([ids], device=model.device)
     arguments = {
         "input_ids": inputs,
@@ -177,5 +188,5 @@ def generate_ids(
         **sampling.arguments(),
         **options,
     }
-    output = draft.generate(model, **arguments) if draft else model.generate(**arguments)
+    output = draft.generate(model, seeded, **arguments) if draft else model.generate(**arguments)
     return output[0, len(ids) :].tolist()

@@ -1,0 +1,61 @@
+"""Grouped-query attention that reads keys and values in place: `attn_implementation="gqa_packed"`.
+
+With a mask and several queries, transformers' sdpa (5.23) first repeats keys and values for every query head: eight
+copies of the cache in TinyLlama. Here the query heads of one group are laid along the sequence instead, where they meet
+their one key/value head. Importing this module registers the implementation, for every model that takes one by name.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+
+GQA_PACKED = "gqa_packed"
+# With as many queries as in a prefill the copies cost less than the product, and a repeated mask would be large.
+_MAX_PACKED_QUERIES = 64
+
+
+def gqa_packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of up to 64 masked queries without copies of keys and values; everything else goes to sdpa.
+
+    Args:
+        query (`torch.Tensor`): `[batch, heads, queries, head_dim]`.
+        key (`torch.Tensor`): `[batch, key_value_heads, keys, head_dim]`.
+        value (`torch.Tensor`): as `key`.
+        attention_mask (`torch.Tensor`, *optional*): `[batch or 1, heads or 1, queries, keys]`, true where a query sees a
+            key, or added to the scores.
+
+    Returns:
+        `[batch, queries, heads, head_dim]`, equal to sdpa's to rounding, and `None` in place of the weights.
+    """
+    batch, heads, num_queries, head_dim = query.shape
+    groups = heads // key.shape[1]
+    packs = groups > 1 and attention_mask is not None and 1 < num_queries <= _MAX_PACKED_QUERIES
+    if not packs or dropout or any(kwargs.get(name) is not None for name in ("position_bias", "softcap")):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    packed = query.reshape(batch, key.shape[1], groups * num_queries, head_dim)
+    if attention_mask.shape[1] == 1:
+        attention_mask = attention_mask.repeat(1, 1, groups, 1)
+    else:
+        attention_mask = attention_mask.reshape(-1, key.shape[1], groups * num_queries, attention_mask.shape[-1])
+    output = nn.functional.scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
+    return output.reshape(batch, heads, num_queries, -1).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(GQA_PACKED, gqa_packed_attention)
+AttentionMaskInterface.register(GQA_PACKED, sdpa_mask)

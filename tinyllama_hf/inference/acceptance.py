@@ -1,0 +1,175 @@
+"""Which drafted tokens stand: the target's scores per row, and the rules for greedy decoding and for sampling."""
+
+import copy
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from transformers import generation
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
+
+from ..errors import InputError
+
+
+# They change a score by the scores beside it alone, so that all rows and positions go through at once.
+_WITHOUT_CONTEXT = (
+    generation.TemperatureLogitsWarper,
+    generation.TopKLogitsWarper,
+    generation.TopPLogitsWarper,
+    generation.MinPLogitsWarper,
+    generation.TypicalLogitsWarper,
+    generation.EpsilonLogitsWarper,
+    generation.EtaLogitsWarper,
+    generation.LogitNormalization,
+    generation.InfNanRemoveLogitsProcessor,
+    generation.SuppressTokensLogitsProcessor,
+)
+# They count tokens from the left edge of the padded batch; the attribute is moved to the row's own beginning.
+_COUNTING = {
+    generation.MinLengthLogitsProcessor: "min_length",
+    generation.MinNewTokensLengthLogitsProcessor: "prompt_length_to_skip",
+    generation.ForcedEOSTokenLogitsProcessor: "max_length",
+    generation.ExponentialDecayLengthPenalty: "regulation_start",
+    generation.SuppressTokensAtBeginLogitsProcessor: "begin_index",
+    generation.RepetitionPenaltyLogitsProcessor: "prompt_ignore_length",
+}
+# They carry a state from call to call, run the model themselves, or read the whole batch of prompts.
+_REFUSED = (
+    generation.ClassifierFreeGuidanceLogitsProcessor,
+    generation.UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    generation.SynthIDTextWatermarkLogitsProcessor,
+    generation.EncoderRepetitionPenaltyLogitsProcessor,
+    generation.EncoderNoRepeatNGramLogitsProcessor,
+)
+
+
+class Proposal(NamedTuple):
+    """Drafted tokens of a round.
+
+    Attributes:
+        tokens (`torch.Tensor`): `[rows, width]`.
+        counts (`torch.Tensor`): `[rows]`, how many of a row's tokens are drafted; what follows is filling.
+        probabilities (`torch.Tensor`, *optional*): `[rows, width, vocab_size]`, of the distributions that the tokens were
+            drawn from; `None` where they were not drawn.
+    """
+
+    tokens: torch.Tensor
+    counts: torch.Tensor
+    probabilities: torch.Tensor | None = None
+
+
+class RowProcessors:
+    """Logits processors, each applied to a row's own tokens without its padding.
+
+    Args:
+        processors (`LogitsProcessorList`): as `generate` prepares them for the padded batch.
+        paddings (`Sequence[int]`): of each row.
+
+    Raises:
+        InputError: for a processor that cannot be called for one row at a time.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, paddings: Sequence[int]):
+        for processor in processors:
+            if isinstance(processor, _REFUSED):
+                raise InputError(
+                    f"logits processor {type(processor).__name__}: cannot be applied to drafted tokens row by row; generate "
+                    "without a draft"
+                )
+        self._shared = None
+        if all(isinstance(processor, _WITHOUT_CONTEXT) for processor in processors):
+            self._shared = LogitsProcessorList(processors)
+        self._rows = [
+            LogitsProcessorList(_for_row(processor, row, padding) for processor in processors)
+            for row, padding in enumerate(paddings)
+        ]
+
+    def __call__(self, logits: torch.Tensor, tokens: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """Scores of positions that follow each other.
+
+        Args:
+            logits (`torch.Tensor`): `[rows, positions, vocab_size]` in fp32.
+            tokens (`torch.Tensor`): `[rows, slots]`, with the drafted tokens that lead to each position.
+            lengths (`Sequence[int]`): tokens before the first position.
+
+        Returns:
+            `[rows, positions, vocab_size]`.
+        """
+        if self._shared is not None:
+            return self._shared(None, logits.flatten(0, 1)).view_as(logits)
+        scores = torch.empty_like(logits)
+        for row, (processors, length) in enumerate(zip(self._rows, lengths, strict=True)):
+            for position in range(logits.shape[1]):
+                prefix = tokens[row : row + 1, : length + position]
+                scores[row, position] = processors(prefix, logits[row : row + 1, position].clone())[0]
+        return scores
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keeps the rows of these indices."""
+        self._rows = [self._rows[row] for row in rows]
+
+
+def _for_row(processor: LogitsProcessor, row: int, padding: int) -> LogitsProcessor:
+    """A processor as `generate` would make it for this row alone."""
+    attribute = _COUNTING.get(type(processor))
+    if isinstance(processor, generation.PrefixConstrainedLogitsProcessor):
+        allowed = processor._prefix_allowed_tokens_fn
+        processor = copy.copy(processor)
+        processor._prefix_allowed_tokens_fn = lambda _, tokens: allowed(row, tokens)
+    elif attribute and getattr(processor, attribute) is not None:
+        counted = getattr(processor, attribute)
+        if isinstance(counted, torch.Tensor) and counted.dim():  # one for each row of the batch
+            counted = counted[row].item()
+        processor = copy.copy(processor)
+        setattr(processor, attribute, max(counted - padding, 0))
+    return processor
+
+
+def accept_greedy(scores: torch.Tensor, proposal: Proposal) -> tuple[torch.Tensor, torch.Tensor]:
+    """Accepts the drafted tokens up to the first that is not the target's own choice.
+
+    Args:
+        scores (`torch.Tensor`): the target's, `[rows, width + 1, vocab_size]`.
+        proposal (`Proposal`): the drafted tokens.
+
+    Returns:
+        The tokens `[rows, width + 1]`, of which the first `accepted + 1` count, and the accepted `[rows]`.
+    """
+    chosen = scores.argmax(dim=-1)
+    return chosen, _leading(chosen[:, :-1] == proposal.tokens, proposal.counts)
+
+
+def accept_sampled(scores: torch.Tensor, proposal: Proposal) -> tuple[torch.Tensor, torch.Tensor]:
+    """Accepts drafted tokens by rejection sampling, so that the output follows the target's distribution.
+
+    A token drawn from q is accepted with probability min(1, p / q); where one is rejected, the row's next token is drawn
+    from the positive part of p - q; where all are accepted, from p (Leviathan et al. 2023, arXiv:2211.17192, algorithm 1).
+    A token that was not drawn has q = 1 at itself. Arguments and results are those of [`accept_greedy`].
+    """
+    rows, width = proposal.tokens.shape
+    p = scores.softmax(dim=-1)
+    drafted = proposal.tokens[..., None]
+    q = proposal.probabilities
+    p_drafted = p[:, :width].gather(-1, drafted)[..., 0]
+    q_drafted = torch.ones_like(p_drafted) if q is None else q.gather(-1, drafted)[..., 0]
+    accepted = _leading(torch.rand_like(p_drafted) * q_drafted < p_drafted, proposal.counts)
+    each = torch.arange(rows, device=scores.device)
+    last = p[each, accepted]  # [rows, vocab_size]
+    if width:
+        place = accepted.clamp(max=width - 1)
+        if q is None:
+            removed = torch.zeros_like(last).scatter_(-1, drafted[each, place], 1.0)
+        else:
+            removed = q[each, place]
+        residual = (last - removed).clamp(min=0)
+        # Where rounding left nothing, p and q are equal, and a rejection has probability zero.
+        rejected = (accepted < proposal.counts) & (residual.sum(-1) > 0)
+        last = torch.where(rejected[:, None], residual, last)
+    drawn = torch.multinomial(last, num_samples=1)
+    return torch.cat([proposal.tokens, drawn], dim=1).scatter(1, accepted[:, None], drawn), accepted
+
+
+def _leading(accepted: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """How many of a row's tokens are accepted before the first that is not, `[rows]`."""
+    is_drafted = torch.arange(accepted.shape[1], device=accepted.device) < counts[:, None]
+    return (accepted & is_drafted).long().cumprod(dim=1).sum(dim=1)
