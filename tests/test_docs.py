@@ -30,21 +30,36 @@ def test_pages_are_linked_from_the_readme():
     assert all(f"docs/{page.name}" in readme for page in (ROOT / "docs").glob("*.md"))
 
 
-@pytest.mark.slow
-def test_converting(tmp_path, tokenizer_folder, documents):
-    """With a random model, which predicts nothing: `--sanity` is left out of the command, and tested elsewhere."""
-    torch.manual_seed(0)
-    TinyLlamaForCausalLM(TinyLlamaConfig.preset("micro", vocab_size=512)).save_pretrained(tmp_path / "my-model")
-    load_tokenizer(tokenizer_folder).save_pretrained(tmp_path / "my-model")
-    (tmp_path / "my-text.txt").write_text("\n".join(documents), encoding="utf-8")
-    found = commands(ROOT / "docs" / "converting.md")
-    assert len(found) >= 11
+def run(page: str, folder: Path, at_least: int) -> None:
+    """Runs the commands of a page in a folder; without `--sanity`, since a random model predicts nothing."""
+    found = commands(ROOT / "docs" / page)
+    assert len(found) >= at_least
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for command, wanted in found:
         done = subprocess.run(
-            command.replace(" --sanity", ""), shell=True, cwd=tmp_path, env=os.environ | {"PATH": path},
+            command.replace(" --sanity", ""), shell=True, cwd=folder, env=os.environ | {"PATH": path},
             capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         assert wanted in done.stdout, f"{command}\n{done.stdout}{done.stderr}"
-    assert (tmp_path / "my-k-quant" / "model-f16.gguf").is_file()
+
+
+@pytest.fixture
+def my_model(tmp_path, tokenizer_folder) -> Path:
+    """The folder that holds `my-model`, a small one with random weights."""
+    torch.manual_seed(0)
+    TinyLlamaForCausalLM(TinyLlamaConfig.preset("micro", vocab_size=512)).save_pretrained(tmp_path / "my-model")
+    load_tokenizer(tokenizer_folder).save_pretrained(tmp_path / "my-model")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_converting(my_model, documents):
+    (my_model / "my-text.txt").write_text("\n".join(documents), encoding="utf-8")
+    run("converting.md", my_model, at_least=11)
+    assert (my_model / "my-k-quant" / "model-f16.gguf").is_file()
+
+
+@pytest.mark.slow
+def test_memory(my_model):
+    run("memory.md", my_model, at_least=6)

@@ -64,6 +64,6 @@ def _of_folder(folder: Path) -> Architecture:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         return Architecture(TinyLlamaConfig.from_llama(config), config.dtype, "config.json")
-    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+    except (OSError, ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{folder / 'config.json'}: describes no model ({type(error).__name__}: {reason})") from error

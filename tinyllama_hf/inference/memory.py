@@ -47,7 +47,7 @@ class Setup(NamedTuple):
 def weight_bytes(setup: Setup) -> int:
     """Bytes of parameters and buffers as `load` holds them, with the scales of quantised ones; needs no bitsandbytes.
 
-    On a CPU with AVX512_BF16 the first pass lays 4-bit weights out anew, which takes up to 2 % more.
+    On a CPU with AVX512_BF16 the first pass adds the scales of 4-bit weights in another layout: 2 bytes for 64 weights.
 
     Raises:
         InputError: if there is no such quantisation.
@@ -57,8 +57,9 @@ def weight_bytes(setup: Setup) -> int:
             f"--quantization {setup.quantization!r}: there is none of this name"
             f"{did_you_mean(setup.quantization, QUANTIZATIONS)}"
         )
+    config = copy.deepcopy(setup.config)  # the library notes the type in it
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(setup.config, dtype=setup.dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=setup.dtype)
     held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     if setup.quantization == "none":
         return held
@@ -80,8 +81,8 @@ def prefill_bytes(setup: Setup, batch: int, context: int) -> int | None:
     """Bytes beside weights and cache at the height of the pass that reads prompts which fill the context, at once.
 
     The model runs on tensors without storage, and what lives of them is counted: the bytes of torch's allocator on a CPU
-    (`tests/inference/test_memory.py` holds them to a real pass). `None` for int8, whose products take more than counted
-    here; 4-bit ones may have a dequantised weight beside, one at a time.
+    (`tests/inference/test_memory.py` holds them to a real pass), scratch of single kernels aside. `None` for int8, whose
+    products take more; 4-bit ones may have a dequantised weight beside, one at a time.
     """
     if setup.quantization == "int8":
         return None
