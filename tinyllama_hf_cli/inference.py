@@ -1,9 +1,12 @@
 """`tinyllama-hf list`, `tinyllama-hf generate` and `tinyllama-hf chat`."""
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from .batch import generate_file
 
 
 def list_released() -> None:
@@ -39,15 +42,39 @@ _MAX_NEW_TOKENS = Annotated[int | None, typer.Option(help="Default: 256, or what
 _SEED = Annotated[int | None, typer.Option(help="Makes the draws repeatable.")]
 _DEVICE = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 _DTYPE = Annotated[str, typer.Option(help="Of the weights: auto (the file's), fp32 or bf16.")]
-_QUANTIZATION = Annotated[str, typer.Option(help="none, int8 or nf4 (4 bit).")]
+_QUANTIZATION = Annotated[
+    str, typer.Option(help="none, int8, or nf4 or fp4 (4 bit). A folder saved quantised stays as it is.")
+]
+_ADAPTER = Annotated[str | None, typer.Option(help="PEFT adapter to put on top of the model: folder or Hub id.")]
 _DRAFT = Annotated[
-    str | None, typer.Option(help="Smaller model with the same tokenizer, which proposes tokens to the model.")
+    str | None,
+    typer.Option(
+        help="Proposes tokens: a smaller model with the same tokenizer, lookup (the text so far), or layers:N (the "
+        "model's own first ones)."
+    ),
 ]
 
 
 def generate(
     model: _MODEL,
     prompt: Annotated[str, typer.Argument(help="Text to continue; empty begins a new one.")] = "",
+    input_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--input",
+            help='JSON lines in place of one prompt: {"prompt": "..."}, or {"messages": [...]} for a chat model; other '
+            "fields are kept.",
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="With --input, JSON lines to write, in the same order.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="With --input, prompts at a time; default: 8.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="With --input, batch (default) or continuous: transformers' continuous batching, which on a CPU pays for "
+            "short prompts whose continuations differ in length."
+        ),
+    ] = None,
     temperature: _TEMPERATURE = 0.8,
     top_p: _TOP_P = 0.95,
     max_new_tokens: _MAX_NEW_TOKENS = None,
@@ -55,16 +82,35 @@ def generate(
     device: _DEVICE = "auto",
     dtype: _DTYPE = "auto",
     quantization: _QUANTIZATION = "none",
+    adapter: _ADAPTER = None,
     draft: _DRAFT = None,
 ) -> None:
-    """Continue a prompt, shown as it appears. Measurements go to standard error.
+    """Continue a prompt, shown as it appears, or the prompts of a file. Measurements go to standard error.
+
+    With --input: what is done stays when it is interrupted, and the same command goes on. A line that cannot be continued
+    gets an error in its row, and the exit status is 2 when the others are done.
 
     Example: tinyllama-hf generate step-1431k-3T "The capital of France is" --temperature 0 --max-new-tokens 20
     """
+    from tinyllama_hf.errors import InputError
     from tinyllama_hf.inference.generation import ExactTextStreamer, Sampling, generate_text
 
-    Sampling(temperature, top_p, max_new_tokens).check()
-    loaded, tokenizer, helper = _load(model, dtype, device, quantization, draft)
+    sampling = Sampling(temperature, top_p, max_new_tokens)
+    sampling.check()
+
+    def load() -> tuple[Any, Any, Any]:
+        return _load(model, dtype, device, quantization, draft, adapter)
+
+    if input_file is not None:
+        if prompt:
+            raise InputError(f"PROMPT {prompt!r}: cannot be given with --input; write it into {input_file}")
+        weights = {"dtype": dtype, "quantization": quantization}
+        generate_file(model, input_file, output, batch_size, engine, sampling, seed, draft, adapter, weights, load)
+        return
+    for option, value in (("--output", output), ("--batch-size", batch_size), ("--engine", engine)):
+        if value is not None:
+            raise InputError(f"{option} {value}: belongs to --input; leave it out, or name a file of prompts")
+    loaded, tokenizer, helper = load()
     streamer = ExactTextStreamer(tokenizer)
     generate_text(loaded, tokenizer, prompt, max_new_tokens, temperature, top_p, seed, streamer, helper)
     print(flush=True)
@@ -82,6 +128,7 @@ def chat(
     device: _DEVICE = "auto",
     dtype: _DTYPE = "auto",
     quantization: _QUANTIZATION = "none",
+    adapter: _ADAPTER = None,
     draft: _DRAFT = None,
 ) -> None:
     """Talk to a chat model; each line is a message. /system TEXT, /reset, /help, /exit. Ctrl-C stops a reply.
@@ -97,7 +144,7 @@ def chat(
 
     sampling = Sampling(temperature, top_p, max_new_tokens)
     sampling.check()
-    loaded, tokenizer, helper = _load(model, dtype, device, quantization, draft)
+    loaded, tokenizer, helper = _load(model, dtype, device, quantization, draft, adapter)
     session = ChatSession(loaded, tokenizer, system, sampling, seed, helper, note=_note)
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # not on Windows
@@ -142,24 +189,26 @@ def _read_line() -> str | None:
         return ""
 
 
-def _load(model: str, dtype: str, device: str, quantization: str, draft: str | None) -> tuple[Any, Any, Any]:
+def _load(
+    model: str, dtype: str, device: str, quantization: str, draft: str | None, adapter: str | None
+) -> tuple[Any, Any, Any]:
     """(model, tokenizer, draft or None), with the memory of a quantised model on standard error."""
     import torch
 
     from tinyllama_hf.errors import InputError, did_you_mean
-    from tinyllama_hf.inference.drafts import Draft
+    from tinyllama_hf.inference.drafts import load_draft
     from tinyllama_hf.inference.load import load
-    from tinyllama_hf.inference.quantization import footprint_line
+    from tinyllama_hf.inference.quantization import QuantizedTinyLlama, footprint_line
     from tinyllama_hf.progress import quiet_library_bars
 
     dtypes = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16}
     if dtype not in dtypes:
         raise InputError(f"--dtype {dtype!r}: there is none of this name{did_you_mean(dtype, dtypes)}")
     quiet_library_bars()
-    loaded, tokenizer = load(model, dtypes[dtype], device, quantization)
-    if quantization != "none":
-        _note(footprint_line(loaded, quantization))
-    return loaded, tokenizer, Draft(*load(draft, dtypes[dtype], device), loaded, tokenizer) if draft else None
+    loaded, tokenizer = load(model, dtypes[dtype], device, quantization, adapter=adapter)
+    if isinstance(loaded, QuantizedTinyLlama):
+        _note(footprint_line(loaded))
+    return loaded, tokenizer, load_draft(draft, loaded, tokenizer, dtypes[dtype], device) if draft else None
 
 
 def _note(line: str) -> None:

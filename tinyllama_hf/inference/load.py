@@ -1,12 +1,22 @@
 """Loading a model with its tokenizer for inference."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..configuration_tinyllama import TinyLlamaConfig
 from ..errors import InputError
@@ -14,7 +24,8 @@ from ..modeling_tinyllama import TinyLlamaForCausalLM
 from ..provenance import read_json
 from ..released import local_folder
 from ..tokenization_tinyllama import load_tokenizer
-from .quantization import QuantizedTinyLlama, check_quantization, quantization_config
+from .adapters import adapter_folder, add_adapter, one_line
+from .quantization import QuantizedTinyLlama, check_layers, check_quantization, quantization_config, quantization_of
 
 
 def load(
@@ -22,6 +33,11 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str = "auto",
     quantization: str = "none",
+    *,
+    double_quantization: bool = True,
+    compute_dtype: str | torch.dtype = "auto",
+    adapter: str | os.PathLike | None = None,
+    trainable: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a model in evaluation mode, with its tokenizer.
 
@@ -29,61 +45,113 @@ def load(
         path_or_name (`str` or `os.PathLike`): a folder, a name of the released ladder, or a Hub id.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): of the weights; `"auto"` takes the file's.
         device (`str`, *optional*, defaults to `"auto"`): `"auto"` takes a GPU where there is one.
-        quantization (`str`, *optional*, defaults to `"none"`): `"int8"` or `"nf4"` (4 bit) through bitsandbytes, for
-            inference: such a model refuses to be saved, moved or trained.
+        quantization (`str`, *optional*, defaults to `"none"`): `"int8"`, or `"nf4"` or `"fp4"` (4 bit), through
+            bitsandbytes. A folder that was saved quantised is loaded as it is, whether its kind is given or not.
+        double_quantization (`bool`, *optional*, defaults to `True`): quantise the scales of nf4 and fp4 too; a folder that
+            was saved quantised has what it has.
+        compute_dtype (`torch.dtype`, *optional*, defaults to `"auto"`): of products with the dequantised weights of nf4 and
+            fp4; `"auto"` takes the folder's, or the fastest here. The library's kernel for CPUs with AVX512_BF16 computes in
+            bf16 whatever this says.
+        adapter (`str` or `os.PathLike`, *optional*): a PEFT adapter to put on top: its folder, or a Hub id.
+        trainable (`bool`, *optional*, defaults to `False`): return the class that TRL, PEFT and Trainer know by name, to train
+            an adapter on it; `adapter` is trained on.
 
     Returns:
-        `(model, tokenizer)`: a `TinyLlamaForCausalLM` for a Llama folder.
+        `(model, tokenizer)`: a `TinyLlamaForCausalLM`; if `trainable` a `LlamaForCausalLM`, in PEFT's wrapper if with adapter.
 
     Raises:
-        InputError: if it is no model folder, is no Llama, is damaged or incomplete, or the device or the package for
-            the quantisation is not there.
+        InputError: if it is no model folder, is no Llama, is damaged or incomplete, or quantised by other means; if the
+            adapter is for another model; or if the device or a package is not there.
     """
     device = choose_device(device)
     check_quantization(quantization)
-    folder = model_folder(path_or_name)
-    if quantization == "none":
-        return _load_weights(TinyLlamaForCausalLM, folder, dtype).to(device).eval(), load_tokenizer(folder)
-    config = quantization_config(quantization, device)
-    model = _load_weights(QuantizedTinyLlama, folder, dtype, quantization_config=config, device_map=device)
-    model.seal()
+    folder = model_folder(path_or_name, quantized=True)
+    saved = quantization_of(read_json(folder / "config.json"), str(folder))
+    if saved != "none" and quantization not in ("none", saved):
+        raise InputError(
+            f"quantization {quantization!r}: the weights of {folder} are {saved} already; leave it out, or give the "
+            "unquantised model"
+        )
+    kind = quantization if saved == "none" else saved
+    check_quantization(kind, double_quantization, compute_dtype)
+    adapter = adapter and adapter_folder(adapter)
+    options = {"config": _config(folder, compute_dtype if saved != "none" else "auto", trainable)}
+    if kind != saved:
+        options["quantization_config"] = quantization_config(kind, device, double_quantization, compute_dtype)
+    own = TinyLlamaForCausalLM if kind == "none" else QuantizedTinyLlama
+    model = _load_weights(LlamaForCausalLM if trainable else own, folder, dtype, device, kind != "none", **options)
+    if adapter:
+        model = add_adapter(model, adapter, trainable)
     return model, load_tokenizer(folder)
 
 
 def load_stock(
     folder: Path, device: str = "auto", dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a folder with stock transformers alone, as somebody without this package would; errors as [`load`]."""
+    """Loads a folder with stock transformers alone, as somebody without this package would; errors as [`load`].
+
+    Weights that were saved quantised stay so, and safe (see `repacking`).
+    """
     device = choose_device(device)
-    model = _load_weights(AutoModelForCausalLM, folder, dtype, trust_remote_code=False).to(device).eval()
+    kind = quantization_of(read_json(folder / "config.json"), str(folder))
+    check_quantization(kind)
+    model = _load_weights(AutoModelForCausalLM, folder, dtype, device, kind != "none", trust_remote_code=False)
     try:
         return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise InputError(f"model {folder}: its tokenizer cannot be loaded ({_first_line(error)})") from error
+        raise InputError(f"model {folder}: its tokenizer cannot be loaded ({one_line(error)})") from error
 
 
-def _load_weights(kind: type, folder: Path, dtype: str | torch.dtype, **options: Any) -> PreTrainedModel:
+def _config(folder: Path, compute_dtype: str | torch.dtype, trainable: bool) -> LlamaConfig:
+    """The configuration of a folder, with another type for products with 4-bit weights unless it is `"auto"`."""
+    with _reading(folder):
+        config = TinyLlamaConfig.from_llama(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    if compute_dtype != "auto":
+        config.quantization_config["bnb_4bit_compute_dtype"] = str(compute_dtype).removeprefix("torch.")
+    return config.to_llama() if trainable else config
+
+
+def _load_weights(
+    kind: type, folder: Path, dtype: str | torch.dtype, device: str, quantized: bool, **options: Any
+) -> PreTrainedModel:
     """Loads every weight; the library would draw a missing one at random, and only mention it."""
-    try:
+    if quantized:
+        options["device_map"] = device
+    with _reading(folder):
         model, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"model {folder}: cannot be loaded ({_first_line(error)}); fetch or make it again") from error
     if missing := sorted(report["missing_keys"]):
         raise InputError(
             f"model {folder}: {len(missing)} weights are missing, {missing[0]} first; fetch or make it again"
         )
-    return model
+    if not quantized:
+        return model.to(device).eval()
+    from .repacking import make_reversible
+
+    check_layers(model, str(folder))
+    make_reversible(model)
+    model._weight_conversions = []  # transformers (5.23) refuses to save again what it loaded quantised
+    return model.eval()
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Says of a folder that the libraries cannot read it, in place of what they say."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"model {folder}: cannot be loaded ({one_line(error)}); fetch or make it again") from error
 
 
-def model_folder(path_or_name: str | os.PathLike) -> Path:
+def model_folder(path_or_name: str | os.PathLike, quantized: bool = False) -> Path:
     """Returns the folder of a model after a look at its `config.json`.
 
+    Args:
+        quantized (`bool`, *optional*, defaults to `False`): weights that were saved quantised will do.
+
     Raises:
-        InputError: if it holds no Llama.
+        InputError: if it holds no Llama, or weights quantised by other means than bitsandbytes.
     """
     folder = local_folder(str(path_or_name))
     config = folder / "config.json"
@@ -93,10 +161,8 @@ def model_folder(path_or_name: str | os.PathLike) -> Path:
     model_type = fields.get("model_type")
     if model_type not in ("llama", TinyLlamaConfig.model_type):
         raise InputError(f"{config}: model_type {model_type!r} is not a Llama; tinyllama_hf loads Llama folders only")
-    if "quantization_config" in fields:
-        raise InputError(
-            f"{config}: the weights are quantised already; give the unquantised model, and quantise when loading"
-        )
+    if quantization_of(fields, str(config)) != "none" and not quantized:
+        raise InputError(f"{config}: the weights are quantised already; give the unquantised model")
     return folder
 
 

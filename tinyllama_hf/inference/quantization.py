@@ -1,14 +1,13 @@
-"""Models in 8 and 4 bit through bitsandbytes, for inference.
+"""Models in 8 and 4 bit through bitsandbytes: made while loading, saved and loaded again, with adapters on top.
 
-On a CPU with AVX512_BF16, bitsandbytes (0.50.2) repacks 4-bit weights at the first forward pass in evaluation mode. From
-then on a save writes corrupt weights (slightly other ones if the scales are quantised too), `dequantize()` and PEFT's
-merging return noise, and no gradient passes: all without an error. That fast path is kept, and what it would break is
-refused on every machine: a quantised model is neither saved, nor read out, nor moved, nor trained.
-tests/inference/test_quantization.py shows the library's behaviour.
+What the library does wrong on some CPUs is dealt with in `repacking`.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,163 +19,101 @@ from ..modeling_tinyllama import TinyLlamaForCausalLM
 from ..progress import quiet_bitsandbytes
 
 
-QUANTIZATIONS = ("none", "int8", "nf4")
-_FIXES = {
-    "trained": "fine-tune the unquantised model (recipes/sft/lora.yaml needs little memory)",
-    "read out": "take the weights of the unquantised model",
-    "saved": "keep the unquantised folder, and quantise when loading",
-    "copied": "load it again",
-    "moved": "load it with device=...",
-}
-
-
-def _refuse(what: str) -> NoReturn:
-    raise InputError(f"a quantised model is for inference and cannot be {what}: {_FIXES[what]}")
-
-
-class _WithoutGradient(torch.autograd.Function):
-    """Calls a layer, and refuses to take a gradient back through it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-        return layer(x.detach())
-
-    @staticmethod
-    def backward(ctx: Any, *_: torch.Tensor) -> NoReturn:
-        _refuse("trained")
-
-
-class SealedLinear(nn.Module):
-    """A quantised layer that computes, and refuses what would take its weights for what they were before repacking.
-
-    The library's layer is no submodule, so that nothing else finds it: neither a loop over modules that dequantises, nor
-    PEFT, which would wrap it and merge into it.
-
-    Args:
-        layer (`torch.nn.Module`): `Linear4bit` or `Linear8bitLt` of bitsandbytes.
-    """
-
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self._layer = (layer.eval(),)  # in a tuple, which torch does not register
-
-    @property
-    def layer(self) -> nn.Module:
-        """The library's layer; its weights may be repacked."""
-        return self._layer[0]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., in_features]` to `[..., out_features]`; a backward pass through it is refused."""
-        # Not by freezing the other weights: without gradients of its own the head copies its weight at each prompt
-        # (torch 2.13 multiplies a slice of the hidden states by bmm then).
-        return _WithoutGradient.apply(x, self.layer) if x.requires_grad else self.layer(x)
-
-    def train(self, mode: bool = True):
-        """Refuses training mode; `eval()` works as ever."""
-        if mode:
-            _refuse("trained")
-        return super().train(mode)
-
-    def extra_repr(self) -> str:
-        """Shows the layer in the model's `repr`."""
-        return repr(self.layer)
-
-    def _save_to_state_dict(self, *_: Any) -> None:
-        _refuse("read out")
-
-    def __getstate__(self) -> NoReturn:
-        _refuse("copied")
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):
-        device = self.layer.weight.device
-        if fn(torch.empty(0, device=device)).device != device:
-            _refuse("moved")
-        return super()._apply(fn, recurse)
+QUANTIZATIONS = ("none", "int8", "nf4", "fp4")
+_COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class QuantizedTinyLlama(TinyLlamaForCausalLM):
-    """A `TinyLlamaForCausalLM` with int8 or nf4 weights, which generates."""
+    """A `TinyLlamaForCausalLM` with int8, nf4 or fp4 weights, which generates, and is saved as it is."""
 
-    def seal(self) -> None:
-        """Seals the quantised layers once they are loaded."""
-        from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Writes a plain Llama folder with quantised weights, or the adapter if there is one; arguments as in transformers.
 
-        for name, module in list(self.named_modules()):
-            if isinstance(module, Linear4bit) and (module.out_features % 32 or module.in_features % 64):
-                module.support_avx512bf16_for_cpu = False  # repacking fails on such a shape (0.50.2)
-            if isinstance(module, (Linear4bit, Linear8bitLt)):
-                self.set_submodule(name, SealedLinear(module))
-        self.eval()
+        Every file is written under a temporary name and renamed, `config.json` last. Other files there stay.
+        """
+        folder = Path(save_directory).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", folder.name)  # the library takes the name of the folder that it writes to
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        try:
+            super().save_pretrained(temporary, *args, **kwargs)
+            written = sorted(temporary.iterdir(), key=lambda file: file.name == "config.json")
+            for file in written:
+                os.replace(file, folder / file.name)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if any(file.name == "config.json" for file in written):  # weights, and no adapter
+            _remove_other_weights(folder, {file.name for file in written})
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):
-        # Before any part of the model has moved, which the layers alone would notice too late.
-        sealed = any(isinstance(module, SealedLinear) for module in self.modules())
-        if sealed and fn(torch.empty(0, device=self.device)).device != self.device:
-            _refuse("moved")
-        return super()._apply(fn, recurse)
+    save_as_llama = save_pretrained
 
     def flops_per_token(self, seq_len: int | None = None, convention: str = "without_input_embedding") -> int:
-        """Refuses: it is about training, and the sealed weights are not among the parameters that it counts."""
-        _refuse("trained")
-
-    def train(self, mode: bool = True):
-        """Refuses training mode before any part of the model has changed."""
-        if mode:
-            _refuse("trained")
-        return super().train(mode)
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Refuses before anything is written, or made on a Hub."""
-        _refuse("saved")
-
-    save_as_llama = push_to_hub = save_pretrained
-
-    def dequantize(self, *args: Any, **kwargs: Any) -> None:
-        """Refuses: the library would find no layer to dequantise, and say nothing."""
-        _refuse("read out")
+        """As `TinyLlamaForCausalLM.flops_per_token`; two 4-bit weights are one element of their parameter."""
+        return _unquantized(self).flops_per_token(seq_len, convention)
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of the weights, sealed ones and buffers included; see [`footprint`]."""
+        """Bytes of the weights, scales, adapter and buffers; see [`footprint`]."""
         return footprint(self).weights
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):
+        # bitsandbytes (0.50.2) leaves the scales behind where a whole model in int8 moves after a pass.
+        if getattr(self, "is_loaded_in_8bit", False) and fn(torch.empty(0, device=self.device)).device != self.device:
+            raise InputError("a model in int8 cannot be moved: load it with device=...")
+        return super()._apply(fn, recurse)
 
-class Footprint(NamedTuple):
-    """Bytes of weights in memory, and of the same model without quantisation."""
 
-    weights: int
-    unquantized: int
+def _remove_other_weights(folder: Path, written: set[str]) -> None:
+    """Removes weights of an earlier save, which readers that take every file of weights would mix with the new ones."""
+    for file in folder.glob("model*.safetensors*"):
+        if file.name not in written:
+            file.unlink()
 
 
-def check_quantization(quantization: str) -> None:
-    """Refuses an unknown kind, and one whose backend is missing.
+def check_quantization(quantization: str, double_quantization: bool = True, compute_dtype: Any = "auto") -> None:
+    """Refuses an unknown kind, options that it has not, and one whose backend is missing.
 
     Raises:
-        InputError: naming the valid kinds, or the package to install.
+        InputError: naming the valid kinds, the option, or the package to install.
     """
     if quantization not in QUANTIZATIONS:
         raise InputError(
             f"quantization {quantization!r}: there is none of this name{did_you_mean(quantization, QUANTIZATIONS)}"
         )
+    if compute_dtype != "auto" and compute_dtype not in _COMPUTE_DTYPES:
+        raise InputError(f"compute_dtype {compute_dtype!r}: use 'auto', {', '.join(map(str, _COMPUTE_DTYPES))}")
+    if quantization not in ("nf4", "fp4"):
+        for option, default in ((double_quantization, True), (compute_dtype, "auto")):
+            if option != default:
+                name = "double_quantization" if default is True else "compute_dtype"
+                raise InputError(f"{name}={option}: is for nf4 and fp4; with quantization {quantization} leave it out")
     if quantization != "none":
         quiet_bitsandbytes()
         require("bitsandbytes", "quantization", f"quantization {quantization}")
 
 
-def quantization_config(quantization: str, device: str) -> Any:
-    """The library's configuration of a kind: int8, or nf4 with quantised scales (double quantisation)."""
+def quantization_config(quantization: str, device: str, double_quantization: bool, compute_dtype: Any) -> Any:
+    """The library's configuration of a kind.
+
+    Args:
+        quantization (`str`): `"int8"`, `"nf4"` or `"fp4"`.
+        device (`str`): where the model will run, which decides the fastest type.
+        double_quantization (`bool`): quantise the scales of nf4 and fp4 too.
+        compute_dtype (`torch.dtype` or `"auto"`): of products with dequantised weights of nf4 and fp4.
+    """
     from transformers import BitsAndBytesConfig
 
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=_compute_dtype(device),
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=double_quantization,
+        bnb_4bit_compute_dtype=_fastest_dtype(device) if compute_dtype == "auto" else compute_dtype,
     )
 
 
-def _compute_dtype(device: str) -> torch.dtype:
+def _fastest_dtype(device: str) -> torch.dtype:
     """The fastest type here for products with dequantised weights; bf16 is slow where the hardware only emulates it."""
     from bitsandbytes.functional import has_avx512bf16
 
@@ -185,33 +122,124 @@ def _compute_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if has_avx512bf16() else torch.float32
 
 
-def footprint(model: PreTrainedModel) -> Footprint:
-    """Measures the memory of a model's weights: parameters, buffers, and the scales beside quantised ones."""
-    sealed = [module.layer for module in model.modules() if isinstance(module, SealedLinear)]
-    found = [tensor for module in (model, *sealed) for tensor in (*module.parameters(), *module.buffers())]
-    found += [tensor for layer in sealed for tensor in _scales(layer.weight)]
-    tensors = {id(tensor): tensor for tensor in found}
-    with torch.device("meta"):
-        plain = TinyLlamaForCausalLM(TinyLlamaConfig.from_llama(model.config))
-    size = model.dtype.itemsize
-    unquantized = sum(p.numel() * size for p in plain.parameters()) + sum(b.nbytes for b in plain.buffers())
-    return Footprint(sum(tensor.nbytes for tensor in tensors.values()), unquantized)
+def quantization_of(fields: Mapping[str, Any], where: str) -> str:
+    """The kind that the weights of a folder have.
 
+    Args:
+        fields (`Mapping`): of its `config.json`.
+        where (`str`): its name, for the message.
 
-def footprint_line(model: PreTrainedModel, quantization: str) -> str:
-    """The measured memory as a line for the user: `nf4: 95.2 MB of weights (269.0 MB in bfloat16)`."""
-    measured = footprint(model)
-    dtype = str(model.dtype).removeprefix("torch.")
-    return (
-        f"{quantization}: {measured.weights / 1e6:.1f} MB of weights ({measured.unquantized / 1e6:.1f} MB in {dtype})"
+    Raises:
+        InputError: if they are quantised by other means than bitsandbytes, saying what reads them.
+    """
+    saved = fields.get("quantization_config")
+    if saved is None:
+        return "none"
+    saved = saved if isinstance(saved, dict) else {}
+    method = saved.get("quant_method", "bitsandbytes")  # older folders do not say
+    kind = "int8" if saved.get("load_in_8bit") else saved.get("load_in_4bit") and saved.get("bnb_4bit_quant_type")
+    if method == "bitsandbytes" and kind in ("int8", "nf4", "fp4"):
+        return kind
+    readers = {
+        "awq": "vLLM reads it, and `tinyllama-hf convert FOLDER --to llama --output NEW` makes plain weights of it",
+        "gptq": "vLLM reads it",
+        "compressed-tensors": "vLLM reads it",
+    }
+    raise InputError(
+        f"{where}: weights quantised by {method}, and not as int8, nf4 or fp4 of bitsandbytes; "
+        + readers.get(method, "give the unquantised model, and quantise when loading")
     )
 
 
-def _scales(parameter: nn.Parameter) -> list[torch.Tensor]:
-    """What bitsandbytes keeps beside a quantised weight: row scales of int8; block scales of nf4, and their scales."""
-    found = [getattr(parameter, "SCB", None)]
-    state = getattr(parameter, "quant_state", None)
-    while state is not None:
-        found += [state.absmax, state.code, getattr(state, "offset", None)]
-        state = getattr(state, "state2", None)
+def check_layers(model: nn.Module, where: str) -> None:
+    """Refuses quantised layers whose parts do not belong together: the kernels read as much as they should have.
+
+    Args:
+        where (`str`): name of the folder that they come from, for the message.
+
+    Raises:
+        InputError: naming the first such layer.
+    """
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    for name, layer in model.named_modules():
+        sound = True
+        if isinstance(layer, Linear4bit):
+            sound = _is_sound_4bit(layer)
+        elif isinstance(layer, Linear8bitLt):
+            scales = getattr(layer.weight, "SCB", None)
+            shape = (layer.out_features, layer.in_features)
+            sound = scales is not None and scales.numel() == layer.out_features
+            sound = sound and layer.weight.shape == shape and layer.weight.dtype == torch.int8
+        if not sound:
+            raise InputError(
+                f"model {where}: weights and scales of {name} do not belong together; fetch or make it again"
+            )
+
+
+def _is_sound_4bit(layer: Any) -> bool:
+    state, weights = getattr(layer.weight, "quant_state", None), layer.out_features * layer.in_features
+    if state is None or state.shape != (layer.out_features, layer.in_features) or not state.blocksize:
+        return False
+    scales, sound = state.absmax.numel(), layer.weight.nbytes == -(-weights // 2) and state.code.numel() == 16
+    if state.nested:
+        inner = state.state2
+        sound = sound and inner.code.numel() == 256 and inner.absmax.numel() == -(-scales // inner.blocksize)
+    kind = torch.uint8 if state.nested else torch.float32
+    return sound and scales == -(-weights // state.blocksize) and state.absmax.dtype == kind
+
+
+class Footprint(NamedTuple):
+    """Bytes in memory: of all weights, of the same model without quantisation, and of the adapter, which both include."""
+
+    weights: int
+    unquantized: int
+    adapter: int
+
+
+def footprint(model: PreTrainedModel) -> Footprint:
+    """Measures the memory of a model's weights: parameters, buffers, and the scales beside quantised ones."""
+    tensors: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        found = (*module.parameters(recurse=False), *module.buffers(recurse=False), *_scales(module))
+        tensors |= {id(tensor): tensor for tensor in found}
+    size, plain, adapter = model.dtype.itemsize, _unquantized(model), _adapter_bytes(model)
+    unquantized = sum(p.numel() * size for p in plain.parameters()) + sum(b.nbytes for b in plain.buffers())
+    return Footprint(sum(tensor.nbytes for tensor in tensors.values()), unquantized + adapter, adapter)
+
+
+def footprint_line(model: PreTrainedModel) -> str:
+    """The measured memory as a line for the user: `nf4: 95.2 MB of weights (269.0 MB in bfloat16)`."""
+    measured = footprint(model)
+    kind = quantization_of(model.config.to_dict(), "model")
+    adapter = f", {measured.adapter / 1e6:.1f} MB of them the adapter's" if measured.adapter else ""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return (
+        f"{kind}: {measured.weights / 1e6:.1f} MB of weights{adapter} ({measured.unquantized / 1e6:.1f} MB in {dtype})"
+    )
+
+
+def _unquantized(model: PreTrainedModel) -> TinyLlamaForCausalLM:
+    """The same architecture without memory."""
+    with torch.device("meta"):
+        return TinyLlamaForCausalLM(TinyLlamaConfig.from_llama(model.config))
+
+
+def _adapter_bytes(model: PreTrainedModel) -> int:
+    """What PEFT has put beside the layers that it wraps."""
+    wrappers = [module for module in model.modules() if hasattr(module, "get_base_layer")]
+    own = {id(p): p.nbytes for module in wrappers for p in module.parameters()}
+    base = {id(p) for module in wrappers for p in module.get_base_layer().parameters()}
+    return sum(nbytes for key, nbytes in own.items() if key not in base)
+
+
+def _scales(module: nn.Module) -> list[torch.Tensor]:
+    """What bitsandbytes keeps beside a quantised weight: row scales of int8; block scales of nf4 and fp4, and their scales."""
+    weight = vars(module._parameters.get("weight", module))
+    found = [weight.get("SCB"), getattr(vars(module).get("state"), "SCB", None)]
+    # Not by `weight.quant_state`, which would undo the repacking.
+    for state in (weight.get("quant_state"), weight.get("packed_state")):
+        while state is not None:
+            found += [state.absmax, state.code, state.offset]
+            state = state.state2 if state.nested else None
     return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
