@@ -31,7 +31,7 @@ OPTIONAL = {
     "datasets": "eval/metrics/",
     "trl": None,
     "peft": None,
-    "bitsandbytes": None,
+    "bitsandbytes": "tinyllama_hf/inference/repacking.py",
     "lm_eval": None,
     "evaluate": "eval/metrics/",
 }
