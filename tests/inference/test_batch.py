@@ -1,0 +1,234 @@
+"""Many prompts at a time: what each gets is what it gets by itself, whatever it shares a batch with."""
+
+import copy
+import threading
+
+import numpy as np
+import pytest
+import torch
+from transformers import ContinuousBatchingConfig
+
+from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
+from tinyllama_hf.errors import InputError
+from tinyllama_hf.inference.batch import ENGINES, Request, RowDraws, _batches, generate_many
+from tinyllama_hf.inference.continuous import bounded
+from tinyllama_hf.inference.drafts import load_draft
+from tinyllama_hf.inference.generation import Sampling, generate_ids
+
+
+GREEDY = Sampling(0, 1.0)
+TEXTS = ("Once upon a time", "Tom", "", "The dog and the cat went to the park.", "Lily likes cake", "One day, a big red car",
+         '"No," said', "They", "x", "A girl named Sue saw a bird. The bird was blue and it sang a song.")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stories(shared):
+    return load(shared / "data" / "models" / "stories260K", dtype=torch.float32)
+
+
+@pytest.fixture
+def random_model(tokenizer_folder):
+    torch.manual_seed(0)
+    model = TinyLlamaForCausalLM(TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=96)).eval()
+    return model, load_tokenizer(tokenizer_folder)
+
+
+def requests(tokenizer, new_tokens=40):
+    """Prompts of all lengths, with budgets of all lengths."""
+    return [Request(i, tokenizer(text)["input_ids"], new_tokens + 3 * i) for i, text in enumerate(TEXTS)]
+
+
+def by_key(model, tokenizer, wanted, *arguments, **options):
+    completions = list(generate_many(model, tokenizer, wanted, *arguments, **options))
+    assert len(completions) == len(wanted)
+    return {completion.key: completion for completion in completions}
+
+
+def close_call(model, ids) -> bool:
+    """Whether the two best logits for the next token are closer than rounding may decide."""
+    with torch.inference_mode():
+        best = model(torch.tensor([ids])).logits[0, -1].topk(2).values
+    return (best[0] - best[1]).item() < 1e-4
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize("stops", [False, True])
+def test_each_gets_what_it_gets_by_itself(stories, engine, batch_size, stops):
+    """A trained model in fp32; ended by their budgets, and at different lengths by a full stop that counts as the end."""
+    model, tokenizer = stories
+    kept = model.generation_config.eos_token_id
+    stop_tokens = [kept, *(tokenizer.convert_tokens_to_ids(["."]) if stops else [])]
+    model.generation_config.eos_token_id = stop_tokens
+    try:
+        found = by_key(model, tokenizer, requests(tokenizer), batch_size, GREEDY, engine=engine)
+    finally:
+        model.generation_config.eos_token_id = kept
+    ties = 0
+    for request in requests(tokenizer):
+        alone = generate_ids(model, tokenizer, request.ids, request.max_new_tokens, GREEDY, eos_token_id=stop_tokens)
+        ended = alone[-1] in stop_tokens
+        completion = found[request.key]
+        if completion.ids != alone[: len(alone) - ended]:
+            same = next(i for i, (a, b) in enumerate(zip(completion.ids, alone, strict=False)) if a != b)
+            assert close_call(model, [*request.ids, *alone[:same]])
+            ties += 1
+        assert completion.finish_reason == ("stop" if ended else "length") or ties
+    assert ties <= 1
+    assert len({len(completion.ids) for completion in found.values()}) > 5
+
+
+def test_prompts_longer_than_a_pass_of_the_continuous_engine(tokenizer_folder):
+    torch.manual_seed(0)
+    model = TinyLlamaForCausalLM(TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=1500)).eval()
+    generator = np.random.default_rng(0)
+    wanted = [
+        Request(i, generator.integers(3, 512, length).tolist(), 8) for i, length in enumerate((1300, 5, 700, 513))
+    ]
+    found = [by_key(model, load_tokenizer(tokenizer_folder), wanted, 2, GREEDY, engine=engine) for engine in ENGINES]
+    assert found[0] == found[1]
+
+
+class TestDraws:
+    def test_follow_from_seed_and_key_alone(self, random_model):
+        model, tokenizer = random_model
+        wanted = requests(tokenizer, 20)
+        sampling = Sampling(1.3, 0.9)
+        found = [by_key(model, tokenizer, wanted, size, sampling, seed=5) for size in (1, 3, 10)]
+        assert found[0] == found[1] == found[2]
+        assert by_key(model, tokenizer, wanted[4:], 3, sampling, seed=5) == {k: found[0][k] for k in range(4, 10)}
+        for other in ({"seed": 6}, {}):
+            assert by_key(model, tokenizer, wanted, 3, sampling, **other) != found[0]
+        assert by_key(model, tokenizer, wanted, 3, sampling) != by_key(model, tokenizer, wanted, 3, sampling)
+
+    def test_have_the_distribution(self):
+        """200 000 draws among probabilities from a half to a thousandth, one of them 0: each within 4.5 deviations."""
+        probabilities = torch.tensor([0.5, 0.2, 0.0, 0.15, 0.1, 0.049, 0.001], dtype=torch.float64)
+        rows = 200_000
+        numbers = np.stack([np.random.default_rng([1, key]).random(2) for key in range(rows)])
+        scores = probabilities.log().float().expand(rows, -1)
+        for step in (0, 1):
+            draws = RowDraws(torch.from_numpy(numbers), prompt=3)
+            chosen = draws(torch.zeros(rows, 3 + step), scores).argmax(dim=-1)
+            counts = torch.bincount(chosen, minlength=7)
+            deviations = (counts - rows * probabilities) / (rows * probabilities * (1 - probabilities)).sqrt().clamp(
+                min=1
+            )
+            assert deviations.abs().max() < 4.5
+
+    @pytest.mark.parametrize("sampling", [Sampling(0.7, 1.0), Sampling(1.5, 0.6)])
+    def test_are_the_models(self, random_model, sampling):
+        """The first token of 4000 equal prompts, against temperature and top-p worked out by hand."""
+        model, tokenizer = random_model
+        ids = tokenizer("class")["input_ids"]
+        model.lm_head.weight.data *= 4  # as sure as a trained one
+        with torch.inference_mode():
+            exact = (model(torch.tensor([ids])).logits[0, -1].double() / sampling.temperature).softmax(-1)
+        order = exact.argsort(descending=True)
+        kept = order[: int((exact[order].cumsum(0) < sampling.top_p).sum()) + 1]
+        exact = torch.zeros_like(exact).index_put((kept,), exact[kept])
+        exact /= exact.sum()
+        found = by_key(model, tokenizer, [Request(i, ids, 1) for i in range(4000)], 2000, sampling, seed=0)
+        drawn = [completion.ids[0] if completion.ids else tokenizer.eos_token_id for completion in found.values()]
+        counts = torch.bincount(torch.tensor(drawn), minlength=512)
+        assert not counts[exact == 0].any()
+        deviations = (counts - 4000 * exact) / (4000 * exact * (1 - exact)).sqrt().clamp(min=1)
+        assert deviations.abs().max() < 5
+        assert (counts > 0).sum() > 20
+
+
+class TestDrafts:
+    def test_greedy_output_is_the_same(self, random_model):
+        model, tokenizer = random_model
+        draft = load_draft("layers:1", model, tokenizer)
+        wanted = requests(tokenizer, 20)
+        assert by_key(model, tokenizer, wanted, 4, GREEDY, draft=draft) == by_key(model, tokenizer, wanted, 4, GREEDY)
+        assert draft.statistics.drafted > 0
+
+    def test_a_seed_repeats_sampled_output(self, random_model):
+        model, tokenizer = random_model
+        draft = load_draft("layers:1", model, tokenizer)
+        found = [
+            by_key(model, tokenizer, requests(tokenizer, 20), 4, Sampling(1.2, 0.9), seed=s, draft=draft)
+            for s in (1, 1, 2)
+        ]
+        assert found[0] == found[1] != found[2]
+
+
+def test_rows_go_apart_where_one_would_leave_the_context():
+    wanted = [
+        Request(i, [5] * length, budget) for i, (length, budget) in enumerate(((90, 6), (88, 8), (10, 30), (9, 30)))
+    ]
+    assert [[r.key for r in batch] for batch in _batches(wanted, 4, 96)] == [[0], [1], [2, 3]]
+    assert [[r.key for r in batch] for batch in _batches(wanted, 1, 96)] == [[0], [1], [2], [3]]
+
+
+class TestContinuous:
+    def cache(self, model, settings) -> int:
+        """Bytes of the cache that the library makes."""
+        manager = model.init_continuous_batching(model.generation_config, settings)
+        manager.warmup()
+        return manager.batch_processor.cache.cache_tensor.nbytes
+
+    def test_memory_is_bounded(self, random_model):
+        model, tokenizer = random_model
+        wanted = requests(tokenizer, 20)
+        block = 256 * model.kv_cache_bytes_per_token(model.dtype)
+        for batch_size in (2, 8):
+            # Two blocks besides are the library's, for what it writes and reads in vain.
+            assert self.cache(model, bounded(wanted, batch_size)) == (batch_size + 2) * block
+
+    def test_the_library_takes_what_there_is(self, random_model):
+        """With one percent in place of its 60; when it takes what it needs, `bounded` can go."""
+        model, _ = random_model
+        settings = ContinuousBatchingConfig(max_memory_percent=0.01, max_batch_tokens=64)
+        assert self.cache(model, settings) > 20_000_000
+
+    def test_it_ends_with_the_one_who_listens(self, stories):
+        """What is left is not finished first, as the library's own context manager would."""
+        model, tokenizer = stories
+        threads = threading.active_count()
+        wanted = [Request(0, [1], 2), *(Request(i, [1], 500) for i in range(1, 50))]
+        completions = generate_many(model, tokenizer, wanted, 2, GREEDY, engine="continuous")
+        assert next(completions).key == 0
+        completions.close()
+        assert threading.active_count() == threads
+        assert model.config._attn_implementation == "sdpa"
+
+    def test_what_it_would_not_apply_is_refused(self, random_model):
+        model, tokenizer = random_model
+        plain = by_key(model, tokenizer, requests(tokenizer, 20), 4, GREEDY)
+        model.generation_config.repetition_penalty = 1.5
+        with pytest.raises(InputError, match="asks for a RepetitionPenaltyLogitsProcessor"):
+            list(generate_many(model, tokenizer, requests(tokenizer, 20), 4, GREEDY, engine="continuous"))
+        assert by_key(model, tokenizer, requests(tokenizer, 20), 4, GREEDY) != plain
+
+    def test_it_draws(self, random_model):
+        found = by_key(*random_model, requests(random_model[1], 20), 4, Sampling(1.0, 0.9), engine="continuous")
+        assert found != by_key(
+            *random_model, requests(random_model[1], 20), 4, Sampling(1.0, 0.9), engine="continuous"
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
+        ({"seed": -1}, "--seed -1: must be 0 or above"),
+        ({"sampling": Sampling(-1)}, "--temperature -1"),
+        ({"engine": "continous"}, "--engine 'continous': there is none of this name; did you mean 'continuous'"),
+        ({"engine": "continuous", "seed": 1}, "--engine continuous: its draws depend on what shares a pass"),
+        ({"engine": "continuous", "draft": "lookup"}, "--engine continuous: has no place for a draft"),
+        ({"requests": [Request(7, [1] * 90, 7)]}, "request 7: 90 tokens and 7 new ones; .* at most 96, the model's"),
+        ({"requests": [Request(7, [], 7)]}, "request 7: 0 tokens"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_refusals(random_model, options, message):
+    model, tokenizer = random_model
+    options = copy.copy(options)
+    wanted = options.pop("requests", [Request(0, [1], 4)])
+    if "draft" in options:
+        options["draft"] = load_draft(options["draft"], model, tokenizer)
+    with pytest.raises(InputError, match=message):
+        generate_many(model, tokenizer, wanted, **options)

@@ -1,0 +1,68 @@
+"""`tinyllama-hf generate --input`: many prompts from a file."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+
+
+_MOST_LINES = 10  # that a message names
+
+
+def generate_file(
+    model: str,
+    source: Path,
+    output: Path | None,
+    batch_size: int | None,
+    engine: str | None,
+    sampling: Any,
+    seed: int | None,
+    draft: str | None,
+    adapter: str | None,
+    weights: dict[str, str],
+    load: Any,
+) -> None:
+    """Generates for every line of a file.
+
+    `load` gives model, tokenizer and draft, and is called once all is checked that can be without; `weights` are the other
+    options that it looks at.
+    """
+    import time
+
+    from tinyllama_hf.errors import InputError
+    from tinyllama_hf.inference.batch import DEFAULT_BATCH_SIZE, check_options
+    from tinyllama_hf.inference.batch_job import open_job
+    from tinyllama_hf.inference.memory import check_fits
+
+    if output is None:
+        raise InputError(f"--output: is needed with --input {source}; name the file to write")
+    batch_size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
+    engine = "batch" if engine is None else engine
+    check_options(batch_size, sampling, seed, engine, with_draft=draft is not None)
+    job = open_job(source, output, model, draft, adapter, sampling, seed=seed, engine=engine, **weights)
+    prompts, bad = job.prompts
+    if job.is_finished:
+        print(f"{output}: was finished already")
+    else:
+        loaded, tokenizer, helper = load()
+        check_fits(loaded, min(batch_size, len(prompts)), max(len(p.ids) + p.max_new_tokens for p in prompts))
+        began = time.perf_counter()
+        try:
+            num_tokens = job.run(loaded, tokenizer, batch_size, sampling, seed, helper, engine)
+        except KeyboardInterrupt:
+            print("interrupted; what was done is kept, the same command goes on", file=sys.stderr)
+            raise typer.Exit(130) from None
+        seconds = time.perf_counter() - began
+        before = f" ({len(prompts) - len(job.pending):,} before)" if len(job.pending) < len(prompts) else ""
+        print(
+            f"wrote {output}: {len(job.pending):,} prompts continued{before}, {num_tokens:,} new tokens in {seconds:.1f} s, "
+            f"{num_tokens / seconds:,.0f} tokens/s"
+        )
+    if bad:
+        lines = [f"  {line.error}" for line in bad[:_MOST_LINES]]
+        lines += [f"  and {len(bad) - _MOST_LINES:,} more"] if len(bad) > _MOST_LINES else []
+        raise InputError(
+            f"--input {source}: {len(bad):,} of {len(bad) + len(prompts):,} lines cannot be continued, and have an error in their "
+            f"rows of {output}; the others are done\n" + "\n".join(lines)
+        )
