@@ -76,10 +76,13 @@ class SpeculationStatistics:
         return self.prefill_seconds + self.target_seconds + self.draft_seconds
 
     def __str__(self) -> str:
-        return (
+        line = (
             f"draft: {self.acceptance * 100:.0f} % of {self.drafted} drafted tokens accepted, {self.target_passes} target "
             f"passes for {self.new_tokens} tokens, {self.seconds:.1f} s"
         )
+        # The first rounds are plain in any case: the prompt's, and one that is timed.
+        gave_up = self.plain_rounds > 2 + self.target_passes // 10
+        return line + (f"; {self.plain_rounds} passes without drafting, which did not pay" if gave_up else "")
 
 
 @dataclasses.dataclass
