@@ -39,6 +39,8 @@ class SpeculationStatistics:
         new_tokens (`int`): in all of them.
         drafted (`int`): tokens that were proposed.
         accepted (`int`): proposed tokens that stand in the output.
+        judged (`int`): proposed tokens up to the first rejected one of each round and row; `accepted / judged` estimates the
+            probability that a token is accepted where all before it are.
         target_passes (`int`): forward passes of the target, the one over the prompts included.
         row_passes (`int`): the same summed over the rows that were in each pass; every one adds a token of the target's own.
         draft_passes (`int`): forward passes of the draft model.
@@ -52,6 +54,7 @@ class SpeculationStatistics:
     new_tokens: int = 0
     drafted: int = 0
     accepted: int = 0
+    judged: int = 0
     target_passes: int = 0
     row_passes: int = 0
     draft_passes: int = 0
@@ -265,6 +268,7 @@ class _Loop:
         statistics.row_passes += len(accepted)
         statistics.drafted += sum(counts)
         statistics.accepted += sum(min(count, len(new)) for count, new in zip(accepted, appended, strict=True))
+        statistics.judged += sum(min(taken + 1, count) for taken, count in zip(accepted, counts, strict=True))
         statistics.new_tokens += sum(map(len, appended))
         statistics.plain_rounds += not proposal.tokens.shape[1]
         if self.streamer is not None and appended[0]:
