@@ -39,6 +39,13 @@ def test_no_weights(folder):
             loader(folder)
 
 
+def test_no_configuration(folder):
+    (folder / "config.json").unlink()
+    for loader in (load, load_stock):
+        with pytest.raises(InputError, match=r"holds no config\.json|cannot be loaded"):
+            loader(folder)
+
+
 def test_a_missing_weight_is_not_drawn_at_random(folder):
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]

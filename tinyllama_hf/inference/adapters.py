@@ -1,6 +1,7 @@
 """PEFT adapters on top of a loaded model."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,10 @@ def add_adapter(model: PreTrainedModel, folder: Path, trainable: bool = False) -
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 
     try:
-        # Not by the model's own `load_adapter` (transformers 5.23), which rounds the adapter to the type of the model.
-        wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT (0.21.2) warns of transformers' names, and of what is checked below
+            # Not by the model's own `load_adapter` (transformers 5.23), which rounds the adapter to the type of the model.
+            wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable).eval()
         saved = load_peft_weights(str(folder), device="cpu").keys()
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
         raise InputError(f"adapter {folder}: cannot be put on this model ({one_line(error)}); {_FIX}") from error

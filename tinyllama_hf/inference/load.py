@@ -66,7 +66,7 @@ def load(
     device = choose_device(device)
     check_quantization(quantization)
     folder = model_folder(path_or_name, quantized=True)
-    saved = quantization_of(read_json(folder / "config.json"), str(folder))
+    saved = _saved_quantization(folder)
     if saved != "none" and quantization not in ("none", saved):
         raise InputError(
             f"quantization {quantization!r}: the weights of {folder} are {saved} already; leave it out, or give the "
@@ -93,13 +93,18 @@ def load_stock(
     Weights that were saved quantised stay so, and safe (see `repacking`).
     """
     device = choose_device(device)
-    kind = quantization_of(read_json(folder / "config.json"), str(folder))
+    kind = _saved_quantization(folder)
     check_quantization(kind)
     model = _load_weights(AutoModelForCausalLM, folder, dtype, device, kind != "none", trust_remote_code=False)
     try:
         return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"model {folder}: its tokenizer cannot be loaded ({one_line(error)})") from error
+
+
+def _saved_quantization(folder: Path) -> str:
+    with _reading(folder):
+        return quantization_of(read_json(folder / "config.json"), str(folder))
 
 
 def _config(folder: Path, compute_dtype: str | torch.dtype, trainable: bool) -> LlamaConfig:

@@ -43,8 +43,9 @@ class QuantizedTinyLlama(TinyLlamaForCausalLM):
                 os.replace(file, folder / file.name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        if any(file.name == "config.json" for file in written):  # weights, and no adapter
-            _remove_other_weights(folder, {file.name for file in written})
+        names = {file.name for file in written}
+        if "config.json" in names and not kwargs.get("variant"):  # the model's weights, and no adapter
+            _remove_other_weights(folder, names)
 
     save_as_llama = save_pretrained
 
@@ -65,9 +66,10 @@ class QuantizedTinyLlama(TinyLlamaForCausalLM):
 
 def _remove_other_weights(folder: Path, written: set[str]) -> None:
     """Removes weights of an earlier save, which readers that take every file of weights would mix with the new ones."""
-    for file in folder.glob("model*.safetensors*"):
-        if file.name not in written:
-            file.unlink()
+    for pattern in ("model.safetensors*", "model-*-of-*.safetensors"):
+        for file in folder.glob(pattern):
+            if file.name not in written:
+                file.unlink()
 
 
 def check_quantization(quantization: str, double_quantization: bool = True, compute_dtype: Any = "auto") -> None:
