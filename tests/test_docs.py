@@ -31,7 +31,10 @@ def test_pages_are_linked_from_the_readme():
 
 
 def run(page: str, folder: Path, at_least: int) -> None:
-    """Runs the commands of a page in a folder; without `--sanity`, since a random model predicts nothing."""
+    """Runs the commands of a page in a folder, then its Python, block after block in one process.
+
+    Without `--sanity`, since a random model predicts nothing.
+    """
     found = commands(ROOT / "docs" / page)
     assert len(found) >= at_least
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -42,6 +45,10 @@ def run(page: str, folder: Path, at_least: int) -> None:
         )  # fmt: skip
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         assert wanted in done.stdout, f"{command}\n{done.stdout}{done.stderr}"
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    code = "import torch\nfrom tinyllama_hf import load\n" + "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, f"{code}\n{done.stdout}{done.stderr}"
 
 
 @pytest.fixture
@@ -63,3 +70,13 @@ def test_converting(my_model, documents):
 @pytest.mark.slow
 def test_memory(my_model):
     run("memory.md", my_model, at_least=6)
+
+
+@pytest.mark.slow
+def test_speculative(my_model):
+    run("speculative.md", my_model, at_least=2)
+
+
+@pytest.mark.slow
+def test_quantization(my_model):
+    run("quantization.md", my_model, at_least=6)
