@@ -1,0 +1,67 @@
+"""llama.cpp, in the wheel `xllamacpp`, as an engine of benchmarks/decode.py, which starts this script.
+
+    python decode_gguf.py MODEL.gguf
+
+Each line on standard input asks for one measurement: `{"prompt": [ids], "new_tokens": 32, "threads": 2}`; each is answered
+by a line with tokens, seconds and CPU-seconds of the whole process. The prompt is read before the clock starts.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+
+CONTEXT = 4096
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("gguf", type=Path)
+    gguf = parser.parse_args().gguf
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # where the server's own threads write
+    server, threads = None, 0
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request["threads"] != threads:
+            server = None  # it ends with this name, before the next one takes memory
+            threads = request["threads"]
+            server = started(gguf, threads)
+        print(json.dumps(measured(server, request["prompt"], request["new_tokens"])), file=answers, flush=True)
+
+
+def started(gguf: Path, threads: int):
+    import xllamacpp
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(gguf)
+    parameters.n_ctx, parameters.n_parallel, parameters.warmup, parameters.verbosity = CONTEXT, 1, False, -1
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
+    return xllamacpp.Server(parameters)
+
+
+def measured(server, prompt: list[int], new_tokens: int) -> dict[str, float]:
+    """A pass for each token: the first one reads the last token of the prompt again, the others are in the server's cache."""
+    greedy = {"prompt": prompt, "temperature": 0, "top_k": 1, "ignore_eos": True, "cache_prompt": True}
+    server.handle_completions(greedy | {"max_tokens": 1})
+    began, cpu = time.perf_counter(), time.process_time()
+    answer = server.handle_completions(greedy | {"max_tokens": new_tokens})
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
+    timings = answer["timings"]
+    if (timings["prompt_n"], timings["predicted_n"]) != (1, new_tokens):
+        sys.exit(
+            f"llama.cpp read {timings['prompt_n']} tokens and wrote {timings['predicted_n']}, not 1 and {new_tokens}"
+        )
+    return {"tokens": new_tokens, "seconds": seconds, "cpu_seconds": cpu_seconds, "resident_bytes": resident()}
+
+
+def resident() -> int:
+    """VmRSS of this process in bytes, mapped weights included."""
+    return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
+
+
+if __name__ == "__main__":
+    main()
