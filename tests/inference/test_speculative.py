@@ -274,7 +274,9 @@ class TestDraftLength:
         return widths
 
     def test_cheap_and_right_drafts_are_long(self):
-        assert min(self.feed(AdaptiveDraftLength(4, 8), (0.05, 1.0, 0.02), 0.95)[10:]) >= 5
+        widths = self.feed(AdaptiveDraftLength(4, 8), (0.05, 1.0, 0.02), 0.95)[10:]
+        assert min(width for width in widths if width) >= 5
+        assert 0 < widths.count(0) <= 3, "plain rounds are timed again at times"
 
     def test_dear_or_wrong_drafts_are_left_alone(self):
         for seconds, acceptance in (((0.9, 1.0, 0.1), 0.6), ((0.1, 1.0, 0.05), 0.02), ((0.1, 1.0, 0.9), 0.7)):
@@ -285,7 +287,7 @@ class TestDraftLength:
     def test_it_comes_back_when_the_text_becomes_easy(self):
         length = AdaptiveDraftLength(4, 8)
         assert self.feed(length, (0.1, 1.0, 0.05), 0.02)[-1] == 0
-        assert min(self.feed(length, (0.1, 1.0, 0.05), 0.9, rounds=200)[-20:]) > 0
+        assert self.feed(length, (0.1, 1.0, 0.05), 0.9, rounds=200)[-20:].count(0) <= 1
 
     def test_expected_tokens(self):
         assert expected_tokens(0.5, 3) == 1 + 0.5 + 0.25 + 0.125

@@ -15,6 +15,7 @@ _PRIOR_ACCEPTANCE = 0.7
 _PRIOR_WEIGHT = 2.0  # drafted tokens that the prior counts for
 _MEMORY = 0.95  # of what was counted, kept from round to round
 _SAMPLES = 7  # latest times of a kind whose median counts
+_FIRST_CHECK, _LAST_CHECK = 6, 48  # rounds with a draft until a plain one is timed again; doubled each time
 _FIRST_PAUSE = 8  # plain rounds until drafting is tried again; doubled each time that it did not pay
 _MARGIN = 1.03  # by which drafting must be better than plain decoding
 
@@ -72,6 +73,7 @@ class AdaptiveDraftLength:
         self._draft_seconds: deque[float] = deque(maxlen=_SAMPLES)  # of one drafted token
         self._target_seconds: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_SAMPLES))  # by tokens
         self._pause, self._waited = _FIRST_PAUSE, 0
+        self._check, self._drafting = _FIRST_CHECK, 0
 
     def choose(self) -> int:
         """Of the next round: a plain one first, for its time, then a short draft, then the best by all times known."""
@@ -83,7 +85,12 @@ class AdaptiveDraftLength:
         best = max(range(1, self._longest + 1), key=speeds.__getitem__)
         if speeds[best] > _MARGIN * speeds[0]:
             self._pause, self._waited = _FIRST_PAUSE, 0
-            return best
+            self._drafting += 1
+            if self._drafting <= self._check:
+                return best
+            # The plain pass may have been timed at a bad moment, and takes longer with each token in the cache.
+            self._check, self._drafting = min(2 * self._check, _LAST_CHECK), 0
+            return 0
         self._waited += 1
         if self._waited <= self._pause:
             return 0

@@ -19,6 +19,9 @@ class Proposer(Protocol):
 
     passes: int
 
+    def catch_up(self, rows: Rows) -> None:
+        """Reads what it has not read of the rows, such as the prompts, where that is more than drafting reads anyway."""
+
     def propose(self, rows: Rows, num_tokens: int, processors: RowProcessors, do_sample: bool) -> Proposal:
         """Drafts up to `num_tokens` tokens behind each row's end; the rows stay as they are."""
 
@@ -46,12 +49,16 @@ class ModelProposer:
         """Forward passes so far."""
         return self._reader.passes
 
+    def catch_up(self, rows: Rows) -> None:
+        """Reads prompts, and what came in plain rounds; after a round with a draft one or two tokens are left to read."""
+        behind = self._behind(rows)
+        if behind > 2:
+            self._reader.read(rows.last_tokens(behind)[:, :-1], [length - 1 for length in rows.lengths])
+            self._read = [length - 1 for length in rows.lengths]
+
     def propose(self, rows: Rows, num_tokens: int, processors: RowProcessors, do_sample: bool) -> Proposal:
         """Drafts `num_tokens` tokens, one a pass; see [`Proposer`]."""
-        # What the draft has not read yet: after a round the last one or two tokens, after plain rounds more of them.
-        self._read = [min(read, length - 1) for read, length in zip(self._read, rows.lengths, strict=True)]
-        behind = max(length - read for length, read in zip(rows.lengths, self._read, strict=True))
-        latest = rows.last_tokens(behind)
+        latest = rows.last_tokens(self._behind(rows))
         drafted, probabilities = [], []
         for step in range(num_tokens):
             ends = [length + step for length in rows.lengths]
@@ -69,6 +76,10 @@ class ModelProposer:
             torch.full((len(rows.lengths),), num_tokens, device=latest.device),
             torch.stack(probabilities, dim=1) if do_sample else None,
         )
+
+    def _behind(self, rows: Rows) -> int:
+        """Tokens that it has not read of the row that it has read least of; rejected ones were read in vain."""
+        return max(length - min(read, length - 1) for length, read in zip(rows.lengths, self._read, strict=True))
 
     def keep(self, kept: Sequence[int]) -> None:
         """Keeps the rows of these indices."""
@@ -92,6 +103,9 @@ class PromptLookup:
         if max_matching_ngram_size < 1:
             raise InputError(f"max_matching_ngram_size {max_matching_ngram_size}: must be at least 1")
         self.max_matching_ngram_size = max_matching_ngram_size
+
+    def catch_up(self, rows: Rows) -> None:
+        """Nothing is read before it is looked up."""
 
     def propose(self, rows: Rows, num_tokens: int, processors: RowProcessors, do_sample: bool) -> Proposal:
         """Drafts up to `num_tokens` tokens of a row, none where nothing matches; see [`Proposer`]."""

@@ -241,8 +241,12 @@ class _Loop:
     def _round(self) -> None:
         rows = self.rows
         wanted = min(self.length.choose(), max(rows.remaining) - 1)
-        began = time.perf_counter()
+        started = time.perf_counter()
         proposal = Proposal(rows.tokens[:, :0], torch.zeros_like(rows.tokens[:, 0]))
+        if wanted:
+            self.draft.catch_up(rows)
+            _wait_for(rows.tokens)
+        began = time.perf_counter()
         if wanted:
             proposal = self.draft.propose(rows, wanted, self.processors, self.config.do_sample)
             _wait_for(proposal.tokens)
@@ -252,7 +256,7 @@ class _Loop:
         logits = self.target.read(rows.last_tokens(1, proposal.tokens), ends, width + 1)
         counts, accepted, going_on = self._finish_round(proposal, logits)
         finished = time.perf_counter()
-        self.statistics.draft_seconds += drafted - began
+        self.statistics.draft_seconds += drafted - started
         self.statistics.target_seconds += finished - drafted
         self.length.observe(width, counts, accepted, drafted - began, finished - drafted)
         if len(going_on) < len(accepted):
@@ -291,6 +295,8 @@ def _check_pair(target: PreTrainedModel, draft: PreTrainedModel | Proposer, draf
         raise InputError(f"draft_length {draft_length}: must be at least 1; leave it out to draft as many as pay")
     if isinstance(draft, PreTrainedModel):
         check_vocabulary_size(target, draft)
+        if draft.device != target.device:
+            raise InputError(f"draft: is on {draft.device}, the target on {target.device}; load both on one device")
     elif not callable(getattr(draft, "propose", None)):
         raise InputError(f"draft: must be a model or a PromptLookup, and is a {type(draft).__name__}")
 
