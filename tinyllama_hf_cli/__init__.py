@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from . import conversion, data, evaluation, hub, inference, memory, pretrain, recipes, tokenizer
+from . import conversion, data, evaluation, hub, inference, memory, pretrain, recipes, serving, tokenizer
 
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.command("list")(inference.list_released)
 app.command("generate")(inference.generate)
 app.command("chat")(inference.chat)
+app.command("serve")(serving.serve)
 app.command("memory")(memory.memory)
 app.command("convert")(conversion.convert)
 app.command("verify")(conversion.verify)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from .batch import generate_file
+from .loading import ADAPTER, DEVICE, DTYPE, MODEL, QUANTIZATION, load_model, note
 
 
 def list_released() -> None:
@@ -35,17 +36,10 @@ def list_released() -> None:
     )
 
 
-_MODEL = Annotated[str, typer.Argument(help="Model folder, released name or Hub id.")]
 _TEMPERATURE = Annotated[float, typer.Option(help="0 takes the most likely token each time.")]
 _TOP_P = Annotated[float, typer.Option(help="Draw from the smallest set of tokens with this probability.")]
 _MAX_NEW_TOKENS = Annotated[int | None, typer.Option(help="Default: 256, or what is left of the context.")]
 _SEED = Annotated[int | None, typer.Option(help="Makes the draws repeatable.")]
-_DEVICE = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-_DTYPE = Annotated[str, typer.Option(help="Of the weights: auto (the file's), fp32 or bf16.")]
-_QUANTIZATION = Annotated[
-    str, typer.Option(help="none, int8, or nf4 or fp4 (4 bit). A folder saved quantised stays as it is.")
-]
-_ADAPTER = Annotated[str | None, typer.Option(help="PEFT adapter to put on top of the model: folder or Hub id.")]
 _DRAFT = Annotated[
     str | None,
     typer.Option(
@@ -56,7 +50,7 @@ _DRAFT = Annotated[
 
 
 def generate(
-    model: _MODEL,
+    model: MODEL,
     prompt: Annotated[str, typer.Argument(help="Text to continue; empty begins a new one.")] = "",
     input_file: Annotated[
         Path | None,
@@ -79,10 +73,10 @@ def generate(
     top_p: _TOP_P = 0.95,
     max_new_tokens: _MAX_NEW_TOKENS = None,
     seed: _SEED = None,
-    device: _DEVICE = "auto",
-    dtype: _DTYPE = "auto",
-    quantization: _QUANTIZATION = "none",
-    adapter: _ADAPTER = None,
+    device: DEVICE = "auto",
+    dtype: DTYPE = "auto",
+    quantization: QUANTIZATION = "none",
+    adapter: ADAPTER = None,
     draft: _DRAFT = None,
 ) -> None:
     """Continue a prompt, shown as it appears, or the prompts of a file. Measurements go to standard error.
@@ -99,7 +93,7 @@ def generate(
     sampling.check()
 
     def load() -> tuple[Any, Any, Any]:
-        return _load(model, dtype, device, quantization, draft, adapter)
+        return load_model(model, dtype, device, quantization, draft, adapter)
 
     if input_file is not None:
         if prompt:
@@ -115,20 +109,20 @@ def generate(
     generate_text(loaded, tokenizer, prompt, max_new_tokens, temperature, top_p, seed, streamer, helper)
     print(flush=True)
     if helper:
-        _note(str(helper.statistics))
+        note(str(helper.statistics))
 
 
 def chat(
-    model: _MODEL,
+    model: MODEL,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     temperature: _TEMPERATURE = 0.8,
     top_p: _TOP_P = 0.95,
     max_new_tokens: _MAX_NEW_TOKENS = None,
     seed: _SEED = None,
-    device: _DEVICE = "auto",
-    dtype: _DTYPE = "auto",
-    quantization: _QUANTIZATION = "none",
-    adapter: _ADAPTER = None,
+    device: DEVICE = "auto",
+    dtype: DTYPE = "auto",
+    quantization: QUANTIZATION = "none",
+    adapter: ADAPTER = None,
     draft: _DRAFT = None,
 ) -> None:
     """Talk to a chat model; each line is a message. /system TEXT, /reset, /help, /exit. Ctrl-C stops a reply.
@@ -144,12 +138,12 @@ def chat(
 
     sampling = Sampling(temperature, top_p, max_new_tokens)
     sampling.check()
-    loaded, tokenizer, helper = _load(model, dtype, device, quantization, draft, adapter)
-    session = ChatSession(loaded, tokenizer, system, sampling, seed, helper, note=_note)
+    loaded, tokenizer, helper = load_model(model, dtype, device, quantization, draft, adapter)
+    session = ChatSession(loaded, tokenizer, system, sampling, seed, helper, note=note)
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # not on Windows
             import readline  # noqa: F401  gives input() line editing
-        _note("Type a message; /help shows the commands, /exit leaves.")
+        note("Type a message; /help shows the commands, /exit leaves.")
     while (line := _read_line()) is not None and _turn(session, line):
         pass
 
@@ -163,13 +157,13 @@ def _turn(session: Any, line: str) -> bool:
     except InputError as error:
         if not sys.stdin.isatty():
             raise
-        _note(f"error: {error}")
+        note(f"error: {error}")
         return True
     except KeyboardInterrupt:
         if not sys.stdin.isatty():
             raise
         print(flush=True)
-        _note("(stopped; this exchange is forgotten)")
+        note("(stopped; this exchange is forgotten)")
         return True
 
 
@@ -185,31 +179,5 @@ def _read_line() -> str | None:
         if not sys.stdin.isatty():
             raise
         print(flush=True)
-        _note("(/exit leaves)")
+        note("(/exit leaves)")
         return ""
-
-
-def _load(
-    model: str, dtype: str, device: str, quantization: str, draft: str | None, adapter: str | None
-) -> tuple[Any, Any, Any]:
-    """(model, tokenizer, draft or None), with the memory of a quantised model on standard error."""
-    import torch
-
-    from tinyllama_hf.errors import InputError, did_you_mean
-    from tinyllama_hf.inference.drafts import load_draft
-    from tinyllama_hf.inference.load import load
-    from tinyllama_hf.inference.quantization import QuantizedTinyLlama, footprint_line
-    from tinyllama_hf.progress import quiet_library_bars
-
-    dtypes = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16}
-    if dtype not in dtypes:
-        raise InputError(f"--dtype {dtype!r}: there is none of this name{did_you_mean(dtype, dtypes)}")
-    quiet_library_bars()
-    loaded, tokenizer = load(model, dtypes[dtype], device, quantization, adapter=adapter)
-    if isinstance(loaded, QuantizedTinyLlama):
-        _note(footprint_line(loaded))
-    return loaded, tokenizer, load_draft(draft, loaded, tokenizer, dtypes[dtype], device) if draft else None
-
-
-def _note(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

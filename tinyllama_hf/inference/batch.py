@@ -162,7 +162,7 @@ def _in_batches(
         budget = max(request.max_new_tokens for request in batch)
         inputs = _left_padded(batch, pad, model.device)
         width = inputs["input_ids"].shape[1]
-        ends = {"max_new_tokens": budget, "pad_token_id": pad, "eos_token_id": stop_tokens or -1}
+        ends = {"max_new_tokens": budget, "pad_token_id": pad, "eos_token_id": stop_tokens or None}
         if draft:
             if seed is not None:
                 torch.manual_seed(int(np.random.SeedSequence([seed, batch[0].key]).generate_state(1)[0]))

@@ -122,7 +122,7 @@ def _ids(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[
     if ("prompt" in fields) == ("messages" in fields):
         raise InputError(f"must have 'prompt' or 'messages', and has {sorted(fields)}")
     if "messages" in fields:
-        return _chat_ids(fields["messages"], tokenizer)
+        return chat_ids(fields["messages"], tokenizer)
     if not isinstance(fields["prompt"], str):
         raise InputError(f"prompt is of type {type(fields['prompt']).__name__}; must be a text")
     ids = tokenizer(fields["prompt"], split_special_tokens=True, verbose=False)["input_ids"]
@@ -131,7 +131,12 @@ def _ids(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[
     return ids
 
 
-def _chat_ids(messages: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def chat_ids(messages: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a conversation up to the reply that is due.
+
+    Raises:
+        InputError: if it is none, or none that a reply belongs to.
+    """
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise InputError('messages must be a list of {"role": "...", "content": "..."}')
     ids = render(tokenizer, messages, add_generation_prompt=True, where="messages").input_ids

@@ -1,0 +1,98 @@
+"""Many prompts: batches sorted by length against transformers' continuous batching.
+
+    python benchmarks/batch_inference.py [--preset 120m] [--dtype fp32] [--prompts 64] [--batch-sizes 4,16] [--rounds 3]
+
+The same greedy requests by both engines of `tinyllama_hf.inference.batch.generate_many`, interleaved, medians. What a reply
+is worth is not measured, so the weights are random, and each request ends after a number of tokens drawn beforehand, as
+end-of-sequence would end it: neither engine knows it. `idle` is the share of the row steps of the sorted batches that go to
+rows which have ended, all that continuous batching can win.
+"""
+
+import argparse
+import functools
+import os
+import random
+
+import torch
+from common import interleaved, medians, save
+
+from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM
+from tinyllama_hf.inference.batch import ENGINES, Request, _batches, generate_many
+from tinyllama_hf.inference.generation import Sampling
+
+
+class NoTokenizer:
+    """Random tokens have no text; nothing ends but by its number of tokens."""
+
+    pad_token_id, eos_token_id = 0, None
+
+
+# Name: (tokens of a prompt, new tokens), each from ... to.
+SETTINGS = {
+    "short, replies of 4 to 64": ((8, 40), (4, 64)),
+    "short, replies of 34": ((8, 40), (34, 34)),
+    "long, replies of 4 to 64": ((200, 400), (4, 64)),
+}
+
+
+def requests(setting: str, number: int) -> list[Request]:
+    """The same requests in every call."""
+    draw = random.Random(0)
+    (shortest, longest), (fewest, most) = SETTINGS[setting]
+    return [
+        Request(
+            i, [draw.randrange(3, 32000) for _ in range(draw.randint(shortest, longest))], draw.randint(fewest, most)
+        )
+        for i in range(number)
+    ]
+
+
+def idle(batches: list[list[Request]]) -> float:
+    """Share of the row steps that go to rows which have ended."""
+    steps = sum(len(batch) * max(request.max_new_tokens for request in batch) for batch in batches)
+    return 1 - sum(request.max_new_tokens for batch in batches for request in batch) / steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="120m")
+    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--batch-sizes", default="4,16")
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = TinyLlamaForCausalLM(TinyLlamaConfig.preset(arguments.preset)).to(device, dtype).eval()
+    model.generation_config.eos_token_id = None
+
+    def run(engine: str, batch_size: int, wanted: list[Request]) -> int:
+        done = generate_many(model, NoTokenizer(), wanted, batch_size, Sampling(0, 1.0), engine=engine)
+        return sum(len(completion.ids) for completion in done)
+
+    figures = []
+    print(f"{'setting':<28} {'batch':>5} {'idle':>5}  " + "  ".join(f"{engine:>18}" for engine in ENGINES))
+    for setting in SETTINGS:
+        wanted = requests(setting, arguments.prompts)
+        tokens = sum(request.max_new_tokens for request in wanted)
+        for batch_size in map(int, arguments.batch_sizes.split(",")):
+            assert run("batch", batch_size, wanted) == tokens
+            variants = {engine: functools.partial(run, engine, batch_size, wanted) for engine in ENGINES}
+            rates = {
+                name: tokens / seconds for name, seconds in medians(interleaved(variants, arguments.rounds)).items()
+            }
+            waste = idle(list(_batches(wanted, batch_size, model.config.max_position_embeddings)))
+            row = {"setting": setting, "batch_size": batch_size, "idle": round(waste, 3), "tokens": tokens,
+                   **{f"{name}_tokens_per_second": round(rate, 1) for name, rate in rates.items()}}  # fmt: skip
+            figures.append(row)
+            shown = "  ".join(f"{rate:>9.1f} tokens/s" for rate in rates.values())
+            print(f"{setting:<28} {batch_size:>5} {waste:>5.0%}  {shown}", flush=True)
+    options = {name: getattr(arguments, name) for name in ("preset", "dtype", "prompts", "rounds")} | {
+        "device": device
+    }
+    print(f"wrote {os.path.relpath(save('batch_inference', {**options, 'rows': figures}))}")
+
+
+if __name__ == "__main__":
+    main()

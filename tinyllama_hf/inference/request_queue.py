@@ -1,0 +1,129 @@
+"""Generating for the requests of a server: one at a time, within the model's context, and no longer than the server runs."""
+
+import asyncio
+import functools
+import json
+import math
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.cli.serving.utils import GenerateManager, GenerationState, _StreamError
+
+from ..errors import InputError
+from .generation import ExactTextStreamer
+
+
+class OneQueue(GenerationState):
+    """Generates for one request at a time, whichever endpoint it came through."""
+
+    def __init__(self):
+        super().__init__()
+        self.manager = Generation()
+
+    def get_manager(self, model_id: str, use_cb: bool = False) -> GenerateManager:
+        return self.manager
+
+
+class Generation(GenerateManager):
+    """Generates within the model's context, streams exactly what the whole text would be, and stops when the server does."""
+
+    def __init__(self):
+        super().__init__()
+        self.ending = threading.Event()
+
+    def generate_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, response_parser: Any = None
+    ) -> tuple[asyncio.Queue, "_QueueStreamer"]:
+        arguments = self._arguments(model, processor, inputs, gen_config)
+        queue: asyncio.Queue = asyncio.Queue()
+        put = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, queue.put_nowait)
+        streamer = _QueueStreamer(processor, put)
+
+        def generate() -> None:
+            try:
+                model.generate(**arguments, streamer=streamer)
+            except _Cancelled:
+                put(None)
+            except Exception as error:  # whatever it is, somebody waits for the end of the stream
+                text = json.dumps(str(getattr(error, "detail", error)))
+                put(_StreamError(text[1:-1]))  # which the handlers put between quotes as it is
+
+        self.submit(generate)
+        return queue, streamer
+
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
+    ) -> tuple[str, int, torch.Tensor]:
+        arguments = self._arguments(model, processor, inputs, gen_config)
+        sequences = await self.async_submit(model.generate, **arguments)
+        length = inputs["input_ids"].shape[-1]
+        return processor.decode(sequences[0, length:], skip_special_tokens=True), length, sequences[0, length:]
+
+    def _arguments(self, model: Any, processor: Any, inputs: Any, gen_config: Any) -> dict[str, Any]:
+        _limit(model, inputs, gen_config)
+        return {**inputs, "generation_config": gen_config, "tokenizer": processor, "stopping_criteria": [self._go_on]}
+
+    def _go_on(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        if self.ending.is_set():
+            raise Ending
+        return torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
+
+
+class _Cancelled(Exception):
+    """Nobody listens to the stream any more."""
+
+
+class Ending(Exception):
+    """The server was asked to end."""
+
+    status_code, detail = 503, "the server is shutting down"
+
+
+class _QueueStreamer(ExactTextStreamer):
+    """Puts pieces of the text into a queue, and `None` at its end.
+
+    The library's streamer (5.23) raises at bytes that are no UTF-8.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, put: Callable[[Any], Any]):
+        super().__init__(tokenizer, put, skip_prompt=True)
+        self.total_tokens, self._cancelled = 0, threading.Event()
+
+    def put(self, value: torch.Tensor) -> None:
+        """Takes the ids of the prompt, then of each new token."""
+        if self._cancelled.is_set():
+            raise _Cancelled
+        self.total_tokens += 0 if self.next_tokens_are_prompt else value.numel()
+        super().put(value)
+
+    def end(self) -> None:
+        """Shows what was held back."""
+        super().end()
+        self._write(None)
+
+    def cancel(self) -> None:
+        """Stops the generation at its next token."""
+        self._cancelled.set()
+
+
+def _limit(model: PreTrainedModel, inputs: Mapping[str, Any], config: GenerationConfig) -> None:
+    """Checks a request, and lowers its number of new tokens to what there is room for."""
+    length, context = inputs["input_ids"].shape[-1], model.config.max_position_embeddings
+    if not 0 < length < context:
+        raise InputError(
+            f"a prompt of {length} tokens; must be 1 to {context - 1}, by the model's context of {context}"
+        )
+    if config.max_new_tokens is not None and config.max_new_tokens < 1:
+        raise InputError(f"max_tokens {config.max_new_tokens}: must be at least 1")
+    if not 0 <= (config.temperature or 0) < math.inf:
+        raise InputError(
+            f"temperature {config.temperature}: must be 0 (always the most likely token) or above, and finite"
+        )
+    if config.top_p is not None and not 0 < config.top_p <= 1:
+        raise InputError(f"top_p {config.top_p}: must lie above 0 and up to 1")
+    config.max_new_tokens = min(config.max_new_tokens or context, context - length)
+    if not config.do_sample:
+        config.update(temperature=1.0, top_p=1.0, top_k=50)  # the library's defaults; of others it warns

@@ -1,0 +1,42 @@
+"""What the commands that load a model have in common."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+
+MODEL = Annotated[str, typer.Argument(help="Model folder, released name or Hub id.")]
+DEVICE = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DTYPE = Annotated[str, typer.Option(help="Of the weights: auto (the file's), fp32 or bf16.")]
+QUANTIZATION = Annotated[
+    str, typer.Option(help="none, int8, or nf4 or fp4 (4 bit). A folder saved quantised stays as it is.")
+]
+ADAPTER = Annotated[str | None, typer.Option(help="PEFT adapter to put on top of the model: folder or Hub id.")]
+
+
+def load_model(
+    model: str, dtype: str, device: str, quantization: str, draft: str | None, adapter: str | None
+) -> tuple[Any, Any, Any]:
+    """(model, tokenizer, draft or None), with the memory of a quantised model on standard error."""
+    import torch
+
+    from tinyllama_hf.errors import InputError, did_you_mean
+    from tinyllama_hf.inference.drafts import load_draft
+    from tinyllama_hf.inference.load import load
+    from tinyllama_hf.inference.quantization import QuantizedTinyLlama, footprint_line
+    from tinyllama_hf.progress import quiet_library_bars
+
+    dtypes = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16}
+    if dtype not in dtypes:
+        raise InputError(f"--dtype {dtype!r}: there is none of this name{did_you_mean(dtype, dtypes)}")
+    quiet_library_bars()
+    loaded, tokenizer = load(model, dtypes[dtype], device, quantization, adapter=adapter)
+    if isinstance(loaded, QuantizedTinyLlama):
+        note(footprint_line(loaded))
+    return loaded, tokenizer, load_draft(draft, loaded, tokenizer, dtypes[dtype], device) if draft else None
+
+
+def note(line: str) -> None:
+    """Prints a line to standard error, where measurements go."""
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,62 @@
+"""`tinyllama-hf serve`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .loading import ADAPTER, DEVICE, DTYPE, MODEL, QUANTIZATION, load_model
+
+
+def serve(
+    model: MODEL,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 is every one of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    template: Annotated[
+        str | None, typer.Option(help="Chat template in place of the folder's: llama2, or a .jinja file.")
+    ] = None,
+    device: DEVICE = "auto",
+    dtype: DTYPE = "auto",
+    quantization: QUANTIZATION = "none",
+    adapter: ADAPTER = None,
+) -> None:
+    """Serve a model through OpenAI's interface: chat completions, completions, responses. Ctrl-C ends it.
+
+    It is transformers' server, with our tokenizer and `generate`'s sampling, which requests may change. Nobody is asked for a
+    key: whoever reaches the address may use it.
+
+    Example: tinyllama-hf serve chat-v1.0 --quantization nf4
+    """
+    from tinyllama_hf.chat.templates import load_template
+    from tinyllama_hf.inference.serving import bind, build_app, check_installed, run
+
+    check_installed()
+    chosen = None if template is None else load_template(template)
+    bound = bind(host, port)
+    loaded, tokenizer, _ = load_model(model, dtype, device, quantization, None, adapter)
+    if chosen is not None:
+        tokenizer.chat_template = chosen
+    name = Path(model).resolve().name if Path(model).exists() else model
+    app = build_app(name, loaded, tokenizer)
+    bound.listen()  # from here on connections wait
+    shown = f"[{host}]" if ":" in host else host
+    print(_greeting(name, f"http://{shown}:{bound.getsockname()[1]}/v1", bool(tokenizer.chat_template)), flush=True)
+    try:
+        run(app, bound)
+    except KeyboardInterrupt:  # how the server passes on Ctrl-C once it has ended
+        pass
+
+
+def _greeting(name: str, url: str, is_chat: bool) -> str:
+    path, body = ("/completions", '"prompt": "Once upon a time"')
+    call = "client.completions.create(model=..., prompt=...)"
+    if is_chat:
+        path, body = ("/chat/completions", '"messages": [{"role": "user", "content": "Hello"}]')
+        call = "client.chat.completions.create(model=..., messages=[...])"
+    return (
+        f"serving {name} at {url}; Ctrl-C ends it\n"
+        f"  curl {url}{path} -H 'Content-Type: application/json' -d '{{\"model\": \"{name}\", {body}}}'\n"
+        f'  client = openai.OpenAI(base_url="{url}", api_key="none"); {call}'
+    )
