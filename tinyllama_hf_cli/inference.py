@@ -65,8 +65,8 @@ def generate(
     engine: Annotated[
         str | None,
         typer.Option(
-            help="With --input, batch (default) or continuous: transformers' continuous batching, which on a CPU pays for "
-            "short prompts whose continuations differ in length."
+            help="With --input, batch (default) or continuous: transformers' continuous batching, which on a CPU can pay "
+            "for short prompts whose continuations differ in length."
         ),
     ] = None,
     temperature: _TEMPERATURE = 0.8,

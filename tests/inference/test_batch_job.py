@@ -18,6 +18,7 @@ from tinyllama_hf.errors import InputError
 from tinyllama_hf.inference import memory
 from tinyllama_hf.inference.batch_job import open_job
 from tinyllama_hf.inference.chat import ChatSession
+from tinyllama_hf.inference.drafts import load_draft
 from tinyllama_hf.inference.generation import Sampling, generate_text
 from tinyllama_hf.inference.prompts import read_prompts
 
@@ -354,3 +355,24 @@ def test_a_full_disk_says_so_and_the_command_goes_on(chat_folder, tmp_path):
     output, _ = again.communicate(timeout=120)
     assert again.returncode == 0 and " before)" in output
     assert [row["id"] for row in read(tmp_path / "out.jsonl")] == list(range(60))
+
+
+@pytest.mark.slow
+def test_smollm2_answers(smollm2, tmp_path):
+    """Chats of different lengths and a text, in fp32: the same from every engine and with a draft, and no other end."""
+    asked = [
+        {"messages": [{"role": "user", "content": f"What is the capital of {land}?"}]} for land in ("France", "Japan")
+    ]
+    source = write(tmp_path / "in.jsonl", *asked, {"prompt": "The three primary colors are"})
+    sampling = Sampling(0, 1.0, 30)
+    model, tokenizer = load(smollm2, torch.float32)
+    found = []
+    for name, options in {"batch": {}, "continuous": {"engine": "continuous"}, "draft": {"draft": "lookup"}}.items():
+        job = open_job(source, tmp_path / f"{name}.jsonl", str(smollm2), sampling=sampling, draft=options.get("draft"))
+        if "draft" in options:
+            options = {"draft": load_draft("lookup", model, tokenizer)}
+        job.run(model, tokenizer, 2, sampling, **options)
+        found.append(read(job.output))
+    assert found[0] == found[1] == found[2]
+    assert "Paris" in found[0][0]["generated"] and "Tokyo" in found[0][1]["generated"]
+    assert [row["finish_reason"] for row in found[0]] == ["stop", "stop", "length"]
