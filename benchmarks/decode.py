@@ -17,14 +17,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from clock import Clock
 from transformers import BitsAndBytesConfig, DynamicCache, LlamaForCausalLM, PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 
 from tinyllama_hf import convert, load
 from tinyllama_hf.progress import quiet_bitsandbytes
@@ -73,19 +72,6 @@ def loaded(source: str, folder: str, dtype: str = "bfloat16", quantization: str 
     return model
 
 
-class Clock(BaseStreamer):
-    """Wall and CPU time of the prompt and of each new token."""
-
-    def __init__(self) -> None:
-        self.times: list[tuple[float, float]] = []
-
-    def put(self, value: Any) -> None:
-        self.times.append((time.perf_counter(), time.process_time()))
-
-    def end(self) -> None:
-        pass
-
-
 def by_generate(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, clock: Clock) -> None:
     model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, streamer=clock
@@ -113,8 +99,8 @@ def serve(engine: dict[str, Any]) -> None:
         torch.set_num_threads(request["threads"])
         clock = Clock()
         loops[request["loop"]](model, torch.tensor([request["prompt"]]), request["new_tokens"] + 1, clock)
-        (began, cpu), (ended, cpu_ended) = clock.times[1], clock.times[-1]
-        answer = {"tokens": len(clock.times) - 2, "seconds": ended - began, "cpu_seconds": cpu_ended - cpu}
+        tokens, seconds, cpu_seconds = clock.steps()
+        answer = {"tokens": tokens, "seconds": seconds, "cpu_seconds": cpu_seconds}
         print(json.dumps(answer | {"resident_bytes": resident("VmRSS")}), flush=True)
 
 
