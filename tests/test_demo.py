@@ -198,6 +198,37 @@ def test_it_talked_in_8_and_4_bit_and_the_draft_was_of_use(finished):
 
 
 @pytest.mark.slow
+def test_its_pair_speculates_exactly(finished):
+    """The trained target and draft, batches of ragged prompts: stock `generate`'s own tokens, in fewer passes."""
+    from transformers import AutoModelForCausalLM
+
+    from tests.inference.exactness import Reference, compare
+    from tinyllama_hf import load
+
+    run, _ = finished
+    last = max((run / "pretrain" / "milestones").iterdir(), key=lambda folder: int(folder.name.split("-")[1]))
+    (folder,) = (run / "draft" / "milestones").iterdir()
+    (target, tokenizer), (draft, _) = load(last), load(folder)
+    texts = (
+        "Return a list of",
+        "The file",
+        "def __init__(self,",
+        "import os",
+        "    if not",
+        "This module provides",
+        "x",
+        "class",
+    )
+    prompts = [tokenizer(text, split_special_tokens=True)["input_ids"] for text in texts]
+    options = ({"max_new_tokens": 40}, {"max_new_tokens": 40, "repetition_penalty": 1.2})
+    tally = compare(
+        Reference(AutoModelForCausalLM.from_pretrained(last)), target, draft, prompts, options, (1, 2, 5), (2, 4)
+    )
+    print(tally)
+    assert tally.ties == 0 and tally.statistics.row_passes < 0.8 * tally.statistics.new_tokens
+
+
+@pytest.mark.slow
 def test_commonsense_of_every_milestone_is_marked_as_a_sample(finished):
     run, printed = finished
     scores = json.loads((run / "pretrain" / "commonsense.json").read_text())
