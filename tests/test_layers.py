@@ -34,6 +34,9 @@ OPTIONAL = {
     "bitsandbytes": "tinyllama_hf/inference/repacking.py",
     "lm_eval": None,
     "evaluate": "eval/metrics/",
+    "fastapi": None,
+    "uvicorn": None,
+    "openai": None,
 }
 SOURCES = sorted(
     p for part in ("tinyllama_hf", "tinyllama_hf_cli", "recipes", "eval") for p in (ROOT / part).rglob("*.py")

@@ -260,6 +260,7 @@ def test_two_at_a_time(client):
     assert texts == {prompt: complete(client, prompt, max_tokens=30).choices[0].text for prompt in texts}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "stream"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
 def test_it_ends_in_the_middle_of_a_request(tmp_path, tokenizer_folder, number, stream):
     """A base model with much to say; within a few seconds, without a traceback."""
