@@ -15,7 +15,7 @@ _PRIOR_ACCEPTANCE = 0.7
 _PRIOR_WEIGHT = 2.0  # drafted tokens that the prior counts for
 _MEMORY = 0.95  # of what was counted, kept from round to round
 _SAMPLES = 7  # latest times of a kind whose median counts
-_FIRST_CHECK, _LAST_CHECK = 6, 48  # rounds with a draft until a plain one is timed again; doubled each time
+_FIRST_CHECK, _LAST_CHECK = 12, 96  # rounds with a draft until a plain one is timed again; doubled each time
 _FIRST_PAUSE = 8  # plain rounds until drafting is tried again; doubled each time that it did not pay
 _MARGIN = 1.03  # by which drafting must be better than plain decoding
 
