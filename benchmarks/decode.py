@@ -26,6 +26,7 @@ from clock import Clock
 from transformers import BitsAndBytesConfig, DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from tinyllama_hf import convert, load
+from tinyllama_hf.inference.quantization import footprint
 from tinyllama_hf.progress import quiet_bitsandbytes
 
 
@@ -90,9 +91,8 @@ def by_forward(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, clock
 
 def serve(engine: dict[str, Any]) -> None:
     """One engine's process: a measurement for each line on standard input, as in peers/decode_gguf.py."""
-    from quality import resident
-
     model = loaded(**engine)
+    weights = footprint(model).weights
     loops: dict[str, Callable[..., None]] = {"generate": by_generate, "forward": by_forward}
     for line in sys.stdin:
         request = json.loads(line)
@@ -101,7 +101,7 @@ def serve(engine: dict[str, Any]) -> None:
         loops[request["loop"]](model, torch.tensor([request["prompt"]]), request["new_tokens"] + 1, clock)
         tokens, seconds, cpu_seconds = clock.steps()
         answer = {"tokens": tokens, "seconds": seconds, "cpu_seconds": cpu_seconds}
-        print(json.dumps(answer | {"resident_bytes": resident("VmRSS")}), flush=True)
+        print(json.dumps(answer | {"weight_bytes": weights}), flush=True)
 
 
 class Process:
@@ -191,16 +191,16 @@ def row(name: str, threads: int, answers: list[dict[str, float]]) -> dict[str, A
     )
     return {"engine": name, "threads": threads, "tokens_per_second": round(rate, 2),
             "tokens_per_cpu_second": round(cpu_rate, 2),
-            "resident_megabytes": round(max(answer["resident_bytes"] for answer in answers) / 1e6)}  # fmt: skip
+            "weights_megabytes": round(max(answer["weight_bytes"] for answer in answers) / 1e6)}  # fmt: skip
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A line for each engine and number of threads, and how the fastest of each kind compare."""
-    lines = [f"{'engine':<40} {'threads':>7} {'tokens/s':>9} {'tokens/CPU-s':>13} {'resident MB':>12}"]
+    lines = [f"{'engine':<40} {'threads':>7} {'tokens/s':>9} {'tokens/CPU-s':>13} {'weights MB':>12}"]
     for found in rows:
         lines.append(
             f"{found['engine']:<40} {found['threads']:>7} {found['tokens_per_second']:>9.2f} "
-            f"{found['tokens_per_cpu_second']:>13.2f} {found['resident_megabytes']:>12}"
+            f"{found['tokens_per_cpu_second']:>13.2f} {found['weights_megabytes']:>12}"
         )
     most = max(found["threads"] for found in rows)
     rates = {found["engine"]: found["tokens_per_second"] for found in rows if found["threads"] == most}
