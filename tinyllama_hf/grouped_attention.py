@@ -5,11 +5,14 @@ copies of the cache in TinyLlama. Here the query heads of one group are laid alo
 their one key/value head. Importing this module registers the implementation, for every model that takes one by name.
 """
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -17,6 +20,9 @@ from transformers.masking_utils import sdpa_mask
 GQA_PACKED = "gqa_packed"
 # With as many queries as in a prefill the copies cost less than the product, and a repeated mask would be large.
 _MAX_PACKED_QUERIES = 64
+# Of each configuration that is packed for a while: how many ask for it, and what it had before.
+_packed: dict[int, tuple[int, str]] = {}
+_lock = threading.Lock()
 
 
 def gqa_packed_attention(
@@ -29,7 +35,7 @@ def gqa_packed_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of up to 64 masked queries without copies of keys and values; everything else goes to sdpa.
+    """Attention of one query, or of up to 64 masked ones, without copies of keys and values; the rest goes to sdpa.
 
     Args:
         query (`torch.Tensor`): `[batch, heads, queries, head_dim]`.
@@ -44,17 +50,41 @@ def gqa_packed_attention(
     batch, heads, num_queries, head_dim = query.shape
     groups = heads // key.shape[1]
     packs = groups > 1 and attention_mask is not None and 1 < num_queries <= _MAX_PACKED_QUERIES
+    # One query without a mask the library (5.23) leaves to torch (2.13) as it is, whose kernel for CPUs then takes twice as
+    # long in fp32, and 10 to 17 times as long in bf16 (32 heads on 4; benchmarks/decode.py).
+    packs |= groups > 1 and attention_mask is None and num_queries == 1 and query.device.type == "cpu"
     if not packs or dropout or any(kwargs.get(name) is not None for name in ("position_bias", "softcap")):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     packed = query.reshape(batch, key.shape[1], groups * num_queries, head_dim)
-    if attention_mask.shape[1] == 1:
+    if attention_mask is not None and attention_mask.shape[1] == 1:
         attention_mask = attention_mask.repeat(1, 1, groups, 1)
-    else:
+    elif attention_mask is not None:
         attention_mask = attention_mask.reshape(-1, key.shape[1], groups * num_queries, attention_mask.shape[-1])
     output = nn.functional.scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
     return output.reshape(batch, heads, num_queries, -1).transpose(1, 2).contiguous(), None
+
+
+@contextlib.contextmanager
+def packed_attention(*models: PreTrainedModel) -> Iterator[None]:
+    """Lets models compute attention without copies of keys and values for a while; threads may do so at the same time."""
+    configs = [model.config.get_text_config(decoder=True) for model in models]
+    with _lock:
+        for config in configs:
+            users, before = _packed.get(id(config), (0, config._attn_implementation))
+            _packed[id(config)] = (users + 1, before)
+            config._attn_implementation = GQA_PACKED
+    try:
+        yield
+    finally:
+        with _lock:
+            for config in configs:
+                users, before = _packed.pop(id(config))
+                if users > 1:
+                    _packed[id(config)] = (users - 1, before)
+                else:
+                    config._attn_implementation = before
 
 
 AttentionInterface.register(GQA_PACKED, gqa_packed_attention)

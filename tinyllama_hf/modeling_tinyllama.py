@@ -3,6 +3,7 @@
 Module names, state-dict keys and logits are those of `LlamaForCausalLM`, and what it saves is a plain Llama folder.
 """
 
+import contextlib
 import math
 import os
 from typing import Any
@@ -18,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_tinyllama import TinyLlamaConfig
+from .grouped_attention import packed_attention
 from .losses import IGNORE_INDEX, linear_cross_entropy_sum
 
 
@@ -169,7 +171,10 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
 
         draft = draft_of_generate(self, generation_config, kwargs)
         if draft is None:
-            return super().generate(inputs, generation_config=generation_config, **kwargs)
+            # On a CPU stock attention spends most of a step on a long context; elsewhere it has kernels for groups.
+            packs = self.device.type == "cpu" and self.config._attn_implementation == "sdpa"
+            with packed_attention(self) if packs else contextlib.nullcontext():
+                return super().generate(inputs, generation_config=generation_config, **kwargs)
         inputs = kwargs.pop("input_ids", inputs)
         return speculative_generate(self, draft, inputs, generation_config=generation_config, **kwargs)
 

@@ -4,8 +4,7 @@ A pass reads the same number of tokens of every row, ending wherever that row en
 end is never seen and is overwritten later, so that taking back tokens costs nothing, and no row waits for another.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..errors import InputError
-from ..grouped_attention import GQA_PACKED
 
 
 _GROWTH = 256  # slots that are added at a time
@@ -163,20 +161,6 @@ class RaggedModel:
     def keep(self, rows: Sequence[int]) -> None:
         """Keeps the rows of these indices."""
         self.cache.keep(torch.tensor(rows, dtype=torch.long, device=self.model.device))
-
-
-@contextlib.contextmanager
-def packed_attention(*models: PreTrainedModel) -> Iterator[None]:
-    """Lets models compute attention without copies of keys and values, and with the mask of ragged rows, for a while."""
-    configs = {id(config): config for model in models for config in (model.config.get_text_config(decoder=True),)}
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    try:
-        for config in configs.values():
-            config._attn_implementation = GQA_PACKED
-        yield
-    finally:
-        for key, config in configs.items():
-            config._attn_implementation = before[key]
 
 
 def check_full_attention(model: PreTrainedModel, name: str) -> None:

@@ -17,10 +17,11 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
+from ..grouped_attention import packed_attention
 from .acceptance import Proposal, RowProcessors, accept_greedy, accept_sampled
 from .draft_length import AdaptiveDraftLength, DraftLength, FixedDraftLength
 from .proposals import ModelProposer, PromptLookup, Proposer, first_layers
-from .ragged_cache import RaggedModel, check_full_attention, packed_attention
+from .ragged_cache import RaggedModel, check_full_attention
 from .rows import Rows
 
 
