@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations import sdpa_attention
 
-from tinyllama_hf.grouped_attention import GQA_PACKED, gqa_packed_attention
+from tinyllama_hf.grouped_attention import GQA_PACKED, gqa_packed_attention, packed_attention
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -87,3 +87,18 @@ def test_nothing_is_copied(models, monkeypatch):
     packed(ids, attention_mask=mask)
     with pytest.raises(AssertionError, match="repeated"):
         stock(ids, attention_mask=mask)
+
+
+def test_for_a_while_and_by_several_at_a_time(models):
+    """Two that generate with one model, as threads of a server do: the first to end does not end it for the other."""
+    stock, packed = models
+    first, second = packed_attention(stock), packed_attention(stock, packed)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert stock.config._attn_implementation == GQA_PACKED
+    second.__exit__(None, None, None)
+    assert stock.config._attn_implementation == "sdpa" and packed.config._attn_implementation == GQA_PACKED
+    with pytest.raises(KeyError), packed_attention(stock):
+        raise KeyError
+    assert stock.config._attn_implementation == "sdpa"
