@@ -125,15 +125,9 @@ class Row:
                     seconds[name].append(time.perf_counter() - began)
         tokens = self.batch * self.new_tokens
         result = {name: round(tokens / statistics.median(times), 2) for name, times in seconds.items()}
+        result |= {f"ours_over_{name}": round(result["ours"] / result[name], 3) for name in variants if name != "ours"}
         counted = self.statistics[-1]
         result |= {
-            "ours_over_plain": round(result["ours"] / result["plain"], 3),
-            "ours_over_plain_packed": round(result["ours"] / result["plain_packed"], 3),
-            **(
-                {"ours_over_stock_assisted": round(result["ours"] / result["stock_assisted"], 3)}
-                if "stock_assisted" in result
-                else {}
-            ),
             "batch": self.batch,
             "acceptance": round(counted.acceptance, 3),
             "tokens_per_pass": round(counted.tokens_per_pass, 2),

@@ -4,6 +4,7 @@ Module names, state-dict keys and logits are those of `LlamaForCausalLM`, and wh
 """
 
 import contextlib
+import inspect
 import math
 import os
 from typing import Any
@@ -19,12 +20,17 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_tinyllama import TinyLlamaConfig
+from .errors import InputError
 from .grouped_attention import packed_attention
 from .losses import IGNORE_INDEX, linear_cross_entropy_sum
 
 
 # `from_pretrained` arguments that are the model's, not fields of its configuration.
 _MODEL_ARGUMENTS = ("dtype", "torch_dtype", "attn_implementation", "quantization_config", "device_map")
+
+
+# Those that follow `inputs` and `generation_config`, in their order.
+_GENERATE_ARGUMENTS = tuple(inspect.signature(LlamaForCausalLM.generate).parameters)[3:-1]
 
 
 class _TinyLlamaInitialization:
@@ -79,6 +85,7 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
     """
 
     config_class = TinyLlamaConfig
+    _takes_quantized_weights = False
 
     def __init__(self, config: TinyLlamaConfig):
         # Not LlamaForCausalLM.__init__, which would build and initialise a LlamaModel only to throw it away.
@@ -159,7 +166,9 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
             attentions=outputs.attentions,
         )
 
-    def generate(self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+    def generate(
+        self, inputs: torch.Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """As in transformers; with `assistant_model`, `prompt_lookup_num_tokens` or `assistant_early_exit` for any batch.
 
         Stock assisted generation takes one prompt (5.23). Prompts are padded on the left; `num_assistant_tokens` fixes the
@@ -169,13 +178,17 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
         # Only here does a model reach up, since generating with a draft is a method of models.
         from .inference.speculative import draft_of_generate, speculative_generate
 
+        kwargs |= zip(_GENERATE_ARGUMENTS, args, strict=False)
         draft = draft_of_generate(self, generation_config, kwargs)
         if draft is None:
             # On a CPU stock attention spends most of a step on a long context; elsewhere it has kernels for groups.
             packs = self.device.type == "cpu" and self.config._attn_implementation == "sdpa"
             with packed_attention(self) if packs else contextlib.nullcontext():
                 return super().generate(inputs, generation_config=generation_config, **kwargs)
-        inputs = kwargs.pop("input_ids", inputs)
+        input_ids = kwargs.pop("input_ids", None)
+        if inputs is not None and input_ids is not None:
+            raise ValueError("inputs and input_ids are given; pass one of them")
+        inputs = input_ids if inputs is None else inputs
         return speculative_generate(self, draft, inputs, generation_config=generation_config, **kwargs)
 
     def flops_per_token(self, seq_len: int | None = None, convention: str = "without_input_embedding") -> int:
@@ -212,7 +225,11 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, config=None, **kwargs: Any):
-        """Loads any Llama folder, plain or `model_type: tinyllama`; arguments as in transformers."""
+        """Loads any Llama folder, plain or `model_type: tinyllama`; arguments as in transformers.
+
+        Raises:
+            InputError: if the weights are or would be quantised, which only `tinyllama_hf.load` keeps from corruption.
+        """
         if config is None:
             model_arguments = {name: kwargs.pop(name) for name in _MODEL_ARGUMENTS if name in kwargs}
             # The library hands the arguments that say where the files lie back as well, next to unknown ones.
@@ -223,6 +240,12 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
             kwargs.update(model_arguments)
         if not isinstance(config, TinyLlamaConfig):
             config = TinyLlamaConfig.from_llama(config)
+        quantized = kwargs.get("quantization_config") or getattr(config, "quantization_config", None)
+        if quantized and not cls._takes_quantized_weights:
+            raise InputError(
+                f"{pretrained_model_name_or_path}: quantization_config is for tinyllama_hf.load(MODEL, quantization=...), "
+                "which also loads folders that were saved quantised; some processors corrupt such weights otherwise"
+            )
         return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 
     def save_pretrained(

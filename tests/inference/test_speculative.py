@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import (
     GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LogitsProcessor,
@@ -79,6 +81,21 @@ class EndsAfter(StoppingCriteria):
         return (input_ids == self.token).sum(dim=1) >= self.times
 
 
+class OfAllRows(StoppingCriteria):
+    def __init__(self, rows, prompt, token):
+        self.done, self.prompt, self.token = [False] * rows, prompt, token
+
+    def __call__(self, input_ids, scores, **kwargs):
+        for row in range(len(self.done)):
+            self.done[row] = self.done[row] or self.token in input_ids[row, self.prompt :].tolist()
+        return False not in self.done
+
+
+class NeedsScores(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        return scores.max() > 0
+
+
 class NeverTheSameTwice(LogitsProcessor):
     """A processor of somebody else's, which reads the row."""
 
@@ -122,6 +139,52 @@ class TestEveryRowIsAsAlone:
             assert torch.equal(ours, stock)
             return
         assert_equal(target, draft, **options)
+
+    def test_criteria_that_keep_books_of_the_whole_batch(self, target, draft):
+        """As lm-eval's: a list by row inside, the prompt's length with its padding, and True once all are done."""
+        token = max(range(128), key=alone(target, PROMPTS[0]).count)
+        ours = together(target, draft, stopping_criteria=StoppingCriteriaList([OfAllRows(len(PROMPTS), 7, token)]))
+        for prompt, new in zip(PROMPTS, ours, strict=True):
+            stock = alone(target, prompt, stopping_criteria=StoppingCriteriaList([OfAllRows(1, len(prompt), token)]))
+            assert first_difference(new, stock) is None
+
+    def test_beyond_the_context(self, target, draft):
+        """Rotary models go on there, as stock does; the draft reads no further than it can."""
+        assert_equal(target, draft, max_new_tokens=80)
+        short = copy.deepcopy(draft)
+        short.config.max_position_embeddings = 10
+        assert_equal(target, short, max_new_tokens=30)
+        output = speculative_generate(
+            target, short, **left_padded(PROMPTS[2:3]), draft_length=2, return_dict_in_generate=True, **GREEDY
+        )
+        assert 0 < output.statistics.draft_passes <= 4
+        short.config.max_position_embeddings = 4
+        assert_equal(target, short)  # a prompt longer than the draft can read: without its help
+
+    def test_a_draft_with_an_adapter(self, target, draft):
+        from peft import LoraConfig, get_peft_model
+
+        adapted = get_peft_model(copy.deepcopy(draft), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+        assert_equal(target, adapted.eval())
+
+    def test_names_in_the_models_own_configuration(self, target, draft):
+        own = copy.deepcopy(target)
+        own.generation_config.prompt_lookup_num_tokens = 3
+        config = GenerationConfig(**GREEDY, num_assistant_tokens=2, return_dict_in_generate=True)
+        for options in ({"generation_config": config}, GREEDY | {"return_dict_in_generate": True}):
+            output = own.generate(**left_padded(PROMPTS), **options)
+            assert output.statistics.draft_passes == 0 and output.sequences.shape[0] == 4
+        fixed = target.generate(**left_padded(PROMPTS), generation_config=config, assistant_model=draft).statistics
+        assert fixed.plain_rounds <= 2 and fixed.drafted >= 2 * (fixed.target_passes - 3)
+
+    def test_positional_arguments(self, target, draft):
+        batch = left_padded(PROMPTS)
+        config = GenerationConfig(**GREEDY)
+        plain = target.generate(batch["input_ids"], config, None, None, attention_mask=batch["attention_mask"])
+        helped = target.generate(
+            batch["input_ids"], config, None, None, None, None, draft, attention_mask=batch["attention_mask"]
+        )
+        assert plain.shape == helped.shape
 
     def test_a_processor_of_the_users(self, target, draft):
         assert_equal(target, draft, logits_processor=[NeverTheSameTwice()])
@@ -270,7 +333,7 @@ class TestDraftLength:
             width = length.choose()
             widths.append(width)
             kept = (torch.rand(4, width, generator=generator) < acceptance).long().cumprod(1).sum(1).tolist()
-            length.observe(width, [width] * 4, kept, draft * width, target + further * width)
+            length.observe(width, kept, draft * width, target + further * width)
         return widths
 
     def test_cheap_and_right_drafts_are_long(self):
@@ -283,6 +346,16 @@ class TestDraftLength:
             widths = self.feed(AdaptiveDraftLength(4, 8), seconds, acceptance, rounds=256)
             assert sum(width > 0 for width in widths[20:]) <= 6, (seconds, acceptance)
             assert any(widths[20:]), "drafting is tried again at times"
+
+    def test_look_up_that_finds_something_in_one_row_of_eight(self):
+        length, tokens, seconds = AdaptiveDraftLength(8, 8), 0, 0.0
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(300):
+            width = length.choose()
+            kept = [(torch.rand(width, generator=generator) < 0.8).long().cumprod(0).sum().item()] + [0] * 7
+            length.observe(width, kept, 0.001, 1.0 + 0.25 * width)
+            tokens, seconds = tokens + 8 + sum(kept), seconds + 1.0 + 0.25 * width
+        assert tokens / seconds > 0.95 * 8
 
     def test_it_comes_back_when_the_text_becomes_easy(self):
         length = AdaptiveDraftLength(4, 8)
@@ -320,7 +393,14 @@ class TestRefusals:
             ({"use_cache": False}, "use_cache=False"),
             ({"assistant_tokenizer": 1}, "assistant_tokenizer: a draft must have the target's own vocabulary"),
             ({"prompt_lookup_num_tokens": 3}, "only one of them can draft"),
-            ({"num_assistant_tokens": 0}, "draft_length 0: must be at least 1"),
+            ({"num_assistant_tokens": 0}, "draft_length 0: must be a whole number from 1"),
+            ({"num_assistant_tokens": 2.5}, "draft_length 2.5: must be a whole number from 1"),
+            ({"assistant_confidence_threshold": 0.4}, "assistant_confidence_threshold=0.4: has no meaning"),
+            ({"prefill_chunk_size": 8}, "prefill_chunk_size=8: prompts are read at once"),
+            (
+                {"stopping_criteria": [NeedsScores()]},
+                "stopping criterion NeedsScores: failed on tokens without scores",
+            ),
             ({"guidance_scale": 1.5}, "UnbatchedClassifierFreeGuidanceLogitsProcessor: cannot be applied"),
             ({"streamer": Recorder()}, "streamer: shows one row, and there are 4"),
             ({"pad_token_id": None, "eos_token_id": 5}, None),
@@ -375,6 +455,13 @@ class TestRefusals:
                                num_attention_heads=2, num_key_value_heads=1, sliding_window=8)  # fmt: skip
         with pytest.raises(InputError, match=r"target MistralForCausalLM: .*sliding window: 8"):
             speculative_generate(MistralForCausalLM(config), target, **left_padded(PROMPTS), **GREEDY)
+        training = copy.deepcopy(target).train()
+        training.gradient_checkpointing_enable()
+        with pytest.raises(InputError, match="training mode with activation checkpointing"):
+            together(training, target)
+        table = GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=16, n_layer=2, n_head=2, n_positions=24)).eval()
+        with pytest.raises(InputError, match="rows of 31 tokens are longer than the context of 24"):
+            speculative_generate(table, target, **left_padded(PROMPTS), **GREEDY)
         scaled = copy.deepcopy(target)
         scaled.config.rope_parameters = {**scaled.config.rope_parameters, "rope_type": "dynamic"}
         with pytest.raises(InputError, match="rotary scaling 'dynamic' depends on the longest row"):

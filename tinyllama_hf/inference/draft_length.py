@@ -26,10 +26,8 @@ class DraftLength(Protocol):
     def choose(self) -> int:
         """Of the next round."""
 
-    def observe(
-        self, width: int, drafted: Sequence[int], accepted: Sequence[int], draft: float, target: float
-    ) -> None:
-        """Takes what a round with `width` drafted columns brought: by row, and seconds."""
+    def observe(self, width: int, accepted: Sequence[int], draft: float, target: float) -> None:
+        """Takes what a round with `width` drafted columns brought: accepted tokens by row, and seconds."""
 
     def keep(self, kept: Sequence[int]) -> None:
         """Keeps the rows of these indices."""
@@ -49,9 +47,7 @@ class FixedDraftLength:
         """Of the next round."""
         return self._num_tokens
 
-    def observe(
-        self, width: int, drafted: Sequence[int], accepted: Sequence[int], draft: float, target: float
-    ) -> None:
+    def observe(self, width: int, accepted: Sequence[int], draft: float, target: float) -> None:
         """Nothing changes the number."""
 
     def keep(self, kept: Sequence[int]) -> None:
@@ -97,17 +93,15 @@ class AdaptiveDraftLength:
         self._pause, self._waited = 2 * self._pause, 0
         return 1  # acceptance may have changed with the text
 
-    def observe(
-        self, width: int, drafted: Sequence[int], accepted: Sequence[int], draft: float, target: float
-    ) -> None:
+    def observe(self, width: int, accepted: Sequence[int], draft: float, target: float) -> None:
         """Takes what a round brought; see [`DraftLength`]."""
         self._target_seconds[width + 1].append(target)
         if not width:
             return
         self._draft_seconds.append(draft / width)
-        for row, (proposed, taken) in enumerate(zip(drafted, accepted, strict=True)):
-            # Tokens after the first rejected one were not judged.
-            self._tried[row] = _MEMORY * self._tried[row] + min(taken + 1, proposed)
+        for row, taken in enumerate(accepted):
+            # Tokens after the first rejected one were not judged; one that could not be proposed is as good as rejected.
+            self._tried[row] = _MEMORY * self._tried[row] + min(taken + 1, width)
             self._accepted[row] = _MEMORY * self._accepted[row] + taken
 
     def keep(self, kept: Sequence[int]) -> None:

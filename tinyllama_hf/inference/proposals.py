@@ -1,6 +1,7 @@
 """Where drafted tokens come from: a smaller model, the target's own first layers, or the text itself."""
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -18,6 +19,7 @@ class Proposer(Protocol):
     """What drafts tokens for the rows of one generation."""
 
     passes: int
+    context: float  # tokens that it can read
 
     def catch_up(self, rows: Rows) -> None:
         """Reads what it has not read of the rows, such as the prompts, where that is more than drafting reads anyway."""
@@ -43,6 +45,11 @@ class ModelProposer:
     def __init__(self, model: PreTrainedModel, num_rows: int):
         self._reader = RaggedModel(model, "draft")
         self._read = [0] * num_rows  # tokens of each row that the cache holds for certain
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model can read."""
+        return self._reader.context
 
     @property
     def passes(self) -> int:
@@ -98,6 +105,7 @@ class PromptLookup:
     """
 
     passes = 0
+    context = math.inf
 
     def __init__(self, max_matching_ngram_size: int = 3):
         if max_matching_ngram_size < 1:

@@ -41,7 +41,9 @@ class _Placement:
             buffer[:, :, self.start : self.end] = states
             return
         states = states.transpose(1, 2)
-        buffer[self.rows, :, self.slots] = states if self.is_token is None else states[self.is_token]
+        if self.is_token is not None:
+            states = states[self.is_token.to(states.device)]
+        buffer[self.rows.to(buffer.device), :, self.slots.to(buffer.device)] = states
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -82,6 +84,7 @@ class RaggedLayer(CacheLayerMixin):
 
     def keep(self, rows: torch.Tensor) -> None:
         """Keeps the rows of these indices."""
+        rows = rows.to(self.keys.device)
         self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
 
 
@@ -127,6 +130,7 @@ class RaggedModel:
         check_full_attention(model, name)
         config = model.config.get_text_config(decoder=True)
         self.model, self.context = model, config.max_position_embeddings
+        self._has_position_table = getattr(config, "rope_parameters", None) is None
         self.cache = RaggedCache(config.num_hidden_layers)
         self.passes = 0
 
@@ -149,14 +153,27 @@ class RaggedModel:
         output = self.model(
             input_ids=tokens,
             attention_mask=mask,
-            # Drafted tokens beyond the context are never accepted; a table of positions ends there.
-            position_ids=slots.clamp(0, self.context - 1),
+            position_ids=slots.clamp(0, self.context - 1 if self._has_position_table else None),
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=num_logits,
         )
         self.passes += 1
         return output.logits[:, -num_logits:].float()
+
+    def check_length(self, length: int) -> None:
+        """Refuses rows longer than a table of positions; rotary angles go on, as in stock `generate`.
+
+        Drafted tokens may reach beyond the table, and read its last entry: they are never accepted.
+
+        Raises:
+            InputError: with the context.
+        """
+        if self._has_position_table and length > self.context:
+            raise InputError(
+                f"max_new_tokens: rows of {length} tokens are longer than the context of {self.context}, and this model has no "
+                "positions beyond it; give fewer"
+            )
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keeps the rows of these indices."""
@@ -180,6 +197,8 @@ def check_full_attention(model: PreTrainedModel, name: str) -> None:
         reason = f"its layers are of the kinds {', '.join(sorted(kinds))} (sliding window: {window})"
     elif rope in _LENGTH_DEPENDENT_ROPE:
         reason = f"its rotary scaling {rope!r} depends on the longest row"
+    elif model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        reason = "it is in training mode with activation checkpointing, which leaves out the cache (call eval())"
     elif not getattr(model, "_supports_sdpa", False) or not getattr(model, "_supports_attention_backend", False):
         reason = "its attention cannot be chosen by name"
     if reason:

@@ -1,9 +1,15 @@
 """The rows of a batch while they are generated: their tokens, and where each of them ends."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from ..errors import InputError
 
@@ -15,6 +21,7 @@ class Rows:
         input_ids (`torch.Tensor`): `[rows, prompt]`, padded on the left.
         attention_mask (`torch.Tensor`, *optional*): `[rows, prompt]`, zero at padding.
         stopping_criteria (`StoppingCriteriaList`): as `generate` prepares them; each is asked after every new token of a row.
+            It sees what it would if all rows were this one, `[rows, prompt + new]` with padding, and no scores.
         context (`int`): tokens that the models can read.
 
     Raises:
@@ -44,7 +51,9 @@ class Rows:
             token for c in stopping_criteria if isinstance(c, EosTokenCriteria) for token in c.eos_token_id.tolist()
         }
         self.may_end_early = len(stopping_criteria) > len(limits)
-        self._criteria = [c for c in stopping_criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
+        others = [c for c in stopping_criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
+        self._criteria = [[_own(criterion) for criterion in others] for _ in self.lengths]
+        self._prompts = input_ids
         self.tokens = input_ids.new_zeros(len(self.lengths), max(self.lengths) + 64)  # [rows, slots]
         for row, padding in enumerate(self.paddings):
             self.tokens[row, : prompt - padding] = input_ids[row, padding:]
@@ -86,10 +95,17 @@ class Rows:
     def _until_end(self, row: int, new: list[int]) -> tuple[int, bool]:
         """How many of the new tokens stand, and whether the last of these ends the row."""
         for taken, token in enumerate(new, start=1):
-            prefix = self.tokens[row : row + 1, : self.lengths[row] + taken]
-            if token in self.eos or any(bool(criterion(prefix, None)) for criterion in self._criteria):
+            if token in self.eos or (self._criteria[0] and self._is_stopped(row, taken)):
                 return taken, True
         return len(new), False
+
+    def _is_stopped(self, row: int, taken: int) -> bool:
+        """Whether a criterion ends a row with so many new tokens."""
+        number = self.numbers[row]
+        padding = self._prompts[number, : self.paddings[number]]
+        padded = torch.cat([padding, self.tokens[row, : self.lengths[row] + taken]])
+        batch = padded.expand(len(self.paddings), -1)
+        return any(_ends(criterion, batch, number) for criterion in self._criteria[number])
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keeps the rows of these indices; the others are finished."""
@@ -110,6 +126,23 @@ class Rows:
         for row, tokens in enumerate(new):
             output[row, prompt : prompt + len(tokens)] = tokens
         return output
+
+
+def _own(criterion: StoppingCriteria) -> StoppingCriteria:
+    """A criterion for one row: somebody else's may count rows or tokens in itself, the library's do not."""
+    is_stateless = type(criterion).__module__ == StoppingCriteria.__module__
+    return criterion if is_stateless else copy.deepcopy(criterion)
+
+
+def _ends(criterion: StoppingCriteria, batch: torch.Tensor, row: int) -> bool:
+    try:
+        ended = criterion(batch, None)
+    except Exception as error:
+        raise InputError(
+            f"stopping criterion {type(criterion).__name__}: failed on tokens without scores ({type(error).__name__}: {error}), "
+            "which is what it sees while a draft helps; generate without a draft"
+        ) from error
+    return bool(ended[row] if isinstance(ended, torch.Tensor) and ended.dim() else ended)
 
 
 def _paddings(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[int]:

@@ -4,13 +4,13 @@ Greedy output is the target's own; sampled output follows the target's distribut
 are neither realigned nor made to wait, see `ragged_cache.py`.
 """
 
-import copy
 import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig, GenerationMode, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
@@ -28,6 +28,7 @@ from .rows import Rows
 LONGEST_DRAFT = 8
 _PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 _DRAFTS = ("prompt_lookup_num_tokens", "assistant_early_exit")
+_UNUSED = ("assistant_confidence_threshold", "num_assistant_tokens_schedule", "custom_generate")
 _OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
@@ -134,7 +135,11 @@ def speculative_generate(
         InputError: if the vocabularies differ, the models or options are not supported, or a prompt fills the context.
     """
     _check_pair(target, draft, draft_length)
-    config, stop_strings = _plain_config(target, generation_config, kwargs)
+    for name in _UNUSED:
+        if (value := kwargs.pop(name, None)) is not None:
+            raise InputError(f"{name}={value!r}: has no meaning for drafts here; leave it out")
+    # `generate` (5.23) would need the tokenizer for them, which it hands on to no decoding method of ours.
+    stop_strings = _take("stop_strings", target, generation_config, kwargs)
     criteria = StoppingCriteriaList(stopping_criteria or [])
     if stop_strings:
         criteria.append(_stop_string_criterion(stop_strings, tokenizer))
@@ -143,13 +148,13 @@ def speculative_generate(
         _check_options(generation_config, model_kwargs)
         loop = _Loop(model, draft, draft_length, input_ids, model_kwargs.get("attention_mask"), logits_processor,
                      stopping_criteria, generation_config, streamer)  # fmt: skip
-        with packed_attention(model, *([draft] if isinstance(draft, PreTrainedModel) else [])):
+        with packed_attention(model, *([draft] if isinstance(draft, nn.Module) else [])):
             return loop.run()
 
     return target.generate(
         input_ids,
         attention_mask=attention_mask,
-        generation_config=config,
+        generation_config=generation_config,
         stopping_criteria=criteria,
         custom_generate=decode,
         **kwargs,
@@ -165,24 +170,22 @@ def draft_of_generate(
         InputError: if more than one is named, or the draft has a tokenizer of its own.
     """
 
-    config = target.generation_config if generation_config is None else generation_config
-
-    def named(name: str) -> Any:
-        return kwargs.pop(name, getattr(config, name))
+    def take(name: str) -> Any:
+        return _take(name, target, generation_config, kwargs)
 
     assistant = kwargs.pop("assistant_model", None)
-    lookup, early_exit = map(named, _DRAFTS)
+    lookup, early_exit = map(take, _DRAFTS)
     if sum(draft is not None for draft in (assistant, lookup, early_exit)) > 1:
         raise InputError("assistant_model, prompt_lookup_num_tokens, assistant_early_exit: only one of them can draft")
     if kwargs.pop("assistant_tokenizer", None) is not None:
         raise InputError("assistant_tokenizer: a draft must have the target's own vocabulary; leave it out")
-    num_tokens = kwargs.pop("num_assistant_tokens", lookup)
     if assistant is None and lookup is None and early_exit is None:
         return None
+    num_tokens = take("num_assistant_tokens") if lookup is None else lookup
     if num_tokens is not None:
         kwargs["draft_length"] = num_tokens
     if lookup is not None:
-        return PromptLookup(named("max_matching_ngram_size") or 3)
+        return PromptLookup(take("max_matching_ngram_size") or 3)
     return first_layers(target, early_exit) if early_exit is not None else assistant
 
 
@@ -204,9 +207,9 @@ class _Loop:
         num_rows = input_ids.shape[0]
         self.input_ids, self.streamer, self.config = input_ids.to(target.device), streamer, config
         self.target = RaggedModel(target)
-        self.draft = ModelProposer(draft, num_rows) if isinstance(draft, PreTrainedModel) else draft
-        context = min(self.target.context, getattr(self.draft, "context", self.target.context))
-        self.rows = Rows(self.input_ids, attention_mask, criteria, context)
+        self.draft = ModelProposer(draft, num_rows) if isinstance(draft, nn.Module) else draft
+        self.rows = Rows(self.input_ids, attention_mask, criteria, self.target.context)
+        self.target.check_length(max(self.rows.lengths) + max(self.rows.remaining))
         self.processors = RowProcessors(processors, self.rows.paddings)
         self.length: DraftLength = (
             AdaptiveDraftLength(num_rows, LONGEST_DRAFT) if draft_length is None else FixedDraftLength(draft_length)
@@ -225,7 +228,8 @@ class _Loop:
         began = time.perf_counter()
         logits = self.target.read(self.input_ids, self.rows.lengths)
         nothing = Proposal(self.input_ids[:, :0], torch.zeros_like(self.input_ids[:, 0]))
-        self._finish_round(nothing, logits)
+        *_, going_on = self._finish_round(nothing, logits)
+        self.length.keep(going_on)
         self.statistics.prefill_seconds = time.perf_counter() - began
         while self.rows.numbers:
             self._round()
@@ -241,7 +245,9 @@ class _Loop:
 
     def _round(self) -> None:
         rows = self.rows
-        wanted = min(self.length.choose(), max(rows.remaining) - 1)
+        # Beyond its context a draft is of no use.
+        wanted = min(self.length.choose(), max(rows.remaining) - 1, self.draft.context - max(rows.lengths))
+        wanted = max(wanted, 0)
         started = time.perf_counter()
         proposal = Proposal(rows.tokens[:, :0], torch.zeros_like(rows.tokens[:, 0]))
         if wanted:
@@ -255,16 +261,15 @@ class _Loop:
         width = proposal.tokens.shape[1]
         ends = [length + width for length in rows.lengths]
         logits = self.target.read(rows.last_tokens(1, proposal.tokens), ends, width + 1)
-        counts, accepted, going_on = self._finish_round(proposal, logits)
+        accepted, going_on = self._finish_round(proposal, logits)
         finished = time.perf_counter()
         self.statistics.draft_seconds += drafted - started
         self.statistics.target_seconds += finished - drafted
-        self.length.observe(width, counts, accepted, drafted - began, finished - drafted)
-        if len(going_on) < len(accepted):
-            self.length.keep(going_on)
+        self.length.observe(width, accepted, drafted - began, finished - drafted)
+        self.length.keep(going_on)
 
-    def _finish_round(self, proposal: Proposal, logits: torch.Tensor) -> tuple[list[int], list[int], list[int]]:
-        """Appends what is accepted, and lets finished rows go: (drafted by row, accepted by row, rows that go on)."""
+    def _finish_round(self, proposal: Proposal, logits: torch.Tensor) -> tuple[list[int], list[int]]:
+        """Appends what is accepted, and lets finished rows go: (accepted by row, rows that go on)."""
         rows, statistics = self.rows, self.statistics
         scores = self.processors(logits, rows.tokens, rows.lengths)
         tokens, accepted = self.accept(scores, proposal)
@@ -281,7 +286,7 @@ class _Loop:
         if len(going_on) < len(accepted):
             for part in (rows, self.target, self.draft, self.processors):
                 part.keep(going_on)
-        return counts, accepted, going_on
+        return accepted, going_on
 
 
 def _wait_for(tokens: torch.Tensor) -> None:
@@ -292,9 +297,12 @@ def _wait_for(tokens: torch.Tensor) -> None:
 def _check_pair(target: PreTrainedModel, draft: PreTrainedModel | Proposer, draft_length: int | None) -> None:
     """Refuses a draft that cannot help this target."""
     check_full_attention(target, "target")
-    if draft_length is not None and draft_length < 1:
-        raise InputError(f"draft_length {draft_length}: must be at least 1; leave it out to draft as many as pay")
-    if isinstance(draft, PreTrainedModel):
+    if draft_length is not None and not (isinstance(draft_length, int) and draft_length >= 1):
+        raise InputError(
+            f"draft_length {draft_length!r}: must be a whole number from 1; leave it out to draft what pays"
+        )
+    if isinstance(draft, nn.Module):  # a PeftModel is no PreTrainedModel
+        check_full_attention(draft, "draft")
         check_vocabulary_size(target, draft)
         if draft.device != target.device:
             raise InputError(f"draft: is on {draft.device}, the target on {target.device}; load both on one device")
@@ -317,20 +325,14 @@ def check_vocabulary_size(target: PreTrainedModel, draft: PreTrainedModel, name:
         )
 
 
-def _plain_config(
-    target: PreTrainedModel, config: GenerationConfig | None, kwargs: dict[str, Any]
-) -> tuple[GenerationConfig | None, Any]:
-    """Takes out of a configuration what would lead `generate` elsewhere: the names of drafts, and the stop strings.
-
-    (For these it would need the tokenizer, which it hands on to no decoding method of ours; 5.23.)
-    """
-    source = target.generation_config if config is None else config
-    stop_strings = kwargs.pop("stop_strings", source.stop_strings)
-    named = [name for name in ("stop_strings", *_DRAFTS) if getattr(source, name) is not None]
-    if named:
-        config = copy.deepcopy(source)
-        config.update(**dict.fromkeys(named))
-    return config, stop_strings
+def _take(name: str, target: PreTrainedModel, config: GenerationConfig | None, kwargs: dict[str, Any]) -> Any:
+    """An option as `generate` resolves it: from the call, the configuration, or the model's; then switched off in the call."""
+    found = getattr(config, name, None)
+    found = getattr(target.generation_config, name, None) if found is None else found
+    value = kwargs.pop(name, found)
+    if found is not None:
+        kwargs[name] = None
+    return value
 
 
 def _stop_string_criterion(
@@ -354,6 +356,10 @@ def _check_options(config: GenerationConfig, model_kwargs: dict[str, Any]) -> No
     for name in _OUTPUTS:
         if getattr(config, name):
             raise InputError(f"{name}: is not collected while a draft helps; generate without it")
+    if config.prefill_chunk_size is not None:
+        raise InputError(
+            f"prefill_chunk_size={config.prefill_chunk_size}: prompts are read at once here; leave it out"
+        )
     cache = model_kwargs.get("past_key_values")
     if cache is not None and getattr(cache, "_is_user_defined", False):
         raise InputError("past_key_values: rows of different lengths need a cache of their own; leave it out")
