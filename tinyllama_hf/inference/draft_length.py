@@ -77,7 +77,10 @@ class AdaptiveDraftLength:
             return 0
         if not self._draft_seconds:
             return min(3, self._longest)
-        speeds = [self._tokens_per_second(width) for width in range(self._longest + 1)]
+        if 0 < self._waited < self._pause:
+            self._waited += 1
+            return 0
+        speeds = self._tokens_per_second()
         best = max(range(1, self._longest + 1), key=speeds.__getitem__)
         if speeds[best] > _MARGIN * speeds[0]:
             self._pause, self._waited = _FIRST_PAUSE, 0
@@ -87,8 +90,8 @@ class AdaptiveDraftLength:
             # The plain pass may have been timed at a bad moment, and takes longer with each token in the cache.
             self._check, self._drafting = min(2 * self._check, _LAST_CHECK), 0
             return 0
-        self._waited += 1
-        if self._waited <= self._pause:
+        if self._waited < self._pause:
+            self._waited += 1
             return 0
         self._pause, self._waited = 2 * self._pause, 0
         return 1  # acceptance may have changed with the text
@@ -109,9 +112,15 @@ class AdaptiveDraftLength:
         self._tried = [self._tried[row] for row in kept]
         self._accepted = [self._accepted[row] for row in kept]
 
-    def _tokens_per_second(self, width: int) -> float:
-        tokens = sum(expected_tokens(acceptance, width) for acceptance in self._acceptances())
-        return tokens / (width * statistics.median(self._draft_seconds) + self._target_time(width + 1))
+    def _tokens_per_second(self) -> list[float]:
+        """Of a round with each number of drafted tokens, from none on."""
+        acceptances, draft = self._acceptances(), statistics.median(self._draft_seconds)
+        known = {count: statistics.median(times) for count, times in self._target_seconds.items() if times}
+        return [
+            sum(expected_tokens(acceptance, width) for acceptance in acceptances)
+            / (width * draft + _target_time(known, width + 1))
+            for width in range(self._longest + 1)
+        ]
 
     def _acceptances(self) -> list[float]:
         """By row, drawn towards the batch's, and that towards the prior."""
@@ -119,16 +128,16 @@ class AdaptiveDraftLength:
         pairs = zip(self._accepted, self._tried, strict=True)
         return [(accepted + 4 * whole) / (tried + 4) for accepted, tried in pairs]
 
-    def _target_time(self, tokens: int) -> float:
-        """Seconds of a target pass over so many tokens a row: measured, or on the line through the nearest measured ones."""
-        known = {count: statistics.median(times) for count, times in self._target_seconds.items() if times}
-        if tokens in known:
-            return known[tokens]
-        if len(known) == 1:
-            return next(iter(known.values()))
-        near, other = sorted(known, key=lambda count: abs(count - tokens))[:2]
-        slope = max(0.0, (known[near] - known[other]) / (near - other))
-        return known[near] + slope * (tokens - near)
+
+def _target_time(known: dict[int, float], tokens: int) -> float:
+    """Seconds of a target pass over so many tokens a row: measured, or on the line through the nearest measured ones."""
+    if tokens in known:
+        return known[tokens]
+    if len(known) == 1:
+        return next(iter(known.values()))
+    near, other = sorted(known, key=lambda count: abs(count - tokens))[:2]
+    slope = max(0.0, (known[near] - known[other]) / (near - other))
+    return known[near] + slope * (tokens - near)
 
 
 def expected_tokens(acceptance: float, width: int) -> float:
