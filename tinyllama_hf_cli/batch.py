@@ -41,28 +41,39 @@ def generate_file(
     engine = "batch" if engine is None else engine
     check_options(batch_size, sampling, seed, engine, with_draft=draft is not None)
     job = open_job(source, output, model, draft, adapter, sampling, seed=seed, engine=engine, **weights)
-    prompts, bad = job.prompts
     if job.is_finished:
         print(f"{output}: was finished already")
     else:
+        prompts = job.prompts.prompts
         loaded, tokenizer, helper = load()
-        check_fits(loaded, min(batch_size, len(prompts)), max(len(p.ids) + p.max_new_tokens for p in prompts))
+        check_fits(loaded, min(batch_size, len(prompts)), max(len(p.ids) + p.max_new_tokens for p in prompts), helper)
         began = time.perf_counter()
         try:
             num_tokens = job.run(loaded, tokenizer, batch_size, sampling, seed, helper, engine)
         except KeyboardInterrupt:
             print("interrupted; what was done is kept, the same command goes on", file=sys.stderr)
             raise typer.Exit(130) from None
-        seconds = time.perf_counter() - began
-        before = f" ({len(prompts) - len(job.pending):,} before)" if len(job.pending) < len(prompts) else ""
-        print(
-            f"wrote {output}: {len(job.pending):,} prompts continued{before}, {num_tokens:,} new tokens in {seconds:.1f} s, "
-            f"{num_tokens / seconds:,.0f} tokens/s"
-        )
-    if bad:
-        lines = [f"  {line.error}" for line in bad[:_MOST_LINES]]
-        lines += [f"  and {len(bad) - _MOST_LINES:,} more"] if len(bad) > _MOST_LINES else []
-        raise InputError(
-            f"--input {source}: {len(bad):,} of {len(bad) + len(prompts):,} lines cannot be continued, and have an error in their "
-            f"rows of {output}; the others are done\n" + "\n".join(lines)
-        )
+        print(_summary(job, num_tokens, time.perf_counter() - began))
+    _report_bad_lines(job, source)
+
+
+def _summary(job: Any, num_tokens: int, seconds: float) -> str:
+    continued, before = len(job.pending), len(job.prompts.prompts) - len(job.pending)
+    return (
+        f"wrote {job.output}: {continued:,} prompts continued{f' ({before:,} before)' if before else ''}, "
+        f"{num_tokens:,} new tokens in {seconds:.1f} s, {num_tokens / seconds:,.0f} tokens/s"
+    )
+
+
+def _report_bad_lines(job: Any, source: Path) -> None:
+    from tinyllama_hf.errors import InputError
+
+    prompts, bad = job.prompts
+    if not bad:
+        return
+    lines = [f"  {line.error}" for line in bad[:_MOST_LINES]]
+    lines += [f"  and {len(bad) - _MOST_LINES:,} more"] if len(bad) > _MOST_LINES else []
+    raise InputError(
+        f"--input {source}: {len(bad):,} of {len(bad) + len(prompts):,} lines cannot be continued, and have an error in their "
+        f"rows of {job.output}; the others are done\n" + "\n".join(lines)
+    )

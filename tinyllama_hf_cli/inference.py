@@ -1,5 +1,6 @@
 """`tinyllama-hf list`, `tinyllama-hf generate` and `tinyllama-hf chat`."""
 
+import functools
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,28 +48,32 @@ _DRAFT = Annotated[
         "model's own first ones)."
     ),
 ]
+_INPUT = Annotated[
+    Path | None,
+    typer.Option(
+        "--input",
+        help='JSON lines in place of one prompt: {"prompt": "..."}, or {"messages": [...]} for a chat model; other '
+        "fields are kept.",
+    ),
+]
+_OUTPUT = Annotated[Path | None, typer.Option(help="With --input, JSON lines to write, in the same order.")]
+_BATCH_SIZE = Annotated[int | None, typer.Option(help="With --input, prompts at a time; default: 8.")]
+_ENGINE = Annotated[
+    str | None,
+    typer.Option(
+        help="With --input, batch (default) or continuous: transformers' continuous batching, which on a CPU can pay for "
+        "short prompts whose continuations differ in length."
+    ),
+]
 
 
 def generate(
     model: MODEL,
     prompt: Annotated[str, typer.Argument(help="Text to continue; empty begins a new one.")] = "",
-    input_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--input",
-            help='JSON lines in place of one prompt: {"prompt": "..."}, or {"messages": [...]} for a chat model; other '
-            "fields are kept.",
-        ),
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="With --input, JSON lines to write, in the same order.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="With --input, prompts at a time; default: 8.")] = None,
-    engine: Annotated[
-        str | None,
-        typer.Option(
-            help="With --input, batch (default) or continuous: transformers' continuous batching, which on a CPU can pay "
-            "for short prompts whose continuations differ in length."
-        ),
-    ] = None,
+    input_file: _INPUT = None,
+    output: _OUTPUT = None,
+    batch_size: _BATCH_SIZE = None,
+    engine: _ENGINE = None,
     temperature: _TEMPERATURE = 0.8,
     top_p: _TOP_P = 0.95,
     max_new_tokens: _MAX_NEW_TOKENS = None,
@@ -91,10 +96,7 @@ def generate(
 
     sampling = Sampling(temperature, top_p, max_new_tokens)
     sampling.check()
-
-    def load() -> tuple[Any, Any, Any]:
-        return load_model(model, dtype, device, quantization, draft, adapter)
-
+    load = functools.partial(load_model, model, dtype, device, quantization, draft, adapter)
     if input_file is not None:
         if prompt:
             raise InputError(f"PROMPT {prompt!r}: cannot be given with --input; write it into {input_file}")

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from transformers import ContinuousBatchingConfig
+from transformers import ContinuousBatchingConfig, WatermarkingConfig
 
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
 from tinyllama_hf.errors import InputError
@@ -116,6 +116,31 @@ class TestDraws:
             )
             assert deviations.abs().max() < 4.5
 
+    @pytest.mark.parametrize("settings", [{"min_p": 1.0}, {"epsilon_cutoff": 0.99}], ids=str)
+    def test_settings_of_the_folder_count(self, random_model, settings):
+        """These leave the most likely token alone; so do they for one prompt."""
+        model, tokenizer = random_model
+        wanted, sampling = requests(tokenizer, 20), Sampling(1.3, 0.9)
+        greedy = by_key(model, tokenizer, wanted, 4, GREEDY)
+        assert by_key(model, tokenizer, wanted, 4, sampling, seed=5) != greedy
+        model.generation_config.update(**settings)
+        assert by_key(model, tokenizer, wanted, 4, sampling, seed=5) == greedy
+        first = wanted[0]
+        alone = generate_ids(model, tokenizer, first.ids, first.max_new_tokens, sampling)
+        assert alone == generate_ids(model, tokenizer, first.ids, first.max_new_tokens, GREEDY)
+
+    def test_a_watermark_is_drawn_with(self, random_model):
+        """It comes behind the warpers, and the draws behind it."""
+        model, tokenizer = random_model
+        watermark = WatermarkingConfig(bias=1000.0)
+        model.generation_config.watermarking_config = watermark
+        processor = watermark.construct_processor(model.config.vocab_size, "cpu")
+        for request in requests(tokenizer, 20):
+            ids = by_key(model, tokenizer, [request], 1, Sampling(1.0, 1.0), seed=5)[request.key].ids
+            text = [*request.ids, *ids]
+            for end in range(len(request.ids), len(text)):
+                assert text[end] in processor._get_greenlist_ids(torch.tensor(text[:end]))
+
     @pytest.mark.parametrize("sampling", [Sampling(0.7, 1.0), Sampling(1.5, 0.6)])
     def test_are_the_models(self, random_model, sampling):
         """The first token of 4000 equal prompts, against temperature and top-p worked out by hand."""
@@ -208,6 +233,15 @@ class TestContinuous:
         assert found != by_key(
             *random_model, requests(random_model[1], 20), 4, Sampling(1.0, 0.9), engine="continuous"
         )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, 0.9)], ids=["greedy", "sampled"])
+def test_beams_are_refused(random_model, engine, sampling):
+    model, tokenizer = random_model
+    model.generation_config.num_beams = 3
+    with pytest.raises(InputError, match=r"generation_config\.json of the model: asks for beam_.* \(num_beams 3\)"):
+        generate_many(model, tokenizer, requests(tokenizer), 4, sampling, engine=engine)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Files of prompts: every line checked, the order kept, and an interruption that costs nothing that was done."""
 
+import errno
+import fcntl
 import json
 import resource
 import signal
@@ -179,6 +181,53 @@ class TestGoingOn:
         output.unlink()
         again = self.open(chat_folder, source)
         assert not again.is_finished and len(again.pending) == 20
+
+    def test_two_at_once(self, chat_folder, source, monkeypatch):
+        """The second is refused while the first writes, and loses none of its rows."""
+        first, second = self.open(chat_folder, source), self.open(chat_folder, source)
+        seen = []
+
+        def dumps(value, real=json.dumps, **options):
+            seen.append("generated" in value)
+            if seen[-1] and sum(seen) == 7:
+                assert first.part.stat().st_size
+                with pytest.raises(
+                    InputError, match=r"--output .*out\.jsonl: another process is writing it; wait for it"
+                ):
+                    self.run(second, chat_folder)
+            return real(value, **options)
+
+        monkeypatch.setattr("tinyllama_hf.inference.batch_job.json.dumps", dumps)
+        self.run(first, chat_folder)
+        assert sum(seen) >= 20 and [row.get("id") for row in read(first.output)] == [*range(20), None]
+        assert self.run(second, chat_folder) == 0 and second.is_finished and not second.part.exists()
+
+    def test_another_process_went_on_since_the_job_was_opened(self, chat_folder, source, monkeypatch):
+        first, second = self.open(chat_folder, source), self.open(chat_folder, source)
+        self.interrupt(first, chat_folder, monkeypatch)
+        done = len(second.pending) - len(self.open(chat_folder, source).pending)
+        self.run(second, chat_folder)
+        assert done and len(second.pending) == 20 - done
+        assert [row.get("id") for row in read(second.output)] == [*range(20), None]
+
+    def test_a_part_that_went_away_between_opening_and_locking(self, chat_folder, source, monkeypatch):
+        """As when another process ends just then; rows written into it would be lost."""
+        job = self.open(chat_folder, source)
+        with monkeypatch.context() as patch:
+            patch.setattr(fcntl, "flock", lambda *_: job.part.unlink())
+            with pytest.raises(InputError, match="another process is writing it"):
+                self.run(job, chat_folder)
+
+    def test_a_file_system_without_locks(self, chat_folder, source, monkeypatch):
+        def no_locks(*_):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        job = self.open(chat_folder, source)
+        with monkeypatch.context() as patch:
+            patch.setattr(fcntl, "flock", no_locks)
+            with pytest.raises(InputError, match=r"out\.jsonl\.part cannot be locked \(.*No locks available\)"):
+                self.run(job, chat_folder)
+        self.run(self.open(chat_folder, source), chat_folder)
 
     @pytest.mark.parametrize(
         ("changes", "message"),

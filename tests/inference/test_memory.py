@@ -2,6 +2,7 @@
 largest batch at its edge, and the command, which loads nothing."""
 
 import json
+import math
 import re
 import sys
 
@@ -12,7 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 import tinyllama_hf_cli
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
 from tinyllama_hf.errors import InputError
+from tinyllama_hf.inference import memory as memory_module
 from tinyllama_hf.inference.architecture import find_architecture
+from tinyllama_hf.inference.drafts import load_draft
 from tinyllama_hf.inference.kv_cache import measure_cache
 from tinyllama_hf.inference.memory import (
     MEMORY_RESERVE,
@@ -176,6 +179,18 @@ class TestCheckFits:
 
     def test_what_fits(self, model):
         check_fits(model, 4, 2048)
+
+    def test_a_draft_has_a_cache_too(self, model, tokenizer_folder, monkeypatch):
+        """One of half the layers takes half as much again; one that is no model, nothing."""
+        tokenizer = load_tokenizer(tokenizer_folder)
+        layers = model.config.num_hidden_layers // 2
+        half, lookup = (load_draft(name, model, tokenizer) for name in (f"layers:{layers}", "lookup"))
+        one = 100 * model.kv_cache_bytes_per_token(torch.float32)
+        monkeypatch.setattr(memory_module, "free_memory", lambda device: math.ceil(12 * one / (1 - MEMORY_RESERVE)))
+        check_fits(model, 8, 100, half)
+        check_fits(model, 12, 100, lookup)
+        with pytest.raises(InputError, match=r"tokens each in model and draft take .*; the largest that fits is 8$"):
+            check_fits(model, 9, 100, half)
 
     def test_a_quantised_model(self, folders):
         model, _ = load(folders["smollm2"], quantization="nf4")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 from huggingface_hub import CacheNotFound
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, GenerationConfig
+from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import BaseHandler, GenerateManager, GenerationState
 
@@ -154,6 +156,17 @@ class TestTheLibrary:
         config = handler._build_generation_config({"temperature": 0.7}, GenerationConfig(do_sample=False))
         assert config.temperature == 0.7 and not config.do_sample
 
+    def test_fails_at_values(self):
+        handler = CompletionHandler(None, GenerationState())
+        for body in ({"max_tokens": "ten"}, {"seed": "x"}, {"generation_config": "nojson"}):
+            with pytest.raises(ValueError, match=r"invalid literal|Expecting value"):
+                handler._build_generation_config(body, GenerationConfig())
+
+    def test_leaves_the_models_settings_out_beside_those_of_a_request(self):
+        body = {"generation_config": '{"top_k": 5}', "logit_bias": {"1": 1.0}}
+        config = CompletionHandler(None, GenerationState())._build_generation_config(body, GenerationConfig(min_p=0.5))
+        assert config.min_p is None and config.sequence_bias is None
+
     def test_needs_a_cache_of_the_hub(self, tmp_path):
         with pytest.raises(CacheNotFound):
             ModelManager.get_gen_models(str(tmp_path / "nowhere"))
@@ -215,9 +228,9 @@ def test_stop_strings(client, local):
         (lambda c: complete(c, "x " * 500), f"by the model's context of {CONTEXT}"),
         (lambda c: complete(c, "x " * 500, stream=True), f"by the model's context of {CONTEXT}"),
         (lambda c: chat(c, "x " * 500), f"by the model's context of {CONTEXT}"),
-        (lambda c: complete(c, "x", max_tokens=0), "max_tokens 0: must be at least 1"),
-        (lambda c: complete(c, "x", temperature=-1), "temperature -1.0: must be 0"),
-        (lambda c: complete(c, "x", temperature=1, top_p=0), "top_p 0.0: must lie above 0"),
+        (lambda c: complete(c, "x", max_tokens=0), "max_tokens 0: must be greater than or equal to 1"),
+        (lambda c: complete(c, "x", temperature=-1), "temperature -1: must be greater than or equal to 0"),
+        (lambda c: complete(c, "x", temperature=1, top_p=0), "top_p 0: must be greater than 0"),
         (lambda c: complete(c, "x", n=2), "n: is not supported by this server"),
         (lambda c: complete(c, "x", logprobs=3), "logprobs: is not supported by this server"),
         (lambda c: chat(c, "x", response_format={"type": "json_object"}), "response_format: is not supported"),
@@ -239,6 +252,107 @@ def test_bad_requests(client, ask, message):
     with pytest.raises(openai.BadRequestError) as error:
         ask(client)
     assert message in error.value.message
+
+
+def ask(client, body, path="completions"):
+    """Status and error of a request that the `openai` client would not make, or would not let through."""
+    prompt = {"chat/completions": {"messages": [{"role": "user", "content": "x"}]}, "responses": {"input": "x"}}
+    whole = {**prompt.get(path, {"prompt": "x"}), **body} if isinstance(body, dict) else body
+    data = whole if isinstance(whole, bytes) else json.dumps(whole).encode()
+    request = urllib.request.Request(f"{client.base_url}{path}", data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)["error"]
+
+
+FIELDS = [
+    ({"max_tokens": "ten"}, "max_tokens 'ten': must be a valid integer"),
+    ({"max_tokens": 1.5}, "max_tokens 1.5: must be a valid integer"),
+    ({"temperature": "x"}, "temperature 'x': must be a valid number"),
+    ({"temperature": float("inf")}, "temperature inf: must be a finite number"),
+    ({"top_p": True}, "top_p True: must be a valid number"),
+    ({"seed": "x"}, "seed 'x': must be a valid integer"),
+    ({"seed": -1}, "seed -1: must be greater than or equal to 0"),
+    ({"seed": 2**63}, "seed 9223372036854775808: must be less than"),
+    ({"stop": 5}, "stop 5: must be a text or a list of texts, none of them empty"),
+    ({"stop": ""}, "stop '': must be a text"),
+    ({"stop": ["a", ""]}, "stop ['a', '']: must be a text"),
+    ({"stream": "yes"}, "stream 'yes': must be a valid boolean"),
+    ({"suffix": 5}, "suffix 5: must be a valid string"),
+    ({"frequency_penalty": -1}, "frequency_penalty -1: must be greater than -1"),
+    ({"logit_bias": {"x": 1}}, "logit_bias {'x': 1}: 'x' must be the id of a token, 0 to 511"),
+    ({"logit_bias": {"512": 1}}, "'512' must be the id of a token"),
+    ({"logit_bias": {"5": "x"}}, "logit_bias.5 'x': must be a valid number"),
+    ({"generation_config": "nojson"}, "generation_config 'nojson': Invalid JSON"),
+    ({"generation_config": {"top_k": 1}}, "generation_config {'top_k': 1}: JSON must be string"),
+    ({"generation_config": '{"num_beams": 3}'}, "generation_config.num_beams 3: is not supported by this server; valid: do_sample"),
+    ({"generation_config": '{"top_k": -1}'}, "generation_config.top_k -1: must be greater than or equal to 0"),
+    ({"prompt": "\ud83d"}, "body: holds half of a surrogate pair"),
+    ({"nonsense": 1}, "Unexpected fields in the request: {'nonsense'}"),
+    ([1], "body: must be a JSON object"),
+    (b'{"prompt": "x"', "body: is no JSON (Expecting ',' delimiter)"),
+]  # fmt: skip
+CONVERSATIONS = [
+    ("chat/completions", {"messages": [{"role": "user", "content": 5}]}, "messages, message 0: content must be a text, or a list"),
+    ("chat/completions", {"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "content must be a text, or a list"),
+    ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content must be a text, or a list"),
+    ("chat/completions", {"messages": [{"role": "assistant", "content": "x", "tool_calls": [5]}]}, "calls of tools are not supported"),
+    ("chat/completions", {"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs: is not supported"),
+    ("chat/completions", {"max_completion_tokens": "x"}, "max_completion_tokens 'x': must be a valid integer"),
+    ("responses", {"max_output_tokens": 0}, "max_output_tokens 0: must be greater"),
+    ("responses", {"input": 5}, "input: must be a list of"),
+    ("responses", {"input": [5]}, "input: must be a list of"),
+    ("responses", {"input": [{"type": "function_call"}]}, "calls of tools are not supported"),
+    ("responses", {"instructions": 5}, "instructions 5: must be a valid string"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [*(("completions", body, message) for body, message in FIELDS), *CONVERSATIONS],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_fields(client, path, body, message):
+    """Status 400 in OpenAI's form, naming field, value and rule."""
+    status, error = ask(client, body, path)
+    assert status == 400 and message in error["message"] and error["type"] == "invalid_request_error"
+
+
+def test_a_path_that_is_not_there_has_an_error_of_the_same_form(client):
+    assert ask(client, {}, "audio/transcriptions") == (404, {"message": "Not Found", "type": "invalid_request_error"})
+
+
+def test_settings_of_a_generation_config(client):
+    """They come on top of the model's, and fields of the request on top of them."""
+
+    def text(**body):
+        status, answer = ask(client, {"max_tokens": 20, "seed": 1, **body})
+        assert status == 200
+        return answer["choices"][0]["text"]
+
+    greedy = text(temperature=0)
+    assert text() != greedy == text(generation_config='{"top_k": 1}') == text(generation_config='{"temperature": 0}')
+    assert text(generation_config='{"transformers_version": "5"}') == text()
+    assert text(generation_config='{"temperature": 0}', temperature=0.8) == text()
+    status, answer = ask(client, {"max_tokens": None, "generation_config": '{"max_new_tokens": 7}'})
+    assert (status, answer["usage"]["completion_tokens"]) == (200, 7)
+
+
+def test_a_bias(client, local):
+    token = local[1].convert_tokens_to_ids("\u2581a")
+    answer = ask(client, {"logit_bias": {str(token): 100}, "max_tokens": 3, "temperature": 0})[1]
+    assert answer["choices"][0]["text"] == " a a a"
+    assert ask(client, {"logit_bias": {}, "stop": [], "max_tokens": 3})[0] == 200
+
+
+def test_messages_as_clients_send_them_back(client):
+    message = {"role": "assistant", "content": "y", "tool_calls": None}
+    turns = [{"role": "user", "content": [{"type": "text", "text": "x"}]}, message, {"role": "user", "content": "z"}]
+    assert ask(client, {"messages": turns, "max_tokens": 2}, "chat/completions")[0] == 200
+    parts = [{"type": "input_text", "text": "x"}]
+    assert ask(client, {"input": parts, "max_output_tokens": 2}, "responses")[0] == 200
 
 
 def test_harmless_fields_are_let_through(client):

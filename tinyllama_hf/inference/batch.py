@@ -1,12 +1,13 @@
 """Generating for many prompts, several at a time."""
 
-from collections.abc import Collection, Iterator, Sequence
-from typing import NamedTuple
+import copy
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers.generation import GenerationMode, LogitsProcessor, LogitsProcessorList
 
 from ..errors import InputError, did_you_mean
 from .drafts import Draft
@@ -73,17 +74,13 @@ def generate_many(
             place of one that is done.
 
     Raises:
-        InputError: for values out of range, and a request that does not fit the context.
+        InputError: for values out of range, a request that does not fit the context, and a model whose generation settings
+            ask for beams.
     """
     sampling = sampling or Sampling()
     check_options(batch_size, sampling, seed, engine, with_draft=draft is not None)
-    context, whose = context_of(model, draft)
-    for request in requests:
-        if not request.ids or len(request.ids) + request.max_new_tokens > context or request.max_new_tokens < 1:
-            raise InputError(
-                f"request {request.key}: {len(request.ids)} tokens and {request.max_new_tokens} new ones; both must be at "
-                f"least 1, and together at most {context}, the {whose} context"
-            )
+    _check_mode(model, sampling)
+    _check_lengths(requests, *context_of(model, draft))
     stop_tokens = stop_tokens_of(model, tokenizer)
     if engine == "continuous":
         from .continuous import generate_continuously
@@ -110,6 +107,27 @@ def check_options(batch_size: int, sampling: Sampling, seed: int | None, engine:
         )
 
 
+def _check_lengths(requests: Sequence[Request], context: int, whose: str) -> None:
+    for request in requests:
+        if not request.ids or len(request.ids) + request.max_new_tokens > context or request.max_new_tokens < 1:
+            raise InputError(
+                f"request {request.key}: {len(request.ids)} tokens and {request.max_new_tokens} new ones; both must be at "
+                f"least 1, and together at most {context}, the {whose} context"
+            )
+
+
+def _check_mode(model: PreTrainedModel, sampling: Sampling) -> None:
+    """Refuses what the engines would leave out of the model's generation settings."""
+    config = copy.deepcopy(model.generation_config)
+    config.update(**sampling.arguments())
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise InputError(
+            f"generation_config.json of the model: asks for {mode.value} (num_beams {config.num_beams}), and many prompts are "
+            "generated greedily or by sampling; take it out there"
+        )
+
+
 def stop_tokens_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The end-of-sequence of the tokenizer and those that the model's folder names."""
     named = model.generation_config.eos_token_id
@@ -125,7 +143,7 @@ def finish(request: Request, new: list[int], stop_tokens: Collection[int]) -> Co
 
 
 class RowDraws(LogitsProcessor):
-    """Draws every row's next tokens by numbers of its own, and leaves greedy decoding no other choice.
+    """Draws every row's next tokens by numbers of its own, and leaves `generate` no other choice.
 
     So that what a row gets depends neither on the rows beside it nor on those before; `generate` has one generator for all.
 
@@ -168,8 +186,8 @@ def _in_batches(
                 torch.manual_seed(int(np.random.SeedSequence([seed, batch[0].key]).generate_state(1)[0]))
             output = draft.generate(model, seeded=seed is not None, **inputs, **ends, **sampling.arguments())
         else:
-            draws = _row_draws(batch, entropy, budget, width, sampling, model.device)
-            output = model.generate(**inputs, **ends, do_sample=False, logits_processor=draws)
+            draws = _row_draws(batch, entropy, budget, width, model.device) if sampling.temperature else None
+            output = model.generate(**inputs, **ends, **sampling.arguments(), custom_generate=draws)
         for request, row in zip(batch, output[:, width:].tolist(), strict=True):
             yield finish(request, row, stop_tokens)
 
@@ -201,16 +219,15 @@ def _left_padded(batch: Sequence[Request], pad: int, device: torch.device) -> di
 
 
 def _row_draws(
-    batch: Sequence[Request], entropy: int, budget: int, width: int, sampling: Sampling, device: torch.device
-) -> LogitsProcessorList:
-    """What makes greedy decoding draw; nothing at temperature 0."""
-    if not sampling.temperature:
-        return LogitsProcessorList()
+    batch: Sequence[Request], entropy: int, budget: int, width: int, device: torch.device
+) -> Callable[..., torch.Tensor]:
+    """The decoding method of sampling, with the draws behind all logits processors that `generate` prepares."""
     numbers = np.stack([np.random.default_rng([entropy, request.key]).random(budget) for request in batch])
-    return LogitsProcessorList(
-        [
-            TemperatureLogitsWarper(float(sampling.temperature)),
-            TopPLogitsWarper(sampling.top_p),
-            RowDraws(torch.from_numpy(numbers).to(device), width),
-        ]
-    )
+    draws = RowDraws(torch.from_numpy(numbers).to(device), width)
+
+    def sample(
+        model: PreTrainedModel, input_ids: torch.Tensor, logits_processor: Any, **arguments: Any
+    ) -> torch.Tensor:
+        return model._sample(input_ids, logits_processor=LogitsProcessorList([*logits_processor, draws]), **arguments)
+
+    return sample

@@ -4,10 +4,13 @@ Results are appended to `OUTPUT.part` as they come; `OUTPUT.record.json` says wh
 `OUTPUT` appears with the rows in the order of the prompts.
 """
 
+import contextlib
+import fcntl
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from rich.console import Console
@@ -107,14 +110,7 @@ class BatchJob:
         self.record = output.with_name(f"{output.name}.record.json")
         if output.is_dir():
             raise InputError(f"--output {output}: is a folder; name a file")
-        finished = self._check_record()
-        self._done, self._whole = self._read_part()
-        self.pending = [prompt for prompt in prompts.prompts if prompt.line not in self._done]
-        self.is_finished = finished and output.is_file()
-        if output.exists() and self.pending and not self.is_finished:
-            raise InputError(
-                f"--output {output}: exists, and was not written by this command; name another file, or remove it"
-            )
+        self._find_pending()
 
     def run(
         self,
@@ -133,14 +129,21 @@ class BatchJob:
             The number of tokens that were generated.
 
         Raises:
-            InputError: as [`generate_many`]; or if the disk is full, or the batch is too large for the device.
+            InputError: as [`generate_many`]; or if another process writes the output, the disk is full, or the batch is too
+                large for the device.
         """
-        requests = [Request(prompt.line, prompt.ids, prompt.max_new_tokens) for prompt in self.pending]
-        completions = generate_many(model, tokenizer, requests, batch_size, sampling, seed, draft, engine)
         try:
-            self._begin()
-            num_tokens = self._write_part(completions, tokenizer, show_progress)
-            self._finish()
+            with self._locked() as part:
+                self._find_pending()  # another process may have gone on since
+                if self.is_finished:
+                    self.part.unlink()
+                    return 0
+                requests = [Request(prompt.line, prompt.ids, prompt.max_new_tokens) for prompt in self.pending]
+                completions = generate_many(model, tokenizer, requests, batch_size, sampling, seed, draft, engine)
+                write_json(self.record, {"settings": self.settings, "finished": False, "provenance": collect()})
+                part.truncate(self._whole)
+                num_tokens = self._write_part(part, completions, tokenizer, show_progress)
+                self._finish()
         except torch.OutOfMemoryError as error:
             raise InputError(
                 f"--batch-size {batch_size}: does not fit the memory of {model.device}; what was done is kept, and the same "
@@ -153,10 +156,46 @@ class BatchJob:
             ) from error
         return num_tokens
 
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[BinaryIO]:
+        """The part, opened to append, which no other process has meanwhile."""
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        with self.part.open("ab") as part:
+            try:
+                fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.fstat(part.fileno()).st_nlink:  # it was removed, at the end, between opening and locking
+                    raise BlockingIOError
+            except BlockingIOError as error:
+                raise InputError(
+                    f"--output {self.output}: another process is writing it; wait for it, or name another file"
+                ) from error
+            except OSError as error:  # a file system without locks, for one
+                raise InputError(
+                    f"--output {self.output}: {self.part} cannot be locked ({error}), and without a lock two calls could write "
+                    "it at once; choose a folder on a disk that has locks"
+                ) from error
+            try:
+                yield part
+            finally:
+                if not self.record.exists():  # refused before anything was done
+                    self.part.unlink(missing_ok=True)
+
+    def _find_pending(self) -> None:
+        """Reads what earlier calls have done."""
+        finished = self._check_record()
+        self._done, self._whole = self._read_part()
+        self.is_finished = finished and self.output.is_file()
+        left = () if self.is_finished else self.prompts.prompts
+        self.pending = [prompt for prompt in left if prompt.line not in self._done]
+        if self.output.exists() and self.pending:
+            raise InputError(
+                f"--output {self.output}: exists, and was not written by this command; name another file, or remove it"
+            )
+
     def _check_record(self) -> bool:
         """Whether an earlier call with the same settings has finished."""
         if not self.record.is_file():
-            if self.part.exists():
+            if self.part.exists() and self.part.stat().st_size:  # an empty one is our own, just locked
                 raise InputError(f"{self.part}: lies there without {self.record.name}; remove it to begin anew")
             return False
         record = read_json(self.record)
@@ -190,14 +229,12 @@ class BatchJob:
                 ) from error
         return done, whole
 
-    def _begin(self) -> None:
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.record, {"settings": self.settings, "finished": False, "provenance": collect()})
-        with self.part.open("ab") as part:
-            part.truncate(self._whole)
-
     def _write_part(
-        self, completions: Iterable[Completion], tokenizer: PreTrainedTokenizerBase, show_progress: bool
+        self,
+        part: BinaryIO,
+        completions: Iterable[Completion],
+        tokenizer: PreTrainedTokenizerBase,
+        show_progress: bool,
     ) -> int:
         by_line, num_tokens = {prompt.line: prompt for prompt in self.pending}, 0
         console = Console(stderr=True)
@@ -208,10 +245,7 @@ class BatchJob:
             TimeRemainingColumn(),
         )
         shown = show_progress and console.is_terminal
-        with (
-            Progress(*columns, console=console, transient=True, disable=not shown) as bar,
-            self.part.open("ab") as part,
-        ):
+        with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
             task = bar.add_task("", total=len(self.prompts.prompts), completed=len(self._done), tokens=0)
             for completion in completions:
                 result = by_line[completion.key].result(tokenizer, completion.ids, completion.finish_reason)

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..configuration_tinyllama import TinyLlamaConfig
 from ..errors import InputError, did_you_mean
+from .drafts import Draft
 from .kv_cache import CacheSize, cache_size, multi_head
 from .quantization import QUANTIZATIONS
 
@@ -228,24 +229,29 @@ def check_batch(found: Memory, available: int) -> None:
     )
 
 
-def check_fits(model: PreTrainedModel, batch_size: int, context: int) -> None:
+def check_fits(model: PreTrainedModel, batch_size: int, context: int, draft: Draft | None = None) -> None:
     """Refuses a batch whose keys and values cannot fit the free memory of a loaded model's device.
 
     Args:
         model (`PreTrainedModel`): a Llama, quantised or not.
         batch_size (`int`): sequences at a time.
         context (`int`): tokens of the longest, prompt and continuation.
+        draft (`Draft`, *optional*): loaded too; where it is a model it keeps keys and values of its own.
 
     Raises:
         InputError: naming `--batch-size` and the largest that fits.
     """
     usable = _usable(free_memory(model.device))
-    needed = cache_size(model.config, batch_size, context, model.dtype).total
+    models = [model]
+    if draft and isinstance(draft.model, PreTrainedModel):
+        models.append(draft.model)
+    needed = sum(cache_size(each.config, batch_size, context, each.dtype).total for each in models)
     if needed > usable:
         largest = usable * batch_size // needed
         fix = f"the largest that fits is {largest:,}" if largest else "not even 1 fits; shorten the sequences"
+        whose = " in model and draft" if len(models) > 1 else ""
         raise InputError(
-            f"--batch-size {batch_size}: keys and values of {context:,} tokens each take {in_words(needed)}, and "
+            f"--batch-size {batch_size}: keys and values of {context:,} tokens each{whose} take {in_words(needed)}, and "
             f"{in_words(usable)} of {model.device} can be used; {fix}"
         )
 

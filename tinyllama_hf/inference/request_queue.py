@@ -3,7 +3,6 @@
 import asyncio
 import functools
 import json
-import math
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -110,20 +109,12 @@ class _QueueStreamer(ExactTextStreamer):
 
 
 def _limit(model: PreTrainedModel, inputs: Mapping[str, Any], config: GenerationConfig) -> None:
-    """Checks a request, and lowers its number of new tokens to what there is room for."""
+    """Checks the length of a prompt, and lowers its number of new tokens to what there is room for."""
     length, context = inputs["input_ids"].shape[-1], model.config.max_position_embeddings
     if not 0 < length < context:
         raise InputError(
             f"a prompt of {length} tokens; must be 1 to {context - 1}, by the model's context of {context}"
         )
-    if config.max_new_tokens is not None and config.max_new_tokens < 1:
-        raise InputError(f"max_tokens {config.max_new_tokens}: must be at least 1")
-    if not 0 <= (config.temperature or 0) < math.inf:
-        raise InputError(
-            f"temperature {config.temperature}: must be 0 (always the most likely token) or above, and finite"
-        )
-    if config.top_p is not None and not 0 < config.top_p <= 1:
-        raise InputError(f"top_p {config.top_p}: must lie above 0 and up to 1")
     config.max_new_tokens = min(config.max_new_tokens or context, context - length)
     if not config.do_sample:
         config.update(temperature=1.0, top_p=1.0, top_k=50)  # the library's defaults; of others it warns

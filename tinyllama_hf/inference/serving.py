@@ -14,7 +14,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
-from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import BatchEncoding, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import BaseHandler
 
@@ -22,6 +22,7 @@ from ..errors import InputError, require
 from .batch import stop_tokens_of
 from .generation import Sampling
 from .prompts import chat_ids
+from .request_fields import check_fields, check_messages
 from .request_queue import Ending, OneQueue
 
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 _OTHER_MODELS = ("/v1/audio/transcriptions", "/v1/systemone")  # paths that need one
 # What the handlers ignore, and may: answers are the same without.
 _HARMLESS = {"stream_options", "user", "metadata", "store", "service_tier", "parallel_tool_calls"}
+_IGNORED = {"chat_template_kwargs"}  # by our template, besides what the handlers say they ignore
+_LENGTHS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
 _SECONDS_TO_END = 5  # that connections get after Ctrl-C
 
 
@@ -54,7 +57,8 @@ def build_app(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerF
         model (`PreTrainedModel`): from `load`; its generation settings are changed.
         tokenizer (`PreTrainedTokenizerFast`): its tokenizer, with a template for the chat endpoints.
     """
-    from fastapi import HTTPException
+    from fastapi.exceptions import RequestValidationError
+    from starlette.exceptions import HTTPException
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.completion import CompletionHandler
     from transformers.cli.serving.response import ResponseHandler
@@ -69,20 +73,19 @@ def build_app(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerF
     )
     chat = OneModel(name, model, _for_chat(tokenizer))
     text = OneModel(name, model, _for_text(tokenizer))
-    state = OneQueue()
+    state, vocab_size = OneQueue(), model.config.vocab_size
     app = build_server(
         chat,
-        _strict(ChatCompletionHandler, "messages")(chat, state),
-        completion_handler=_strict(CompletionHandler, "prompt")(text, state),
-        response_handler=_strict(ResponseHandler, "input")(chat, state),
+        _strict(ChatCompletionHandler, "messages", vocab_size)(chat, state),
+        completion_handler=_strict(CompletionHandler, "prompt", vocab_size)(text, state),
+        response_handler=_strict(ResponseHandler, "input", vocab_size)(chat, state),
         transcription_handler=None,
         systemone_handler=None,
         generation_state=state,
     )
     app.router.routes[:] = [route for route in app.router.routes if route.path not in _OTHER_MODELS]
-    app.add_exception_handler(InputError, _say)
-    app.add_exception_handler(HTTPException, _say)
-    app.add_exception_handler(Ending, _say)
+    for kind in (InputError, HTTPException, RequestValidationError, Ending):
+        app.add_exception_handler(kind, _say)
     app.state.ending = state.manager.ending
     return app
 
@@ -129,14 +132,21 @@ def run(app: "FastAPI", bound: socket.socket) -> None:
 
 async def _say(_: Any, error: Exception) -> Any:
     """An error in the form that OpenAI's clients show."""
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
 
+    message = str(getattr(error, "detail", error))
+    if isinstance(error, RequestValidationError):
+        message = "body: must be a JSON object, sent with Content-Type: application/json"
+        if reasons := [found["ctx"]["error"] for found in error.errors() if found["type"] == "json_invalid"]:
+            message = f"body: is no JSON ({reasons[0]})"
     status = getattr(error, "status_code", 400)
+    status = 400 if status == 422 else status  # the library's for fields and forms that it does not know
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse({"error": {"message": str(getattr(error, "detail", error)), "type": kind}}, status_code=status)
+    return JSONResponse({"error": {"message": message, "type": kind}}, status_code=status)
 
 
-def _strict(handler: type[BaseHandler], needed: str) -> type[BaseHandler]:
+def _strict(handler: type[BaseHandler], needed: str, vocab_size: int) -> type[BaseHandler]:
     """A handler that refuses what the library's (5.23) ignores, or fails at, and streams only when asked.
 
     (That of `/v1/responses` streams unless it is told not to.)
@@ -145,30 +155,36 @@ def _strict(handler: type[BaseHandler], needed: str) -> type[BaseHandler]:
     class Strict(handler):
         def _validate_request(self, body: dict[str, Any]) -> None:
             super()._validate_request(body)
-            body.setdefault("stream", False)
             if body.get(needed) is None:
                 raise InputError(f"{needed}: is missing")
-            _check_text(body[needed], needed)
-            for name in sorted(body.keys() & self._unused_fields - _HARMLESS):
+            for name in sorted(body.keys() & (self._unused_fields | _IGNORED) - _HARMLESS):
                 if body[name] and not (name in ("n", "best_of") and body[name] == 1):
                     raise InputError(f"{name}: is not supported by this server; leave it out")
+            given = body[needed]
+            if needed == "messages" or (needed == "input" and not isinstance(given, str)):
+                check_messages(given, needed)
+            checked = {"stream": False, **check_fields(body, vocab_size), needed: given}
+            body.clear()
+            body.update(checked)
+
+        def _build_generation_config(
+            self, body: dict[str, Any], model_generation_config: GenerationConfig, use_cb: bool = False
+        ) -> GenerationConfig:
+            """The library's leaves the model's settings out where a request has its own, and a bias out of completions."""
+            settings = dict(body.get("generation_config", {}))
+            length = settings.pop("max_new_tokens", None)
+            defaults = copy.deepcopy(model_generation_config)
+            defaults.update(**settings)
+            fields = {name: settings[name] for name in ("temperature",) if name in settings} | body
+            bias = fields.pop("logit_bias", {})
+            fields.pop("generation_config", None)
+            config = super()._build_generation_config(fields, defaults, use_cb)
+            config.sequence_bias = {(int(token),): value for token, value in bias.items()} or None
+            if length is not None and not fields.keys() & _LENGTHS:
+                config.max_new_tokens = length
+            return config
 
     return Strict
-
-
-def _check_text(value: Any, name: str) -> None:
-    """Refuses messages of other forms, and parts of them that are no text, wherever they stand."""
-    if name == "messages" and not (
-        isinstance(value, list) and all(isinstance(m, dict) and "role" in m for m in value)
-    ):
-        raise InputError('messages: must be a list of {"role": "...", "content": "..."}')
-    if isinstance(value, dict):
-        kind = str(value.get("type", "text"))
-        if any(medium in kind for medium in ("image", "audio", "video", "file")):
-            raise InputError(f"{name}: holds a part of type {kind!r}, and this model reads text alone")
-        value = list(value.values())
-    for part in value if isinstance(value, list) else ():
-        _check_text(part, f"{name}, part")
 
 
 class OneModel(ModelManager):
