@@ -75,6 +75,7 @@ def report(counts):
     return "\n".join(lines)
 
 
+@pytest.mark.slow
 def test_thousands_of_mutants(sources):
     """At least 2000; and each kind has both: damage that is refused, and damage of what says nothing of the tensors."""
     counts = run(sources, 200)

@@ -127,6 +127,7 @@ def test_fingerprint_follows_the_contents(documents, corpus, tokenizer_folder, t
     assert run([changed], tokenizer_folder, tmp_path / "c")[0]["fingerprint"] != metadata[0]["fingerprint"]
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_with_what_is_missing(documents, tokenizer_folder, tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()

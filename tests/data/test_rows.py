@@ -90,6 +90,7 @@ def cli(*arguments: object, cwd: Path) -> str:
 
 
 class TestShippedRecipes:
+    @pytest.mark.slow
     def test_slimpajama_without_github(self, documents, tokenizer_folder, tmp_path):
         rows = slimpajama_rows(documents)
         folder = tmp_path / "chunk1"

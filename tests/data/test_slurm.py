@@ -75,6 +75,7 @@ def run(*command: object, env: dict[str, str], cwd: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_equals_the_local_executor(cluster, data_recipe, tmp_path):
     script = ROOT / "recipes" / "slurm" / "prepare.py"
     options = ("--partition", "cpu", "--time", "01:00:00", "--max-array-size", 2)

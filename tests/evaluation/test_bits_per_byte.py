@@ -116,6 +116,7 @@ def test_refusals(prepared, tmp_path, corpus, tokenizer_folder):
         held_out_documents(tmp_path / "all")
 
 
+@pytest.mark.slow
 def test_the_command_keeps_baselines_and_writes_into_runs_only(recipe, run_command, tmp_path):
     config = load_config(recipe)
     pretrain(config)

@@ -242,6 +242,7 @@ def test_an_output_that_is_something_else(recipe):
     assert (recipe.parent / "chat" / "thesis.txt").exists()
 
 
+@pytest.mark.slow
 def test_the_script(recipe, run_command):
     """As a user starts it: dry run with a decoded sample, then a short training, then a refusal to write over it."""
     env = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}

@@ -71,6 +71,7 @@ def meant(run: Path, repo: str = REPO) -> dict[str, dict[str, str]]:
     }
 
 
+@pytest.mark.slow
 def test_every_milestone_loads_by_its_revision(run, hub, commands, python):
     """With stock transformers alone, byte for byte; a second call sends nothing."""
     first, last = milestones(run)
@@ -104,6 +105,7 @@ def test_every_milestone_loads_by_its_revision(run, hub, commands, python):
     assert (kind, vocabulary) == ("TinyLlamaForCausalLM", 512) and total == pytest.approx(float(weights.sum()))
 
 
+@pytest.mark.slow
 def test_an_upload_that_was_cut_goes_on_and_later_ones_follow_the_run(run, hub, commands):
     """No revision is ever half made, nothing is sent twice, and what is too much is removed."""
     command = (WRITE_TOKEN, "publish", run, "--repo", REPO)

@@ -61,6 +61,7 @@ def test_flex_on_a_gpu_equals_the_dense_mask():
         torch.set_float32_matmul_precision(precision)
 
 
+@pytest.mark.slow
 def test_flex_forward_equals_the_dense_mask():
     """What of flex runs on a CPU."""
     if not compiles("auto", torch.device("cuda"))[0]:
