@@ -240,8 +240,8 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
             kwargs.update(model_arguments)
         if not isinstance(config, TinyLlamaConfig):
             config = TinyLlamaConfig.from_llama(config)
-        quantized = kwargs.get("quantization_config") or getattr(config, "quantization_config", None)
-        if quantized and not cls._takes_quantized_weights:
+        quantizations = kwargs.get("quantization_config"), getattr(config, "quantization_config", None)
+        if quantizations != (None, None) and not cls._takes_quantized_weights:
             raise InputError(
                 f"{pretrained_model_name_or_path}: quantization_config is for tinyllama_hf.load(MODEL, quantization=...), "
                 "which also loads folders that were saved quantised; some processors corrupt such weights otherwise"

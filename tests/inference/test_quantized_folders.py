@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from tinyllama_hf import TinyLlamaForCausalLM, load, load_tokenizer
 from tinyllama_hf.errors import InputError
@@ -86,6 +86,38 @@ def test_load_generate_save_reload(nano_folder, tmp_path, options, dtype):
     assert footprint(reloaded) == footprint(model) and footprint_line(reloaded) == footprint_line(model)
     reloaded.save_pretrained(tmp_path / "again")
     assert_equal_weights(*(load_file(tmp_path / name / "model.safetensors") for name in ("again", "saved")))
+
+
+@pytest.mark.parametrize("loading_info", [False, True])
+def test_from_pretrained_of_the_quantised_class(nano_folder, tmp_path, loading_info):
+    """It is as safe as `load`, which uses it; on a folder that was saved quantised as well."""
+    configuration = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    options = {"quantization_config": configuration, "output_loading_info": loading_info}
+    for folder in (nano_folder, tmp_path / "saved"):
+        loaded = QuantizedTinyLlama.from_pretrained(folder, **options)
+        model = (loaded[0] if loading_info else loaded).eval()
+        expected, before = same_quantization(model, nano_folder).state_dict(), logits(model)
+        model.generate(IDS, **GREEDY)
+        model.save_pretrained(tmp_path / "saved")
+        assert torch.equal(logits(model), before)
+        assert_equal_weights(load_file(tmp_path / "saved" / "model.safetensors"), dict(expected))
+        options.pop("quantization_config", None)
+
+
+def test_the_plain_class_takes_no_quantised_weights(nano_folder, saved, tmp_path):
+    """Its passes would corrupt them on some processors; nor do the Auto classes give them to it."""
+    message = r"quantization_config is for tinyllama_hf\.load\(MODEL, quantization=\.\.\.\)"
+    configuration = BitsAndBytesConfig(load_in_4bit=True)
+    for given in (configuration, configuration.to_dict()):
+        with pytest.raises(InputError, match=message):
+            TinyLlamaForCausalLM.from_pretrained(nano_folder, quantization_config=given)
+    with pytest.raises(InputError, match=message):
+        TinyLlamaForCausalLM.from_pretrained(saved)
+    with pytest.raises(InputError, match=message):
+        TinyLlamaForCausalLM.from_pretrained(saved, config=LlamaConfig.from_pretrained(saved))
+    TinyLlamaForCausalLM.from_pretrained(nano_folder).save_pretrained(tmp_path / "own", as_tinyllama=True)
+    with pytest.raises(InputError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "own", quantization_config=configuration)
 
 
 def test_state_dict_after_generating(nano_folder, options):

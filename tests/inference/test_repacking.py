@@ -2,6 +2,9 @@
 
 import copy
 import io
+import random
+import signal
+import sys
 import threading
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 
 pytest.importorskip("bitsandbytes")
 
-from bitsandbytes import nn
+from bitsandbytes import functional, nn
 from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
 
 from tinyllama_hf.inference import repacking
@@ -51,6 +54,11 @@ def repack(layer):
     with torch.inference_mode():
         layer(inputs(layer))
     assert is_repacked(layer)
+
+
+def passed(layer):
+    with torch.inference_mode():
+        return layer(inputs(layer))
 
 
 def is_repacked(layer):
@@ -194,6 +202,18 @@ def test_what_moves_has_the_librarys_layout(move):
         assert torch.equal(layer(inputs(layer)), before)
 
 
+def test_loading_a_state_dict_into_a_repacked_layer():
+    """The bytes are copied into the weight. The library refuses the scales (0.50.2), but after that."""
+    layer = reversible()
+    expected = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    before = passed(layer)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        layer.load_state_dict(expected)
+    assert torch.equal(passed(layer), before)
+    layer.load_state_dict({"weight": expected["weight"]})
+    assert_equal_states(layer.state_dict(), expected)
+
+
 def test_a_new_weight_is_repacked_anew():
     """PEFT's merging and transformers' loading put a new parameter into the layer."""
     layer, other = reversible(), quantized(kind="fp4")
@@ -232,3 +252,98 @@ def test_threads_do_not_meet_in_a_layer():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_layer_waits_for_no_other():
+    """Two models generate at the same time."""
+    busy, free = reversible(), reversible()
+    repack(busy)
+    repack(free)
+    with busy.weight.lock:
+        thread = threading.Thread(target=passed, args=(free,), daemon=True)
+        thread.start()
+        thread.join(30)
+    assert not thread.is_alive()
+
+
+CALLS = {
+    "pass": lambda layer: passed(layer),
+    "pass with gradients": lambda layer: layer(inputs(layer).requires_grad_()),
+    "scales": lambda layer: layer.weight.quant_state,
+    "state": lambda layer: layer.state_dict(),
+    "copy": lambda layer: copy.deepcopy(layer),
+    "move": lambda layer: layer.to("cpu"),
+    "load": lambda layer: layer.load_state_dict({"weight": layer.state_dict()["weight"]}),
+}
+
+
+def interrupted(call, line):
+    """Whether a call was interrupted before the given line of those that it runs here and in the library's repacking."""
+    files, left, outer = (repacking.__file__, functional.__file__), line, sys.gettrace()
+
+    def trace(frame, event, _):
+        nonlocal left
+        left -= event == "line"
+        if not left:
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(lambda frame, *_: trace if frame.f_code.co_filename in files else None)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(outer)
+    return False
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("repacked", [True, False])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_an_interrupt_at_any_line_changes_nothing(call, repacked, double):
+    """Ctrl-C, or memory that is short."""
+    stock = quantized(double=double)
+    expected = {name: tensor.clone() for name, tensor in stock.state_dict().items()}
+    before, line, more = passed(stock), 0, True
+    while more:
+        line += 1
+        for state_first in (True, False):
+            layer = reversible(double=double)
+            if repacked:
+                repack(layer)
+            taken = layer.weight.data
+            more = interrupted(lambda layer=layer: call(layer), line)
+            interrupted(lambda layer=layer: call(layer), line)  # the same again, on what the first has left
+            if state_first:
+                assert_equal_states(layer.state_dict(), expected)
+                assert torch.equal(bits(taken), bits(expected["weight"])), "taken before the scales"
+            assert torch.equal(passed(layer), before), line
+            assert_equal_states(layer.state_dict(), expected)
+    assert line > 5 or not repacked, "it has been interrupted"
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def test_real_interrupts_at_any_time():
+    """Signals, and afterwards another thread, which would wait for a lock that was left behind."""
+    layer, found = reversible(shape=(640, 256)), []
+    expected = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    before = passed(quantized(shape=(640, 256)))
+    draw, handler = random.Random(0), signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for _ in range(100):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-4, 5e-3))
+                while True:
+                    passed(layer)
+                    layer.state_dict()
+            except KeyboardInterrupt:
+                pass
+            assert torch.equal(passed(layer), before)
+            assert_equal_states(layer.state_dict(), expected)
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+    thread = threading.Thread(target=lambda: found.append(passed(layer)), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert torch.equal(found[0], before)

@@ -25,7 +25,7 @@ from ..provenance import read_json
 from ..released import local_folder
 from ..tokenization_tinyllama import load_tokenizer
 from .adapters import adapter_folder, add_adapter, one_line
-from .quantization import QuantizedTinyLlama, check_layers, check_quantization, quantization_config, quantization_of
+from .quantization import QuantizedTinyLlama, check_quantization, make_safe, quantization_config, quantization_of
 
 
 def load(
@@ -130,11 +130,7 @@ def _load_weights(
         )
     if not quantized:
         return model.to(device).eval()
-    from .repacking import make_reversible
-
-    check_layers(model, str(folder))
-    make_reversible(model)
-    model._weight_conversions = []  # transformers (5.23) refuses to save again what it loaded quantised
+    make_safe(model, str(folder))
     return model.eval()
 
 

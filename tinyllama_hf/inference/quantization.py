@@ -26,6 +26,19 @@ _COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class QuantizedTinyLlama(TinyLlamaForCausalLM):
     """A `TinyLlamaForCausalLM` with int8, nf4 or fp4 weights, which generates, and is saved as it is."""
 
+    _takes_quantized_weights = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any):
+        """As `TinyLlamaForCausalLM.from_pretrained`, for `quantization_config=...` and folders that were saved quantised.
+
+        Raises:
+            InputError: if weights and scales in the folder do not belong together.
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        make_safe(loaded[0] if isinstance(loaded, tuple) else loaded, str(pretrained_model_name_or_path))
+        return loaded
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Writes a plain Llama folder with quantised weights, or the adapter if there is one; arguments as in transformers.
 
@@ -153,6 +166,22 @@ def quantization_of(fields: Mapping[str, Any], where: str) -> str:
     )
 
 
+def make_safe(model: PreTrainedModel, where: str) -> None:
+    """Makes passes, saves and copies of a model that was just loaded exact (see `repacking`); a second time does nothing.
+
+    Args:
+        where (`str`): name of the folder that it comes from, for the message.
+
+    Raises:
+        InputError: naming the first layer whose weights and scales do not belong together.
+    """
+    from .repacking import make_reversible
+
+    check_layers(model, where)
+    make_reversible(model)
+    model._weight_conversions = []  # transformers (5.23) refuses to save again what it loaded quantised
+
+
 def check_layers(model: nn.Module, where: str) -> None:
     """Refuses quantised layers whose parts do not belong together: the kernels read as much as they should have.
 
@@ -237,10 +266,10 @@ def _adapter_bytes(model: PreTrainedModel) -> int:
 
 def _scales(module: nn.Module) -> list[torch.Tensor]:
     """What bitsandbytes keeps beside a quantised weight: row scales of int8; block scales of nf4 and fp4, and their scales."""
-    weight = vars(module._parameters.get("weight", module))
-    found = [weight.get("SCB"), getattr(vars(module).get("state"), "SCB", None)]
+    weight = module._parameters.get("weight", module)
+    found = [vars(weight).get("SCB"), getattr(vars(module).get("state"), "SCB", None)]
     # Not by `weight.quant_state`, which would undo the repacking.
-    for state in (weight.get("quant_state"), weight.get("packed_state")):
+    for state in (vars(weight).get("quant_state"), getattr(weight, "packed_state", None)):
         while state is not None:
             found += [state.absmax, state.code, state.offset]
             state = state.state2 if state.nested else None
