@@ -85,7 +85,7 @@ def test_optional_packages_stay_in_their_place(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tinyllama_hf_cli").glob("*.py")), ids=lambda p: p.name)
 def test_the_command_imports_nothing_heavy_at_its_top(path):
-    allowed = {"pathlib", "sys", "typing", "typer", "tinyllama_hf_cli"}
+    allowed = {"functools", "pathlib", "sys", "typing", "typer", "tinyllama_hf_cli"}
     assert {name[0] for name in imported(path, top_level_only=True)} <= allowed
 
 
