@@ -46,7 +46,9 @@ def run(page: str, folder: Path, at_least: int) -> None:
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         assert wanted in done.stdout, f"{command}\n{done.stdout}{done.stderr}"
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    code = "import torch\nfrom tinyllama_hf import load\n" + "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    code = "import torch\nfrom tinyllama_hf import load\n" + "\n".join(
+        re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, f"{code}\n{done.stdout}{done.stderr}"
 

@@ -28,7 +28,7 @@ PRINTS = {
     "tinyllama-hf eval my-run --task commonsense": "wrote my-run/commonsense.json",
     "accelerate launch --quiet --config_file recipes/accelerate/cpu.yaml recipes/sft.py": "wrote my-chat",
     "tinyllama-hf eval my-chat --task replies": "wrote my-chat/replies.json",
-    "echo \"What": "",
+    'echo "What': "",
     "tinyllama-hf report": "wrote my-report/index.html",
     'tinyllama-hf generate my-run/milestones/step-98-token-0.2M "Return a list of" --temperature 0.7': "Return a list of",
     'tinyllama-hf generate my-run/milestones/step-98-token-0.2M "Return a list of" --temperature 0  ': "Return a list of",
