@@ -366,6 +366,19 @@ class TestDraftLength:
         assert expected_tokens(0.5, 3) == 1 + 0.5 + 0.25 + 0.125
         assert expected_tokens(1.0, LONGEST_DRAFT) == LONGEST_DRAFT + 1 and expected_tokens(0.3, 0) == 1
 
+    def test_rows_that_end_with_their_prompt_are_forgotten(self, target, draft, monkeypatch):
+        """Their acceptance would go on counting for the others."""
+        seen, observe = [], AdaptiveDraftLength.observe
+
+        def spy(self, width, accepted, *seconds):
+            seen.append((len(self._tried), len(accepted)))
+            observe(self, width, accepted, *seconds)
+
+        monkeypatch.setattr(AdaptiveDraftLength, "observe", spy)
+        first = alone(target, PROMPTS[0])[0]
+        speculative_generate(target, draft, **left_padded(PROMPTS), eos_token_id=first, **GREEDY)
+        assert seen and seen[0][1] < len(PROMPTS) and all(known == active for known, active in seen)
+
     @pytest.mark.parametrize("rows", [1, 4])
     def test_a_useless_draft_is_given_up(self, target, rows):
         torch.manual_seed(3)
