@@ -1,6 +1,7 @@
 """The memory of generation: weights byte for byte as they are loaded, a prompt's pass as torch's allocator counts it, the
 largest batch at its edge, and the command, which loads nothing."""
 
+import itertools
 import json
 import math
 import re
@@ -85,16 +86,31 @@ class TestWeights:
 
 
 def allocated(model, ids, mask, path):
-    """The most that torch's allocator gave out in a pass beside what it began with, and the cache."""
+    """The most that torch's allocator gave out in a pass beside what it began with, and the cache.
+
+    What an operator takes and returns before it ends is scratch of its kernel and is left out: it differs with the processor
+    and the threads, up to an fp32 copy of a bf16 product.
+    """
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
         output = model(ids, attention_mask=mask, logits_to_keep=1, use_cache=True)
     measured.export_chrome_trace(str(path))
-    events = [event for event in json.loads(path.read_text())["traceEvents"] if event["name"] == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event["ts"]):
-        now += event["args"]["Bytes"]
-        peak = max(peak, now)
-    return peak, measure_cache(output.past_key_values).total
+    events = json.loads(path.read_text())["traceEvents"]
+    operators = [
+        event for event in events if event.get("cat") == "cpu_op" and not event["name"].startswith("aten::empty")
+    ]
+    changes = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
+    given, scratch = {}, set()
+    for index, event in enumerate(changes):
+        if event["args"]["Bytes"] > 0:
+            inside = [each for each in operators if each["ts"] <= event["ts"] <= each["ts"] + each["dur"]]
+            innermost = min(inside, key=lambda each: each["dur"], default=None)
+            given[event["args"]["Addr"]] = index, innermost["ts"] + innermost["dur"] if innermost else -math.inf
+        else:
+            taken, end = given.pop(event["args"]["Addr"], (None, -math.inf))
+            if event["ts"] <= end:
+                scratch |= {taken, index}
+    sizes = [event["args"]["Bytes"] for index, event in enumerate(changes) if index not in scratch]
+    return max(itertools.accumulate(sizes)), measure_cache(output.past_key_values).total
 
 
 class TestPrefill:
@@ -116,8 +132,7 @@ class TestPrefill:
         mask = torch.ones_like(ids)
         mask[0, 0] = 0  # prompts of different lengths
         peak, cache = allocated(model, ids, mask, tmp_path / "trace.json")
-        scratch = peak - cache - prefill_bytes(Setup(config, dtype), batch, context)
-        assert scratch == 0 if dtype == torch.float32 else 0 <= scratch < 2**16  # 36 kB in bf16 products of a few rows
+        assert peak == cache + prefill_bytes(Setup(config, dtype), batch, context)
 
     def test_nothing_is_said_of_int8(self):
         assert prefill_bytes(Setup(PUBLISHED, quantization="int8"), 1, 100) is None
