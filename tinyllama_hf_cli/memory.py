@@ -4,6 +4,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .loading import QUANTIZATION
+
 
 def memory(
     model: Annotated[
@@ -16,7 +18,7 @@ def memory(
     context: Annotated[
         int | None, typer.Option(help="Tokens of each, prompt and continuation; default: the model's context.")
     ] = None,
-    quantization: Annotated[str, typer.Option(help="none, int8, nf4 or fp4 (4 bit).")] = "none",
+    quantization: QUANTIZATION = "none",
     dtype: Annotated[
         str, typer.Option(help="Of the weights: auto (the file's; bf16 without one), fp32 or bf16.")
     ] = "auto",
@@ -36,28 +38,36 @@ def memory(
 
     Example: tinyllama-hf memory step-1431k-3T --batch 100 --context 2048 --quantization nf4 --device 4090
     """
-    from tinyllama_hf.inference.architecture import find_architecture
+    from tinyllama_hf.inference.architecture import chosen_quantization, find_architecture
     from tinyllama_hf.inference.memory import Setup, check_batch, fit_lines, lines
     from tinyllama_hf.inference.memory import memory as work_out
 
     found = find_architecture(model)
-    setup = Setup(found.config, _dtype(dtype, found.dtype), quantization, cache)
+    kind = chosen_quantization(quantization, found.quantization, model)
+    source = found.source if found.quantization == "none" else f"{found.source}, saved as {found.quantization}"
+    setup = Setup(found.config, _dtype(dtype, found), kind, cache)
     available, where = _available(device)
     needed = work_out(setup, batch, found.config.max_position_embeddings if context is None else context)
-    print("\n".join([*lines(f"{model} ({found.source})", needed), *fit_lines(needed, available, where)]), flush=True)
+    print("\n".join([*lines(f"{model} ({source})", needed), *fit_lines(needed, available, where)]), flush=True)
     check_batch(needed, available)
 
 
-def _dtype(name: str, of_file: Any) -> Any:
+def _dtype(name: str, found: Any) -> Any:
+    """The type of that name for an `Architecture`; what is plain of weights that were saved quantised is loaded as it is."""
     import torch
 
     from tinyllama_hf.errors import InputError, did_you_mean
 
-    dtypes = {"auto": of_file, "fp32": torch.float32, "bf16": torch.bfloat16}
+    dtypes = {"auto": found.dtype, "fp32": torch.float32, "bf16": torch.bfloat16}
     if name not in dtypes:
         raise InputError(f"--dtype {name!r}: there is none of this name{did_you_mean(name, dtypes)}")
     if dtypes[name] is None:
         raise InputError("--dtype auto: the model's config.json names no dtype; give fp32 or bf16")
+    if found.quantization != "none" and found.dtype not in (None, dtypes[name]):
+        saved = str(found.dtype).removeprefix("torch.")
+        raise InputError(
+            f"--dtype {name}: what is not quantised of these weights was saved as {saved}, and is loaded so; leave it out"
+        )
     return dtypes[name]
 
 

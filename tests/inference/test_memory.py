@@ -1,5 +1,5 @@
 """The memory of generation: weights byte for byte as they are loaded, a prompt's pass as torch's allocator counts it, the
-largest batch at its edge, and the command, which loads nothing."""
+largest batch at its edge, and the command, which loads nothing; of folders that were saved quantised as well."""
 
 import itertools
 import json
@@ -10,8 +10,11 @@ import sys
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from transformers import BitsAndBytesConfig
 
 import tinyllama_hf_cli
+from tests.conversion.test_released_names import change, environment
+from tests.local_hub.server import LocalHub
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.inference import memory as memory_module
@@ -29,7 +32,7 @@ from tinyllama_hf.inference.memory import (
     prefill_bytes,
     weight_bytes,
 )
-from tinyllama_hf.inference.quantization import QUANTIZATIONS, footprint
+from tinyllama_hf.inference.quantization import QUANTIZATIONS, QuantizedTinyLlama, footprint
 
 
 PUBLISHED = TinyLlamaConfig.preset("1.1b")
@@ -367,3 +370,88 @@ class TestCommand:
 
     def test_reserve(self):
         assert MEMORY_RESERVE == 0.1, "as the lines above and the documentation say"
+
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+SAVED = {
+    "int8": {"load_in_8bit": True},
+    "nf4": NF4,
+    "nf4, plain scales": NF4 | {"bnb_4bit_use_double_quant": False},
+    "fp4": NF4 | {"bnb_4bit_quant_type": "fp4"},
+    "nf4, parts left plain": NF4 | {"llm_int8_skip_modules": ["model.layers.1.mlp", "q_proj"]},
+}
+
+
+class TestSavedQuantised:
+    """A folder that was saved quantised is what it is."""
+
+    @pytest.fixture
+    def nf4(self, nano_folder, tmp_path):
+        return self.save(nano_folder, tmp_path / "nf4", **NF4)
+
+    def save(self, plain, folder, dtype=torch.float32, **configuration):
+        options = {"dtype": dtype, "quantization_config": BitsAndBytesConfig(**configuration)}
+        QuantizedTinyLlama.from_pretrained(plain, **options).save_pretrained(folder)
+        load_tokenizer(plain).save_pretrained(folder)
+        return folder
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("configuration", SAVED.values(), ids=SAVED)
+    def test_byte_for_byte_as_loaded(self, nano_folder, tmp_path, configuration, dtype):
+        saved = self.save(nano_folder, tmp_path / "saved", dtype, **configuration)
+        found, (model, _) = find_architecture(str(saved)), load(saved)
+        assert found.dtype == model.dtype == dtype
+        assert weight_bytes(Setup(found.config, dtype, found.quantization)) == footprint(model).weights
+
+    def test_the_command_says_so(self, call, nf4, nano_folder):
+        """Its table is that of the plain folder with the option, but for the first line."""
+        words = "--device 1GiB --batch 3"
+        status, out, error = call(f"nf4 {words}")
+        assert (status, error) == (0, "")
+        first, weights, *others = out.splitlines()
+        assert first == "model       nf4 (config.json, saved as nf4)"
+        held = footprint(load(nf4)[0])
+        assert weights == f"weights     {held.weights / 1e6:.1f} MB (nf4; {held.unquantized / 1e6:.1f} MB in float32)"
+        assert call(f"{nano_folder} {words} --quantization nf4")[1].splitlines()[1:] == [weights, *others]
+        assert call(f"nf4 {words} --quantization nf4")[1] == out
+
+    @pytest.mark.parametrize("kind", ["int8", "fp4"])
+    def test_another_kind(self, call, nf4, kind):
+        status, out, error = call(f"nf4 --quantization {kind}")
+        with pytest.raises(InputError) as refused:
+            load("nf4", quantization=kind)
+        assert (status, out, error) == (2, "", f"error: {refused.value}\n")
+
+    def test_bad_input(self, call, nf4):
+        assert "--quantization 'nf5': there is none of this name" in call("nf4 --quantization nf5")[2]
+        assert (
+            "--dtype bf16: what is not quantised of these weights was saved as float32" in call("nf4 --dtype bf16")[2]
+        )
+        assert call("nf4 --dtype fp32")[0] == 0
+        fields = json.loads((nf4 / "config.json").read_text())
+        for key, value, message in (
+            ("quant_method", "awq", "weights quantised by awq, "),
+            ("llm_int8_skip_modules", 5, "describes no model (TypeError: llm_int8_skip_modules: "),
+        ):
+            changed = fields["quantization_config"] | {key: value}
+            (nf4 / "config.json").write_text(json.dumps(fields | {"quantization_config": changed}))
+            status, out, error = call("nf4")
+            assert (status, out) == (2, "") and message in error
+
+    def test_a_batch_that_does_not_fit(self, call, nf4):
+        """What is named instead can be had."""
+        status, _, error = call("nf4 --batch 1000 --device 20MB")
+        assert status == 2 and "with --cache fp8" in error and "--quantization" not in error
+
+    def test_on_the_hub(self, nf4, run_command, tmp_path):
+        """Of which the configuration alone is fetched."""
+        hub = LocalHub(tmp_path / "hub")
+        hub.storage.create("models", "someone/nf4", private=False)
+        changes = [change(hub, file) for file in sorted(nf4.iterdir())]
+        hub.storage.commit("models", "someone/nf4", "main", "a model", changes, parent="")
+        command = ("tinyllama-hf", "memory", "someone/nf4", "--device", "1GiB")
+        with hub.serving():
+            done = run_command(*command, cwd=tmp_path, env=environment(hub, tmp_path))
+        assert "model       someone/nf4 (config.json, saved as nf4)\n" in done.stdout, done.stderr
+        (snapshot,) = tmp_path.glob("hf-home/hub/models--someone--nf4/snapshots/*")
+        assert [file.name for file in snapshot.iterdir()] == ["config.json"]

@@ -9,9 +9,11 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from ..configuration_tinyllama import PRESETS, TinyLlamaConfig
-from ..errors import InputError
+from ..errors import InputError, did_you_mean
+from ..provenance import read_json
 from ..released import intermediate_checkpoint, local_folder, released, tables
 from .load import model_folder
+from .quantization import QUANTIZATIONS, quantization_of
 
 
 class Architecture(NamedTuple):
@@ -21,11 +23,13 @@ class Architecture(NamedTuple):
         config (`TinyLlamaConfig`): its configuration.
         dtype (`torch.dtype`, *optional*): of the weights: what their folder says, `None` if it does not, bf16 without one.
         source (`str`): where the configuration is from.
+        quantization (`str`): that the weights were saved with, `"none"` if they were not; its details are in `config`.
     """
 
     config: TinyLlamaConfig
     dtype: torch.dtype | None
     source: str
+    quantization: str = "none"
 
 
 def find_architecture(name: str) -> Architecture:
@@ -59,11 +63,47 @@ def find_architecture(name: str) -> Architecture:
         raise InputError(f"{error}; or give a size: {', '.join(PRESETS)}") from error
 
 
+def chosen_quantization(asked: str, saved: str, where: str) -> str:
+    """The quantisation that a model is used with: the one its weights were saved with, or the one that is asked for.
+
+    Args:
+        asked (`str`): one of `QUANTIZATIONS`; `"none"` leaves weights as they were saved.
+        saved (`str`): that of the weights, see [`quantization_of`].
+        where (`str`): name of the model, for the message.
+
+    Raises:
+        InputError: if there is none of this name, or the weights have another already.
+    """
+    check_name(asked)
+    if saved != "none" and asked not in ("none", saved):
+        raise InputError(
+            f"quantization {asked!r}: the weights of {where} are {saved} already; leave it out, or give the unquantised model"
+        )
+    return asked if saved == "none" else saved
+
+
+def check_name(quantization: str) -> None:
+    """Refuses a quantisation that there is not; needs no bitsandbytes.
+
+    Raises:
+        InputError: with the nearest name.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise InputError(
+            f"--quantization {quantization!r}: there is none of this name{did_you_mean(quantization, QUANTIZATIONS)}"
+        )
+
+
 def _of_folder(folder: Path) -> Architecture:
-    folder = model_folder(folder)
+    folder = model_folder(folder, quantized=True)
+    fields = read_json(folder / "config.json")
+    saved = quantization_of(fields, str(folder))
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        return Architecture(TinyLlamaConfig.from_llama(config), config.dtype, "config.json")
+        plain = saved != "none" and fields["quantization_config"].get("llm_int8_skip_modules")
+        if plain and not (isinstance(plain, list) and all(isinstance(name, str) for name in plain)):
+            raise TypeError(f"llm_int8_skip_modules: {plain!r} is no list of names")
+        return Architecture(TinyLlamaConfig.from_llama(config), config.dtype, "config.json", saved)
     except (OSError, ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{folder / 'config.json'}: describes no model ({type(error).__name__}: {reason})") from error

@@ -10,7 +10,7 @@ import bisect
 import copy
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -18,9 +18,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..configuration_tinyllama import TinyLlamaConfig
-from ..errors import InputError, did_you_mean
+from ..errors import InputError
+from .architecture import check_name
 from .drafts import Draft
 from .kv_cache import CacheSize, cache_size, multi_head
 from .quantization import QUANTIZATIONS
@@ -33,7 +35,7 @@ class Setup(NamedTuple):
     """What a model generates with.
 
     Attributes:
-        config (`TinyLlamaConfig`): the architecture.
+        config (`TinyLlamaConfig`): the architecture; if the weights were saved quantised, with how in `quantization_config`.
         dtype (`torch.dtype`): of what is not quantised: embeddings, norms, head, activations, and the cache by default.
         quantization (`str`): one of `QUANTIZATIONS`.
         cache (`str`): one of `CACHES`.
@@ -53,29 +55,35 @@ def weight_bytes(setup: Setup) -> int:
     Raises:
         InputError: if there is no such quantisation.
     """
-    if setup.quantization not in QUANTIZATIONS:
-        raise InputError(
-            f"--quantization {setup.quantization!r}: there is none of this name"
-            f"{did_you_mean(setup.quantization, QUANTIZATIONS)}"
-        )
+    check_name(setup.quantization)
     config = copy.deepcopy(setup.config)  # the library notes the type in it
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=setup.dtype)
     held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     if setup.quantization == "none":
         return held
+    saved = _saved_quantization(config)
+    nested = saved.get("bnb_4bit_use_double_quant", not saved)  # `load` quantises scales too, the library if told
+    plain = saved.get("llm_int8_skip_modules")
     # The output embedding, outside the inner model, is not quantised.
-    linear = [module.weight for module in model.model.modules() if isinstance(module, nn.Linear)]
-    return held + sum(_quantized_bytes(weight, setup.quantization) - weight.nbytes for weight in linear)
+    linear = [module.weight for name, module in model.model.named_modules(prefix="model")
+              if isinstance(module, nn.Linear) and should_convert_module(name, plain)]  # fmt: skip
+    return held + sum(_quantized_bytes(weight, setup.quantization, nested) - weight.nbytes for weight in linear)
 
 
-def _quantized_bytes(weight: torch.Tensor, quantization: str) -> int:
+def _saved_quantization(config: TinyLlamaConfig) -> dict[str, Any]:
+    """The library's configuration of weights that were saved quantised, empty if they were not."""
+    return getattr(config, "quantization_config", None) or {}
+
+
+def _quantized_bytes(weight: torch.Tensor, quantization: str, nested: bool) -> int:
     """Bytes that bitsandbytes holds for a weight of `[out_features, in_features]`."""
     if quantization == "int8":
         return weight.numel() + 4 * weight.shape[0]  # a scale in fp32 for each row
-    # A byte for the scale of 64 weights; an fp32 scale for 256 of these, their fp32 mean, and both tables of values.
     blocks = math.ceil(weight.numel() / 64)
-    return math.ceil(weight.numel() / 2) + blocks + 4 * (math.ceil(blocks / 256) + 1 + 256 + 16)
+    # A scale of 64 weights takes a byte, with an fp32 scale for 256 of these, their fp32 mean and a table; or it is fp32.
+    scales = blocks + 4 * (math.ceil(blocks / 256) + 1 + 256) if nested else 4 * blocks
+    return math.ceil(weight.numel() / 2) + scales + 4 * 16  # and the table of values
 
 
 def prefill_bytes(setup: Setup, batch: int, context: int) -> int | None:
@@ -217,7 +225,8 @@ def check_batch(found: Memory, available: int) -> None:
     if found.total <= usable:
         return
     fitting = largest_batch(setup, cache.tokens, usable)
-    changes = {f"--quantization {name}": setup._replace(quantization=name) for name in QUANTIZATIONS}
+    kinds = () if _saved_quantization(setup.config) else QUANTIZATIONS
+    changes = {f"--quantization {name}": setup._replace(quantization=name) for name in kinds}
     changes["--cache fp8"] = setup._replace(cache="fp8")
     better: dict[int, str] = {}
     for option, changed in changes.items():
