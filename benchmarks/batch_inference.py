@@ -1,11 +1,11 @@
-"""Many prompts: batches sorted by length against transformers' continuous batching.
+"""Many prompts: free places given to the next prompt, against sorted batches that wait, and against continuous batching.
 
     python benchmarks/batch_inference.py [--preset 120m] [--dtype fp32] [--prompts 64] [--batch-sizes 4,16] [--rounds 3]
 
-The same greedy requests by both engines of `tinyllama_hf.inference.batch.generate_many`, interleaved, medians. What a reply
-is worth is not measured, so the weights are random, and each request ends after a number of tokens drawn beforehand, as
-end-of-sequence would end it: neither engine knows it. `idle` is the share of the row steps of the sorted batches that go to
-rows which have ended, all that continuous batching can win.
+The same greedy requests by stock `generate` on batches sorted by length and padded (`padded`), and by both engines of
+`tinyllama_hf.inference.batch.generate_many`, interleaved, medians. What a reply is worth is not measured, so the weights are
+random, and each request ends after a number of tokens drawn beforehand, as end-of-sequence would end it: nobody knows it
+beforehand. `idle` is the share of the row steps of the padded batches that go to rows which have ended.
 """
 
 import argparse
@@ -17,8 +17,11 @@ import torch
 from common import interleaved, medians, save
 
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM
-from tinyllama_hf.inference.batch import ENGINES, Request, _batches, generate_many
+from tinyllama_hf.inference.batch import ENGINES, Request, _left_padded, generate_many
 from tinyllama_hf.inference.generation import Sampling
+
+
+VARIANTS = ("padded", *ENGINES)
 
 
 class NoTokenizer:
@@ -47,6 +50,20 @@ def requests(setting: str, number: int) -> list[Request]:
     ]
 
 
+def batches(wanted: list[Request], size: int) -> list[list[Request]]:
+    """Neighbours in length."""
+    order = sorted(wanted, key=lambda request: len(request.ids), reverse=True)
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def padded(model: TinyLlamaForCausalLM, wanted: list[Request], size: int) -> int:
+    """Each batch until its longest row ends, with our attention on a CPU, which stock lacks; returns the tokens asked for."""
+    for batch in batches(wanted, size):
+        new = max(request.max_new_tokens for request in batch)
+        model.generate(**_left_padded(batch, 0, model.device), max_new_tokens=new, do_sample=False, pad_token_id=0)
+    return sum(request.max_new_tokens for request in wanted)
+
+
 def idle(batches: list[list[Request]]) -> float:
     """Share of the row steps that go to rows which have ended."""
     steps = sum(len(batch) * max(request.max_new_tokens for request in batch) for batch in batches)
@@ -68,21 +85,23 @@ def main() -> None:
     model.generation_config.eos_token_id = None
 
     def run(engine: str, batch_size: int, wanted: list[Request]) -> int:
+        if engine == "padded":
+            return padded(model, wanted, batch_size)
         done = generate_many(model, NoTokenizer(), wanted, batch_size, Sampling(0, 1.0), engine=engine)
         return sum(len(completion.ids) for completion in done)
 
     figures = []
-    print(f"{'setting':<28} {'batch':>5} {'idle':>5}  " + "  ".join(f"{engine:>18}" for engine in ENGINES))
+    print(f"{'setting':<28} {'batch':>5} {'idle':>5}  " + "  ".join(f"{engine:>18}" for engine in VARIANTS))
     for setting in SETTINGS:
         wanted = requests(setting, arguments.prompts)
         tokens = sum(request.max_new_tokens for request in wanted)
         for batch_size in map(int, arguments.batch_sizes.split(",")):
             assert run("batch", batch_size, wanted) == tokens
-            variants = {engine: functools.partial(run, engine, batch_size, wanted) for engine in ENGINES}
+            variants = {engine: functools.partial(run, engine, batch_size, wanted) for engine in VARIANTS}
             rates = {
                 name: tokens / seconds for name, seconds in medians(interleaved(variants, arguments.rounds)).items()
             }
-            waste = idle(list(_batches(wanted, batch_size, model.config.max_position_embeddings)))
+            waste = idle(batches(wanted, batch_size))
             row = {"setting": setting, "batch_size": batch_size, "idle": round(waste, 3), "tokens": tokens,
                    **{f"{name}_tokens_per_second": round(rate, 1) for name, rate in rates.items()}}  # fmt: skip
             figures.append(row)

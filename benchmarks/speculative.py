@@ -24,10 +24,11 @@ from transformers import LlamaForCausalLM
 
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load
 from tinyllama_hf.grouped_attention import packed_attention
+from tinyllama_hf.inference.decoding import LONGEST_DRAFT, SpeculationStatistics
 from tinyllama_hf.inference.draft_length import expected_tokens
 from tinyllama_hf.inference.kv_cache import measure_cache
 from tinyllama_hf.inference.ragged_cache import RaggedModel
-from tinyllama_hf.inference.speculative import LONGEST_DRAFT, SpeculationStatistics, speculative_generate
+from tinyllama_hf.inference.speculative import speculative_generate
 
 
 # A tenth of the cost of 1.1b, with its vocabulary: the head is then half of the draft.

@@ -10,7 +10,8 @@ from transformers import ContinuousBatchingConfig, WatermarkingConfig
 
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.inference.batch import ENGINES, Request, RowDraws, _batches, generate_many
+from tinyllama_hf.inference.acceptance import draw
+from tinyllama_hf.inference.batch import ENGINES, Request, generate_many
 from tinyllama_hf.inference.continuous import bounded
 from tinyllama_hf.inference.drafts import load_draft
 from tinyllama_hf.inference.generation import Sampling, generate_ids
@@ -105,16 +106,21 @@ class TestDraws:
         """200 000 draws among probabilities from a half to a thousandth, one of them 0: each within 4.5 deviations."""
         probabilities = torch.tensor([0.5, 0.2, 0.0, 0.15, 0.1, 0.049, 0.001], dtype=torch.float64)
         rows = 200_000
-        numbers = np.stack([np.random.default_rng([1, key]).random(2) for key in range(rows)])
-        scores = probabilities.log().float().expand(rows, -1)
-        for step in (0, 1):
-            draws = RowDraws(torch.from_numpy(numbers), prompt=3)
-            chosen = draws(torch.zeros(rows, 3 + step), scores).argmax(dim=-1)
-            counts = torch.bincount(chosen, minlength=7)
+        numbers = torch.from_numpy(np.stack([np.random.default_rng([1, key]).random(2) for key in range(rows)]))
+        drawn = draw(probabilities.float().expand(rows, 2, -1), numbers)
+        for counts in (torch.bincount(drawn[:, step], minlength=7) for step in (0, 1)):
             deviations = (counts - rows * probabilities) / (rows * probabilities * (1 - probabilities)).sqrt().clamp(
                 min=1
             )
             assert deviations.abs().max() < 4.5
+
+    def test_the_largest_number_draws_a_token_that_can_be_drawn(self):
+        """The largest below 1 times a sum may round up to the sum; behind it there are only tokens without probability."""
+        largest = torch.full((100, 1), 1 - 2**-53, dtype=torch.float64)
+        weights = torch.rand(100, 1, 9, generator=torch.Generator().manual_seed(0))
+        weights[..., 6:] = 0
+        weights[..., 0] = 0
+        assert (draw(weights, largest) == 5).all() and (draw(weights, 0 * largest) == 1).all()
 
     @pytest.mark.parametrize("settings", [{"min_p": 1.0}, {"epsilon_cutoff": 0.99}], ids=str)
     def test_settings_of_the_folder_count(self, random_model, settings):
@@ -162,30 +168,69 @@ class TestDraws:
         assert (counts > 0).sum() > 20
 
 
-class TestDrafts:
-    def test_greedy_output_is_the_same(self, random_model):
+@pytest.mark.parametrize("name", [None, "layers:1", "lookup"])
+class TestPlacesAreFilled:
+    """Rows leave at different times, and others join, whose draft has not read them yet. A seed keeps the draft at work."""
+
+    @pytest.fixture
+    def random_model(self, random_model):
+        """One whose first layer says what the whole model says at times."""
+        for layer in random_model[0].model.layers[1:]:
+            for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                projection.weight.data *= 0.3
+        return random_model
+
+    def draft(self, name, model, tokenizer):
+        return load_draft(name, model, tokenizer) if name else None
+
+    @pytest.mark.parametrize(
+        "settings", [{}, {"repetition_penalty": 1.4}, {"no_repeat_ngram_size": 2, "min_new_tokens": 9}], ids=str
+    )
+    def test_greedy_output_is_each_prompts_own(self, random_model, name, settings):
+        """Beginning of text, length and repetitions are each row's own, whatever the group that it joined with."""
         model, tokenizer = random_model
-        draft = load_draft("layers:1", model, tokenizer)
+        model.generation_config.update(**settings)
+        wanted = requests(tokenizer, 10) + [Request(100 + r.key, r.ids[::-1], 3 + r.key) for r in requests(tokenizer)]
+        alone = {r.key: generate_ids(model, tokenizer, r.ids, r.max_new_tokens, GREEDY) for r in wanted}
+        for batch_size in (1, 3, 8):
+            draft = self.draft(name, model, tokenizer)
+            found = by_key(model, tokenizer, wanted, batch_size, GREEDY, seed=0, draft=draft)
+            for key, ids in alone.items():
+                kept = ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
+                assert found[key].ids == kept, key
+            if draft:
+                assert draft.statistics.rows == len(wanted) and draft.statistics.drafted > 0
+                assert draft.statistics.accepted > 20 or (name == "lookup" and settings), "penalties end what repeats"
+
+    def test_draws_follow_from_seed_and_key_alone(self, random_model, name):
+        model, tokenizer = random_model
+        draft, sampling = self.draft(name, model, tokenizer), Sampling(0.9, 0.9)
         wanted = requests(tokenizer, 20)
-        assert by_key(model, tokenizer, wanted, 4, GREEDY, draft=draft) == by_key(model, tokenizer, wanted, 4, GREEDY)
-        assert draft.statistics.drafted > 0
-
-    def test_a_seed_repeats_sampled_output(self, random_model):
-        model, tokenizer = random_model
-        draft = load_draft("layers:1", model, tokenizer)
-        found = [
-            by_key(model, tokenizer, requests(tokenizer, 20), 4, Sampling(1.2, 0.9), seed=s, draft=draft)
-            for s in (1, 1, 2)
-        ]
-        assert found[0] == found[1] != found[2]
+        found = [by_key(model, tokenizer, wanted, size, sampling, seed=5, draft=draft) for size in (1, 3, 10)]
+        assert found[0] == found[1] == found[2]
+        assert by_key(model, tokenizer, wanted[4:], 3, sampling, seed=5, draft=draft) == {
+            key: found[0][key] for key in range(4, 10)
+        }
+        assert by_key(model, tokenizer, wanted, 3, sampling, seed=6, draft=draft) != found[0]
+        if name == "layers:1":
+            assert 0 < draft.statistics.accepted < draft.statistics.drafted
 
 
-def test_rows_go_apart_where_one_would_leave_the_context():
-    wanted = [
-        Request(i, [5] * length, budget) for i, (length, budget) in enumerate(((90, 6), (88, 8), (10, 30), (9, 30)))
-    ]
-    assert [[r.key for r in batch] for batch in _batches(wanted, 4, 96)] == [[0], [1], [2, 3]]
-    assert [[r.key for r in batch] for batch in _batches(wanted, 1, 96)] == [[0], [1], [2], [3]]
+def test_no_row_waits_for_the_longest(random_model):
+    """Four rows at a time, two of three short: no pass is made for a row that has ended, and few for less than four."""
+    model, tokenizer = random_model
+    model.generation_config.eos_token_id = tokenizer.eos_token_id = None
+    wanted = [Request(i, [5, 6, 7 + i], 60 if i % 3 == 0 else 6) for i in range(24)]
+    passes = []
+    model.register_forward_pre_hook(lambda _, __, inputs: passes.append(inputs["input_ids"].shape), with_kwargs=True)
+    completions = by_key(model, tokenizer, wanted, 4, GREEDY)
+    assert [len(completions[r.key].ids) for r in wanted] == [r.max_new_tokens for r in wanted]
+    steps = [rows for rows, tokens in passes if tokens == 1]
+    assert max(steps) == 4
+    assert sum(steps) == sum(r.max_new_tokens - 1 for r in wanted), (
+        "the first token comes from the pass over its prompt"
+    )
+    assert len(steps) < 1.2 * sum(steps) / 4
 
 
 class TestContinuous:

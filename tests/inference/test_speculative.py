@@ -19,9 +19,10 @@ from transformers import (
 
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer, speculative_generate
 from tinyllama_hf.errors import InputError
+from tinyllama_hf.inference.decoding import LONGEST_DRAFT
 from tinyllama_hf.inference.draft_length import AdaptiveDraftLength, expected_tokens
 from tinyllama_hf.inference.proposals import PromptLookup, first_layers
-from tinyllama_hf.inference.speculative import LONGEST_DRAFT, SpeculativeOutput
+from tinyllama_hf.inference.speculative import SpeculativeOutput
 
 from .exactness import first_difference, left_padded
 
@@ -333,7 +334,7 @@ class TestDraftLength:
             width = length.choose()
             widths.append(width)
             kept = (torch.rand(4, width, generator=generator) < acceptance).long().cumprod(1).sum(1).tolist()
-            length.observe(width, kept, draft * width, target + further * width)
+            length.observe(width, [width] * 4, kept, draft * width, target + further * width)
         return widths
 
     def test_cheap_and_right_drafts_are_long(self):
@@ -353,7 +354,7 @@ class TestDraftLength:
         for _ in range(300):
             width = length.choose()
             kept = [(torch.rand(width, generator=generator) < 0.8).long().cumprod(0).sum().item()] + [0] * 7
-            length.observe(width, kept, 0.001, 1.0 + 0.25 * width)
+            length.observe(width, [width] * 8, kept, 0.001, 1.0 + 0.25 * width)
             tokens, seconds = tokens + 8 + sum(kept), seconds + 1.0 + 0.25 * width
         assert tokens / seconds > 0.95 * 8
 
@@ -370,9 +371,9 @@ class TestDraftLength:
         """Their acceptance would go on counting for the others."""
         seen, observe = [], AdaptiveDraftLength.observe
 
-        def spy(self, width, accepted, *seconds):
+        def spy(self, width, limits, accepted, *seconds):
             seen.append((len(self._tried), len(accepted)))
-            observe(self, width, accepted, *seconds)
+            observe(self, width, limits, accepted, *seconds)
 
         monkeypatch.setattr(AdaptiveDraftLength, "observe", spy)
         first = alone(target, PROMPTS[0])[0]

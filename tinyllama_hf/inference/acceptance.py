@@ -9,6 +9,7 @@ from transformers import generation
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
 from ..errors import InputError
+from .rows import ACCEPTING, CHOOSING, Rows
 
 
 # They change a score by the scores beside it alone, so that all rows and positions go through at once.
@@ -73,8 +74,8 @@ class RowProcessors:
         for processor in processors:
             if isinstance(processor, _REFUSED):
                 raise InputError(
-                    f"logits processor {type(processor).__name__}: cannot be applied to drafted tokens row by row; generate "
-                    "without a draft"
+                    f"logits processor {type(processor).__name__}: cannot be applied row by row to rows of different lengths; "
+                    "generate one prompt at a time without a draft"
                 )
         self._shared = None
         if all(isinstance(processor, _WITHOUT_CONTEXT) for processor in processors):
@@ -108,6 +109,10 @@ class RowProcessors:
         """Keeps the rows of these indices."""
         self._rows = [self._rows[row] for row in rows]
 
+    def join(self, other: "RowProcessors") -> None:
+        """Takes in the rows of another batch that was prepared with the same settings."""
+        self._rows += other._rows
+
 
 def _for_row(processor: LogitsProcessor, row: int, padding: int) -> LogitsProcessor:
     """A processor as `generate` would make it for this row alone."""
@@ -125,12 +130,13 @@ def _for_row(processor: LogitsProcessor, row: int, padding: int) -> LogitsProces
     return processor
 
 
-def accept_greedy(scores: torch.Tensor, proposal: Proposal) -> tuple[torch.Tensor, torch.Tensor]:
+def accept_greedy(scores: torch.Tensor, proposal: Proposal, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     """Accepts the drafted tokens up to the first that is not the target's own choice.
 
     Args:
         scores (`torch.Tensor`): the target's, `[rows, width + 1, vocab_size]`.
         proposal (`Proposal`): the drafted tokens.
+        rows (`Rows`): whose numbers are drawn with.
 
     Returns:
         The tokens `[rows, width + 1]`, of which the first `accepted + 1` count, and the accepted `[rows]`.
@@ -139,21 +145,21 @@ def accept_greedy(scores: torch.Tensor, proposal: Proposal) -> tuple[torch.Tenso
     return chosen, _leading(chosen[:, :-1] == proposal.tokens, proposal.counts)
 
 
-def accept_sampled(scores: torch.Tensor, proposal: Proposal) -> tuple[torch.Tensor, torch.Tensor]:
+def accept_sampled(scores: torch.Tensor, proposal: Proposal, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     """Accepts drafted tokens by rejection sampling, so that the output follows the target's distribution.
 
     A token drawn from q is accepted with probability min(1, p / q); where one is rejected, the row's next token is drawn
     from the positive part of p - q; where all are accepted, from p (Leviathan et al. 2023, arXiv:2211.17192, algorithm 1).
     A token that was not drawn has q = 1 at itself. Arguments and results are those of [`accept_greedy`].
     """
-    rows, width = proposal.tokens.shape
+    width = proposal.tokens.shape[1]
     p = scores.softmax(dim=-1)
     drafted = proposal.tokens[..., None]
     q = proposal.probabilities
     p_drafted = p[:, :width].gather(-1, drafted)[..., 0]
     q_drafted = torch.ones_like(p_drafted) if q is None else q.gather(-1, drafted)[..., 0]
-    accepted = _leading(torch.rand_like(p_drafted) * q_drafted < p_drafted, proposal.counts)
-    each = torch.arange(rows, device=scores.device)
+    accepted = _leading(rows.uniform(ACCEPTING, width) * q_drafted < p_drafted, proposal.counts)
+    each = torch.arange(len(rows), device=scores.device)
     last = p[each, accepted]  # [rows, vocab_size]
     if width:
         place = accepted.clamp(max=width - 1)
@@ -165,8 +171,24 @@ def accept_sampled(scores: torch.Tensor, proposal: Proposal) -> tuple[torch.Tens
         # Where rounding left nothing, p and q are equal, and a rejection has probability zero.
         rejected = (accepted < proposal.counts) & (residual.sum(-1) > 0)
         last = torch.where(rejected[:, None], residual, last)
-    drawn = torch.multinomial(last, num_samples=1)
+    drawn = draw(last[:, None], rows.uniform(CHOOSING, width + 1).gather(1, accepted[:, None]))
     return torch.cat([proposal.tokens, drawn], dim=1).scatter(1, accepted[:, None], drawn), accepted
+
+
+def draw(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Draws a token for each number, by the inverse of the cumulated probabilities.
+
+    Args:
+        weights (`torch.Tensor`): `[rows, tokens, vocab_size]`, not negative; they need not sum to one.
+        numbers (`torch.Tensor`): `[rows, tokens]` in [0, 1).
+
+    Returns:
+        `[rows, tokens]`.
+    """
+    sums = weights.to(numbers.dtype).cumsum(dim=-1)
+    # A product may round up to the last sum, behind which there is no token.
+    wanted = (numbers[..., None] * sums[..., -1:]).minimum(sums[..., -1:].nextafter(torch.zeros_like(sums[..., -1:])))
+    return torch.searchsorted(sums, wanted, right=True)[..., 0]
 
 
 def _leading(accepted: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

@@ -1,21 +1,29 @@
 """Generating for many prompts, several at a time."""
 
+import collections
 import copy
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation import GenerationMode, LogitsProcessor, LogitsProcessorList
+from transformers.generation import GenerationMode
 
 from ..errors import InputError, did_you_mean
-from .drafts import Draft
+from .decoding import Decoding, prepare
+from .drafts import SEEDED_DRAFT_LENGTH, Draft
 from .generation import Sampling, context_of
+from .ragged_cache import check_full_attention
+from .rows import RowPlan
+from .speculative import check_pair
 
 
 ENGINES = ("batch", "continuous")
 DEFAULT_BATCH_SIZE = 8
+_REFILL = (
+    4  # prompts are read when a batch has room for its fourth part: a pass for each alone costs more than it brings
+)
 
 
 class Request(NamedTuple):
@@ -59,7 +67,7 @@ def generate_many(
     """Continues many prompts, and yields each when it is done: longer prompts first, not in the order of the requests.
 
     Greedy output is what each prompt gets by itself, to rounding, which depends on the shape of a batch. With a seed,
-    sampled output of the engine `"batch"` is too; with a draft it depends on the rows that share a batch.
+    sampled output of the engine `"batch"` is too, with a draft or without.
 
     Args:
         model (`PreTrainedModel`): a Llama.
@@ -69,9 +77,9 @@ def generate_many(
         sampling (`Sampling`, *optional*): how tokens are drawn; its `max_new_tokens` has no effect, each request has its own.
         seed (`int`, *optional*): of the draws.
         draft (`Draft`, *optional*): proposes tokens.
-        engine (`str`, *optional*, defaults to `"batch"`): `"batch"` sorts by length, pads on the left and runs each batch to
-            the end of its longest row; `"continuous"` is transformers' continuous batching, where the next prompt takes the
-            place of one that is done.
+        engine (`str`, *optional*, defaults to `"batch"`): `"batch"` keeps each row at its own length, and gives the places of
+            rows that are done to the next prompts; `"continuous"` is transformers' continuous batching, which does the same
+            over one mask of all tokens.
 
     Raises:
         InputError: for values out of range, a request that does not fit the context, and a model whose generation settings
@@ -86,7 +94,15 @@ def generate_many(
         from .continuous import generate_continuously
 
         return generate_continuously(model, requests, batch_size, sampling, stop_tokens)
-    return _in_batches(model, tokenizer, requests, batch_size, sampling, seed, draft, stop_tokens)
+    if draft:
+        check_pair(model, draft.model)
+    else:
+        check_full_attention(model, "model")
+    pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # masked, and cut off behind the end
+    entropy = np.random.SeedSequence().entropy if seed is None else seed
+    ends = {"pad_token_id": pad, "eos_token_id": stop_tokens or None}
+    setup = _Setup(model, sampling, draft, seed is not None, entropy, ends)
+    return _refilled(setup, requests, batch_size, stop_tokens)
 
 
 def check_options(batch_size: int, sampling: Sampling, seed: int | None, engine: str, with_draft: bool) -> None:
@@ -142,69 +158,62 @@ def finish(request: Request, new: list[int], stop_tokens: Collection[int]) -> Co
     return Completion(request.key, new[:end], "length" if end is None else "stop")
 
 
-class RowDraws(LogitsProcessor):
-    """Draws every row's next tokens by numbers of its own, and leaves `generate` no other choice.
+class _Setup(NamedTuple):
+    """What all prompts are continued with."""
 
-    So that what a row gets depends neither on the rows beside it nor on those before; `generate` has one generator for all.
+    model: PreTrainedModel
+    sampling: Sampling
+    draft: Draft | None
+    is_seeded: bool
+    entropy: int
+    ends: dict[str, Any]  # arguments of `generate`
 
-    Args:
-        numbers (`torch.Tensor`): `[rows, new tokens]`, uniform in [0, 1).
-        prompt (`int`): width of the prompts.
-    """
+    def begin(self, requests: Sequence[Request]) -> Decoding:
+        """Reads prompts in one pass, which draws their first tokens."""
+        plans = [RowPlan(request.key, request.max_new_tokens, self._draws(request)) for request in requests]
+        decoding = prepare(
+            self.model,
+            self.draft.model if self.draft else None,
+            SEEDED_DRAFT_LENGTH if self.is_seeded else None,
+            **_left_padded(requests, self.ends["pad_token_id"], self.model.device),
+            then=lambda decoding: decoding,
+            plans=plans,
+            max_new_tokens=max(request.max_new_tokens for request in requests),
+            **self.ends,
+            **self.sampling.arguments(),
+        )
+        decoding.start()
+        return decoding
 
-    def __init__(self, numbers: torch.Tensor, prompt: int):
-        self.numbers, self.prompt = numbers, prompt
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """`[rows, vocabulary]`: all but one token of each row become impossible."""
-        sums = scores.double().softmax(dim=-1).cumsum(dim=-1)
-        numbers = self.numbers[:, input_ids.shape[1] - self.prompt, None]
-        drawn = torch.searchsorted(sums, numbers * sums[:, -1:], right=True)
-        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+    def _draws(self, request: Request) -> torch.Tensor | None:
+        if not self.sampling.temperature:
+            return None
+        return torch.from_numpy(np.random.default_rng([self.entropy, request.key]).random((3, request.max_new_tokens)))
 
 
-def _in_batches(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[Request],
-    batch_size: int,
-    sampling: Sampling,
-    seed: int | None,
-    draft: Draft | None,
-    stop_tokens: list[int],
+def _refilled(
+    setup: _Setup, requests: Sequence[Request], batch_size: int, stop_tokens: list[int]
 ) -> Iterator[Completion]:
-    context, _ = context_of(model, draft)
-    pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # masked, and cut off behind the end
-    entropy = np.random.SeedSequence().entropy if seed is None else seed
-    for batch in _batches(requests, batch_size, context):
-        budget = max(request.max_new_tokens for request in batch)
-        inputs = _left_padded(batch, pad, model.device)
-        width = inputs["input_ids"].shape[1]
-        ends = {"max_new_tokens": budget, "pad_token_id": pad, "eos_token_id": stop_tokens or None}
-        if draft:
-            if seed is not None:
-                torch.manual_seed(int(np.random.SeedSequence([seed, batch[0].key]).generate_state(1)[0]))
-            output = draft.generate(model, seeded=seed is not None, **inputs, **ends, **sampling.arguments())
-        else:
-            draws = _row_draws(batch, entropy, budget, width, model.device) if sampling.temperature else None
-            output = model.generate(**inputs, **ends, **sampling.arguments(), custom_generate=draws)
-        for request, row in zip(batch, output[:, width:].tolist(), strict=True):
-            yield finish(request, row, stop_tokens)
+    """Rounds over up to `batch_size` rows: who is done leaves, and the next prompts take the free places.
 
-
-def _batches(requests: Sequence[Request], batch_size: int, context: int) -> Iterator[list[Request]]:
-    """Neighbours in length, the longest first, so that a batch that does not fit a device is known at once.
-
-    Where a row may go on for longer than the context leaves a neighbour, the two go apart.
+    The longest come first, so that a batch that does not fit a device is known at once.
     """
-    batch: list[Request] = []
-    for request in sorted(requests, key=lambda request: len(request.ids), reverse=True):
-        if len(batch) == batch_size or (batch and len(batch[0].ids) + request.max_new_tokens > context):
-            yield batch
-            batch = []
-        batch.append(request)
-    if batch:
-        yield batch
+    waiting = collections.deque(sorted(requests, key=lambda request: len(request.ids), reverse=True))
+    by_key = {request.key: request for request in requests}
+    running: Decoding | None = None
+    while waiting or (running and len(running.rows)):
+        free = batch_size - (len(running.rows) if running else 0)
+        if waiting and free >= max(1, batch_size // _REFILL):
+            joining = setup.begin([waiting.popleft() for _ in range(min(free, len(waiting)))])
+            if running:
+                running.join(joining)
+            running = running or joining
+        else:
+            running.round()
+        if setup.draft:
+            setup.draft.statistics = running.statistics
+        for key, ids in running.rows.take_finished():
+            yield finish(by_key[key], ids.tolist(), stop_tokens)
 
 
 def _left_padded(batch: Sequence[Request], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -216,18 +225,3 @@ def _left_padded(batch: Sequence[Request], pad: int, device: torch.device) -> di
         ids[row, width - len(request.ids) :] = torch.tensor(request.ids)
         mask[row, width - len(request.ids) :] = 1
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-
-def _row_draws(
-    batch: Sequence[Request], entropy: int, budget: int, width: int, device: torch.device
-) -> Callable[..., torch.Tensor]:
-    """The decoding method of sampling, with the draws behind all logits processors that `generate` prepares."""
-    numbers = np.stack([np.random.default_rng([entropy, request.key]).random(budget) for request in batch])
-    draws = RowDraws(torch.from_numpy(numbers).to(device), width)
-
-    def sample(
-        model: PreTrainedModel, input_ids: torch.Tensor, logits_processor: Any, **arguments: Any
-    ) -> torch.Tensor:
-        return model._sample(input_ids, logits_processor=LogitsProcessorList([*logits_processor, draws]), **arguments)
-
-    return sample

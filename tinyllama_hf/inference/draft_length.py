@@ -26,18 +26,29 @@ class DraftLength(Protocol):
     def choose(self) -> int:
         """Of the next round."""
 
-    def observe(self, width: int, accepted: Sequence[int], draft: float, target: float) -> None:
-        """Takes what a round with `width` drafted columns brought: accepted tokens by row, and seconds."""
+    def observe(self, width: int, limits: Sequence[int], accepted: Sequence[int], draft: float, target: float) -> None:
+        """Takes what a round with `width` drafted columns brought.
+
+        Args:
+            width (`int`): drafted columns.
+            limits (`Sequence[int]`): of each row, how many of them it could have taken before its end.
+            accepted (`Sequence[int]`): of each row, how many it took.
+            draft (`float`): seconds.
+            target (`float`): seconds.
+        """
 
     def keep(self, kept: Sequence[int]) -> None:
         """Keeps the rows of these indices."""
+
+    def join(self, num_rows: int) -> None:
+        """Takes in so many rows that nothing is known of."""
 
 
 class FixedDraftLength:
     """The same number in every round.
 
     Args:
-        num_tokens (`int`): to draft.
+        num_tokens (`int`): to draft; 0 is plain decoding.
     """
 
     def __init__(self, num_tokens: int):
@@ -47,10 +58,13 @@ class FixedDraftLength:
         """Of the next round."""
         return self._num_tokens
 
-    def observe(self, width: int, accepted: Sequence[int], draft: float, target: float) -> None:
+    def observe(self, width: int, limits: Sequence[int], accepted: Sequence[int], draft: float, target: float) -> None:
         """Nothing changes the number."""
 
     def keep(self, kept: Sequence[int]) -> None:
+        """Nothing is kept by row."""
+
+    def join(self, num_rows: int) -> None:
         """Nothing is kept by row."""
 
 
@@ -96,21 +110,26 @@ class AdaptiveDraftLength:
         self._pause, self._waited = 2 * self._pause, 0
         return 1  # acceptance may have changed with the text
 
-    def observe(self, width: int, accepted: Sequence[int], draft: float, target: float) -> None:
+    def observe(self, width: int, limits: Sequence[int], accepted: Sequence[int], draft: float, target: float) -> None:
         """Takes what a round brought; see [`DraftLength`]."""
         self._target_seconds[width + 1].append(target)
         if not width:
             return
         self._draft_seconds.append(draft / width)
-        for row, taken in enumerate(accepted):
+        for row, (taken, limit) in enumerate(zip(accepted, limits, strict=True)):
             # Tokens after the first rejected one were not judged; one that could not be proposed is as good as rejected.
-            self._tried[row] = _MEMORY * self._tried[row] + min(taken + 1, width)
+            self._tried[row] = _MEMORY * self._tried[row] + min(taken + 1, width, limit)
             self._accepted[row] = _MEMORY * self._accepted[row] + taken
 
     def keep(self, kept: Sequence[int]) -> None:
         """Keeps the rows of these indices."""
         self._tried = [self._tried[row] for row in kept]
         self._accepted = [self._accepted[row] for row in kept]
+
+    def join(self, num_rows: int) -> None:
+        """Takes in so many rows, which count as the batch does until they have been observed."""
+        self._tried += [0.0] * num_rows
+        self._accepted += [0.0] * num_rows
 
     def _tokens_per_second(self) -> list[float]:
         """Of a round with each number of drafted tokens, from none on."""

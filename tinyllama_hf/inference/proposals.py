@@ -10,9 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import InputError
-from .acceptance import Proposal, RowProcessors
+from .acceptance import Proposal, RowProcessors, draw
 from .ragged_cache import RaggedModel
-from .rows import Rows
+from .rows import DRAFTING, Rows
 
 
 class Proposer(Protocol):
@@ -29,6 +29,29 @@ class Proposer(Protocol):
 
     def keep(self, kept: Sequence[int]) -> None:
         """Keeps the rows of these indices."""
+
+    def join(self, rows: Rows, other: "Proposer", other_rows: Rows) -> None:
+        """Takes in the rows of another one of its kind; `rows` are its own before that."""
+
+
+class NoDraft:
+    """Drafts nothing, for plain decoding."""
+
+    passes = 0
+    context = math.inf
+
+    def catch_up(self, rows: Rows) -> None:
+        """Nothing is read."""
+
+    def propose(self, rows: Rows, num_tokens: int, processors: RowProcessors, do_sample: bool) -> Proposal:
+        """No tokens."""
+        return Proposal(rows.tokens[:, :0], torch.zeros_like(rows.tokens[:, 0]))
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Nothing to keep."""
+
+    def join(self, rows: Rows, other: Proposer, other_rows: Rows) -> None:
+        """Nothing to take in."""
 
 
 class ModelProposer:
@@ -58,10 +81,8 @@ class ModelProposer:
 
     def catch_up(self, rows: Rows) -> None:
         """Reads prompts, and what came in plain rounds; after a round with a draft one or two tokens are left to read."""
-        behind = self._behind(rows)
-        if behind > 2:
-            self._reader.read(rows.last_tokens(behind)[:, :-1], [length - 1 for length in rows.lengths])
-            self._read = [length - 1 for length in rows.lengths]
+        if self._behind(rows) > 2:
+            self._read_all(rows)
 
     def propose(self, rows: Rows, num_tokens: int, processors: RowProcessors, do_sample: bool) -> Proposal:
         """Drafts `num_tokens` tokens, one a pass; see [`Proposer`]."""
@@ -72,7 +93,7 @@ class ModelProposer:
             scores = processors(self._reader.read(latest, ends), rows.tokens, ends)[:, 0]
             if do_sample:
                 probabilities.append(scores.softmax(dim=-1))
-                latest = torch.multinomial(probabilities[-1], num_samples=1)
+                latest = draw(probabilities[-1][:, None], rows.uniform(DRAFTING, 1, step))
             else:
                 latest = scores.argmax(dim=-1, keepdim=True)
             rows.put(latest, step)
@@ -84,6 +105,11 @@ class ModelProposer:
             torch.stack(probabilities, dim=1) if do_sample else None,
         )
 
+    def _read_all(self, rows: Rows) -> None:
+        """Reads all but the last token of each row."""
+        self._reader.read(rows.last_tokens(self._behind(rows))[:, :-1], [length - 1 for length in rows.lengths])
+        self._read = [length - 1 for length in rows.lengths]
+
     def _behind(self, rows: Rows) -> int:
         """Tokens that it has not read of the row that it has read least of; rejected ones were read in vain."""
         return max(length - min(read, length - 1) for length, read in zip(rows.lengths, self._read, strict=True))
@@ -93,6 +119,19 @@ class ModelProposer:
         self._read = [self._read[row] for row in kept]
         if self.passes:
             self._reader.keep(kept)
+
+    def join(self, rows: Rows, other: "ModelProposer", other_rows: Rows) -> None:
+        """Lets the joining rows read their prompts first, by themselves: beside the others, all would be read again."""
+        if not len(other_rows):
+            return
+        for proposer, own_rows in ((self, rows), (other, other_rows)):
+            if len(own_rows) and not proposer.passes:
+                proposer._read_all(own_rows)
+        if self.passes:
+            self._reader.join(other._reader, max([*rows.lengths, *other_rows.lengths]))
+        else:
+            self._reader = other._reader
+        self._read += other._read
 
 
 class PromptLookup:
@@ -128,6 +167,9 @@ class PromptLookup:
 
     def keep(self, kept: Sequence[int]) -> None:
         """Nothing to keep."""
+
+    def join(self, rows: Rows, other: Proposer, other_rows: Rows) -> None:
+        """Nothing to take in."""
 
     def _look_up(self, row: torch.Tensor, num_tokens: int) -> torch.Tensor:
         for size in range(min(self.max_matching_ngram_size, len(row) - 1), 0, -1):

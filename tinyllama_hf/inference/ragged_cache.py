@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..errors import InputError
+from .rows import sized
 
 
 _GROWTH = 256  # slots that are added at a time
@@ -65,7 +66,7 @@ class RaggedLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         end = self.placement.end
         if end > self.keys.shape[2]:
-            self.keys, self.values = (_grown(states, end) for states in (self.keys, self.values))
+            self.keys, self.values = (_with_room(states, end) for states in (self.keys, self.values))
         self.placement.write(self.keys, key_states)
         self.placement.write(self.values, value_states)
         return self.keys[:, :, :end], self.values[:, :, :end]
@@ -87,14 +88,15 @@ class RaggedLayer(CacheLayerMixin):
         rows = rows.to(self.keys.device)
         self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
 
+    def join(self, other: "RaggedLayer", end: int) -> None:
+        """Takes in the rows of another one; of both what lies before slot `end` is needed."""
+        self.keys = torch.cat([_with_room(layer.keys, end) for layer in (self, other)])
+        self.values = torch.cat([_with_room(layer.values, end) for layer in (self, other)])
 
-def _grown(states: torch.Tensor, end: int) -> torch.Tensor:
-    """A copy with room for `end` slots, and more; zeros, since what is masked still enters a product with weight zero."""
-    rows, heads, filled, head_dim = states.shape
-    capacity = -(-end // _GROWTH) * _GROWTH
-    grown = states.new_zeros(rows, heads, capacity, head_dim)
-    grown[:, :, :filled] = states
-    return grown
+
+def _with_room(states: torch.Tensor, end: int) -> torch.Tensor:
+    """With room for `end` slots, and some more; zeros, since what is masked still enters a product with weight zero."""
+    return sized(states, 2, -(-end // _GROWTH) * _GROWTH)
 
 
 class RaggedCache(Cache):
@@ -113,6 +115,11 @@ class RaggedCache(Cache):
         """Keeps the rows of these indices `[kept]`."""
         for layer in self.layers:
             layer.keep(rows)
+
+    def join(self, other: "RaggedCache", end: int) -> None:
+        """Takes in the rows of another cache; of both what lies before slot `end` is needed."""
+        for layer, joining in zip(self.layers, other.layers, strict=True):
+            layer.join(joining, end)
 
 
 class RaggedModel:
@@ -179,6 +186,11 @@ class RaggedModel:
         """Keeps the rows of these indices."""
         self.cache.keep(torch.tensor(rows, dtype=torch.long, device=self.model.device))
 
+    def join(self, other: "RaggedModel", end: int) -> None:
+        """Takes in the rows of another reader of the same model; none of either is longer than `end`."""
+        self.cache.join(other.cache, end)
+        self.passes += other.passes
+
 
 def check_full_attention(model: PreTrainedModel, name: str) -> None:
     """Refuses a model that rows of different lengths would not be exact for.
@@ -203,6 +215,6 @@ def check_full_attention(model: PreTrainedModel, name: str) -> None:
         reason = "its attention cannot be chosen by name"
     if reason:
         raise InputError(
-            f"{name} {type(model).__name__}: speculative decoding of batches is for full attention over one cache, and "
-            f"{reason}; use transformers' own assisted generation, one prompt at a time"
+            f"{name} {type(model).__name__}: rows of different lengths are generated together with full attention over one "
+            f"cache, and {reason}; use transformers' own methods, one prompt at a time"
         )
