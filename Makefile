@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
+# A file of tests is run by one process, several files side by side; each process takes about 1.5 GB.
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow lint format clean
@@ -25,10 +27,10 @@ demo: setup  ## From a corpus to a chat model on a local Hub and its story, in r
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.local_hub --storage $(RUN)/hub -- sh recipes/demo/demo.sh $(RUN)
 
 test: setup  ## Run the tests that take under 12 minutes together.
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: setup  ## Run the long tests, the whole demo among them.
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 lint: setup  ## Check style.
 	$(BIN)/ruff check .

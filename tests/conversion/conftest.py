@@ -3,10 +3,11 @@
 import hashlib
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 
 @pytest.fixture(scope="session")
@@ -20,25 +21,18 @@ def peer(request) -> Callable[..., Path]:
     def install(*requirements: str) -> Path:
         name = hashlib.sha256(" ".join(requirements).encode()).hexdigest()[:12]
         folder = request.config.cache.mkdir("peers") / name
-        if not folder.is_dir():
-            temporary = folder.with_suffix(".tmp")
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "install",
-                "--quiet",
-                "--no-deps",
-                "--target",
-                temporary,
-                "--upgrade",
-            ]
-            done = subprocess.run([*command, *requirements], capture_output=True, text=True)
-            if done.returncode:
-                pytest.skip(
-                    f"the package index does not serve {', '.join(requirements)}: {done.stderr.strip()[-200:]}"
-                )
-            temporary.rename(folder)
+        with FileLock(folder.with_suffix(".lock")):
+            if not folder.is_dir():
+                _install(folder, requirements)
         return folder
 
     return install
+
+
+def _install(folder: Path, requirements: Sequence[str]) -> None:
+    temporary = folder.with_suffix(".tmp")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", temporary, "--upgrade"]
+    done = subprocess.run([*command, *requirements], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"the package index does not serve {', '.join(requirements)}: {done.stderr.strip()[-200:]}")
+    temporary.rename(folder)
