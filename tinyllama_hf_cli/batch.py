@@ -6,6 +6,8 @@ from typing import Any
 
 import typer
 
+from .loading import note
+
 
 _MOST_LINES = 10  # that a message names
 
@@ -54,6 +56,8 @@ def generate_file(
             print("interrupted; what was done is kept, the same command goes on", file=sys.stderr)
             raise typer.Exit(130) from None
         print(_summary(job, num_tokens, time.perf_counter() - began))
+        if helper and helper.statistics:
+            note(str(helper.statistics))
     _report_bad_lines(job, source)
 
 

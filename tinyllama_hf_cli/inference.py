@@ -61,8 +61,8 @@ _BATCH_SIZE = Annotated[int | None, typer.Option(help="With --input, prompts at 
 _ENGINE = Annotated[
     str | None,
     typer.Option(
-        help="With --input, batch (default) or continuous: transformers' continuous batching, which on a CPU can pay for "
-        "short prompts whose continuations differ in length."
+        help="With --input, batch (default), which gives free places to the next prompts, or continuous: transformers' "
+        "continuous batching, slower on a CPU."
     ),
 ]
 

@@ -137,10 +137,12 @@ class TestGoingOn:
         options = {"model": str(chat_folder), "sampling": Sampling(1.0, 0.9, 12), "seed": 3, **changes}
         return open_job(source, source.with_name(name), **options)
 
-    def run(self, job, chat_folder, batch_size=4, **options):
-        return job.run(*load(chat_folder), batch_size, Sampling(1.0, 0.9, 12), 3, **options)
+    def run(self, job, chat_folder, batch_size=4, draft=None, **options):
+        model, tokenizer = load(chat_folder)
+        draft = load_draft(draft, model, tokenizer) if draft else None
+        return job.run(model, tokenizer, batch_size, Sampling(1.0, 0.9, 12), 3, draft, **options)
 
-    def interrupt(self, job, chat_folder, monkeypatch, after=7):
+    def interrupt(self, job, chat_folder, monkeypatch, after=7, **options):
         """Ctrl-C while a row is written."""
         seen = []
 
@@ -153,24 +155,25 @@ class TestGoingOn:
         with monkeypatch.context() as patch:
             patch.setattr("tinyllama_hf.inference.batch_job.json.dumps", dumps)
             with pytest.raises(KeyboardInterrupt):
-                self.run(job, chat_folder)
+                self.run(job, chat_folder, **options)
 
-    def test_an_interrupted_call_goes_on(self, chat_folder, source, monkeypatch):
+    @pytest.mark.parametrize("draft", [None, "layers:1", "lookup"])
+    def test_an_interrupted_call_goes_on(self, chat_folder, source, monkeypatch, draft):
         """What was cut off in the middle comes again, the rest does not; sampled results are those of one call."""
-        self.run(self.open(chat_folder, source, "whole.jsonl"), chat_folder)
-        first = self.open(chat_folder, source)
-        self.interrupt(first, chat_folder, monkeypatch)
+        self.run(self.open(chat_folder, source, "whole.jsonl", draft=draft), chat_folder, draft=draft)
+        first = self.open(chat_folder, source, draft=draft)
+        self.interrupt(first, chat_folder, monkeypatch, draft=draft)
         assert not first.output.exists()
         with first.part.open("ab") as part:
             part.write(b'3\t{"id": 2, "gener')
-        second = self.open(chat_folder, source)
+        second = self.open(chat_folder, source, draft=draft)
         assert 0 < len(second.pending) < 20 and not second.is_finished
         before = first.part.read_bytes().rpartition(b"\n")[0]
-        self.interrupt(second, chat_folder, monkeypatch)
+        self.interrupt(second, chat_folder, monkeypatch, draft=draft)
         assert second.part.read_bytes().startswith(before)
-        third = self.open(chat_folder, source)
+        third = self.open(chat_folder, source, draft=draft)
         assert len(third.pending) < len(second.pending)
-        self.run(third, chat_folder, batch_size=3)
+        self.run(third, chat_folder, batch_size=3, draft=draft)
         assert third.output.read_bytes() == (source.with_name("whole.jsonl")).read_bytes()
         assert not third.part.exists()
 
