@@ -1,6 +1,6 @@
 """Bits per byte of models or of a run's milestones on held-out documents; the script behind `tinyllama-hf eval`.
 
-python eval/bits_per_byte.py RUN_OR_MODEL... [--data FOLDER] [--baselines] [--output scores.json]
+python eval/bits_per_byte.py RUN_OR_MODEL... [--data FOLDER] [--baselines] [--quantization nf4] [--output scores.json]
 """
 
 import sys

@@ -1,6 +1,7 @@
 """The seven commonsense tasks of TinyLlama's table, by lm-eval; the script behind `tinyllama-hf eval --task commonsense`.
 
-python eval/commonsense.py RUN_OR_MODEL... [--data FOLDER] [--limit N] [--published NAME] [--output FILE] [--samples FILE]
+python eval/commonsense.py RUN_OR_MODEL... [--data FOLDER] [--limit N] [--published NAME] [--quantization nf4]
+    [--output FILE] [--samples FILE]
 """
 
 import sys

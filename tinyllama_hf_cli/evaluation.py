@@ -5,7 +5,7 @@ from typing import Annotated, NamedTuple
 
 import typer
 
-from .loading import DEVICE
+from .loading import DEVICE, QUANTIZATION
 
 
 MODELS = Annotated[list[str], typer.Argument(help="Model folders or names; or one run, for all its milestones.")]
@@ -45,7 +45,7 @@ OUTPUT = Annotated[
     Path | None,
     typer.Option(
         help="JSON file to write; default for a run: RUN/scores.json, of commonsense RUN/commonsense.json; "
-        "for the replies of one folder: MODEL/replies.json."
+        "for the replies of one folder: MODEL/replies.json. With --quantization nf4 scores-nf4.json, and so on."
     ),
 ]
 WATCH = Annotated[
@@ -73,6 +73,7 @@ class _Options(NamedTuple):
     watch: bool
     rescore: bool
     every: float | None
+    quantization: str
     device: str
 
 
@@ -90,6 +91,7 @@ def evaluate(
     watch: WATCH = False,
     rescore: RESCORE = False,
     every: EVERY = None,
+    quantization: QUANTIZATION = "none",
     device: DEVICE = "auto",
 ) -> None:
     """Score models by stock transformers on the exported folders: bits per byte, the commonsense tasks by lm-eval, replies.
@@ -103,7 +105,7 @@ def evaluate(
 
     options = _Options(
         models, task, data or [], baselines, limit, published, batch_size, samples, max_new_tokens, output, watch,
-        rescore, every, device,
+        rescore, every, quantization, device,
     )  # fmt: skip
     _check_task(options)
     quiet_library_bars()
@@ -140,13 +142,17 @@ def _check_task(options: _Options) -> None:
 
 def _bits_per_byte(options: _Options) -> None:
     from tinyllama_hf.errors import InputError
-    from tinyllama_hf.evaluation.ladder import SCORES_FILE, score, the_run
+    from tinyllama_hf.evaluation.ladder import SCORES_FILE, score
+    from tinyllama_hf.evaluation.models import the_run
 
     run = the_run(options.models)
-    target = options.output or (run / SCORES_FILE if run else None)
+    target = options.output or (run / _default(SCORES_FILE, options) if run else None)
     if target and target.is_dir():
         raise InputError(f"--output {target}: is a folder; name a file")
-    scores = score(options.models, options.data, options.baselines, options.device, target, options.rescore)
+    scores = score(
+        options.models, options.data, options.baselines, options.device, target, options.rescore,
+        quantization=options.quantization,
+    )  # fmt: skip
     print(f"{'bits per byte':>13}  {'tokens':>12}  model")
     for row in sorted([*scores["baselines"], *scores["models"]], key=lambda row: row.get("tokens", 0)):
         tokens = f"{row['tokens']:,}" if "tokens" in row else ""
@@ -164,26 +170,30 @@ def _watch(options: _Options) -> None:
     if options.every is not None and options.every <= 0:
         raise InputError(f"--every {options.every}: must be above 0")
     run = Path(options.models[0])
-    target = options.output or run / SCORES_FILE
-    watch(run, options.device, target, options.every or 60, lambda line: print(line, flush=True), options.rescore)
+    target = options.output or run / _default(SCORES_FILE, options)
+    watch(
+        run, options.device, target, options.every or 60, lambda line: print(line, flush=True), options.rescore,
+        options.quantization,
+    )  # fmt: skip
     print(f"wrote {target}")
 
 
 def _commonsense(options: _Options) -> None:
     from tinyllama_hf.evaluation import harness
     from tinyllama_hf.evaluation.commonsense import score_commonsense
-    from tinyllama_hf.evaluation.ladder import the_run
+    from tinyllama_hf.evaluation.models import the_run
     from tinyllama_hf.evaluation.protocol import published_row
     from tinyllama_hf.evaluation.table import table_lines
 
     data = _one(options.data, "commonsense reads one folder")
     row = published_row(options.published) if options.published is not None else None
     run = the_run(options.models)
-    target = options.output or (run / "commonsense.json" if run else None)
+    target = options.output or (run / _default("commonsense.json", options) if run else None)
     batch_size = harness.BATCH_SIZE if options.batch_size is None else options.batch_size
     scores = score_commonsense(
-        options.models, data, options.limit, batch_size, options.device, target, options.samples, print
-    )
+        options.models, data, options.limit, batch_size, options.device, target, options.samples, print,
+        options.quantization,
+    )  # fmt: skip
     for line in table_lines(scores, row):
         print(line)
     for path in filter(None, (target, options.samples)):
@@ -196,13 +206,12 @@ def _replies(options: _Options) -> None:
     from tinyllama_hf.evaluation import replies
 
     data, models = _one(options.data, "replies reads one file"), options.models
-    target = options.output or (
-        Path(models[0]) / "replies.json" if len(models) == 1 and Path(models[0]).is_dir() else None
-    )
+    folder = Path(models[0]) if len(models) == 1 and Path(models[0]).is_dir() else None
+    target = options.output or (folder / _default("replies.json", options) if folder else None)
     if target and target.is_dir():
         raise InputError(f"--output {target}: is a folder; name a file")
     budget = replies.MAX_NEW_TOKENS if options.max_new_tokens is None else options.max_new_tokens
-    scores = replies.score(models, data, options.limit, budget, options.device)
+    scores = replies.score(models, data, options.limit, budget, options.device, options.quantization)
     print(f"{'replies':>7}  {'end in time':>11}  {'median length':>13}  {'loss of true replies':>20}  model")
     for row in scores["models"]:
         print(
@@ -212,6 +221,11 @@ def _replies(options: _Options) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         provenance.write_json(target, scores)
         print(f"wrote {target}")
+
+
+def _default(file: str, options: _Options) -> str:
+    """Name of the score file if none is given; report and card read the plain one as scores of the plain model."""
+    return file if options.quantization == "none" else f"{Path(file).stem}-{options.quantization}.json"
 
 
 def _one(data: list[str], rule: str) -> str | None:

@@ -12,10 +12,10 @@ from rich.progress import Progress
 
 from .. import provenance
 from ..errors import InputError
-from ..inference.load import choose_device, load_stock, model_folder
+from ..inference.load import choose_device, model_folder
 from .harness import BATCH_SIZE, Suite, open_suite, run_suite
-from .ladder import milestones_of, place_in_run, the_run
 from .metrics import load_metric
+from .models import Evaluated, evaluated, load_evaluated, milestones_of, place_in_run, quantization_in, the_run
 from .protocol import TASKS, Protocol, published_protocol
 
 
@@ -32,6 +32,7 @@ def score_commonsense(
     output: Path | None = None,
     samples: Path | None = None,
     note: Callable[[str], Any] = lambda line: None,
+    quantization: str = "none",
 ) -> dict[str, Any]:
     """Scores models under the published protocol. Nothing is scored twice: the output file is read first.
 
@@ -45,6 +46,8 @@ def score_commonsense(
             protocol keep their scores.
         samples (`Path`, *optional*): JSON lines of every item, also written after each model; makes all be scored anew.
         note (`Callable`): called with a line for the user about a model that is left out, or cut requests.
+        quantization (`str`, *optional*, defaults to `"none"`): to quantise the models to while they are loaded; folders
+            that were saved quantised have their own.
 
     Returns:
         `dict`: contents of the output file, with the models asked for in their order.
@@ -54,33 +57,44 @@ def score_commonsense(
     """
     _check_options(limit, batch_size, output, samples)
     device = choose_device(device)
-    run = the_run(models)
-    folders = {str(f): f for f in milestones_of(run)} if run else {name: model_folder(name) for name in models}
-    context = _common_context(list(folders.values()))
+    ladder = _ladder(models, quantization)
+    context = _common_context([model.folder for model in ladder])
     with open_suite(data) as suite:
         protocol = published_protocol(suite.harness, suite.versions, context, limit, suite.data, suite.sample)
         kept = _read_scores(output, protocol)
         rows, lines = [], []
-        for given, folder in folders.items():
-            name = folder.name if Path(given).is_dir() else given
-            known = {"name": name, "path": str(folder), **place_in_run(folder), "fingerprint": _fingerprint(folder)}
-            before = next((row for row in kept if row["fingerprint"] == known["fingerprint"]), None)
+        for model in ladder:
+            known = {**model.record(), **place_in_run(model.folder), "fingerprint": _fingerprint(model.folder)}
+            before = next((row for row in kept if _key(row, "fingerprint") == _key(known, "fingerprint")), None)
             if before and not samples:
-                note(f"{name}: scored before under this protocol, with these weights")
+                note(f"{model.name}: scored before under this protocol, with these weights")
                 rows.append({**before, **known})
             else:
-                row, items = _score_folder(folder, known, suite, protocol, batch_size, device, note)
+                row, items = _score_folder(model, known, suite, protocol, batch_size, device, note)
                 rows.append(row)
-                lines += [json.dumps({"model": str(folder), **item}) + "\n" for item in items]
+                about = {"model": str(model.folder), "quantization": model.quantization}
+                lines += [json.dumps({**about, **item}) + "\n" for item in items]
             scores = {"task": "commonsense", "protocol": protocol.to_dict(), "models": rows}
             if output:
-                replaced = {row[key] for row in rows for key in ("path", "fingerprint")}
-                others = [row for row in kept if not replaced & {row["path"], row["fingerprint"]}]
+                replaced = {_key(row, name) for row in rows for name in ("path", "fingerprint")}
+                others = [row for row in kept if not replaced & {_key(row, "path"), _key(row, "fingerprint")}]
                 _write(output, {**scores, "models": [*others, *rows], "provenance": provenance.collect()})
             if samples:
                 samples.parent.mkdir(parents=True, exist_ok=True)
                 provenance.write_text(samples, "".join(lines))
     return {**scores, "provenance": provenance.collect()}
+
+
+def _ladder(models: Sequence[str], quantization: str) -> list[Evaluated]:
+    if run := the_run(models):
+        return [evaluated(folder, quantization) for folder in milestones_of(run)]
+    folders = {name: model_folder(name, quantized=True) for name in models}
+    return [evaluated(f, quantization, "" if Path(name).is_dir() else name) for name, f in folders.items()]
+
+
+def _key(row: dict[str, Any], name: str) -> tuple[str, str]:
+    """What tells a model from others: a quantised one is another than the plain one of the same path and files."""
+    return row[name], quantization_in(row)
 
 
 def _check_options(limit: int | None, batch_size: int, output: Path | None, samples: Path | None) -> None:
@@ -127,7 +141,7 @@ def _fingerprint(folder: Path) -> str:
 
 
 def _score_folder(
-    folder: Path,
+    model: Evaluated,
     known: dict[str, Any],
     suite: Suite,
     protocol: Protocol,
@@ -137,11 +151,11 @@ def _score_folder(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A model's entry of the score file, and all its items."""
     began = time.perf_counter()
-    model, tokenizer = load_stock(folder, device, getattr(torch, protocol.dtype))
+    loaded, tokenizer = load_evaluated(model, device, getattr(torch, protocol.dtype))
     with Progress(transient=True, disable=not Console().is_terminal) as bar:
         task = bar.add_task(f"Scoring {known['name']}", total=None)
         outcome = run_suite(
-            model,
+            loaded,
             tokenizer,
             suite,
             protocol,

@@ -14,13 +14,15 @@ from .. import provenance
 from ..data.mixture import Mixture
 from ..data.shards import read_metadata
 from ..errors import InputError
-from ..inference.load import load_stock, model_folder
+from ..inference.load import model_folder
+from ..inference.quantization import check_quantization
 from ..pretrain.config import PretrainConfig, load_config
-from ..pretrain.milestones import CONFIG_FILE, MILESTONES_FOLDER, list_milestones, read_record
+from ..pretrain.milestones import CONFIG_FILE, list_milestones, read_record
 from ..pretrain.setup import open_mixture
 from ..tokenization_tinyllama import encode_text, load_tokenizer, tokenizer_fingerprint
 from .bits_per_byte import HeldOut, bits_per_byte, held_out_documents, summarise
 from .metrics import load_metric
+from .models import Evaluated, evaluated, load_evaluated, milestones_of, place_in_run, quantization_in, the_run
 from .ngram import NGramModel
 
 
@@ -45,6 +47,7 @@ def score(
     output: Path | None = None,
     rescore: bool = False,
     show_progress: bool = True,
+    quantization: str = "none",
 ) -> dict[str, Any]:
     """Bits per byte of models, or of every milestone of a run; what the output file has already is not scored again.
 
@@ -58,6 +61,8 @@ def score(
         output (`Path`, *optional*): JSON file, written after each model.
         rescore (`bool`, *optional*, defaults to `False`): forget what the output file has.
         show_progress (`bool`, *optional*, defaults to `True`): bars on a terminal.
+        quantization (`str`, *optional*, defaults to `"none"`): to quantise the models to while they are loaded; folders
+            that were saved quantised have their own.
 
     Returns:
         `dict`: `models` and `baselines`, each a list of scores, and what decides them.
@@ -67,10 +72,11 @@ def score(
             first model is scored.
     """
     text = _open_text(models, data, baselines)
-    folders = milestones_of(text.run) if text.run else [model_folder(model) for model in models]
+    folders = milestones_of(text.run) if text.run else [model_folder(model, quantized=True) for model in models]
+    ladder = [evaluated(folder, quantization) for folder in folders]
     file = _ScoreFile(output, text, rescore)
     opened = _open_mixture(text.config) if text.config and baselines else None
-    file.scores["models"] = [file.row(folder, device, show_progress) for folder in folders]
+    file.scores["models"] = [file.row(model, device, show_progress) for model in ladder]
     if opened:
         file.scores["baselines"] = _baselines(*opened, folders, text.held_out, file)
     file.write()
@@ -84,6 +90,7 @@ def watch(
     every_seconds: float,
     say: Callable[[str], None],
     rescore: bool = False,
+    quantization: str = "none",
 ) -> None:
     """Scores milestones of a run as they appear, until the one that ends it.
 
@@ -94,17 +101,19 @@ def watch(
         every_seconds (`float`): between two looks.
         say (`Callable[[str], None]`): given a line for each milestone.
         rescore (`bool`, *optional*, defaults to `False`): forget what the output file has.
+        quantization (`str`, *optional*, defaults to `"none"`): to quantise them to while they are loaded.
 
     Raises:
         InputError: as [`score`], before the first look; or if the folder is no run.
     """
     if not (run / CONFIG_FILE).is_file():
         raise InputError(f"{run}: is no run (no {CONFIG_FILE}); name the output_dir of recipes/pretrain.py")
+    check_quantization(quantization)
     file = _ScoreFile(output, _open_text([str(run)]), rescore)
     last, said = load_config(run / CONFIG_FILE).steps.number, set()
     while True:
         for folder in list_milestones(run):
-            row = file.row(folder, device)
+            row = file.row(evaluated(folder, quantization), device)
             if (folder, row["created"]) not in said:  # a resumed run may write one again
                 said.add((folder, row["created"]))
                 say(f"{row['bits_per_byte']:.4f} bits per byte  {row['name']}")
@@ -165,15 +174,15 @@ class _ScoreFile:
             "baselines": known["baselines"] if known else [],
         }
 
-    def row(self, folder: Path, device: str, show_progress: bool = True) -> dict[str, Any]:
-        """The score of a folder: that of an earlier call if the folder is still the same one."""
-        created = _created(folder)
-        own = self._key({"name": folder.name, "path": str(folder)})
+    def row(self, model: Evaluated, device: str, show_progress: bool = True) -> dict[str, Any]:
+        """The score of a model: that of an earlier call if the folder is still the same one."""
+        created = _created(model.folder)
+        own = self._key(model.record())
         known = next((row for row in self.known if self._key(row) == own), None)
         if known and created is not None and known.get("created") == created:
-            self.reused.add(folder.name)
+            self.reused.add(model.folder.name)
             return known
-        row = _score_folder(folder, self.text.held_out, device, created, show_progress)
+        row = _score_folder(model, self.text.held_out, device, created, show_progress)
         self._check_protocol(row)
         self.known = [*(r for r in self.known if self._key(r) != own), row]
         # Of a killed call, what comes later in the old file stays; a milestone that is gone leaves it at the end.
@@ -187,9 +196,9 @@ class _ScoreFile:
             self.output.parent.mkdir(parents=True, exist_ok=True)
             provenance.write_json(self.output, {**self.scores, **parts})
 
-    def _key(self, row: dict[str, Any]) -> str:
+    def _key(self, row: dict[str, Any]) -> tuple[str, str]:
         """What a row is of. The names of a run's milestones tell them apart, wherever the run is called from."""
-        return row["name"] if self.text.run else row["path"]
+        return row["name"] if self.text.run else row["path"], quantization_in(row)
 
     def _check_protocol(self, row: dict[str, Any]) -> None:
         for before in self.known:
@@ -229,50 +238,25 @@ def _created(folder: Path) -> str | None:
     return read_record(folder).get("created") if is_ours else None
 
 
-def the_run(models: Sequence[str]) -> Path | None:
-    """The run that is meant, if one folder with milestones is named."""
-    return Path(models[0]) if len(models) == 1 and (Path(models[0]) / MILESTONES_FOLDER).is_dir() else None
-
-
-def milestones_of(run: Path) -> list[Path]:
-    """The milestones of a run, in the order of their steps.
-
-    Raises:
-        InputError: if there is none yet.
-    """
-    folders = list_milestones(run)
-    if not folders:
-        raise InputError(f"run {run}: has no milestone yet; wait for the first, or train it")
-    return folders
-
-
-def place_in_run(folder: Path) -> dict[str, int]:
-    """`step` and `tokens` of a milestone; nothing of another folder."""
-    is_milestone = (folder / "provenance.json").is_file() and (folder / CONFIG_FILE).is_file()
-    record = read_record(folder) if is_milestone else {}
-    return {key: record[key] for key in ("step", "tokens") if key in record}
-
-
 def _score_folder(
-    folder: Path, held_out: Sequence[HeldOut], device: str, created: str | None, show_progress: bool
+    model: Evaluated, held_out: Sequence[HeldOut], device: str, created: str | None, show_progress: bool
 ) -> dict[str, Any]:
     """Scores a folder with stock transformers: model and tokenizer as somebody without this package loads them."""
     began = time.perf_counter()
-    model, tokenizer = load_stock(folder, device)
+    loaded, tokenizer = load_evaluated(model, device)
     total = sum(h.num_bytes for h in held_out)
     columns = (*Progress.get_default_columns(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, transient=True, disable=not (show_progress and Console().is_terminal)) as bar:
         estimate = total // 3  # tokens; the bar is for the eye
-        task = bar.add_task(f"Scoring {folder.name}", total=estimate, note="")
-        result = bits_per_byte(model, tokenizer, held_out, advance=lambda n: bar.advance(task, n))
+        task = bar.add_task(f"Scoring {model.name}", total=estimate, note="")
+        result = bits_per_byte(loaded, tokenizer, held_out, advance=lambda n: bar.advance(task, n))
     libraries = provenance.collect()["libraries"]
     return {
-        "name": folder.name,
-        "path": str(folder),
-        **place_in_run(folder),
+        **model.record(),
+        **place_in_run(model.folder),
         "created": created,
         **result,
-        "scored_with": {name: libraries[name] for name in ("transformers", "torch")} | {"device": model.device.type},
+        "scored_with": {name: libraries[name] for name in ("transformers", "torch")} | {"device": loaded.device.type},
         "seconds": round(time.perf_counter() - began, 1),
     }
 

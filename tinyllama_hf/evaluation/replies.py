@@ -14,10 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..chat.render import Messages, Rendering, render
 from ..errors import InputError
 from ..finetune.conversations import HELD_OUT_FILE, read_conversations
-from ..inference.load import load_stock, model_folder
+from ..inference.load import model_folder
 from ..provenance import collect, file_sha256
 from ..tokenization_tinyllama import load_tokenizer
 from .metrics import load_metric
+from .models import evaluated, load_evaluated
 
 
 MAX_NEW_TOKENS = 64
@@ -29,6 +30,7 @@ def score(
     limit: int | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     device: str = "auto",
+    quantization: str = "none",
 ) -> dict[str, Any]:
     """Scores chat models on the last reply of each conversation.
 
@@ -38,6 +40,8 @@ def score(
         limit (`int`, *optional*): conversations, from the first; all by default.
         max_new_tokens (`int`, *optional*, defaults to 64): the budget of a reply.
         device (`str`, *optional*, defaults to `"auto"`): where the models run.
+        quantization (`str`, *optional*, defaults to `"none"`): to quantise the models to while they are loaded; folders
+            that were saved quantised have their own.
 
     Returns:
         `dict`: contents of the score file; see [`score_replies`] for each model's entry.
@@ -48,7 +52,8 @@ def score(
     for option, value in (("--limit", limit), ("--max-new-tokens", max_new_tokens)):
         if value is not None and value < 1:
             raise InputError(f"{option} {value}: must be at least 1")
-    folders = [model_folder(model) for model in models]
+    folders = [model_folder(model, quantized=True) for model in models]
+    ladder = [evaluated(folder, quantization) for folder in folders]
     files = [Path(data) if data else folder / HELD_OUT_FILE for folder in folders]
     for file, folder in zip(files, folders, strict=True):
         if not file.is_file():
@@ -64,13 +69,13 @@ def score(
             )
     load_metric("stop_rate")  # a missing package is known before the first model is scored
     rows = []
-    for folder, file, messages in zip(folders, files, conversations, strict=True):
-        model, tokenizer = load_stock(folder, device)[0], load_tokenizer(folder)
+    for model, file, messages in zip(ladder, files, conversations, strict=True):
+        (loaded, _), tokenizer = load_evaluated(model, device), load_tokenizer(model.folder)
         with Progress(transient=True, disable=not Console().is_terminal) as bar:
-            task = bar.add_task(f"Asking {folder.name}", total=len(messages))
+            task = bar.add_task(f"Asking {model.name}", total=len(messages))
             advance = functools.partial(bar.advance, task)
-            scores = score_replies(model, tokenizer, messages, max_new_tokens, advance)
-        rows.append({"name": folder.name, "path": str(folder), "data_sha256": file_sha256(file), **scores})
+            scores = score_replies(loaded, tokenizer, messages, max_new_tokens, advance)
+        rows.append({**model.record(), "data_sha256": file_sha256(file), **scores})
     return {"task": "replies", "decoding": "greedy", "models": rows, "provenance": collect()}
 
 

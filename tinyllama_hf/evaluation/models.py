@@ -1,0 +1,114 @@
+"""The models that are evaluated: folders or a run's milestones, quantised as they were saved or as is asked for."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import InputError
+from ..inference.adapters import one_line
+from ..inference.architecture import chosen_quantization
+from ..inference.load import load, load_stock
+from ..inference.quantization import check_quantization, quantization_of
+from ..pretrain.milestones import CONFIG_FILE, MILESTONES_FOLDER, list_milestones, read_record
+from ..provenance import read_json
+
+
+class Evaluated(NamedTuple):
+    """A model to evaluate.
+
+    Attributes:
+        folder (`Path`): where it lies.
+        name (`str`): with the quantisation behind it, `"my-model (nf4)"`, so that no reader takes its scores for the plain
+            model's.
+        quantization (`str`): one of `QUANTIZATIONS`.
+    """
+
+    folder: Path
+    name: str
+    quantization: str
+
+    def record(self) -> dict[str, str]:
+        """As it stands in a score file."""
+        return {"name": self.name, "path": str(self.folder), "quantization": self.quantization}
+
+
+def evaluated(folder: Path, quantization: str = "none", name: str = "") -> Evaluated:
+    """What is evaluated of a folder; loads nothing.
+
+    Args:
+        folder (`Path`): a model folder.
+        quantization (`str`, *optional*, defaults to `"none"`): to quantise it while it is loaded; a folder that was saved
+            quantised has its own.
+        name (`str`, *optional*): defaults to the folder's.
+
+    Raises:
+        InputError: if the folder has another quantisation already, or the backend is missing.
+    """
+    config = folder / "config.json"
+    kind = chosen_quantization(quantization, quantization_of(read_json(config), str(config)), str(folder))
+    check_quantization(kind)
+    name = name or folder.name
+    return Evaluated(folder, name if kind == "none" else f"{name} ({kind})", kind)
+
+
+def load_evaluated(
+    model: Evaluated, device: str = "auto", dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads model and tokenizer as stock classes.
+
+    A model that is quantised here computes bit for bit what its folder does, saved after `load(..., quantization=...)`.
+
+    Args:
+        model (`Evaluated`): what is evaluated.
+        device (`str`, *optional*, defaults to `"auto"`): where it is to run.
+        dtype (`torch.dtype`, *optional*, defaults to fp32): of all that is not quantised.
+
+    Raises:
+        InputError: as [`load_stock`].
+    """
+    folder, kind = model.folder, model.quantization
+    if quantization_of(read_json(folder / "config.json"), str(folder)) == kind:
+        loaded, tokenizer = load_stock(folder, device, dtype)
+    else:
+        loaded, _ = load(folder, device=device, quantization=kind, trainable=True)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise InputError(f"model {folder}: its tokenizer cannot be loaded ({one_line(error)})") from error
+    # A model is quantised in its file's type. The library leaves what is plain in it as well if it was saved quantised.
+    for parameter in loaded.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return loaded, tokenizer
+
+
+def quantization_in(row: dict[str, Any]) -> str:
+    """The quantisation of a row of a score file; early ones do not say it, and had none."""
+    return row.get("quantization", "none")
+
+
+def the_run(models: Sequence[str]) -> Path | None:
+    """The run that is meant, if one folder with milestones is named."""
+    return Path(models[0]) if len(models) == 1 and (Path(models[0]) / MILESTONES_FOLDER).is_dir() else None
+
+
+def milestones_of(run: Path) -> list[Path]:
+    """The milestones of a run, in the order of their steps.
+
+    Raises:
+        InputError: if there is none yet.
+    """
+    folders = list_milestones(run)
+    if not folders:
+        raise InputError(f"run {run}: has no milestone yet; wait for the first, or train it")
+    return folders
+
+
+def place_in_run(folder: Path) -> dict[str, int]:
+    """`step` and `tokens` of a milestone; nothing of another folder."""
+    is_milestone = (folder / "provenance.json").is_file() and (folder / CONFIG_FILE).is_file()
+    record = read_record(folder) if is_milestone else {}
+    return {key: record[key] for key in ("step", "tokens") if key in record}
