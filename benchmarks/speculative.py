@@ -24,8 +24,11 @@ from transformers import LlamaForCausalLM
 
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load
 from tinyllama_hf.grouped_attention import packed_attention
+from tinyllama_hf.inference.batch import Request, generate_many
 from tinyllama_hf.inference.decoding import LONGEST_DRAFT, SpeculationStatistics
 from tinyllama_hf.inference.draft_length import expected_tokens
+from tinyllama_hf.inference.drafts import Draft
+from tinyllama_hf.inference.generation import Sampling
 from tinyllama_hf.inference.kv_cache import measure_cache
 from tinyllama_hf.inference.ragged_cache import RaggedModel
 from tinyllama_hf.inference.speculative import speculative_generate
@@ -87,6 +90,7 @@ class Row:
         self.mask = (torch.arange(width) >= width - lengths[:, None]).long().to(target.device)
         self.ids = (ids * self.mask.cpu()).to(target.device)
         self.statistics: list[SpeculationStatistics] = []
+        self.tokens = batch * new_tokens
 
     def _options(self, do_sample: bool) -> dict[str, Any]:
         sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0} if do_sample else {"do_sample": False}
@@ -124,8 +128,7 @@ class Row:
                 _wait(self.target)
                 if number:  # the first pays for allocation
                     seconds[name].append(time.perf_counter() - began)
-        tokens = self.batch * self.new_tokens
-        result = {name: round(tokens / statistics.median(times), 2) for name, times in seconds.items()}
+        result = {name: round(self.tokens / statistics.median(times), 2) for name, times in seconds.items()}
         result |= {f"ours_over_{name}": round(result["ours"] / result[name], 3) for name in variants if name != "ours"}
         counted = self.statistics[-1]
         result |= {
@@ -154,6 +157,29 @@ class Row:
             "bound_draft_length": best if speeds[best] > 1 else 0,
             "target_pass_equivalents": round(counted.target_passes + draft / plain * counted.draft_passes, 1),
         }
+
+
+class QueuedRow(Row):
+    """The same with more prompts than rows: the place of one that is done goes to the next, with a draft and without."""
+
+    pad_token_id, eos_token_id = 0, None  # in the place of a tokenizer: tokens have no text here
+
+    def __init__(self, *arguments: Any, prompts_per_row: int):
+        super().__init__(*arguments)
+        prompts = [row[mask.bool()].tolist() for row, mask in zip(self.ids, self.mask, strict=True)]
+        self.requests = [
+            Request(i, prompts[i % self.batch][i % 5 :], self.new_tokens) for i in range(self.batch * prompts_per_row)
+        ]
+        self.tokens *= prompts_per_row
+
+    def plain_packed(self, do_sample: bool = False) -> None:
+        list(generate_many(self.target, self, self.requests, self.batch, Sampling(float(do_sample), 1.0)))
+
+    def ours(self, do_sample: bool = False) -> None:
+        draft = Draft(self.draft, None, self.target, None)
+        sampling = Sampling(float(do_sample), 1.0)
+        list(generate_many(self.target, self, self.requests, self.batch, sampling, draft=draft))
+        self.statistics.append(draft.statistics)
 
 
 def pass_seconds(model: LlamaForCausalLM, rows: int, tokens: int, length: int, repeats: int = 7) -> float:
@@ -194,15 +220,15 @@ def measure(target: Any, draft: Any, batches: list[int], args: argparse.Namespac
     """Rows of the table, one for each batch size, printed as they come."""
     rows = []
     for batch in batches:
-        row = Row(target, draft, batch, args.new_tokens, args.prompt_tokens)
-        variants: dict[str, Callable[[], None]] = {
-            "plain": row.plain,
-            "plain_packed": row.plain_packed,
-            "ours": row.ours,
-        }
-        if batch <= args.stock_up_to:
-            variants["stock_assisted"] = row.stock_assisted
-        rows.append({"pair": name, **row.run(args.rounds, variants)})
+        sizes = target, draft, batch, args.new_tokens, args.prompt_tokens
+        row = QueuedRow(*sizes, prompts_per_row=args.queue) if args.queue else Row(*sizes)
+        variants: dict[str, Callable[[], None]] = {"plain_packed": row.plain_packed, "ours": row.ours}
+        if not args.queue:
+            variants = {"plain": row.plain, **variants}
+            if batch <= args.stock_up_to:
+                variants["stock_assisted"] = row.stock_assisted
+        pair = f"{name}, {args.queue} prompts a row" if args.queue else name
+        rows.append({"pair": pair, **row.run(args.rounds, variants)})
         print(json.dumps(rows[-1]), flush=True)
     if args.sampled:
         row = Row(target, draft, batches[0], args.new_tokens, args.prompt_tokens)
@@ -224,6 +250,9 @@ def main() -> None:
     parser.add_argument("--stock-up-to", type=int, default=1, help="Largest batch that stock runs row by row.")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--layers", type=int, help="Of the target of the controlled pair; default: all 22.")
+    parser.add_argument(
+        "--queue", type=int, default=0, help="Prompts for each row, one after the other; 0: one, and no queue."
+    )
     parser.add_argument("--sampled", action="store_true", help="Also the first batch size with sampling.")
     parser.add_argument("--name", default="speculative", help="Of the file in results/.")
     args = parser.parse_args()
