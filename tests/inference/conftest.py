@@ -1,9 +1,10 @@
-"""Models that the tests of quantisation share."""
+"""Models that the tests of quantisation, and those of the server, share."""
 
 import pytest
 import torch
 
-from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
+from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
+from tinyllama_hf.chat.templates import load_template
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +17,24 @@ def nano_folder(tokenizer_folder, tmp_path_factory):
     )
     load_tokenizer(tokenizer_folder).save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def served_folder(tokenizer_folder, tmp_path_factory):
+    """A random model that goes on for ever, as a base model whose tokenizer lies in SentencePiece's form alone."""
+    torch.manual_seed(0)
+    model = TinyLlamaForCausalLM(TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=400))
+    model.lm_head.weight.data[2] = 0.0
+    folder = tmp_path_factory.mktemp("served") / "my-model"
+    model.save_pretrained(folder)
+    (folder / "tokenizer.model").write_bytes((tokenizer_folder / "tokenizer.model").read_bytes())
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local(served_folder):
+    """The same model and tokenizer in this process."""
+    model, tokenizer = load(served_folder)
+    tokenizer.chat_template = load_template("llama2")
+    return model, tokenizer

@@ -1,82 +1,35 @@
 """A real server process, asked by the `openai` client."""
 
-import asyncio
 import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import CacheNotFound
-from tokenizers.decoders import DecodeStream
-from transformers import AutoTokenizer, GenerationConfig
-from transformers.cli.serving.completion import CompletionHandler
-from transformers.cli.serving.model_manager import ModelManager
-from transformers.cli.serving.utils import BaseHandler, GenerateManager, GenerationState
 
-import tinyllama_hf_cli
 from tests.conftest import ROOT
+from tests.inference.served import CONTEXT, Server, chat, complete
 from tests.test_docs import commands
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
-from tinyllama_hf.chat.templates import load_template
-from tinyllama_hf.errors import InputError
 from tinyllama_hf.inference.chat import ChatSession
 from tinyllama_hf.inference.generation import Sampling, generate_text
-from tinyllama_hf.inference.serving import bind
 
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
-CONTEXT = 400
-
 
 @pytest.fixture(scope="module")
-def folder(tokenizer_folder, tmp_path_factory):
-    """A random model that goes on for ever, as a base model whose tokenizer lies in SentencePiece's form alone."""
-    torch.manual_seed(0)
-    model = TinyLlamaForCausalLM(TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=CONTEXT))
-    model.lm_head.weight.data[2] = 0.0
-    folder = tmp_path_factory.mktemp("served") / "my-model"
-    model.save_pretrained(folder)
-    (folder / "tokenizer.model").write_bytes((tokenizer_folder / "tokenizer.model").read_bytes())
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
-    return folder
-
-
-class Server:
-    """`tinyllama-hf serve` on a free port; no cache of the Hub is there."""
-
-    def __init__(self, folder: Path, cwd: Path, *options: str):
-        command = [Path(sys.executable).parent / "tinyllama-hf", "serve", folder, "--port", "0", *options]
-        self.process = subprocess.Popen(
-            [str(word) for word in command], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env=os.environ | {"HF_HOME": str(cwd / "nowhere"), "PYTHONUNBUFFERED": "1"},
-        )  # fmt: skip
-        self.greeting = self.process.stdout.readline()
-        assert self.greeting.startswith("serving "), self.greeting + self.process.communicate(timeout=60)[0]
-        self.url = self.greeting.split()[3].rstrip(";")
-        self.client = openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=120)
-
-    def stop(self, number: int = signal.SIGINT) -> str:
-        """What it printed, once it has ended."""
-        self.process.send_signal(number)
-        return self.process.communicate(timeout=60)[0]
-
-
-@pytest.fixture(scope="module")
-def server(folder, tmp_path_factory):
-    started = Server(folder, tmp_path_factory.mktemp("cwd"), "--template", "llama2")
+def server(served_folder, tmp_path_factory):
+    started = Server(served_folder, tmp_path_factory.mktemp("cwd"), "--template", "llama2")
     yield started
     if started.process.poll() is None:
         started.stop()
@@ -85,23 +38,6 @@ def server(folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def client(server):
     return server.client
-
-
-@pytest.fixture(scope="module")
-def local(folder):
-    """The same model and tokenizer in this process."""
-    model, tokenizer = load(folder)
-    tokenizer.chat_template = load_template("llama2")
-    return model, tokenizer
-
-
-def chat(client, *contents, **options):
-    messages = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
-    return client.chat.completions.create(**{"model": "my-model", "messages": messages, "temperature": 0, **options})
-
-
-def complete(client, prompt, **options):
-    return client.completions.create(**{"model": "my-model", "prompt": prompt, "temperature": 0, **options})
 
 
 def test_the_model_is_listed(client):
@@ -121,55 +57,6 @@ def test_completions_are_what_generate_gives(client, local, prompt):
     assert whole.usage.prompt_tokens == len(local[1](prompt, split_special_tokens=True)["input_ids"])
     parts = [chunk.choices[0].text for chunk in complete(client, prompt, max_tokens=20, stream=True)]
     assert len(parts) > 5 and "".join(parts).rstrip("\ufffd") == text.rstrip("\ufffd")
-
-
-class TestTheLibrary:
-    """Why `transformers serve` is not handed the folder (5.23); where one of these fails, something of ours can go."""
-
-    def test_reads_prompts_otherwise(self, folder):
-        ours, stock = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
-        texts = ["def f(x):\n    return x", " x", "a </s> b"]
-        assert all(stock(text)["input_ids"] != ours(text, split_special_tokens=True)["input_ids"] for text in texts)
-
-    def test_joins_words_and_leaves_the_context(self, local):
-        model, tokenizer = local
-        token = tokenizer.convert_tokens_to_ids("\u2581a")
-        config = GenerationConfig(max_new_tokens=CONTEXT, pad_token_id=0, sequence_bias={(token,): 100.0})
-        inputs = tokenizer("x", return_tensors="pt")
-        text, length, new = asyncio.run(
-            GenerateManager().generate_non_streaming(model, tokenizer, inputs, config, "1")
-        )
-        assert length + len(new) > CONTEXT
-        assert tokenizer.decode([*inputs["input_ids"][0], *new], skip_special_tokens=True).startswith("x a a a")
-        assert text.startswith("a a a")
-
-    def test_cannot_stream_bytes_that_are_no_text(self, local):
-        """A line break is a byte for Llama."""
-        _, tokenizer = local
-        stream = DecodeStream([], skip_special_tokens=True)
-        with pytest.raises(Exception, match="Invalid prefix encountered"):
-            for token in tokenizer.convert_tokens_to_ids(["<0x0A>", "<0xE2>", "\u2581a"]):
-                stream.step(tokenizer._tokenizer, token)
-
-    def test_ignores_a_temperature(self):
-        handler = BaseHandler(None, GenerationState())
-        config = handler._build_generation_config({"temperature": 0.7}, GenerationConfig(do_sample=False))
-        assert config.temperature == 0.7 and not config.do_sample
-
-    def test_fails_at_values(self):
-        handler = CompletionHandler(None, GenerationState())
-        for body in ({"max_tokens": "ten"}, {"seed": "x"}, {"generation_config": "nojson"}):
-            with pytest.raises(ValueError, match=r"invalid literal|Expecting value"):
-                handler._build_generation_config(body, GenerationConfig())
-
-    def test_leaves_the_models_settings_out_beside_those_of_a_request(self):
-        body = {"generation_config": '{"top_k": 5}', "logit_bias": {"1": 1.0}}
-        config = CompletionHandler(None, GenerationState())._build_generation_config(body, GenerationConfig(min_p=0.5))
-        assert config.min_p is None and config.sequence_bias is None
-
-    def test_needs_a_cache_of_the_hub(self, tmp_path):
-        with pytest.raises(CacheNotFound):
-            ModelManager.get_gen_models(str(tmp_path / "nowhere"))
 
 
 def test_chat_completions_are_what_chat_gives(client, local):
@@ -234,7 +121,7 @@ def test_stop_strings(client, local):
         (lambda c: complete(c, "x", n=2), "n: is not supported by this server"),
         (lambda c: complete(c, "x", logprobs=3), "logprobs: is not supported by this server"),
         (lambda c: chat(c, "x", response_format={"type": "json_object"}), "response_format: is not supported"),
-        (lambda c: chat(c, "x", tools=[{"type": "function", "function": {"name": "f"}}]), "tools: are not supported"),
+        (lambda c: chat(c, "x", tools=[{"type": "function", "function": {"name": "f"}}]), "tools: is not supported"),
         (lambda c: complete(c, "x", model="another"), "Server is pinned to 'my-model'; requested 'another'"),
         (lambda c: complete(c, ["x", "y"]), "prompt must be a string"),
         (lambda c: c.post("/chat/completions", body={"model": "my-model"}, cast_to=object), "messages: is missing"),
@@ -254,124 +141,39 @@ def test_bad_requests(client, ask, message):
     assert message in error.value.message
 
 
-def ask(client, body, path="completions"):
-    """Status and error of a request that the `openai` client would not make, or would not let through."""
-    prompt = {"chat/completions": {"messages": [{"role": "user", "content": "x"}]}, "responses": {"input": "x"}}
-    whole = {**prompt.get(path, {"prompt": "x"}), **body} if isinstance(body, dict) else body
-    data = whole if isinstance(whole, bytes) else json.dumps(whole).encode()
-    request = urllib.request.Request(f"{client.base_url}{path}", data, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request) as answer:
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)["error"]
-
-
-FIELDS = [
-    ({"max_tokens": "ten"}, "max_tokens 'ten': must be a valid integer"),
-    ({"max_tokens": 1.5}, "max_tokens 1.5: must be a valid integer"),
-    ({"temperature": "x"}, "temperature 'x': must be a valid number"),
-    ({"temperature": float("inf")}, "temperature inf: must be a finite number"),
-    ({"top_p": True}, "top_p True: must be a valid number"),
-    ({"seed": "x"}, "seed 'x': must be a valid integer"),
-    ({"seed": -1}, "seed -1: must be greater than or equal to 0"),
-    ({"seed": 2**63}, "seed 9223372036854775808: must be less than"),
-    ({"stop": 5}, "stop 5: must be a text or a list of texts, none of them empty"),
-    ({"stop": ""}, "stop '': must be a text"),
-    ({"stop": ["a", ""]}, "stop ['a', '']: must be a text"),
-    ({"stream": "yes"}, "stream 'yes': must be a valid boolean"),
-    ({"suffix": 5}, "suffix 5: must be a valid string"),
-    ({"frequency_penalty": -1}, "frequency_penalty -1: must be greater than -1"),
-    ({"logit_bias": {"x": 1}}, "logit_bias {'x': 1}: 'x' must be the id of a token, 0 to 511"),
-    ({"logit_bias": {"512": 1}}, "'512' must be the id of a token"),
-    ({"logit_bias": {"5": "x"}}, "logit_bias.5 'x': must be a valid number"),
-    ({"generation_config": "nojson"}, "generation_config 'nojson': Invalid JSON"),
-    ({"generation_config": {"top_k": 1}}, "generation_config {'top_k': 1}: JSON must be string"),
-    ({"generation_config": '{"num_beams": 3}'}, "generation_config.num_beams 3: is not supported by this server; valid: do_sample"),
-    ({"generation_config": '{"top_k": -1}'}, "generation_config.top_k -1: must be greater than or equal to 0"),
-    ({"prompt": "\ud83d"}, "body: holds half of a surrogate pair"),
-    ({"nonsense": 1}, "Unexpected fields in the request: {'nonsense'}"),
-    ([1], "body: must be a JSON object"),
-    (b'{"prompt": "x"', "body: is no JSON (Expecting ',' delimiter)"),
-]  # fmt: skip
-CONVERSATIONS = [
-    ("chat/completions", {"messages": [{"role": "user", "content": 5}]}, "messages, message 0: content must be a text, or a list"),
-    ("chat/completions", {"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "content must be a text, or a list"),
-    ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content must be a text, or a list"),
-    ("chat/completions", {"messages": [{"role": "assistant", "content": "x", "tool_calls": [5]}]}, "calls of tools are not supported"),
-    ("chat/completions", {"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs: is not supported"),
-    ("chat/completions", {"max_completion_tokens": "x"}, "max_completion_tokens 'x': must be a valid integer"),
-    ("responses", {"max_output_tokens": 0}, "max_output_tokens 0: must be greater"),
-    ("responses", {"input": 5}, "input: must be a list of"),
-    ("responses", {"input": [5]}, "input: must be a list of"),
-    ("responses", {"input": [{"type": "function_call"}]}, "calls of tools are not supported"),
-    ("responses", {"instructions": 5}, "instructions 5: must be a valid string"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("path", "body", "message"),
-    [*(("completions", body, message) for body, message in FIELDS), *CONVERSATIONS],
-    ids=lambda value: str(value)[:40],
-)
-def test_bad_fields(client, path, body, message):
-    """Status 400 in OpenAI's form, naming field, value and rule."""
-    status, error = ask(client, body, path)
-    assert status == 400 and message in error["message"] and error["type"] == "invalid_request_error"
-
-
-def test_a_path_that_is_not_there_has_an_error_of_the_same_form(client):
-    assert ask(client, {}, "audio/transcriptions") == (404, {"message": "Not Found", "type": "invalid_request_error"})
-
-
-def test_settings_of_a_generation_config(client):
-    """They come on top of the model's, and fields of the request on top of them."""
-
-    def text(**body):
-        status, answer = ask(client, {"max_tokens": 20, "seed": 1, **body})
-        assert status == 200
-        return answer["choices"][0]["text"]
-
-    greedy = text(temperature=0)
-    assert text() != greedy == text(generation_config='{"top_k": 1}') == text(generation_config='{"temperature": 0}')
-    assert text(generation_config='{"transformers_version": "5"}') == text()
-    assert text(generation_config='{"temperature": 0}', temperature=0.8) == text()
-    status, answer = ask(client, {"max_tokens": None, "generation_config": '{"max_new_tokens": 7}'})
-    assert (status, answer["usage"]["completion_tokens"]) == (200, 7)
-
-
-def test_a_bias(client, local):
-    token = local[1].convert_tokens_to_ids("\u2581a")
-    answer = ask(client, {"logit_bias": {str(token): 100}, "max_tokens": 3, "temperature": 0})[1]
-    assert answer["choices"][0]["text"] == " a a a"
-    assert ask(client, {"logit_bias": {}, "stop": [], "max_tokens": 3})[0] == 200
-
-
-def test_messages_as_clients_send_them_back(client):
-    message = {"role": "assistant", "content": "y", "tool_calls": None}
-    turns = [{"role": "user", "content": [{"type": "text", "text": "x"}]}, message, {"role": "user", "content": "z"}]
-    assert ask(client, {"messages": turns, "max_tokens": 2}, "chat/completions")[0] == 200
-    parts = [{"type": "input_text", "text": "x"}]
-    assert ask(client, {"input": parts, "max_output_tokens": 2}, "responses")[0] == 200
-
-
 def test_harmless_fields_are_let_through(client):
     assert chat(client, "x", max_tokens=2, n=1, user="me", stream_options=None).choices[0].message.content
 
 
-def test_two_at_a_time(client):
-    """Requests queue; each gets its own."""
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_seed_repeats_whatever_runs_beside(client, local, stream):
+    """Five clients at once with seeds and temperatures of their own, then each by itself."""
+    requests = [(7, 1.0, stream), (1, 0.3, False), (2, 1.0, True), (3, 1.3, True), (4, 0, False)]
+
+    def ask(seed, temperature, stream):
+        answer = complete(client, "def", max_tokens=12, seed=seed, temperature=temperature, stream=stream)
+        texts[seed] = "".join(part.choices[0].text for part in answer) if stream else answer.choices[0].text
+
     texts = {}
-
-    def ask(prompt):
-        texts[prompt] = complete(client, prompt, max_tokens=30).choices[0].text
-
-    threads = [threading.Thread(target=ask, args=(prompt,)) for prompt in ("def", "class", "import")]
+    threads = [threading.Thread(target=ask, args=request) for request in requests]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert texts == {prompt: complete(client, prompt, max_tokens=30).choices[0].text for prompt in texts}
+    together, texts = texts, {}
+    for request in requests:
+        ask(*request)
+    assert together == texts and len(set(texts.values())) == 5
+    assert ("def" + texts[7]).rstrip("\ufffd") == generate_text(*local, "def", 12, 1.0, seed=7).rstrip("\ufffd")
+
+
+def test_without_a_seed_nothing_repeats(client):
+    """Not even after one with a seed."""
+    texts = set()
+    for _ in range(2):
+        complete(client, "def", max_tokens=1, temperature=1.0, seed=1)
+        texts.add(complete(client, "def", max_tokens=20, temperature=1.0).choices[0].text)
+    assert len(texts) == 2
 
 
 @pytest.mark.slow
@@ -386,6 +188,10 @@ def test_it_ends_in_the_middle_of_a_request(tmp_path, tokenizer_folder, number, 
     load_tokenizer(tokenizer_folder).save_pretrained(tmp_path / "base")
     server = Server(tmp_path / "base", tmp_path)
     assert "/completions -H" in server.process.stdout.readline()
+    answer = complete(server.client, "x", model="base", max_tokens=190_000, stream=True)
+    next(answer)
+    answer.close()  # which ends it: the next one would wait in vain
+    complete(server.client, "x", model="base", max_tokens=1)
     ended = []
 
     def ask():
@@ -404,55 +210,15 @@ def test_it_ends_in_the_middle_of_a_request(tmp_path, tokenizer_folder, number, 
     printed = server.stop(number)
     assert time.monotonic() - began < 20
     thread.join(timeout=10)
-    assert ended
+    assert "the server is shutting down" in str(ended[-1])
     assert server.process.returncode == (0 if number == signal.SIGINT else -signal.SIGTERM), printed
     assert "Traceback" not in printed
 
 
-class TestRefusals:
-    @pytest.fixture
-    def refuse(self, monkeypatch, capsys, tmp_path):
-        """Runs the command in this process; returns its message."""
-
-        def run(*words):
-            monkeypatch.setattr(sys, "argv", ["tinyllama-hf", "serve", *map(str, words)])
-            monkeypatch.chdir(tmp_path)
-            with pytest.raises(SystemExit) as stop:
-                tinyllama_hf_cli.main()
-            output, errors = capsys.readouterr()
-            assert stop.value.code == 2 and not output and errors.startswith("error: ") and errors.count("\n") == 1
-            return errors
-
-        return run
-
-    def test_a_port_in_use(self, folder, refuse):
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            port = taken.getsockname()[1]
-            errors = refuse(folder, "--port", port)
-        assert f"--host 127.0.0.1 --port {port}: cannot be had (Address already in use)" in errors
-
-    def test_addresses(self):
-        with pytest.raises(InputError, match="--port 70000: must lie between 0"):
-            bind("127.0.0.1", 70000)
-        with pytest.raises(InputError, match=r"--host nowhere\.invalid: no address of this machine"):
-            bind("nowhere.invalid", 0)
-        with pytest.raises(InputError, match=r"--host 192\.0\.2\.1 --port 0: cannot be had"):
-            bind("192.0.2.1", 0)
-
-    def test_models_and_templates(self, folder, refuse):
-        assert "model 'nowhere': no such folder" in refuse("nowhere", "--port", 0)
-        errors = refuse(folder, "--template", "lama2")
-        assert "chat template 'lama2' does not exist; did you mean 'llama2'?" in errors
-
-    def test_without_the_packages(self, folder, monkeypatch, refuse):
-        monkeypatch.setitem(sys.modules, "uvicorn", None)
-        assert "serve needs the package uvicorn: pip install 'tinyllama_hf[serving]'" in refuse(folder)
-
-
 @pytest.mark.slow
-def test_the_page(folder, tmp_path):
+def test_the_page(served_folder, tmp_path):
     """Every command of docs/serving.md is run, the server's first, then its Python."""
-    (tmp_path / "my-model").symlink_to(folder)
+    (tmp_path / "my-model").symlink_to(served_folder)
     found = commands(ROOT / "docs" / "serving.md")
     served = next(command for command, _ in found if " serve " in command)
     server = Server(tmp_path / "my-model", tmp_path, *served.split()[3:])
@@ -485,7 +251,7 @@ def test_quantised(nano_folder, tmp_path):
         "nf4",
     ]
     process = subprocess.Popen(
-        [str(c) for c in command], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [str(word) for word in command], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     url = process.stdout.readline().split()[3].rstrip(";")
     client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)

@@ -4,9 +4,10 @@ These convert what they are given, and answer with status 500 where that fails.
 """
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, Json, ValidationError, ValidationInfo, field_validator
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..errors import InputError, did_you_mean
 
@@ -14,8 +15,35 @@ from ..errors import InputError, did_you_mean
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _OTHER_MEDIA = ("image", "audio", "video", "file")
 _CALLS = ("function_call", "function_call_output")
+# What does not decide the answers, and numbers that ask for what there is.
+_HARMLESS = {"stream_options", "user", "metadata", "store", "service_tier", "safety_identifier"}
+_HARMLESS |= {"prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"}
+_DEFAULTS = {"n": 1, "best_of": 1, "presence_penalty": 0, "top_logprobs": 0}
+# Before each request the library compares the stop strings with the whole vocabulary: seconds at these limits.
+_STOPS, _STOP_LENGTH = 4, 100
+_LEAST = 1e-6  # of what logits are divided by, which have to stay finite
 _Count = Annotated[int, Field(ge=1)]
 _Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Limits(NamedTuple):
+    """What a request has to keep to.
+
+    Attributes:
+        vocab_size (`int`): of the model.
+        context (`int`): of the model, in tokens.
+        characters (`int`): that the context can hold; to make tokens of megabytes takes half a minute.
+    """
+
+    vocab_size: int
+    context: int
+    characters: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> "Limits":
+        """Those of a model and its tokenizer."""
+        context = model.config.max_position_embeddings
+        return cls(model.config.vocab_size, context, context * max(map(len, tokenizer.get_vocab())))
 
 
 class _Sampling(BaseModel):
@@ -23,6 +51,13 @@ class _Sampling(BaseModel):
 
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: _Share | None = None
+
+    @field_validator("temperature")
+    @classmethod
+    def _not_tiny(cls, value: float | None) -> float | None:
+        if value and value < _LEAST:
+            raise ValueError(f"must be 0 (always the most likely token) or at least {_LEAST}")
+        return value
 
 
 class _GenerationConfig(_Sampling):
@@ -34,7 +69,7 @@ class _GenerationConfig(_Sampling):
     top_k: Annotated[int, Field(ge=0)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     typical_p: _Share | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=_LEAST, le=1 / _LEAST)] | None = None
     no_repeat_ngram_size: Annotated[int, Field(ge=0)] | None = None
     min_new_tokens: Annotated[int, Field(ge=0)] | None = None
     max_new_tokens: _Count | None = None
@@ -49,6 +84,7 @@ class _Fields(_Sampling):
     max_tokens: _Count | None = None
     max_completion_tokens: _Count | None = None
     max_output_tokens: _Count | None = None
+    parallel_tool_calls: bool | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     # The repetition penalty is 1 more, and has to be above 0; OpenAI's upper limit.
     frequency_penalty: Annotated[float, Field(gt=-1, le=2)] | None = None
@@ -59,7 +95,7 @@ class _Fields(_Sampling):
     @field_validator("logit_bias")
     @classmethod
     def _ids(cls, value: dict[str, float] | None, info: ValidationInfo) -> dict[str, float] | None:
-        size = info.context["vocab_size"]
+        size = info.context.vocab_size
         if bad := [key for key in value or () if not (key.isdecimal() and int(key) < size)]:
             raise ValueError(f"{bad[0]!r} must be the id of a token, 0 to {size - 1}")
         return value
@@ -70,15 +106,18 @@ class _Fields(_Sampling):
         texts = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(text, str) and text for text in texts):
             raise ValueError("must be a text or a list of texts, none of them empty")
+        if len(texts) > _STOPS or any(len(text) > _STOP_LENGTH for text in texts):
+            raise ValueError(f"must be up to {_STOPS} texts of up to {_STOP_LENGTH} characters")
         return value
 
 
-def check_fields(body: dict[str, Any], vocab_size: int) -> dict[str, Any]:
-    """Checks values by type and range.
+def check_fields(body: dict[str, Any], needed: str, limits: Limits) -> dict[str, Any]:
+    """Checks which fields there are, and their values by type and range.
 
     Args:
-        body (`dict`): of a request.
-        vocab_size (`int`): of the model.
+        body (`dict`): of a request, with fields that OpenAI's interface has.
+        needed (`str`): the field that holds the prompt, which is not checked here.
+        limits (`Limits`): of the model.
 
     Returns:
         The body without what is `null` or empty, with `generation_config` as a dictionary.
@@ -86,16 +125,25 @@ def check_fields(body: dict[str, Any], vocab_size: int) -> dict[str, Any]:
     Raises:
         InputError: naming the field, its value and the rule.
     """
+    for name in sorted(body.keys() - _Fields.model_fields.keys() - _HARMLESS - {needed}):
+        if not _says_nothing(name, body[name]):
+            raise InputError(f"{name}: is not supported by this server; leave it out")
     try:
         json.dumps(body, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise InputError(f"body: holds half of a surrogate pair, which is no text ({error.reason})") from error
     try:
-        known = _Fields.model_validate(body, context={"vocab_size": vocab_size})
+        known = _Fields.model_validate(body, context=limits)
     except ValidationError as error:
         raise InputError(_in_words(error)) from error
     checked = body | known.model_dump(exclude_none=True)
     return {name: value for name, value in checked.items() if value not in (None, [], {})}
+
+
+def _says_nothing(name: str, value: Any) -> bool:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value == _DEFAULTS.get(name)
+    return not value
 
 
 def _in_words(error: ValidationError) -> str:
@@ -107,6 +155,29 @@ def _in_words(error: ValidationError) -> str:
         return f"{name} {first['input']!r}: is not supported by this server{valid}"
     rule = first["msg"].removeprefix("Value error, ").replace("input should", "must").replace("Input should", "must")
     return f"{name} {first['input']!r}: {rule}"
+
+
+def check_length(texts: Any, limits: Limits) -> None:
+    """Refuses what cannot fit the context, before its tokens are read.
+
+    Args:
+        texts (`Any`): a text, messages, parts of them, or lists of these.
+        limits (`Limits`): of the model.
+
+    Raises:
+        InputError: if together they have more characters than the context can hold.
+    """
+    if (length := _length(texts)) > limits.characters:
+        raise InputError(
+            f"a prompt of {length} characters; must be at most {limits.characters}, as the model's context of "
+            f"{limits.context} tokens holds no more"
+        )
+
+
+def _length(value: Any) -> int:
+    if isinstance(value, dict):
+        value = value.get("content", value.get("text"))
+    return len(value) if isinstance(value, str) else sum(map(_length, value)) if isinstance(value, list) else 0
 
 
 def check_messages(value: Any, name: str) -> None:
@@ -128,6 +199,8 @@ def check_messages(value: Any, name: str) -> None:
         where = f"{name}, message {number}"
         if message.get("tool_calls") or message.get("type") in _CALLS:
             raise InputError(f"{where}: calls of tools are not supported; leave them out")
+        if message.get("type", "message") != "message":
+            raise InputError(f"{where}: type {message['type']!r} is not supported; leave it out")
         message.pop("tool_calls", None)
         if "role" not in message:
             raise InputError(

@@ -1,8 +1,10 @@
-"""Generating for the requests of a server: one at a time, within the model's context, and no longer than the server runs."""
+"""Generating for the requests of a server: one at a time, within the model's context, and no longer than the server runs.
+
+All of them draw from torch's one generator, in the one thread that generates; it is seeded there, before each of them.
+"""
 
 import asyncio
 import functools
-import json
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,7 +29,10 @@ class OneQueue(GenerationState):
 
 
 class Generation(GenerateManager):
-    """Generates within the model's context, streams exactly what the whole text would be, and stops when the server does."""
+    """Generates within the model's context, streams exactly what the whole text would be, and stops when the server does.
+
+    A `GenerationConfig` comes with a `seed` of ours, or `None`.
+    """
 
     def __init__(self):
         super().__init__()
@@ -43,12 +48,11 @@ class Generation(GenerateManager):
 
         def generate() -> None:
             try:
-                model.generate(**arguments, streamer=streamer)
+                self._generate(model, streamer=streamer, **arguments)
             except _Cancelled:
                 put(None)
             except Exception as error:  # whatever it is, somebody waits for the end of the stream
-                text = json.dumps(str(getattr(error, "detail", error)))
-                put(_StreamError(text[1:-1]))  # which the handlers put between quotes as it is
+                put(_StreamError(str(getattr(error, "detail", error))))
 
         self.submit(generate)
         return queue, streamer
@@ -57,7 +61,7 @@ class Generation(GenerateManager):
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
     ) -> tuple[str, int, torch.Tensor]:
         arguments = self._arguments(model, processor, inputs, gen_config)
-        sequences = await self.async_submit(model.generate, **arguments)
+        sequences = await self.async_submit(self._generate, model, **arguments)
         length = inputs["input_ids"].shape[-1]
         return processor.decode(sequences[0, length:], skip_special_tokens=True), length, sequences[0, length:]
 
@@ -65,10 +69,21 @@ class Generation(GenerateManager):
         _limit(model, inputs, gen_config)
         return {**inputs, "generation_config": gen_config, "tokenizer": processor, "stopping_criteria": [self._go_on]}
 
+    def _generate(self, model: Any, generation_config: GenerationConfig, **arguments: Any) -> torch.Tensor:
+        self._check_ending()
+        if generation_config.seed is None:
+            torch.seed()  # what was seeded before would go on, and repeat
+        else:
+            torch.manual_seed(generation_config.seed)
+        return model.generate(generation_config=generation_config, **arguments)
+
     def _go_on(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self._check_ending()
+        return torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
+
+    def _check_ending(self) -> None:
         if self.ending.is_set():
             raise Ending
-        return torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
 
 
 class _Cancelled(Exception):

@@ -2,15 +2,18 @@
 
 The library's handlers do the work. Its own command (5.23) would take the tokenizer that stock transformers makes of a folder,
 look for control tokens in what people wrote, drop the space between a prompt and its continuation, ignore a temperature unless
-the model's folder says that it samples, ignore what it does not support, and generate beyond the context;
-`TestTheLibrary` in tests/inference/test_serving.py shows it.
+the model's folder says that it samples, seed when a request comes and not when it is generated, ignore what it does not support,
+generate beyond the context, and load or drop models for whoever asks; tests/inference/test_serving_library.py shows it.
 """
 
 import copy
 import json
 import logging
+import re
 import socket
 import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
@@ -22,17 +25,17 @@ from ..errors import InputError, require
 from .batch import stop_tokens_of
 from .generation import Sampling
 from .prompts import chat_ids
-from .request_fields import check_fields, check_messages
+from .request_fields import Limits, check_fields, check_length, check_messages
 from .request_queue import Ending, OneQueue
 
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-_OTHER_MODELS = ("/v1/audio/transcriptions", "/v1/systemone")  # paths that need one
-# What the handlers ignore, and may: answers are the same without.
-_HARMLESS = {"stream_options", "user", "metadata", "store", "service_tier", "parallel_tool_calls"}
-_IGNORED = {"chat_template_kwargs"}  # by our template, besides what the handlers say they ignore
+# The library's app has others, for models that this is none of, to load and drop models, and pages from another server.
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health")
+_STREAM_ERROR = re.compile(r'^data: {"error": "(.*)"}\n\n\Z', re.MULTILINE | re.DOTALL)
+_LONGEST_MESSAGE = 1000  # characters of an error, which quotes what was sent
 _LENGTHS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
 _SECONDS_TO_END = 5  # that connections get after Ctrl-C
 
@@ -48,7 +51,7 @@ def check_installed() -> None:
 
 
 def build_app(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> "FastAPI":
-    """The server's application: `/v1/chat/completions`, `/v1/completions`, `/v1/responses`, `/v1/models`, `/health`.
+    """The server's application, with [`PATHS`] alone.
 
     Sampling defaults to that of `generate`; requests replace it. Bad requests are answered with status 400.
 
@@ -73,18 +76,19 @@ def build_app(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerF
     )
     chat = OneModel(name, model, _for_chat(tokenizer))
     text = OneModel(name, model, _for_text(tokenizer))
-    state, vocab_size = OneQueue(), model.config.vocab_size
+    state, limits = OneQueue(), Limits.of(model, tokenizer)
     app = build_server(
         chat,
-        _strict(ChatCompletionHandler, "messages", vocab_size)(chat, state),
-        completion_handler=_strict(CompletionHandler, "prompt", vocab_size)(text, state),
-        response_handler=_strict(ResponseHandler, "input", vocab_size)(chat, state),
+        _strict(ChatCompletionHandler, "messages", limits)(chat, state),
+        completion_handler=_strict(CompletionHandler, "prompt", limits)(text, state),
+        response_handler=_strict(ResponseHandler, "input", limits)(chat, state),
         transcription_handler=None,
         systemone_handler=None,
         generation_state=state,
     )
-    app.router.routes[:] = [route for route in app.router.routes if route.path not in _OTHER_MODELS]
-    for kind in (InputError, HTTPException, RequestValidationError, Ending):
+    app.router.routes[:] = [route for route in app.router.routes if route.path in PATHS]
+    app.router.redirect_slashes = False
+    for kind in (InputError, HTTPException, RequestValidationError, Ending, Exception):
         app.add_exception_handler(kind, _say)
     app.state.ending = state.manager.ending
     return app
@@ -130,56 +134,84 @@ def run(app: "FastAPI", bound: socket.socket) -> None:
     Server(uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=_SECONDS_TO_END)).run(sockets=[bound])
 
 
-async def _say(_: Any, error: Exception) -> Any:
+async def _say(request: Any, error: Exception) -> Any:
     """An error in the form that OpenAI's clients show."""
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
 
     message = str(getattr(error, "detail", error))
+    status = getattr(error, "status_code", 400 if isinstance(error, (InputError, RequestValidationError)) else 500)
     if isinstance(error, RequestValidationError):
         message = "body: must be a JSON object, sent with Content-Type: application/json"
         if reasons := [found["ctx"]["error"] for found in error.errors() if found["type"] == "json_invalid"]:
             message = f"body: is no JSON ({reasons[0]})"
-    status = getattr(error, "status_code", 400)
+    elif status in (404, 405):
+        message = f"{request.method} {request.url.path}: {message}; this server has {', '.join(PATHS)}"
+    elif status == 500:
+        message = f"{type(error).__name__}: {message}"  # its traceback is in the server's log
     status = 400 if status == 422 else status  # the library's for fields and forms that it does not know
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse({"error": {"message": message, "type": kind}}, status_code=status)
+    return JSONResponse(_in_form(message, status), status_code=status)
 
 
-def _strict(handler: type[BaseHandler], needed: str, vocab_size: int) -> type[BaseHandler]:
+def _in_form(message: str, status: int) -> dict[str, Any]:
+    if len(message) > _LONGEST_MESSAGE:
+        message = f"{message[: _LONGEST_MESSAGE // 2]} ... {message[-_LONGEST_MESSAGE // 2 :]}"
+    return {"error": {"message": message, "type": "invalid_request_error" if status < 500 else "server_error"}}
+
+
+async def _with_error_in_form(parts: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    """A stream whose error is as OpenAI's; of the library's (5.23), a text alone, clients show nothing."""
+    async with aclosing(parts):  # it ends the generation when the client is gone
+        async for part in parts:
+            yield _STREAM_ERROR.sub(lambda found: f"data: {json.dumps(_in_form(found[1], 500))}\n\n", part)
+
+
+def _strict(handler: type[BaseHandler], needed: str, limits: Limits) -> type[BaseHandler]:
     """A handler that refuses what the library's (5.23) ignores, or fails at, and streams only when asked.
 
     (That of `/v1/responses` streams unless it is told not to.)
     """
+    from fastapi.responses import StreamingResponse
 
     class Strict(handler):
+        async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+            response = await super().handle_request(body, request_id)
+            if isinstance(response, StreamingResponse):
+                response.body_iterator = _with_error_in_form(response.body_iterator)
+            return response
+
         def _validate_request(self, body: dict[str, Any]) -> None:
             super()._validate_request(body)
-            if body.get(needed) is None:
+            given = body.get(needed)
+            if given is None:
                 raise InputError(f"{needed}: is missing")
-            for name in sorted(body.keys() & (self._unused_fields | _IGNORED) - _HARMLESS):
-                if body[name] and not (name in ("n", "best_of") and body[name] == 1):
-                    raise InputError(f"{name}: is not supported by this server; leave it out")
-            given = body[needed]
-            if needed == "messages" or (needed == "input" and not isinstance(given, str)):
-                check_messages(given, needed)
-            checked = {"stream": False, **check_fields(body, vocab_size), needed: given}
+            try:
+                if needed == "messages" or (needed == "input" and not isinstance(given, str)):
+                    check_messages(given, needed)
+                checked = {"stream": False, **check_fields(body, needed, limits), needed: given}
+                check_length([given, checked.get("instructions")], limits)
+            except RecursionError as error:
+                raise InputError("body: is nested too deeply") from error
             body.clear()
             body.update(checked)
 
         def _build_generation_config(
             self, body: dict[str, Any], model_generation_config: GenerationConfig, use_cb: bool = False
         ) -> GenerationConfig:
-            """The library's leaves the model's settings out where a request has its own, and a bias out of completions."""
+            """The library's leaves the model's settings out where a request has its own, and a bias out of completions.
+
+            It would seed here, while others generate.
+            """
             settings = dict(body.get("generation_config", {}))
             length = settings.pop("max_new_tokens", None)
             defaults = copy.deepcopy(model_generation_config)
             defaults.update(**settings)
             fields = {name: settings[name] for name in ("temperature",) if name in settings} | body
-            bias = fields.pop("logit_bias", {})
+            bias, seed = fields.pop("logit_bias", {}), fields.pop("seed", None)
             fields.pop("generation_config", None)
             config = super()._build_generation_config(fields, defaults, use_cb)
             config.sequence_bias = {(int(token),): value for token, value in bias.items()} or None
+            config.seed = seed
             if length is not None and not fields.keys() & _LENGTHS:
                 config.max_new_tokens = length
             return config
@@ -216,9 +248,7 @@ def _for_chat(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """Renders conversations as `chat` does: control tokens come from the template alone."""
     served = copy.deepcopy(tokenizer)
 
-    def apply_chat_template(messages: Any, tools: Any = None, **_: Any) -> BatchEncoding:
-        if tools:
-            raise InputError("tools: are not supported; leave them out")
+    def apply_chat_template(messages: Any, **_: Any) -> BatchEncoding:
         ids = chat_ids(messages, tokenizer)
         return BatchEncoding({"input_ids": [ids], "attention_mask": [[1] * len(ids)]}, tensor_type="pt")
 
