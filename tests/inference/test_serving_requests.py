@@ -1,6 +1,7 @@
 """Requests to the server's application in this process: what it refuses and how, and what it has not."""
 
 import json
+import re
 
 import pytest
 
@@ -187,6 +188,18 @@ def test_settings_of_a_generation_config(client):
     assert text(generation_config='{"temperature": 0}', temperature=0.8) == text()
     status, answer = ask(client, {"max_tokens": None, "generation_config": '{"max_new_tokens": 7}'})
     assert (status, answer["usage"]["completion_tokens"]) == (200, 7)
+
+
+@pytest.mark.parametrize("path", GENERATING)
+def test_a_seed(client, path):
+    length = {"max_output_tokens" if path == "responses" else "max_tokens": 10}
+
+    def streamed(seed):
+        """Without what is new in each answer: its id and time."""
+        text = post(client, {"stream": True, "seed": seed, **length}, path).text
+        return re.findall(r'"(?:text|content|delta)":("[^"]*")', text)
+
+    assert streamed(1) == streamed(1) != streamed(2)
 
 
 def test_a_bias(client, local):
