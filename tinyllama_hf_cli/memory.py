@@ -38,9 +38,10 @@ def memory(
 
     Example: tinyllama-hf memory step-1431k-3T --batch 100 --context 2048 --quantization nf4 --device 4090
     """
-    from tinyllama_hf.inference.architecture import chosen_quantization, find_architecture
+    from tinyllama_hf.inference.architecture import find_architecture
     from tinyllama_hf.inference.memory import Setup, check_batch, fit_lines, lines
     from tinyllama_hf.inference.memory import memory as work_out
+    from tinyllama_hf.inference.quantization import chosen_quantization
 
     found = find_architecture(model)
     kind = chosen_quantization(quantization, found.quantization, model)
@@ -53,7 +54,7 @@ def memory(
 
 
 def _dtype(name: str, found: Any) -> Any:
-    """The type of that name for an `Architecture`; what is plain of weights that were saved quantised is loaded as it is."""
+    """The type of that name for an `Architecture`."""
     import torch
 
     from tinyllama_hf.errors import InputError, did_you_mean
@@ -63,11 +64,6 @@ def _dtype(name: str, found: Any) -> Any:
         raise InputError(f"--dtype {name!r}: there is none of this name{did_you_mean(name, dtypes)}")
     if dtypes[name] is None:
         raise InputError("--dtype auto: the model's config.json names no dtype; give fp32 or bf16")
-    if found.quantization != "none" and found.dtype not in (None, dtypes[name]):
-        saved = str(found.dtype).removeprefix("torch.")
-        raise InputError(
-            f"--dtype {name}: what is not quantised of these weights was saved as {saved}, and is loaded so; leave it out"
-        )
     return dtypes[name]
 
 

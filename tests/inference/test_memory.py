@@ -402,6 +402,14 @@ class TestSavedQuantised:
         found, (model, _) = find_architecture(str(saved)), load(saved)
         assert found.dtype == model.dtype == dtype
         assert weight_bytes(Setup(found.config, dtype, found.quantization)) == footprint(model).weights
+        other = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32}[dtype]
+        changed, _ = load(saved, dtype=other)
+        assert {p.dtype for p in changed.parameters() if p.is_floating_point()} == {other} == {changed.dtype}
+        assert weight_bytes(Setup(found.config, other, found.quantization)) == footprint(changed).weights
+        ids = torch.arange(3, 20)[None]
+        with torch.inference_mode():
+            wanted, logits = model(ids).logits.float(), changed(ids).logits.float()
+        assert (logits - wanted).std() < 0.05 * wanted.std(), "the same but for bf16's rounding"
 
     def test_the_command_says_so(self, call, nf4, nano_folder):
         """Its table is that of the plain folder with the option, but for the first line."""
@@ -424,10 +432,6 @@ class TestSavedQuantised:
 
     def test_bad_input(self, call, nf4):
         assert "--quantization 'nf5': there is none of this name" in call("nf4 --quantization nf5")[2]
-        assert (
-            "--dtype bf16: what is not quantised of these weights was saved as float32" in call("nf4 --dtype bf16")[2]
-        )
-        assert call("nf4 --dtype fp32")[0] == 0
         fields = json.loads((nf4 / "config.json").read_text())
         for key, value, message in (
             ("quant_method", "awq", "weights quantised by awq, "),

@@ -9,9 +9,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
 from ..inference.adapters import one_line
-from ..inference.architecture import chosen_quantization
 from ..inference.load import load, load_stock
-from ..inference.quantization import check_quantization, quantization_of
+from ..inference.quantization import check_quantization, chosen_quantization, quantization_of
 from ..pretrain.milestones import CONFIG_FILE, MILESTONES_FOLDER, list_milestones, read_record
 from ..provenance import read_json
 

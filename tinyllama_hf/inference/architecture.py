@@ -9,11 +9,11 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from ..configuration_tinyllama import PRESETS, TinyLlamaConfig
-from ..errors import InputError, did_you_mean
+from ..errors import InputError
 from ..provenance import read_json
 from ..released import intermediate_checkpoint, local_folder, released, tables
 from .load import model_folder
-from .quantization import QUANTIZATIONS, quantization_of
+from .quantization import quantization_of
 
 
 class Architecture(NamedTuple):
@@ -61,37 +61,6 @@ def find_architecture(name: str) -> Architecture:
         return _of_folder(local_folder(name, only=("config.json",)))
     except InputError as error:
         raise InputError(f"{error}; or give a size: {', '.join(PRESETS)}") from error
-
-
-def chosen_quantization(asked: str, saved: str, where: str) -> str:
-    """The quantisation that a model is used with: the one its weights were saved with, or the one that is asked for.
-
-    Args:
-        asked (`str`): one of `QUANTIZATIONS`; `"none"` leaves weights as they were saved.
-        saved (`str`): that of the weights, see [`quantization_of`].
-        where (`str`): name of the model, for the message.
-
-    Raises:
-        InputError: if there is none of this name, or the weights have another already.
-    """
-    check_name(asked)
-    if saved != "none" and asked not in ("none", saved):
-        raise InputError(
-            f"quantization {asked!r}: the weights of {where} are {saved} already; leave it out, or give the unquantised model"
-        )
-    return asked if saved == "none" else saved
-
-
-def check_name(quantization: str) -> None:
-    """Refuses a quantisation that there is not; needs no bitsandbytes.
-
-    Raises:
-        InputError: with the nearest name.
-    """
-    if quantization not in QUANTIZATIONS:
-        raise InputError(
-            f"--quantization {quantization!r}: there is none of this name{did_you_mean(quantization, QUANTIZATIONS)}"
-        )
 
 
 def _of_folder(folder: Path) -> Architecture:

@@ -25,7 +25,14 @@ from ..provenance import read_json
 from ..released import local_folder
 from ..tokenization_tinyllama import load_tokenizer
 from .adapters import adapter_folder, add_adapter, one_line
-from .quantization import QuantizedTinyLlama, check_quantization, make_safe, quantization_config, quantization_of
+from .quantization import (
+    QuantizedTinyLlama,
+    check_quantization,
+    chosen_quantization,
+    make_safe,
+    quantization_config,
+    quantization_of,
+)
 
 
 def load(
@@ -67,12 +74,7 @@ def load(
     check_quantization(quantization)
     folder = model_folder(path_or_name, quantized=True)
     saved = _saved_quantization(folder)
-    if saved != "none" and quantization not in ("none", saved):
-        raise InputError(
-            f"quantization {quantization!r}: the weights of {folder} are {saved} already; leave it out, or give the "
-            "unquantised model"
-        )
-    kind = quantization if saved == "none" else saved
+    kind = chosen_quantization(quantization, saved, str(folder))
     check_quantization(kind, double_quantization, compute_dtype)
     adapter = adapter and adapter_folder(adapter)
     options = {"config": _config(folder, compute_dtype if saved != "none" else "auto", trainable)}
@@ -131,6 +133,10 @@ def _load_weights(
     if not quantized:
         return model.to(device).eval()
     make_safe(model, str(folder))
+    if dtype != "auto":  # the library (5.23) leaves what is plain of weights that were saved quantised
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
     return model.eval()
 
 

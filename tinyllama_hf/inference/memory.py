@@ -22,10 +22,9 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..configuration_tinyllama import TinyLlamaConfig
 from ..errors import InputError
-from .architecture import check_name
 from .drafts import Draft
 from .kv_cache import CacheSize, cache_size, multi_head
-from .quantization import QUANTIZATIONS
+from .quantization import QUANTIZATIONS, check_name
 
 
 MEMORY_RESERVE = 0.1  # of a device

@@ -85,16 +85,44 @@ def _remove_other_weights(folder: Path, written: set[str]) -> None:
                 file.unlink()
 
 
+def chosen_quantization(asked: str, saved: str, where: str) -> str:
+    """The quantisation that a model is used with: the one its weights were saved with, or the one that is asked for.
+
+    Args:
+        asked (`str`): one of `QUANTIZATIONS`; `"none"` leaves weights as they were saved.
+        saved (`str`): that of the weights, see [`quantization_of`].
+        where (`str`): name of the model, for the message.
+
+    Raises:
+        InputError: if there is none of this name, or the weights have another already.
+    """
+    check_name(asked)
+    if saved != "none" and asked not in ("none", saved):
+        raise InputError(
+            f"--quantization {asked!r}: the weights of {where} are {saved} already; leave it out, or give the unquantised model"
+        )
+    return asked if saved == "none" else saved
+
+
+def check_name(quantization: str) -> None:
+    """Refuses a quantisation that there is not; needs no bitsandbytes.
+
+    Raises:
+        InputError: with the nearest name.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise InputError(
+            f"--quantization {quantization!r}: there is none of this name{did_you_mean(quantization, QUANTIZATIONS)}"
+        )
+
+
 def check_quantization(quantization: str, double_quantization: bool = True, compute_dtype: Any = "auto") -> None:
     """Refuses an unknown kind, options that it has not, and one whose backend is missing.
 
     Raises:
         InputError: naming the valid kinds, the option, or the package to install.
     """
-    if quantization not in QUANTIZATIONS:
-        raise InputError(
-            f"quantization {quantization!r}: there is none of this name{did_you_mean(quantization, QUANTIZATIONS)}"
-        )
+    check_name(quantization)
     if compute_dtype != "auto" and compute_dtype not in _COMPUTE_DTYPES:
         raise InputError(f"compute_dtype {compute_dtype!r}: use 'auto', {', '.join(map(str, _COMPUTE_DTYPES))}")
     if quantization not in ("nf4", "fp4"):
