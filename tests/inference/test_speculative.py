@@ -419,7 +419,7 @@ class TestRefusals:
             ({"streamer": Recorder()}, "streamer: shows one row, and there are 4"),
             ({"pad_token_id": None, "eos_token_id": 5}, None),
         ],
-        ids=str,
+        ids=lambda value: ",".join(value) if isinstance(value, dict) else str(value),
     )
     def test_options(self, target, draft, options, message):
         arguments = {**left_padded(PROMPTS), **GREEDY, **options}
