@@ -19,7 +19,9 @@ from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_token
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.inference import memory as memory_module
 from tinyllama_hf.inference.architecture import find_architecture
+from tinyllama_hf.inference.batch import Request, generate_many
 from tinyllama_hf.inference.drafts import load_draft
+from tinyllama_hf.inference.generation import Sampling
 from tinyllama_hf.inference.kv_cache import measure_cache
 from tinyllama_hf.inference.memory import (
     MEMORY_RESERVE,
@@ -33,6 +35,7 @@ from tinyllama_hf.inference.memory import (
     weight_bytes,
 )
 from tinyllama_hf.inference.quantization import QUANTIZATIONS, QuantizedTinyLlama, footprint
+from tinyllama_hf.inference.ragged_cache import RaggedCache
 
 
 PUBLISHED = TinyLlamaConfig.preset("1.1b")
@@ -203,12 +206,35 @@ class TestCheckFits:
         tokenizer = load_tokenizer(tokenizer_folder)
         layers = model.config.num_hidden_layers // 2
         half, lookup = (load_draft(name, model, tokenizer) for name in (f"layers:{layers}", "lookup"))
-        one = 100 * model.kv_cache_bytes_per_token(torch.float32)
+        one = 128 * model.kv_cache_bytes_per_token(torch.float32)  # slots for 100 tokens and drafted ones
         monkeypatch.setattr(memory_module, "free_memory", lambda device: math.ceil(12 * one / (1 - MEMORY_RESERVE)))
         check_fits(model, 8, 100, half)
         check_fits(model, 12, 100, lookup)
         with pytest.raises(InputError, match=r"tokens each in model and draft take .*; the largest that fits is 8$"):
             check_fits(model, 9, 100, half)
+
+    @pytest.mark.parametrize("draft", [None, "layers:1"])
+    def test_counts_what_generation_holds(self, model, tokenizer_folder, monkeypatch, draft):
+        """Of the cache at its largest, to the byte."""
+        tokenizer, held = load_tokenizer(tokenizer_folder), []
+        draft = load_draft(draft, model, tokenizer) if draft else None
+        wanted = [Request(i, [5] * 30, 40) for i in range(8)]
+
+        def spy(cache, *arguments, real=RaggedCache.place):
+            real(cache, *arguments)
+            held.append(
+                sum(t.nbytes for layer in cache.layers if layer.keys is not None for t in (layer.keys, layer.values))
+            )
+
+        monkeypatch.setattr(RaggedCache, "place", spy)
+        assert len(list(generate_many(model, tokenizer, wanted, 4, Sampling(0, 1.0), seed=0, draft=draft))) == 8
+        token = model.kv_cache_bytes_per_token(torch.float32)
+        assert max(held) == 4 * 96 * token
+        free = math.ceil(4 * 96 * token * (1.5 if draft else 1) / (1 - MEMORY_RESERVE))
+        monkeypatch.setattr(memory_module, "free_memory", lambda device: free)
+        check_fits(model, 4, 70, draft)
+        with pytest.raises(InputError, match=r"the largest that fits is 4$"):
+            check_fits(model, 5, 70, draft)
 
     def test_a_quantised_model(self, folders):
         model, _ = load(folders["smollm2"], quantization="nf4")
@@ -378,6 +404,7 @@ SAVED = {
     "nf4": NF4,
     "nf4, plain scales": NF4 | {"bnb_4bit_use_double_quant": False},
     "fp4": NF4 | {"bnb_4bit_quant_type": "fp4"},
+    "nf4, in containers of bf16": NF4 | {"bnb_4bit_quant_storage": torch.bfloat16},
     "nf4, parts left plain": NF4 | {"llm_int8_skip_modules": ["model.layers.1.mlp", "q_proj"]},
 }
 
@@ -403,8 +430,9 @@ class TestSavedQuantised:
         assert found.dtype == model.dtype == dtype
         assert weight_bytes(Setup(found.config, dtype, found.quantization)) == footprint(model).weights
         other = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32}[dtype]
-        changed, _ = load(saved, dtype=other)
-        assert {p.dtype for p in changed.parameters() if p.is_floating_point()} == {other} == {changed.dtype}
+        changed, _ = load(saved, dtype=str(other).removeprefix("torch."))
+        plain = [p for p in changed.parameters() if p.is_floating_point() and not hasattr(p, "quant_state")]
+        assert {p.dtype for p in plain} == {other} == {changed.dtype}
         assert weight_bytes(Setup(found.config, other, found.quantization)) == footprint(changed).weights
         ids = torch.arange(3, 20)[None]
         with torch.inference_mode():

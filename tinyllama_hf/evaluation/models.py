@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import InputError
 from ..inference.adapters import one_line
 from ..inference.load import load, load_stock
-from ..inference.quantization import check_quantization, chosen_quantization, quantization_of
+from ..inference.quantization import cast_plain, check_quantization, chosen_quantization, quantization_of
 from ..pretrain.milestones import CONFIG_FILE, MILESTONES_FOLDER, list_milestones, read_record
 from ..provenance import read_json
 
@@ -77,10 +77,7 @@ def load_evaluated(
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise InputError(f"model {folder}: its tokenizer cannot be loaded ({one_line(error)})") from error
-    # A model is quantised in its file's type. The library leaves what is plain in it as well if it was saved quantised.
-    for parameter in loaded.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
+    cast_plain(loaded, dtype)  # a model is quantised in its file's type
     return loaded, tokenizer
 
 

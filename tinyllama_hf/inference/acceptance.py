@@ -29,7 +29,6 @@ _WITHOUT_CONTEXT = (
 _COUNTING = {
     generation.MinLengthLogitsProcessor: "min_length",
     generation.MinNewTokensLengthLogitsProcessor: "prompt_length_to_skip",
-    generation.ForcedEOSTokenLogitsProcessor: "max_length",
     generation.ExponentialDecayLengthPenalty: "regulation_start",
     generation.SuppressTokensAtBeginLogitsProcessor: "begin_index",
     generation.RepetitionPenaltyLogitsProcessor: "prompt_ignore_length",
@@ -65,12 +64,13 @@ class RowProcessors:
     Args:
         processors (`LogitsProcessorList`): as `generate` prepares them for the padded batch.
         paddings (`Sequence[int]`): of each row.
+        limits (`Sequence[int]`): tokens that each row can have in the end.
 
     Raises:
         InputError: for a processor that cannot be called for one row at a time.
     """
 
-    def __init__(self, processors: LogitsProcessorList, paddings: Sequence[int]):
+    def __init__(self, processors: LogitsProcessorList, paddings: Sequence[int], limits: Sequence[int]):
         for processor in processors:
             if isinstance(processor, _REFUSED):
                 raise InputError(
@@ -80,9 +80,18 @@ class RowProcessors:
         self._shared = None
         if all(isinstance(processor, _WITHOUT_CONTEXT) for processor in processors):
             self._shared = LogitsProcessorList(processors)
+        # `generate` makes a shortest length of `min_new_tokens` for the padded batch; one that was given counts as it is.
+        counts_new = any(
+            isinstance(processor, generation.MinNewTokensLengthLogitsProcessor) for processor in processors
+        )
         self._rows = [
-            LogitsProcessorList(_for_row(processor, row, padding) for processor in processors)
-            for row, padding in enumerate(paddings)
+            LogitsProcessorList(
+                processor
+                if isinstance(processor, generation.MinLengthLogitsProcessor) and not counts_new
+                else _for_row(processor, row, padding, limit)
+                for processor in processors
+            )
+            for row, (padding, limit) in enumerate(zip(paddings, limits, strict=True))
         ]
 
     def __call__(self, logits: torch.Tensor, tokens: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
@@ -114,13 +123,16 @@ class RowProcessors:
         self._rows += other._rows
 
 
-def _for_row(processor: LogitsProcessor, row: int, padding: int) -> LogitsProcessor:
+def _for_row(processor: LogitsProcessor, row: int, padding: int, limit: int) -> LogitsProcessor:
     """A processor as `generate` would make it for this row alone."""
     attribute = _COUNTING.get(type(processor))
     if isinstance(processor, generation.PrefixConstrainedLogitsProcessor):
         allowed = processor._prefix_allowed_tokens_fn
         processor = copy.copy(processor)
         processor._prefix_allowed_tokens_fn = lambda _, tokens: allowed(row, tokens)
+    elif isinstance(processor, generation.ForcedEOSTokenLogitsProcessor):
+        processor = copy.copy(processor)
+        processor.max_length = limit
     elif attribute and getattr(processor, attribute) is not None:
         counted = getattr(processor, attribute)
         if isinstance(counted, torch.Tensor) and counted.dim():  # one for each row of the batch
@@ -151,6 +163,9 @@ def accept_sampled(scores: torch.Tensor, proposal: Proposal, rows: Rows) -> tupl
     A token drawn from q is accepted with probability min(1, p / q); where one is rejected, the row's next token is drawn
     from the positive part of p - q; where all are accepted, from p (Leviathan et al. 2023, arXiv:2211.17192, algorithm 1).
     A token that was not drawn has q = 1 at itself. Arguments and results are those of [`accept_greedy`].
+
+    Raises:
+        RuntimeError: if a probability is no number.
     """
     width = proposal.tokens.shape[1]
     p = scores.softmax(dim=-1)
@@ -171,6 +186,8 @@ def accept_sampled(scores: torch.Tensor, proposal: Proposal, rows: Rows) -> tupl
         # Where rounding left nothing, p and q are equal, and a rejection has probability zero.
         rejected = (accepted < proposal.counts) & (residual.sum(-1) > 0)
         last = torch.where(rejected[:, None], residual, last)
+    if not bool(last.isfinite().all()):
+        raise RuntimeError("the model's probabilities hold nan or inf, which no token can be drawn from")
     drawn = draw(last[:, None], rows.uniform(CHOOSING, width + 1).gather(1, accepted[:, None]))
     return torch.cat([proposal.tokens, drawn], dim=1).scatter(1, accepted[:, None], drawn), accepted
 
@@ -188,7 +205,8 @@ def draw(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     sums = weights.to(numbers.dtype).cumsum(dim=-1)
     # A product may round up to the last sum, behind which there is no token.
     wanted = (numbers[..., None] * sums[..., -1:]).minimum(sums[..., -1:].nextafter(torch.zeros_like(sums[..., -1:])))
-    return torch.searchsorted(sums, wanted, right=True)[..., 0]
+    # Of weights that are no numbers, a token that the target can judge.
+    return torch.searchsorted(sums, wanted, right=True)[..., 0].clamp(max=weights.shape[-1] - 1)
 
 
 def _leading(accepted: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

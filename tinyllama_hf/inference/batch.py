@@ -89,6 +89,8 @@ def generate_many(
     check_options(batch_size, sampling, seed, engine, with_draft=draft is not None)
     _check_mode(model, sampling)
     _check_lengths(requests, *context_of(model, draft))
+    if len({request.key for request in requests}) < len(requests):
+        raise InputError("requests: two of them have the same key; give each its own")
     stop_tokens = stop_tokens_of(model, tokenizer)
     if engine == "continuous":
         from .continuous import generate_continuously
@@ -97,7 +99,7 @@ def generate_many(
     if draft:
         check_pair(model, draft.model)
     else:
-        check_full_attention(model, "model")
+        check_full_attention(model, "model", drafts=False)
     pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # masked, and cut off behind the end
     entropy = np.random.SeedSequence().entropy if seed is None else seed
     ends = {"pad_token_id": pad, "eos_token_id": stop_tokens or None}
@@ -205,9 +207,10 @@ def _refilled(
         free = batch_size - (len(running.rows) if running else 0)
         if waiting and free >= max(1, batch_size // _REFILL):
             joining = setup.begin([waiting.popleft() for _ in range(min(free, len(waiting)))])
-            if running:
+            if running is None:
+                running = joining
+            else:
                 running.join(joining)
-            running = running or joining
         else:
             running.round()
         if setup.draft:

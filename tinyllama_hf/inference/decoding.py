@@ -37,9 +37,10 @@ class SpeculationStatistics:
         judged (`int`): proposed tokens up to the first rejected one of each round and row; `accepted / judged` estimates the
             probability that a token is accepted where all before it are.
         target_passes (`int`): forward passes of the target, those over the prompts included.
-        row_passes (`int`): the same summed over the rows that were in each pass; every one adds a token of the target's own.
+        row_passes (`int`): the same summed over the rows that were in each pass; every one adds a token of the
+            target's own, unless an accepted one ends the row.
         draft_passes (`int`): forward passes of the draft model.
-        plain_rounds (`int`): rounds without drafted tokens; passes over prompts are none.
+        plain_rounds (`int`): rounds in which nothing was to be drafted, since it did not pay or a plain pass was to be timed.
         prefill_seconds (`float`): of the passes over the prompts.
         target_seconds (`float`): of the other ones, with choosing what is accepted.
         draft_seconds (`float`): of drafting, the draft's own reading of the prompts included.
@@ -112,10 +113,10 @@ class Decoding:
         num_rows = input_ids.shape[0]
         self.input_ids, self.config = input_ids.to(target.device), config
         self._models = [target, *([draft] if isinstance(draft, nn.Module) else [])]
-        self._target = RaggedModel(target)
+        self._target = RaggedModel(target, drafts=draft is not None)
         self.rows = Rows(self.input_ids, attention_mask, criteria, self._target.context, plans)
         self._target.check_length(max(map(sum, zip(self.rows.lengths, self.rows.remaining, strict=True))))
-        self._processors = RowProcessors(processors, self.rows.paddings)
+        self._processors = RowProcessors(processors, self.rows.paddings, self.rows.limits)
         self._accept: Callable = accept_sampled if config.do_sample else accept_greedy
         self._draft: Proposer = NoDraft() if draft is None else draft
         if isinstance(draft, nn.Module):
@@ -149,8 +150,11 @@ class Decoding:
         self.statistics.add(other.statistics)
         end = max([*self.rows.lengths, *other.rows.lengths], default=0)
         self._target.join(other._target, end)
+        began = time.perf_counter()
         with packed_attention(*self._models):
             self._draft.join(self.rows, other._draft, other.rows)
+        _wait_for(self.rows.tokens)
+        self.statistics.draft_seconds += time.perf_counter() - began
         self._processors.join(other._processors)
         self._length.join(len(other.rows))
         self.rows.join(other.rows)
@@ -163,7 +167,8 @@ class Decoding:
             max(0, min(remaining - 1, draft.context - length))
             for remaining, length in zip(rows.remaining, rows.lengths, strict=True)
         ]
-        wanted = min(self._length.choose(), max(limits))
+        chosen = self._length.choose()
+        wanted = min(chosen, max(limits))
         started = time.perf_counter()
         if wanted:
             draft.catch_up(rows)
@@ -178,7 +183,7 @@ class Decoding:
         logits = self._target.read(rows.last_tokens(1, proposal.tokens), ends, width + 1)
         accepted, going_on, appended = self._finish_round(proposal, logits)
         finished = time.perf_counter()
-        self.statistics.plain_rounds += not width
+        self.statistics.plain_rounds += not chosen
         self.statistics.draft_seconds += drafted - started
         self.statistics.target_seconds += finished - drafted
         self._length.observe(width, limits, accepted, drafted - began, finished - drafted)

@@ -27,6 +27,7 @@ from ..tokenization_tinyllama import load_tokenizer
 from .adapters import adapter_folder, add_adapter, one_line
 from .quantization import (
     QuantizedTinyLlama,
+    cast_plain,
     check_quantization,
     chosen_quantization,
     make_safe,
@@ -134,9 +135,7 @@ def _load_weights(
         return model.to(device).eval()
     make_safe(model, str(folder))
     if dtype != "auto":  # the library (5.23) leaves what is plain of weights that were saved quantised
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype)
+        cast_plain(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     return model.eval()
 
 

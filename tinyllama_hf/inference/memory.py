@@ -22,9 +22,11 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..configuration_tinyllama import TinyLlamaConfig
 from ..errors import InputError
+from .decoding import LONGEST_DRAFT
 from .drafts import Draft
 from .kv_cache import CacheSize, cache_size, multi_head
 from .quantization import QUANTIZATIONS, check_name
+from .ragged_cache import num_slots
 
 
 MEMORY_RESERVE = 0.1  # of a device
@@ -253,7 +255,8 @@ def check_fits(model: PreTrainedModel, batch_size: int, context: int, draft: Dra
     models = [model]
     if draft and isinstance(draft.model, PreTrainedModel):
         models.append(draft.model)
-    needed = sum(cache_size(each.config, batch_size, context, each.dtype).total for each in models)
+    slots = num_slots(context + LONGEST_DRAFT if draft else context)
+    needed = sum(cache_size(each.config, batch_size, slots, each.dtype).total for each in models)
     if needed > usable:
         largest = usable * batch_size // needed
         fix = f"the largest that fits is {largest:,}" if largest else "not even 1 fits; shorten the sequences"

@@ -210,6 +210,14 @@ def make_safe(model: PreTrainedModel, where: str) -> None:
     model._weight_conversions = []  # transformers (5.23) refuses to save again what it loaded quantised
 
 
+def cast_plain(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts the parameters that are not quantised, in place."""
+    for parameter in model.parameters():
+        # Four-bit weights may be kept in containers of any type.
+        if parameter.is_floating_point() and getattr(parameter, "quant_state", None) is None:
+            parameter.data = parameter.data.to(dtype)
+
+
 def check_layers(model: nn.Module, where: str) -> None:
     """Refuses quantised layers whose parts do not belong together: the kernels read as much as they should have.
 

@@ -15,7 +15,7 @@ from ..errors import InputError
 from .rows import sized
 
 
-_GROWTH = 256  # slots that are added at a time
+_GROWTH = 32  # slots that are added at a time
 # Rotary angles that depend on how long the longest row is, drafted tokens included.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -96,7 +96,12 @@ class RaggedLayer(CacheLayerMixin):
 
 def _with_room(states: torch.Tensor, end: int) -> torch.Tensor:
     """With room for `end` slots, and some more; zeros, since what is masked still enters a product with weight zero."""
-    return sized(states, 2, -(-end // _GROWTH) * _GROWTH)
+    return sized(states, 2, num_slots(end))
+
+
+def num_slots(end: int) -> int:
+    """Slots that each row of a cache has, of which the longest row has filled `end`."""
+    return -(-end // _GROWTH) * _GROWTH
 
 
 class RaggedCache(Cache):
@@ -128,13 +133,14 @@ class RaggedModel:
     Args:
         model (`PreTrainedModel`): any causal language model of transformers with full attention and `position_ids`.
         name (`str`): what it is called in messages.
+        drafts (`bool`, *optional*, defaults to `True`): whether it reads drafted tokens, which may lie beyond the context.
 
     Raises:
         InputError: if the model is not of this kind.
     """
 
-    def __init__(self, model: PreTrainedModel, name: str = "target"):
-        check_full_attention(model, name)
+    def __init__(self, model: PreTrainedModel, name: str = "target", drafts: bool = True):
+        check_full_attention(model, name, drafts)
         config = model.config.get_text_config(decoder=True)
         self.model, self.context = model, config.max_position_embeddings
         self._has_position_table = getattr(config, "rope_parameters", None) is None
@@ -192,8 +198,8 @@ class RaggedModel:
         self.passes += other.passes
 
 
-def check_full_attention(model: PreTrainedModel, name: str) -> None:
-    """Refuses a model that rows of different lengths would not be exact for.
+def check_full_attention(model: PreTrainedModel, name: str, drafts: bool = True) -> None:
+    """Refuses a model that rows of different lengths would not be exact for; arguments as of [`RaggedModel`].
 
     Raises:
         InputError: naming the model's kind and what it has instead of full attention.
@@ -207,7 +213,7 @@ def check_full_attention(model: PreTrainedModel, name: str) -> None:
         reason = "it has an encoder"
     elif kinds != {"full_attention"} or window is not None:
         reason = f"its layers are of the kinds {', '.join(sorted(kinds))} (sliding window: {window})"
-    elif rope in _LENGTH_DEPENDENT_ROPE:
+    elif rope in _LENGTH_DEPENDENT_ROPE and (drafts or rope != "dynamic"):  # which begins beyond the context
         reason = f"its rotary scaling {rope!r} depends on the longest row"
     elif model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         reason = "it is in training mode with activation checkpointing, which leaves out the cache (call eval())"

@@ -121,6 +121,11 @@ class Rows:
         return [row.plan.max_new_tokens - row.new_tokens for row in self._rows]
 
     @property
+    def limits(self) -> list[int]:
+        """Tokens that each row can have in the end."""
+        return [row.prompt + row.plan.max_new_tokens for row in self._rows]
+
+    @property
     def paddings(self) -> list[int]:
         """Padding tokens that each prompt was given with."""
         return [len(row.padding) for row in self._rows]
