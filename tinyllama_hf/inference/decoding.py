@@ -121,9 +121,11 @@ class Decoding:
         self._draft: Proposer = NoDraft() if draft is None else draft
         if isinstance(draft, nn.Module):
             self._draft = ModelProposer(draft, num_rows)
-        self._length: DraftLength = FixedDraftLength(0 if draft is None else draft_length)
-        if draft is not None and draft_length is None:
-            self._length = AdaptiveDraftLength(num_rows, LONGEST_DRAFT)
+        if draft is None:
+            draft_length = 0
+        self._length: DraftLength = (
+            AdaptiveDraftLength(num_rows, LONGEST_DRAFT) if draft_length is None else FixedDraftLength(draft_length)
+        )
         self.statistics = SpeculationStatistics(num_rows)
 
     @torch.no_grad()
