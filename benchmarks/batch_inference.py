@@ -2,6 +2,8 @@
 
     python benchmarks/batch_inference.py [--preset 120m] [--dtype fp32] [--prompts 64] [--batch-sizes 4,16] [--rounds 3]
 
+Tokens a second; on a CPU, of the process's own CPU time, which a busy neighbour hardly changes: let it have one thread.
+
 The same greedy requests by stock `generate` on batches sorted by length and padded (`padded`), and by both engines of
 `tinyllama_hf.inference.batch.generate_many`, interleaved, medians. What a reply is worth is not measured, so the weights are
 random, and each request ends after a number of tokens drawn beforehand, as end-of-sequence would end it: nobody knows it
@@ -12,6 +14,7 @@ import argparse
 import functools
 import os
 import random
+import time
 
 import torch
 from common import interleaved, medians, save
@@ -83,6 +86,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = TinyLlamaForCausalLM(TinyLlamaConfig.preset(arguments.preset)).to(device, dtype).eval()
     model.generation_config.eos_token_id = None
+    clock = time.perf_counter if device == "cuda" else time.process_time
 
     def run(engine: str, batch_size: int, wanted: list[Request]) -> int:
         if engine == "padded":
@@ -99,7 +103,8 @@ def main() -> None:
             assert run("batch", batch_size, wanted) == tokens
             variants = {engine: functools.partial(run, engine, batch_size, wanted) for engine in VARIANTS}
             rates = {
-                name: tokens / seconds for name, seconds in medians(interleaved(variants, arguments.rounds)).items()
+                name: tokens / seconds
+                for name, seconds in medians(interleaved(variants, arguments.rounds, clock)).items()
             }
             waste = idle(batches(wanted, batch_size))
             row = {"setting": setting, "batch_size": batch_size, "idle": round(waste, 3), "tokens": tokens,

@@ -12,16 +12,18 @@ from tinyllama_hf import provenance
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleaved(variants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def interleaved(
+    variants: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each variant in each round, one variant after the other, so that a busy neighbour meets all of them."""
     for variant in variants.values():  # the first call pays for allocation and for choosing kernels
         variant()
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, variant in variants.items():
-            began = time.perf_counter()
+            began = clock()
             variant()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(clock() - began)
     return seconds
 
 
