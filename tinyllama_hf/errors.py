@@ -1,8 +1,12 @@
-"""The one exception that stands for bad input."""
+"""The one exception that stands for bad input, and checks that every part of the package shares."""
 
 import difflib
 import importlib
 from collections.abc import Iterable
+
+
+_LARGEST_SEED = 2**64 - 1
+_SEED_RULE = f"must be an integer from 0 to {_LARGEST_SEED} (2**64 - 1)"
 
 
 class InputError(ValueError):
@@ -18,6 +22,24 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     valid = sorted(valid)
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else f"; valid: {', '.join(valid)}"
+
+
+def check_seed(seed: int, name: str = "--seed") -> int:
+    """Returns a seed that every generator takes: of torch, and of numpy through its `SeedSequence`.
+
+    torch also takes a negative seed, for the one that is 2**64 larger, and numpy refuses it.
+
+    Args:
+        seed (`int`): of the draws.
+        name (`str`, *optional*, defaults to `"--seed"`): what the message begins with; empty leaves the rule alone, for a
+            validator that adds name and value.
+
+    Raises:
+        InputError: if it is negative or has more than 64 bits.
+    """
+    if not 0 <= seed <= _LARGEST_SEED:
+        raise InputError(f"{name} {seed}: {_SEED_RULE}" if name else _SEED_RULE)
+    return seed
 
 
 def require(package: str, extra: str, what: str) -> None:

@@ -1,0 +1,30 @@
+"""The checks that every part of the package shares, against the generators that they protect."""
+
+import numpy as np
+import pytest
+import torch
+
+from tinyllama_hf.errors import InputError, check_seed
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**63, 2**64 - 1])
+def test_a_seed_is_one_that_the_generators_take(seed):
+    assert check_seed(seed) == seed
+    assert torch.Generator().manual_seed(seed).initial_seed() % 2**64 == seed
+    np.random.SeedSequence(seed)
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**63), 2**64, 10**30])
+def test_other_seeds_are_refused_by_name_and_value(seed):
+    with pytest.raises(InputError, match=f"^--seed {seed}: .*{2**64 - 1}"):
+        check_seed(seed)
+    with pytest.raises(InputError, match=f"^seed {seed}: "):
+        check_seed(seed, "seed")
+    with pytest.raises(InputError) as error:
+        check_seed(seed, "")
+    assert not str(error.value).startswith(str(seed)) and str(2**64 - 1) in str(error.value)
+
+
+def test_torch_takes_no_larger_seed():
+    with pytest.raises((ValueError, RuntimeError)):
+        torch.Generator().manual_seed(2**64)
