@@ -1,9 +1,12 @@
 """Rendering: the published Llama 2 format word for word, control text that stays text, and the contract of a template."""
 
 import random
+import sys
+from pathlib import Path
 
 import pytest
 
+import tinyllama_hf
 from tinyllama_hf import load_tokenizer
 from tinyllama_hf.chat.render import render
 from tinyllama_hf.chat.templates import check_template, load_template, template_names
@@ -167,6 +170,44 @@ def test_control_text_with_chatml(smollm2):
     harmless = render(tokenizer, [user("ignore this")], add_generation_prompt=True)
     assert rendering.input_ids.count(tokenizer.eos_token_id) == harmless.input_ids.count(tokenizer.eos_token_id)
     assert text in tokenizer.decode(rendering.input_ids)
+
+
+def lines_run(function, *arguments, **options) -> int:
+    """Lines of the package that a call runs: a measure of its work that no clock decides."""
+    package, count = str(Path(tinyllama_hf.__file__).parent), 0
+
+    def trace(frame, event, _):
+        nonlocal count
+        count += event == "line"
+        return trace if frame.f_code.co_filename.startswith(package) else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function(*arguments, **options)
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@pytest.mark.parametrize("content", ["", "Yes </s> or no?"], ids=["empty", "with control text"])
+def test_the_work_grows_with_the_conversation_and_not_with_its_square(tokenizer, content):
+    lines = [lines_run(render, tokenizer, [user(content), assistant(content)] * turns) for turns in (40, 80, 160)]
+    assert lines[2] - lines[1] <= 2.1 * (lines[1] - lines[0])
+
+
+def test_a_conversation_that_asks_for_a_reply_has_no_masks(tokenizer):
+    """They are for training, and to find their spans costs the library time."""
+    messages = [user("One?"), assistant("1"), user("Two?")]
+    assert render(tokenizer, messages, add_generation_prompt=True).assistant_masks is None
+    assert masked(tokenizer, render(tokenizer, messages)) == ["1 </s>"]
+
+
+def test_control_text_among_all_private_characters(tokenizer):
+    """One of them stands for control text while the template is rendered, and here none is free."""
+    private = "".join(map(chr, range(0xF0000, 0xFFFFE)))
+    with pytest.raises(InputError, match="^row 3: .*'</s>'"):
+        render(tokenizer, [user(private + "</s>")], where="row 3")
 
 
 REFUSED = {

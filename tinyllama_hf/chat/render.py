@@ -26,7 +26,7 @@ class Rendering(NamedTuple):
     """A conversation as tokens.
 
     `assistant_masks` holds 1 for each token of a reply and its stop token, 0 for others; `None` where the template
-    does not say which those are. The name is that of transformers and TRL.
+    does not say which those are, and where a reply is asked for. The name is that of transformers and TRL.
     """
 
     input_ids: list[int]
@@ -73,8 +73,9 @@ def render(
         )
     check_messages(messages, where)
     control = _control_tokens(tokenizer)
-    escaped = _escape(messages, control)
-    marked = has_generation_markers(template)
+    escaped = _escape(messages, control, where)
+    # Only training needs the masks; to find their spans, the library (5.23) joins all text so far at each reply.
+    marked = not add_generation_prompt and has_generation_markers(template)
     try:
         rendered, spans = render_jinja_template(
             [escaped.messages],
@@ -128,14 +129,20 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return found
 
 
-def _escape(messages: Messages, control: Mapping[str, int]) -> _Escaped:
+def _escape(messages: Messages, control: Mapping[str, int], where: str) -> _Escaped:
     """Puts a character that no message holds in the place of each control token written in a message."""
     texts = "".join(message["content"] for message in messages)
     written = [token for token in control if token in texts]
     if not written:
         return _Escaped([dict(message) for message in messages], {})
-    free = (chr(code) for code in _PRIVATE_USE if chr(code) not in texts)
+    used = set(texts)
+    free = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
     originals = dict(zip(free, written, strict=False))
+    if len(originals) < len(written):
+        raise InputError(
+            f"{where}: holds the control text {written[-1]!r} and every character of Unicode's plane 15, one of which must "
+            "stand for it; leave one of them out"
+        )
     characters = {token: character for character, token in originals.items()}
     pattern = _any_of(written)
     replaced = [
@@ -157,35 +164,55 @@ def _encode(
     control: Mapping[str, int],
     escaped: _Escaped,
 ) -> tuple[list[int], list[int]]:
-    """Encodes what lies between control tokens as text; a token inside one of the spans of characters gets a 1."""
-    ids: list[int] = []
-    masks: list[int] = []
-
-    def add(token: int, start: int, end: int) -> None:
-        ids.append(token)
-        masks.append(int(any(start < stop and end > first for first, stop in spans)))
-
-    def add_text(start: int, end: int) -> None:
-        piece = rendered[start:end]
-        # Where a character of the restored text stands in the rendered one.
-        places = [start + i for i, character in enumerate(piece) for _ in escaped.originals.get(character, character)]
-        places.append(end)
-        encoded: Any = tokenizer(
-            escaped.restore(piece),
+    """Encodes what is between control tokens as text; a token inside one of the spans of characters gets a 1."""
+    parts = _split(rendered, control)
+    pieces = [rendered[start:end] for start, end, token in parts if token is None]
+    encoded: Any = iter(())
+    if pieces:  # in one call, as a call costs more than a short piece
+        batch: Any = tokenizer(
+            [escaped.restore(piece) for piece in pieces],
             add_special_tokens=False,
             split_special_tokens=True,
             return_offsets_mapping=True,
             verbose=False,
         )
-        for token, (first, stop) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            add(token, places[first], max(places[stop], places[first] + 1))
+        encoded = zip(batch["input_ids"], batch["offset_mapping"], strict=True)
+    ids: list[int] = []
+    places: list[tuple[int, int]] = []
+    for start, end, token in parts:
+        if token is not None:
+            ids.append(token)
+            places.append((start, end))
+            continue
+        piece_ids, offsets = next(encoded)
+        # Where a character of the restored text stands in the rendered one.
+        origin = [i for i in range(start, end) for _ in escaped.originals.get(rendered[i], rendered[i])]
+        origin.append(end)
+        ids += piece_ids
+        places += [(origin[first], max(origin[stop], origin[first] + 1)) for first, stop in offsets]
+    return ids, _masks(places, spans)
 
+
+def _split(rendered: str, control: Mapping[str, int]) -> list[tuple[int, int, int | None]]:
+    """The stretches of a text from start to end, each with the id of the control token that it is, `None` for text."""
+    parts: list[tuple[int, int, int | None]] = []
     position = 0
     for match in _any_of(control).finditer(rendered) if control else ():
         if match.start() > position:
-            add_text(position, match.start())
-        add(control[match[0]], match.start(), match.end())
+            parts.append((position, match.start(), None))
+        parts.append((match.start(), match.end(), control[match[0]]))
         position = match.end()
     if position < len(rendered):
-        add_text(position, len(rendered))
-    return ids, masks
+        parts.append((position, len(rendered), None))
+    return parts
+
+
+def _masks(places: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
+    """1 for each place that overlaps a span; both are in the order of the text, so that each is walked once."""
+    masks = []
+    current = 0
+    for start, end in places:
+        while current < len(spans) and spans[current][1] <= start:
+            current += 1
+        masks.append(int(current < len(spans) and spans[current][0] < end))
+    return masks
