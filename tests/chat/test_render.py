@@ -206,7 +206,7 @@ def test_a_conversation_that_asks_for_a_reply_has_no_masks(tokenizer):
 def test_control_text_among_all_private_characters(tokenizer):
     """One of them stands for control text while the template is rendered, and here none is free."""
     private = "".join(map(chr, range(0xF0000, 0xFFFFE)))
-    with pytest.raises(InputError, match="^row 3: .*'</s>'"):
+    with pytest.raises(InputError, match=r"^row 3: .*'</s>'"):
         render(tokenizer, [user(private + "</s>")], where="row 3")
 
 

@@ -1,8 +1,11 @@
 """Generation from a real trained checkpoint, and streaming that shows exactly what was generated."""
 
+import random
+
 import pytest
 import torch
-from transformers import TextStreamer
+from tokenizers import ByteLevelBPETokenizer
+from transformers import PreTrainedTokenizerFast, TextStreamer
 
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
 from tinyllama_hf.errors import InputError
@@ -79,6 +82,102 @@ class TestStreaming:
             shown[kind] = "".join(recorder.pieces)
         assert shown[ExactTextStreamer] == text
         assert shown[TextStreamer] != text
+
+
+WRITTEN = "\U0001f680\U0001f469\u200d\U0001f4bb caf\u00e9 \u4e2d\u6587\u5b57\n\n    def f(x):\n\treturn  x \ufffd\ufffd a</s>b  "
+
+
+@pytest.fixture(scope="module", params=["llama", "byte-level"])
+def vocabulary(request, tokenizer_folder, documents):
+    """A tokenizer that has bytes as pieces for rare characters, and one in which every piece is bytes."""
+    if request.param == "llama":
+        return load_tokenizer(tokenizer_folder)
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(
+        [*documents[:3], WRITTEN], vocab_size=400, show_progress=False, special_tokens=["</s>"]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="</s>")
+
+
+class Counting:
+    """A tokenizer, with the number of ids that were decoded."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.num_decoded = tokenizer, 0
+
+    def decode(self, ids, **options):
+        self.num_decoded += len(ids)
+        return self.tokenizer.decode(ids, **options)
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+
+def kinds_of_ids(tokenizer, draw):
+    """Texts with characters of several tokens, and whatever a model may draw: parts of them, control tokens, no tokens."""
+    written = tokenizer(WRITTEN * 3, add_special_tokens=False)["input_ids"]
+    size = len(tokenizer)
+    bytes_alone = [i for i, piece in enumerate(tokenizer.convert_ids_to_tokens(range(size))) if len(piece) in (1, 6)]
+    rocket = tokenizer("\U0001f680", add_special_tokens=False)["input_ids"]
+    spaces = tokenizer("  " * 9, add_special_tokens=False)["input_ids"]
+    for _ in range(12):
+        yield written[draw.randrange(len(written)) :]
+        yield draw.choices(range(size + 3), k=60)
+        yield draw.choices(bytes_alone, k=60)
+        yield draw.choices([*bytes_alone, *written, tokenizer.eos_token_id], k=60)
+        yield [tokenizer.eos_token_id, *spaces, *written]
+    yield [i for byte in written[:20] + rocket * 3 for i in (byte, tokenizer.eos_token_id)]
+
+
+class TestEveryText:
+    """The streamed text is that of all tokens at once, in time and work that grow with it and not with its square."""
+
+    @pytest.mark.parametrize("with_prompt", [False, True])
+    def test_however_the_tokens_come(self, vocabulary, with_prompt):
+        draw = random.Random(0)
+        hidden = 5
+        for ids in kinds_of_ids(vocabulary, draw):
+            recorder = Recorder()
+            streamer = ExactTextStreamer(vocabulary, recorder, skip_prompt=not with_prompt, hidden=[hidden])
+            for _ in range(2):  # once it has ended, it begins with the next text
+                recorder.pieces.clear()
+                streamer.put(torch.tensor([ids[:20]]))
+                position = 20
+                while position < len(ids):
+                    step = draw.choice([1, 1, 1, 2, 7])
+                    streamer.put(torch.tensor(ids[position : position + step]))
+                    position += step
+                streamer.end()
+                shown = [i for i in ids[0 if with_prompt else 20 :] if i != hidden]
+                assert "".join(recorder.pieces) == vocabulary.decode(shown, skip_special_tokens=True), ids
+
+    def test_each_token_is_shown_when_it_comes(self, vocabulary):
+        """All but what the next one may change: an open run of bytes, or the beginning of a character."""
+        ids = vocabulary(WRITTEN.replace("\ufffd", "") * 2, add_special_tokens=False)["input_ids"]
+        recorder = Recorder()
+        streamer = ExactTextStreamer(vocabulary, recorder)
+        for number, token in enumerate(ids, start=1):
+            streamer.put(torch.tensor([token]))
+            if not vocabulary.convert_ids_to_tokens(token).startswith("<0x"):
+                text = vocabulary.decode(ids[:number], skip_special_tokens=True)
+                assert "".join(recorder.pieces) == text.removesuffix("\ufffd")
+
+    @pytest.mark.parametrize("kind", ["text", "line breaks", "broken characters", "control tokens"])
+    def test_the_work_grows_with_the_text(self, vocabulary, kind):
+        rocket = vocabulary("\U0001f680", add_special_tokens=False)["input_ids"]
+        repeated = {
+            "text": vocabulary(WRITTEN, add_special_tokens=False)["input_ids"],
+            "line breaks": vocabulary("\n", add_special_tokens=False)["input_ids"][-1:],
+            "broken characters": rocket[-1:],
+            "control tokens": [vocabulary.eos_token_id],
+        }[kind]
+        counting = Counting(vocabulary)
+        streamer = ExactTextStreamer(counting, write=lambda piece: None)
+        length = 600
+        for token in (repeated * length)[:length]:
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+        assert counting.num_decoded <= 20 * length
 
 
 class TestRefusals:

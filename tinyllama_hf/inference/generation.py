@@ -15,13 +15,16 @@ from .drafts import Draft
 
 DEFAULT_NEW_TOKENS = 256
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+_UNFINISHED = "\ufffd"  # what a byte-level vocabulary makes of a character's first bytes, at the end of a text
+_KEPT_TOKENS = 7  # up to 3 with a character's first bytes, and up to 4 with the whole character before it
 
 
 class ExactTextStreamer(TextStreamer):
     """Streams exactly the text that decoding all tokens at once would give.
 
     transformers' `TextStreamer` (5.23) forgets the tokens before each line break; decoding the rest by itself then
-    strips the space that a Llama text begins with, so that every line loses one column of indentation.
+    strips the space that a Llama text begins with, so that every line loses one column of indentation. Here each token is
+    decoded with the few before it, so that a text of N tokens costs N short calls.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
@@ -38,36 +41,56 @@ class ExactTextStreamer(TextStreamer):
         hidden: Collection[int] = (),
     ):
         super().__init__(tokenizer, skip_prompt, skip_special_tokens=True)
-        self._write, self._hidden = write, hidden
+        self._write = write
+        # Control tokens too: they have no text, and bytes on both sides of one are decoded as one run.
+        self._hidden = {*hidden, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
+        self._begin()
 
     def put(self, value: torch.Tensor) -> None:
         """Takes the ids of the prompt, then of each new token; `[1, num_tokens]` or `[num_tokens]`."""
         if self.skip_prompt and self.next_tokens_are_prompt:
             self.next_tokens_are_prompt = False
             return
-        self.token_cache.extend(token for token in value.reshape(-1).tolist() if token not in self._hidden)
-        # A run of byte pieces becomes text only as a whole (one bad byte spoils its neighbours), and in byte-level
-        # vocabularies an unfinished character decodes to U+FFFD: wait for the rest of both.
-        settled = len(self.token_cache)
-        while settled and self._is_byte(self.token_cache[settled - 1]):
-            settled -= 1
-        text = self.tokenizer.decode(self.token_cache[:settled], **self.decode_kwargs)
-        self._show(text.rstrip("\ufffd"))
+        for token in value.reshape(-1).tolist():
+            self._take(token)
+        self._show_closed()
 
     def end(self) -> None:
         """Shows what was held back."""
-        self._show(self.tokenizer.decode(self.token_cache, **self.decode_kwargs))
-        self.token_cache, self.print_len = [], 0
+        self._show(self._decode(self._window))
+        self._begin()
         self.next_tokens_are_prompt = True
 
-    def _is_byte(self, token: int) -> bool:
+    def _begin(self) -> None:
+        self._window: list[int] = []  # the last tokens of the text shown, then those that are not shown yet
+        self._num_shown = 0  # characters of the window's text
+        self._num_closed = 0  # tokens of the window before a run of byte pieces that may go on
+
+    def _take(self, token: int) -> None:
         piece = self.tokenizer.convert_ids_to_tokens(token)  # None for an id beyond the vocabulary
-        return piece is not None and _BYTE_PIECE.fullmatch(piece) is not None
+        if piece is None or token in self._hidden:
+            return
+        self._window.append(token)
+        # A run of byte pieces becomes text only as a whole: one bad byte spoils its neighbors.
+        if _BYTE_PIECE.fullmatch(piece) is None:
+            self._num_closed = len(self._window)
+
+    def _show_closed(self) -> None:
+        """Shows the text up to an open run of bytes, and keeps the tokens that decide how the next ones are decoded."""
+        closed = self._window[: self._num_closed]
+        self._show(self._decode(closed).removesuffix(_UNFINISHED))
+        kept = closed[-_KEPT_TOKENS:]
+        self._num_shown = len(self._decode(kept).removesuffix(_UNFINISHED))
+        self._window = kept + self._window[self._num_closed :]
+        self._num_closed = len(kept)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, **self.decode_kwargs)
 
     def _show(self, text: str) -> None:
-        if len(text) > self.print_len:
-            self._write(text[self.print_len :])
-            self.print_len = len(text)
+        if len(text) > self._num_shown:
+            self._write(text[self._num_shown :])
+            self._num_shown = len(text)
             if self._write == sys.stdout.write:
                 sys.stdout.flush()
 
