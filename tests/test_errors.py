@@ -1,9 +1,12 @@
 """The checks that every part of the package shares, against the generators that they protect."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 
+import tinyllama_hf_cli
 from tinyllama_hf.errors import InputError, check_seed
 
 
@@ -28,3 +31,14 @@ def test_other_seeds_are_refused_by_name_and_value(seed):
 def test_torch_takes_no_larger_seed():
     with pytest.raises((ValueError, RuntimeError)):
         torch.Generator().manual_seed(2**64)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+@pytest.mark.parametrize("words", [("generate", "x"), ("generate", "--input", "x.jsonl", "--output", "y"), ("chat",)])
+def test_commands_refuse_other_seeds_before_they_look_for_a_model(words, seed, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tinyllama-hf", words[0], "nowhere", *words[1:], "--seed", str(seed)])
+    with pytest.raises(SystemExit) as stop:
+        tinyllama_hf_cli.main()
+    with pytest.raises(InputError) as error:
+        check_seed(seed)
+    assert stop.value.code == 2 and capsys.readouterr().err == f"error: {error.value}\n"

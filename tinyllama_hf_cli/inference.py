@@ -40,7 +40,7 @@ def list_released() -> None:
 _TEMPERATURE = Annotated[float, typer.Option(help="0 takes the most likely token each time.")]
 _TOP_P = Annotated[float, typer.Option(help="Draw from the smallest set of tokens with this probability.")]
 _MAX_NEW_TOKENS = Annotated[int | None, typer.Option(help="Default: 256, or what is left of the context.")]
-_SEED = Annotated[int | None, typer.Option(help="Makes the draws repeatable.")]
+_SEED = Annotated[int | None, typer.Option(help="Makes the draws repeatable; 0 to 2**64 - 1.")]
 _DRAFT = Annotated[
     str | None,
     typer.Option(
@@ -91,11 +91,13 @@ def generate(
 
     Example: tinyllama-hf generate step-1431k-3T "The capital of France is" --temperature 0 --max-new-tokens 20
     """
-    from tinyllama_hf.errors import InputError
+    from tinyllama_hf.errors import InputError, check_seed
     from tinyllama_hf.inference.generation import ExactTextStreamer, Sampling, generate_text
 
     sampling = Sampling(temperature, top_p, max_new_tokens)
     sampling.check()
+    if seed is not None:
+        check_seed(seed)
     load = functools.partial(load_model, model, dtype, device, quantization, draft, adapter)
     if input_file is not None:
         if prompt:
@@ -135,11 +137,14 @@ def chat(
     """
     import contextlib
 
+    from tinyllama_hf.errors import check_seed
     from tinyllama_hf.inference.chat import ChatSession
     from tinyllama_hf.inference.generation import Sampling
 
     sampling = Sampling(temperature, top_p, max_new_tokens)
     sampling.check()
+    if seed is not None:
+        check_seed(seed)
     loaded, tokenizer, helper = load_model(model, dtype, device, quantization, draft, adapter)
     session = ChatSession(loaded, tokenizer, system, sampling, seed, helper, note=note)
     if sys.stdin.isatty():

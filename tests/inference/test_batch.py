@@ -331,7 +331,8 @@ def test_beams_are_refused(random_model, engine, sampling):
     ("options", "message"),
     [
         ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
-        ({"seed": -1}, "--seed -1: must be 0 or above"),
+        ({"seed": -1}, "--seed -1: "),
+        ({"seed": 2**64}, "--seed 18446744073709551616: "),
         ({"sampling": Sampling(-1)}, "--temperature -1"),
         ({"engine": "continous"}, "--engine 'continous': there is none of this name; did you mean 'continuous'"),
         ({"engine": "continuous", "seed": 1}, "--engine continuous: its draws depend on what shares a pass"),

@@ -119,6 +119,27 @@ def test_the_oldest_exchanges_go_when_the_context_is_full(model, tokenizer):
     assert "Rule." in last and "number 5" in last and "number 0" not in last
 
 
+@pytest.mark.parametrize("message", ["One?", "word " * 12])
+def test_a_long_history_is_cut_in_few_tries(model, tokenizer, message):
+    """No more exchanges go than have to, and the conversation is not encoded again for each of them."""
+    session = Session(model, tokenizer)
+    exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    session.exchanges = exchange * 200
+    tried, ids = [], session._ids
+    session._ids = lambda turns, system: tried.append(len(turns) // 2) or ids(turns, system)
+    session.say(message)
+    kept = len(session.exchanges) // 2 - 1
+    lengths = [len(ids([*exchange * n, {"role": "user", "content": message}], None)) for n in (kept, kept + 1)]
+    assert lengths[0] + 8 <= 96 < lengths[1] + 8
+    assert len(tried) <= 10 and any(f"first {200 - kept} exchanges" in note for note in session.notes)
+
+
+def test_a_seed_beyond_what_generators_take(model, tokenizer):
+    for seed in (-1, 2**64):
+        with pytest.raises(InputError, match=f"--seed {seed}: "):
+            Session(model, tokenizer, seed=seed)
+
+
 def test_every_reply_ends_in_a_line_end_also_when_the_context_is_full(model, tokenizer):
     """One exchange is forgotten and one joins, so that the history keeps its length."""
     session = Session(model, tokenizer)

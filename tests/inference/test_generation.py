@@ -187,6 +187,8 @@ class TestRefusals:
             ({"temperature": -1}, "--temperature -1"),
             ({"top_p": 0}, "--top-p 0"),
             ({"max_new_tokens": 0}, "--max-new-tokens 0"),
+            ({"seed": -1}, "--seed -1"),
+            ({"seed": 2**64}, "--seed 18446744073709551616"),
             ({"max_new_tokens": 100}, "longer than the model's context of 64"),
             ({"prompt": "word " * 200}, "longer than the model's context of 64"),
         ],

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import GenerationMode
 
-from ..errors import InputError, did_you_mean
+from ..errors import InputError, check_seed, did_you_mean
 from .decoding import Decoding, prepare
 from .drafts import SEEDED_DRAFT_LENGTH, Draft
 from .generation import Sampling, context_of
@@ -112,8 +112,8 @@ def check_options(batch_size: int, sampling: Sampling, seed: int | None, engine:
     sampling.check()
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size}: must be at least 1")
-    if seed is not None and seed < 0:
-        raise InputError(f"--seed {seed}: must be 0 or above")
+    if seed is not None:
+        check_seed(seed)
     if engine not in ENGINES:
         raise InputError(f"--engine {engine!r}: there is none of this name{did_you_mean(engine, ENGINES)}")
     if engine == "continuous" and with_draft:

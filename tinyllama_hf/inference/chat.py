@@ -1,5 +1,6 @@
 """A conversation with a model: history, commands, and what to do when it no longer fits the context."""
 
+import bisect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..chat.render import render
-from ..errors import InputError, did_you_mean
+from ..errors import InputError, check_seed, did_you_mean
 from .drafts import Draft
 from .generation import DEFAULT_NEW_TOKENS, ExactTextStreamer, Sampling, context_of, generate_ids
 
@@ -55,7 +56,7 @@ class ChatSession:
         self.sampling.check()
         self._seeded = seed is not None
         if seed is not None:
-            torch.manual_seed(seed)
+            torch.manual_seed(check_seed(seed))
         self.context, self._whose = context_of(model, draft)
         self.begin(system)
 
@@ -138,19 +139,24 @@ class ChatSession:
         context = self.context
         wanted = min(self.sampling.max_new_tokens or DEFAULT_NEW_TOKENS, context // 4)
         message = {"role": "user", "content": text}
-        kept = self.exchanges
-        ids = self._ids([*kept, message], self.system)
-        while kept and len(ids) + wanted > context:
-            kept = kept[2:]
-            ids = self._ids([*kept, message], self.system)
+
+        def ids_without(dropped: int) -> list[int]:
+            return self._ids([*self.exchanges[2 * dropped :], message], self.system)
+
+        ids, dropped = ids_without(0), 0
+        if self.exchanges and len(ids) + wanted > context:
+            # The fewest that have to go are found by halving, since each try encodes the whole conversation.
+            tries = range(1, len(self.exchanges) // 2)
+            dropped = 1 + bisect.bisect_left(tries, True, key=lambda n: len(ids_without(n)) + wanted <= context)
+            ids = ids_without(dropped)
         if len(ids) >= context:
             raise InputError(
                 f"the message makes a conversation of {len(ids)} tokens, which leaves no room for a reply in the "
                 f"{self._whose} context of {context}; shorten the message{' or the system prompt' if self.system else ''}"
             )
-        if dropped := (len(self.exchanges) - len(kept)) // 2:
+        if dropped:
             self.note(f"the context of {context} tokens is full: the first {dropped} exchanges are forgotten")
-            self.exchanges = kept
+            self.exchanges = self.exchanges[2 * dropped :]
         return ids
 
     def _stop_tokens(self) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from ..errors import InputError
+from ..errors import InputError, check_seed
 from .drafts import Draft
 
 
@@ -161,6 +161,8 @@ def generate_text(
     """
     sampling = Sampling(temperature, top_p, max_new_tokens)
     sampling.check()
+    if seed is not None:
+        check_seed(seed)
     ids = tokenizer(prompt, split_special_tokens=True, verbose=False)["input_ids"]
     if not ids:
         raise InputError("prompt: is empty, and this tokenizer has no begin-of-sequence to begin with; give a prompt")
