@@ -38,3 +38,19 @@ def local(served_folder):
     model, tokenizer = load(served_folder)
     tokenizer.chat_template = load_template("llama2")
     return model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def app(local):
+    """The server's application for it."""
+    from tinyllama_hf.inference.serving import build_app
+
+    return build_app("my-model", *local)
+
+
+@pytest.fixture(scope="module")
+def client(app):
+    """Asks the application in this process."""
+    from starlette.testclient import TestClient
+
+    return TestClient(app, raise_server_exceptions=False, follow_redirects=False)

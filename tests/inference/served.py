@@ -1,5 +1,6 @@
-"""What the tests of the server share: a process of it, and requests."""
+"""What the tests of the server share: a process of it, and requests to it or to its application in this process."""
 
+import json
 import os
 import signal
 import subprocess
@@ -41,3 +42,35 @@ def chat(client, *contents, **options):
 
 def complete(client, prompt, **options):
     return client.completions.create(**{"model": "my-model", "prompt": prompt, "temperature": 0, **options})
+
+
+GENERATING = ("completions", "chat/completions", "responses")
+_PROMPTS = {"chat/completions": {"messages": [{"role": "user", "content": "x"}]}, "responses": {"input": "x"}}
+
+
+def post(client, body, path):
+    """What a body gets, with the prompt that the path needs unless it has one, or is no object."""
+    whole = {**_PROMPTS.get(path, {"prompt": "x"}), **body} if isinstance(body, dict) else body
+    data = whole if isinstance(whole, bytes) else json.dumps(whole).encode()
+    return client.post(f"/v1/{path}", content=data, headers={"Content-Type": "application/json"})
+
+
+def ask(client, body, path="completions"):
+    """Status and answer, or error, of a request that the `openai` client would not make, or would not let through."""
+    answer = post(client, body, path)
+    return answer.status_code, answer.json() if answer.is_success else answer.json()["error"]
+
+
+def stream(client, body, path="completions"):
+    """What the events of a stream hold: objects, and the text of its end."""
+    lines = post(client, {"stream": True, **body}, path).text.splitlines()
+    found = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+    return [text if text == "[DONE]" else json.loads(text) for text in found]
+
+
+def text_of(answer):
+    """The text that was generated, of any path."""
+    if "output" in answer:
+        return answer["output"][-1]["content"][0]["text"]
+    choice = answer["choices"][0]
+    return choice["message"]["content"] if "message" in choice else choice["text"]

@@ -20,6 +20,7 @@ from tests.test_docs import commands
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
 from tinyllama_hf.inference.chat import ChatSession
 from tinyllama_hf.inference.generation import Sampling, generate_text
+from tinyllama_hf.inference.serving import MAX_BODY_BYTES
 
 
 openai = pytest.importorskip("openai")
@@ -42,7 +43,8 @@ def client(server):
 
 def test_the_model_is_listed(client):
     """Although there is no cache of the Hub, which the library looks into."""
-    assert [model.id for model in client.models.list()] == ["my-model"]
+    (model,) = client.models.list()
+    assert model.id == "my-model" and client.models.retrieve("my-model") == model
     with urllib.request.urlopen(str(client.base_url).replace("/v1/", "/health")) as answer:
         assert json.load(answer) == {"status": "ok"}
 
@@ -117,13 +119,12 @@ def test_stop_strings(client, local):
         (lambda c: chat(c, "x " * 500), f"by the model's context of {CONTEXT}"),
         (lambda c: complete(c, "x", max_tokens=0), "max_tokens 0: must be greater than or equal to 1"),
         (lambda c: complete(c, "x", temperature=-1), "temperature -1: must be greater than or equal to 0"),
-        (lambda c: complete(c, "x", temperature=1, top_p=0), "top_p 0: must be greater than 0"),
+        (lambda c: complete(c, "x", temperature=1, top_p=-1), "top_p -1: "),
         (lambda c: complete(c, "x", n=2), "n: is not supported by this server"),
         (lambda c: complete(c, "x", logprobs=3), "logprobs: is not supported by this server"),
         (lambda c: chat(c, "x", response_format={"type": "json_object"}), "response_format: is not supported"),
         (lambda c: chat(c, "x", tools=[{"type": "function", "function": {"name": "f"}}]), "tools: is not supported"),
-        (lambda c: complete(c, "x", model="another"), "Server is pinned to 'my-model'; requested 'another'"),
-        (lambda c: complete(c, ["x", "y"]), "prompt must be a string"),
+        (lambda c: complete(c, ["x", "y"]), "prompt: "),
         (lambda c: c.post("/chat/completions", body={"model": "my-model"}, cast_to=object), "messages: is missing"),
         (lambda c: c.chat.completions.create(model="my-model", messages=["x"]), "messages: must be a list of"),
         (lambda c: c.chat.completions.create(model="my-model", messages=[{"role": "user", "content": [
@@ -139,6 +140,40 @@ def test_bad_requests(client, ask, message):
     with pytest.raises(openai.BadRequestError) as error:
         ask(client)
     assert message in error.value.message
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [lambda c: complete(c, "x", model="another"), lambda c: chat(c, "x", model="a/b"), lambda c: c.models.retrieve("a/b"),
+     lambda c: c.responses.create(model="another", input="x")],
+)  # fmt: skip
+def test_another_model(client, ask):
+    with pytest.raises(openai.NotFoundError) as error:
+        ask(client)
+    assert error.value.code == "model_not_found" and "'my-model'" in error.value.message
+
+
+def test_a_body_above_the_limit(client):
+    """The client is told so, although it was still sending."""
+    with pytest.raises(openai.APIStatusError) as error:
+        complete(client, "x" * 2 * MAX_BODY_BYTES)
+    assert error.value.status_code == 413 and str(MAX_BODY_BYTES) in error.value.message
+    assert complete(client, "x", max_tokens=1).choices[0].text
+
+
+@pytest.mark.parametrize("ask", [complete, chat], ids=["completions", "chat"])
+def test_the_usage_of_a_stream(client, ask):
+    """Where it is asked for: in a chunk of its own, after the others, which have none."""
+    whole = ask(client, "x", max_tokens=5)
+    *chunks, last = ask(client, "x", max_tokens=5, stream=True, stream_options={"include_usage": True})
+    assert last.choices == [] and last.usage == whole.usage and last.usage.completion_tokens == 5
+    assert all(
+        "usage" in chunk.model_fields_set and chunk.usage is None and len(chunk.choices) == 1 for chunk in chunks
+    )
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason] == ["length"]
+    for options in ({}, {"stream_options": {"include_usage": False}}, {"stream_options": None}):
+        chunks = list(ask(client, "x", max_tokens=5, stream=True, **options))
+        assert all("usage" not in chunk.model_fields_set and len(chunk.choices) == 1 for chunk in chunks)
 
 
 def test_harmless_fields_are_let_through(client):

@@ -3,22 +3,35 @@
 These convert what they are given, and answer with status 500 where that fails.
 """
 
+import functools
 import json
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, Json, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import from_json
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from ..errors import InputError, did_you_mean
+from ..errors import InputError, check_seed, did_you_mean
 
 
-_TEXT_PARTS = ("text", "input_text", "output_text")
-_OTHER_MEDIA = ("image", "audio", "video", "file")
-_CALLS = ("function_call", "function_call_output")
-# What does not decide the answers, and numbers that ask for what there is.
-_HARMLESS = {"stream_options", "user", "metadata", "store", "service_tier", "safety_identifier"}
+# What does not decide the answers.
+_HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier"}
 _HARMLESS |= {"prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"}
-_DEFAULTS = {"n": 1, "best_of": 1, "presence_penalty": 0, "top_logprobs": 0}
+# Fields that this server has not, and the values that ask for what it does anyway; so do `null` and what is empty.
+_DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "presence_penalty": (0,),
+    "top_logprobs": (0,),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "text": ({"format": {"type": "text"}},),
+    "modalities": (["text"],),
+    "truncation": ("disabled",),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+}
 # Before each request the library compares the stop strings with the whole vocabulary: seconds at these limits.
 _STOPS, _STOP_LENGTH = 4, 100
 _LEAST = 1e-6  # of what logits are divided by, which have to stay finite
@@ -50,7 +63,7 @@ class _Sampling(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     temperature: Annotated[float, Field(ge=0)] | None = None
-    top_p: _Share | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
 
     @field_validator("temperature")
     @classmethod
@@ -76,21 +89,35 @@ class _GenerationConfig(_Sampling):
     transformers_version: str | None = Field(None, exclude=True)  # which `GenerationConfig.to_json_string` writes
 
 
+class _StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # of lengths, from who reads the traffic; without effect
+
+
 class _Fields(_Sampling):
     model: str | None = None
     stream: bool | None = None
+    stream_options: _StreamOptions | None = None
     instructions: str | None = None
     suffix: str | None = None
     max_tokens: _Count | None = None
     max_completion_tokens: _Count | None = None
     max_output_tokens: _Count | None = None
     parallel_tool_calls: bool | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    seed: Annotated[int, AfterValidator(functools.partial(check_seed, name=""))] | None = None
     # The repetition penalty is 1 more, and has to be above 0; OpenAI's upper limit.
     frequency_penalty: Annotated[float, Field(gt=-1, le=2)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     stop: Any = None
-    generation_config: Json[_GenerationConfig] | None = None
+    generation_config: _GenerationConfig | None = None
+
+    @field_validator("generation_config", mode="before")
+    @classmethod
+    def _object(cls, value: Any) -> Any:
+        """As transformers' server takes it, an object in a text, or as it is."""
+        return from_json(value) if isinstance(value, str) else value
 
     @field_validator("logit_bias")
     @classmethod
@@ -120,13 +147,13 @@ def check_fields(body: dict[str, Any], needed: str, limits: Limits) -> dict[str,
         limits (`Limits`): of the model.
 
     Returns:
-        The body without what is `null` or empty, with `generation_config` as a dictionary.
+        The fields that decide what is generated, without what is `null` or empty, and `generation_config` as a dictionary.
 
     Raises:
         InputError: naming the field, its value and the rule.
     """
     for name in sorted(body.keys() - _Fields.model_fields.keys() - _HARMLESS - {needed}):
-        if not _says_nothing(name, body[name]):
+        if not _asks_for_nothing(name, body[name]):
             raise InputError(f"{name}: is not supported by this server; leave it out")
     try:
         json.dumps(body, ensure_ascii=False).encode()
@@ -136,91 +163,30 @@ def check_fields(body: dict[str, Any], needed: str, limits: Limits) -> dict[str,
         known = _Fields.model_validate(body, context=limits)
     except ValidationError as error:
         raise InputError(_in_words(error)) from error
-    checked = body | known.model_dump(exclude_none=True)
-    return {name: value for name, value in checked.items() if value not in (None, [], {})}
+    checked = {name: value for name, value in known.model_dump(exclude_none=True).items() if value not in ([], {})}
+    if checked.keys() >= {"max_tokens", "max_completion_tokens"}:
+        raise InputError("max_tokens, max_completion_tokens: say the same; give one of them")
+    if "stream_options" in checked and not checked.get("stream"):
+        raise InputError(
+            f"stream_options {checked['stream_options']}: belong to a stream; leave them out, or set stream"
+        )
+    return checked
 
 
-def _says_nothing(name: str, value: Any) -> bool:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return value == _DEFAULTS.get(name)
-    return not value
+def _asks_for_nothing(name: str, value: Any) -> bool:
+    """Whether the value of a field that this server has not is as good as none: `n: 1` is, `n: 0` and `n: true` are not."""
+    if isinstance(value, bool):
+        return not value
+    return value in _DEFAULTS.get(name, ()) or (not value and not isinstance(value, (int, float)))
 
 
 def _in_words(error: ValidationError) -> str:
     first = error.errors()[0]
     name = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
-        key = str(first["loc"][-1])
-        valid = did_you_mean(key, _GenerationConfig.model_fields.keys() - {"transformers_version"})
+        section, key = first["loc"]
+        known = {"generation_config": _GenerationConfig, "stream_options": _StreamOptions}[section].model_fields
+        valid = did_you_mean(str(key), known.keys() - {"transformers_version"})
         return f"{name} {first['input']!r}: is not supported by this server{valid}"
     rule = first["msg"].removeprefix("Value error, ").replace("input should", "must").replace("Input should", "must")
     return f"{name} {first['input']!r}: {rule}"
-
-
-def check_length(texts: Any, limits: Limits) -> None:
-    """Refuses what cannot fit the context, before its tokens are read.
-
-    Args:
-        texts (`Any`): a text, messages, parts of them, or lists of these.
-        limits (`Limits`): of the model.
-
-    Raises:
-        InputError: if together they have more characters than the context can hold.
-    """
-    if (length := _length(texts)) > limits.characters:
-        raise InputError(
-            f"a prompt of {length} characters; must be at most {limits.characters}, as the model's context of "
-            f"{limits.context} tokens holds no more"
-        )
-
-
-def _length(value: Any) -> int:
-    if isinstance(value, dict):
-        value = value.get("content", value.get("text"))
-    return len(value) if isinstance(value, str) else sum(map(_length, value)) if isinstance(value, list) else 0
-
-
-def check_messages(value: Any, name: str) -> None:
-    """Checks the form of a conversation, or of the parts of one message; roles are checked where it is rendered.
-
-    Args:
-        value (`Any`): of `messages` or `input`; `null` or empty tool calls in it, as clients send them back, are removed.
-        name (`str`): of the field.
-
-    Raises:
-        InputError: if it has another form, or parts that are no text.
-    """
-    _check_media(value, name)
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise InputError(f'{name}: must be a list of {{"role": "...", "content": "..."}}')
-    if name == "input" and all(map(_is_text, value)):
-        return  # the parts of one message
-    for number, message in enumerate(value):
-        where = f"{name}, message {number}"
-        if message.get("tool_calls") or message.get("type") in _CALLS:
-            raise InputError(f"{where}: calls of tools are not supported; leave them out")
-        if message.get("type", "message") != "message":
-            raise InputError(f"{where}: type {message['type']!r} is not supported; leave it out")
-        message.pop("tool_calls", None)
-        if "role" not in message:
-            raise InputError(
-                f'{name}: must be a list of {{"role": "...", "content": "..."}}, and message {number} has no role'
-            )
-        content = message.get("content")
-        if not isinstance(content, str) and not (isinstance(content, list) and all(map(_is_text, content))):
-            raise InputError(f'{where}: content must be a text, or a list of {{"type": "text", "text": "..."}}')
-
-
-def _is_text(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") in _TEXT_PARTS and isinstance(part.get("text"), str)
-
-
-def _check_media(value: Any, name: str) -> None:
-    """Refuses parts that are no text, wherever they stand."""
-    if isinstance(value, dict):
-        kind = str(value.get("type", "text"))
-        if any(medium in kind for medium in _OTHER_MEDIA):
-            raise InputError(f"{name}: holds a part of type {kind!r}, and this model reads text alone")
-        value = list(value.values())
-    for part in value if isinstance(value, list) else ():
-        _check_media(part, f"{name}, part")

@@ -7,7 +7,8 @@ import asyncio
 import functools
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -15,6 +16,11 @@ from transformers.cli.serving.utils import GenerateManager, GenerationState, _St
 
 from ..errors import InputError
 from .generation import ExactTextStreamer
+
+
+MAX_WAITING = 64  # requests, besides the one that is generated
+_RETRY_SECONDS = 5
+_Prepared = TypeVar("_Prepared")
 
 
 class OneQueue(GenerationState):
@@ -31,12 +37,27 @@ class OneQueue(GenerationState):
 class Generation(GenerateManager):
     """Generates within the model's context, streams exactly what the whole text would be, and stops when the server does.
 
-    A `GenerationConfig` comes with a `seed` of ours, or `None`.
+    A `GenerationConfig` comes with a `seed` of ours, or `None`. Beyond `MAX_WAITING` requests that wait, others are refused.
     """
 
     def __init__(self):
         super().__init__()
         self.ending = threading.Event()
+        self._places = threading.Semaphore(1 + MAX_WAITING)
+        # One thread, as calls of a tokenizer change its settings.
+        self._preparing = ThreadPoolExecutor(1, "prepare")
+
+    async def prepare(self, function: Callable[..., _Prepared], *arguments: Any) -> _Prepared:
+        """Checks a request and makes its tokens in a thread, while the event loop answers others.
+
+        Raises:
+            Busy: if too many requests wait.
+        """
+        self._enter()
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._preparing, function, *arguments)
+        finally:
+            self._places.release()
 
     def generate_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, response_parser: Any = None
@@ -54,16 +75,32 @@ class Generation(GenerateManager):
             except Exception as error:  # whatever it is, somebody waits for the end of the stream
                 put(_StreamError(str(getattr(error, "detail", error))))
 
-        self.submit(generate)
+        self.submit(self._in_place(generate))
         return queue, streamer
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
     ) -> tuple[str, int, torch.Tensor]:
         arguments = self._arguments(model, processor, inputs, gen_config)
-        sequences = await self.async_submit(self._generate, model, **arguments)
+        sequences = await self.async_submit(self._in_place(self._generate), model, **arguments)
         length = inputs["input_ids"].shape[-1]
         return processor.decode(sequences[0, length:], skip_special_tokens=True), length, sequences[0, length:]
+
+    def _enter(self) -> None:
+        if not self._places.acquire(blocking=False):
+            raise Busy
+
+    def _in_place(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, with a place in the queue that it leaves when it has run."""
+        self._enter()
+
+        def run(*arguments: Any, **options: Any) -> Any:
+            try:
+                return function(*arguments, **options)
+            finally:
+                self._places.release()
+
+        return run
 
     def _arguments(self, model: Any, processor: Any, inputs: Any, gen_config: Any) -> dict[str, Any]:
         _limit(model, inputs, gen_config)
@@ -94,6 +131,14 @@ class Ending(Exception):
     """The server was asked to end."""
 
     status_code, detail = 503, "the server is shutting down"
+
+
+class Busy(Exception):
+    """As many requests wait as may."""
+
+    status_code, code = 429, "rate_limit_exceeded"
+    headers = {"Retry-After": str(_RETRY_SECONDS)}
+    detail = f"{MAX_WAITING} requests wait already; try again in {_RETRY_SECONDS} seconds"
 
 
 class _QueueStreamer(ExactTextStreamer):

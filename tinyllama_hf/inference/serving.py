@@ -9,11 +9,9 @@ generate beyond the context, and load or drop models for whoever asks; tests/inf
 import copy
 import json
 import logging
-import re
 import socket
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
@@ -24,9 +22,10 @@ from transformers.cli.serving.utils import BaseHandler
 from ..errors import InputError, require
 from .batch import stop_tokens_of
 from .generation import Sampling
-from .prompts import chat_ids
-from .request_fields import Limits, check_fields, check_length, check_messages
-from .request_queue import Ending, OneQueue
+from .request_answers import BodyLimit, UnknownModel, in_form, stream_in_form
+from .request_fields import Limits, check_fields
+from .request_prompts import prompt_ids
+from .request_queue import Busy, Ending, OneQueue
 
 
 if TYPE_CHECKING:
@@ -34,10 +33,10 @@ if TYPE_CHECKING:
 
 # The library's app has others, for models that this is none of, to load and drop models, and pages from another server.
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health")
-_STREAM_ERROR = re.compile(r'^data: {"error": "(.*)"}\n\n\Z', re.MULTILINE | re.DOTALL)
-_LONGEST_MESSAGE = 1000  # characters of an error, which quotes what was sent
+MAX_BODY_BYTES = 4 * 2**20
 _LENGTHS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
 _SECONDS_TO_END = 5  # that connections get after Ctrl-C
+_PROMPT: ContextVar[list[int]] = ContextVar("prompt")  # the tokens of the request that a task handles
 
 
 def check_installed() -> None:
@@ -62,6 +61,7 @@ def build_app(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerF
     """
     from fastapi.exceptions import RequestValidationError
     from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.completion import CompletionHandler
     from transformers.cli.serving.response import ResponseHandler
@@ -79,16 +79,19 @@ def build_app(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerF
     state, limits = OneQueue(), Limits.of(model, tokenizer)
     app = build_server(
         chat,
-        _strict(ChatCompletionHandler, "messages", limits)(chat, state),
-        completion_handler=_strict(CompletionHandler, "prompt", limits)(text, state),
-        response_handler=_strict(ResponseHandler, "input", limits)(chat, state),
+        _strict(ChatCompletionHandler, "messages", tokenizer, limits)(chat, state),
+        completion_handler=_strict(CompletionHandler, "prompt", tokenizer, limits)(text, state),
+        response_handler=_strict(ResponseHandler, "input", tokenizer, limits)(chat, state),
         transcription_handler=None,
         systemone_handler=None,
         generation_state=state,
     )
     app.router.routes[:] = [route for route in app.router.routes if route.path in PATHS]
+    app.add_api_route("/v1/models/{asked:path}", chat.get_model)
     app.router.redirect_slashes = False
-    for kind in (InputError, HTTPException, RequestValidationError, Ending, Exception):
+    # The innermost: through the library's middleware its exception would come as a group, which fails as bad JSON does.
+    app.user_middleware.append(Middleware(BodyLimit, num_bytes=MAX_BODY_BYTES))
+    for kind in (InputError, HTTPException, RequestValidationError, UnknownModel, Busy, Ending, Exception):
         app.add_exception_handler(kind, _say)
     app.state.ending = state.manager.ending
     return app
@@ -138,6 +141,7 @@ async def _say(request: Any, error: Exception) -> Any:
     """An error in the form that OpenAI's clients show."""
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
+    from starlette.exceptions import HTTPException
 
     message = str(getattr(error, "detail", error))
     status = getattr(error, "status_code", 400 if isinstance(error, (InputError, RequestValidationError)) else 500)
@@ -145,28 +149,18 @@ async def _say(request: Any, error: Exception) -> Any:
         message = "body: must be a JSON object, sent with Content-Type: application/json"
         if reasons := [found["ctx"]["error"] for found in error.errors() if found["type"] == "json_invalid"]:
             message = f"body: is no JSON ({reasons[0]})"
-    elif status in (404, 405):
+    elif isinstance(error, HTTPException) and status in (404, 405):
         message = f"{request.method} {request.url.path}: {message}; this server has {', '.join(PATHS)}"
     elif status == 500:
         message = f"{type(error).__name__}: {message}"  # its traceback is in the server's log
     status = 400 if status == 422 else status  # the library's for fields and forms that it does not know
-    return JSONResponse(_in_form(message, status), status_code=status)
+    code, headers = getattr(error, "code", None), getattr(error, "headers", None)
+    return JSONResponse(in_form(message, status, code), status_code=status, headers=headers)
 
 
-def _in_form(message: str, status: int) -> dict[str, Any]:
-    if len(message) > _LONGEST_MESSAGE:
-        message = f"{message[: _LONGEST_MESSAGE // 2]} ... {message[-_LONGEST_MESSAGE // 2 :]}"
-    return {"error": {"message": message, "type": "invalid_request_error" if status < 500 else "server_error"}}
-
-
-async def _with_error_in_form(parts: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-    """A stream whose error is as OpenAI's; of the library's (5.23), a text alone, clients show nothing."""
-    async with aclosing(parts):  # it ends the generation when the client is gone
-        async for part in parts:
-            yield _STREAM_ERROR.sub(lambda found: f"data: {json.dumps(_in_form(found[1], 500))}\n\n", part)
-
-
-def _strict(handler: type[BaseHandler], needed: str, limits: Limits) -> type[BaseHandler]:
+def _strict(
+    handler: type[BaseHandler], needed: str, tokenizer: PreTrainedTokenizerFast, limits: Limits
+) -> type[BaseHandler]:
     """A handler that refuses what the library's (5.23) ignores, or fails at, and streams only when asked.
 
     (That of `/v1/responses` streams unless it is told not to.)
@@ -175,25 +169,24 @@ def _strict(handler: type[BaseHandler], needed: str, limits: Limits) -> type[Bas
 
     class Strict(handler):
         async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
-            response = await super().handle_request(body, request_id)
-            if isinstance(response, StreamingResponse):
-                response.body_iterator = _with_error_in_form(response.body_iterator)
+            checked, ids = await self.generation_state.manager.prepare(self._prepare, body)
+            _PROMPT.set(ids)
+            response = await super().handle_request(checked, request_id)
+            if isinstance(response, StreamingResponse) and needed != "input":  # /v1/responses streams in another form
+                with_usage = checked.get("stream_options", {}).get("include_usage", False)
+                response.body_iterator = stream_in_form(response.body_iterator, with_usage)
             return response
 
-        def _validate_request(self, body: dict[str, Any]) -> None:
-            super()._validate_request(body)
-            given = body.get(needed)
-            if given is None:
-                raise InputError(f"{needed}: is missing")
+        def _prepare(self, body: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+            """The body as the library's handler reads it, and the tokens of its prompt, which it has in their place."""
+            self._validate_request(body)
             try:
-                if needed == "messages" or (needed == "input" and not isinstance(given, str)):
-                    check_messages(given, needed)
-                checked = {"stream": False, **check_fields(body, needed, limits), needed: given}
-                check_length([given, checked.get("instructions")], limits)
+                checked = check_fields(body, needed, limits)
+                self.model_manager.check_name(checked.get("model"))
+                ids = prompt_ids(body, needed, checked.get("instructions"), tokenizer, limits)
             except RecursionError as error:
                 raise InputError("body: is nested too deeply") from error
-            body.clear()
-            body.update(checked)
+            return {"stream": False, **checked, needed: [] if needed == "messages" else ""}, ids
 
         def _build_generation_config(
             self, body: dict[str, Any], model_generation_config: GenerationConfig, use_cb: bool = False
@@ -212,6 +205,7 @@ def _strict(handler: type[BaseHandler], needed: str, limits: Limits) -> type[Bas
             config = super()._build_generation_config(fields, defaults, use_cb)
             config.sequence_bias = {(int(token),): value for token, value in bias.items()} or None
             config.seed = seed
+            config.do_sample &= config.top_p != 0  # the most likely token alone
             if length is not None and not fields.keys() & _LENGTHS:
                 config.max_new_tokens = length
             return config
@@ -224,6 +218,7 @@ class OneModel(ModelManager):
 
     def __init__(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast):
         self._name, self._model, self._tokenizer = name, model, tokenizer
+        self._description = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "tinyllama_hf"}
         super().__init__(force_model=name)
 
     @staticmethod
@@ -231,13 +226,21 @@ class OneModel(ModelManager):
         """A name is a name; the library appends `@main`."""
         return model_id
 
+    def check_name(self, asked: str | None) -> None:
+        """Refuses another model's name; a request may leave it out."""
+        if asked not in (None, self._name):
+            raise UnknownModel(asked, self._name)
+
     def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
         """The model alone; the library lists the Hub's cache, and fails where there is none."""
-        return [{"id": self._name, "object": "model", "created": int(time.time()), "owned_by": "tinyllama_hf"}]
+        return [self._description]
 
-    def _load_processor(self, model_id_and_revision: str, gguf_file: str | None = None) -> PreTrainedTokenizerFast:
-        if model_id_and_revision != self._name or gguf_file:
-            raise InputError(f"model {model_id_and_revision!r}: this server has {self._name!r} alone")
+    def get_model(self, asked: str) -> dict[str, Any]:
+        """The model by its name, which the library has no path for."""
+        self.check_name(asked)
+        return self._description
+
+    def _load_processor(self, *_: Any, **__: Any) -> PreTrainedTokenizerFast:
         return self._tokenizer
 
     def _load_model(self, *_: Any, **__: Any) -> PreTrainedModel:
@@ -245,23 +248,23 @@ class OneModel(ModelManager):
 
 
 def _for_chat(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Renders conversations as `chat` does: control tokens come from the template alone."""
     served = copy.deepcopy(tokenizer)
-
-    def apply_chat_template(messages: Any, **_: Any) -> BatchEncoding:
-        ids = chat_ids(messages, tokenizer)
-        return BatchEncoding({"input_ids": [ids], "attention_mask": [[1] * len(ids)]}, tensor_type="pt")
-
-    served.apply_chat_template = apply_chat_template
+    served.apply_chat_template = _prompt
     return served
 
 
 def _for_text(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Takes prompts as text, and decodes what comes after one: with the space that a Llama text begins with."""
+    """Decodes what comes after a prompt: with the space that a Llama text begins with."""
     served = copy.deepcopy(tokenizer)
-    served.split_special_tokens = True
+    served.tokenizer = _prompt  # what the library's handler looks for in a processor
     state = json.loads(served.backend_tokenizer.to_str())
     if parts := (state["decoder"] or {}).get("decoders"):
         state["decoder"]["decoders"] = [part for part in parts if part["type"] != "Strip"]
         served.backend_tokenizer.decoder = Tokenizer.from_str(json.dumps(state)).decoder
     return served
+
+
+def _prompt(*_: Any, **__: Any) -> BatchEncoding:
+    """Stands where the library's handlers make tokens, while the event loop waits: they were made before, in a thread."""
+    ids = _PROMPT.get()
+    return BatchEncoding({"input_ids": [ids], "attention_mask": [[1] * len(ids)]}, tensor_type="pt")

@@ -1,0 +1,100 @@
+"""The form of a server's answers that OpenAI's clients know: errors, and streams up to their end."""
+
+import json
+import re
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from typing import Any
+
+
+_STREAM_ERROR = re.compile(r'^data: {"error": "(.*)"}\n\n\Z', re.MULTILINE | re.DOTALL)
+_LONGEST_MESSAGE = 1000  # characters of an error, which quotes what was sent
+_TYPES = {429: "rate_limit_error"}
+
+
+class UnknownModel(Exception):
+    """A request names another model than the server's."""
+
+    status_code, code = 404, "model_not_found"
+
+    def __init__(self, asked: str, served: str):
+        super().__init__(f"model {asked!r}: this server has {served!r} alone")
+
+
+def in_form(message: str, status: int, code: str | None = None) -> dict[str, Any]:
+    """An error as OpenAI's interface has it.
+
+    Args:
+        message (`str`): shortened where it quotes too much.
+        status (`int`): of the answer, or the one it would have had.
+        code (`str`, *optional*): OpenAI's name of the error.
+    """
+    if len(message) > _LONGEST_MESSAGE:
+        message = f"{message[: _LONGEST_MESSAGE // 2]} ... {message[-_LONGEST_MESSAGE // 2 :]}"
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+async def stream_in_form(parts: AsyncGenerator[str, None], with_usage: bool) -> AsyncGenerator[str, None]:
+    """The stream of a completion as OpenAI's: its errors, its usage, and its end.
+
+    Of an error as transformers' server (5.23) sends it, a text alone, clients show nothing; it sends the usage whether asked
+    for or not, and never the end.
+
+    Args:
+        parts (`AsyncGenerator`): of the library's handler; each holds whole events.
+        with_usage (`bool`): whether the request asked for it.
+    """
+    async with aclosing(parts):  # it ends the generation when the client is gone
+        async for part in parts:
+            error = _STREAM_ERROR.search(part)
+            events = part[: error.start()] if error else part
+            chunks = (json.loads(event.removeprefix("data: ")) for event in events.split("\n\n")[:-1])
+            in_order = [whole for chunk in chunks for whole in _chunks_in_form(chunk, with_usage)]
+            if error:
+                in_order.append(in_form(error[1], 500))
+            yield "".join(f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n" for chunk in in_order)
+    yield "data: [DONE]\n\n"
+
+
+def _chunks_in_form(chunk: dict[str, Any], with_usage: bool) -> Iterator[dict[str, Any]]:
+    usage = chunk.pop("usage", None)
+    for choice in chunk["choices"]:
+        choice.setdefault("finish_reason", None)
+    yield chunk | ({"usage": None} if with_usage else {})
+    if with_usage and usage:
+        yield chunk | {"choices": [], "usage": usage}
+
+
+class BodyLimit:
+    """Refuses bodies above a size, whether that is declared or found while they come.
+
+    That of Starlette (1.10) answers a declared size in plain text, of which OpenAI's clients show nothing.
+
+    Args:
+        app: takes the requests.
+        num_bytes (`int`): of the largest body.
+    """
+
+    def __init__(self, app: Any, num_bytes: int):
+        self.app, self.num_bytes = app, num_bytes
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.datastructures import Headers
+        from starlette.exceptions import HTTPException
+
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        declared, taken, is_refused = int(Headers(scope=scope).get("content-length", 0)), 0, False
+
+        async def receive_within_limit() -> Any:
+            nonlocal taken, is_refused
+            if declared <= self.num_bytes or is_refused:
+                message = await receive()
+                taken += len(message.get("body", b""))
+            if max(declared, taken) > self.num_bytes and not is_refused:
+                is_refused = True  # what still comes is read and forgotten, while the answer is sent
+                raise HTTPException(413, f"body: must have at most {self.num_bytes} bytes; shorten it")
+            return message
+
+        await self.app(scope, receive_within_limit, send)
