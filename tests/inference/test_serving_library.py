@@ -94,6 +94,28 @@ def test_streams_errors_as_a_text(local):
     assert asyncio.run(last()).startswith('data: {"error": "probability tensor')
 
 
+def test_streams_the_usage_unasked_and_no_end(local):
+    handler = CompletionHandler(OneModel("my-model", *local), GenerationState())
+
+    async def last():
+        response = await handler.handle_request({"prompt": "x", "stream": True, "max_tokens": 2}, "1")
+        return [part async for part in response.body_iterator][-1]
+
+    end = asyncio.run(last())
+    assert '"usage":{' in end and "[DONE]" not in end
+
+
+def test_limits_bodies_in_plain_text():
+    """Starlette's (1.10)."""
+    limit = pytest.importorskip("starlette.middleware.body_limit").RequestBodyLimitMiddleware
+
+    async def app(scope, receive, send):
+        await receive()
+
+    answer = testclient.TestClient(limit(app, max_body_size=1)).post("/", content=b"xx")
+    assert answer.status_code == 413 and answer.headers["content-type"].startswith("text/plain")
+
+
 ROUTES = {
     "/openapi.json": {"GET", "HEAD"},
     "/docs": {"GET", "HEAD"},  # a page that a browser completes from another server
