@@ -1,4 +1,4 @@
-"""The one exception that stands for bad input, and checks that every part of the package shares."""
+"""The exception for bad input, and the checks that all parts of the package share."""
 
 import difflib
 import importlib
@@ -25,14 +25,14 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
 
 
 def check_seed(seed: int, name: str = "--seed") -> int:
-    """Returns a seed that every generator takes: of torch, and of numpy through its `SeedSequence`.
+    """Returns a seed that torch's generators and numpy's `SeedSequence` accept.
 
-    torch also takes a negative seed, for the one that is 2**64 larger, and numpy refuses it.
+    torch also accepts negative seeds, and treats each as the one 2**64 larger; numpy refuses them.
 
     Args:
         seed (`int`): of the draws.
-        name (`str`, *optional*, defaults to `"--seed"`): what the message begins with; empty leaves the rule alone, for a
-            validator that adds name and value.
+        name (`str`, *optional*, defaults to `"--seed"`): begins the message, followed by the value; with an empty name the
+            message is only the rule, for a validator that adds both.
 
     Raises:
         InputError: if it is negative or has more than 64 bits.

@@ -173,7 +173,7 @@ def test_control_text_with_chatml(smollm2):
 
 
 def lines_run(function, *arguments, **options) -> int:
-    """Lines of the package that a call runs: a measure of its work that no clock decides."""
+    """The number of lines of the package that a call runs, a measure of work without a clock."""
     package, count = str(Path(tinyllama_hf.__file__).parent), 0
 
     def trace(frame, event, _):
@@ -197,14 +197,14 @@ def test_the_work_grows_with_the_conversation_and_not_with_its_square(tokenizer,
 
 
 def test_a_conversation_that_asks_for_a_reply_has_no_masks(tokenizer):
-    """They are for training, and to find their spans costs the library time."""
+    """Masks are for training, and the library needs time to find their spans."""
     messages = [user("One?"), assistant("1"), user("Two?")]
     assert render(tokenizer, messages, add_generation_prompt=True).assistant_masks is None
     assert masked(tokenizer, render(tokenizer, messages)) == ["1 </s>"]
 
 
 def test_control_text_among_all_private_characters(tokenizer):
-    """One of them stands for control text while the template is rendered, and here none is free."""
+    """One of them replaces control text while the template is rendered; here none is free."""
     private = "".join(map(chr, range(0xF0000, 0xFFFFE)))
     with pytest.raises(InputError, match=r"^row 3: .*'</s>'"):
         render(tokenizer, [user(private + "</s>")], where="row 3")

@@ -121,7 +121,7 @@ def test_the_oldest_exchanges_go_when_the_context_is_full(model, tokenizer):
 
 @pytest.mark.parametrize("message", ["One?", "word " * 12])
 def test_a_long_history_is_cut_in_few_tries(model, tokenizer, message):
-    """No more exchanges go than have to, and the conversation is not encoded again for each of them."""
+    """Only as many exchanges are dropped as necessary, and the conversation is not encoded again for each of them."""
     session = Session(model, tokenizer)
     exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     session.exchanges = exchange * 200

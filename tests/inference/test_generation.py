@@ -114,7 +114,7 @@ class Counting:
 
 
 def kinds_of_ids(tokenizer, draw):
-    """Texts with characters of several tokens, and whatever a model may draw: parts of them, control tokens, no tokens."""
+    """Texts with characters of several tokens, and arbitrary draws: broken characters, control tokens, ids beyond the vocabulary."""
     written = tokenizer(WRITTEN * 3, add_special_tokens=False)["input_ids"]
     size = len(tokenizer)
     bytes_alone = [i for i, piece in enumerate(tokenizer.convert_ids_to_tokens(range(size))) if len(piece) in (1, 6)]
@@ -130,7 +130,7 @@ def kinds_of_ids(tokenizer, draw):
 
 
 class TestEveryText:
-    """The streamed text is that of all tokens at once, in time and work that grow with it and not with its square."""
+    """The streamed text equals that of all tokens at once, and the work grows linearly."""
 
     @pytest.mark.parametrize("with_prompt", [False, True])
     def test_however_the_tokens_come(self, vocabulary, with_prompt):
@@ -139,7 +139,7 @@ class TestEveryText:
         for ids in kinds_of_ids(vocabulary, draw):
             recorder = Recorder()
             streamer = ExactTextStreamer(vocabulary, recorder, skip_prompt=not with_prompt, hidden=[hidden])
-            for _ in range(2):  # once it has ended, it begins with the next text
+            for _ in range(2):  # after its end it starts over
                 recorder.pieces.clear()
                 streamer.put(torch.tensor([ids[:20]]))
                 position = 20
@@ -152,7 +152,7 @@ class TestEveryText:
                 assert "".join(recorder.pieces) == vocabulary.decode(shown, skip_special_tokens=True), ids
 
     def test_each_token_is_shown_when_it_comes(self, vocabulary):
-        """All but what the next one may change: an open run of bytes, or the beginning of a character."""
+        """Except what the next token may change: an open run of bytes, or the beginning of a character."""
         ids = vocabulary(WRITTEN.replace("\ufffd", "") * 2, add_special_tokens=False)["input_ids"]
         recorder = Recorder()
         streamer = ExactTextStreamer(vocabulary, recorder)

@@ -1,4 +1,4 @@
-"""Each field of a request, as OpenAI's interface has it: what reaches generation, what is as good as none, what is refused."""
+"""Each field of a request in OpenAI's interface: it reaches generation, is accepted with its default, or is refused."""
 
 import pytest
 
@@ -26,7 +26,7 @@ ALL_NULL = (
     "prediction audio service_tier max_completion_tokens functions function_call web_search_options generation_config"
 )
 FUNCTION = {"type": "function", "function": {"name": "f", "parameters": {}}}
-# What a request gets: nothing where it is answered, else the beginning of the message of status 400.
+# A body, and the beginning of the message of status 400, or `None` where it is answered.
 CHAT = {
     "nulls": (dict.fromkeys(ALL_NULL.split()), None),
     "parts": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]}]}, None),
@@ -67,7 +67,7 @@ CHAT = {
     "an unknown field of a message": (assistant(content="Yes", weight=1), "messages, message 1: weight "),
     "a name": ({"messages": [{**USER, "name": "bob"}]}, None),
     "the user twice": ({"messages": [USER, USER]}, "messages: turn 1 is of role 'user'"),
-    "a reply to go on with": (messages(("user", "Hello"), ("assistant", "Well")), "messages end with the role 'assistant'"),
+    "a reply to continue": (messages(("user", "Hello"), ("assistant", "Well")), "messages end with the role 'assistant'"),
     "the system twice": (messages(("system", "A"), ("system", "B"), ("user", "x")), "messages: turn 0 is of role 'system'"),
     "an empty content": (messages(("user", "")), None),
     "logprobs false": ({"logprobs": False}, None),
@@ -124,7 +124,7 @@ def test_what_openais_interface_has(client, path, name):
         assert answer["type"] == "invalid_request_error"
 
 
-def test_what_is_as_good_as_none_changes_nothing(client):
+def test_other_forms_of_a_request_are_the_same_request(client):
     def text(path="chat/completions", **body):
         return text_of(ask(client, {**SHORT, "max_tokens": 8, **body}, path)[1])
 
@@ -143,7 +143,7 @@ def test_a_prompt_of_ids(client, local):
     assert text_of(by_ids) == text_of(by_text) and by_ids["usage"] == by_text["usage"]
 
 
-# Each field that decides what is generated, and what it is for transformers' `generate`.
+# Each field that decides what is generated, with the settings that it becomes for transformers' `generate`.
 SETTINGS = {
     "temperature": (1.7, {"do_sample": True, "temperature": 1.7}),
     "top_p": (0.1, {"do_sample": True, "top_p": 0.1}),
@@ -177,7 +177,7 @@ LENGTH = {"completions": "max_tokens", "chat/completions": "max_tokens", "respon
 
 @pytest.fixture
 def used(local, monkeypatch):
-    """The settings of each call of `generate`, which goes on to generate."""
+    """The settings of each call of `generate`."""
     model, found = local[0], []
     generate = model.generate
 
@@ -228,7 +228,7 @@ def test_a_stop_string_ends_a_reply(client, local, path, stop):
 
 
 def test_a_small_top_p_leaves_the_most_likely_token(client):
-    """And a temperature alone does not."""
+    """A temperature alone does not."""
     texts = [
         [text_of(ask(client, {LENGTH[path]: 8, "seed": 1, **body}, path)[1]) for path in GENERATING]
         for body in ({"temperature": 0}, {"temperature": 1.5, "top_p": 1e-6}, {"temperature": 1.5, "top_p": 1.0})
@@ -236,7 +236,7 @@ def test_a_small_top_p_leaves_the_most_likely_token(client):
     assert texts[0] == texts[1] and all(map(str.__ne__, texts[1], texts[2]))
 
 
-def test_no_field_is_left_out_of_this():
+def test_the_tables_have_all_fields():
     shape = {"model", "stream", "stream_options", "parallel_tool_calls", "generation_config", "instructions", "suffix"}
     assert SETTINGS.keys() | shape == _Fields.model_fields.keys()
     assert OTHER_SETTINGS.keys() | {"transformers_version"} == _GenerationConfig.model_fields.keys()
@@ -244,7 +244,7 @@ def test_no_field_is_left_out_of_this():
 
 @pytest.mark.parametrize("path", GENERATING)
 def test_how_a_stream_ends(client, path):
-    """That of responses has an event of its own for it."""
+    """/v1/responses has its own last event."""
     events = stream(client, {LENGTH[path]: 3, "temperature": 0}, path)
     if path == "responses":
         assert events[-1]["type"] == "response.completed" and "[DONE]" not in events

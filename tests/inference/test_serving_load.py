@@ -1,5 +1,6 @@
-"""What requests may cost the server: bodies, messages and the queue are bounded, and others are answered meanwhile."""
+"""What requests may cost the server: bodies, messages and the queue are bounded, and a long prompt holds up no one else."""
 
+import asyncio
 import json
 import threading
 
@@ -18,7 +19,7 @@ EMPTY = {"role": "user", "content": ""}
 @pytest.mark.parametrize("path", GENERATING)
 @pytest.mark.parametrize("chunks", [None, 7], ids=["declared", "chunked"])
 def test_the_size_of_a_body(client, path, chunks):
-    """One byte too many is refused, whether the size is declared or not; the next request is answered."""
+    """One byte above the limit is refused, whether the size is declared or not; a body at the limit is read."""
 
     def send(size):
         body = json.dumps({"prompt": "x", "nonsense": ""}).encode()
@@ -35,7 +36,7 @@ def test_the_size_of_a_body(client, path, chunks):
 
 
 def test_a_body_is_not_read_beyond_its_limit(app):
-    """One that does not end; what was taken of it is little more than the limit."""
+    """An endless body is read up to the limit and no further."""
     taken = 0
 
     def endless():
@@ -58,15 +59,13 @@ def test_a_body_is_not_read_beyond_its_limit(app):
     async def send(message):
         sent.append(message)
 
-    import asyncio
-
     asyncio.run(app(scope, receive, send))
     assert sent[0]["status"] == 413 and taken <= MAX_BODY_BYTES + 2**16
 
 
 @pytest.mark.parametrize("path", ["chat/completions", "responses"])
 def test_more_messages_than_the_context_has_tokens(client, path, monkeypatch):
-    """Are refused before they are read."""
+    """They are refused before they are rendered."""
     monkeypatch.setattr(request_prompts, "chat_ids", None)
     field = "messages" if path == "chat/completions" else "input"
     for number in (CONTEXT + 1, 100_000):
@@ -84,7 +83,7 @@ def test_parts_are_no_way_around_it(client, path):
 
 @pytest.mark.parametrize("where", ["prompt", "max_tokens", "logit_bias", "generation_config", "stop", "messages"])
 def test_what_is_nested_or_large(client, where):
-    """Whichever gives up first: the JSON reader, the checks, or the message that would quote it."""
+    """The JSON reader, the checks or the message that would quote it: each of them refuses in the same form."""
     path = "chat/completions" if where == "messages" else "completions"
     deep = [b"[" * depth + b"]" * depth for depth in (900, 960, 990, 5000, 100_000)]
     for value in (
@@ -101,13 +100,13 @@ def test_what_is_nested_or_large(client, where):
 
 @pytest.fixture
 def alone(local):
-    """An application with one event loop for all requests, as a server has."""
+    """An application with one event loop for all requests, as in a server."""
     with testclient.TestClient(build_app("my-model", *local), raise_server_exceptions=False) as client:
         yield client
 
 
 def in_threads(function, *arguments):
-    """Calls it beside the test, once for each argument; returns what joins the calls and gives their results."""
+    """Calls a function in one thread per argument; returns a function that waits for the results."""
     results = {}
     threads = [threading.Thread(target=lambda a=a: results.update({a: function(a)})) for a in arguments]
     for thread in threads:
@@ -142,43 +141,39 @@ def test_others_are_answered_while_a_conversation_is_rendered(alone, path, monke
 
 @pytest.fixture
 def held(local, monkeypatch):
-    """Two requests may wait; generating begins when it is let, for each one that began."""
+    """Two requests may wait; generation waits for the event, and each request that joins the queue is counted."""
     monkeypatch.setattr(request_queue, "MAX_WAITING", 2)
-    begun, goes_on = threading.Semaphore(0), threading.Event()
-    generate = local[0].generate
+    joined, goes_on = threading.Semaphore(0), threading.Event()
+    limit, generate = request_queue._limit, local[0].generate
+
+    def counted(*arguments):
+        limit(*arguments)
+        joined.release()
 
     def slow(**arguments):
-        begun.release()
         assert goes_on.wait(timeout=20)
         return generate(**arguments)
 
+    monkeypatch.setattr(request_queue, "_limit", counted)
     monkeypatch.setattr(local[0], "generate", slow)
-    return begun, goes_on
+    return joined, goes_on
 
 
 def test_a_full_queue(held, alone):
-    """One is generated and two wait; the next is told when to come again, at each path, and the places come free."""
-    begun, goes_on = held
+    """One request is generated and two wait; the next gets status 429 at each path, until the places are free again."""
+    joined, goes_on = held
     bodies = [{"max_tokens": 1, "stream": number == 1} for number in range(3)]
     join = in_threads(lambda number: post(alone, bodies[number], "completions").status_code, 0, 1, 2)
-    assert begun.acquire(timeout=20)
-    refused = []
-    while len(refused) < 3:  # until the three have come
-        answer = post(
-            alone, {"max_output_tokens" if len(refused) == 2 else "max_tokens": "wrong"}, GENERATING[len(refused)]
-        )
-        assert answer.status_code in (400, 429)
-        refused += [answer] * (answer.status_code == 429)
-    for answer in refused:
-        assert int(answer.headers["Retry-After"]) > 0
-        assert (
-            answer.json()["error"]["type"] == "rate_limit_error"
-            and answer.json()["error"]["code"] == "rate_limit_exceeded"
-        )
+    assert all(joined.acquire(timeout=20) for _ in bodies)
+    for path in GENERATING:
+        answer = post(alone, {}, path)
+        error = answer.json()["error"]
+        assert answer.status_code == 429 and int(answer.headers["Retry-After"]) > 0
+        assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
     assert alone.get("/health").is_success
     goes_on.set()
     assert join() == [200, 200, 200]
-    for _ in range(4):  # also after what fails
+    for _ in range(4):  # also after requests that fail
         assert ask(alone, {"max_tokens": "wrong"})[0] == 400
         assert ask(alone, {"prompt": "x" * (2 * CONTEXT)})[0] == 400
         assert ask(alone, {"max_tokens": 1})[0] == 200

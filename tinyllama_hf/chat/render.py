@@ -26,7 +26,7 @@ class Rendering(NamedTuple):
     """A conversation as tokens.
 
     `assistant_masks` holds 1 for each token of a reply and its stop token, 0 for others; `None` where the template
-    does not say which those are, and where a reply is asked for. The name is that of transformers and TRL.
+    does not mark them, and with a generation prompt. The name is that of transformers and TRL.
     """
 
     input_ids: list[int]
@@ -74,7 +74,7 @@ def render(
     check_messages(messages, where)
     control = _control_tokens(tokenizer)
     escaped = _escape(messages, control, where)
-    # Only training needs the masks; to find their spans, the library (5.23) joins all text so far at each reply.
+    # Only training needs the masks, and transformers (5.23) joins all text so far at each reply to find their spans.
     marked = not add_generation_prompt and has_generation_markers(template)
     try:
         rendered, spans = render_jinja_template(

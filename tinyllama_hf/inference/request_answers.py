@@ -1,4 +1,4 @@
-"""The form of a server's answers that OpenAI's clients know: errors, and streams up to their end."""
+"""A server's answers in the form of OpenAI's interface: errors, streams, and the limit of a body."""
 
 import json
 import re
@@ -13,20 +13,20 @@ _TYPES = {429: "rate_limit_error"}
 
 
 class UnknownModel(Exception):
-    """A request names another model than the server's."""
+    """A request names a model that the server does not have."""
 
     status_code, code = 404, "model_not_found"
 
     def __init__(self, asked: str, served: str):
-        super().__init__(f"model {asked!r}: this server has {served!r} alone")
+        super().__init__(f"model {asked!r}: this server has only {served!r}")
 
 
 def in_form(message: str, status: int, code: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's interface has it.
+    """Returns an error as OpenAI's interface has it.
 
     Args:
-        message (`str`): shortened where it quotes too much.
-        status (`int`): of the answer, or the one it would have had.
+        message (`str`): a long one is shortened in the middle.
+        status (`int`): of the answer; 500 within a stream.
         code (`str`, *optional*): OpenAI's name of the error.
     """
     if len(message) > _LONGEST_MESSAGE:
@@ -36,14 +36,14 @@ def in_form(message: str, status: int, code: str | None = None) -> dict[str, Any
 
 
 async def stream_in_form(parts: AsyncGenerator[str, None], with_usage: bool) -> AsyncGenerator[str, None]:
-    """The stream of a completion as OpenAI's: its errors, its usage, and its end.
+    """Yields the stream of a completion with the errors, usage and end of OpenAI's interface.
 
-    Of an error as transformers' server (5.23) sends it, a text alone, clients show nothing; it sends the usage whether asked
-    for or not, and never the end.
+    transformers' server (5.23) sends an error as a bare text, which clients do not show, sends the usage unasked, and sends no
+    `[DONE]`.
 
     Args:
         parts (`AsyncGenerator`): of the library's handler; each holds whole events.
-        with_usage (`bool`): whether the request asked for it.
+        with_usage (`bool`): whether the request asks for it.
     """
     async with aclosing(parts):  # it ends the generation when the client is gone
         async for part in parts:
@@ -67,13 +67,13 @@ def _chunks_in_form(chunk: dict[str, Any], with_usage: bool) -> Iterator[dict[st
 
 
 class BodyLimit:
-    """Refuses bodies above a size, whether that is declared or found while they come.
+    """ASGI middleware that refuses bodies above a size, declared by `Content-Length` or counted as they arrive.
 
-    That of Starlette (1.10) answers a declared size in plain text, of which OpenAI's clients show nothing.
+    Starlette's own limit (1.10) answers a declared size in plain text, which OpenAI's clients do not show.
 
     Args:
-        app: takes the requests.
-        num_bytes (`int`): of the largest body.
+        app (`Callable`): the ASGI application.
+        num_bytes (`int`): size of the largest body.
     """
 
     def __init__(self, app: Any, num_bytes: int):
@@ -93,7 +93,7 @@ class BodyLimit:
                 message = await receive()
                 taken += len(message.get("body", b""))
             if max(declared, taken) > self.num_bytes and not is_refused:
-                is_refused = True  # what still comes is read and forgotten, while the answer is sent
+                is_refused = True  # the rest is read and discarded while the answer is sent
                 raise HTTPException(413, f"body: must have at most {self.num_bytes} bytes; shorten it")
             return message
 

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from ..errors import InputError, check_seed, did_you_mean
 
 
-# What does not decide the answers.
+# They do not change the answer.
 _HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier"}
 _HARMLESS |= {"prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"}
-# Fields that this server has not, and the values that ask for what it does anyway; so do `null` and what is empty.
+# Unsupported fields, with the values that request the default behavior; `null` and empty values do so too.
 _DEFAULTS: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -93,7 +93,7 @@ class _StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     include_usage: bool | None = None
-    include_obfuscation: bool | None = None  # of lengths, from who reads the traffic; without effect
+    include_obfuscation: bool | None = None  # accepted without effect
 
 
 class _Fields(_Sampling):
@@ -116,7 +116,7 @@ class _Fields(_Sampling):
     @field_validator("generation_config", mode="before")
     @classmethod
     def _object(cls, value: Any) -> Any:
-        """As transformers' server takes it, an object in a text, or as it is."""
+        """transformers' server takes JSON in a text; an object is accepted too."""
         return from_json(value) if isinstance(value, str) else value
 
     @field_validator("logit_bias")
@@ -153,7 +153,7 @@ def check_fields(body: dict[str, Any], needed: str, limits: Limits) -> dict[str,
         InputError: naming the field, its value and the rule.
     """
     for name in sorted(body.keys() - _Fields.model_fields.keys() - _HARMLESS - {needed}):
-        if not _asks_for_nothing(name, body[name]):
+        if not _is_default(name, body[name]):
             raise InputError(f"{name}: is not supported by this server; leave it out")
     try:
         json.dumps(body, ensure_ascii=False).encode()
@@ -165,16 +165,16 @@ def check_fields(body: dict[str, Any], needed: str, limits: Limits) -> dict[str,
         raise InputError(_in_words(error)) from error
     checked = {name: value for name, value in known.model_dump(exclude_none=True).items() if value not in ([], {})}
     if checked.keys() >= {"max_tokens", "max_completion_tokens"}:
-        raise InputError("max_tokens, max_completion_tokens: say the same; give one of them")
+        raise InputError("max_tokens, max_completion_tokens: both limit the reply; give one of them")
     if "stream_options" in checked and not checked.get("stream"):
         raise InputError(
-            f"stream_options {checked['stream_options']}: belong to a stream; leave them out, or set stream"
+            f"stream_options {checked['stream_options']}: require stream: true; leave them out, or stream"
         )
     return checked
 
 
-def _asks_for_nothing(name: str, value: Any) -> bool:
-    """Whether the value of a field that this server has not is as good as none: `n: 1` is, `n: 0` and `n: true` are not."""
+def _is_default(name: str, value: Any) -> bool:
+    """Whether an unsupported field has its default value: `n: 1` is accepted, `n: 0` and `n: true` are not."""
     if isinstance(value, bool):
         return not value
     return value in _DEFAULTS.get(name, ()) or (not value and not isinstance(value, (int, float)))

@@ -1,4 +1,4 @@
-"""The prompt of a server's request, in each form that OpenAI's interface has for it, as tokens."""
+"""The prompt of a server's request as tokens, from each form that OpenAI's interface has for it."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,7 +12,7 @@ from .request_fields import Limits
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _OTHER_MEDIA = ("image", "audio", "video", "file")
-# Names do not reach the template; the others are what an answer had, which clients send back.
+# `name` does not reach the template; `type`, `id` and `status` come from answers that clients send back.
 _MESSAGE_FIELDS = {"role", "content", "name", "type", "id", "status"}
 _FORM = 'must be a list of {"role": "...", "content": "..."}'
 
@@ -75,10 +75,10 @@ def _check_length(texts: Iterable[str], limits: Limits) -> None:
 
 
 def _conversation(given: Any, field: str, limits: Limits) -> list[dict[str, Any]]:
-    """Messages with role and text alone; the roles are checked where they are rendered."""
+    """Messages with only role and text; roles are checked when the conversation is rendered."""
     if not isinstance(given, list) or not all(isinstance(item, dict) for item in given):
         raise InputError(f"{field}: {_FORM}")
-    if len(given) > limits.context:  # each has at least one token
+    if len(given) > limits.context:  # each message has at least one token
         raise InputError(
             f"{field}: {len(given)} messages; must be at most {limits.context}, the model's context in tokens"
         )
@@ -94,19 +94,19 @@ def _message(item: dict[str, Any], where: str) -> dict[str, Any]:
         raise InputError(f"{where}: {unknown[0]} is not supported by this server; leave it out")
     if "role" not in item:
         raise InputError(f"{where}: has no role; {_FORM}")
-    role = "system" if item["role"] == "developer" else item["role"]  # OpenAI's newer name of it
+    role = "system" if item["role"] == "developer" else item["role"]  # its newer name at OpenAI
     return {"role": role, "content": _text(item.get("content"), where)}
 
 
 def _text(content: Any, where: str) -> str:
-    """A content as one text; its parts are joined by spaces, as transformers' server joins them."""
+    """A content as one text, its parts joined by spaces as in transformers' server."""
     if isinstance(content, str):
         return content
     kinds = (
         [part.get("type") if isinstance(part, dict) else None for part in content] if isinstance(content, list) else []
     )
     if other := [kind for kind in kinds if any(medium in str(kind) for medium in _OTHER_MEDIA)]:
-        raise InputError(f"{where}: holds a part of type {other[0]!r}, and this model reads text alone")
+        raise InputError(f"{where}: holds a part of type {other[0]!r}, and this model reads only text")
     if not isinstance(content, list) or not all(
         kind in _TEXT_PARTS and isinstance(part.get("text"), str) for kind, part in zip(kinds, content, strict=True)
     ):

@@ -18,7 +18,7 @@ from ..errors import InputError
 from .generation import ExactTextStreamer
 
 
-MAX_WAITING = 64  # requests, besides the one that is generated
+MAX_WAITING = 64  # requests, not counting the one that is generated
 _RETRY_SECONDS = 5
 _Prepared = TypeVar("_Prepared")
 
@@ -37,21 +37,21 @@ class OneQueue(GenerationState):
 class Generation(GenerateManager):
     """Generates within the model's context, streams exactly what the whole text would be, and stops when the server does.
 
-    A `GenerationConfig` comes with a `seed` of ours, or `None`. Beyond `MAX_WAITING` requests that wait, others are refused.
+    A `GenerationConfig` comes with a `seed` of ours, or `None`. With `MAX_WAITING` requests waiting, new ones are refused.
     """
 
     def __init__(self):
         super().__init__()
         self.ending = threading.Event()
         self._places = threading.Semaphore(1 + MAX_WAITING)
-        # One thread, as calls of a tokenizer change its settings.
+        # One thread, since calls of a tokenizer change its settings.
         self._preparing = ThreadPoolExecutor(1, "prepare")
 
     async def prepare(self, function: Callable[..., _Prepared], *arguments: Any) -> _Prepared:
-        """Checks a request and makes its tokens in a thread, while the event loop answers others.
+        """Runs the checks and the tokenization of a request in a thread, while the event loop answers others.
 
         Raises:
-            Busy: if too many requests wait.
+            Busy: if the queue is full.
         """
         self._enter()
         try:
@@ -91,7 +91,7 @@ class Generation(GenerateManager):
             raise Busy
 
     def _in_place(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, with a place in the queue that it leaves when it has run."""
+        """Wraps a function so that it holds a place in the queue until it has run."""
         self._enter()
 
         def run(*arguments: Any, **options: Any) -> Any:
@@ -134,11 +134,11 @@ class Ending(Exception):
 
 
 class Busy(Exception):
-    """As many requests wait as may."""
+    """The queue is full."""
 
     status_code, code = 429, "rate_limit_exceeded"
     headers = {"Retry-After": str(_RETRY_SECONDS)}
-    detail = f"{MAX_WAITING} requests wait already; try again in {_RETRY_SECONDS} seconds"
+    detail = f"{MAX_WAITING} requests are waiting; try again in {_RETRY_SECONDS} seconds"
 
 
 class _QueueStreamer(ExactTextStreamer):

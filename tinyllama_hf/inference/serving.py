@@ -36,7 +36,7 @@ PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models
 MAX_BODY_BYTES = 4 * 2**20
 _LENGTHS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
 _SECONDS_TO_END = 5  # that connections get after Ctrl-C
-_PROMPT: ContextVar[list[int]] = ContextVar("prompt")  # the tokens of the request that a task handles
+_PROMPT: ContextVar[list[int]] = ContextVar("prompt")  # tokens of the request that the current task handles
 
 
 def check_installed() -> None:
@@ -89,7 +89,7 @@ def build_app(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerF
     app.router.routes[:] = [route for route in app.router.routes if route.path in PATHS]
     app.add_api_route("/v1/models/{asked:path}", chat.get_model)
     app.router.redirect_slashes = False
-    # The innermost: through the library's middleware its exception would come as a group, which fails as bad JSON does.
+    # Innermost: the library's middleware would wrap its exception in a group, which FastAPI reports as bad JSON.
     app.user_middleware.append(Middleware(BodyLimit, num_bytes=MAX_BODY_BYTES))
     for kind in (InputError, HTTPException, RequestValidationError, UnknownModel, Busy, Ending, Exception):
         app.add_exception_handler(kind, _say)
@@ -178,7 +178,7 @@ def _strict(
             return response
 
         def _prepare(self, body: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
-            """The body as the library's handler reads it, and the tokens of its prompt, which it has in their place."""
+            """Returns the body that the library's handler reads, without its prompt, and the tokens of the prompt."""
             self._validate_request(body)
             try:
                 checked = check_fields(body, needed, limits)
@@ -236,7 +236,7 @@ class OneModel(ModelManager):
         return [self._description]
 
     def get_model(self, asked: str) -> dict[str, Any]:
-        """The model by its name, which the library has no path for."""
+        """The model by its name, for a path that the library does not have."""
         self.check_name(asked)
         return self._description
 
@@ -265,6 +265,6 @@ def _for_text(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 
 
 def _prompt(*_: Any, **__: Any) -> BatchEncoding:
-    """Stands where the library's handlers make tokens, while the event loop waits: they were made before, in a thread."""
+    """Returns the tokens of the current request, where the library's handlers would tokenize on the event loop."""
     ids = _PROMPT.get()
     return BatchEncoding({"input_ids": [ids], "attention_mask": [[1] * len(ids)]}, tensor_type="pt")
