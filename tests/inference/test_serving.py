@@ -155,9 +155,10 @@ def test_another_model(client, ask):
 
 def test_a_body_above_the_limit(client):
     """The client sees the message although it was still sending."""
-    with pytest.raises(openai.APIStatusError) as error:
-        complete(client, "x" * 2 * MAX_BODY_BYTES)
-    assert error.value.status_code == 413 and str(MAX_BODY_BYTES) in error.value.message
+    for size in (MAX_BODY_BYTES + 1, 5 * MAX_BODY_BYTES):
+        with pytest.raises(openai.APIStatusError) as error:
+            complete(client, "x" * size)
+        assert error.value.status_code == 413 and str(MAX_BODY_BYTES) in error.value.message
     assert complete(client, "x", max_tokens=1).choices[0].text
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 _STREAM_ERROR = re.compile(r'^data: {"error": "(.*)"}\n\n\Z', re.MULTILINE | re.DOTALL)
 _LONGEST_MESSAGE = 1000  # characters of an error, which quotes what was sent
+_DISCARDED = 8  # limits of a body, after which the connection is closed instead
 _TYPES = {429: "rate_limit_error"}
 
 
@@ -89,12 +90,15 @@ class BodyLimit:
 
         async def receive_within_limit() -> Any:
             nonlocal taken, is_refused
-            if declared <= self.num_bytes or is_refused:
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if is_refused or max(declared, taken) <= self.num_bytes:
+                return message
+            # The rest is read and discarded, since most clients read no answer before they have sent everything.
+            while message.get("more_body") and taken <= _DISCARDED * self.num_bytes:
                 message = await receive()
                 taken += len(message.get("body", b""))
-            if max(declared, taken) > self.num_bytes and not is_refused:
-                is_refused = True  # the rest is read and discarded while the answer is sent
-                raise HTTPException(413, f"body: must have at most {self.num_bytes} bytes; shorten it")
-            return message
+            is_refused = True
+            raise HTTPException(413, f"body: must have at most {self.num_bytes} bytes; shorten it")
 
         await self.app(scope, receive_within_limit, send)

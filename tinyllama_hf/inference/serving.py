@@ -205,7 +205,6 @@ def _strict(
             config = super()._build_generation_config(fields, defaults, use_cb)
             config.sequence_bias = {(int(token),): value for token, value in bias.items()} or None
             config.seed = seed
-            config.do_sample &= config.top_p != 0  # the most likely token alone
             if length is not None and not fields.keys() & _LENGTHS:
                 config.max_new_tokens = length
             return config
