@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import InputError, did_you_mean
+from .text import read_text
 
 
 class Section(BaseModel):
@@ -46,8 +47,8 @@ def read_recipe(
     if not path.is_file():
         raise InputError(f"recipe {path} does not exist; `tinyllama-hf recipes list` shows those that come along")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: a recipe is a mapping of sections, got {type(values).__name__}")

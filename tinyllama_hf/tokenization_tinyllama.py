@@ -22,6 +22,7 @@ from .configuration_tinyllama import TinyLlamaConfig
 from .errors import InputError, did_you_mean
 from .gguf_tokenizer import NORMAL, UNUSED, byte_level_tokenizer, read_vocabulary
 from .provenance import read_json
+from .text import ENCODING
 
 
 if TYPE_CHECKING:
@@ -293,7 +294,7 @@ def _wrap(backend: Tokenizer, special: dict, folder: Path | None, settings: dict
     template_file = folder / "chat_template.jinja" if folder else None
     if template_file and template_file.is_file():
         with _damage_refused(template_file):
-            tokenizer.chat_template = template_file.read_text(encoding="utf-8")
+            tokenizer.chat_template = template_file.read_text(encoding=ENCODING)
     elif config.get("chat_template"):
         tokenizer.chat_template = config["chat_template"]
     return tokenizer

@@ -65,6 +65,8 @@ def prepare(
     rows = metadata.get("rows")  # data sets of version 0.1 did not count them
     if rows and rows["kept"] < rows["read"]:
         print(f"  {rows['read']:,} rows, {rows['kept']:,} kept by {metadata['request']['where']!r}")
+    if rows and rows.get("empty"):  # older data sets did not count them
+        print(f"  {rows['empty']:,} empty texts left out")
     for split, counts in metadata["splits"].items():
         print(
             f"  {split:<10} {counts['documents']:>9,} documents {counts['tokens']:>13,} tokens {counts['bytes']:>14,} bytes"

@@ -1,6 +1,7 @@
 """Preparing data: every token of every document is in one split once, nothing is padded, and it can be interrupted."""
 
 import gzip
+import hashlib
 import json
 import os
 import shutil
@@ -22,6 +23,27 @@ from tinyllama_hf.errors import InputError
 from tinyllama_hf.tokenization_tinyllama import encode_text, tokenizer_fingerprint
 
 
+# The place of a text, in [0, 1): `printf TEXT | b2sum -l 64`, over 2**64.
+PLACES = {"e": 0.06581, "f": 0.18198, "c": 0.21581, "a": 0.25379, "🚀": 0.50877, "b": 0.51738, "hello world": 0.52939,
+          "d": 0.70956, "é": 0.79338}  # fmt: skip
+
+
+def expected_split(text: str, validation: float, sample: float = 1.0) -> str | None:
+    """The rule as the documentation has it: the first part is held out, of what follows the first share is trained on."""
+    place = int(hashlib.blake2b(text.encode("utf-8"), digest_size=8).hexdigest(), 16) / 16**16
+    if place < validation:
+        return "validation"
+    return "train" if (place - validation) / (1 - validation) < sample else None
+
+
+@pytest.mark.parametrize(("validation", "sample"), [(0.1, 1.0), (0.2, 0.5), (0.5, 0.25), (0.0, 0.6), (0.6, 1.0)])
+def test_the_split_is_that_of_the_written_rule(validation, sample):
+    end = validation + sample * (1 - validation)
+    for text, place in PLACES.items():
+        wanted = "validation" if place < validation else "train" if place < end else None
+        assert split_of(text, validation, sample) == wanted == expected_split(text, validation, sample)
+
+
 def run(sources, tokenizer_folder, output, **options):
     return prepare([str(s) for s in sources], tokenizer_folder, output, workers=1, progress=False, **options)
 
@@ -38,7 +60,7 @@ def test_tokens_are_those_of_the_documents(documents, corpus, tokenizer_folder, 
     begin = [1] if separator != "eos" else []
     end = [2] if separator != "bos" else []
     for split in ("train", "validation"):
-        chosen = [text for text in documents if split_of(text, 0.1, 1.0) == split]
+        chosen = [text for text in documents if expected_split(text, 0.1, 1.0) == split]
         expected = [token for text in chosen for token in (*begin, *encode_text(tokenizer, text), *end)]
         assert list(all_tokens(tmp_path / "out", split)) == expected
         assert metadata["splits"][split]["documents"] == len(chosen) > 0
@@ -62,18 +84,18 @@ def test_held_out_text_is_kept_and_never_trained_on(documents, prepared):
     for file in sorted((prepared / "validation").glob("*.jsonl.gz")):
         with gzip.open(file, "rt", encoding="utf-8") as lines:
             texts += [json.loads(line)["text"] for line in lines]
-    assert texts == [text for text in documents if split_of(text, 0.1, 1.0) == "validation"]
+    assert texts == [text for text in documents if expected_split(text, 0.1, 1.0) == "validation"]
     train = load_tokenizer(prepared / "tokenizer").decode(all_tokens(prepared))
     assert not any(text in train for text in texts)
 
 
 def test_sample_fraction_keeps_the_same_validation(documents, corpus, tokenizer_folder, tmp_path):
     metadata, _ = run([corpus], tokenizer_folder, tmp_path / "out", validation_fraction=0.1, sample_fraction=0.5)
-    kept = [text for text in documents if split_of(text, 0.1, 0.5) == "train"]
+    kept = [text for text in documents if expected_split(text, 0.1, 0.5) == "train"]
     assert metadata["splits"]["train"]["documents"] == len(kept)
     assert 0.25 * len(documents) < len(kept) < 0.7 * len(documents)
-    assert {t for t in documents if split_of(t, 0.1, 0.5) == "validation"} == {
-        t for t in documents if split_of(t, 0.1, 1.0) == "validation"
+    assert {t for t in documents if expected_split(t, 0.1, 0.5) == "validation"} == {
+        t for t in documents if expected_split(t, 0.1, 1.0) == "validation"
     }
 
 
@@ -100,6 +122,35 @@ def test_every_form_of_source(documents, tokenizer_folder, tmp_path, form):
     tokenizer = load_tokenizer(tokenizer_folder)
     expected = [token for text in texts for token in (1, *encode_text(tokenizer, text), 2)]
     assert list(all_tokens(tmp_path / "out")) == expected
+
+
+def test_bytes_are_those_of_utf8_and_empty_texts_are_counted(tokenizer_folder, tmp_path):
+    """é has 2 bytes, an emoji 4, each of the two Chinese characters 3; see PLACES for where they go."""
+    texts = ["", "é", "🚀", "e", "hello world", "", "中文", ""]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    metadata, _ = run([tmp_path / "a.jsonl"], tokenizer_folder, tmp_path / "out", validation_fraction=0.52)
+    assert metadata["rows"] == {"read": 8, "kept": 8, "empty": 3}
+    chinese = expected_split("中文", 0.52)
+    wanted = {"train": {"documents": 2, "bytes": 2 + 11}, "validation": {"documents": 2, "bytes": 4 + 1}}
+    wanted[chinese] = {"documents": 3, "bytes": wanted[chinese]["bytes"] + 6}
+    for split, counts in metadata["splits"].items():
+        assert {name: counts[name] for name in ("documents", "bytes")} == wanted[split]
+    assert read_metadata(tmp_path / "out")["rows"]["empty"] == 3
+
+
+def test_texts_that_are_all_empty_are_no_data(tokenizer_folder, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n' * 3)
+    with pytest.raises(InputError, match="3 of 3 documents are empty"):
+        run([tmp_path / "a.jsonl"], tokenizer_folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_byte_order_mark_is_not_prepared(tokenizer_folder, tmp_path):
+    for name, mark in (("plain", b""), ("marked", b"\xef\xbb\xbf")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_bytes(mark + "Été\r\n".encode())
+        run([tmp_path / name], tokenizer_folder, tmp_path / f"{name}-data", validation_fraction=0)
+    assert list(all_tokens(tmp_path / "marked-data")) == list(all_tokens(tmp_path / "plain-data"))
 
 
 def test_finished_does_nothing_and_another_request_is_refused(corpus, tokenizer_folder, tmp_path):
@@ -224,7 +275,7 @@ class TestRefusals:
             (["a.jsonl"], {"text_column": "body"}, "'body', but: text"),
             (["broken.jsonl"], {}, "row 1: no JSON"),
             (["empty.jsonl"], {}, "holds no row"),
-            (["half.jsonl"], {"validation_fraction": 0.0}, "row 2: surrogates not allowed at character 1"),
+            (["half.jsonl"], {"validation_fraction": 0.0}, r"row 2, 'text': character 1 is '.ud83d'"),
             (["a.jsonl"], {"workers_": 0}, "--workers 0: must be at least 1"),
             (["late.jsonl"], {"validation_fraction": 0.0}, "row 2: no JSON"),
             (["cut.jsonl.gz"], {"validation_fraction": 0.0}, "damaged after row [0-9]+ .*end-of-stream"),

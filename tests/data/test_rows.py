@@ -116,7 +116,7 @@ class TestShippedRecipes:
         printed = cli(*arguments, cwd=tmp_path)
         kept = [row["text"] for row in rows if row["meta"]["redpajama_set_name"] != "RedPajamaGithub"]
         metadata = json.loads((tmp_path / "data" / "dataset.json").read_text())
-        assert metadata["rows"] == {"read": len(rows), "kept": len(kept)} and len(kept) < len(rows)
+        assert metadata["rows"] == {"read": len(rows), "kept": len(kept), "empty": 0} and len(kept) < len(rows)
         assert f"{len(rows)} rows, {len(kept)} kept by" in printed
         splits = metadata["splits"]
         assert splits["train"]["documents"] + splits["validation"]["documents"] == len(kept)
@@ -135,7 +135,11 @@ class TestShippedRecipes:
         cli(recipe, f"sources=[{tmp_path / 'code'}]", "where=max_stars_count >= 1", f"tokenizer={tokenizer_folder}", "output=data",
             "--workers", 2, cwd=tmp_path)  # fmt: skip
         metadata = json.loads((tmp_path / "data" / "dataset.json").read_text())
-        assert metadata["rows"] == {"read": len(rows), "kept": sum(row["max_stars_count"] >= 1 for row in rows)}
+        assert metadata["rows"] == {
+            "read": len(rows),
+            "kept": sum(row["max_stars_count"] >= 1 for row in rows),
+            "empty": 0,
+        }
         data = TokenDataset(tmp_path / "data", 16)
         text = load_tokenizer(tokenizer_folder).decode(data.tokens(0, 200), skip_special_tokens=True)
         assert any(text[10:100] in row["content"] for row in rows)

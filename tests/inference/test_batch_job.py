@@ -56,7 +56,7 @@ def read(path: Path) -> list[dict]:
 BAD = {
     "no JSON": ("{'prompt': 'x'}", "no JSON"),
     "half a line": ('{"prompt": "x', "no JSON"),
-    "half a pair": ('{"prompt": "\\ud83d"}', "no JSON ('utf-8' codec can't encode"),
+    "half a pair": ('{"prompt": "\\ud83d"}', "the line: character 12 is '\\ud83d'"),
     "no number": ('{"prompt": "x", "score": NaN}', "no JSON (NaN is none)"),
     "deep": ('{"prompt": ' + "[" * 100_000, "no JSON"),
     "a text": ('"x"', 'is of type str; must be an object: {"prompt": "..."}'),

@@ -89,5 +89,5 @@ def test_thirds_sum_to_one(recipe):
 
 def test_a_recipe_that_is_no_text(tmp_path):
     (tmp_path / "a.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="not valid YAML"):
+    with pytest.raises(InputError, match="not UTF-8"):
         load_config(tmp_path / "a.yaml")

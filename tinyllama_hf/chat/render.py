@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..errors import InputError, did_you_mean
+from ..text import check_text
 
 
 ROLES = ("system", "user", "assistant")
@@ -104,6 +105,7 @@ def check_messages(messages: Messages, where: str = "conversation") -> None:
             raise InputError(f"{where}, message {number}: role {role!r} is not known{did_you_mean(str(role), ROLES)}")
         if not isinstance(content, str):
             raise InputError(f"{where}, message {number}: content is {type(content).__name__}, not a text")
+        check_text(content, f"{where}, message {number}")
     turns = messages[1:] if messages[0]["role"] == "system" else messages
     if not turns:
         raise InputError(f"{where}: holds only a system message; it needs at least a message of the user")

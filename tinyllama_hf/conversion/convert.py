@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import provenance
 from ..errors import InputError, did_you_mean
+from ..text import read_text
 from ..tokenization_tinyllama import TinyLlamaTokenizer, load_tokenizer
 from .checkpoint import Checkpoint
 from .hand_off import HAND_OFF, hand_off_lines
@@ -128,7 +129,7 @@ def _write(
     elif to == "awq":
         from .awq import write_awq
 
-        texts = [_read_text(Path(path)) for path in calibration]
+        texts = [read_text(Path(path)) for path in calibration]
         notes = write_awq(checkpoint, folder, texts or None, shard_size)
     else:
         digests |= write_llama(checkpoint, folder, dtype, shard_size)
@@ -222,13 +223,6 @@ def _check_space(checkpoint: Checkpoint, to: str, dtype: str, output: Path) -> N
     if needed > free:
         raise InputError(f"--output {output}: takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room, or choose "
                          "another disk")  # fmt: skip
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"--calibration {path}: is not UTF-8 text ({error})") from error
 
 
 @contextlib.contextmanager

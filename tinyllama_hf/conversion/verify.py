@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from ..errors import InputError
+from ..text import read_text
 from ..tokenization_tinyllama import encode_text, load_tokenizer
 from .checkpoint import Checkpoint
 from .sources import open_checkpoint
@@ -173,11 +174,7 @@ def read_sample(text: str | Path | None = None) -> str:
     Raises:
         InputError: if there is no such file, or it is not UTF-8.
     """
-    path = _SAMPLE if text is None else Path(text)
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--text {path}: cannot be read ({error})") from error
+    return read_text(_SAMPLE if text is None else Path(text))
 
 
 def check_sanity(checkpoint: Checkpoint) -> float:

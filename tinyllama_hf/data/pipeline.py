@@ -162,9 +162,12 @@ class SourceReader(PipelineStep):
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         # What an earlier attempt left would outlive a mended file that holds out nothing.
         forget_task(self.output, rank)
-        counts: Counter = Counter(read=0, kept=0)
+        counts: Counter = Counter(read=0, kept=0, empty=0)
         for document in read_documents(self.source, rank, world_size, counts):
-            yield Document(text=document.text, id=document.name)
+            if document.text:
+                yield Document(text=document.text, id=document.name)
+            else:
+                counts["empty"] += 1
         # Before the next step's counts, which the task ends with.
         provenance.write_json(rows_file(self.output, rank), counts)
 
@@ -214,7 +217,7 @@ class SplitTokenizer(PipelineStep):
     def _chosen(self, data: DocumentsPipeline) -> Iterator[tuple[str, Document]]:
         for document in data:
             split = split_of(document.text, self.record["validation_fraction"], self.record["sample_fraction"])
-            if document.text and split:
+            if split:
                 yield split, document
 
 

@@ -238,12 +238,12 @@ def _files_of(record: dict[str, Any]) -> tuple:
 
 
 def _results(request: Plan) -> tuple[dict[str, list[dict[str, Any]]], dict[str, int]]:
-    """The shards of each split, and how many rows (documents, of text files) were read, and kept by `where`.
+    """The shards of each split, and how many rows (documents, of text files) were read, kept by `where`, and empty.
 
     Raises:
         InputError: if a task is not complete after all.
     """
-    shards, rows = {split: [] for split in SPLITS}, {"read": 0, "kept": 0}
+    shards, rows = {split: [] for split in SPLITS}, {"read": 0, "kept": 0, "empty": 0}
     for rank in range(request.source.num_tasks):
         result = task_result(request.output, request.source, rank, request.record["token_bytes"])
         if result is None:
@@ -261,8 +261,9 @@ def _results(request: Plan) -> tuple[dict[str, list[dict[str, Any]]], dict[str, 
 def _nothing_to_train_on(request: Plan, rows: dict[str, int]) -> str:
     where = request.record.get("where")
     chosen = f"of {rows['read']:,} rows --where {where!r} kept {rows['kept']:,}; " if where else ""
+    empty = f"{rows['empty']:,} of {rows['kept']:,} documents are empty; " if rows["empty"] else ""
     return (
-        f"{', '.join(request.source.files[:5])}: no text to train on; {chosen}of all documents, "
+        f"{', '.join(request.source.files[:5])}: no text to train on; {chosen}{empty}of all documents, "
         f"{request.record['validation_fraction']} are held out and {request.record['sample_fraction']} of the rest kept"
     )
 

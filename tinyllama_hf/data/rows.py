@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, require
+from ..text import ENCODING
 
 
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -67,10 +68,10 @@ def _unreadable(file: Path, number: int, error: Exception) -> InputError:
 
 def _open_lines(file: Path):
     if file.suffix == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8")
+        return gzip.open(file, "rt", encoding=ENCODING)
     if file.suffix == ".zst":
-        return zstd_library().open(file, "rt", encoding="utf-8")
-    return file.open(encoding="utf-8")
+        return zstd_library().open(file, "rt", encoding=ENCODING)
+    return file.open(encoding=ENCODING)
 
 
 def zstd_library():

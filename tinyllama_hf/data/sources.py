@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..provenance import file_sha256
+from ..text import check_text, read_text
 from . import embedded
 from .expressions import Expression, MissingColumn, value_at
 from .rows import JSON_LINES, PARQUET, read_rows
@@ -122,7 +123,7 @@ def read_documents(
         file = Path(source.files[number])
         if source.kind == "text":
             counts.update(("read", "kept"))
-            yield _read_text(file)
+            yield SourceDocument(str(file), read_text(file, newline=""))
         else:
             for row in read_rows(file):
                 counts["read"] += 1
@@ -168,21 +169,8 @@ def _text_of(row: Any, place: str, text_column: str) -> str:
     if not isinstance(text, str):
         shown = json.dumps(text, default=str)[:40]
         raise InputError(f"{place}: {text_column!r} is {shown}, no string; repair or drop the row")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-        raise InputError(f"{place}: {error.reason} at character {error.start}; repair or drop the row") from error
+    check_text(text, f"{place}, {text_column!r}")
     return text
-
-
-def _read_text(file: Path) -> SourceDocument:
-    try:
-        # Bytes, so that line ends stay as they are.
-        return SourceDocument(str(file), file.read_bytes().decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: not UTF-8 ({error.reason} at byte {error.start}); convert it first") from error
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}); see its permissions and its disk") from error
 
 
 def _stamp(file: Path) -> tuple[int, int]:

@@ -40,7 +40,7 @@ def task_result(output: Path, source: Source, rank: int, token_bytes: int) -> di
     """The shards that a task made of its present input by split, and its `rows`; `None` if it is not complete."""
     try:
         counts, rows = provenance.read_json(counts_file(output, rank)), provenance.read_json(rows_file(output, rank))
-        if counts.get("input") != source.identity(rank):
+        if counts.get("input") != source.identity(rank) or "empty" not in rows:  # an older version did not count them
             return None
         result = {"rows": rows}
         for split in SPLITS:

@@ -1,5 +1,6 @@
 """Prompts from a file of JSON lines, each checked before anything is generated."""
 
+import codecs
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,8 +8,10 @@ from typing import Any, NamedTuple, NoReturn
 
 from transformers import PreTrainedTokenizerBase
 
+from ..chat.messages import read_messages
 from ..chat.render import render
 from ..errors import InputError
+from ..text import check_text
 from .generation import DEFAULT_NEW_TOKENS
 
 
@@ -80,7 +83,7 @@ def read_prompts(
         InputError: if the file cannot be read, or none of its lines can be continued.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
         raise InputError(f"--input {path}: cannot be read ({error.strerror}); name a file of JSON lines") from error
     prompts, bad = [], []
@@ -103,11 +106,16 @@ def read_prompts(
 def _object(line: bytes) -> dict[str, Any]:
     try:
         value = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair could not be written again
+        whole = json.dumps(value, ensure_ascii=False)
     except (ValueError, RecursionError) as error:  # the latter for brackets deeper than Python's stack
         raise InputError(f"no JSON ({error})") from error
     if not isinstance(value, dict):
         raise InputError(f'is of type {type(value).__name__}; must be an object: {{"prompt": "..."}}')
+    # Here, since it could not be written again with the other fields.
+    messages = value.get("messages")
+    for number, message in enumerate(messages if isinstance(messages, list) else ()):
+        check_text(json.dumps(message, ensure_ascii=False), f"message {number}")
+    check_text(whole, "the line")
     return value
 
 
@@ -122,7 +130,7 @@ def _ids(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[
     if ("prompt" in fields) == ("messages" in fields):
         raise InputError(f"must have 'prompt' or 'messages', and has {sorted(fields)}")
     if "messages" in fields:
-        return chat_ids(fields["messages"], tokenizer)
+        return chat_ids(read_messages(fields, "messages"), tokenizer)
     if not isinstance(fields["prompt"], str):
         raise InputError(f"prompt is of type {type(fields['prompt']).__name__}; must be a text")
     ids = tokenizer(fields["prompt"], split_special_tokens=True, verbose=False)["input_ids"]

@@ -1,0 +1,104 @@
+"""Messages as files hold them: the keys that they may have, parts of text joined, replies that are context only."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import InputError, did_you_mean
+
+
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_ROW = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+# Names under which data sets say whether a message is learned: OpenAI's, and those of other trainers.
+_LEARNED = {"weight": (0, 1), "train": (False, True), "training": (False, True)}
+_KEYS = ("role", "content", *_LEARNED)
+
+
+def read_messages(row: Any, where: str) -> list[dict[str, Any]]:
+    """Reads the messages of a row; roles and their order are checked where a conversation is rendered.
+
+    Args:
+        row (`Any`): with a list under `messages`. A content is a text, or a list of text parts, which are joined with a
+            space as the server joins them. `"weight": 0`, `"train": false` and `"training": false` mark a reply that is
+            context only. Keys that are null or empty count as absent.
+        where (`str`): names the conversation in errors.
+
+    Returns:
+        For each message `role` and `content`; a reply that is not learned has `"weight": 0` as well.
+
+    Raises:
+        InputError: naming the message and the key: for one that would have no effect, and for a content that is not text.
+    """
+    messages = row.get("messages") if isinstance(row, Mapping) else None
+    if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
+        raise InputError(f"{where}: {_without_messages(row)}; a row is {_ROW}")
+    return [_message(message, f"{where}, message {number}") for number, message in enumerate(messages)]
+
+
+def is_learned(message: Mapping[str, Any]) -> bool:
+    """Whether a message is a reply that a model is to learn."""
+    return message["role"] == "assistant" and message.get("weight", 1) != 0
+
+
+def _without_messages(row: Any) -> str:
+    if isinstance(row, Mapping) and isinstance(row.get("conversations"), list):
+        return (
+            "has 'conversations' (the form of ShareGPT) and not 'messages'; rename 'from' to 'role' and 'value' to "
+            "'content', 'human' to 'user' and 'gpt' to 'assistant'"
+        )
+    columns = ", ".join(sorted(row)) if isinstance(row, Mapping) else type(row).__name__
+    return f"no list of messages under 'messages', but: {columns}"
+
+
+def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
+    given = {key: value for key, value in message.items() if value not in (None, "", [], {})}
+    if unknown := [key for key in given if key not in _KEYS]:
+        raise InputError(
+            f"{where}: key {unknown[0]!r} is not supported{did_you_mean(unknown[0], _KEYS)}; remove the key, or the "
+            "conversation if it needs it"
+        )
+    found = {"role": message.get("role"), "content": _content(message.get("content"), where)}
+    learned = _learned(given, where)
+    if learned and found["role"] != "assistant":
+        key = next(key for key in _LEARNED if key in given)
+        raise InputError(
+            f"{where}: {key!r} is {given[key]!r} for the role {found['role']!r}; only replies of the assistant are "
+            "learned: remove the key"
+        )
+    return {**found, "weight": 0} if learned is False and found["role"] == "assistant" else found
+
+
+def _content(content: Any, where: str) -> Any:
+    """The text of a content; as the server does, parts are joined with a space."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        shown = "null" if content is None else type(content).__name__
+        raise InputError(
+            f"{where}: content is {shown}, not a text or a list of text parts; fix or remove the conversation"
+        )
+    for number, part in enumerate(content):
+        if (
+            not isinstance(part, Mapping)
+            or part.get("type") not in _TEXT_PARTS
+            or not isinstance(part.get("text"), str)
+        ):
+            raise InputError(
+                f'{where}: content part {number} is not a text; a part is {{"type": "text", "text": "..."}}, and '
+                "this model reads text alone"
+            )
+    return " ".join(part["text"] for part in content)
+
+
+def _learned(message: Mapping[str, Any], where: str) -> bool | None:
+    """Whether the keys of a message say that it is learned; `None` if there are none."""
+    said = {}
+    for key, valid in _LEARNED.items():
+        if key in message:
+            if message[key] not in valid or isinstance(message[key], bool) != isinstance(valid[0], bool):
+                raise InputError(
+                    f"{where}: {key!r} is {message[key]!r}; must be {' or '.join(map(str, valid)).lower()}"
+                )
+            said[key] = bool(message[key])
+    if len(set(said.values())) > 1:
+        raise InputError(f"{where}: {' and '.join(map(repr, said))} contradict each other; keep one")
+    return next(iter(said.values()), None)
