@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tinyllama_hf import load_tokenizer
+from tinyllama_hf.chat.render import render
 from tinyllama_hf.chat.templates import load_template
 from tinyllama_hf.data import embedded
 from tinyllama_hf.data.questions import questions
@@ -49,6 +50,66 @@ def test_what_is_written_is_read_again(tmp_path):
     ]
 
 
+def test_the_split_is_that_of_the_written_rule(tmp_path):
+    """Places by `printf '[{"content": "Red?", "role": "user"}, ...]' | sha256sum`: 16 hex digits over 2**64; below is held out."""
+    places = {"Red": 0.44205, "Green": 0.00921, "Blue": 0.47474, "White": 0.57582, "Black": 0.13361}
+    talks = [[{"role": "user", "content": f"{w}?"}, {"role": "assistant", "content": f"{w}."}] for w in places]
+    conversations = read_conversations(rows(tmp_path / "a.jsonl", *talks))
+    for fraction in (0.00922, 0.1336, 0.1337, 0.44204, 0.44206, 0.5, 0.5758):
+        train, held_out = split(conversations, fraction)
+        assert [c.messages[1]["content"] for c in held_out] == [f"{w}." for w in places if places[w] < fraction]
+        assert [c.messages[1]["content"] for c in train] == [f"{w}." for w in places if places[w] >= fraction]
+
+
+def test_a_weight_does_not_move_a_conversation_to_the_other_side(tmp_path):
+    talk = [GOOD[0], GOOD[1], {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "Bye."}]
+    weighted = [GOOD[0], {**GOOD[1], "weight": 0}, *talk[2:]]
+    conversations = read_conversations(rows(tmp_path / "a.jsonl", *[[*talk[:3], {**talk[3], "content": str(i)}] for i in range(40)],
+                                            *[[*weighted[:3], {**talk[3], "content": str(i)}] for i in range(40)]))  # fmt: skip
+    train, _ = split(conversations, 0.5)
+    sides = [conversation in train for conversation in conversations]
+    assert sides[:40] == sides[40:] and 0 < sum(sides[:40]) < 40
+
+
+def test_replies_of_weight_0_are_read_written_and_not_learned(tmp_path, tokenizer_folder):
+    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer.chat_template = load_template("llama2")
+    talk = [GOOD[0], {"role": "assistant", "content": "Bad.", "weight": 0}, {"role": "user", "content": "No"}, GOOD[1]]
+    for _ in range(2):
+        (conversation,) = read_conversations(rows(tmp_path / "a.jsonl", talk))
+        ((ids, masks),) = render_all(tokenizer, [conversation], 96)
+        assert tokenizer.decode([i for i, mask in zip(ids, masks, strict=True) if mask]) == "Hello. </s>"
+        assert ids == render(tokenizer, [{k: m[k] for k in ("role", "content")} for m in talk]).input_ids
+        (tmp_path / "a.jsonl").write_text(write_rows([conversation]))
+
+
+def test_rows_as_others_write_them(shared):
+    """What failed: weights that were dropped, and parts of text that were refused."""
+    weighted = read_conversations(str(shared / "cases" / "weight0.jsonl"))
+    for number, conversation in enumerate(weighted):
+        assert [(m["content"], m.get("weight")) for m in conversation.messages if m["role"] == "assistant"] == [
+            (f"bad {number}", 0), (f"good {number}", None)
+        ]  # fmt: skip
+    parts = read_conversations(str(shared / "cases" / "list_content.jsonl"))
+    assert parts[1].messages == [{"role": "user", "content": "Q1"}, {"role": "assistant", "content": "A1"}]
+    with pytest.raises(InputError, match=r"none_tool\.jsonl, row 21, message 1: key 'tool_calls'"):
+        read_conversations(str(shared / "cases" / "none_tool.jsonl"))
+    with pytest.raises(InputError, match=r"sharegpt\.jsonl, row 1: has 'conversations' .the form of ShareGPT"):
+        read_conversations(str(shared / "cases" / "sharegpt.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("tools", [{"type": "function"}]), ("weight", 0), ("system", "Be brief.")]
+)
+def test_fields_of_a_row(tmp_path, field, value):
+    """One that would change what is learned is refused by name; others are notes."""
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": GOOD, "id": 7, "source": "x", field: None}) + "\n")
+    assert read_conversations(str(tmp_path / "a.jsonl"))[0].messages == GOOD
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": GOOD, field: value}) + "\n")
+    with pytest.raises(InputError, match=f"row 1: field '{field}'"):
+        read_conversations(str(tmp_path / "a.jsonl"))
+
+
 def test_real_data(shared):
     folder = shared / "data" / "chat"
     assert len(read_conversations(str(folder / "short_instructions" / "train.jsonl.gz"))) > 500
@@ -59,6 +120,10 @@ BAD = {
     "starts with the assistant": ([GOOD[1]], "row 1: starts with the assistant"),
     "empty reply": ([GOOD[0], {"role": "assistant", "content": " \n"}], "row 1, message 1: the reply is empty"),
     "no reply": ([GOOD[0]], "row 1: has no reply of the assistant"),
+    "no reply to learn": (
+        [GOOD[0], {**GOOD[1], "train": False}],
+        "row 1: has no reply of the assistant that is learned",
+    ),
 }
 
 

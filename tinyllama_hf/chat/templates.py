@@ -6,9 +6,12 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError, did_you_mean
-from .render import Messages, has_generation_markers, render
+from ..text import read_text
+from .masks import mask_replies, stretches
+from .render import Messages, render
 
 
+AUTO, OWN, DEFAULT = "auto", "own", "llama2"
 _FOLDER = Path(__file__).parent
 _PROBES: tuple[Messages, ...] = (
     ({"role": "user", "content": "Two words"}, {"role": "assistant", "content": "Three words more."}),
@@ -41,32 +44,67 @@ def load_template(name: str) -> str:
         raise InputError(
             f"chat template {name!r} does not exist{did_you_mean(name, template_names())}, or a .jinja file"
         )
-    return path.read_text(encoding="utf-8")
+    return read_text(path)
 
 
-def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+def choose_template(tokenizer: PreTrainedTokenizerBase, name: str, model: str) -> str:
+    """Gives a tokenizer the template that it is to be trained with, and checks it by [`check_template`].
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): of the model that is fine-tuned; its `chat_template` is set.
+        name (`str`): `"auto"` for the one that the model has, or `llama2` where it has none; `"own"` for the one that it
+            has; else as for [`load_template`].
+        model (`str`): names the model in errors.
+
+    Returns:
+        What was chosen, for a summary.
+
+    Raises:
+        InputError: if there is no such template, or it cannot be trained with.
+    """
+    own = tokenizer.chat_template
+    if name in (AUTO, OWN) and own and not isinstance(own, str):
+        raise InputError(
+            f"chat.template: {name}, but {model} has several templates ({', '.join(sorted(own))}); name one, as a .jinja file"
+        )
+    if name == OWN and not own:
+        raise InputError(f"chat.template: {OWN}, but {model} has no chat template; use {AUTO} or {DEFAULT}")
+    if name == OWN or (name == AUTO and own):
+        chosen = "the model's own"
+    else:
+        loaded = DEFAULT if name == AUTO else name
+        tokenizer.chat_template = load_template(loaded)
+        replaced = bool(own) and own != tokenizer.chat_template
+        chosen = f"{loaded}, which replaces the model's own" if replaced else loaded
+    check_template(tokenizer, is_own=tokenizer.chat_template == own)
+    return chosen
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, is_own: bool = False) -> None:
     """Checks that training on the tokenizer's chat template teaches to reply and to stop, and nothing else.
 
-    The template must mark the assistant's part; a conversation begins with begin-of-sequence and never has two in a
-    row; what is marked is each reply and the stop token after it; what `chat` feeds before a reply is what training
-    showed before it; and stock `apply_chat_template` gives the same tokens.
+    It must be known which tokens are the assistant's, see [`mask_replies`]: each reply and the stop token after it. A
+    conversation begins with begin-of-sequence and never has two in a row. What `chat` feeds before a reply is what training
+    showed before it. Stock `apply_chat_template` gives the same tokens.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): with a chat template.
+        is_own (`bool`, *optional*, defaults to `False`): whether the model was trained in this template before. Then a
+            conversation may begin as it does there, without begin-of-sequence.
 
     Raises:
         InputError: naming the rule that is broken.
     """
-    if not has_generation_markers(tokenizer.chat_template or ""):
-        raise InputError(
-            "chat template: has no {% generation %} markers, so that it is not known which tokens are the assistant's; "
-            "put them around the reply and its stop token, or use chat.template llama2"
-        )
     for messages in _PROBES:
-        _check_probe(tokenizer, messages)
+        _check_probe(tokenizer, messages, is_own)
 
 
-def _check_probe(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> None:
-    ids, masks = render(tokenizer, messages)
+def _check_probe(tokenizer: PreTrainedTokenizerBase, messages: Messages, is_own: bool) -> None:
+    where = f"chat template, conversation of {len(messages)} messages"
+    ids, masks = mask_replies(tokenizer, messages, render(tokenizer, messages, where=where), where)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if ids[:1] != [bos] or any(a == b == bos for a, b in itertools.pairwise(ids)):
+    doubled = bos is not None and any(a == b == bos for a, b in itertools.pairwise(ids))
+    if doubled or (ids[:1] != [bos] and not is_own):
         raise InputError(
             f"chat template: a conversation must begin with one begin-of-sequence {tokenizer.bos_token!r} and never have two "
             f"in a row; this one begins {tokenizer.convert_ids_to_tokens(ids[:3])}"
@@ -77,9 +115,9 @@ def _check_probe(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> None
             "after a control token differently, which is not supported"
         )
     replies = [message["content"] for message in messages if message["role"] == "assistant"]
-    stretches = _stretches(ids, masks)
-    learned = [tokenizer.decode(stretch) for stretch in stretches]
-    for reply, stretch in zip(replies, stretches, strict=False):
+    learned_ids = [ids[start:end] for start, end in stretches(masks)]
+    learned = [tokenizer.decode(stretch) for stretch in learned_ids]
+    for reply, stretch in zip(replies, learned_ids, strict=False):
         if stretch[-1] != eos:
             raise InputError(
                 f"chat template: the stop token {tokenizer.eos_token!r} is not inside the generation markers after the reply "
@@ -90,21 +128,10 @@ def _check_probe(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> None
             f"chat template: the generation markers cover {learned}; they must cover the replies {replies} with their stop "
             "tokens and nothing else"
         )
-    before_last_reply = len(ids) - masks[::-1].index(1) - len(stretches[-1])
+    before_last_reply = stretches(masks)[-1][0]
     prompt = render(tokenizer, messages[:-1], add_generation_prompt=True).input_ids
     if prompt != ids[:before_last_reply]:
         raise InputError(
             "chat template: with a generation prompt it ends in other tokens than those before a reply in a whole "
             "conversation; a model would be asked in another form than it was trained in"
         )
-
-
-def _stretches(ids: list[int], masks: list[int]) -> list[list[int]]:
-    """The runs of tokens that are masked 1."""
-    found: list[list[int]] = []
-    for i, (token, mask) in enumerate(zip(ids, masks, strict=True)):
-        if mask:
-            if i == 0 or not masks[i - 1]:
-                found.append([])
-            found[-1].append(token)
-    return found

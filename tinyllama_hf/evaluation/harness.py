@@ -5,6 +5,7 @@ loaded model under a [`Protocol`], and reads the result.
 """
 
 import contextlib
+import functools
 import logging
 import math
 import tempfile
@@ -17,10 +18,12 @@ import numpy as np
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.rows import read_rows
 from ..errors import InputError, require
 from ..provenance import file_sha256
 from .metrics import eval_folder
 from .protocol import TASKS, Protocol
+from .task_rows import BAD_ROW, check_rows, decisive_fields
 
 
 BATCH_SIZE = 8
@@ -83,22 +86,17 @@ def open_suite(data: str | Path | None = None) -> Iterator[Suite]:
         InputError: if files are missing or unreadable, the Hub cannot be reached, or lm-eval is not installed.
     """
     require("lm_eval", "eval", "the commonsense evaluation")
-    from lm_eval import tasks as stock
-
-    files = task_files(data) if data is not None else None
+    files = task_files(data) if data is not None else {}
     # Local rows are converted to Arrow in this folder: a cache that outlives the run could hold another file's rows.
     with tempfile.TemporaryDirectory() as scratch:
         tasks = {}
         for name in TASKS:
-            redirection = _redirection(name)
-            path = Path(stock.__file__).parent / redirection["include"]
             if files:
-                (split,) = redirection["dataset_kwargs"]["data_files"]
-                local = {"data_files": {split: str(files[name].resolve())}, "cache_dir": scratch}
-                config = {**redirection, "task": name, "include": str(path), "dataset_kwargs": local}
-                path = Path(scratch) / f"{name}.yaml"
-                path.write_text(yaml.safe_dump(config), encoding="utf-8")
-            tasks[name] = _open_task(name, path, files[name] if files else None)
+                check_rows(name, read_rows(files[name]), _fields(name), str(files[name]))
+            tasks[name] = _open_task(name, scratch, files.get(name))
+            if not files:
+                rows = tasks[name].dataset[tasks[name].config.test_split or tasks[name].config.validation_split]
+                check_rows(name, enumerate(rows, start=1), _fields(name), name)
         fingerprints = {
             name: file_sha256(files[name]) if files else _hub_place(task.config) for name, task in tasks.items()
         }
@@ -169,16 +167,39 @@ def _hub_place(config: Any) -> str:
     return "/".join(filter(None, ("hf://datasets", config.dataset_path, config.dataset_name)))
 
 
-def _open_task(name: str, path: Path, file: Path | None) -> Any:
+@functools.cache
+def _fields(name: str) -> dict[str, Any]:
+    """What the rows of a task must have, by its definition and the sample that the package has of it."""
+    file = task_files(SAMPLE)[name]
+    with tempfile.TemporaryDirectory() as scratch, _quiet():
+        return decisive_fields(_open_task(name, scratch, file), next(read_rows(file))[1])
+
+
+def _definition(name: str, scratch: str, file: Path | None) -> Path:
+    """The YAML file of a task: lm-eval's, or one that differs in where the rows come from."""
+    from lm_eval import tasks as stock
+
+    redirection = _redirection(name)
+    path = Path(stock.__file__).parent / redirection["include"]
+    if file is None:
+        return path
+    (split,) = redirection["dataset_kwargs"]["data_files"]
+    local = {"data_files": {split: str(file.resolve())}, "cache_dir": scratch}
+    config = {**redirection, "task": name, "include": str(path), "dataset_kwargs": local}
+    written = Path(scratch) / f"{name}.yaml"
+    written.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return written
+
+
+def _open_task(name: str, scratch: str, file: Path | None) -> Any:
     """Loads one task and looks at every row; what a user can cause becomes an `InputError`."""
     from datasets.exceptions import DatasetsError
-    from jinja2 import UndefinedError
     from lm_eval.tasks import TaskManager
 
     try:
         with _quiet():
-            task = TaskManager(include_defaults=False).load([str(path)])["tasks"][name]
-    except (DatasetsError, UndefinedError, OSError, KeyError, ValueError, TypeError, IndexError) as error:
+            task = TaskManager(include_defaults=False).load([str(_definition(name, scratch, file))])["tasks"][name]
+    except (DatasetsError, OSError, IndexError, *BAD_ROW) as error:
         if file:  # of a bad one, datasets says only that there was an error
             told = _in_one_line(error.__cause__ or error)
             raise InputError(f"{file}: holds no rows of {name} ({told}). {WHERE_DATA_COME_FROM}") from error
@@ -191,7 +212,7 @@ def _open_task(name: str, path: Path, file: Path | None) -> Any:
     for index, document in enumerate(task.eval_docs):
         try:
             choices, gold = task.doc_to_choice(document), _right_choice(task, document)
-        except (UndefinedError, KeyError, ValueError, TypeError, AttributeError) as error:
+        except BAD_ROW as error:
             raise InputError(f"{file or name}, row {index + 1}: is none of {name} ({_in_one_line(error)})") from error
         if not all(choices) or not 0 <= gold < len(choices):
             raise InputError(

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..chat.masks import mask_replies
 from ..chat.render import Messages, Rendering, render
 from ..errors import InputError
 from ..finetune.conversations import HELD_OUT_FILE, read_conversations
@@ -85,7 +86,7 @@ def reply_loss(model: PreTrainedModel, renderings: Sequence[Rendering], batch_si
 
     Args:
         model (`PreTrainedModel`): a causal language model in evaluation mode.
-        renderings (`Sequence[Rendering]`): from a template with generation markers.
+        renderings (`Sequence[Rendering]`): from [`mask_replies`].
         batch_size (`int`, *optional*, defaults to 16): conversations of a forward pass.
     """
     total, count = 0.0, 0
@@ -164,7 +165,8 @@ def score_replies(
 
     Args:
         model (`PreTrainedModel`): a chat model.
-        tokenizer (`PreTrainedTokenizerBase`): its tokenizer, with a template that has generation markers.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer, with a template that shows which tokens are replies, see
+            [`mask_replies`].
         conversations (`Sequence[Messages]`): each ends with the assistant.
         max_new_tokens (`int`, *optional*, defaults to 64): the budget of a reply.
         advance (`Callable`, *optional*): called with the number of replies done.
@@ -174,11 +176,9 @@ def score_replies(
         true replies in nats per token; and each question with the model's reply and the true one.
 
     Raises:
-        InputError: if the template has no generation markers, or a question does not fit the context.
+        InputError: if the template does not show which tokens are replies, or a question does not fit the context.
     """
-    renderings = [render(tokenizer, messages) for messages in conversations]
-    if any(rendering.assistant_masks is None for rendering in renderings):
-        raise InputError("the model's chat template has no {% generation %} markers, so its replies cannot be scored")
+    renderings = [mask_replies(tokenizer, messages, render(tokenizer, messages)) for messages in conversations]
     replies = generate_replies(model, tokenizer, [c[:-1] for c in conversations], max_new_tokens, advance=advance)
     stops = load_metric("stop_rate").compute(predictions=replies, eos_token_id=tokenizer.eos_token_id)
     loss = reply_loss(model, renderings)

@@ -16,7 +16,7 @@ class ModelSection(Section):
 
 
 class ChatSection(Section):
-    """The chat template: one that comes along, a `.jinja` file, or `own` for the one that the model has."""
+    """The chat template: `auto` for the model's own, or `llama2` where it has none; `own`; `llama2`; or a `.jinja` file."""
 
     template: str
 

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from ..chat.masks import mask_replies
+from ..chat.messages import is_learned, read_messages
 from ..chat.render import Rendering, check_messages, render
 from ..data.questions import questions
 from ..data.rows import JSON_LINES, read_rows
@@ -16,13 +18,18 @@ from ..errors import InputError
 
 EMBEDDED = "embedded:questions"
 HELD_OUT_FILE = "validation.jsonl"  # in the folder of a fine-tuned model
+# Fields of a row that change what a template renders or what is learned; all others are taken as notes about the row.
+_DECISIVE = {
+    "chat_template", "chat_template_kwargs", "documents", "function_call", "functions", "parallel_tool_calls", "system",
+    "tool_choice", "tools", "train", "training", "weight",
+}  # fmt: skip
 
 
 class Conversation(NamedTuple):
-    """A conversation and where it stands, for messages."""
+    """A conversation and where it stands, for messages; a reply with `"weight": 0` is context only."""
 
     name: str
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
 
 
 def read_conversations(source: str) -> list[Conversation]:
@@ -30,7 +37,8 @@ def read_conversations(source: str) -> list[Conversation]:
 
     Args:
         source (`str`): JSON lines (plain, `.gz`, `.zst`) whose rows hold `messages`, a list of
-            `{"role": ..., "content": ...}`; or `"embedded:questions"`.
+            `{"role": ..., "content": ...}`, see [`read_messages`]; or `"embedded:questions"`. Other fields of a row are
+            notes and are not read, but one that would change what is learned, such as `tools`, is refused.
 
     Raises:
         InputError: naming the file, the row and the rule that it breaks.
@@ -57,16 +65,18 @@ def read_conversations(source: str) -> list[Conversation]:
     return found
 
 
-def check_training_messages(messages: Sequence[dict[str, str]], where: str) -> None:
-    """Checks that a conversation can be learned from: one that `render` takes, with replies, none of them empty.
+def check_training_messages(messages: Sequence[dict[str, Any]], where: str) -> None:
+    """Checks that a conversation can be learned from: one that `render` takes, with replies to learn, none of them empty.
 
     Raises:
         InputError: naming the rule that is broken.
     """
     check_messages(messages, where)
-    replies = [(i, message) for i, message in enumerate(messages) if message["role"] == "assistant"]
+    replies = [(i, message) for i, message in enumerate(messages) if is_learned(message)]
     if not replies:
-        raise InputError(f"{where}: has no reply of the assistant, so that nothing can be learned from it; drop it")
+        raise InputError(
+            f"{where}: has no reply of the assistant that is learned (none, or all of weight 0); remove the conversation"
+        )
     for number, reply in replies:
         if not reply["content"].strip():
             raise InputError(
@@ -75,14 +85,15 @@ def check_training_messages(messages: Sequence[dict[str, str]], where: str) -> N
 
 
 def split(conversations: Sequence[Conversation], fraction: float) -> tuple[list[Conversation], list[Conversation]]:
-    """Splits into (train, held out) by the hash of the messages, so that more data never moves a row to the other side.
+    """Splits into (train, held out) by the hash of roles and contents, so that more data never moves a row to the other side.
 
     Raises:
         InputError: if one of the two would be empty.
     """
     parts: tuple[list[Conversation], list[Conversation]] = ([], [])
     for conversation in conversations:
-        digest = hashlib.sha256(json.dumps(conversation.messages, sort_keys=True).encode()).digest()
+        said = [{key: message[key] for key in ("content", "role")} for message in conversation.messages]
+        digest = hashlib.sha256(json.dumps(said).encode()).digest()
         parts[int.from_bytes(digest[:8], "big") < fraction * 2**64].append(conversation)
     if not parts[0] or not parts[1]:
         raise InputError(
@@ -106,19 +117,21 @@ def render_all(
     """
     rendered, overlong = [], []
     for conversation in conversations:
-        rendering = render(tokenizer, conversation.messages, where=conversation.name)
-        if not any(rendering.assistant_masks or ()):
-            raise InputError(f"{conversation.name}: no token of it would be trained; is its template the right one?")
+        name, messages = conversation
+        rendering = render(tokenizer, messages, where=name)
+        # Before the replies are looked for, which can take a rendering for each of them.
         if len(rendering.input_ids) > max_length:
-            overlong.append((conversation.name, len(rendering.input_ids), sum(rendering.assistant_masks)))
-        else:
-            rendered.append(rendering)
+            overlong.append((name, len(rendering.input_ids)))
+            continue
+        rendered.append(mask_replies(tokenizer, messages, rendering, name))
+        if not any(rendered[-1].assistant_masks):
+            raise InputError(f"{name}: no token of it would be trained; is its template the right one?")
     if overlong and not drop_overlong:
-        name, length, learned = max(overlong, key=lambda item: item[1])
+        name, length = max(overlong, key=lambda item: item[1])
         raise InputError(
             f"{len(overlong)} of {len(conversations)} conversations are longer than data.max_length {max_length}; the longest "
-            f"is {name}: {length} tokens, {learned} of them the assistant's. Raise data.max_length (up to the model's "
-            "context), shorten them, or set data.overlong to drop"
+            f"is {name}: {length} tokens. Raise data.max_length (up to the model's context), shorten them, or set "
+            "data.overlong to drop"
         )
     return rendered
 
@@ -128,13 +141,12 @@ def write_rows(conversations: Sequence[Conversation]) -> str:
     return "".join(json.dumps({"messages": c.messages}, ensure_ascii=False) + "\n" for c in conversations)
 
 
-def _messages(row: Any, where: str) -> list[dict[str, str]]:
-    messages = row.get("messages") if isinstance(row, dict) else None
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        columns = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
+def _messages(row: Any, where: str) -> list[dict[str, Any]]:
+    messages = read_messages(row, where)
+    if decisive := sorted(key for key in _DECISIVE & row.keys() if row[key] not in (None, "", [], {})):
         raise InputError(
-            f"{where}: no list of messages under 'messages', but: {columns}; a row is "
-            '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}'
+            f"{where}: field {decisive[0]!r} would change what is learned and is not supported; write it into the messages, "
+            "or remove it"
         )
     return messages
 

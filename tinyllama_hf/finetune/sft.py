@@ -15,7 +15,7 @@ from transformers import AutoConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .. import provenance
 from ..chat.render import Rendering
-from ..chat.templates import check_template, load_template
+from ..chat.templates import choose_template
 from ..configuration_tinyllama import TinyLlamaConfig
 from ..errors import InputError, require
 from ..evaluation.replies import reply_loss
@@ -38,6 +38,7 @@ class Run(NamedTuple):
     output: Path
     base: Path
     tokenizer: PreTrainedTokenizerFast
+    template: str
     context: int
     train: list[Rendering]
     held_out: list[Rendering]
@@ -106,11 +107,7 @@ def open_run(config: FinetuneConfig, overwrite: bool = False) -> Run:
         raise InputError(f"output_dir {output}: is not empty; choose another folder ({hint})")
     base = model_folder(config.model.path)
     tokenizer = load_tokenizer(base)
-    if config.chat.template != "own":
-        tokenizer.chat_template = load_template(config.chat.template)
-    elif not isinstance(tokenizer.chat_template, str):
-        raise InputError(f"chat.template: own, but {base} has no chat template; use llama2")
-    check_template(tokenizer)
+    template = choose_template(tokenizer, config.chat.template, config.model.path)
     context = AutoConfig.from_pretrained(base).max_position_embeddings
     if config.data.max_length > context:
         raise InputError(
@@ -125,7 +122,7 @@ def open_run(config: FinetuneConfig, overwrite: bool = False) -> Run:
         raise InputError(f"data.max_length: {config.data.max_length} drops every conversation; raise it")
     dropped = len(conversations) - len(rendered[0]) - len(rendered[1])
     accumulation = _accumulation_steps(config, _processes().num_processes)
-    return Run(config, output, base, tokenizer, context, *rendered, held_out, dropped, accumulation)
+    return Run(config, output, base, tokenizer, template, context, *rendered, held_out, dropped, accumulation)
 
 
 def facts(run: Run, num_processes: int) -> list[str]:
@@ -136,7 +133,8 @@ def facts(run: Run, num_processes: int) -> list[str]:
     steps = -(-len(train) // config.training.sequences_per_step) * config.training.epochs
     adapter = "every weight" if config.adapter.kind == "none" else f"LoRA of rank {config.adapter.rank}"
     return [
-        f"model         {run.base}, {adapter}, template {config.chat.template}",
+        f"model         {run.base}, {adapter}",
+        f"template      {run.template}",
         f"conversations {len(train):,} to train on, {len(run.held_out):,} held out"
         + (f", {run.num_dropped:,} longer than {config.data.max_length} tokens dropped" if run.num_dropped else ""),
         f"tokens        {tokens:,} an epoch, {learned:,} of them learned ({learned / tokens:.0%}: replies and stop tokens)",

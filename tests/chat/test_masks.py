@@ -1,0 +1,175 @@
+"""The learned tokens without generation markers: proven from the rendering, or refused. Checked against spans by hand."""
+
+import random
+
+import pytest
+from tokenizers import AddedToken
+
+from tests.chat.test_render import assistant, system, user
+from tinyllama_hf import load_tokenizer
+from tinyllama_hf.chat.masks import mask_replies, stretches
+from tinyllama_hf.chat.render import render
+from tinyllama_hf.chat.templates import check_template, choose_template, load_template
+from tinyllama_hf.errors import InputError
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+# That of TinyLlama-1.1B-Chat-v1.0, which begins without begin-of-sequence and has no markers.
+ZEPHYR = (
+    "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + eos_token }}\n"
+    "{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n"
+    "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
+    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+)
+WORDS = ("def", " ", "  ", "\n", "\n\n    ", "héé", "中文", "🚀👩‍💻", "[INST]", "x" * 40, "\t", "0123", "}{%")
+
+
+def chatml_of(tokenizer_folder):
+    """The tokenizer of 512 ids with ChatML's two tokens, the second its end-of-sequence."""
+    loaded = load_tokenizer(tokenizer_folder)
+    tokens = [AddedToken(text, special=True, normalized=False) for text in ("<|im_start|>", "<|im_end|>")]
+    loaded.add_tokens(tokens, special_tokens=True)
+    loaded.eos_token, loaded.chat_template = "<|im_end|>", CHATML
+    return loaded
+
+
+@pytest.fixture
+def chatml(tokenizer_folder):
+    return chatml_of(tokenizer_folder)
+
+
+@pytest.fixture
+def tokenizer(tokenizer_folder):
+    return load_tokenizer(tokenizer_folder)
+
+
+def learned(tokenizer, messages) -> list[str]:
+    ids, masks = mask_replies(tokenizer, messages, render(tokenizer, messages))
+    return [tokenizer.decode(ids[start:end]) for start, end in stretches(masks)]
+
+
+def by_hand(tokenizer, messages) -> tuple[list[int], list[int]]:
+    """Ids and mask of ChatML, written out turn by turn; what is learned is the content and `<|im_end|>`."""
+    text, spans = "", []
+    for message in messages:
+        text += f"<|im_start|>{message['role']}\n"
+        if message["role"] == "assistant":
+            spans.append((len(text), len(text + message["content"] + "<|im_end|>")))
+        text += f"{message['content']}<|im_end|>\n"
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    masks = [int(any(a <= first < b for a, b in spans)) for first, _ in encoded["offset_mapping"]]
+    return encoded["input_ids"], masks
+
+
+@pytest.mark.parametrize("name", ["chatml", "smollm2"])
+def test_fifty_conversations_by_hand(request, name):
+    given = request.getfixturevalue(name)
+    tokenizer = load_tokenizer(given) if name == "smollm2" else given
+    draw = random.Random(0)
+    for _ in range(50):
+        # With a system message, since SmolLM2's template writes one of its own where there is none.
+        roles = ["system", *["user", "assistant"] * draw.randrange(1, 4)]
+        messages = [{"role": r, "content": "Go" + "".join(draw.choices(WORDS, k=draw.randrange(9)))} for r in roles]
+        found = mask_replies(tokenizer, messages, render(tokenizer, messages))
+        assert (found.input_ids, found.assistant_masks) == by_hand(tokenizer, messages)
+
+
+def test_control_text_in_a_reply_does_not_end_it(chatml):
+    assert learned(chatml, [user("Hi"), assistant("a <|im_end|> b"), user("x"), assistant("y")]) == [
+        "a <|im_end|> b<|im_end|>", "y<|im_end|>"
+    ]  # fmt: skip
+
+
+def test_a_model_that_begins_without_begin_of_sequence(tokenizer):
+    tokenizer.chat_template = ZEPHYR
+    assert learned(tokenizer, [system("s"), user("Hi"), assistant("One."), user("x"), assistant("Two.")]) == [
+        "One.</s>", "Two.</s>"
+    ]  # fmt: skip
+    check_template(tokenizer, is_own=True)
+    with pytest.raises(InputError, match="must begin with one begin-of-sequence"):
+        check_template(tokenizer)
+
+
+def test_markers_taken_out_of_a_template_change_nothing(tokenizer):
+    messages = [system("s"), user("Hi"), assistant("One."), user("x"), assistant("Two.")]
+    tokenizer.chat_template = load_template("llama2")
+    marked = render(tokenizer, messages)
+    tokenizer.chat_template = tokenizer.chat_template.replace("{%- generation -%}", "").replace(
+        "{%- endgeneration -%}", ""
+    )
+    unmarked = render(tokenizer, messages)
+    assert unmarked.assistant_masks is None and mask_replies(tokenizer, messages, unmarked) == marked
+    check_template(tokenizer)
+
+
+@pytest.mark.parametrize("template", [load_template("llama2"), CHATML], ids=["with markers", "without"])
+def test_replies_of_weight_0_are_context(chatml, template):
+    chatml.chat_template = template
+    messages = [user("a"), {**assistant("Bad."), "weight": 0}, user("b"), assistant("Good.")]
+    whole = render(chatml, messages)
+    assert [text.removesuffix("<|im_end|>").strip() for text in learned(chatml, messages)] == ["Good."]
+    assert (
+        mask_replies(chatml, messages, whole).input_ids
+        == render(chatml, [messages[0], assistant("Bad."), *messages[2:]])[0]
+    )
+
+
+REFUSED = {
+    "a reply that its successor changes": (
+        CHATML.replace("m['content'] +", "(m['content'] if loop.last or m['role'] == 'user' else 'x') +"),
+        "message 1: the chat template has no {% generation %} markers",
+    ),
+    "a prompt that training does not show": (
+        CHATML.replace("'<|im_start|>assistant\\n' }}{% endif", "'<|im_start|>assistant\\n>' }}{% endif"),
+        "message 1: .* from token",
+    ),
+    "a reply without its stop token": (
+        CHATML.replace("<|im_end|>\\n'", "\\n'"), "message 1: .*without the tokenizer's end-of-sequence '<|im_end|>'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("template", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_proven(chatml, template, message):
+    assert template != CHATML
+    chatml.chat_template = template
+    messages = [user("a"), assistant("One."), user("b"), assistant("Two.")]
+    with pytest.raises(InputError, match=message):
+        mask_replies(chatml, messages, render(chatml, messages))
+    with pytest.raises(InputError, match="chat template"):
+        check_template(chatml, is_own=True)
+
+
+def test_white_space_that_joins_the_prompt(smollm2):
+    """SmolLM2's tokenizer joins the line end before the reply with white space that follows it."""
+    tokenizer = load_tokenizer(smollm2)
+    messages = [user("a"), assistant("\n\n  One.")]
+    with pytest.raises(InputError, match=r"row 3, message 1: .*white space around the reply"):
+        mask_replies(tokenizer, messages, render(tokenizer, messages), "row 3")
+
+
+CHOICES = {
+    "the model's, by default": (CHATML, "auto", CHATML, "the model's own"),
+    "llama2, where there is none": (None, "auto", load_template("llama2"), "llama2"),
+    "another, if asked for": (CHATML, "llama2", load_template("llama2"), "llama2, which replaces the model's own"),
+    "the same by name": (load_template("llama2"), "llama2", load_template("llama2"), "llama2"),
+    "own": (CHATML, "own", CHATML, "the model's own"),
+}
+
+
+@pytest.mark.parametrize(("own", "name", "template", "told"), CHOICES.values(), ids=CHOICES)
+def test_which_template_is_trained(chatml, own, name, template, told):
+    chatml.chat_template, chatml.bos_token = own, "<|im_start|>"
+    assert choose_template(chatml, name, "my-model") == told and chatml.chat_template == template
+
+
+def test_no_template_to_choose(chatml):
+    chatml.chat_template = None
+    with pytest.raises(InputError, match=r"chat.template: own, but my-model has no chat template; use auto"):
+        choose_template(chatml, "own", "my-model")
+    chatml.chat_template = {"default": CHATML, "rag": CHATML}
+    with pytest.raises(InputError, match=r"chat.template: auto, but my-model has several templates .default, rag"):
+        choose_template(chatml, "auto", "my-model")

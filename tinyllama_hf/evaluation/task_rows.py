@@ -1,0 +1,68 @@
+"""Rows of the commonsense tasks, checked before they are asked: lm-eval writes a missing passage as the word "None"."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from jinja2 import UndefinedError
+
+from ..errors import InputError
+from ..text import check_text
+
+
+BAD_ROW = (UndefinedError, KeyError, ValueError, TypeError, AttributeError)  # what a task's definition makes of one
+
+
+def decisive_fields(task: Any, row: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a row that decide the question, its choices or its answer, found by leaving each out.
+
+    Args:
+        task (`Any`): lm-eval's.
+        row (`dict`): a good one, as the file has it.
+    """
+    whole = _asked(task, row)
+    return {name: value for name, value in row.items() if _asked(task, {**row, name: None}) != whole}
+
+
+def _asked(task: Any, row: dict[str, Any]) -> list[Any] | None:
+    from datasets import Dataset
+
+    documents = Dataset.from_list([row])
+    try:
+        if task.config.process_docs is not None:
+            documents = task.config.process_docs(documents)
+        return [of(documents[0]) for of in (task.doc_to_text, task.doc_to_choice, task.doc_to_target)]
+    except BAD_ROW:
+        return None
+
+
+def check_rows(name: str, rows: Iterable[tuple[int, Any]], fields: dict[str, Any], source: str) -> None:
+    """Checks that rows have the fields that decide a task's questions.
+
+    Args:
+        name (`str`): of the task.
+        rows (`Iterable[tuple[int, Any]]`): (number, row).
+        fields (`dict`): from [`decisive_fields`]; the values show the types.
+        source (`str`): names the file in errors.
+
+    Raises:
+        InputError: naming the row and the field that is missing, null or of another type.
+    """
+    for number, row in rows:
+        _check(row, fields, f"{source}, row {number}", f"{name} needs {', '.join(map(repr, fields))}")
+
+
+def _check(value: Any, example: Any, where: str, rule: str) -> None:
+    if type(value) is not type(example):
+        shown = json.dumps(value, default=str)[:40]
+        raise InputError(f"{where}: is {shown}, not of type {type(example).__name__}; {rule}. Fix or remove the row")
+    if isinstance(example, dict):
+        for key, part in example.items():
+            if key not in value:
+                raise InputError(f"{where}: has no field {key!r}; {rule}. Fix or remove the row")
+            _check(value[key], part, f"{where}, field {key!r}", rule)
+    elif isinstance(example, list):
+        for number, part in enumerate(value):
+            _check(part, example[0], f"{where}, item {number}", rule)
+    elif isinstance(example, str):
+        check_text(value, where)
