@@ -8,6 +8,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.chat.test_masks import chatml_of
 from tests.conftest import ROOT
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
 from tinyllama_hf.errors import InputError
@@ -179,13 +180,144 @@ def test_replies_in_a_batch_equal_replies_alone(recipe):
     assert together == [generate_replies(model, tokenizer, [prompt], 16)[0] for prompt in prompts]
 
 
+class Stopped(Exception):
+    """Raised in place of the training."""
+
+
+@pytest.fixture
+def trainer_of(monkeypatch):
+    """The trainer that a recipe makes, with the first batch of each step of its optimizer, before the first of them."""
+    import trl
+
+    def stop(self):
+        raise Stopped(self)
+
+    monkeypatch.setattr(trl.SFTTrainer, "train", stop)
+
+    def made(recipe, *overrides):
+        with pytest.raises(Stopped) as caught:
+            sft.finetune(load_config(recipe, overrides))
+        return caught.value.args[0]
+
+    return made
+
+
+# Every key of the sections that decide the training: a value unlike that of the recipe, and where the trainer has it.
+REACHES = {
+    "adapter.kind": ("lora", lambda t: "none" if t.model.__class__.__name__ == "TinyLlamaForCausalLM" else "lora"),
+    "adapter.rank": (3, lambda t: t.model.peft_config["default"].r),
+    "adapter.alpha": (5.0, lambda t: t.model.peft_config["default"].lora_alpha),
+    "adapter.dropout": (0.25, lambda t: t.model.peft_config["default"].lora_dropout),
+    "training.epochs": (2.5, lambda t: t.args.num_train_epochs),
+    "training.learning_rate": (0.003, lambda t: t.args.learning_rate),
+    "training.schedule": ("linear", lambda t: t.args.lr_scheduler_type.value),
+    "training.warmup_steps": (7, lambda t: t.args.warmup_steps),
+    "training.sequences_per_step": (
+        12, lambda t: t.args.per_device_train_batch_size * t.args.gradient_accumulation_steps),
+    "training.micro_batch_size": (6, lambda t: t.args.per_device_train_batch_size),
+    "training.weight_decay": (0.13, lambda t: t.args.weight_decay),
+    "training.gradient_clip": (0.7, lambda t: t.args.max_grad_norm),
+    "training.precision": ("bf16", lambda t: "bf16" if t.args.bf16 else "fp32"),
+    "training.seed": (91, lambda t: t.args.seed),
+    "logging.every_steps": (3, lambda t: t.args.logging_steps),
+}  # fmt: skip
+
+
+def test_every_key_reaches_the_trainer(recipe, trainer_of):
+    sections = {name: load_config(recipe).model_dump()[name] for name in ("adapter", "training", "logging")}
+    assert REACHES.keys() == {f"{section}.{key}" for section, keys in sections.items() for key in keys}
+    for key, (value, _) in REACHES.items():
+        section, name = key.split(".")
+        assert sections[section][name] != value, f"{key} would not be seen to be dropped"
+    trainer = trainer_of(recipe, *(f"{key}={value}" for key, (value, _) in REACHES.items()))
+    assert {key: read(trainer) for key, (_, read) in REACHES.items()} == {
+        k: value for k, (value, _) in REACHES.items()
+    }
+
+
+def test_the_optimizer_follows_the_recipe(recipe):
+    """Decay 0.5 and rate 0.01 shrink a weight without a gradient by 0.005; the rate rises over 2 of 5 steps, then falls."""
+    overrides = ("training.epochs=1", "training.warmup_steps=2", "training.schedule=linear", "training.learning_rate=0.01",
+                 "training.weight_decay=0.5", "logging.every_steps=1", "data.validation_fraction=0.2")  # fmt: skip
+    folder = tuned(recipe, *overrides)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rates = [row["learning_rate"] for row in rows if "learning_rate" in row]
+    assert rates == pytest.approx([0.0, 0.005, 0.01, 0.02 / 3, 0.01 / 3]), "34 conversations in steps of 8"
+    before = load_file(load_config(recipe).model.path + "/model.safetensors")["model.embed_tokens.weight"]
+    after = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    unused = 511  # a token of none of the conversations
+    shrunk = before[unused]
+    for rate in rates:
+        shrunk = shrunk * (1 - rate * 0.5)
+    torch.testing.assert_close(after[unused], shrunk, atol=1e-7, rtol=1e-5)
+
+
+def test_no_held_out_conversation_is_trained_on(recipe, monkeypatch):
+    """In an epoch the model meets every other conversation once, and none of those in validation.jsonl."""
+    import trl
+
+    seen, stock_step = [], trl.SFTTrainer.training_step
+
+    def watch(self, model, inputs, *arguments, **options):
+        for ids, attention in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
+            seen.append(tuple(ids[attention.bool()].tolist()))
+        return stock_step(self, model, inputs, *arguments, **options)
+
+    monkeypatch.setattr(trl.SFTTrainer, "training_step", watch)
+    folder = tuned(recipe, "training.epochs=1")
+    tokenizer = load_tokenizer(folder)
+
+    def ids(file):
+        rows = [json.loads(line)["messages"] for line in open(file, encoding="utf-8")]
+        return [tuple(tokenizer.apply_chat_template(messages, return_dict=False)) for messages in rows]
+
+    held_out = ids(folder / HELD_OUT_FILE)
+    rest = [conversation for conversation in ids(recipe.parent / "talk.jsonl") if conversation not in held_out]
+    assert len(held_out) >= 3 and len(held_out) + len(rest) == 40
+    assert sorted(seen) == sorted(rest)
+
+
+@pytest.fixture(scope="module")
+def chatml_base(base, tokenizer_folder, tmp_path_factory):
+    """The base with a template of its own, ChatML, as its publisher would have trained it."""
+    folder = tmp_path_factory.mktemp("chatml") / "model"
+    tokenizer = chatml_of(tokenizer_folder)
+    model, _ = load_stock(base)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_with_a_template_is_trained_in_it(recipe, chatml_base, trainer_of, capsys):
+    """ChatML without generation markers: the labels of the first batch are reply and `<|im_end|>`, and nothing else."""
+    trainer = trainer_of(recipe, f"model.path={chatml_base}")
+    printed = capsys.readouterr().out
+    assert [line.split(maxsplit=1)[1] for line in printed.splitlines() if line.startswith("template")] == [
+        "the model's own"
+    ]
+    batch, tokenizer = next(iter(trainer.get_train_dataloader())), load_tokenizer(chatml_base)
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        text = tokenizer.decode(ids)
+        assert text.startswith("<|im_start|> user") and "[INST]" not in text
+        assert tokenizer.decode(labels[labels != -100]) in [f"The {colour} one.<|im_end|>" for colour in COLOURS]
+
+
+def test_its_template_is_replaced_only_if_the_recipe_says_so(recipe, chatml_base, capsys):
+    sft.finetune(load_config(recipe, [f"model.path={chatml_base}"]), dry_run=True)
+    assert "⟦The red one.<|im_end|>⟧" in capsys.readouterr().out
+    sft.finetune(load_config(recipe, [f"model.path={chatml_base}", "chat.template=llama2"]), dry_run=True)
+    printed = capsys.readouterr().out
+    assert "llama2, which replaces the model's own" in printed and "⟦The red one. <|im_end|>⟧" in printed
+
+
 BAD = {
     "longer than the context": (
         ["data.max_length=97"],
         "data.max_length: 97 is longer than the model's context of 96",
     ),
     "conversations that do not fit": (["data.max_length=8"], "conversations are longer than data.max_length 8"),
-    "no template of its own": (["chat.template=own"], "chat.template: own, but .* has no chat template; use llama2"),
+    "no template of its own": (["chat.template=own"], "chat.template: own, but .* has no chat template"),
     "no such template": (["chat.template=lama2"], "chat template 'lama2' does not exist; did you mean 'llama2'"),
     "no such conversations": (["data.conversations=nowhere.jsonl"], "nowhere.jsonl: no such file"),
     "no such model": (["model.path=nowhere"], "model 'nowhere': no such folder"),
@@ -202,7 +334,7 @@ def test_bad_input_before_anything_is_written(recipe, overrides, message):
 
 def test_a_template_without_markers(recipe, base, tmp_path):
     (tmp_path / "plain.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
-    with pytest.raises(InputError, match=r"has no {% generation %} markers"):
+    with pytest.raises(InputError, match=r"chat template.*the tokenizer's end-of-sequence '</s>'"):
         sft.finetune(load_config(recipe, [f"chat.template={tmp_path / 'plain.jinja'}"]))
 
 

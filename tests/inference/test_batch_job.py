@@ -64,7 +64,11 @@ BAD = {
     "both": ({"prompt": "x", "messages": []}, "must have 'prompt' or 'messages'"),
     "another type": ({"prompt": ["x"]}, "prompt is of type list; must be a text"),
     "too long": ({"prompt": "word " * 200}, "new ones are longer than the model's context of 96; shorten it or lower"),
-    "no list": ({"messages": "x"}, 'messages must be a list of {"role": "...", "content": "..."}'),
+    "no list": ({"messages": "x"}, "messages: no list of messages under 'messages'"),
+    "a key that would be dropped": (
+        {"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, "messages, message 0: key 'name'"),
+    "half a pair in a message": (
+        '{"messages": [{"role": "user", "content": "\\ud83d"}]}', "message 0: character 29 is '\\ud83d'"),
     "no messages": ({"messages": []}, "messages: is empty"),
     "unknown role": ({"messages": [{"role": "usr", "content": "x"}]}, "role 'usr' is not known; did you mean 'user'?"),
     "the assistant's turn": (

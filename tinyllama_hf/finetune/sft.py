@@ -230,6 +230,7 @@ def _arguments(run: Run, scratch: str) -> Any:
         weight_decay=training.weight_decay,
         max_grad_norm=training.gradient_clip,
         bf16=training.precision == "bf16",
+        use_cpu=_processes().device.type == "cpu",  # bf16 on a CPU is refused unless it is asked for
         seed=training.seed,
         logging_steps=run.config.logging.every_steps,
         logging_nan_inf_filter=False,
