@@ -1,6 +1,7 @@
 """Bits per byte against a script of stock transformers that reads one document at a time."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
+from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.evaluation.bits_per_byte import HeldOut, bits_per_byte, held_out_documents, windows
+from tinyllama_hf.evaluation.bits_per_byte import HeldOut, bits_per_byte, held_out_documents, summarise, windows
 from tinyllama_hf.evaluation.ladder import score
 from tinyllama_hf.pretrain.config import load_config
 from tinyllama_hf.pretrain.loop import pretrain
@@ -84,6 +86,28 @@ def test_a_uniform_model_costs_its_vocabulary(tokenizer_folder, tmp_path):
     assert result["bits_per_byte"] == pytest.approx(9 * tokens / len(text), rel=1e-6)
 
 
+def test_bytes_are_those_of_utf8(tokenizer_folder, tmp_path):
+    """é has 2 bytes, an emoji 4, a Chinese character 3: stated, in the score file and as what bits are divided by."""
+    texts = ("é", "🚀", "中文 a")
+    sizes = {"é": 2, "🚀": 4, "中文 a": 8}
+    nats = [math.log(2) * sizes[text] * bits for text, bits in zip(texts, (1, 2, 3), strict=True)]
+    found = summarise(nats, [HeldOut("one", "", texts[:2]), HeldOut("two", "", texts[2:])])
+    assert found["by_source"] == pytest.approx({"one": (2 + 8) / 6, "two": 3.0})
+    assert found["bits_per_byte"] == pytest.approx((2 + 8 + 24) / 14)
+    config = TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=32)
+    TinyLlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    load_tokenizer(tokenizer_folder).save_pretrained(tmp_path / "model")
+    # By their hashes (0.67 and 0.79; 0.20, 0.36 and 0.01) the first two are trained on, the others held out.
+    rows = [json.dumps({"text": text}) + "\n" for text in ("some words", "é", "éé", "🚀🚀", "中文")]
+    (tmp_path / "a.jsonl").write_text("".join(rows))
+    folder = tmp_path / "data"
+    prepare([str(tmp_path / "a.jsonl")], tokenizer_folder, folder, validation_fraction=0.4, workers=1, progress=False)
+    splits = json.loads((folder / "dataset.json").read_text())["splits"]
+    assert (splits["train"]["bytes"], splits["validation"]["bytes"]) == (10 + 2, 4 + 8 + 6)
+    (data,) = score([str(tmp_path / "model")], [str(folder)], device="cpu", show_progress=False)["data"]
+    assert (data["documents"], data["bytes"]) == (3, 18)
+
+
 def test_a_run_beside_counting_models(recipe):
     config = load_config(recipe)
     pretrain(config)
@@ -101,8 +125,6 @@ def test_a_run_beside_counting_models(recipe):
 
 
 def test_refusals(prepared, tmp_path, corpus, tokenizer_folder):
-    from tinyllama_hf.data.prepare import prepare
-
     with pytest.raises(InputError, match="--data: needed"):
         score([str(tmp_path)])
     with pytest.raises(InputError, match="named twice"):

@@ -18,6 +18,7 @@ from tinyllama_hf.evaluation.commonsense import score_commonsense
 from tinyllama_hf.evaluation.harness import open_suite, task_files
 from tinyllama_hf.evaluation.protocol import TASKS, compare, published_row
 from tinyllama_hf.evaluation.table import table_lines
+from tinyllama_hf.evaluation.task_rows import check_rows, decisive_fields
 from tinyllama_hf.inference import load as loading
 from tinyllama_hf.pretrain.milestones import write_milestone
 from tinyllama_hf.released import tables
@@ -227,10 +228,10 @@ def test_bad_data_is_refused_before_a_model_is_loaded(tokenizer_folder, tmp_path
     shutil.copytree(SAMPLE, data, dirs_exist_ok=True)
     rows = read_rows(SAMPLE, "arc_easy")
     (data / "hellaswag" / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(InputError, match=r"hellaswag/validation\.jsonl: holds no rows of hellaswag \(KeyError"):
+    with pytest.raises(InputError, match=r"hellaswag/validation\.jsonl, row 1: has no field 'activity_label'"):
         score_commonsense([folder], str(data))
     (data / "hellaswag" / "validation.jsonl").write_text("{not json\n")
-    with pytest.raises(InputError, match=r"hellaswag/validation\.jsonl: holds no rows of hellaswag .*JSON"):
+    with pytest.raises(InputError, match=r"hellaswag/validation\.jsonl, row 1: no JSON"):
         score_commonsense([folder], str(data))
     with pytest.raises(InputError, match=r"cannot be fetched from the Hub .* name local files with --data"):
         score_commonsense([folder])
@@ -241,6 +242,7 @@ def test_bad_data_is_refused_before_a_model_is_loaded(tokenizer_folder, tmp_path
     [
         ("piqa", {"label": 2}, r"row 7: an empty choice, or answer 2 \(counted from 0\) is none of its 2 choices"),
         ("piqa", {"sol1": ""}, "row 7: an empty choice"),
+        ("boolq", {"passage": None}, "row 7, field 'passage': is null"),
         ("openbookqa", {"answerKey": "F"}, "row 7: is none of openbookqa .*not in"),
         ("winogrande", {"sentence": "It has no gap."}, "row 7: is none of winogrande .*ValueError"),
     ],
@@ -256,6 +258,73 @@ def test_a_bad_row_after_good_ones(tmp_path, task, change, message):
         stream.writelines(json.dumps(row) + "\n" for row in rows)
     with pytest.raises(InputError, match=rf"{file.name}\.gz, {message}"), open_suite(tmp_path / "data"):
         pytest.fail("the suite was opened")
+
+
+# By the tasks' definitions, written out: what a question, its choices and its answer are made of.
+FIELDS = {
+    "hellaswag": {"activity_label", "ctx_a", "ctx_b", "endings", "label"},
+    "openbookqa": {"question_stem", "choices", "answerKey"},
+    "winogrande": {"sentence", "option1", "option2", "answer"},
+    "arc_challenge": {"question", "choices", "answerKey"},
+    "arc_easy": {"question", "choices", "answerKey"},
+    "boolq": {"passage", "question", "label"},
+    "piqa": {"goal", "sol1", "sol2", "label"},
+}
+
+
+@pytest.fixture(scope="module")
+def opened():
+    with open_suite("embedded:sample") as suite:
+        yield suite.tasks
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_row_without_a_field_of_its_question_is_refused(opened, task):
+    """A boolq row without a passage was asked about the text "None"; fields that decide nothing may be missing."""
+    (_, good), *_ = rows = list(enumerate(read_rows(SAMPLE, task), start=1))
+    fields = decisive_fields(opened[task], good)
+    assert fields.keys() == FIELDS[task]
+    check_rows(task, rows, fields, "a.jsonl")
+    check_rows(task, [(1, {name: good[name] for name in fields})], fields, "a.jsonl")
+    for name in fields:
+        for value, message in ((None, "is null"), (0.5, "is 0.5"), ({}, "is {}|has no field")):
+            with pytest.raises(InputError, match=rf"a\.jsonl, row 2, field '{name}': ({message})"):
+                check_rows(task, [(1, good), (2, {**good, name: value})], fields, "a.jsonl")
+        with pytest.raises(InputError, match=rf"a\.jsonl, row 2: has no field '{name}'"):
+            check_rows(task, [(1, good), (2, {k: v for k, v in good.items() if k != name})], fields, "a.jsonl")
+
+
+def test_rows_within_rows_and_half_a_surrogate_pair(opened):
+    good = read_rows(SAMPLE, "arc_easy")[0]
+    fields = decisive_fields(opened["arc_easy"], good)
+    for choices, message in (
+        ({"text": good["choices"]["text"]}, "field 'choices': has no field 'label'"),
+        ({**good["choices"], "text": ["a", None]}, "field 'choices', field 'text', item 1: is null"),
+        (
+            {**good["choices"], "text": ["a", "\ud83d"]},
+            r"field 'choices', field 'text', item 1: character 0 is '.ud83d'",
+        ),
+    ):
+        with pytest.raises(InputError, match=f"a, row 7, {message}"):
+            check_rows("arc_easy", [(7, {**good, "choices": choices})], fields, "a")
+    with pytest.raises(InputError, match=r"a, row 7: is .*not of type dict"):
+        check_rows("arc_easy", [(7, [good])], fields, "a")
+
+
+def test_every_real_row_is_taken(opened, shared):
+    for task in ("boolq", "openbookqa", "arc_challenge"):
+        fields = decisive_fields(opened[task], read_rows(SAMPLE, task)[0])
+        check_rows(task, enumerate(read_rows(shared / "data" / "eval", task), start=1), fields, task)
+
+
+def test_files_with_a_byte_order_mark_hold_the_same_rows(opened, tmp_path):
+    for task, file in task_files("embedded:sample").items():
+        (tmp_path / task).mkdir()
+        text = file.read_bytes().replace(b"\n", b"\r\n")
+        (tmp_path / task / file.name).write_bytes(b"\xef\xbb\xbf" + text)
+    with open_suite(tmp_path) as suite:
+        for task in TASKS:
+            assert list(suite.tasks[task].eval_docs) == list(opened[task].eval_docs)
 
 
 def made_up(shift: float = 0.0, average_shift: float = 0.0) -> dict:

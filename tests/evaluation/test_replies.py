@@ -60,7 +60,7 @@ def test_refusals(folder, tmp_path):
     with pytest.raises(InputError, match="is no fine-tuned model with held-out conversations; name --data"):
         score([str(folder)])
     (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-    with pytest.raises(InputError, match=r"no {% generation %} markers"):
+    with pytest.raises(InputError, match=r"conversation 1, message 1: the chat template"):
         (folder / "validation.jsonl").write_text(
             json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
         )

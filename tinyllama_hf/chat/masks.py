@@ -59,10 +59,11 @@ def _proven_masks(tokenizer: PreTrainedTokenizerBase, messages: Messages, ids: l
         start = _common(tokenizer, messages[:number], ids, True, place)
         end = _common(tokenizer, messages[: number + 1], ids, False, place) if number + 1 < len(messages) else len(ids)
         if tokenizer.eos_token_id not in ids[start:end]:
+            last = tokenizer.convert_ids_to_tokens(ids[start:end][-3:])
             raise InputError(
-                f"{place}: the chat template ends the reply with {tokenizer.convert_ids_to_tokens(ids[start:end][-3:])}, "
-                f"without the tokenizer's end-of-sequence {tokenizer.eos_token!r}, so a model would never learn to stop. "
-                "Set eos_token to the token that ends a reply, or write it after the reply"
+                f"{place}: the chat template ends the reply with {last or 'nothing'}, without the tokenizer's "
+                f"end-of-sequence {tokenizer.eos_token!r}, so a model would never learn to stop. Set eos_token to the token "
+                "that ends a reply, or write it after the reply"
             )
         end = ids.index(tokenizer.eos_token_id, start) + 1
         masks[start:end] = [1] * (end - start)

@@ -178,7 +178,10 @@ def score_replies(
     Raises:
         InputError: if the template does not show which tokens are replies, or a question does not fit the context.
     """
-    renderings = [mask_replies(tokenizer, messages, render(tokenizer, messages)) for messages in conversations]
+    renderings = []
+    for number, messages in enumerate(conversations, start=1):
+        where = f"conversation {number}"
+        renderings.append(mask_replies(tokenizer, messages, render(tokenizer, messages, where=where), where))
     replies = generate_replies(model, tokenizer, [c[:-1] for c in conversations], max_new_tokens, advance=advance)
     stops = load_metric("stop_rate").compute(predictions=replies, eos_token_id=tokenizer.eos_token_id)
     loss = reply_loss(model, renderings)
