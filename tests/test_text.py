@@ -16,6 +16,7 @@ from tinyllama_hf.data.sources import open_sources, read_documents
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.finetune.config import load_config
 from tinyllama_hf.finetune.conversations import read_conversations
+from tinyllama_hf.inference.generation import generate_text
 from tinyllama_hf.inference.prompts import read_prompts
 from tinyllama_hf.text import check_text, read_text
 
@@ -96,6 +97,8 @@ def test_half_a_surrogate_pair():
     check_text("an emoji 🚀 and \ufeff", "here")
     with pytest.raises(InputError, match=r"here: character 3 is '\\ud83d', half of a surrogate pair"):
         check_text("an \ud83d", "here")
+    with pytest.raises(InputError, match="prompt: character 3"):  # before the model is looked at
+        generate_text(None, None, "an \udcff")
 
 
 def test_half_a_surrogate_pair_in_files(tmp_path, tokenizer_folder, shared):

@@ -170,6 +170,7 @@ def test_no_template_to_choose(chatml):
     chatml.chat_template = None
     with pytest.raises(InputError, match=r"chat.template: own, but my-model has no chat template; use auto"):
         choose_template(chatml, "own", "my-model")
-    chatml.chat_template = {"default": CHATML, "rag": CHATML}
-    with pytest.raises(InputError, match=r"chat.template: auto, but my-model has several templates .default, rag"):
-        choose_template(chatml, "auto", "my-model")
+    for several in ({"default": CHATML, "rag": CHATML}, [{"name": "default", "template": CHATML}]):
+        chatml.chat_template = several
+        with pytest.raises(InputError, match=r"chat.template: auto, but my-model has several templates"):
+            choose_template(chatml, "auto", "my-model")

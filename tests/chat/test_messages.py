@@ -55,6 +55,7 @@ REFUSED = {
         "row 1: has 'conversations' .*rename 'from' to 'role' and 'value' to 'content'",
     ),
     "other columns": ({"text": "a"}, "row 1: no list of messages under 'messages', but: text"),
+    "another type": ({"messages": "x"}, "row 1: 'messages' is not a list of objects"),
     "not an object": (["a"], "row 1: no list of messages under 'messages', but: list"),
 }
 

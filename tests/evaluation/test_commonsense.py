@@ -14,6 +14,7 @@ from tests.conftest import ROOT
 from tests.evaluation.commonsense_scorer import SPLITS, Scorer, read_rows
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
 from tinyllama_hf.errors import InputError
+from tinyllama_hf.evaluation import harness
 from tinyllama_hf.evaluation.commonsense import score_commonsense
 from tinyllama_hf.evaluation.harness import open_suite, task_files
 from tinyllama_hf.evaluation.protocol import TASKS, compare, published_row
@@ -309,6 +310,21 @@ def test_rows_within_rows_and_half_a_surrogate_pair(opened):
             check_rows("arc_easy", [(7, {**good, "choices": choices})], fields, "a")
     with pytest.raises(InputError, match=r"a, row 7: is .*not of type dict"):
         check_rows("arc_easy", [(7, [good])], fields, "a")
+
+
+def test_rows_of_the_hub_are_checked_as_well(tmp_path, monkeypatch):
+    """Local files stand in for the Hub, where a task of lm-eval would fetch its rows."""
+    shutil.copytree(SAMPLE, tmp_path / "data")
+    definition = harness._definition
+    files = task_files(tmp_path / "data")
+    monkeypatch.setattr(harness, "_definition", lambda name, scratch, _: definition(name, scratch, files[name]))
+    with open_suite() as suite:
+        assert {len(task.eval_docs) for task in suite.tasks.values()} == {10}
+    rows = read_rows(SAMPLE, "boolq")
+    rows[2]["passage"] = None
+    files["boolq"].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match="boolq, row 3, field 'passage': is null"), open_suite():
+        pytest.fail("the suite was opened")
 
 
 def test_every_real_row_is_taken(opened, shared):

@@ -64,7 +64,7 @@ BAD = {
     "both": ({"prompt": "x", "messages": []}, "must have 'prompt' or 'messages'"),
     "another type": ({"prompt": ["x"]}, "prompt is of type list; must be a text"),
     "too long": ({"prompt": "word " * 200}, "new ones are longer than the model's context of 96; shorten it or lower"),
-    "no list": ({"messages": "x"}, "messages: no list of messages under 'messages'"),
+    "no list": ({"messages": "x"}, "messages: 'messages' is not a list of objects"),
     "a key that would be dropped": (
         {"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, "messages, message 0: key 'name'"),
     "half a pair in a message": (

@@ -45,6 +45,8 @@ def _without_messages(row: Any) -> str:
             "has 'conversations' (the form of ShareGPT) and not 'messages'; rename 'from' to 'role' and 'value' to "
             "'content', 'human' to 'user' and 'gpt' to 'assistant'"
         )
+    if isinstance(row, Mapping) and "messages" in row:
+        return "'messages' is not a list of objects"
     columns = ", ".join(sorted(row)) if isinstance(row, Mapping) else type(row).__name__
     return f"no list of messages under 'messages', but: {columns}"
 

@@ -18,7 +18,7 @@ from ..text import check_text
 
 
 ROLES = ("system", "user", "assistant")
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)  # a plane of characters without a meaning
 

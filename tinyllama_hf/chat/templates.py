@@ -64,9 +64,7 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, name: str, model: str) -
     """
     own = tokenizer.chat_template
     if name in (AUTO, OWN) and own and not isinstance(own, str):
-        raise InputError(
-            f"chat.template: {name}, but {model} has several templates ({', '.join(sorted(own))}); name one, as a .jinja file"
-        )
+        raise InputError(f"chat.template: {name}, but {model} has several templates; name one, as a .jinja file")
     if name == OWN and not own:
         raise InputError(f"chat.template: {OWN}, but {model} has no chat template; use {AUTO} or {DEFAULT}")
     if name == OWN or (name == AUTO and own):

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from ..errors import InputError, check_seed
+from ..text import check_text
 from .drafts import Draft
 
 
@@ -157,12 +158,13 @@ def generate_text(
         draft (`Draft`, *optional*): proposes tokens; its `statistics` tell what that was worth.
 
     Raises:
-        InputError: for values out of range, and a prompt that does not fit the context.
+        InputError: for values out of range, and a prompt that is not text or does not fit the context.
     """
     sampling = Sampling(temperature, top_p, max_new_tokens)
     sampling.check()
     if seed is not None:
         check_seed(seed)
+    check_text(prompt, "prompt")
     ids = tokenizer(prompt, split_special_tokens=True, verbose=False)["input_ids"]
     if not ids:
         raise InputError("prompt: is empty, and this tokenizer has no begin-of-sequence to begin with; give a prompt")
