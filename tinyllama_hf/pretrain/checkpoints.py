@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from .. import provenance
 from ..errors import InputError
 from .disk import FullDiskError, full_disk_says, reason
-from .launch import adamw_settings
+from .reading import CheckpointReader, TensorPlanner
 from .step import TrainStep
 
 
@@ -32,6 +32,7 @@ CHECKPOINTS_FOLDER = "checkpoints"
 TRAINING_STATE_FOLDER = "training_state"  # beside the milestones: what a branch begins with
 RECORD_FILE = "checkpoint.json"
 FORMAT_VERSION = 1
+_RECORD = {"files": dict, "step": int, "tokens": int, "identity": dict, "arithmetic": dict}  # what a reader relies on
 BYTES_PER_PARAMETER = 12  # weight and two moments, all fp32
 
 
@@ -63,8 +64,8 @@ def write_checkpoint(folder: Path, train_step: TrainStep, record: dict[str, Any]
             dcp.save(_state(train_step), checkpoint_id=temporary, no_dist=no_dist)
         if accelerator.is_main_process:
             _complete(temporary, folder, record)
-    except CheckpointException as error:  # no `Exception`; it wraps what happened on each process with its traceback
-        problem = next(iter(error.failures.values()))[0]
+    except CheckpointException as error:
+        problem = _cause(error)
     except OSError as error:
         problem = error
     failed = [None if problem is None else reason(problem)]  # of the main process, which the others follow
@@ -87,20 +88,35 @@ def _complete(temporary: Path, folder: Path, record: dict[str, Any]) -> None:
 
 
 def read_checkpoint(folder: Path, train_step: TrainStep) -> None:
-    """Loads a checkpoint into the model, the optimiser and the guards; to be called by all processes."""
+    """Loads a checkpoint into the model, the optimiser and the guards; to be called by all processes.
+
+    The optimiser keeps its settings, which a branch may have changed: only tensors are read.
+
+    Raises:
+        InputError: if the files are not a checkpoint of this model. Nothing that they name is run.
+    """
     state = _state(train_step)
-    with _alone(train_step.accelerator) as no_dist:
-        dcp.load(state, checkpoint_id=folder, no_dist=no_dist)
+    settings = state["optimizer"].pop("param_groups")
+    reader = CheckpointReader(folder)
+    try:
+        with _alone(train_step.accelerator) as no_dist:
+            dcp.load(state, storage_reader=reader, planner=TensorPlanner(), no_dist=no_dist)
+    except CheckpointException as error:
+        raise InputError(
+            f"{folder}: cannot be loaded ({reason(_cause(error))}); it is not a checkpoint that this run can resume from"
+        ) from error
     set_state_dict(
         train_step.model,
         train_step.optimizer,
         model_state_dict=state["model"],
-        optim_state_dict=state["optimizer"],
+        optim_state_dict={**state["optimizer"], "param_groups": settings},
     )
-    # With the moments come the settings of the run that saved them, which a branch may have changed.
-    for group in train_step.optimizer.param_groups:
-        group.update(adamw_settings(train_step.config))
     train_step.load_state(state["guards"])
+
+
+def _cause(error: CheckpointException) -> BaseException:
+    """What happened on the first process that failed; the exception itself is not an `Exception`."""
+    return next(iter(error.failures.values()))[0]
 
 
 @contextlib.contextmanager
@@ -187,8 +203,10 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
             f"{path}: has format_version {version}, and this version of tinyllama_hf reads {FORMAT_VERSION}; go on with the "
             "version that wrote it, or choose another output_dir"
         )
-    if version != FORMAT_VERSION or "files" not in record or "step" not in record:
-        raise InputError(f"{path}: damaged, it names no files")
+    if version != FORMAT_VERSION or any(not isinstance(record.get(key), kind) for key, kind in _RECORD.items()):
+        raise InputError(f"{path}: damaged, it lacks one of {', '.join(_RECORD)}")
+    if outside := [name for name in record["files"] if Path(name).name != name]:
+        raise InputError(f"{path}: names {outside[0]!r}, which is outside of the checkpoint")
     return record
 
 

@@ -79,7 +79,7 @@ def _find(run: Run, overwrite: bool) -> Start:
     return Start(
         record["step"],
         checkpoint,
-        record["branched_at"],
+        record.get("branched_at"),
         record["arithmetic"],
         is_finished,
         [*complaints, f"resume      {checkpoint}, step {record['step']:,}: {words}"],

@@ -95,7 +95,7 @@ def check_initial_model(name: str, expected: TinyLlamaConfig) -> None:
         InputError: naming each field that differs.
     """
     folder = model_folder(name)
-    found = TinyLlamaConfig.from_llama(AutoConfig.from_pretrained(folder)).to_dict()
+    found = TinyLlamaConfig.from_llama(AutoConfig.from_pretrained(folder, trust_remote_code=False)).to_dict()
     wanted = expected.to_dict()
     # The context may differ: rotary positions have no weights.
     decisive = {*PRESETS["1.1b"], "vocab_size", "head_dim", "tie_word_embeddings", "rms_norm_eps", "rope_parameters",
