@@ -4,15 +4,18 @@ All problems of a file are reported at once, before anything else is loaded.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, field_validator
 
-from .errors import InputError, did_you_mean
+from .errors import InputError, check_seed, did_you_mean
 from .text import read_text
+
+
+Seed = Annotated[int, AfterValidator(lambda seed: check_seed(seed, ""))]
 
 
 class Section(BaseModel):
@@ -20,6 +23,23 @@ class Section(BaseModel):
 
     # "forbid" makes a misspelt key an error; protected_namespaces would forbid names that begin with model_.
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _integers_are_small(cls, value: Any) -> Any:
+        """Larger ones would overflow later, in arithmetic with floats or tensors."""
+        for number in _integers(value):
+            if abs(number) >= 2**64:
+                raise ValueError(f"{number} is too large; integers have at most 64 bits")
+        return value
+
+
+def _integers(value: Any) -> Iterator[int]:
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _integers(item)
 
 
 Recipe = TypeVar("Recipe", bound=Section)
@@ -111,7 +131,8 @@ def _problem(schema: type[Recipe], problem: dict[str, Any]) -> str:
         return f"{name}: unknown key{did_you_mean(str(key), _fields(schema, sections))}"
     if problem["type"] == "missing":
         return f"{name}: is required"
-    return f"{name}: {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    message = problem["msg"].removeprefix("Value error, ")  # pydantic's, of a check of ours
+    return f"{name}: {problem['input']!r}: {message[0].lower()}{message[1:]}"
 
 
 def _fields(schema: type[Recipe], sections: Sequence[str | int]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import pytest
 import yaml
+from transformers import set_seed
 
 from tests.conftest import ROOT, assert_recipe_is_complete
 from tinyllama_hf.errors import InputError
@@ -44,3 +45,16 @@ def test_a_micro_batch_that_does_not_divide():
         InputError, match=r"3 does not divide training.sequences_per_step 16; sizes that do: 1, 2, 4, 8, 16"
     ):
         load_config(RECIPES[0], ["training.micro_batch_size=3"])
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**64])
+def test_a_seed_that_the_trainer_does_not_take(seed):
+    with pytest.raises(InputError, match=f"training.seed: {seed}: "):
+        load_config(RECIPES[0], [f"training.seed={seed}"])
+
+
+def test_transformers_takes_no_larger_seed():
+    """The reason for the limit of 32 bits; when this fails, it can be that of pretraining."""
+    with pytest.raises(ValueError, match="Seed must be between 0"):
+        set_seed(2**32)
+    set_seed(2**32 - 1)

@@ -1,10 +1,12 @@
 """Recipes: every problem at once, each with the nearest valid name or the fix; and every recipe that comes along."""
 
 import pytest
+import torch
 import yaml
 
 from tests.conftest import ROOT, assert_recipe_is_complete
 from tinyllama_hf.errors import InputError
+from tinyllama_hf.pretrain import setup
 from tinyllama_hf.pretrain.config import load_config
 
 
@@ -62,6 +64,37 @@ def test_all_problems_at_once(recipe):
 def test_contradictions(recipe, overrides, message):
     with pytest.raises(InputError, match=message):
         load_config(recipe, overrides)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 10**30])
+def test_a_seed_that_no_generator_takes(recipe, seed):
+    with pytest.raises(InputError, match=rf"training.seed: {seed}: .*{2**64 - 1}"):
+        load_config(recipe, [f"training.seed={seed}"])
+
+
+def test_the_largest_seed_works(recipe):
+    """From the recipe to the weights and to the order of the data."""
+    opened = setup.open_run(load_config(recipe, [f"training.seed={2**64 - 1}"]))
+    torch.manual_seed(opened.config.training.seed)
+    assert len(opened.mixture.blocks(0, 8)) == 8
+
+
+INTEGERS = ["data.sequence_length", "schedule.warmup_tokens", "schedule.decay_tokens", "training.total_tokens",
+            "training.tokens_per_step", "training.micro_batch_size", "checkpoints.every_tokens", "checkpoints.keep",
+            "validation.every_tokens", "validation.max_tokens", "logging.every_steps",
+            "model.overrides.hidden_size"]  # fmt: skip
+LISTS = {
+    "milestones.tokens": "[{}]",
+    "milestones.steps": "[{}]",
+    "data.mixture_changes": "[{{from_tokens: {}, ramp_tokens: 0, weights: [1]}}]",
+    "training.batch_changes": "[{{from_tokens: 256, tokens_per_step: {}}}]",
+}
+
+
+@pytest.mark.parametrize("key", [*INTEGERS, *LISTS])
+def test_integers_of_more_than_64_bits(recipe, key):
+    with pytest.raises(InputError, match=rf"{key}.*{2**64}"):
+        load_config(recipe, [f"{key}={LISTS.get(key, '{}').format(2**64)}"])
 
 
 def test_overrides(recipe):

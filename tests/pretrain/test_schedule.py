@@ -1,6 +1,7 @@
 """The learning rate at the places that matter, and names and steps of milestones."""
 
 import itertools
+from random import Random
 
 import pytest
 
@@ -94,6 +95,31 @@ class TestSteps:
     def test_sizes_are_in_the_order_of_time(self):
         assert Steps(1000, 100, [(300, 20), (600, 100), (700, 50)]).sizes == [100, 20, 100, 50]
         assert Steps(1000, 10, [(100, 10), (1500, 20)]).sizes == [10], "what is not reached, or is no change, is none"
+
+    def test_changes_within_one_step(self):
+        """The step of 100 passes both; the size of 10 is never used, and no step is counted backwards."""
+        steps = Steps(1200, 100, [(1010, 10), (1060, 20)])
+        assert [steps.tokens_after(n) for n in (10, 11, 12, 16)] == [1000, 1100, 1120, 1200]
+        assert steps.number == 16 and steps.sizes == [100, 20]
+
+    def test_any_changes_are_what_a_loop_over_the_steps_gives(self):
+        """Against the definition: each step takes the last change that its beginning has passed."""
+        random = Random(0)
+        for _ in range(100):
+            total, size = random.randint(1, 400), random.randint(1, 120)
+            begins = sorted(random.sample(range(1, 400), random.randint(0, 5)))
+            changes = [(begin, random.randint(1, 120)) for begin in begins]
+            steps, seen, used = Steps(total, size, changes), [0], []
+            while seen[-1] < total:
+                used.append(next((new for begin, new in reversed(changes) if begin <= seen[-1]), size))
+                seen.append(seen[-1] + used[-1])
+            assert steps.number == len(used), changes
+            assert [steps.tokens_after(n) for n in range(len(seen))] == seen, changes
+            assert [steps.tokens_of(n) for n in range(1, len(seen))] == used, changes
+            assert steps.sizes == [size for size, _ in itertools.groupby(used)], changes
+            assert [steps.reaching(tokens) for tokens in range(1, total + 1)] == [
+                next(n for n, after in enumerate(seen) if after >= tokens) for tokens in range(1, total + 1)
+            ], changes
 
     def test_reaching_is_the_first_step_that_reaches(self):
         for tokens in range(1, 1001):

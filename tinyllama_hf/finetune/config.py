@@ -51,7 +51,7 @@ class TrainingSection(Section):
     weight_decay: float = Field(ge=0)
     gradient_clip: float = Field(gt=0)
     precision: Literal["fp32", "bf16"]
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, lt=2**32)  # transformers.set_seed (5.23) seeds numpy, which takes 32 bits
 
 
 class LoggingSection(Section):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 
-from ..recipe import Section, read_recipe
+from ..recipe import Section, Seed, read_recipe
 from .rules import contradictions
 from .schedule import Steps
 
@@ -69,7 +69,7 @@ class OptimizerSection(Section):
 
 
 class BatchChange(Section):
-    """Another batch from the first step on that begins with `from_tokens` seen."""
+    """Another batch from the first step on that begins with `from_tokens` seen; of several that one step passes, the last."""
 
     from_tokens: int = Field(gt=0)
     tokens_per_step: int = Field(gt=0)
@@ -89,7 +89,7 @@ class TrainingSection(Section):
     activation_checkpointing: bool = False
     deterministic: bool = False  # CUDA: algorithms that give the same bits each time
     skip_spikes_sigma: float | None = Field(default=None, gt=0)
-    seed: int = Field(ge=0)
+    seed: Seed
 
     @field_validator("compile", mode="before")
     @classmethod

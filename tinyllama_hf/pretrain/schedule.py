@@ -25,14 +25,15 @@ class Steps:
         total_tokens (`int`): the last step is the first to reach it.
         tokens_per_step (`int`): of all processes together.
         changes (`Sequence[tuple[int, int]]`, *optional*): (tokens, tokens per step): from the first step on that begins
-            with at least so many tokens seen. Increasing.
+            with at least so many tokens seen. Increasing; of several that one step passes, the last one counts.
     """
 
     def __init__(self, total_tokens: int, tokens_per_step: int, changes: Sequence[tuple[int, int]] = ()):
         self._stages = [_Stage(0, 0, tokens_per_step)]
         for from_tokens, size in changes:
             last = self._stages[-1]
-            number = -(-(from_tokens - last.tokens_before) // last.tokens_per_step)
+            # 0 where the stage before begins past this change already: both fall within one of the steps before them.
+            number = max(-(-(from_tokens - last.tokens_before) // last.tokens_per_step), 0)
             tokens = last.tokens_before + number * last.tokens_per_step
             self._stages.append(_Stage(last.steps_before + number, tokens, size))
         self.total_tokens = total_tokens
