@@ -101,7 +101,6 @@ def convert(
             ]
             settings = {"source": str(source), "to": to, "dtype": dtype, "vocab_rows": vocab_rows}
             _write_provenance(checkpoint, folder, settings, digests)
-            provenance.synchronise(*folder.rglob("*"), folder)
     next_lines = hand_off_lines(asked, output) if asked in HAND_OFF else ()
     return Conversion(output, to, checkpoint.layout, tuple(notes), tuple(next_lines))
 

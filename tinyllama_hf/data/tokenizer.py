@@ -4,7 +4,6 @@ import io
 import itertools
 import os
 import re
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +11,7 @@ from typing import NamedTuple
 import sentencepiece
 from transformers import PreTrainedTokenizerBase
 
+from .. import provenance
 from ..errors import InputError
 from ..tokenization_tinyllama import DUMMY_PREFIX, TinyLlamaTokenizer, encode_text, load_sentencepiece, load_tokenizer
 
@@ -81,13 +81,9 @@ def train_tokenizer(
         limit = re.search(r"value <= (\d+)", str(error))
         fix = f"they suffice for {limit[1]}" if limit else str(error).strip()
         raise InputError(f"--vocab-size {vocab_size}: the texts do not suffice for it; {fix}") from error
-    temporary = output.with_name(f".{output.name}.tmp")
-    temporary.mkdir(parents=True, exist_ok=True)
-    (temporary / "tokenizer.model").write_bytes(model.getvalue())
-    load_tokenizer(temporary / "tokenizer.model").save_pretrained(temporary)
-    if replaces:
-        shutil.rmtree(output)
-    os.replace(temporary, output)
+    with provenance.new_folder(output, overwrite=replaces) as temporary:
+        (temporary / "tokenizer.model").write_bytes(model.getvalue())
+        load_tokenizer(temporary / "tokenizer.model").save_pretrained(temporary)
     return load_tokenizer(output)
 
 

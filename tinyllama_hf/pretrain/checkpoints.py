@@ -7,7 +7,6 @@ the name is complete.
 """
 
 import contextlib
-import os
 import shutil
 import warnings
 import zlib
@@ -80,11 +79,7 @@ def write_checkpoint(folder: Path, train_step: TrainStep, record: dict[str, Any]
 def _complete(temporary: Path, folder: Path, record: dict[str, Any]) -> None:
     files = {path.name: _size_and_checksum(path) for path in sorted(temporary.iterdir())}
     provenance.write_json(temporary / RECORD_FILE, {"format_version": FORMAT_VERSION, **record, "files": files})
-    provenance.synchronise(temporary / RECORD_FILE, temporary)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(temporary, folder)
-    provenance.synchronise(folder.parent)
+    provenance.replace_folder(temporary, folder)
 
 
 def read_checkpoint(folder: Path, train_step: TrainStep) -> None:
@@ -146,7 +141,7 @@ def prune(run: Path, keep: int, step: int) -> None:
             continue
         # Renamed first: a folder that loses its files while it bears its name would pass for a damaged checkpoint.
         shutil.rmtree(path.rename(path.with_name(f".{path.name}.tmp")))
-    for path in folder.glob(".*.tmp"):
+    for path in (*folder.glob(".*.tmp"), *folder.glob(".*.replaced")):
         shutil.rmtree(path)
 
 

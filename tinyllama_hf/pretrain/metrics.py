@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .. import provenance
 from .disk import FullDiskError, full_disk_says
 
 
@@ -114,7 +115,7 @@ def _cut(run: Path, step: int) -> None:
                 rows.seek(0)
                 while end and (block := rows.read(min(end, 1 << 24))):
                     end -= kept.write(block)
-    os.replace(temporary, path)
+    provenance.replace_file(temporary, path)
 
 
 def _end_of_step(rows: BinaryIO, step: int) -> int:

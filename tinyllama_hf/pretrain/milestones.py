@@ -70,7 +70,6 @@ def write_milestone(
         provenance.write_text(temporary / CONFIG_FILE, training_yaml)
         provenance.write_json(temporary / "provenance.json", provenance.collect(name=folder.name, **record))
         complete(temporary)
-        provenance.synchronise(*temporary.rglob("*"), temporary)
 
 
 def export_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
