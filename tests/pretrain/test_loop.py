@@ -1,6 +1,7 @@
 """Pretraining runs, small and real: what they leave behind, that they repeat, and what stops them."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
@@ -350,16 +351,61 @@ def test_micro_batches_are_said_in_the_order_of_the_steps(recipe, capsys):
 @pytest.mark.parametrize(("processes", "micro"), [(1, 8), (1, 2), (2, 2), (4, 2), (8, 1)])
 def test_regression_every_rank_reads_its_own_share(recipe, monkeypatch, processes, micro):
     """The original's ranks shuffled with different seeds: files read twice, others never. Here any number of processes
-    reads, step by step, the rows that one process reads."""
-    opened = setup.open_run(load_config(recipe, [f"training.micro_batch_size={micro}"]))
+    reads, step by step, the rows that one process reads. Each opens the recipe by itself, and knows its rank by then."""
+    config = load_config(recipe, [f"training.micro_batch_size={micro}"])
+    opened = setup.open_run(config)
     model = TinyLlamaForCausalLM(opened.model_config)
     accelerator = Accelerator()
     monkeypatch.setattr(Accelerator, "num_processes", processes)
-    trainer = TrainStep(opened.config, opened.mixture, accelerator, model, torch.optim.AdamW(model.parameters()))
+    mixtures = []
+    for rank in range(processes):
+        set_rank(monkeypatch, rank)
+        mixtures.append(setup.open_run(config).mixture)
     for step in (1, 2, 7):
         rows = []
-        for rank in range(processes):
-            monkeypatch.setattr(Accelerator, "process_index", rank)
+        for rank, mixture in enumerate(mixtures):
+            set_rank(monkeypatch, rank)
+            trainer = TrainStep(config, mixture, accelerator, model, torch.optim.AdamW(model.parameters()))
             rows += [trainer.micro_batch(step, i)["input_ids"] for i in range(trainer.accumulation(step))]
         expected = opened.mixture.tokens(opened.mixture.blocks((step - 1) * 8, 8))[:, :-1]
         assert torch.equal(torch.cat(rows), torch.from_numpy(expected))
+
+
+def set_rank(monkeypatch, rank: int) -> None:
+    """As accelerate and a launcher tell it to a process."""
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, str(rank))
+    for name in ("process_index", "local_process_index"):
+        monkeypatch.setitem(PartialState._shared_state, name, rank)
+        monkeypatch.setattr(Accelerator, name, rank)
+
+
+@pytest.fixture
+def two_sources(prepared, tmp_path) -> str:
+    """The data set and its copy, at three to one."""
+    shutil.copytree(prepared, tmp_path / "copy")
+    return f"data.sources=[{{path: {prepared}, weight: 0.75}}, {{path: {tmp_path / 'copy'}, weight: 0.25}}]"
+
+
+class TestSources:
+    def test_validation_goes_by_their_weights(self, recipe, two_sources):
+        """In the number of held-out blocks, and in the mean."""
+        opened = setup.open_run(load_config(recipe, [two_sources]))
+        assert [len(blocks) for blocks in opened.validation] == [12, 4], "of 512 tokens, 16 blocks"
+        output = run(
+            recipe, two_sources, "training.total_tokens=256", "milestones.tokens=[]", "schedule.warmup_tokens=0"
+        )
+        row = next(row for row in read_metrics(output) if "validation_loss" in row)
+        first, second = row["validation_loss_by_source"].values()
+        assert abs(first - second) > 1e-3
+        assert row["validation_loss"] == pytest.approx(0.75 * first + 0.25 * second, abs=1e-6)
+
+    def test_a_ramp_of_the_recipe_is_linear(self, recipe, two_sources):
+        """All of the first until 1024 tokens (32 blocks), all of the second from 3072 on (96), linear in between: the second
+        has had the integral of its weight."""
+        change = "data.mixture_changes=[{from_tokens: 1024, ramp_tokens: 2048, weights: [0, 1]}]"
+        sources = two_sources.replace("0.75", "1.0").replace("0.25", "0.0")
+        opened = setup.open_run(load_config(recipe, [sources, change, "training.total_tokens=5120"]))
+        second = [opened.mixture.order.counts(place)[1] for place in (32, 64, 96, 128)]
+        assert second == pytest.approx([0, 8, 32, 64], abs=1)
+        assert opened.shares == pytest.approx([1 - 96 / 160, 96 / 160], abs=0.01), "of the 160 blocks of the whole run"

@@ -94,7 +94,7 @@ def read_checkpoint(folder: Path, train_step: TrainStep) -> None:
     settings = state["optimizer"].pop("param_groups")
     reader = CheckpointReader(folder)
     try:
-        with _alone(train_step.accelerator) as no_dist:
+        with _alone(train_step.accelerator) as no_dist:  # fills every tensor in place, also those of the guards
             dcp.load(state, storage_reader=reader, planner=TensorPlanner(), no_dist=no_dist)
     except CheckpointException as error:
         raise InputError(
@@ -106,7 +106,6 @@ def read_checkpoint(folder: Path, train_step: TrainStep) -> None:
         model_state_dict=state["model"],
         optim_state_dict={**state["optimizer"], "param_groups": settings},
     )
-    train_step.load_state(state["guards"])
 
 
 def _cause(error: CheckpointException) -> BaseException:

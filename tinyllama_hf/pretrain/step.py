@@ -64,12 +64,8 @@ class TrainStep:
         self.wait_seconds = 0.0  # spent on fetching data since somebody last took it
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What decides later steps besides model and optimiser."""
+        """What decides later steps besides model and optimiser: the tensors themselves, to be saved or filled."""
         return {"losses": self.losses, "counted": self.counted, "skipped": self.skipped}
-
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Takes back what [`state`] gave."""
-        self.losses, self.counted, self.skipped = state["losses"], state["counted"], state["skipped"]
 
     def accumulation(self, step: int) -> int:
         """Micro-batches of a process in a step."""
