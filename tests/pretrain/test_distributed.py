@@ -1,6 +1,7 @@
 """Several processes: with DistributedDataParallel, sharded by FSDP2, and in hybrid, over gloo on CPUs, through the
 accelerate configurations that come along. Reference: one process."""
 
+import datetime
 import os
 import re
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT, write_recipe
@@ -54,6 +56,31 @@ def largest_difference(a: Path, b: Path) -> float:
     pairs = [[load_file(f / "model.safetensors") for f in pair] for pair in zip(*folders, strict=True)]
     assert all(x.keys() == y.keys() for x, y in pairs)
     return max((x[name] - y[name]).abs().max().item() for x, y in pairs for name in x)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_processes_wait_two_hours_for_each_other(recipe, monkeypatch, sharded):
+    """A milestone that is scored keeps the others waiting for longer than torch's ten minutes (nccl) or half an hour (gloo)."""
+
+    class Reached(Exception):
+        pass
+
+    given = []
+
+    def init_process_group(**options):
+        given.append(options.get("timeout"))
+        raise Reached
+
+    env = {"ACCELERATE_USE_CPU": "true", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+           "MASTER_PORT": "29499", "ACCELERATE_USE_FSDP": str(sharded).lower()}  # fmt: skip
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "init_process_group", init_process_group)
+    for state in (AcceleratorState, PartialState):
+        monkeypatch.setattr(state, "_shared_state", {})
+    with pytest.raises(Reached):
+        launch.make_accelerator(load_config(recipe))
+    assert given == [datetime.timedelta(hours=2)]
 
 
 def rows(output: Path, *names: str) -> list[list]:

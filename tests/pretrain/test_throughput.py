@@ -1,15 +1,20 @@
-"""Model FLOPs utilisation, the table of devices, and what is measured on the spot.
+"""Model FLOPs utilisation, the table of devices, the times of a run, and what is measured on the spot.
 
-The table is checked against TinyLlama's published speed and against relations that hold between the devices.
+The table is checked against TinyLlama's published speed and against relations that hold between the devices; times against
+a clock that the tests move.
 """
-
-import math
 
 import pytest
 import torch
 
+from tests.pretrain.runs import run
+from tinyllama_hf import TinyLlamaForCausalLM
+from tinyllama_hf.data.mixture import Mixture
 from tinyllama_hf.errors import InputError
+from tinyllama_hf.pretrain import loop, step, throughput
 from tinyllama_hf.pretrain.devices import DEVICES, GIB, find_device, known_device
+from tinyllama_hf.pretrain.hooks import Hooks
+from tinyllama_hf.pretrain.metrics import read_metrics
 from tinyllama_hf.pretrain.throughput import measure_matmul_flops, model_flops_utilization, peak_memory_bytes
 
 
@@ -78,20 +83,60 @@ class TestDevices:
             find_device("a100")
 
 
+class Clock:
+    """Stands for `time`, and moves only when told to."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class TestTimeOfARun:
+    def test_pauses_are_no_training_and_waiting_for_data_is_counted(self, recipe, monkeypatch):
+        """A step is two micro-batches of 3 ticks for the data and 5 for the model; all else takes hundreds."""
+        clock = Clock()
+        for module in (loop, step):
+            monkeypatch.setattr(module, "time", clock)
+
+        def slow(ticks, real=lambda *_, **__: None):
+            def call(*arguments, **options):
+                clock.now += ticks
+                return real(*arguments, **options)
+
+            return call
+
+        monkeypatch.setattr(Mixture, "tokens", slow(3, Mixture.tokens))
+        monkeypatch.setattr(TinyLlamaForCausalLM, "forward", slow(5, TinyLlamaForCausalLM.forward))
+        monkeypatch.setattr(loop, "validation_losses", slow(100, loop.validation_losses))
+        monkeypatch.setattr(loop, "write_checkpoint", slow(200, loop.write_checkpoint))
+        monkeypatch.setattr(loop, "write_milestone", slow(400, loop.write_milestone))
+        hooks = Hooks(after_milestone=slow(800), after_checkpoint=slow(1600))
+        rows = [row for row in read_metrics(run(recipe, "logging.every_steps=2", hooks=hooks)) if "loss" in row]
+        assert len(rows) == 6 and clock.now > 2 * (400 + 800) + 4 * (200 + 1600)
+        assert {row["tokens_per_second"] for row in rows} == {256 / 16}
+        assert {row["data_wait_share"] for row in rows} == {3 / 8}
+        assert [row["seconds_left"] for row in rows] == [32.0 * left for left in (5, 4, 3, 2, 1, 0)]
+
+
 class TestMeasured:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_matmul_rate(self, dtype):
-        """A product timed here cannot beat the roof by much: it would be no roof."""
-        import time
+    def test_matmul_rate_is_that_of_the_best_product(self, monkeypatch, dtype):
+        """On a clock by which products of 2048 run at 80 GFLOP/s, the others at 20, and the first of a size at half of that."""
+        clock, products = Clock(), []
 
-        roof = measure_matmul_flops("cpu", dtype)
-        left, right = (torch.randn(1024, 1024).to(dtype) for _ in range(2))
-        seconds = []
-        for _ in range(5):
-            began = time.perf_counter()
-            left @ right
-            seconds.append(time.perf_counter() - began)
-        assert math.isfinite(roof) and 0 < 2 * 1024**3 / min(seconds) < 2 * roof
+        def mm(left, right, out):
+            assert left.dtype == right.dtype == out.dtype == dtype and left.shape == right.shape == out.shape
+            products.append(len(left))
+            rate = (80e9 if len(left) == 2048 else 20e9) / (2 if products.count(len(left)) == 1 else 1)
+            clock.now += 2 * len(left) ** 3 / rate
+
+        monkeypatch.setattr(throughput, "time", clock)
+        monkeypatch.setattr(torch, "mm", mm)
+        assert measure_matmul_flops("cpu", dtype) == pytest.approx(80e9)
+        assert set(products) == {1024, 2048}, (
+            "the first product of 2048 takes 0.43 s, so that one of the next size would take 3.4 s"
+        )
 
     def test_peak_memory_grows_with_what_is_held(self):
         before = peak_memory_bytes("cpu")
