@@ -1,5 +1,8 @@
 """A published run needs a run, and a Hub."""
 
+import base64
+import hashlib
+import io
 import json
 import os
 import shutil
@@ -18,11 +21,59 @@ from tests.local_hub.server import LocalHub
 TASK_ITEMS = {"hellaswag": 10042, "openbookqa": 500, "winogrande": 1267, "arc_challenge": 1172, "arc_easy": 2376, "boolq": 3270,
               "piqa": 1838}  # fmt: skip
 
+SIZES = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "vocab_size": 512, "max_position_embeddings": 64}  # fmt: skip
+
 
 @pytest.fixture
 def hub(tmp_path):
     with LocalHub(tmp_path / "hub").serving() as hub:
         yield hub
+
+
+@pytest.fixture
+def online(hub, tmp_path, monkeypatch) -> LocalHub:
+    """The local Hub, for the client in this process: much faster than another one, which would import torch."""
+    from huggingface_hub import constants, hf_api
+
+    cache = str(tmp_path / "hf-home" / "hub")
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.endpoint)
+    settings = {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_CACHE": cache, "ENDPOINT": hub.endpoint,
+                "HUGGINGFACE_CO_URL_TEMPLATE": template}  # fmt: skip
+    for name, value in settings.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(hf_api.api, "endpoint", hub.endpoint)  # of the functions that are no methods
+    monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
+    return hub
+
+
+def files_on_hub(hub: LocalHub, repo: str) -> dict[str, dict[str, bytes]]:
+    """Every file on every branch, `.gitattributes` aside."""
+    stored = hub.storage.repo("models", repo)
+    return {
+        branch: {
+            path: hub.storage.content(file).read_bytes()
+            for path, file in stored["commits"][commit]["files"].items()
+            if path != ".gitattributes"
+        }
+        for branch, commit in stored["branches"].items()
+    }
+
+
+def put_on_hub(
+    hub: LocalHub, repo: str, files: dict[str, bytes], branch: str = "main", title: str = "by hand"
+) -> None:
+    """A commit of somebody else."""
+    stored = hub.storage.repo("models", repo)
+    there, changes = stored["commits"][stored["branches"][branch]]["files"], []
+    for path, content in files.items():
+        value = {"path": path, "content": base64.b64encode(content).decode()}
+        is_lfs = hub.storage.upload_mode(there, path, len(content), content[:512]) == "lfs"
+        if is_lfs:
+            value = {"path": path, "oid": hashlib.sha256(content).hexdigest()}
+            hub.storage.add_lfs(value["oid"], io.BytesIO(content), len(content))
+        changes.append({"key": "lfsFile" if is_lfs else "file", "value": value})
+    hub.storage.commit("models", repo, branch, title, changes, "")
 
 
 # Runs several commands in one process, since each would import torch anew: what it prints is a JSON list of results.
@@ -108,6 +159,60 @@ def run(trained, tmp_path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
+@pytest.fixture
+def chat(trained, tmp_path) -> Path:
+    """A fine-tuned model, of which one revision without pictures is made."""
+    folder = Path(shutil.copytree(sorted((trained / "milestones").iterdir())[0], tmp_path / "chat"))
+    record = json.loads((folder / "provenance.json").read_text())
+    for key in ("step", "tokens", "validation_loss", "data"):
+        del record[key]
+    record |= {
+        "base_model": {"path": str(trained / "milestones" / "base"), "sha256": {"model.safetensors": "5" * 64}},
+        "conversations": {"source": "embedded:questions", "train": 1728, "held_out": 96, "dropped": 0},
+        "held_out_loss": {"before": 5.8301, "after": 2.7402},
+    }
+    (folder / "provenance.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def folders(tokenizer_folder, tmp_path_factory) -> Path:
+    """A plain Llama without a record, `base`, and what the commands and libraries make of it, each under its kind's name."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
+    from tinyllama_hf.conversion.convert import convert
+
+    made = tmp_path_factory.mktemp("folders")
+    torch.manual_seed(0)
+    TinyLlamaForCausalLM(TinyLlamaConfig(**SIZES)).save_as_llama(made / "base")
+    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer.save_pretrained(made / "base")
+    for target in ("llama", "awq", "gguf-q8_0"):
+        convert(made / "base", target, made / target)
+    for kind in ("nf4", "int8"):
+        load(made / "base", quantization=kind)[0].save_pretrained(made / kind)
+        tokenizer.save_pretrained(made / kind)
+    model = AutoModelForCausalLM.from_pretrained(made / "base")
+    settings = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", r=2, init_lora_weights=False)
+    get_peft_model(model, settings).save_pretrained(made / "adapter")
+    return made
+
+
+@pytest.fixture
+def folder(folders, request, tmp_path) -> Path:
+    """A copy of one of them, to be changed."""
+    return Path(shutil.copytree(folders / request.param, tmp_path / request.param))
+
+
+@pytest.fixture
+def no_pictures(monkeypatch) -> None:
+    """Publishing a run without the second that its pictures take."""
+    monkeypatch.setattr("tinyllama_hf.hub.publish._pictures", lambda *_: {})
+
+
 def bits_per_byte_scores(names: list[str], data: str) -> dict:
     """Scores as `tinyllama-hf eval RUN --baselines` writes them: 2.5 bits for the first milestone, 2.25 for the next."""
     tokens = [1536, 3072]
@@ -120,7 +225,7 @@ def bits_per_byte_scores(names: list[str], data: str) -> dict:
             "by_source": {data: 2.5 - i / 4},
             "scored_with": {"transformers": "5.23.0"},
         }
-        for i, (name, t) in enumerate(zip(names, tokens, strict=True))
+        for i, (name, t) in enumerate(zip(names, tokens, strict=False))
     ]
     baselines = [
         {"name": name, "step": t // 256, "tokens": t, "bits_per_byte": bits, "by_source": {data: bits}}

@@ -1,6 +1,5 @@
 """Publishing against a real small Hub with the real client: what arrives, what is sent again, what is refused."""
 
-import base64
 import hashlib
 import json
 import shutil
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from tests.hub.conftest import files_on_hub, put_on_hub
 from tests.local_hub.accounts import FINE_REPOSITORY, FINE_TOKEN, READ_TOKEN, WRITE_TOKEN
 from tests.local_hub.server import LocalHub
 from tinyllama_hf.errors import InputError
@@ -49,14 +49,9 @@ def milestones(run: Path) -> list[Path]:
 
 def on_hub(hub: LocalHub, repo: str = REPO) -> dict[str, dict[str, str]]:
     """SHA-256 of every file on every branch, `.gitattributes` aside."""
-    stored = hub.storage.repo("models", repo)
     return {
-        branch: {
-            path: hashlib.sha256(hub.storage.content(file).read_bytes()).hexdigest()
-            for path, file in stored["commits"][commit]["files"].items()
-            if path != ".gitattributes"
-        }
-        for branch, commit in stored["branches"].items()
+        branch: {path: hashlib.sha256(content).hexdigest() for path, content in files.items()}
+        for branch, files in files_on_hub(hub, repo).items()
     }
 
 
@@ -107,7 +102,7 @@ def test_every_milestone_loads_by_its_revision(run, hub, commands, python):
 
 @pytest.mark.slow
 def test_an_upload_that_was_cut_goes_on_and_later_ones_follow_the_run(run, hub, commands):
-    """No revision is ever half made, nothing is sent twice, and what is too much is removed."""
+    """No revision is ever half made, nothing is sent twice, weights of before are removed and files of others stay."""
     command = (WRITE_TOKEN, "publish", run, "--repo", REPO)
     hub.puts_left = 2  # the large files of the first milestone
     first, last = milestones(run)
@@ -122,16 +117,16 @@ def test_an_upload_that_was_cut_goes_on_and_later_ones_follow_the_run(run, hub, 
     assert on_hub(hub) == meant(run)
     assert hub.counts == {"commit": 3, "put": 5}
 
-    extra = {"path": "old/notes.txt", "content": base64.b64encode(b"old").decode()}
-    hub.storage.commit("models", REPO, last.name, "by hand", [{"key": "file", "value": extra}], "")
+    put_on_hub(hub, REPO, {"model-00001-of-00002.safetensors": b"old", "old/notes.txt": b"theirs"}, last.name)
     before, scores = on_hub(hub), json.loads((run / "scores.json").read_text())
     row = scores["models"][1]
     row["bits_per_byte"] = row["by_source"][scores["data"][0]["path"]] = 2.125
     (run / "scores.json").write_text(json.dumps(scores))
     planned, done = commands((*command, "--dry-run"), command)
-    assert "old/notes.txt  to be removed" in planned.out
+    assert "model-00001-of-00002.safetensors  to be removed" in planned.out and "notes.txt" not in planned.out
     assert done.status == 0, done.err
     after = on_hub(hub)
+    assert after[last.name].pop("old/notes.txt") == before[last.name].pop("old/notes.txt")
     assert after == meant(run)
     changed = {
         branch: {path for path in files | before[branch] if files.get(path) != before[branch].get(path)}
@@ -139,7 +134,7 @@ def test_an_upload_that_was_cut_goes_on_and_later_ones_follow_the_run(run, hub, 
     }
     assert changed == {
         first.name: {"README.md"},
-        last.name: {"README.md", "old/notes.txt"},
+        last.name: {"README.md", "model-00001-of-00002.safetensors"},
         "main": {"README.md", "trajectory.png"},
     }
     assert hub.counts == {"commit": 6, "put": 6}
@@ -166,9 +161,8 @@ def test_dry_run(run, hub, commands):
 
 def test_private_repositories_and_those_of_others(run, hub, commands):
     command = ("publish", run, "--repo")
-    foreign = {"path": "model.bin", "content": base64.b64encode(b"weights").decode()}
     hub.storage.create("models", "demo/other", private=False)
-    hub.storage.commit("models", "demo/other", "main", "by hand", [{"key": "file", "value": foreign}], "")
+    put_on_hub(hub, "demo/other", {"model.bin": b"weights"})
     hidden, exposed, other, fine, fine_elsewhere = commands(
         (WRITE_TOKEN, *command, "demo-lab/hidden", "--private"),
         (WRITE_TOKEN, *command, "demo/other", "--private"),
@@ -188,32 +182,44 @@ def test_private_repositories_and_those_of_others(run, hub, commands):
     assert on_hub(hub, "demo/other")["main"].keys() == {"model.bin"}
 
 
-def test_a_fine_tuned_model_lies_on_main(run, hub, commands, tmp_path):
+def test_a_fine_tuned_model_lies_on_main(chat, online):
     """A folder without milestones; its held-out conversations stay here."""
-    chat = tmp_path / "chat"
-    shutil.copytree(milestones(run)[1], chat)
-    record = json.loads((chat / "provenance.json").read_text())
-    for key in ("step", "tokens", "validation_loss", "data"):
-        del record[key]
-    record |= {
-        "base_model": {"path": str(milestones(run)[1]), "sha256": {"model.safetensors": "5" * 64}},
-        "conversations": {"source": "embedded:questions", "train": 1728, "held_out": 96, "dropped": 0},
-        "held_out_loss": {"before": 5.8301, "after": 2.7402},
-    }
-    (chat / "provenance.json").write_text(json.dumps(record))
     (chat / "validation.jsonl").write_text("{}\n")
     replies = {"replies": 100, "stop_rate": 0.975, "median_length": 12.5, "max_new_tokens": 64}
     (chat / "replies.json").write_text(json.dumps({"models": [replies]}))
-    [done] = commands((WRITE_TOKEN, "publish", chat, "--repo", REPO))
-    assert done.status == 0, done.err
-    there = on_hub(hub)
+    publish(chat, REPO)
+    there = on_hub(online)
     assert there == meant(chat) and there.keys() == {"main"} and "validation.jsonl" not in there["main"]
     [revision] = plan_revisions(chat, REPO)
     card = ModelCard(revision.files["README.md"].decode())
     assert card.data.base_model is None, "the base was a folder of this machine"
-    for fact in (f"fine-tuned from {milestones(run)[1].name} on 1,728 conversations", "went from 5.830 to **2.740**",
+    for fact in ("fine-tuned from base on 1,728 conversations", "went from 5.830 to **2.740**",
                  "100 unseen questions 97.5% of the replies", "5" * 64, "embedded:questions: 1,728 trained, 96 held out"):  # fmt: skip
         assert fact in card.text, fact
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("config.json", b'"llama"', b'"Llama"'),
+        ("README.md", b"A Llama of", b"a Llama of"),
+        ("provenance.json", b'"python"', b'"Python"'),
+        ("tokenizer.model", b"\x0a", b"\x0b"),
+        ("model.safetensors", b"F32", b"f32"),
+        ("loss.png", b"one", b"two"),
+    ],
+)
+def test_other_content_of_equal_size_is_sent(run, online, monkeypatch, name, old, new):
+    """By its hash, of small files and of those in LFS, whether they lie here or are made; said by a dry run too."""
+    monkeypatch.setattr("tinyllama_hf.hub.publish._pictures", lambda *_: {"loss.png": b"\x89PNG\0one"})
+    publish(run, REPO)
+    right = files_on_hub(online, REPO)["main"][name]
+    other = right.replace(old, new)
+    assert len(other) == len(right) and other != right
+    put_on_hub(online, REPO, {name: other})
+    for dry_run in (True, False):
+        assert [published.changed for published in publish(run, REPO, dry_run=dry_run)] == [[], [], [name]]
+    assert files_on_hub(online, REPO)["main"][name] == right
 
 
 class TestRefusals:
@@ -244,7 +250,7 @@ class TestRefusals:
             "empty: holds neither milestones nor a model": words(tmp_path / "empty"),
             "nowhere: holds neither milestones nor a model": words(tmp_path / "nowhere"),
             "begun: has no milestone yet": words(tmp_path / "begun"),
-            "model.safetensors: damaged or cut off": words(run),
+            "model.safetensors: damaged": words(run),
             "model_type 'tinyllama', and only plain Llama folders": words(others["ours"]),
             "holds no training.yaml, so it is not whole": words(others["untold"]),
             "tokenizer.json: damaged, not valid JSON": words(others["no-tokenizer"]),

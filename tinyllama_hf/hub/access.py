@@ -15,7 +15,7 @@ class Unreachable(InputError):
     """The Hub cannot be asked: no network, offline mode, or an address where nothing answers."""
 
 
-def check_repo(repo: str) -> None:
+def check_repo(repo: str, option: str = "--repo") -> None:
     """Refuses what is no name of a repository.
 
     Raises:
@@ -30,7 +30,17 @@ def check_repo(repo: str) -> None:
     except HFValidationError as error:
         reason = reason or str(error).rstrip(".")
     if reason:
-        raise InputError(f"--repo {repo!r}: {reason}; for example me/my-model")
+        raise InputError(f"{option} {repo!r}: {reason}; for example me/my-model")
+
+
+def check_base(base_model: str | None) -> None:
+    """Refuses a base model that is not `USER/NAME`, or `USER/NAME@REVISION`.
+
+    Raises:
+        InputError: as [`check_repo`].
+    """
+    if base_model is not None:
+        check_repo(base_model.partition("@")[0], "--base-model")
 
 
 def require_hub() -> None:

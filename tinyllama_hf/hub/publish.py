@@ -1,5 +1,6 @@
-"""Publishing: each milestone of a run a revision on the Hub, the newest on main, each with a card."""
+"""Publishing: each milestone of a run a revision on the Hub, the newest on main, each with a card; or one model folder."""
 
+import fnmatch
 import io
 import json
 import tempfile
@@ -10,16 +11,22 @@ from typing import Any, NamedTuple
 from .. import provenance
 from ..errors import InputError, require
 from ..evaluation.ladder import milestones_of
+from ..portable import portable_text
 from ..pretrain.metrics import METRICS_FILE
 from ..pretrain.milestones import MILESTONES_FOLDER
-from .access import Unreachable, check_may_write, check_repo, explain_errors, require_hub
-from .card import Scores, model_card, read_scores
-from .folder import PROVENANCE_FILE, ModelFolder, open_model_folder
+from .access import Unreachable, check_base, check_may_write, check_repo, explain_errors, require_hub
+from .card import model_card
+from .contents import PROVENANCE_FILE, published_content
+from .existing_card import CARD_FILE, COMMIT_PREFIX, merge_with_existing, read_card
+from .folder import ADAPTER_CONFIG, PUBLISHED, ModelFolder, open_folder, open_trained_folder
+from .folder_card import folder_card
+from .markdown import is_marked
+from .scores import Scores, read_scores
 
 
 MAIN = "main"
-_CARD_FILE = "README.md"
-_KEPT = ".gitattributes"  # the Hub writes it into every repository
+_GIT_FILE = ".gitattributes"  # the Hub writes it into every repository
+_PICTURES = ("loss.png", "trajectory.png")
 
 
 class Revision(NamedTuple):
@@ -29,11 +36,13 @@ class Revision(NamedTuple):
         name (`str`): of the branch.
         source (`str`): name of the folder that it comes from.
         files (`dict`): contents by path, either a file here or the bytes themselves.
+        computed (`tuple[str, ...]`): fields of the card's metadata that are made from scores, and go when these go.
     """
 
     name: str
     source: str
     files: dict[str, Path | bytes]
+    computed: tuple[str, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -56,19 +65,22 @@ def publish(
     license: str | None = None,
     dry_run: bool = False,
     note: Callable[[str], Any] = lambda line: None,
+    base_model: str | None = None,
 ) -> list[Published]:
-    """Publishes the milestones of a run, or one fine-tuned model on main alone.
+    """Publishes the milestones of a run, or one model folder on main alone: fine-tuned, converted, quantized, an adapter.
 
     Each revision is one commit, so nobody sees half of one. What the Hub has already is not sent again: repeated, it
-    uploads nothing; interrupted, it goes on.
+    uploads nothing; interrupted, it resumes. Files, text and metadata that people added on the Hub stay. Nothing that is
+    sent has an absolute path or the name of the user or the host.
 
     Args:
-        run (`str` or `Path`): folder of a run, or a model folder with provenance.
-        repo (`str`): `USER/NAME`; made if it does not exist.
+        run (`str` or `Path`): folder of a run, or a model folder.
+        repo (`str`): `USER/NAME`; created if it does not exist.
         private (`bool`, *optional*, defaults to `False`): make the repository private.
-        license (`str`, *optional*): an identifier that the Hub knows, for the card.
+        license (`str`, *optional*): an identifier that the Hub knows, for the card; by default the one that the card has.
         dry_run (`bool`, *optional*, defaults to `False`): check everything, say what would go where, and stop.
         note (`Callable`): called with lines for the user.
+        base_model (`str`, *optional*): Hub id of the model that a folder was made from, where the folder has no id of it.
 
     Returns:
         `list[Published]`: in the order of upload.
@@ -80,14 +92,16 @@ def publish(
 
     api = HfApi()
     check_repo(repo)
+    check_base(base_model)
     if not dry_run:
         require_hub()
-    revisions = plan_revisions(Path(run), repo, license)
+    revisions = plan_revisions(Path(run), repo, license, base_model)
     if dry_run:
         return _dry_run(api, repo, revisions, private, note)
     with explain_errors(api, repo):
         heads = _heads(api, repo, private)
         check_may_write(api, repo)
+        revisions = _keep_cards(api, repo, heads or {}, revisions)
         _check_card(revisions[-1])
         if heads is None:
             api.create_repo(repo, private=private or None)  # else as the account has it by default
@@ -95,31 +109,41 @@ def publish(
         return [_upload(api, repo, heads, revision, note) for revision in revisions]
 
 
-def plan_revisions(run: Path, repo: str, license: str | None = None) -> list[Revision]:
+def plan_revisions(run: Path, repo: str, license: str | None = None, base_model: str | None = None) -> list[Revision]:
     """What is to be published: the milestones in their order, and the newest again on main, with pictures.
 
     Raises:
         InputError: if the folder holds nothing to publish, or a part of it is damaged.
     """
     if (run / MILESTONES_FOLDER).is_dir():
-        ladder = [open_model_folder(folder) for folder in milestones_of(run)]
+        if base_model:
+            raise InputError(f"--base-model {base_model}: is for a model folder, and {run} is a run; leave it out")
+        ladder = [open_trained_folder(folder) for folder in milestones_of(run)]
         models = [(model.name, model) for model in ladder] + [(MAIN, ladder[-1])]
-    elif (run / PROVENANCE_FILE).is_file():
-        ladder, models = [], [(MAIN, open_model_folder(run))]
     else:
-        raise InputError(
-            f"run {run}: holds neither milestones nor a model with {PROVENANCE_FILE}; name the output_dir of a run of "
-            "recipes/pretrain.py or recipes/sft.py"
-        )
+        ladder, models = [], [(MAIN, open_folder(run, base_model))]
     scores = read_scores(run)
     drawn = _pictures(run, ladder, scores) if ladder else {}
     revisions = []
     for name, model in models:
-        pictures = drawn if name == MAIN else {}
-        card = model_card(repo, name, model, ladder, scores, license, list(pictures))
-        files = {file.name: file for file in model.files}
-        revisions.append(Revision(name, model.name, {**files, **pictures, _CARD_FILE: card.encode()}))
+        pictures, is_trained = drawn if name == MAIN else {}, model.kind == "trained"
+        if is_trained:
+            card = model_card(repo, name, model, ladder, scores, license, list(pictures))
+        else:
+            card = folder_card(repo, model, license)
+        files = {**_contents(model), **pictures, CARD_FILE: card.encode()}
+        computed = ("model-index",) if is_trained else ()
+        revisions.append(Revision(name, portable_text(model.name), files, computed))
     return revisions
+
+
+def _contents(model: ModelFolder) -> dict[str, Path | bytes]:
+    """The files of a folder as they are uploaded; an adapter names its base by the id that others find it by."""
+    name, _, revision = (model.base or "").partition("@")
+    base = {"base_model_name_or_path": name, "revision": revision or None}
+    return {
+        file.name: published_content(file, **(base if file.name == ADAPTER_CONFIG else {})) for file in model.files
+    }
 
 
 def _pictures(run: Path, ladder: Sequence[ModelFolder], scores: Scores) -> dict[str, bytes]:
@@ -150,11 +174,21 @@ def _check_card(revision: Revision) -> None:
     from huggingface_hub import ModelCard
 
     try:
-        ModelCard(revision.files[_CARD_FILE].decode()).validate()
+        ModelCard(revision.files[CARD_FILE].decode()).validate()
     except ValueError as error:
         raise InputError(
             f"the Hub refuses the card's metadata ({error}); if it is the license, change --license"
         ) from error
+
+
+def _keep_cards(api: Any, repo: str, heads: dict[str, str], revisions: Sequence[Revision]) -> list[Revision]:
+    """The revisions with what people added to their cards."""
+    kept = []
+    for revision in revisions:
+        generated = revision.files[CARD_FILE].decode()
+        card = merge_with_existing(api, repo, generated, heads.get(revision.name), heads.get(MAIN), revision.computed)
+        kept.append(revision._replace(files={**revision.files, CARD_FILE: card.encode()}))
+    return kept
 
 
 def _heads(api: Any, repo: str, private: bool) -> dict[str, str] | None:
@@ -171,8 +205,8 @@ def _heads(api: Any, repo: str, private: bool) -> dict[str, str] | None:
         return None
     if private and not info.private:
         raise InputError(f"--private: {repo} exists and is public; make it private in its settings, or name another")
-    present = {sibling.rfilename for sibling in info.siblings} - {_KEPT, _CARD_FILE}
-    if present and PROVENANCE_FILE not in present:
+    present = {sibling.rfilename for sibling in info.siblings} - {_GIT_FILE, CARD_FILE}
+    if present and PROVENANCE_FILE not in present and not is_marked(read_card(api, repo, info.sha) or ""):
         raise InputError(
             f"--repo {repo}: holds other files ({', '.join(sorted(present)[:3])}), which publishing would replace; name "
             "another repository"
@@ -181,7 +215,7 @@ def _heads(api: Any, repo: str, private: bool) -> dict[str, str] | None:
 
 
 def _upload(api: Any, repo: str, heads: dict[str, str], revision: Revision, note: Callable[[str], Any]) -> Published:
-    """Makes a branch hold exactly what it is to hold, in one commit."""
+    """Makes a branch hold what it is to hold, in one commit; files that people added stay."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     head = heads.get(revision.name)
@@ -197,9 +231,9 @@ def _upload(api: Any, repo: str, heads: dict[str, str], revision: Revision, note
     note(f"uploading {revision.name}: {_amount(revision, added)}")
     operations = [CommitOperationAdd(path, revision.files[path]) for path in added]
     operations += [CommitOperationDelete(path) for path in removed]
-    title = "card" if set(result.changed) == {_CARD_FILE} else revision.source
+    title = "card" if set(result.changed) == {CARD_FILE} else revision.source
     api.create_commit(
-        repo, operations, commit_message=f"Publish {title}", revision=revision.name, parent_commit=head
+        repo, operations, commit_message=f"{COMMIT_PREFIX}{title}", revision=revision.name, parent_commit=head
     )  # fmt: skip
     note(f"{result.url}  uploaded")
     return result
@@ -211,6 +245,9 @@ def _dry_run(
     """Says what would go where; asks the Hub what it has, if it can be reached."""
     note(f"{repo}{', private' if private else ''}: {len(revisions)} revision{'s' * (len(revisions) > 1)}")
     heads, asked = _ask(api, repo, private, note)
+    if heads:
+        with explain_errors(api, repo):
+            revisions = _keep_cards(api, repo, heads, revisions)
     results, contents = [], set()
     for revision in revisions:
         added, removed = list(revision.files), []
@@ -253,7 +290,8 @@ def _difference(api: Any, repo: str, commit: str, revision: Revision) -> tuple[l
 
     there = {f.path: f for f in api.list_repo_tree(repo, revision=commit, recursive=True) if isinstance(f, RepoFile)}
     added = [path for path, content in revision.files.items() if not _equal(content, there.get(path))]
-    return added, sorted(there.keys() - revision.files.keys() - {_KEPT})
+    ours = [path for path in there if any(fnmatch.fnmatch(path, pattern) for pattern in (*PUBLISHED, *_PICTURES))]
+    return added, sorted(set(ours) - revision.files.keys())
 
 
 def _equal(content: Path | bytes, there: Any) -> bool:

@@ -1,0 +1,101 @@
+"""Records without what they tell of a machine: paths become their last part, names of the user and the host become words."""
+
+import functools
+import getpass
+import re
+import socket
+from pathlib import Path
+from typing import Any
+
+
+# Where a path may begin in a string: at the start, or after one of these. Not after a letter ("a/b"), a dot ("./a"), or a
+# closing bracket.
+_BEGIN = r"(?<![^\s=:,;|@\"'`({])"
+# A folder and its separator, and not the separator that ends a path. A folder may hold spaces and punctuation, but does not
+# end in any: there the next path begins. Possessive, since a text without a path must not cost the square of its length.
+_FOLDER = (
+    r"(?:(?:[^/{0}\n\"'`\s,;:]|[,;:](?![\s/{0}])|[ ](?=[^\s/{0}]))++(?<![\s=:,;|@(\[{{<])[/{0}]++"
+    r"(?=[^/{0}\s,;:\"'`)\]}}>|]))*+"
+)
+_POSIX_FOLDERS, _WINDOWS_FOLDERS = _FOLDER.format(""), _FOLDER.format("\\\\")
+_LAST = r"[^/\\\s\"'`,;:|(){}\[\]<>]*"
+_PATH = re.compile(
+    rf"file:/+(?:[A-Za-z]:/+)?{_POSIX_FOLDERS}(?P<url>{_LAST})"
+    # Other addresses stay: they are no places of this machine.
+    r"|(?P<address>(?<![\w+.-])[A-Za-z][\w+.-]++://[^\s\"'<>]*)"
+    rf"|{_BEGIN}~[\w.-]*/+{_POSIX_FOLDERS}(?P<home>{_LAST})"
+    rf"|(?<![\w.])(?:[A-Za-z]:[/\\]+|\\\\(?=\w)){_WINDOWS_FOLDERS}(?P<windows>{_LAST})"
+    rf"|{_BEGIN}/+(?=[^\s/]){_POSIX_FOLDERS}(?P<posix>{_LAST})"
+    # A single part in brackets may be a control token ("[/INST]", "</s>").
+    rf"|(?<=[\[<>])/+(?=[^/\s\]>]+/){_POSIX_FOLDERS}(?P<bracketed>{_LAST})"
+)
+_CACHED = re.compile(r"[/\\]models--((?:(?!--)[\w.-])++)--([\w.-]++)[/\\]snapshots[/\\]([0-9a-f]+)")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(?:@[\w./-]+)?")
+
+
+def portable(value: Any, names: bool = True) -> Any:
+    """Returns a JSON-ready value as it may leave the machine. An equal value gives an equal result.
+
+    Args:
+        value (`Any`): of dicts, lists, strings and numbers. Absolute paths anywhere in a string, also of Windows, `~` and
+            `file:`, are cut to their last part; relative paths, Hub ids and addresses stay. A folder of the Hub's cache
+            becomes the id that it was fetched by. Of keys that become equal, all but the first get a number.
+        names (`bool`, *optional*, defaults to `True`): replace the names of the user and of the host too, by `user` and
+            `host`. Not for files that programs obey: a name may be one of their words.
+    """
+    if isinstance(value, dict):
+        return _portable_dict(value, names)
+    if isinstance(value, list):
+        return [portable(entry, names) for entry in value]
+    return portable_text(value, names) if isinstance(value, str) else value
+
+
+def portable_text(text: str, names: bool = True) -> str:
+    """Returns a string without absolute paths; see [`portable`]."""
+    text = _PATH.sub(_last_part, text)
+    if not names or _HUB_ID.fullmatch(text):
+        return text
+    for pattern, word in _own_names():
+        text = pattern.sub(word, text)
+    return text
+
+
+def hub_id(path: str) -> str | None:
+    """The Hub id that a folder of the Hub's cache was fetched by, `None` for any other path."""
+    match = _CACHED.search(path)
+    return f"{match[1]}/{match[2]}" if match else None
+
+
+def _portable_dict(value: dict[str, Any], names: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, entry in value.items():
+        # Keys are fields, in which a name means something else, or paths.
+        given = portable_text(key, names=False) if isinstance(key, str) else key
+        number, unique = 1, given
+        while unique in found:
+            number += 1
+            unique = f"{given} ({number})"
+        found[unique] = portable(entry, names)
+    return found
+
+
+def _last_part(match: re.Match[str]) -> str:
+    if match["address"]:
+        return match["address"]
+    if cached := _CACHED.search(match[0]):
+        return f"{cached[1]}/{cached[2]}@{cached[3]}{match[0][cached.end() :]}"
+    return match[match.lastgroup]
+
+
+@functools.cache
+def _own_names() -> list[tuple[re.Pattern[str], str]]:
+    """The names of the host and of the user, longest first, each with the word that replaces it."""
+    host = socket.gethostname()
+    words = {host: "host", host.partition(".")[0]: "host"}
+    try:
+        words[getpass.getuser()] = "user"
+    except (OSError, KeyError):  # a container without an entry for the user's number
+        pass
+    words[Path.home().name] = "user"
+    ordered = sorted(filter(None, words), key=len, reverse=True)
+    return [(re.compile(rf"(?<![A-Za-z0-9]){re.escape(word)}(?![A-Za-z0-9])"), words[word]) for word in ordered]
