@@ -1,7 +1,6 @@
 """The commands: help without torch, examples that are real, and bad input that ends in one message and exit status 2."""
 
 import json
-import os
 import re
 import runpy
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import typer.main
 import yaml
+from typer.testing import CliRunner
 
 import tinyllama_hf_cli
 from tests.conftest import ROOT
@@ -275,15 +275,29 @@ def test_prepare_dry_run_writes_nothing(call, things, tmp_path, capsys):
     assert status == 0 and tree(tmp_path) == before
 
 
-def test_recipes_copy_and_list(call, tmp_path, monkeypatch):
+def test_recipes_copy_and_list(call, tmp_path):
+    """Every file that the wheel ships, byte for byte; the wheel ships every file (tests/test_distribution.py)."""
     status, error = call("tinyllama-hf", "recipes", "copy", "mine")
     assert status == 0, error
-    copied = {p.relative_to(tmp_path / "mine").as_posix() for p in (tmp_path / "mine").rglob("*") if p.is_file()}
-    assert copied >= {
-        "pretrain.py",
-        "pretrain/micro.yaml",
-        "demo/demo.sh",
-        "accelerate/cpu.yaml",
-        "eval/bits_per_byte.py",
+    listing = CliRunner().invoke(tinyllama_hf_cli.app, ["recipes", "list"])
+    listed = [line.split()[0] for line in listing.output.splitlines()]
+    parts = {"recipes": tmp_path / "mine", "eval": tmp_path / "mine" / "eval"}
+    shipped = {
+        (folder / file.relative_to(ROOT / part)).relative_to(tmp_path / "mine").as_posix(): file.read_bytes()
+        for part, folder in parts.items()
+        for file in (ROOT / part).rglob("*")
+        if file.is_file() and "__pycache__" not in file.parts
     }
-    assert os.access(tmp_path / "mine" / "pretrain.py", os.R_OK)
+    assert shipped.keys() >= {
+        "pretrain.py",
+        "slurm/pretrain.sbatch",
+        "demo/demo.sh",
+        "eval/sample/piqa/validation.jsonl",
+    }
+    assert sorted(listed) == sorted(shipped)
+    copied = {
+        p.relative_to(tmp_path / "mine").as_posix(): p.read_bytes()
+        for p in (tmp_path / "mine").rglob("*")
+        if p.is_file()
+    }
+    assert copied == shipped

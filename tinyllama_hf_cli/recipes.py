@@ -15,9 +15,10 @@ def list_recipes() -> None:
 
     Example: tinyllama-hf recipes list
     """
-    for name, file in _files():
-        if file.suffix != ".jsonl":  # rows, described by the README beside them
-            print(f"{name:<28} {_summary(file)}")
+    files = _files()
+    width = max(len(name) for name, _ in files)
+    for name, file in files:
+        print(f"{name:<{width}}  {_summary(file)}")
 
 
 @app.command()
@@ -40,7 +41,7 @@ def copy(
 
 
 def _files() -> list[tuple[str, Path]]:
-    """(name under the copied folder, file) of everything that travels with the package."""
+    """(name under the copied folder, file) of everything that ships with the package."""
     import importlib.util
 
     package = Path(importlib.util.find_spec("tinyllama_hf").origin).parent
@@ -48,14 +49,16 @@ def _files() -> list[tuple[str, Path]]:
     for part, target in (("recipes", ""), ("eval", "eval/")):
         # A wheel carries them inside the package, a clone beside it.
         root = next(path for path in (package / part, package.parent / part) if path.is_dir())
-        files = sorted(
-            p for p in root.rglob("*") if p.is_file() and p.suffix in (".py", ".yaml", ".sh", ".md", ".jsonl")
-        )
-        found += [(target + file.relative_to(root).as_posix(), file) for file in files]
+        names = sorted(file.relative_to(root) for file in root.rglob("*") if file.is_file())
+        # Not what Python and editors leave in a clone.
+        kept = [name for name in names if not any(entry == "__pycache__" or entry[0] == "." for entry in name.parts)]
+        found += [(target + name.as_posix(), root / name) for name in kept]
     return found
 
 
 def _summary(file: Path) -> str:
+    if file.suffix == ".jsonl":
+        return f"{sum(1 for _ in file.open(encoding='utf-8'))} rows"
     first = file.read_text(encoding="utf-8").lstrip("#! \n").split("\n")
     lines = [line.strip('# "\t') for line in first if line.strip('# "\t') and not line.startswith("/")]
     return lines[0] if lines else ""
