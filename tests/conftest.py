@@ -192,3 +192,15 @@ def _save_gguf_as_folder(gguf: Path, folder: Path) -> None:
     plain.save_pretrained(temporary)
     load_tokenizer(gguf).save_pretrained(temporary)  # transformers' own splits white space before digits differently
     temporary.rename(folder)
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """The figures of matplotlib that are drawn in a test, in their order, with their data."""
+    from tinyllama_hf.report import plots
+
+    figures, close = [], plots.plt.close
+    monkeypatch.setattr(plots.plt, "close", figures.append)
+    yield figures
+    for figure in figures:
+        close(figure)

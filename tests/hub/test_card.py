@@ -8,6 +8,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from tests.hub.conftest import commonsense_scores, metrics
+from tests.report.test_plots import assert_draws, series
 from tinyllama_hf.hub.publish import plan_revisions
 
 
@@ -53,6 +54,16 @@ def test_what_it_says(run, names):
     older = plain[names[0]]
     assert f'from_pretrained("me/my-model", revision="{names[0]}")' in older.text and "png" not in older.text
     assert older.data.eval_results[0].metric_value == 2.5 and "**2.5000**" in older.text
+
+
+def test_its_pictures_show_the_run(run, names, drawn):
+    plan_revisions(run, "me/my-model")
+    [[loss], [trajectory]] = [figure.axes for figure in drawn]
+    assert_draws(loss, run, "loss", "training")
+    assert_draws(loss, run, "validation_loss", "validation, unseen text")
+    assert [line.get_xdata()[0] for line in loss.lines if line.get_color() == "#cccccc"] == [1536, 3072]
+    assert series(trajectory, "model") == ([1536, 3072], [2.5, 2.25])
+    assert series(trajectory, "5-gram, same text") == ([1536, 3072], [3.0, 3.0])
 
 
 def test_nothing_of_the_machine_or_the_hour(run):

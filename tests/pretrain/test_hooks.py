@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from tests.conftest import ROOT, write_recipe
+from tests.report.test_plots import assert_draws
 from tinyllama_hf import provenance
 from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.errors import InputError
@@ -54,6 +55,18 @@ def test_picture(finished):
     picture = image.imread(run / "training.png")
     assert picture.shape[1] > 1000 and picture[..., :3].std() > 0.05
     assert not list(run.glob(".training*"))
+
+
+def test_the_picture_shows_what_was_logged(finished, recipe, drawn):
+    run, _ = finished
+    hooks_of(load_config(recipe)).after_checkpoint(run)
+    [figure] = drawn
+    names = ("loss", "learning_rate", "gradient_norm", "tokens_per_second")
+    for axes, name in zip(figure.axes, names, strict=True):
+        assert_draws(axes, run, name, "training" if name == "loss" else None)
+    assert_draws(figure.axes[0], run, "validation_loss", "validation, unseen text")
+    marks = [line.get_xdata()[0] for line in figure.axes[0].lines if line.get_color() == "#cccccc"]
+    assert marks == [json.loads((folder / "provenance.json").read_text())["tokens"] for folder in list_milestones(run)]
 
 
 def test_every_milestone_has_a_card(finished):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.report.test_plots import assert_draws, series
 from tests.report.test_training import training_row
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.pretrain.config import load_config
@@ -35,7 +36,7 @@ def score_file(run: Path, tokens: tuple[int, ...]) -> dict:
     return {"data": [{"path": path, "documents": 7}], "models": rows, "baselines": baselines}
 
 
-def test_page_of_a_scored_run(run, tmp_path):
+def test_page_of_a_scored_run(run, tmp_path, drawn):
     scores = score_file(run, (1536, 3072))
     (run / "scores.json").write_text(json.dumps(scores))
     stages = tmp_path / "stages.tsv"
@@ -49,6 +50,12 @@ def test_page_of_a_scored_run(run, tmp_path):
     for name in ("loss", "learning_rate", "trajectory"):
         with Image.open(tmp_path / "report" / f"{name}.png") as picture:
             assert picture.size == (1080, 630)
+    loss, rates, trajectory = (figure.axes for figure in drawn)
+    assert_draws(loss[0], run, "loss", "training")
+    assert_draws(loss[0], run, "validation_loss", "validation, unseen text")
+    assert_draws(rates[0], run, "learning_rate")
+    assert_draws(rates[1], run, "gradient_norm")
+    assert series(trajectory[0], "model") == ([1536, 3072], [3.0, 2.875])
 
 
 def test_page_of_a_run_without_scores(run, tmp_path):
