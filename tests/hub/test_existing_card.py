@@ -1,13 +1,16 @@
 """Publishing again on a real small Hub: what people added there stays, what is ours is renewed."""
 
 import json
+import socket
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 
 from tests.hub.conftest import bits_per_byte_scores, commonsense_scores, files_on_hub, put_on_hub
 from tinyllama_hf.errors import InputError
+from tinyllama_hf.hub.access import explain_errors
+from tinyllama_hf.hub.existing_card import read_card
 from tinyllama_hf.hub.markdown import BEGIN, END, merge_card, write_card
 from tinyllama_hf.hub.publish import plan_revisions, publish
 
@@ -29,7 +32,9 @@ def test_license_metadata_text_and_files_of_others_stay(run, online, no_pictures
             card.replace(BEGIN, f"Text above, by {branch}.\n\n{BEGIN}")
             + "\n## Thanks\n\nTo all, with ![us](us.png).\n"
         )
-        put_on_hub(online, REPO, {"README.md": card.encode(), "us.png": b"\x89PNG"}, branch)
+        put_on_hub(
+            online, REPO, {"README.md": card.encode(), "us.png": b"\x89PNG", "gguf/model-q8_0.gguf": b"GGUF"}, branch
+        )
     assert [published.changed for published in publish(run, REPO)] == [[], [], []], "nothing of ours has changed"
 
     scores = json.loads((run / "scores.json").read_text())
@@ -46,7 +51,7 @@ def test_license_metadata_text_and_files_of_others_stay(run, online, no_pictures
         assert card.text.count(f"Text above, by {branch}.") == card.text.count("To all, with ![us](us.png).") == 1
         assert "**2.1250**" in card.text and card.data.eval_results[0].metric_value == 2.125
         assert card.text.count(BEGIN) == card.text.count(END) == card.text.count("# micro\n") == 1
-        assert files["us.png"] == b"\x89PNG"
+        assert (files["us.png"], files["gguf/model-q8_0.gguf"]) == (b"\x89PNG", b"GGUF")
 
 
 def test_a_new_milestone_has_the_license_of_the_repository(run, online, no_pictures):
@@ -94,6 +99,19 @@ def test_metadata_that_cannot_be_read(chat, online):
     with pytest.raises(InputError, match=r"README\.md on the Hub: .* not valid YAML"):
         publish(chat, REPO)
     assert files_on_hub(online, REPO)["main"].keys() == {"README.md"}, "nothing was sent"
+
+
+def test_a_card_that_cannot_be_fetched_is_not_taken_for_none(hub, online):
+    """As one that is not there it would be written anew."""
+    api = HfApi()
+    online.storage.create("models", REPO, private=False)
+    commit = online.storage.repo("models", REPO)["branches"]["main"]
+    assert read_card(api, REPO, commit) is None
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # not listening: connections are refused
+        api.endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(InputError, match=api.endpoint), explain_errors(api, REPO):
+            read_card(api, REPO, commit)
 
 
 def test_scores_that_are_gone_leave_the_metadata(chat, online):

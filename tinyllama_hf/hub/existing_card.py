@@ -34,11 +34,11 @@ def merge_with_existing(
 
 def read_card(api: Any, repo: str, commit: str) -> str | None:
     """The card at a commit, `None` if it has none."""
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     try:
         path = api.hf_hub_download(repo, CARD_FILE, revision=commit)
-    except EntryNotFoundError:
+    except RemoteEntryNotFoundError:  # not its parent, which a broken connection raises too
         return None
     return Path(path).read_text(encoding="utf-8-sig")
 

@@ -41,8 +41,12 @@ _FILES = {
     "gguf": ("*.gguf", *_AROUND),
     "adapter": (ADAPTER_CONFIG, ADAPTER_WEIGHTS, *_AROUND),
 }
-# All that this package may have published before, in a folder of another kind too.
-PUBLISHED = tuple(dict.fromkeys(pattern for patterns in _FILES.values() for pattern in patterns))
+# All that this package may have published before, in a folder of another kind too: it goes where it is no longer part of it.
+# Of GGUF files only those with names that `convert` gives.
+OUTDATED = tuple(
+    {pattern.replace("*.gguf", "model-*.gguf") for patterns in _FILES.values() for pattern in patterns}
+    | {"loss.png", "trajectory.png"}
+)
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 

@@ -18,7 +18,7 @@ from .access import Unreachable, check_base, check_may_write, check_repo, explai
 from .card import model_card
 from .contents import PROVENANCE_FILE, published_content
 from .existing_card import CARD_FILE, COMMIT_PREFIX, merge_with_existing, read_card
-from .folder import ADAPTER_CONFIG, PUBLISHED, ModelFolder, open_folder, open_trained_folder
+from .folder import ADAPTER_CONFIG, OUTDATED, ModelFolder, open_folder, open_trained_folder
 from .folder_card import folder_card
 from .markdown import is_marked
 from .scores import Scores, read_scores
@@ -26,7 +26,6 @@ from .scores import Scores, read_scores
 
 MAIN = "main"
 _GIT_FILE = ".gitattributes"  # the Hub writes it into every repository
-_PICTURES = ("loss.png", "trajectory.png")
 
 
 class Revision(NamedTuple):
@@ -290,7 +289,7 @@ def _difference(api: Any, repo: str, commit: str, revision: Revision) -> tuple[l
 
     there = {f.path: f for f in api.list_repo_tree(repo, revision=commit, recursive=True) if isinstance(f, RepoFile)}
     added = [path for path, content in revision.files.items() if not _equal(content, there.get(path))]
-    ours = [path for path in there if any(fnmatch.fnmatch(path, pattern) for pattern in (*PUBLISHED, *_PICTURES))]
+    ours = [path for path in there if "/" not in path and any(fnmatch.fnmatch(path, name) for name in OUTDATED)]
     return added, sorted(set(ours) - revision.files.keys())
 
 
