@@ -1,4 +1,4 @@
-"""Speculative output against stock `generate`, sequence by sequence, with the ties counted."""
+"""Greedy output against stock transformers: token by token in fp32, with the ties counted; within rounding in 16 bit."""
 
 import copy
 import dataclasses
@@ -14,6 +14,50 @@ from tinyllama_hf.inference.speculative import SpeculationStatistics, speculativ
 
 TIE = 1e-4
 PAD = 0
+# What rounding may move a logit by, relative to the largest: four steps of bf16, which has eight significant bits. int8, nf4
+# and fp4 round at least as much, whatever the type of the rest.
+ROUNDING = 4 * 2.0**-8
+
+
+def stepwise_logits(model: PreTrainedModel, sequences: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+    """The logits that each new token was chosen by, `[rows, new, vocab_size]`: the prompt in one pass, then token by token.
+
+    In int8 a token's activations are rounded together with those in the same pass, so passes have the shapes of `generate`.
+    """
+    width, cache, found = prompt.shape[1], None, []
+    mask = torch.cat([prompt, torch.ones_like(sequences[:, width:])], dim=1).long()
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    for start, end in itertools.pairwise((0, *range(width, sequences.shape[1]))):
+        output = model(
+            sequences[:, start:end],
+            attention_mask=mask[:, :end],
+            position_ids=positions[:, start:end],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache = output.past_key_values
+        found.append(output.logits[:, -1].float())
+    return torch.stack(found, dim=1)
+
+
+def assert_greedy(model: PreTrainedModel, sequences: torch.Tensor, prompt: torch.Tensor) -> None:
+    """Asserts that every new token is the model's own choice, or so near it that rounding in 16 bit decides.
+
+    Attention that reads keys and values in another order, other processors and other numbers of threads round differently;
+    so tokens that were computed in two ways are equal only where the best logit is ahead by more than that.
+
+    Args:
+        model (`PreTrainedModel`): the reference.
+        sequences (`torch.Tensor`): `[rows, slots]`, as `generate` returns them.
+        prompt (`torch.Tensor`): `[rows, prompt slots]`, the mask of the prompts, padded on the left.
+    """
+    new = sequences[:, prompt.shape[1] :]
+    with torch.inference_mode():
+        logits = stepwise_logits(model, sequences, prompt)
+    behind = logits.amax(dim=-1) - logits.gather(-1, new[..., None])[..., 0]  # [rows, new]
+    is_end = new == model.generation_config.eos_token_id
+    behind = behind.masked_fill((is_end.cumsum(dim=1) - is_end.int()) > 0, 0.0)  # padding after a row's end
+    assert new.shape[1] > 0 and behind.max() <= ROUNDING * logits.abs().max(), behind
 
 
 @dataclasses.dataclass

@@ -12,6 +12,8 @@ from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_token
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.inference.quantization import footprint, footprint_line
 
+from .exactness import assert_greedy
+
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("peft")
@@ -97,7 +99,10 @@ def test_it_computes_as_stock_peft_on_the_stock_model(base, adapter, tmp_path, q
     stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, **options), adapter).eval()
     for _ in range(2):
         assert torch.equal(logits(model), logits(stock))
-    assert torch.equal(model.generate(IDS, **GREEDY), stock.generate(input_ids=IDS, **GREEDY))
+    written = model.generate(IDS, **GREEDY)
+    assert_greedy(stock, written, torch.ones_like(IDS))
+    if (quantization, model.dtype) == ("none", torch.float32):
+        assert torch.equal(written, stock.generate(input_ids=IDS, **GREEDY))
     assert (logits(model) - logits(plain)).abs().max() > logits(plain).std() / 10, "the adapter does something"
     model.save_pretrained(tmp_path / "saved")
     found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "saved", adapter))

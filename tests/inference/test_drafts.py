@@ -11,6 +11,8 @@ from tinyllama_hf.inference.drafts import Draft, load_draft
 from tinyllama_hf.inference.generation import generate_text
 from tinyllama_hf.inference.proposals import first_layers
 
+from .exactness import assert_greedy
+
 
 @pytest.fixture(scope="module")
 def stories(shared):
@@ -42,8 +44,10 @@ def test_a_quantised_target(stories, shared):
     pytest.importorskip("bitsandbytes")
     target, tokenizer = load(shared / "data" / "models" / "stories260K", dtype=torch.float32, quantization="int8")
     draft = Draft(stories[0], tokenizer, target, tokenizer)
-    text = generate_text(target, tokenizer, "Once upon a time", 60, temperature=0, seed=0, draft=draft)
-    assert text.startswith("Once upon a time, there was a little")
+    prompt = tokenizer("Once upon a time", return_tensors="pt")
+    written = draft.generate(target, seeded=True, **prompt, max_new_tokens=60, do_sample=False)
+    assert_greedy(target, written, prompt["attention_mask"])
+    assert tokenizer.decode(written[0], skip_special_tokens=True).startswith("Once upon a time, there was a")
     assert draft.statistics.target_passes < draft.statistics.new_tokens / 2
 
 

@@ -16,6 +16,8 @@ from tinyllama_hf.errors import InputError
 from tinyllama_hf.inference.load import load_stock, model_folder
 from tinyllama_hf.inference.quantization import QuantizedTinyLlama, footprint, footprint_line
 
+from .exactness import assert_greedy
+
 
 pytest.importorskip("bitsandbytes")
 
@@ -82,7 +84,9 @@ def test_load_generate_save_reload(nano_folder, tmp_path, options, dtype):
     assert type(stock) is LlamaForCausalLM and type(reloaded) is QuantizedTinyLlama
     for other in (stock, reloaded, load(tmp_path / "saved", quantization=options["quantization"])[0]):
         assert other.dtype == dtype and torch.equal(logits(other), before)
-        assert torch.equal(other.generate(IDS, **GREEDY), text)
+        if other is not stock:  # which attends in another order
+            assert torch.equal(other.generate(IDS, **GREEDY), text)
+    assert_greedy(stock, text, torch.ones_like(IDS))
     assert footprint(reloaded) == footprint(model) and footprint_line(reloaded) == footprint_line(model)
     reloaded.save_pretrained(tmp_path / "again")
     assert_equal_weights(*(load_file(tmp_path / name / "model.safetensors") for name in ("again", "saved")))
