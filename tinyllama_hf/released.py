@@ -10,9 +10,21 @@ from typing import Any, NamedTuple
 import yaml
 
 from .errors import InputError, did_you_mean
+from .provenance import read_json
 
 
 _INTERMEDIATE = re.compile(r"step-(\d+)k-token-(\d+)B")
+# What is fetched from the Hub where only the tokenizer is wanted.
+TOKENIZER_FILES = ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+# Everything of a model but its weights; the configurations of lit-gpt, litgpt and Meta are included.
+_SMALL_FILES = ("config.json", "generation_config.json", "provenance.json", "training.yaml",
+                "model_config.yaml", "lit_config.json", "params.json", *TOKENIZER_FILES)  # fmt: skip
+# Whole weights and index, in the order in which transformers looks for them; last what only `convert` reads.
+_WEIGHTS = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ("*.pth", None),
+)
 
 
 class Released(NamedTuple):
@@ -89,11 +101,14 @@ def intermediate_checkpoint(name: str) -> tuple[str, str] | None:
 
 
 def local_folder(name: str, only: Sequence[str] | None = None) -> Path:
-    """Returns the folder of a model: a local one as it is, a released name or a Hub id downloaded.
+    """Returns the folder of a model: a local one unchanged, a released name or a Hub id downloaded.
+
+    Of a repository only what transformers would read is downloaded: configuration, tokenizer, and one kind of weights. Another
+    file of it, such as a GGUF, is downloaded when it is named.
 
     Args:
-        name (`str`): a folder, a name from [`released`] or of an intermediate checkpoint (`step-715k-token-1499B`), or
-            `user/repository`, with `@revision` if not main.
+        name (`str`): a folder, a name from [`released`] or of an intermediate checkpoint (`step-715k-token-1499B`),
+            `user/repository`, with `@revision` if not main, or `user/repository/FILE`, which gives the path of that file.
         only (`Sequence[str]`, *optional*): download only the files that match these patterns.
 
     Raises:
@@ -102,6 +117,7 @@ def local_folder(name: str, only: Sequence[str] | None = None) -> Path:
     path = Path(name)
     if path.exists():
         return path
+    inside: list[str] = []
     known = {model.name: model for model in released()}
     loadable = [model.name for model in released() if model.kind != "peer"]
     if name in known and known[name].kind == "peer":
@@ -110,20 +126,43 @@ def local_folder(name: str, only: Sequence[str] | None = None) -> Path:
         repository, revision = known[name].hub, known[name].revision
     elif intermediate := intermediate_checkpoint(name):
         repository, revision = intermediate
-    elif name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.parent.exists():
-        repository, _, revision = name.partition("@")
+    elif name.count("/") >= 1 and not name.startswith((".", "/", "~")) and not Path(path.parts[0]).exists():
+        user, repository, *inside = name.split("/", 2)
+        repository, _, revision = f"{user}/{repository}".partition("@")
+        only = inside or only
     else:
         raise InputError(
             f"model {name!r}: no such folder, and no released model{did_you_mean(name, loadable)} (see `tinyllama-hf list`)"
         )
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=only))
+        folder = _download(repository, revision or None, only)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"model {name!r}: {repository} cannot be fetched from the Hub ({type(error).__name__}: {reason}); check the "
             "name and the connection, or give a local folder"
         ) from error
+    if inside and not (folder / inside[0]).exists():
+        raise InputError(f"model {name!r}: {repository} has no file {inside[0]}")
+    return folder.joinpath(*inside)
+
+
+def _download(repository: str, revision: str | None, only: Sequence[str] | None) -> Path:
+    """The snapshot of a repository with the files that match, or with those of a model: the first kind of weights that it has."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(repository, revision=revision, allow_patterns=only or _SMALL_FILES))
+    for whole, index in () if only else _WEIGHTS:
+        # By the commit's id, so that files of two commits are never mixed.
+        snapshot_download(repository, revision=folder.name, allow_patterns=[whole])
+        if any(folder.glob(whole)):
+            break
+        if index:
+            snapshot_download(repository, revision=folder.name, allow_patterns=[index])
+        if index and (folder / index).is_file():
+            shards = sorted(set(read_json(folder / index)["weight_map"].values()))
+            snapshot_download(repository, revision=folder.name, allow_patterns=shards)
+            break
+    return folder

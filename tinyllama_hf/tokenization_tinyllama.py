@@ -22,6 +22,7 @@ from .configuration_tinyllama import TinyLlamaConfig
 from .errors import InputError, did_you_mean
 from .gguf_tokenizer import NORMAL, UNUSED, byte_level_tokenizer, read_vocabulary
 from .provenance import read_json
+from .released import TOKENIZER_FILES, local_folder
 from .text import ENCODING
 
 
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 DUMMY_PREFIX = "\u2581"  # stands for a space inside pieces
-# What is fetched from the Hub where only the tokenizer is wanted.
-TOKENIZER_FILES = ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json")
 # What a released Llama folder says of its tokenizer besides the vocabulary; anything else in there is library state.
 _CARRIED_SETTINGS = ("add_bos_token", "add_eos_token", "model_max_length", "padding_side", "truncation_side", "bos_token",
                      "eos_token", "unk_token")  # fmt: skip
@@ -108,8 +107,6 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
     """
     path = Path(path)
     if not path.exists():
-        from .released import local_folder
-
         path = local_folder(str(path), TOKENIZER_FILES)
     with _damage_refused(path):
         tokenizer = _load(path)

@@ -6,13 +6,19 @@ from typing import Annotated
 import typer
 
 
+_SOURCE = Annotated[
+    str,
+    typer.Argument(
+        help="File or folder of any known layout, released name, Hub id, or user/repository/FILE on the Hub."
+    ),
+]
 _CONFIG = Annotated[
     Path | None, typer.Option(help="config.json, model_config.yaml or lit_config.json, where a source brings none.")
 ]
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="File or folder of any known layout, released name or Hub id.")],
+    source: _SOURCE,
     to: Annotated[
         str,
         typer.Option(
@@ -78,7 +84,7 @@ def convert(
 
 
 def verify(
-    a: Annotated[str, typer.Argument(help="File or folder of any known layout, released name or Hub id.")],
+    a: _SOURCE,
     b: Annotated[str, typer.Argument(help="Another one.")],
     text: Annotated[Path | None, typer.Option(help="Text file to compute on; its first 512 tokens are taken.")] = None,
     tolerance: Annotated[float, typer.Option(help="What a logit may differ by.")] = 1e-5,

@@ -64,8 +64,8 @@ def verify(
     from tinyllama_hf.data.sources import open_sources, read_texts
     from tinyllama_hf.data.tokenizer import verify_tokenizer
     from tinyllama_hf.errors import InputError
-    from tinyllama_hf.released import local_folder
-    from tinyllama_hf.tokenization_tinyllama import TOKENIZER_FILES, load_tokenizer
+    from tinyllama_hf.released import TOKENIZER_FILES, local_folder
+    from tinyllama_hf.tokenization_tinyllama import load_tokenizer
 
     sources = [open_sources([source], text_column) for source in [*(text or ()), *(files or ())] or EMBEDDED]
     path = local_folder(folder, TOKENIZER_FILES)

@@ -19,8 +19,8 @@ from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
 from ..provenance import collect, file_sha256, fingerprint, read_json, write_json, write_text
-from ..released import local_folder
-from ..tokenization_tinyllama import TOKENIZER_FILES, load_tokenizer
+from ..released import TOKENIZER_FILES, local_folder
+from ..tokenization_tinyllama import load_tokenizer
 from .adapters import adapter_folder
 from .batch import DEFAULT_BATCH_SIZE, Completion, Request, generate_many
 from .drafts import LAYERS, LOOKUP, Draft
