@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
 from tinyllama_hf.errors import InputError
+from tinyllama_hf.evaluation.models import evaluated, load_evaluated
 from tinyllama_hf.inference.load import load_stock
 
 
@@ -78,3 +79,42 @@ def test_code_in_a_folder_is_never_run(tmp_path):
         )
         assert done.returncode != 0 and "trust_remote_code" in done.stderr and "y/N" not in done.stdout, done.stderr
     assert not (tmp_path / "canary").exists()
+
+
+EVIL = "evil-org/evil-kernel"
+FIELDS = {
+    "attn_implementation": EVIL,
+    "_attn_implementation": EVIL,
+    "_attn_implementation_internal": EVIL,
+    "kernel_config": {"RMSNorm": f"{EVIL}:RMSNorm"},
+    "use_kernels": True,
+    "custom_generate": EVIL,
+    "auto_map": {"AutoConfig": f"{EVIL}--evil.Evil", "AutoModelForCausalLM": f"{EVIL}--evil.Evil"},
+}
+LOADERS = {
+    "load": load,
+    "training": lambda folder: load(folder, trainable=True),
+    "stock": load_stock,
+    "evaluation": lambda folder: load_evaluated(evaluated(folder)),
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS.values(), ids=LOADERS)
+def test_no_field_chooses_code(folder, loader):
+    """Kernels and classes of a repository on the Hub, which transformers would fetch and run."""
+    ids = torch.arange(3, 20)[None]
+    expected = loader(folder)[0](ids).logits
+    for name in ("config.json", "generation_config.json"):
+        fields = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(fields | FIELDS))
+    model, _ = loader(folder)
+    assert model.config._attn_implementation == "sdpa" and torch.equal(model(ids).logits, expected)
+    assert model.generate(ids, max_new_tokens=2, min_new_tokens=2).shape == (1, 19)
+
+
+@pytest.mark.parametrize("loader", LOADERS.values(), ids=LOADERS)
+def test_a_model_folder_with_an_adapters_configuration(folder, loader):
+    """transformers would load the base that it names."""
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "evil-org/evil"}))
+    with pytest.raises(InputError, match=r"adapter_config\.json, an adapter for 'evil-org/evil'"):
+        loader(folder)

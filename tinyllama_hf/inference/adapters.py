@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..errors import InputError, require
 from ..progress import quiet_bitsandbytes
 from ..provenance import read_json
-from ..released import local_folder
+from ..released import TOKENIZER_FILES, local_folder
 
 
 _FIX = "give the model that it was trained on, or fetch or make it again"
@@ -25,14 +25,21 @@ def adapter_folder(path_or_id: str | os.PathLike) -> Path:
     """
     quiet_bitsandbytes()  # which PEFT imports
     require("peft", "finetune", "an adapter")
-    folder = local_folder(str(path_or_id))
+    folder = local_folder(str(path_or_id), ("adapter_config.json", "adapter_model.safetensors", *TOKENIZER_FILES))
+    if not (folder / "adapter_model.safetensors").is_file():
+        folder = local_folder(str(path_or_id), ("adapter_model.bin",))
     if not (folder / "adapter_config.json").is_file():
         # A fine-tuned model has its adapter, which is merged already, in a folder of its own.
         hint = (
             f"; did you mean {folder / 'adapter'}?" if (folder / "adapter" / "adapter_config.json").is_file() else ""
         )
         raise InputError(f"adapter {folder}: holds no adapter_config.json, so it is no PEFT adapter{hint}")
-    read_json(folder / "adapter_config.json")
+    if read_json(folder / "adapter_config.json").get(
+        "megatron_config"
+    ):  # with it PEFT imports the module `megatron_core`
+        raise InputError(
+            f"adapter {folder}: adapter_config.json has megatron_config, which imports code; remove the field"
+        )
     if not any((folder / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):
         raise InputError(f"adapter {folder}: holds no adapter_model.safetensors; fetch or make it again")
     return folder

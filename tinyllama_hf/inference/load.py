@@ -98,7 +98,11 @@ def load_stock(
     device = choose_device(device)
     kind = _saved_quantization(folder)
     check_quantization(kind)
-    model = _load_weights(AutoModelForCausalLM, folder, dtype, device, kind != "none", trust_remote_code=False)
+    # Stated, since `attn_implementation` in a folder's config.json may name a kernel on the Hub, which would be fetched and run.
+    with _reading(folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    options = {"config": config, "trust_remote_code": False, "attn_implementation": "sdpa"}
+    model = _load_weights(AutoModelForCausalLM, folder, dtype, device, kind != "none", **options)
     try:
         return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -123,6 +127,14 @@ def _load_weights(
     kind: type, folder: Path, dtype: str | torch.dtype, device: str, quantized: bool, **options: Any
 ) -> PreTrainedModel:
     """Loads every weight; the library would draw a missing one at random, and only mention it."""
+    if (
+        folder / "adapter_config.json"
+    ).is_file():  # the library would load the model that it names, from the Hub as well
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise InputError(
+            f"model {folder}: holds adapter_config.json, an adapter for {base!r}; give that model, and this folder as the "
+            "adapter, or remove the file"
+        )
     if quantized:
         options["device_map"] = device
     with _reading(folder):
