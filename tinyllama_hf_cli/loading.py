@@ -12,7 +12,10 @@ DTYPE = Annotated[str, typer.Option(help="Of the weights: auto (the file's), fp3
 QUANTIZATION = Annotated[
     str, typer.Option(help="none, int8, or nf4 or fp4 (4 bit). A folder saved quantised stays as it is.")
 ]
-ADAPTER = Annotated[str | None, typer.Option(help="PEFT adapter to put on top of the model: folder or Hub id.")]
+ADAPTER = Annotated[
+    str | None,
+    typer.Option(help="PEFT adapter to put on top of the model, with its tokenizer and template: folder or Hub id."),
+]
 
 
 def load_model(

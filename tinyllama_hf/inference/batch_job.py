@@ -20,8 +20,7 @@ from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import InputError
 from ..provenance import collect, file_sha256, fingerprint, read_json, write_json, write_text
 from ..released import TOKENIZER_FILES, local_folder
-from ..tokenization_tinyllama import load_tokenizer
-from .adapters import adapter_folder
+from .adapters import adapter_folder, tokenizer_with
 from .batch import DEFAULT_BATCH_SIZE, Completion, Request, generate_many
 from .drafts import LAYERS, LOOKUP, Draft
 from .generation import Sampling
@@ -62,7 +61,7 @@ def open_job(
     named = {"model": model} if own_draft else {"model": model, "draft": draft}
     contexts = {f"{role}'s": _context(name) for role, name in named.items()}
     whose = min(contexts, key=contexts.__getitem__)
-    prompts = read_prompts(source, load_tokenizer(model), contexts[whose], whose, sampling.max_new_tokens)
+    prompts = read_prompts(source, tokenizer_with(adapter, model), contexts[whose], whose, sampling.max_new_tokens)
     folders = {role: model_folder(name, quantized=True) for role, name in named.items()}
     if adapter is not None:
         folders["adapter"] = adapter_folder(adapter)

@@ -23,8 +23,7 @@ from ..errors import InputError
 from ..modeling_tinyllama import TinyLlamaForCausalLM
 from ..provenance import read_json
 from ..released import local_folder
-from ..tokenization_tinyllama import load_tokenizer
-from .adapters import adapter_folder, add_adapter, one_line
+from .adapters import adapter_folder, add_adapter, one_line, tokenizer_with
 from .quantization import (
     QuantizedTinyLlama,
     cast_plain,
@@ -60,7 +59,8 @@ def load(
         compute_dtype (`torch.dtype`, *optional*, defaults to `"auto"`): of products with the dequantised weights of nf4 and
             fp4; `"auto"` takes the folder's, or the fastest here. The library's kernel for CPUs with AVX512_BF16 computes in
             bf16 whatever this says.
-        adapter (`str` or `os.PathLike`, *optional*): a PEFT adapter to put on top: its folder, or a Hub id.
+        adapter (`str` or `os.PathLike`, *optional*): a PEFT adapter to put on top: its folder, or a Hub id. A tokenizer and a
+            chat template that are saved with it replace the model's.
         trainable (`bool`, *optional*, defaults to `False`): return the class that TRL, PEFT and Trainer know by name, to train
             an adapter on it; `adapter` is trained on.
 
@@ -78,14 +78,15 @@ def load(
     kind = chosen_quantization(quantization, saved, str(folder))
     check_quantization(kind, double_quantization, compute_dtype)
     adapter = adapter and adapter_folder(adapter)
+    tokenizer = tokenizer_with(adapter, folder)
     options = {"config": _config(folder, compute_dtype if saved != "none" else "auto", trainable)}
     if kind != saved:
         options["quantization_config"] = quantization_config(kind, device, double_quantization, compute_dtype)
     own = TinyLlamaForCausalLM if kind == "none" else QuantizedTinyLlama
     model = _load_weights(LlamaForCausalLM if trainable else own, folder, dtype, device, kind != "none", **options)
     if adapter:
-        model = add_adapter(model, adapter, trainable)
-    return model, load_tokenizer(folder)
+        model = add_adapter(model, adapter, len(tokenizer), trainable)
+    return model, tokenizer
 
 
 def load_stock(

@@ -1,0 +1,128 @@
+"""Adapters of every kind: the model computes what it computed when it was trained, with the tokenizer that was saved with it."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from tinyllama_hf import TinyLlamaConfig, load, load_tokenizer
+from tinyllama_hf.errors import InputError
+from tinyllama_hf.inference.adapters import add_adapter
+from tinyllama_hf.inference.batch_job import open_job
+from tinyllama_hf.inference.chat import ChatSession
+from tinyllama_hf.inference.generation import Sampling
+
+
+pytest.importorskip("peft")
+
+from peft import LoraConfig, get_peft_model
+
+
+ROWS = 512
+NEW_TOKENS = ["<|im_start|>", "<|im_end|>", "[PAD]"]
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+ATTENTION = ["q_proj", "v_proj"]
+KINDS = {
+    "plain": {},
+    "embeddings": {"target_modules": [*ATTENTION, "embed_tokens", "lm_head"]},
+    "whole embeddings": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "tokens": {"trainable_token_indices": {"embed_tokens": [3, 4]}},
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    "bias": {"bias": "lora_only"},
+    "ranks": {"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 3}},
+}
+RESIZED = ("plain", "embeddings", "whole embeddings")
+CASES = [(kind, False) for kind in KINDS] + [(kind, True) for kind in RESIZED]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def base(request, tokenizer_folder, tmp_path_factory):
+    """A stock model without a chat template."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = TinyLlamaConfig(**sizes, vocab_size=ROWS, num_key_value_heads=2, max_position_embeddings=64,
+                             tie_word_embeddings=request.param)  # fmt: skip
+    LlamaForCausalLM(config.to_llama()).save_pretrained(folder)
+    load_tokenizer(tokenizer_folder).save_pretrained(folder)
+    return folder
+
+
+def trained(base, kind, resized, folder, **saving):
+    """Saves an adapter with the tokenizer that it was trained with; returns the trained model."""
+    tokenizer, model = load_tokenizer(base), LlamaForCausalLM.from_pretrained(base)
+    torch.manual_seed(1)
+    if resized:
+        tokenizer.add_tokens(NEW_TOKENS, special_tokens=True)
+        tokenizer.chat_template = TEMPLATE
+        model.resize_token_embeddings(len(tokenizer))
+    options = {"target_modules": ATTENTION, "r": 4, "task_type": "CAUSAL_LM", **KINDS[kind]}
+    adapted = get_peft_model(model, LoraConfig(**options))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    adapted.save_pretrained(folder, **saving)
+    tokenizer.save_pretrained(folder)
+    return adapted.eval()
+
+
+@pytest.mark.parametrize(("kind", "resized"), CASES, ids=[f"{kind}{', resized' * r}" for kind, r in CASES])
+def test_logits_of_the_trained_model(base, tmp_path, kind, resized):
+    adapted = trained(base, kind, resized, tmp_path)
+    rows = ROWS + resized * len(NEW_TOKENS)
+    ids = torch.tensor([[1, 3, 4, *range(50, 60), rows - 1, rows - 2]])
+    for trainable in (False, True):
+        model, tokenizer = load(base, adapter=tmp_path, trainable=trainable)
+        with torch.no_grad():
+            assert torch.equal(model.eval()(ids).logits, adapted(ids).logits)
+        assert model.config.vocab_size == rows == len(tokenizer)
+    assert tokenizer.chat_template == (TEMPLATE if resized else None)
+
+
+def test_its_tokenizer_and_template_are_used(base, tmp_path):
+    """In a chat, and for a file of prompts, which is read before the weights."""
+    trained(base, "plain", True, tmp_path / "adapter")
+    model, tokenizer = load(base, adapter=tmp_path / "adapter")
+    assert ChatSession(model, tokenizer)
+    messages = [{"role": "user", "content": "Hello"}]
+    (tmp_path / "in.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    names = (tmp_path / "in.jsonl", tmp_path / "out.jsonl", str(base))
+    job = open_job(*names, adapter=str(tmp_path / "adapter"), sampling=Sampling(0.0, max_new_tokens=4))
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert job.prompts.prompts[0].ids == expected and ROWS in expected
+
+
+def test_a_template_without_a_tokenizer(base, tmp_path):
+    trained(base, "plain", True, tmp_path / "resized")
+    trained(base, "plain", False, tmp_path / "plain")
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
+        (tmp_path / "plain" / name).unlink(missing_ok=True)
+    (tmp_path / "plain" / "chat_template.jinja").write_text(TEMPLATE)
+    tokenizer = load(base, adapter=tmp_path / "plain")[1]
+    assert (len(tokenizer), tokenizer.chat_template) == (ROWS, TEMPLATE)
+
+
+class TestRefusals:
+    def test_new_tokens_without_their_embeddings(self, base, tmp_path):
+        """Their rows were random in training, and are lost."""
+        trained(base, "plain", True, tmp_path, save_embedding_layers=False)
+        with pytest.raises(InputError, match=r"has 515 tokens, .* 512 rows; .*save_embedding_layers=True"):
+            load(base, adapter=tmp_path)
+
+    def test_another_base_is_named(self, base, nano_folder, tmp_path):
+        trained(base, "plain", True, tmp_path)
+        with pytest.raises(InputError, match=f"the model that it was trained on .*{base.name}"):
+            add_adapter(load(nano_folder)[0], tmp_path)
+
+    def test_code_is_not_imported(self, base, tmp_path):
+        trained(base, "plain", False, tmp_path)
+        path = tmp_path / "adapter_config.json"
+        fields = {"megatron_config": {"tensor_model_parallel_size": 1}, "megatron_core": "antigravity"}
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+        with pytest.raises(InputError, match="megatron_config"):
+            load(base, adapter=tmp_path)
