@@ -4,6 +4,7 @@
 """
 
 import torch
+from torch import nn
 
 
 IGNORE_INDEX = -100
@@ -30,6 +31,10 @@ def linear_cross_entropy_sum(hidden: torch.Tensor, weight: torch.Tensor, labels:
 
     Returns:
         `torch.Tensor`: a scalar in fp32, natural logarithm.
+
+    Raises:
+        IndexError: if a label is neither -100 nor an id of the vocabulary; on a GPU the kernel asserts it.
+        RuntimeError: in a backward pass with `create_graph=True`, since second derivatives are not available.
     """
     if not torch.is_grad_enabled():  # inside the function the mode is always off, and a parameter would ask for one
         hidden, weight = hidden.detach(), weight.detach()
@@ -65,8 +70,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return losses.sum()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
+        # Not `once_differentiable`, which lets `create_graph=True` through where the incoming gradient is a constant, as
+        # that of a loss is. A compiled backward pass cannot be differentiated in any case, and is traced with gradients on.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "create_graph=True: the training loss is computed together with its gradient, which has no derivative. "
+                "Call the model without labels, and compute the loss from its logits: "
+                "model.loss_function(logits=logits, labels=labels, vocab_size=model.config.vocab_size)"
+            )
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_output.to(grad_hidden.dtype)
@@ -83,15 +95,16 @@ def _losses_and_gradients(
     A few rows at a time, so that all passes over them but the first and the last meet the cache, and in fp32.
     """
     valid = labels != IGNORE_INDEX
-    index = labels.clamp(min=0)[:, None]
+    index = labels.masked_fill(~valid, 0)[:, None]
     step = ROWS.get(logits.device.type, ROWS["cuda"])
     for start in range(0, len(labels), step):
         rows = slice(start, start + step)
         values = logits[rows].to(torch.float32, copy=True)
-        at_label = values.gather(1, index[rows]).squeeze(1)
+        # The negative logits at the labels, zero where there is none; refuses a label as the stock loss does.
+        at_label = nn.functional.nll_loss(values, labels[rows], ignore_index=IGNORE_INDEX, reduction="none")
         largest = values.amax(-1, keepdim=True)
         sums = values.sub_(largest).exp_().sum(-1, keepdim=True)
-        losses[rows] = (sums.log() + largest).squeeze(1).sub_(at_label).mul_(valid[rows])
+        losses[rows] = (sums.log() + largest).squeeze(1).mul_(valid[rows]).add_(at_label)
         if not wants_gradients:
             continue
         values.mul_(valid[rows, None] / sums)
