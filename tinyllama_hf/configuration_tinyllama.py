@@ -1,5 +1,6 @@
 """`TinyLlamaConfig`: a Llama configuration with the TinyLlama presets, written as plain Llama unless asked otherwise."""
 
+import os
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -69,13 +70,51 @@ class TinyLlamaConfig(LlamaConfig):
         Raises:
             InputError: if the model is of another family.
         """
-        if config.model_type not in ("llama", cls.model_type):
-            raise InputError(f"model_type {config.model_type!r} is not a Llama; tinyllama_hf loads Llama folders only")
+        cls._check_family(config.model_type)
         return cls(**_architecture_fields(config))
+
+    @classmethod
+    def _check_family(cls, model_type: str | None) -> None:
+        if model_type not in ("llama", cls.model_type):
+            raise InputError(f"model_type {model_type!r} is not a Llama; tinyllama_hf loads Llama folders only")
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, plain: bool = False, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers; of a plain Llama file too, in which a missing field has Llama's default.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): a folder, a file, or a Hub id.
+            plain (`bool`, *optional*, defaults to `False`): refuse weights that were saved quantised.
+
+        Raises:
+            InputError: if the model is of another family, or was saved quantised and must not be.
+        """
+        fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        cls._check_family(fields.get("model_type"))
+        if plain:
+            refuse_quantized(fields.get("quantization_config"), pretrained_model_name_or_path)
+        if fields["model_type"] != cls.model_type:
+            fields = cls.from_llama(LlamaConfig.from_dict(fields)).to_dict()
+        return fields, kwargs
 
     def to_llama(self) -> LlamaConfig:
         """Returns the same architecture as a stock Llama configuration, whose file every Llama tool reads."""
         return _PlainLlamaConfig(**_architecture_fields(self))
+
+
+def refuse_quantized(quantization_config: Any, name: str | os.PathLike | None) -> None:
+    """Refuses weights that are or would be quantised.
+
+    Raises:
+        InputError: if there is a configuration of it, naming the function that loads them.
+    """
+    if quantization_config is not None:
+        raise InputError(
+            f"{name}: quantization_config is for tinyllama_hf.load(MODEL, quantization=...), which also loads folders "
+            "that were saved quantised; some processors corrupt such weights otherwise"
+        )
 
 
 def _architecture_fields(config: LlamaConfig) -> dict[str, Any]:

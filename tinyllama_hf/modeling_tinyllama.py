@@ -7,26 +7,32 @@ import contextlib
 import inspect
 import math
 import os
+import sys
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention.flex_attention import BlockMask
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel, PreTrainedConfig
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils.generic import can_return_tuple
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING,
+    MODEL_MAPPING_NAMES,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
-from .configuration_tinyllama import TinyLlamaConfig
+from .configuration_tinyllama import TinyLlamaConfig, refuse_quantized
 from .errors import InputError
 from .grouped_attention import packed_attention
 from .losses import IGNORE_INDEX, linear_cross_entropy_sum
-
-
-# `from_pretrained` arguments that are the model's, not fields of its configuration.
-_MODEL_ARGUMENTS = ("dtype", "torch_dtype", "attn_implementation", "quantization_config", "device_map")
+from .packing import document_mask, use_cache_for_positions
 
 
 # Those that follow `inputs` and `generation_config`, in their order.
@@ -47,10 +53,17 @@ class _TinyLlamaInitialization:
         hidden_size = self.config.hidden_size
         if not isinstance(module, (nn.Linear, nn.Embedding)):
             super()._init_weights(module)
-        elif self._ends_block(module):
-            init.normal_(module.weight, mean=0.0, std=1 / (math.sqrt(hidden_size) * self.config.num_hidden_layers))
-        else:
-            init.normal_(module.weight, mean=0.0, std=math.sqrt(2 / (5 * hidden_size)))
+            return
+        std = math.sqrt(2 / (5 * hidden_size))
+        if self._ends_block(module):
+            std = 1 / (math.sqrt(hidden_size) * self.config.num_hidden_layers)
+        init.normal_(module.weight, mean=0.0, std=std)
+        if getattr(module, "bias", None) is not None:
+            init.zeros_(module.bias)
+        # As in the library: loaded weights have a mark, which a row of them loses.
+        is_loaded = getattr(module.weight, "_is_hf_initialized", False)
+        if getattr(module, "padding_idx", None) is not None and not is_loaded:
+            init.zeros_(module.weight[module.padding_idx])
 
     def _ends_block(self, module: nn.Module) -> bool:
         # By identity: for classes outside transformers, the library never visits modules without own parameters, so
@@ -76,12 +89,22 @@ class _OutputEmbedding(nn.Linear):
             return super().forward(hidden)
         return linear_cross_entropy_sum(hidden, self.weight, labels)
 
+    @property
+    def computes_loss(self) -> bool:
+        """Whether the loss can be computed inside: without a bias, and over weights that are whole while the module runs."""
+        if self.bias is not None:
+            return False
+        if not isinstance(self.weight, DTensor):
+            return True
+        # FSDP2 gathers what it has sharded; what tensor parallelism has sharded, it shards once more.
+        return isinstance(self, FSDPModule) and sum(placement.is_shard() for placement in self.weight.placements) <= 1
+
 
 class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
     """A causal Llama for pretraining and generation.
 
     Logits equal `LlamaForCausalLM`'s bit for bit for the same weights. In training mode with `labels` the logits are
-    never held as a whole, and `logits` is `None` in the output.
+    never held as a whole: `logits` is `None` in the output, and a forward hook on `lm_head` sees the summed loss.
     """
 
     config_class = TinyLlamaConfig
@@ -95,7 +118,13 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
         self.lm_head = _OutputEmbedding(config.hidden_size, config.vocab_size, bias=False)
         if self.generation_config.pad_token_id is None:
             self.generation_config.pad_token_id = 0  # <unk>; in the model's own config it would freeze the row
+        self.loss_type = "ForCausalLM"  # which the library finds in the name of a class, and warns where it is not
         self.post_init()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # See the end of this file. Subclasses are also made by `fully_shard`.
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[cls.__name__] = cls.__name__
 
     @can_return_tuple
     def forward(
@@ -108,17 +137,22 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """As `LlamaForCausalLM.forward`, with two differences.
 
         In training mode with `labels`, the loss is computed without the logits (`logits` is `None`): the sum over the
-        labelled tokens divided by `num_items_in_batch`, or by their number where that is not given.
+        labelled tokens divided by `num_items_in_batch`, or by their number where that is not given. It has first
+        derivatives only. The stock loss over whole logits is computed where the output embedding was replaced, wrapped,
+        given a bias or sharded by tensor parallelism; with a `loss_function` that was set, an `ignore_index` other than
+        -100, or `logits_to_keep`; and inside the transforms of `torch.func`.
 
         `position_ids` that restart within a row keep the documents of that row apart, as in stock Llama called without
-        mask and cache; here the cache is switched off by itself, and a mask or a cache, with which stock would let the
-        documents see each other, is refused. In training mode positions are taken to restart without a look at them, which
-        would wait for the device.
+        mask and cache. In evaluation mode the cache is switched off by itself where they do; a mask of tokens or a cache,
+        with which stock would let the documents see each other, is refused. In training mode positions are taken to restart
+        without a look at them, which would wait for the device. In a compiled or exported model, and on an accelerator for
+        several tokens on top of a cache, the device itself refuses packed documents, unless `use_cache=False` is passed or
+        configured and no mask and no cache is given, where they are kept apart.
 
         Args:
             input_ids (`torch.LongTensor`): `[batch, seq]`.
@@ -128,10 +162,8 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
 
         Raises:
             ValueError: if documents are packed and a mask or a cache is given, or flash attention is to keep apart those of
-                several rows.
+                several rows; `RuntimeError` where the device refuses it.
         """
-        if position_ids is not None and position_ids.shape[-1] > 1:
-            use_cache = _cache_for_positions(position_ids, attention_mask, past_key_values, use_cache, self.training)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -140,13 +172,14 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
         }
-        keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
-        if labels is None or not self.training or not keeps_all:
+        if position_ids is not None and position_ids.shape[-1] > 1:
+            inputs["use_cache"] = use_cache_for_positions(self.config, inputs, self.training)
+        if labels is None or not self._computes_lean_loss(logits_to_keep, kwargs.get("ignore_index", IGNORE_INDEX)):
             return super().forward(**inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
         # Nothing reads a cache here: it would keep a copy of all keys and values, and break compilation by layer.
         inputs["use_cache"] = bool(use_cache)
         if position_ids is not None and attention_mask is None and past_key_values is None and not use_cache:
-            inputs["attention_mask"] = _document_mask(self.config, position_ids)
+            inputs["attention_mask"] = document_mask(self.config, position_ids)
         num_items = kwargs.pop("num_items_in_batch", None)
         shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(**inputs, **kwargs)
@@ -166,6 +199,20 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
             attentions=outputs.attentions,
         )
 
+    def _computes_lean_loss(self, logits_to_keep: int | torch.Tensor, ignore_index: int) -> bool:
+        """Whether the stock loss is asked for, over a head of ours that nothing wraps."""
+        return (
+            self.training
+            and isinstance(logits_to_keep, int)
+            and logits_to_keep == 0
+            and ignore_index == IGNORE_INDEX
+            and isinstance(self.lm_head, _OutputEmbedding)
+            and self.lm_head.computes_loss
+            and self.loss_function is ForCausalLMLoss
+            # Their gradients can be differentiated again, and those of the lean loss cannot.
+            and not torch._C._are_functorch_transforms_active()
+        )
+
     def generate(
         self, inputs: torch.Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
@@ -173,7 +220,13 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
 
         Stock assisted generation takes one prompt (5.23). Prompts are padded on the left; `num_assistant_tokens` fixes the
         number of drafted tokens, which is otherwise chosen by what pays. See
-        [`~inference.speculative.speculative_generate`].
+        [`~inference.speculative.speculative_generate`]. Other than in transformers, a draft gives no `output_hidden_states`,
+        `output_attentions` and cache, and takes no cache, `inputs_embeds` or `assistant_tokenizer`;
+        `num_assistant_tokens_schedule` and `assistant_confidence_threshold` are refused as arguments, and have no effect in
+        a generation configuration.
+
+        On a CPU sdpa attention is replaced by `gqa_packed` until the call returns: `config._attn_implementation` reads so
+        meanwhile, and an implementation that a callback sets is undone at the end.
         """
         # Only here does a model reach up, since generating with a draft is a method of models.
         from .inference.speculative import draft_of_generate, speculative_generate
@@ -224,28 +277,33 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
         return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, config=None, **kwargs: Any):
-        """Loads any Llama folder, plain or `model_type: tinyllama`; arguments as in transformers.
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *args: Any,
+        config: PreTrainedConfig | str | os.PathLike | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Loads any Llama folder or repository, plain or `model_type: tinyllama`; arguments as in transformers.
 
         Raises:
-            InputError: if the weights are or would be quantised, which only `tinyllama_hf.load` keeps from corruption.
+            InputError: if the model is of another family; if the weights are or would be quantised, which only
+                `tinyllama_hf.load` keeps from corruption; or for a `gguf_file`, which `tinyllama_hf.convert` reads.
         """
-        if config is None:
-            model_arguments = {name: kwargs.pop(name) for name in _MODEL_ARGUMENTS if name in kwargs}
-            # The library hands the arguments that say where the files lie back as well, next to unknown ones.
-            # No Llama needs code from its folder, and the library would ask the user whether to run it.
-            config, kwargs = AutoConfig.from_pretrained(
-                pretrained_model_name_or_path, return_unused_kwargs=True, **{**kwargs, "trust_remote_code": False}
-            )
-            kwargs.update(model_arguments)
-        if not isinstance(config, TinyLlamaConfig):
-            config = TinyLlamaConfig.from_llama(config)
-        quantizations = kwargs.get("quantization_config"), getattr(config, "quantization_config", None)
-        if quantizations != (None, None) and not cls._takes_quantized_weights:
+        if (gguf_file := kwargs.get("gguf_file")) is not None:
             raise InputError(
-                f"{pretrained_model_name_or_path}: quantization_config is for tinyllama_hf.load(MODEL, quantization=...), "
-                "which also loads folders that were saved quantised; some processors corrupt such weights otherwise"
+                f"gguf_file {gguf_file!r}: transformers reads GGUF files into its own classes only. Convert it first: "
+                f"tinyllama-hf convert {gguf_file} --to llama --output FOLDER"
             )
+        plain = not cls._takes_quantized_weights
+        if isinstance(config, PreTrainedConfig):
+            config = config if isinstance(config, TinyLlamaConfig) else TinyLlamaConfig.from_llama(config)
+            if plain:
+                refuse_quantized(getattr(config, "quantization_config", None), pretrained_model_name_or_path)
+        else:
+            kwargs["plain"] = plain  # for `TinyLlamaConfig.get_config_dict`
+        if plain:
+            refuse_quantized(kwargs.get("quantization_config"), pretrained_model_name_or_path)
         return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 
     def save_pretrained(
@@ -268,61 +326,13 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
     save_as_llama = save_pretrained
 
 
-def _cache_for_positions(position_ids, attention_mask, past_key_values, use_cache, training) -> bool | None:
-    """Decides `use_cache` where positions are given, and refuses what would silently join packed documents."""
-    if training and attention_mask is None and past_key_values is None and not use_cache:
-        return False  # without looking at the positions, which would wait for the device
-    # A position that does not follow its predecessor starts a document, unless one of the two is padding.
-    restart = position_ids.diff(dim=-1) != 1
-    if attention_mask is not None and attention_mask.dim() == 2:
-        real = attention_mask[:, -position_ids.shape[-1] :].bool()
-        restart = restart & real[:, 1:] & real[:, :-1]
-    if (attention_mask is not None and attention_mask.dim() == 4) or not restart.any():
-        return use_cache
-    given = [
-        name
-        for name, is_given in (
-            ("attention_mask", attention_mask is not None),
-            ("past_key_values", past_key_values is not None),
-            ("use_cache", bool(use_cache)),
-        )
-        if is_given
-    ]
-    if given:
-        raise ValueError(
-            f"position_ids restart within a row, so that documents are packed, but {', '.join(given)} is given too: "
-            "stock attention would then let the documents see each other. Call without it, or unpack the documents"
-        )
-    return False
-
-
-def _document_mask(config: TinyLlamaConfig, position_ids: torch.Tensor) -> torch.Tensor | BlockMask | None:
-    """The causal mask of packed documents in the form that the attention takes: dense, in blocks for flex, none for flash.
-
-    transformers (5.23) makes the same one, but reads back from the device whether there are several documents.
-
-    Args:
-        position_ids (`torch.Tensor`): `[batch, seq]`.
-    """
-    if "flash" in config._attn_implementation:
-        if (
-            position_ids.shape[0] > 1
-        ):  # stock looks for documents in a single row only, and else lets them see each other
-            raise ValueError(
-                f"attn_implementation {config._attn_implementation}: keeps the documents of one row apart, and "
-                f"position_ids has {position_ids.shape[0]} rows; use flex_attention, or one row"
-            )
-        return None
-    documents = (position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
-    return create_causal_mask(
-        config=config,
-        inputs_embeds=torch.empty(
-            *position_ids.shape, 0, device=position_ids.device
-        ),  # read for shape, type and device
-        attention_mask=None,
-        past_key_values=None,
-        and_mask_function=packed_sequence_mask_function(documents),
-    )
-
-
+AutoModel.register(TinyLlamaConfig, TinyLlamaModel, exist_ok=True)
 AutoModelForCausalLM.register(TinyLlamaConfig, TinyLlamaForCausalLM, exist_ok=True)
+# Other parts of the library look a class up by its name: label smoothing in Trainer shifts the labels of those in the
+# second table only. Registering does not fill the tables, and they are read together with the modules (transformers 5.23).
+for _names, _mapping, _model in (
+    (MODEL_MAPPING_NAMES, MODEL_MAPPING, TinyLlamaModel),
+    (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING, TinyLlamaForCausalLM),
+):
+    _names[TinyLlamaConfig.model_type] = _model.__name__
+    _mapping._modules[TinyLlamaConfig.model_type] = sys.modules[__name__]

@@ -91,16 +91,16 @@ def test_a_cpu_equals_each_document_alone(attention):
 def test_the_mask_is_that_of_transformers_and_reads_nothing_back(attention):
     from transformers.masking_utils import create_causal_mask
 
-    from tinyllama_hf.modeling_tinyllama import _document_mask
+    from tinyllama_hf.packing import document_mask
 
     config = model(attention).config
     with ReadBacks() as watch:
-        found = _document_mask(config, POSITIONS)
+        found = document_mask(config, POSITIONS)
     assert watch.found == Counter()
     with ReadBacks() as watch:
         expected = create_causal_mask(config=config, inputs_embeds=torch.empty(2, 256, 0), attention_mask=None,
                                       past_key_values=None, position_ids=POSITIONS)  # fmt: skip
-    assert watch.found, "when this fails, transformers reads nothing back either, and _document_mask can go"
+    assert watch.found, "when this fails, transformers reads nothing back either, and document_mask can go"
     if attention == "flex_attention":
         found, expected = found.to_dense(), expected.to_dense()
     assert torch.equal(found, expected)
@@ -120,5 +120,5 @@ def test_transformers_still_joins_the_documents_of_several_rows_under_flash_atte
     assert _is_packed_sequence(POSITIONS[:1], 1) and not _is_packed_sequence(POSITIONS, 2)
     refusing = model("eager")
     refusing.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="keeps the documents of one row apart, and position_ids has 2 rows"):
+    with pytest.raises(ValueError, match="flash_attention_2 with 2 rows"):
         refusing(**inputs())
