@@ -18,11 +18,12 @@ from .draft_length import AdaptiveDraftLength, DraftLength, FixedDraftLength
 from .proposals import ModelProposer, NoDraft, Proposer
 from .ragged_cache import RaggedModel
 from .rows import RowPlan, Rows
+from .token_scores import TokenScores
 
 
 LONGEST_DRAFT = 8
 _PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
-_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+_OUTPUTS = ("output_attentions", "output_hidden_states")
 
 
 @dataclasses.dataclass
@@ -96,6 +97,7 @@ class Decoding:
         config (`GenerationConfig`): as `generate` resolved it.
         rows (`Rows`): that are not done.
         statistics (`SpeculationStatistics`): up to the last round.
+        token_scores (`TokenScores`): is told what every new token was chosen by.
     """
 
     def __init__(
@@ -127,6 +129,7 @@ class Decoding:
             AdaptiveDraftLength(num_rows, LONGEST_DRAFT) if draft_length is None else FixedDraftLength(draft_length)
         )
         self.statistics = SpeculationStatistics(num_rows)
+        self.token_scores = TokenScores()
 
     @torch.no_grad()
     def start(self) -> list[list[int]]:
@@ -204,6 +207,7 @@ class Decoding:
         statistics.accepted += sum(min(count, len(new)) for count, new in zip(accepted, appended, strict=True))
         statistics.judged += sum(min(taken + 1, count) for taken, count in zip(accepted, counts, strict=True))
         statistics.new_tokens += sum(map(len, appended))
+        self.token_scores.add(rows.keys, [len(new) for new in appended], scores=scores, logits=logits)
         if len(going_on) < len(accepted):
             for part in (rows, self._target, self._draft, self._processors):
                 part.keep(going_on)

@@ -111,6 +111,11 @@ class Rows:
         return len(self._rows)
 
     @property
+    def keys(self) -> list[int]:
+        """Name of each row."""
+        return [row.plan.key for row in self._rows]
+
+    @property
     def lengths(self) -> list[int]:
         """Tokens of each row."""
         return [row.length for row in self._rows]

@@ -19,6 +19,7 @@ from ..errors import InputError
 from .decoding import Decoding, SpeculationStatistics, prepare
 from .proposals import PromptLookup, Proposer, first_layers
 from .ragged_cache import check_full_attention
+from .token_scores import TokenScores
 
 
 _DRAFTS = ("prompt_lookup_num_tokens", "assistant_early_exit")
@@ -27,7 +28,11 @@ _UNUSED = ("assistant_confidence_threshold", "num_assistant_tokens_schedule", "c
 
 @dataclasses.dataclass
 class SpeculativeOutput(GenerateDecoderOnlyOutput):
-    """The output of `generate`, with statistics; there is no cache in it."""
+    """The output of `generate`, with statistics; there is no cache in it, and no hidden states or attentions.
+
+    With `output_scores` and `output_logits` there is a tensor `[rows, vocab_size]` per new token, as in transformers; it is
+    zero for rows that have ended before.
+    """
 
     statistics: SpeculationStatistics | None = None
 
@@ -61,7 +66,7 @@ def speculative_generate(
             acceptance, and none where none do; the draws of a seed then depend on these times.
         generation_config (`GenerationConfig`, *optional*): as in `generate`; so are `stopping_criteria`, the `streamer` (for
             one row), the `tokenizer` (for `stop_strings`), and everything else: `max_new_tokens`, `do_sample`,
-            `temperature`, `repetition_penalty`, `num_return_sequences`, `return_dict_in_generate` ...
+            `temperature`, `repetition_penalty`, `num_return_sequences`, `return_dict_in_generate`, `output_scores` ...
 
     Returns:
         `[rows, prompt + new]`, padded on the right, or a [`SpeculativeOutput`] with `return_dict_in_generate=True`.
@@ -105,6 +110,10 @@ def _run(decoding: Decoding, streamer: BaseStreamer | None) -> torch.Tensor | Sp
         raise InputError("pad_token_id: rows may end at different lengths, and there is none to fill up; give it")
     if streamer is not None:
         streamer.put(decoding.input_ids.cpu())
+    names = [
+        name for name in ("scores", "logits") if config.return_dict_in_generate and getattr(config, f"output_{name}")
+    ]
+    decoding.token_scores = TokenScores(names, len(rows))
     appended = decoding.start()
     while True:
         if streamer is not None and appended[0]:
@@ -118,7 +127,7 @@ def _run(decoding: Decoding, streamer: BaseStreamer | None) -> torch.Tensor | Sp
     sequences = rows.sequences(decoding.input_ids, 0 if pad is None else int(pad))
     if not config.return_dict_in_generate:
         return sequences
-    return SpeculativeOutput(sequences=sequences, statistics=decoding.statistics)
+    return SpeculativeOutput(sequences=sequences, statistics=decoding.statistics, **decoding.token_scores.by_token())
 
 
 def draft_of_generate(
