@@ -242,6 +242,24 @@ class TestInitialisation:
             assert parameter.std().item() == pytest.approx(expected, rel=0.02), name
             assert abs(parameter.mean().item()) < expected / 20, name
 
+    def test_biases_and_the_padding_row_are_zero_unless_loaded(self, tmp_path):
+        config = TinyLlamaConfig.preset(
+            "micro", vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, pad_token_id=3,
+            attention_bias=True, mlp_bias=True
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = TinyLlamaForCausalLM(config)
+        biases = {name: parameter for name, parameter in model.named_parameters() if name.endswith("bias")}
+        assert {name.split(".")[-2] for name in biases} == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj",
+                                                            "up_proj", "down_proj"}  # fmt: skip
+        for name, zeros in {**biases, "padding": model.model.embed_tokens.weight[3]}.items():
+            assert torch.equal(zeros, torch.zeros_like(zeros)), name
+        for parameter in model.parameters():
+            parameter.data.fill_(0.5)
+        model.save_pretrained(tmp_path)
+        for name, parameter in TinyLlamaForCausalLM.from_pretrained(tmp_path).named_parameters():
+            assert torch.equal(parameter, torch.full_like(parameter, 0.5)), name
+
     def test_published_values_for_1_1b(self):
         config = TinyLlamaConfig.preset("1.1b")
         assert math.sqrt(2 / (5 * config.hidden_size)) == pytest.approx(0.01398, abs=1e-5)
