@@ -7,10 +7,10 @@ RUN := runs/demo
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format clean
+.PHONY: help setup demo test test-slow test-upstream lint format clean
 
 help:  ## Show the targets.
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(VENV)/.installed  ## Make .venv and install the package with everything that tests and demo need.
 
@@ -31,6 +31,10 @@ test: setup  ## Run the tests that take under 12 minutes together.
 
 test-slow: setup  ## Run the long tests, the whole demo among them.
 	$(PYTEST) -m slow
+
+test-upstream: setup  ## Run transformers' own model tests on our class and on stock Llama; FROM=CHECKOUT completes them.
+	folder="$$($(BIN)/python tests/upstream/fetch.py $(if $(FROM),--from "$(FROM)"))" && TRANSFORMERS_TESTS="$$folder" \
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal tests/upstream
 
 lint: setup  ## Check style.
 	$(BIN)/ruff check .
