@@ -265,6 +265,16 @@ class TestTraining:
         assert processor.encode("1234", out_type=str)[-4:] == ["1", "2", "3", "4"]
         assert processor.encode("a", out_type=str) == ["▁a"]
 
+    def test_settings_of_llama_2_show_in_the_pieces(self, tmp_path):
+        """Digits stay single, runs of spaces may be pieces, and nothing is normalized, however frequent it is."""
+        text = "1234 1234 2024\n        return ﬁne  ① １"
+        trained = train_tokenizer([text] * 99, 290, tmp_path / "trained")
+        pieces = [piece.strip("▁") for piece in trained.get_vocab() if not piece.startswith("<")]
+        assert not [piece for piece in pieces if len(piece) > 1 and any(map(str.isdigit, piece))]
+        assert {"▁▁▁▁", "▁return"} <= trained.get_vocab().keys()
+        assert trained.decode(encode_text(trained, text)) == text
+        assert "ﬁ" in "".join(pieces) and "①" in pieces
+
     def test_refusals(self, documents, tokenizer_folder, tmp_path):
         with pytest.raises(InputError, match="exists already"):
             train_tokenizer(documents, 512, tokenizer_folder)

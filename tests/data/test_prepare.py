@@ -12,7 +12,8 @@ import time
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from tinyllama_hf import load_tokenizer
 from tinyllama_hf.data.pipeline import split_of
@@ -216,6 +217,42 @@ def test_truncation_of_a_stock_tokenizer_is_not_obeyed(documents, corpus, tokeni
     tokenizer.save(str(folder / "tokenizer.json"))
     metadata, _ = run([corpus], folder, tmp_path / "out", validation_fraction=0)
     assert metadata["splits"]["train"]["tokens"] == sum(len(encode_text(loaded, text)) + 2 for text in documents)
+
+
+def word_tokenizer(folder, size, truncation=None):
+    """A stock tokenizer of one token a word: `<unk>`, `<s>`, `</s>`, `w3`, `w4`, ..."""
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, size))])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    ).save_pretrained(folder)
+    if truncation:
+        saved = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        saved.enable_truncation(truncation)
+        saved.enable_padding(length=truncation)
+        saved.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_neither_is_that_of_a_tokenizer_of_another_kind(tmp_path):
+    (tmp_path / "a.txt").write_text("w3 w4 w5 w6 w7 w8")
+    (tmp_path / "b.txt").write_text("w9")
+    folder = word_tokenizer(tmp_path / "tokenizer", 16, truncation=4)
+    run([tmp_path / "a.txt", tmp_path / "b.txt"], folder, tmp_path / "out", validation_fraction=0)
+    assert list(all_tokens(tmp_path / "out")) == [1, 3, 4, 5, 6, 7, 8, 2, 1, 9, 2]
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(65536, "<u2"), (65537, "<u4")])
+def test_every_id_has_room(tmp_path, size, dtype):
+    """The largest of 65536 ids is the last that two bytes hold."""
+    (tmp_path / "a.txt").write_text(f"w{size - 1} w3 w256 w{size - 1}")
+    folder = word_tokenizer(tmp_path / "tokenizer", size)
+    metadata, _ = run([tmp_path / "a.txt"], folder, tmp_path / "out", validation_fraction=0)
+    assert metadata["token_dtype"] == dtype
+    expected = [1, size - 1, 3, 256, size - 1, 2]
+    assert np.fromfile(tmp_path / "out" / "train" / "00000.tokens", dtype).tolist() == expected
+    assert TokenDataset(tmp_path / "out", 5)[0].tolist() == expected
 
 
 class TestBlocks:

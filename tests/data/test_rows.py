@@ -30,6 +30,8 @@ class TestExpressions:
             ('meta.redpajama_set_name == "RedPajamaGithub"', False),
             ("meta.n >= 3 and meta.n < 4", True),
             ("2 < meta.n <= 3", True),
+            ("1 < meta.n < 2", False),
+            ("4 > meta.n > 2 > 1", True),
             ("not (meta.n > 2 or text == 'x')", False),
             ('meta.redpajama_set_name in ["RedPajamaC4", "RedPajamaBook"]', True),
             ('"a" in meta.tags and "c" not in meta.tags', True),
