@@ -126,15 +126,19 @@ class TestArithmetic:
         assert_equal(*map(weights, runs), tolerance=2e-4)
 
     def test_against_a_plain_loop_on_stock_llama(self, recipe):
-        """The whole loop, step by step, against torch and transformers alone."""
-        output = run(recipe)
+        """The whole loop, step by step, against torch and transformers alone; no setting of the optimizer is a default."""
+        betas, eps, decay, clip = (0.8, 0.9), 1e-3, 0.5, 0.25
+        output = run(
+            recipe, f"optimizer.betas={list(betas)}", f"optimizer.eps={eps}", f"optimizer.weight_decay={decay}",
+            f"optimizer.gradient_clip={clip}",
+        )  # fmt: skip
         config = load_config(output / "training.yaml")
         opened = setup.open_run(config.model_copy(update={"output_dir": "/nonexistent/folder"}))
         torch.manual_seed(config.training.seed)
         start = TinyLlamaForCausalLM(opened.model_config)
         model = LlamaForCausalLM(opened.model_config.to_llama())
         model.load_state_dict(start.state_dict())
-        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+        optimizer = torch.optim.AdamW(model.parameters(), betas=betas, eps=eps, weight_decay=decay)
         losses = []
         for step in range(config.steps.number):
             optimizer.param_groups[0]["lr"] = setup_rate(step, config)
@@ -142,7 +146,7 @@ class TestArithmetic:
             logits = model(input_ids=tokens[:, :-1]).logits
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())

@@ -78,6 +78,18 @@ class TestPublishedFigures:
                      "56% of the 312 TFLOP/s", "bf16 copies of weights"):  # fmt: skip
             assert part in text
 
+    def test_rates_and_hours_are_of_all_devices_and_of_one(self, published):
+        one = 0.56 * PEAK / FLOPS
+        hours = published.tokens / (16 * one) / 3600
+        text = "\n".join(lines(published))
+        for part in (
+            f"{16 * hours:,.1f} GPU-hours",
+            f"{16 * one:,.0f} tokens/s",
+            f"{one:,.0f} a device",
+            "of 16 x NVIDIA A100",
+        ):
+            assert part in text
+
 
 class TestPlan:
     def test_unknown_device_has_no_time(self):

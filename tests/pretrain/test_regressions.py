@@ -3,6 +3,7 @@
 test_schedule.py, `test_regression_every_rank_reads_its_own_share` (files shuffled by rank) in test_loop.py.
 """
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -67,12 +68,16 @@ class TestSeparatorPolicyChangedThreeTimes:
         assert counts[tokenizer.eos_token_id] == ends * len(documents)
 
     def test_regression_sources_of_different_policies_do_not_mix(self, documents, tokenizer_folder, tmp_path):
-        a, b = (prepared_from(documents, tokenizer_folder, tmp_path / s, separator=s) for s in ("both", "bos"))
+        policies = ("both", "bos", "eos")
+        data = {s: prepared_from(documents[:9], tokenizer_folder, tmp_path / s, separator=s) for s in policies}
         fingerprint = tokenizer_fingerprint(load_tokenizer(tokenizer_folder))
-        with pytest.raises(
-            InputError, match=r"--separator bos, .* with both; documents of one run must begin and end alike"
-        ):
-            Mixture([a, b], [0.5, 0.5], 16, 0, fingerprint)
+        for first, second in itertools.product(policies, policies):
+            folders = [data[first], data[second]]
+            if first == second:
+                assert len(Mixture(folders, [0.5, 0.5], 16, 0, fingerprint).sources) == 2
+                continue
+            with pytest.raises(InputError, match=f"--separator {second}, .* with {first};"):
+                Mixture(folders, [0.5, 0.5], 16, 0, fingerprint)
 
     def test_regression_a_changed_policy_is_another_data_set(self, documents, tokenizer_folder, tmp_path):
         prepared_from(documents, tokenizer_folder, tmp_path)

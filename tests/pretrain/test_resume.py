@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,18 +20,20 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from tests.conftest import ROOT
 from tests.pretrain.runs import assert_same_run, exact_rows, run, signal_after
-from tinyllama_hf import TinyLlamaForCausalLM
+from tinyllama_hf import TinyLlamaForCausalLM, load_tokenizer
 from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.data.shards import TokenDataset
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.pretrain import checkpoints, setup
 from tinyllama_hf.pretrain.config import load_config
 from tinyllama_hf.pretrain.hooks import Hooks
+from tinyllama_hf.pretrain.identity import check_same_run, identity
 from tinyllama_hf.pretrain.metrics import METRICS_FILE, Metrics, read_metrics
 from tinyllama_hf.pretrain.milestones import list_milestones
 from tinyllama_hf.pretrain.schedule import learning_rate
 from tinyllama_hf.pretrain.signals import Stopped
 from tinyllama_hf.pretrain.step import TrainStep
+from tinyllama_hf.tokenization_tinyllama import tokenizer_fingerprint
 
 
 class TestGoingOn:
@@ -242,6 +245,44 @@ class TestRefusals:
         with pytest.raises(InputError, match=message):
             run(recipe, override)
         assert len(list_milestones(output)) == 2
+
+    @pytest.mark.parametrize(
+        "overrides",
+        [
+            "model.preset=nano", "model.overrides.num_hidden_layers=1", "model.init_from=x",
+            "data.mixture_changes=[{from_tokens: 1024, ramp_tokens: 0, weights: [1.0]}]", "data.sequence_length=64",
+            "data.document_masking=true", "schedule.name=wsd; schedule.decay_tokens=512", "schedule.peak=1e-3",
+            "schedule.floor=1e-5", "schedule.warmup_tokens=256", "optimizer.betas=[0.8,0.95]", "optimizer.betas=[0.9,0.9]",
+            "optimizer.eps=1e-6", "optimizer.weight_decay=0.2", "optimizer.gradient_clip=0.5", "training.total_tokens=2560",
+            "training.tokens_per_step=128", "training.batch_changes=[{from_tokens: 1024, tokens_per_step: 512}]",
+            "training.precision=bf16", "training.skip_spikes_sigma=6", "training.seed=1", "validation.max_tokens=1024",
+            "branch={from: x, schedule: continue}",
+        ],
+    )  # fmt: skip
+    def test_every_setting_that_moves_a_number(self, recipe, overrides):
+        config = load_config(recipe)
+        before, after = (self.identity(c) for c in (config, load_config(recipe, overrides.split("; "))))
+        with pytest.raises(
+            InputError, match=re.escape(overrides.partition("=")[0].removesuffix(".num_hidden_layers"))
+        ):
+            check_same_run(Path("checkpoint"), before, after)
+
+    def test_and_no_other(self, recipe):
+        """How the work is shared out and what is written on the way may change."""
+        others = (
+            "output_dir=x", "training.micro_batch_size=2", "training.compile=off", "training.attention=eager",
+            "training.activation_checkpointing=true", "training.deterministic=true", "milestones.tokens=[512]",
+            "milestones.steps=[3]", "milestones.keep_training_state=true", "evaluate_at_milestones=watch",
+            "checkpoints.every_tokens=512", "checkpoints.keep=1", "validation.every_tokens=512", "logging.every_steps=2",
+        )  # fmt: skip
+        check_same_run(
+            Path("checkpoint"), *(self.identity(c) for c in (load_config(recipe), load_config(recipe, others)))
+        )
+
+    @staticmethod
+    def identity(config):
+        fingerprint = tokenizer_fingerprint(load_tokenizer(config.data.tokenizer))
+        return identity(config, setup.open_mixture(config, fingerprint), fingerprint)
 
     def test_changed_data_and_tokenizer(self, recipe, corpus, tokenizer_folder, documents, tmp_path):
         from tinyllama_hf.data.tokenizer import train_tokenizer

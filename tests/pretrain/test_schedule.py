@@ -140,6 +140,14 @@ def test_names_are_tinyllamas():
     assert names[1_430_512] == "step-1431k-token-3000B"
 
 
+def test_steps_are_written_in_thousands_from_ten_thousand_on():
+    """Below, thousands would hide which step it was."""
+    steps = Steps(20_000 * 1024, 1024)
+    names = milestone_names([1_500, 9_999, 20_000], steps)
+    assert list(names.values()) == ["step-1500-token-2M", "step-9999-token-10M", "step-20k-token-20M"]
+    assert milestone_names([10_000], steps) == {10_000: "step-10k-token-10M"}
+
+
 def test_small_names_keep_apart():
     assert list(milestone_names([147, 293, 440, 586], Steps(1_200_000, 2048)).values()) == [
         "step-147-token-0.3M", "step-293-token-0.6M", "step-440-token-0.9M", "step-586-token-1.2M",
