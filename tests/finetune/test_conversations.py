@@ -163,3 +163,13 @@ def test_longer_than_the_context(tmp_path, tokenizer_folder):
     ):
         render_all(tokenizer, conversations, 64)
     assert len(render_all(tokenizer, conversations, 64, drop_overlong=True)) == 1
+
+
+def test_a_conversation_of_exactly_the_longest_length_stays(tmp_path, tokenizer_folder):
+    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer.chat_template = load_template("llama2")
+    conversations = read_conversations(rows(tmp_path / "a.jsonl", GOOD))
+    length = len(tokenizer.apply_chat_template(GOOD, return_dict=False))
+    assert [len(r.input_ids) for r in render_all(tokenizer, conversations, length)] == [length]
+    with pytest.raises(InputError, match=f"data.max_length {length - 1}"):
+        render_all(tokenizer, conversations, length - 1)
