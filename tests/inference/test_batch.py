@@ -102,6 +102,13 @@ class TestDraws:
             assert by_key(model, tokenizer, wanted, 3, sampling, **other) != found[0]
         assert by_key(model, tokenizer, wanted, 3, sampling) != by_key(model, tokenizer, wanted, 3, sampling)
 
+    @pytest.mark.parametrize("seed", [5, None])
+    def test_equal_prompts_are_continued_differently(self, random_model, seed):
+        model, tokenizer = random_model
+        wanted = [Request(key, [1, 7, 8], 12) for key in range(6)]
+        found = by_key(model, tokenizer, wanted, 4, Sampling(1.3, 1.0), seed=seed)
+        assert len({tuple(completion.ids) for completion in found.values()}) == 6
+
     def test_have_the_distribution(self):
         """200 000 draws among probabilities from a half to a thousandth, one of them 0: each within 4.5 deviations."""
         probabilities = torch.tensor([0.5, 0.2, 0.0, 0.15, 0.1, 0.049, 0.001], dtype=torch.float64)
