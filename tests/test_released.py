@@ -1,9 +1,13 @@
 """The registry against the published facts."""
 
+import json
+import shutil
+
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
-from tinyllama_hf import released
+from tinyllama_hf import TinyLlamaConfig, TinyLlamaTokenizer, load_tokenizer, released
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.released import intermediate_checkpoint, local_folder, tables
 
@@ -73,3 +77,26 @@ def test_every_intermediate_checkpoint_has_a_name_and_withdrawn_ones_have_none()
 def test_intermediate_checkpoints_that_do_not_exist(name, message):
     with pytest.raises(InputError, match=message):
         local_folder(name)
+
+
+def test_a_tokenizer_is_that_of_the_revision(tokenizer_folder, tmp_path, monkeypatch):
+    """Two branches of a repository in the Hub's cache, told apart by a setting of their tokenizers."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--me--model"
+    (repository / "refs").mkdir(parents=True)
+    for number, branch in enumerate(("main", "step-2"), start=1):
+        (repository / "refs" / branch).write_text(str(number) * 40)
+        snapshot = repository / "snapshots" / (str(number) * 40)
+        snapshot.mkdir(parents=True)
+        shutil.copy(tokenizer_folder / "tokenizer.model", snapshot)
+        (snapshot / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 100 * number}))
+        TinyLlamaConfig.preset("micro").save_pretrained(snapshot)
+    assert load_tokenizer("me/model").model_max_length == 100
+    assert load_tokenizer("me/model@step-2").model_max_length == 200
+    for loader in (TinyLlamaTokenizer, AutoTokenizer):
+        assert loader.from_pretrained("me/model").model_max_length == 100
+        assert loader.from_pretrained("me/model", revision="step-2").model_max_length == 200
+    folder = repository / "snapshots" / ("1" * 40)
+    assert TinyLlamaTokenizer.from_pretrained(folder, revision="step-2").model_max_length == 100, "a folder has one"

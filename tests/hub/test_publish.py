@@ -7,13 +7,14 @@ import socket
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 
 from tests.hub.conftest import files_on_hub, put_on_hub
 from tests.local_hub.accounts import FINE_REPOSITORY, FINE_TOKEN, READ_TOKEN, WRITE_TOKEN
 from tests.local_hub.server import LocalHub
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.hub.publish import plan_revisions, publish
+from tinyllama_hf.hub.access import explain_errors
+from tinyllama_hf.hub.publish import Revision, _heads, _upload, plan_revisions, publish
 
 
 REPO = "demo/micro"
@@ -220,6 +221,22 @@ def test_other_content_of_equal_size_is_sent(run, online, monkeypatch, name, old
     for dry_run in (True, False):
         assert [published.changed for published in publish(run, REPO, dry_run=dry_run)] == [[], [], [name]]
     assert files_on_hub(online, REPO)["main"][name] == right
+
+
+def test_what_was_pushed_meanwhile_is_not_overwritten(online):
+    """Between the look at the branches and the commit."""
+    api = HfApi(online.endpoint, token=WRITE_TOKEN)
+    api.create_repo(REPO)
+
+    def upload(heads, text):
+        _upload(api, REPO, heads, Revision("main", "step-1", {"README.md": text}), note=lambda line: None)
+
+    upload(_heads(api, REPO, private=False), b"# first\n")
+    heads, before = _heads(api, REPO, private=False), files_on_hub(online, REPO)["main"]
+    put_on_hub(online, REPO, {"theirs.txt": b"theirs"})
+    with pytest.raises(InputError, match=REPO), explain_errors(api, REPO):
+        upload(heads, b"# second\n")
+    assert files_on_hub(online, REPO)["main"] == {**before, "theirs.txt": b"theirs"}
 
 
 class TestRefusals:
