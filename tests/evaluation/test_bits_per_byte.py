@@ -4,18 +4,21 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
+from tinyllama_hf.data.mixture import Mixture
 from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.evaluation.bits_per_byte import HeldOut, bits_per_byte, held_out_documents, summarise, windows
-from tinyllama_hf.evaluation.ladder import score
+from tinyllama_hf.evaluation.ladder import _baselines, score
 from tinyllama_hf.pretrain.config import load_config
 from tinyllama_hf.pretrain.loop import pretrain
+from tinyllama_hf.tokenization_tinyllama import tokenizer_fingerprint
 
 
 @pytest.mark.parametrize("length", [2, 3, 8, 9, 10, 12, 13, 50])
@@ -122,6 +125,36 @@ def test_a_run_beside_counting_models(recipe):
     assert scores["data"][0]["documents"] > 0 and scores["provenance"]["machine"]
     again = score([scores["models"][1]["path"]], [scores["data"][0]["path"]])
     assert again["models"][0]["bits_per_byte"] == scores["models"][1]["bits_per_byte"]
+
+
+def test_counting_models_read_each_block_once(documents, tokenizer_folder, tmp_path):
+    """However often the run had read it: three epochs count as one."""
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": documents[0]}) + "\n")
+    prepare(
+        [str(tmp_path / "a.jsonl")],
+        tokenizer_folder,
+        tmp_path / "data",
+        validation_fraction=0,
+        workers=1,
+        progress=False,
+    )
+    tokenizer = load_tokenizer(tokenizer_folder)
+    mixture = Mixture([tmp_path / "data"], [1.0], 32, 0, tokenizer_fingerprint(tokenizer))
+    tokens = 32 * len(mixture.sources[0])
+    milestones = [tmp_path / f"step-{epochs}" for epochs in (1, 3)]
+    for epochs, milestone in zip((1, 3), milestones, strict=True):
+        milestone.mkdir()
+        (milestone / "provenance.json").write_text(json.dumps({"step": epochs, "tokens": epochs * tokens}))
+    file = SimpleNamespace(scores={"baselines": []}, reused=set(), write=lambda **parts: None)
+    rows = _baselines(mixture, tokenizer, milestones, [HeldOut("b", "", (documents[1],))], file)
+    assert [(row["name"], row["step"]) for row in rows] == [
+        ("unigram", 1),
+        ("5-gram", 1),
+        ("unigram", 3),
+        ("5-gram", 3),
+    ]
+    assert {row["distinct_tokens"] for row in rows} == {tokens}
+    assert [row["bits_per_byte"] for row in rows[:2]] == [row["bits_per_byte"] for row in rows[2:]]
 
 
 def test_refusals(prepared, tmp_path, corpus, tokenizer_folder):

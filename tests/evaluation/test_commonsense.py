@@ -173,6 +173,18 @@ def test_nothing_is_scored_twice_and_another_protocol_is_refused(run, scored, to
     assert output.read_text() == text
 
 
+def test_other_models_of_the_file_keep_their_scores(run, scored, tmp_path):
+    output = tmp_path / "commonsense.json"
+    shutil.copyfile(run / "commonsense.json", output)
+    averages = {row["name"]: row["average"] for row in json.loads(output.read_text())["models"]}
+    assert len(averages) == 2
+    for name in averages:
+        only = score_commonsense([str(run / "milestones" / name)], "embedded:sample", output=output)
+        assert [row["name"] for row in only["models"]] == [name]
+        written = json.loads(output.read_text())["models"]
+        assert {row["name"]: row["average"] for row in written} == averages and len(written) == 2
+
+
 def test_written_after_each_model(run, scored, tmp_path):
     """The second model cannot be read; the first keeps its scores and is left out the next time."""
     (good, bad), output = sorted((run / "milestones").iterdir()), tmp_path / "out.json"

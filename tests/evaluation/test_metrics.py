@@ -66,6 +66,8 @@ def test_stop_rate():
     replies = [[5, 6, 7, 2], [2], [2, 5], [], [8, 9, 2]]
     found = metric.compute(predictions=replies, eos_token_id=2)
     assert found == {"stop_rate": pytest.approx(3 / 5), "median_length": 2.0}, "lengths 3, 0, 2, 0, 2"
+    lengths_3_2_1 = metric.compute(predictions=[[5, 6, 7, 2], [8, 9, 2], [4, 2]], eos_token_id=2)
+    assert lengths_3_2_1 == {"stop_rate": 1.0, "median_length": 2.0}, "a stop token at the end is not counted"
     assert metric.compute(predictions=[[1, 2, 3]], eos_token_id=4) == {"stop_rate": 0.0, "median_length": 3.0}
     with pytest.raises(ValueError, match="got no reply"):
         metric.compute(predictions=[], eos_token_id=2)
