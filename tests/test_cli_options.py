@@ -1,0 +1,222 @@
+"""Every option of every command and script arrives at the function that does the work, under the right name.
+
+What the functions make of them is tested where they are; here they only note what they are given.
+"""
+
+import functools
+import importlib
+import inspect
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from tests.test_cli import COMMANDS
+
+
+class Arrived(Exception):
+    """Raised by the function that a case ends with."""
+
+
+LOADED = (SimpleNamespace(device="cpu"), SimpleNamespace(chat_template=None), "draft")
+LOAD = {"model": "m", "dtype": "bf16", "device": "cpu", "quantization": "nf4", "draft": "d", "adapter": "a"}
+LOADING = "--dtype bf16 --device cpu --quantization nf4 --adapter a"
+SAMPLING = "--temperature 0.5 --top-p 0.6 --max-new-tokens 7"
+# Words of a call -> functions in the order of their calls: what they return (nothing: the case ends there), and arguments.
+CASES = {
+    "tokenizer train x --output o --vocab-size 300 --text-column body --overwrite": {
+        "tinyllama_hf.data.sources.open_sources": ("opened", {"sources": ["x"], "text_column": "body"}),
+        "tinyllama_hf.data.tokenizer.train_tokenizer": (None, {"vocab_size": 300, "output": Path("o"), "overwrite": True}),
+    },
+    "tokenizer verify . more --against {file} --text x --text-column body --stock": {
+        "tinyllama_hf.data.sources.open_sources": ("opened", {"sources": ["more"], "text_column": "body"}),
+        "transformers.AutoTokenizer.from_pretrained": ("stock", {}),
+        "tinyllama_hf.data.tokenizer.verify_tokenizer": (None, {"tokenizer": "stock", "reference": Path("{file}")}),
+    },
+    "prepare x --tokenizer t --output o --separator bos --validation-fraction 0.1 --sample-fraction 0.2 --text-column body "
+    "--where a==1 --workers 3": {
+        "tinyllama_hf.data.prepare.prepare": (None, {
+            "sources": ["x"], "tokenizer": "t", "output": Path("o"), "separator": "bos", "validation_fraction": 0.1,
+            "sample_fraction": 0.2, "text_column": "body", "where": "a==1", "workers": 3,
+        }),
+    },
+    "prepare x --tokenizer t --output o --dry-run": {"tinyllama_hf.data.prepare.plan": (None, {"tokenizer": "t"})},
+    "prepare --check c": {"tinyllama_hf.data.shards.check_contents": (None, {"folder": Path("c")})},
+    "plan {recipe} training.seed=77 --devices 2 --device h100 --mfu 0.3": {
+        "tinyllama_hf.pretrain.plan.plan": (None, {"config.training.seed": 77, "num_devices": 2,
+                                                   "device.name": "NVIDIA H100 80GB HBM3", "mfu": 0.3}),
+    },
+    "eval m --data x --data y --baselines --output o --rescore --quantization nf4 --device cpu": {
+        "tinyllama_hf.evaluation.ladder.score": (None, {
+            "models": ["m"], "data": ["x", "y"], "baselines": True, "output": Path("o"), "rescore": True,
+            "quantization": "nf4", "device": "cpu",
+        }),
+    },
+    "eval m --watch --every 9 --output o --rescore --quantization nf4 --device cpu": {
+        "tinyllama_hf.evaluation.ladder.watch": (None, {
+            "run": Path("m"), "every_seconds": 9, "output": Path("o"), "rescore": True, "quantization": "nf4", "device": "cpu",
+        }),
+    },
+    "eval m n --task commonsense --data x --limit 5 --batch-size 3 --samples s --output o --published v1.1 "
+    "--quantization nf4 --device cpu": {
+        "tinyllama_hf.evaluation.commonsense.score_commonsense": ("scores", {
+            "models": ["m", "n"], "data": "x", "limit": 5, "batch_size": 3, "samples": Path("s"), "output": Path("o"),
+            "quantization": "nf4", "device": "cpu",
+        }),
+        "tinyllama_hf.evaluation.table.table_lines": (None, {"scores": "scores", "published.name": "v1.1"}),
+    },
+    "eval m --task replies --data x --limit 5 --max-new-tokens 7 --quantization nf4 --device cpu": {
+        "tinyllama_hf.evaluation.replies.score": (None, {
+            "models": ["m"], "data": "x", "limit": 5, "max_new_tokens": 7, "quantization": "nf4", "device": "cpu",
+        }),
+    },
+    "report r --output o --prompt p --prompt q --stages s --chat c": {
+        "tinyllama_hf.report.page.write_report": (None, {
+            "run": Path("r"), "output": Path("o"), "prompts": ["p", "q"], "stages": Path("s"), "chat": Path("c"),
+        }),
+    },
+    f"generate m text {SAMPLING} --seed 5 --draft d {LOADING}": {
+        "tinyllama_hf_cli.inference.load_model": (LOADED, LOAD),
+        "tinyllama_hf.inference.generation.ExactTextStreamer": ("streamer", {"tokenizer": LOADED[1]}),
+        "tinyllama_hf.inference.generation.generate_text": (None, {
+            "prompt": "text", "temperature": 0.5, "top_p": 0.6, "max_new_tokens": 7, "seed": 5, "draft": "draft",
+        }),
+    },
+    f"generate m --input i --output o --batch-size 3 --engine batch {SAMPLING} --seed 5 --draft d {LOADING}": {
+        "tinyllama_hf_cli.inference.generate_file": (None, {
+            "model": "m", "source": Path("i"), "output": Path("o"), "batch_size": 3, "engine": "batch", "seed": 5, "draft": "d",
+            "adapter": "a", "sampling.temperature": 0.5, "sampling.top_p": 0.6, "sampling.max_new_tokens": 7,
+            "weights": {"dtype": "bf16", "quantization": "nf4"}, "load.args": tuple(LOAD.values()),
+        }),
+    },
+    f"chat m --system s {SAMPLING} --seed 5 --draft d {LOADING}": {
+        "tinyllama_hf_cli.inference.load_model": (LOADED, LOAD),
+        "tinyllama_hf.inference.chat.ChatSession": (None, {
+            "system": "s", "sampling.temperature": 0.5, "sampling.top_p": 0.6, "sampling.max_new_tokens": 7, "seed": 5,
+            "draft": "draft",
+        }),
+    },
+    f"serve m --host h --port 9 --template llama2 {LOADING}": {
+        "tinyllama_hf.inference.serving.bind": ("bound", {"host": "h", "port": 9}),
+        "tinyllama_hf_cli.serving.load_model": (LOADED, {**LOAD, "draft": None}),
+        "tinyllama_hf.inference.serving.build_app": (None, {
+            "name": "m", "tokenizer.chat_template": (ROOT / "tinyllama_hf" / "chat" / "llama2.jinja").read_text(),
+        }),
+    },
+    "memory micro --batch 3 --context 50 --quantization nf4 --dtype fp32 --cache fp8 --device 16GB": {
+        "tinyllama_hf.inference.memory.memory": ("found", {
+            "batch": 3, "context": 50, "setup.quantization": "nf4", "setup.dtype": torch.float32, "setup.cache": "fp8",
+        }),
+        "tinyllama_hf.inference.memory.lines": ([], {"found": "found"}),
+        "tinyllama_hf.inference.memory.fit_lines": (None, {"found": "found", "available": 16 * 10**9}),
+    },
+    "convert s --to llama --output o --dtype bf16 --max-shard-size 2GB --vocab-rows 9 --config c --calibration x "
+    "--calibration y --force": {
+        "tinyllama_hf.conversion.convert.convert": (None, {
+            "source": "s", "to": "llama", "output": Path("o"), "dtype": "bf16", "max_shard_size": "2GB", "vocab_rows": 9,
+            "config": Path("c"), "calibration": [Path("x"), Path("y")], "check": None, "force": True,
+        }),
+    },
+    "convert s --to llama --output o --sanity": {
+        "tinyllama_hf.conversion.convert.convert": (None, {"check.__name__": "<lambda>", "force": False}),
+    },
+    "verify x y --text t --tolerance 0.5 --tensors --config c": {
+        "tinyllama_hf.conversion.verify.compare_tensors": ([], {"a": "x", "b": "y", "config": Path("c")}),
+        "tinyllama_hf.conversion.verify.verify": (None, {
+            "a": "x", "b": "y", "text": Path("t"), "tolerance": 0.5, "config": Path("c"),
+        }),
+    },
+    "publish r --repo me/x --private --license mit --dry-run": {
+        "tinyllama_hf.hub.publish.publish": (None, {
+            "run": Path("r"), "repo": "me/x", "private": True, "license": "mit", "dry_run": True,
+        }),
+    },
+    "pretrain.py {recipe} training.seed=77 --overwrite --measure-peak": {
+        "tinyllama_hf.pretrain.loop.pretrain": (None, {
+            "config.training.seed": 77, "overwrite": True, "dry_run": False, "measure_peak": True,
+        }),
+    },
+    "pretrain.py {recipe} --dry-run": {
+        "tinyllama_hf.pretrain.loop.pretrain": (None, {"overwrite": False, "dry_run": True, "measure_peak": False}),
+    },
+    "sft.py {sft} training.seed=77 --overwrite": {
+        "tinyllama_hf.finetune.sft.finetune": (None, {"config.training.seed": 77, "overwrite": True, "dry_run": False}),
+    },
+    "sft.py {sft} --dry-run": {
+        "tinyllama_hf.finetune.sft.finetune": (None, {"overwrite": False, "dry_run": True}),
+    },
+}  # fmt: skip
+
+
+def run(words: list[str], monkeypatch) -> None:
+    if words[0].endswith(".py"):
+        monkeypatch.setattr("sys.argv", words)
+        runpy.run_path(str(ROOT / "recipes" / words[0]))["main"]()
+    else:
+        name = command_of(words)
+        COMMANDS[name].main(words[len(name) :], standalone_mode=False)
+
+
+def command_of(words: list[str]) -> tuple[str, ...]:
+    return next(name for name in COMMANDS if tuple(words[: len(name)]) == name)
+
+
+@pytest.mark.parametrize("words", CASES, ids=lambda words: words.split(" --")[0])
+def test_options_arrive(words, tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("")
+    recipes = {
+        "{recipe}": ROOT / "recipes" / "pretrain" / "micro.yaml",
+        "{sft}": ROOT / "recipes" / "sft" / "full.yaml",
+    }
+    fill = {"{file}": str(file), **{name: str(path) for name, path in recipes.items()}}
+    given: dict[str, dict] = {}
+    for target, (result, _) in CASES[words].items():
+        owner, _, name = target.rpartition(".")
+        try:
+            holder = importlib.import_module(owner)
+        except ModuleNotFoundError:  # a class
+            module, _, kind = owner.rpartition(".")
+            holder = getattr(importlib.import_module(module), kind)
+        monkeypatch.setattr(holder, name, _recorder(target, getattr(holder, name), result, given))
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # `convert` ends like Ctrl-C at others
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Arrived):
+        run([fill.get(word, word) for word in words.split()], monkeypatch)
+    for target, (_, expected) in CASES[words].items():
+        for path, value in expected.items():
+            first, *rest = path.split(".")
+            found = functools.reduce(getattr, rest, given[target][first])
+            assert found == (Path(fill[str(value)]) if str(value) in fill else value), (target, path)
+
+
+def _recorder(target, function, result, given):
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def record(*args, **kwargs):
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given[target] = bound.arguments
+        if result is None:
+            raise Arrived
+        return result
+
+    return record
+
+
+def test_no_option_is_left_out():
+    seen = {name: set() for name in COMMANDS}
+    for words in (case.split() for case in CASES if ".py" not in case):
+        seen[command_of(words)] |= {word for word in words if word.startswith("--")}
+    for name, command in COMMANDS.items():
+        options = {
+            option
+            for parameter in command.params
+            if parameter.param_type_name == "option"
+            for option in parameter.opts
+        }
+        assert seen[name] == options - {"--help"}, name
