@@ -224,6 +224,10 @@ def test_folded_scales_change_nothing_but_the_rounding(fields, tokenizer_folder,
             old = {name: weight.clone() for name, weight in weights.items()}
             scale_layer(model.config, weights, seen, GROUP_SIZE)
             assert all(not torch.equal(old[name], weights[name]) for name in weights), "some weight was left out"
+            again = observe_layer(model.config, weights, before.hidden_states[i].clone())
+            for producer, inputs in seen.items():  # by which the clipping judges
+                scale = inputs.gram.abs().max()
+                assert torch.allclose(inputs.gram / scale, again[producer].gram / scale, atol=1e-4), producer
         assert torch.allclose(model(input_ids=ids).logits, before.logits, atol=1e-4)
 
 

@@ -9,6 +9,7 @@ from transformers import LlamaForCausalLM
 
 from tests.conversion import layouts
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, convert, verify
+from tinyllama_hf.conversion.lit_gpt import config_from_fields
 from tinyllama_hf.conversion.sources import open_checkpoint
 from tinyllama_hf.errors import InputError
 
@@ -90,6 +91,14 @@ def test_shapes_of_a_preset_need_no_configuration_others_do(micro, tmp_path):
         open_checkpoint(tmp_path / "other.pth")
     (tmp_path / "elsewhere.json").write_text(json.dumps(layouts.lit_gpt_fields(other)))
     assert open_checkpoint(tmp_path / "other.pth", tmp_path / "elsewhere.json").config.intermediate_size == 384
+
+
+def test_what_lit_gpts_files_leave_out():
+    """The defaults of lit-gpt's `Config`."""
+    config = config_from_fields({"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 128}, "a file", 256)
+    assert config.num_key_value_heads == 4 and config.head_dim == 16 and config.intermediate_size == 4 * 64
+    assert config.rms_norm_eps == 1e-5 and config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
+    assert config.max_position_embeddings == 128 and config.vocab_size == 256
 
 
 def test_condensed_rotary_becomes_scaling(micro, tmp_path):
