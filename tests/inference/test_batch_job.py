@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -261,6 +262,22 @@ class TestGoingOn:
         write(source, {"prompt": "another"})
         with pytest.raises(InputError, match=r"\(input of other contents; prompts of other contents\)"):
             self.open(chat_folder, source)
+
+    @pytest.mark.parametrize(
+        ("file", "key", "value"),
+        [("config.json", "rms_norm_eps", 1e-4), ("generation_config.json", "repetition_penalty", 1.5)],
+    )
+    def test_other_settings_of_the_model_are_refused(
+        self, chat_folder, source, monkeypatch, tmp_path, file, key, value
+    ):
+        self.interrupt(self.open(chat_folder, source), chat_folder, monkeypatch)
+        folder = Path(shutil.copytree(chat_folder, tmp_path / "copy"))
+        (folder / "README.md").write_text("decides nothing")
+        assert self.open(folder, source).pending
+        fields = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**fields, key: value}))
+        with pytest.raises(InputError, match=r"\(model of other contents\)"):
+            self.open(folder, source)
 
     def test_what_lies_there_is_not_replaced(self, chat_folder, source, tmp_path):
         output = write(source.with_name("out.jsonl"), "something else")

@@ -11,6 +11,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LogitsProcessor,
+    MaxLengthCriteria,
     MistralConfig,
     MistralForCausalLM,
     StoppingCriteria,
@@ -21,6 +22,8 @@ from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_token
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.inference.draft_length import AdaptiveDraftLength
 from tinyllama_hf.inference.proposals import PromptLookup, first_layers
+from tinyllama_hf.inference.ragged_cache import check_full_attention
+from tinyllama_hf.inference.rows import Rows
 from tinyllama_hf.inference.speculative import SpeculativeOutput
 
 from .exactness import first_difference, left_padded
@@ -405,6 +408,13 @@ class TestScores:
         assert output.logits is None and len(output.scores) == 3
 
 
+def test_a_text_drafts_what_followed_the_longest_match_and_of_several_the_latest():
+    prompts = torch.tensor([[3, 4, 1, 2, 9, 1, 2, 8, 1, 2], [5, 1, 2, 7, 1, 2, 6, 5, 1, 2], list(range(10))])
+    rows = Rows(prompts, None, StoppingCriteriaList([MaxLengthCriteria(20)]), context=64)
+    proposal = PromptLookup().propose(rows, 2, None, False)
+    assert proposal.tokens.tolist() == [[8, 1], [7, 1], [0, 0]] and proposal.counts.tolist() == [2, 2, 0]
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -492,9 +502,15 @@ class TestRefusals:
         with pytest.raises(InputError, match="rows of 31 tokens are longer than the context of 24"):
             speculative_generate(table, target, **left_padded(PROMPTS), **GREEDY)
         scaled = copy.deepcopy(target)
+        for kind in ("dynamic", "longrope"):
+            scaled.config.rope_parameters = {**scaled.config.rope_parameters, "rope_type": kind}
+            with pytest.raises(InputError, match=f"rotary scaling '{kind}' depends on the longest row"):
+                together(target, scaled)
+        # Of rows without a draft, none of which is longer than the context, only one of them depends on the others.
+        with pytest.raises(InputError, match="rotary scaling 'longrope'"):
+            check_full_attention(scaled, "model", drafts=False)
         scaled.config.rope_parameters = {**scaled.config.rope_parameters, "rope_type": "dynamic"}
-        with pytest.raises(InputError, match="rotary scaling 'dynamic' depends on the longest row"):
-            together(target, scaled)
+        check_full_attention(scaled, "model", drafts=False)
 
     def test_stock_still_refuses_batches(self, target, draft):
         """When it no longer does, look at what it does, and whether ours can go."""
