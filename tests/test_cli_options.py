@@ -31,8 +31,8 @@ CASES = {
         "tinyllama_hf.data.sources.open_sources": ("opened", {"sources": ["x"], "text_column": "body"}),
         "tinyllama_hf.data.tokenizer.train_tokenizer": (None, {"vocab_size": 300, "output": Path("o"), "overwrite": True}),
     },
-    "tokenizer verify . more --against {file} --text x --text-column body --stock": {
-        "tinyllama_hf.data.sources.open_sources": ("opened", {"sources": ["more"], "text_column": "body"}),
+    "tokenizer verify . --against {file} --text x --text-column body --stock": {
+        "tinyllama_hf.data.sources.open_sources": ("opened", {"sources": ["x"], "text_column": "body"}),
         "transformers.AutoTokenizer.from_pretrained": ("stock", {}),
         "tinyllama_hf.data.tokenizer.verify_tokenizer": (None, {"tokenizer": "stock", "reference": Path("{file}")}),
     },

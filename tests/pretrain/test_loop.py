@@ -62,6 +62,8 @@ class TestWhatARunLeavesBehind:
         assert [row["tokens"] for row in rows] == [10 * 1024, 20 * 1024, 30 * 1024]
         assert [row["blocks"] for row in rows] == [[144, 160], [304, 320], [464, 480]]
         assert all(row["tokens_per_second"] > 0 and row["gradient_norm"] > 0 for row in rows)
+        left = [row["seconds_left"] * row["tokens_per_second"] for row in rows]
+        assert left == pytest.approx([20 * 1024, 10 * 1024, 0]), "of the tokens that are still to come"
 
     def test_milestones_are_complete_plain_llama_folders(self, finished):
         milestones = list_milestones(finished)
@@ -126,7 +128,7 @@ class TestArithmetic:
         assert_equal(*map(weights, runs), tolerance=2e-4)
 
     def test_against_a_plain_loop_on_stock_llama(self, recipe):
-        """The whole loop, step by step, against torch and transformers alone; no setting of the optimizer is a default."""
+        """The whole loop, step by step, against torch and transformers alone; no setting of the optimizer is a usual one."""
         betas, eps, decay, clip = (0.8, 0.9), 1e-3, 0.5, 0.25
         output = run(
             recipe, f"optimizer.betas={list(betas)}", f"optimizer.eps={eps}", f"optimizer.weight_decay={decay}",
