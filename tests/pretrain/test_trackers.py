@@ -161,6 +161,18 @@ def test_a_run_that_is_overwritten_begins_another(recipe):
     assert file.read_text() != first
 
 
+def test_settings_name_no_place_of_this_machine(recipe, tmp_path, monkeypatch):
+    """Some trackers send them elsewhere."""
+    sent = {}
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, project, settings, **_: sent.update(settings))
+    config = load_config(recipe, ["logging.trackers=[tensorboard]"])
+    assert str(tmp_path) in str(config.model_dump(mode="json"))
+    start_trackers(Accelerator(cpu=True), config, tmp_path)
+    assert sent["output_dir"] == Path(config.output_dir).name
+    assert sent["training.total_tokens"] == config.training.total_tokens
+    assert str(tmp_path) not in str(sent)
+
+
 def test_a_missing_package_is_known_before_the_first_step(recipe):
     missing = [name for name in ("trackio", "wandb") if importlib.util.find_spec(name) is None]
     if not missing:

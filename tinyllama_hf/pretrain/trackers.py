@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from .. import provenance
 from ..errors import InputError, require
+from ..portable import portable
 from .config import PretrainConfig
 
 
@@ -31,7 +32,8 @@ def start_trackers(accelerator: Accelerator, config: PretrainConfig, output: Pat
 
     Args:
         accelerator (`Accelerator`): made with these trackers, and the run's folder as its project.
-        config (`PretrainConfig`): shown by the trackers as the run's settings.
+        config (`PretrainConfig`): shown by the trackers as the run's settings, without absolute paths and the names of
+            user and host, as some of them send it elsewhere. (wandb records user and host itself.)
         output (`Path`): folder of the run, which exists.
         step (`int`, *optional*): after which the run goes on. What tensorboard has of later steps, which a killed
             process logged and which come again, is then no longer shown. wandb keeps the first rows of such steps,
@@ -51,7 +53,7 @@ def start_trackers(accelerator: Accelerator, config: PretrainConfig, output: Pat
             "tensorboard": {} if step is None else {"purge_step": step + 1},
         }
         options = {name: started[name] for name in options}
-    settings = flat(config.model_dump(mode="json", by_alias=True))
+    settings = flat(portable(config.model_dump(mode="json", by_alias=True)))
     try:
         accelerator.init_trackers("tinyllama_hf", settings, init_kwargs=options)
     except Exception as error:  # each tracker has errors of its own
