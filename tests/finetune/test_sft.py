@@ -1,5 +1,6 @@
 """Fine-tuning: what is learned, what is written, and that TRL sees exactly our tokens."""
 
+import hashlib
 import json
 import os
 
@@ -233,6 +234,21 @@ def test_every_key_reaches_the_trainer(recipe, trainer_of):
     assert {key: read(trainer) for key, (_, read) in REACHES.items()} == {
         k: value for k, (value, _) in REACHES.items()
     }
+
+
+def test_the_data_section_reaches_the_run(recipe):
+    """What is held out by the hash of the messages, written out here; how many are longer than half of them."""
+    talks = [json.loads(line)["messages"] for line in (recipe.parent / "talk.jsonl").read_text().splitlines()]
+    digests = [hashlib.sha256(json.dumps(talk, sort_keys=True).encode()).hexdigest() for talk in talks]
+    run = sft.open_run(load_config(recipe, ["data.validation_fraction=0.5"]))
+    held_out = [talk for talk, digest in zip(talks, digests, strict=True) if int(digest, 16) < 0.5 * 16**64]
+    assert [conversation.messages for conversation in run.held_out_conversations] == held_out
+    lengths = sorted(len(rendering.input_ids) for rendering in (*run.train, *run.held_out))
+    overrides = ["data.validation_fraction=0.5", f"data.max_length={lengths[20]}"]
+    dropped = sft.open_run(load_config(recipe, [*overrides, "data.overlong=drop"])).num_dropped
+    assert dropped == sum(length > lengths[20] for length in lengths) > 0
+    with pytest.raises(InputError, match=f"longer than data.max_length {lengths[20]}"):
+        sft.open_run(load_config(recipe, overrides))
 
 
 def test_the_optimizer_follows_the_recipe(recipe):
