@@ -86,10 +86,10 @@ class TinyLlamaConfig(LlamaConfig):
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): a folder, a file, or a Hub id.
-            plain (`bool`, *optional*, defaults to `False`): refuse weights that were saved quantised.
+            plain (`bool`, *optional*, defaults to `False`): refuse weights that were saved quantized.
 
         Raises:
-            InputError: if the model is of another family, or was saved quantised and must not be.
+            InputError: if the model is of another family, or was saved quantized and must not be.
         """
         fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         cls._check_family(fields.get("model_type"))
@@ -105,7 +105,7 @@ class TinyLlamaConfig(LlamaConfig):
 
 
 def refuse_quantized(quantization_config: Any, name: str | os.PathLike | None) -> None:
-    """Refuses weights that are or would be quantised.
+    """Refuses weights that are or would be quantized.
 
     Raises:
         InputError: if there is a configuration of it, naming the function that loads them.
@@ -113,7 +113,7 @@ def refuse_quantized(quantization_config: Any, name: str | os.PathLike | None) -
     if quantization_config is not None:
         raise InputError(
             f"{name}: quantization_config is for tinyllama_hf.load(MODEL, quantization=...), which also loads folders "
-            "that were saved quantised; some processors corrupt such weights otherwise"
+            "that were saved quantized; some processors corrupt such weights otherwise"
         )
 
 

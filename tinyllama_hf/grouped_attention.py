@@ -68,7 +68,10 @@ def gqa_packed_attention(
 
 @contextlib.contextmanager
 def packed_attention(*models: PreTrainedModel) -> Iterator[None]:
-    """Lets models compute attention without copies of keys and values for a while; threads may do so at the same time."""
+    """Lets models compute attention without copies of keys and values for a while; threads may do so at the same time.
+
+    At the end the implementation from before is set again, whatever was set in between.
+    """
     configs = [model.config.get_text_config(decoder=True) for model in models]
     with _lock:
         for config in configs:

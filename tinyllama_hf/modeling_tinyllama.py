@@ -123,7 +123,7 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # See the end of this file. Subclasses are also made by `fully_shard`.
+        # See the end of this file. `fully_shard` makes subclasses too.
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[cls.__name__] = cls.__name__
 
     @can_return_tuple
@@ -209,7 +209,7 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
             and isinstance(self.lm_head, _OutputEmbedding)
             and self.lm_head.computes_loss
             and self.loss_function is ForCausalLMLoss
-            # Their gradients can be differentiated again, and those of the lean loss cannot.
+            # `torch.func.grad` differentiates gradients again, and those of the lean loss have no derivative.
             and not torch._C._are_functorch_transforms_active()
         )
 
@@ -220,13 +220,13 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
 
         Stock assisted generation takes one prompt (5.23). Prompts are padded on the left; `num_assistant_tokens` fixes the
         number of drafted tokens, which is otherwise chosen by what pays. See
-        [`~inference.speculative.speculative_generate`]. Other than in transformers, a draft gives no `output_hidden_states`,
+        [`~inference.speculative.speculative_generate`]. Unlike in transformers, a draft gives no `output_hidden_states`,
         `output_attentions` and cache, and takes no cache, `inputs_embeds` or `assistant_tokenizer`;
         `num_assistant_tokens_schedule` and `assistant_confidence_threshold` are refused as arguments, and have no effect in
         a generation configuration.
 
-        On a CPU sdpa attention is replaced by `gqa_packed` until the call returns: `config._attn_implementation` reads so
-        meanwhile, and an implementation that a callback sets is undone at the end.
+        On a CPU, `gqa_packed` replaces sdpa attention until the call returns: `config._attn_implementation` has this value
+        during the call, and an implementation that a callback sets is undone at the end.
         """
         # Only here does a model reach up, since generating with a draft is a method of models.
         from .inference.speculative import draft_of_generate, speculative_generate
@@ -287,7 +287,7 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
         """Loads any Llama folder or repository, plain or `model_type: tinyllama`; arguments as in transformers.
 
         Raises:
-            InputError: if the model is of another family; if the weights are or would be quantised, which only
+            InputError: if the model is of another family; if the weights are or would be quantized, which only
                 `tinyllama_hf.load` keeps from corruption; or for a `gguf_file`, which `tinyllama_hf.convert` reads.
         """
         if (gguf_file := kwargs.get("gguf_file")) is not None:
