@@ -60,7 +60,7 @@ def compare(stock: unittest.TestCase, ours: unittest.TestCase, difference: str |
     """
     of_stock = run_case(stock)
     if of_stock.state != "passed":
-        pytest.skip(f"stock {of_stock.state}: {of_stock.detail.strip().splitlines()[-1]}")
+        pytest.skip(f"stock {of_stock.state}: {of_stock.detail.strip().rpartition(chr(10))[2]}")
     of_ours = run_case(ours)
     if difference is None and of_ours.state != "passed":
         pytest.fail(f"stock passes, ours {of_ours.state}: {of_ours.detail}", pytrace=False)

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import xdist
 import yaml
 
 
@@ -16,25 +17,29 @@ collect_ignore = ["stand_ins"]
 if FOLDER is not None:
     sys.path.insert(0, FOLDER)
     # The differences are listed for a CPU; each test process has one thread, or they would wait for each other.
-    os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    if FOLDER is None:
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Writes the models of the pipeline tests, which look for them when they are imported."""
+    if FOLDER is None or xdist.is_xdist_controller(session):
         return
     from tiny_models import write_tiny_models
 
     models = tempfile.mkdtemp()
-    config.add_cleanup(lambda: shutil.rmtree(models))
+    session.config.add_cleanup(lambda: shutil.rmtree(models))
     write_tiny_models(Path(models))
     os.environ["TRANSFORMERS_TINY_MODEL_PATH"] = models
 
 
 def pytest_report_header() -> list[str]:
-    """Says where the tests are from, and which were not to be had."""
+    """Names the versions of the tests and the files that are missing."""
     if FOLDER is None:
         return []
     origin = yaml.safe_load((Path(FOLDER) / "origin.yaml").read_text(encoding="utf-8"))
-    source = "the source archive" if origin["checkout"] is None else f"a checkout of {origin['checkout']}"
-    missing = ", ".join(origin["missing"]) or "none"
-    return [f"tests of transformers {origin['version']}, completed from {source}; missing, with stand-ins: {missing}"]
+    checkout = "" if origin["checkout"] is None else f"; checkout of {origin['checkout']}"
+    missing = ", ".join(origin["missing"]) or "nothing"
+    return [
+        f"tests of transformers {origin['version']}{checkout}; stand-ins, as in neither archive nor checkout: {missing}"
+    ]

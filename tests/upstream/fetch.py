@@ -23,6 +23,7 @@ import yaml
 
 
 STAND_INS = Path(__file__).parent / "stand_ins"
+# What the testers import and the source archive lacks.
 NEEDED = sorted(path.relative_to(STAND_INS) for path in STAND_INS.rglob("*.py"))
 
 
@@ -44,16 +45,20 @@ def fetch(folder: Path, checkout: Path | None = None) -> None:
     if of_checkout != version:
         _unpack_archive(version, temporary)
     missing = [path for path in NEEDED if not (temporary / "tests" / path).exists()]
-    for path in missing:
-        (temporary / "tests" / path).parent.mkdir(exist_ok=True)
-        shutil.copyfile(STAND_INS / path, temporary / "tests" / path)
     for package in {path.parent for path in NEEDED}:
+        (temporary / "tests" / package).mkdir(exist_ok=True)
         (temporary / "tests" / package / "__init__.py").touch()
     (temporary / "src" / "transformers").symlink_to(Path(importlib.util.find_spec("transformers").origin).parent)
     origin = {"version": version, "checkout": of_checkout, "missing": [path.as_posix() for path in missing]}
     (temporary / "origin.yaml").write_text(yaml.safe_dump(origin), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+
+
+def add_stand_ins(folder: Path) -> None:
+    """Puts the stand-ins of today where a fetched folder lacks a file."""
+    for path in yaml.safe_load((folder / "origin.yaml").read_text(encoding="utf-8"))["missing"]:
+        shutil.copyfile(STAND_INS / path, folder / "tests" / path)
 
 
 def _version_of(checkout: Path) -> str:
@@ -90,6 +95,7 @@ def main() -> None:
     folder = cache / "tinyllama_hf" / f"transformers-{importlib.metadata.version('transformers')}-tests"
     if checkout is not None or not folder.is_dir():
         fetch(folder, checkout)
+    add_stand_ins(folder)
     print(folder)
 
 
