@@ -1,5 +1,7 @@
 """Models that the tests of quantisation, and those of the server, share."""
 
+import copy
+
 import pytest
 import torch
 
@@ -54,3 +56,26 @@ def client(app):
     from starlette.testclient import TestClient
 
     return TestClient(app, raise_server_exceptions=False, follow_redirects=False)
+
+
+@pytest.fixture(scope="module")
+def target():
+    """A micro model that says something else after every prompt, in fp32; it ends nowhere by itself."""
+    torch.manual_seed(0)
+    config = TinyLlamaConfig.preset("micro", vocab_size=128, max_position_embeddings=64, num_hidden_layers=3)
+    model = TinyLlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@pytest.fixture(scope="module")
+def draft(target):
+    """One that agrees with the target most of the time."""
+    torch.manual_seed(1)
+    made = copy.deepcopy(target)
+    for parameter in made.parameters():
+        parameter.data += 0.03 * torch.randn_like(parameter) * parameter.std()
+    return made
