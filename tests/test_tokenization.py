@@ -162,10 +162,25 @@ class TestFileForms:
         assert loaded.convert_tokens_to_ids(list(added)) == [512, 513]
         assert loaded("<|im_start|>").input_ids == [1, 512]
 
-    def test_padding_is_unk_whatever_the_folder_says(self, tokenizer_folder, tmp_path):
+    @pytest.mark.parametrize(
+        ("declared", "used"),
+        [
+            ("</s>", "<unk>"),
+            ("<s>", "<unk>"),
+            ("<no row>", "<unk>"),
+            ("<pad>", "<pad>"),
+            ({"content": "<pad>"}, "<pad>"),
+        ],
+        ids=str,
+    )
+    def test_padding_is_the_folders_unless_it_begins_or_ends_text(self, tokenizer_folder, tmp_path, declared, used):
         shutil.copy(tokenizer_folder / "tokenizer.model", tmp_path)
-        (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "</s>"}')
-        assert load_tokenizer(tmp_path).pad_token == "<unk>"
+        (tmp_path / "added_tokens.json").write_text('{"<pad>": 512}')
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": declared}))
+        tokenizer = load_tokenizer(tmp_path)
+        assert tokenizer.pad_token == used and len(tokenizer) == 513
+        tokenizer.save_pretrained(tmp_path / "saved")
+        assert load_tokenizer(tmp_path / "saved").pad_token == used
 
     def test_begin_of_sequence_where_stock_llama_wrote_none(self, shared):
         """transformers 5.23 saved this folder; its template adds nothing, without anybody having asked for that."""

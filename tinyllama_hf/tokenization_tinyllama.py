@@ -99,7 +99,7 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
 
     Returns:
         A tokenizer that adds begin-of-sequence as Llama 2 does (unless its folder says otherwise) and pads with
-        `<unk>`. Encode text that is no chat with `split_special_tokens=True`: there a literal `</s>` is text.
+        `<unk>`, or with the folder's padding token unless that begins or ends text. Encode text that is no chat with `split_special_tokens=True`: there a literal `</s>` is text.
 
     Raises:
         InputError: if there is no tokenizer, if it is one of SentencePiece's other kinds, if a file of it is damaged, or
@@ -235,6 +235,7 @@ def _from_gguf(path: Path) -> PreTrainedTokenizerFast:
     backend = _pipeline(vocabulary.ids(), merges_by_score(pieces), special["unk_token"], ())
     backend.add_tokens(vocabulary.added())
     settings = {"add_bos_token": vocabulary.add_bos, "add_eos_token": vocabulary.add_eos}
+    settings |= _padding(vocabulary.special.get("pad_token"), backend, special)
     tokenizer = _wrap(backend, special, None, settings)
     tokenizer.chat_template = vocabulary.chat_template
     return tokenizer
@@ -287,6 +288,7 @@ def _wrap(backend: Tokenizer, special: dict, folder: Path | None, settings: dict
         if config.get(name) is not None:
             value = config[name]
             settings[name] = value["content"] if isinstance(value, dict) else value
+    settings.update(_padding(declared_padding(config), backend, settings))
     tokenizer = TinyLlamaTokenizer(tokenizer_object=backend, clean_up_tokenization_spaces=False, **settings)
     template_file = folder / "chat_template.jinja" if folder else None
     if template_file and template_file.is_file():
@@ -295,6 +297,18 @@ def _wrap(backend: Tokenizer, special: dict, folder: Path | None, settings: dict
     elif config.get("chat_template"):
         tokenizer.chat_template = config["chat_template"]
     return tokenizer
+
+
+def declared_padding(config: Mapping[str, Any]) -> str | None:
+    """The padding token that a `tokenizer_config.json` names."""
+    padding = config.get("pad_token")
+    return padding.get("content") if isinstance(padding, dict) else padding
+
+
+def _padding(declared: str | None, backend: Tokenizer, settings: Mapping[str, Any]) -> dict[str, str]:
+    """The declared padding token, unless it has no id, or is one that begins or ends text: trainers mask padding in labels."""
+    usable = declared is not None and backend.token_to_id(declared) is not None
+    return {"pad_token": declared} if usable and declared not in (settings["bos_token"], settings["eos_token"]) else {}
 
 
 def _separators(post_processor: dict | None, settings: Mapping[str, Any]) -> dict[str, bool]:

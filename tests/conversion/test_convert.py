@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,19 @@ class TestLlama:
             convert(tmp_path / "mixed", target, tmp_path / target)
             back = open_checkpoint(tmp_path / target)
             assert all(back.load(name).equal(tensor) for name, tensor in odd.items())
+
+    @pytest.mark.parametrize("to", ["llama", "litgpt", "gguf-f32"])
+    def test_padding_token(self, source, chat_model, tmp_path, to):
+        """The source's, there and back; one that ends text is replaced, which is said."""
+        assert not [note for note in convert(chat_model, to, tmp_path / "there").notes if "padding" in note]
+        convert(tmp_path / "there", "llama", tmp_path / "back")
+        for folder in (tmp_path / "back", chat_model):
+            assert load_tokenizer(folder).pad_token == "[PAD]"
+        copied = Path(shutil.copytree(source, tmp_path / "source"))
+        fields = json.loads((copied / "tokenizer_config.json").read_text())
+        (copied / "tokenizer_config.json").write_text(json.dumps(fields | {"pad_token": "</s>"}))
+        done = convert(copied, to, tmp_path / "replaced")
+        assert [note for note in done.notes if "'</s>'" in note and "'<unk>' is written" in note]
 
     def test_overflow_of_float16(self, source, tmp_path):
         convert(source, "llama", tmp_path / "large")

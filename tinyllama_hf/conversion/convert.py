@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from .. import provenance
 from ..errors import InputError, did_you_mean
 from ..text import read_text
-from ..tokenization_tinyllama import TinyLlamaTokenizer, load_tokenizer
-from .checkpoint import Checkpoint
+from ..tokenization_tinyllama import TinyLlamaTokenizer, declared_padding, load_tokenizer
+from .checkpoint import EMBEDDING, OUTPUT, Checkpoint
 from .hand_off import HAND_OFF, hand_off_lines
 from .llama_target import write_generation_config, write_llama
 from .sources import open_checkpoint
@@ -206,16 +206,25 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
     """A token without an embedding row would end the program that reads it."""
     if checkpoint.tokenizer is None:
         return
-    number, rows = len(load_tokenizer(checkpoint.tokenizer)), checkpoint.config.vocab_size
+    tokenizer, rows = load_tokenizer(checkpoint.tokenizer), checkpoint.config.vocab_size
+    number = len(tokenizer)
     if number > rows:
         raise InputError(f"{checkpoint.tokenizer}: the tokenizer has {number:,} tokens, but the model has rows for {rows:,}; it "
                          f"is of another model, or pass --vocab-rows {number}")  # fmt: skip
+    config = checkpoint.tokenizer / "tokenizer_config.json"
+    declared = declared_padding(provenance.read_json(config)) if config.is_file() else None
+    if declared not in (None, tokenizer.pad_token):
+        checkpoint.notes.append(
+            f"padding token {declared!r}: begins or ends text, or has no id; {tokenizer.pad_token!r} is written"
+        )
 
 
 def _check_space(checkpoint: Checkpoint, to: str, dtype: str, output: Path) -> None:
     numbers = {name: tensor.num_bytes // tensor.dtype.itemsize for name, tensor in checkpoint.tensors.items()}
     kind = DTYPES[dtype]
     per_number = {name: _BYTES.get(to) or (kind or checkpoint.tensors[name].dtype).itemsize for name in numbers}
+    if to == "gguf-q4_0":  # whose head is q8_0
+        per_number[OUTPUT if OUTPUT in numbers else EMBEDDING] = _BYTES["gguf-q8_0"]
     needed = int(sum(numbers[name] * per_number[name] for name in numbers))
     parent = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
     free = shutil.disk_usage(parent).free
