@@ -54,7 +54,8 @@ def rounded(name, tensor, kind, config):
         return tensor.to(torch.float16)
     heads = next((n for part, n in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads))
                   if part in name), None)  # fmt: skip
-    rows, number = tensor.float(), GGMLQuantizationType[kind.upper()]
+    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    rows, number = tensor.float(), GGMLQuantizationType["Q8_0" if name == head else kind.upper()]
     rows = to_pairwise(rows, heads) if heads else rows
     rows = torch.from_numpy(dequantize(quantize(rows.numpy(), number), number))
     return to_half_split(rows, heads) if heads else rows
@@ -109,7 +110,8 @@ class TestRoundTrip:
         found, lines = assert_round_trip(checkpoint, tmp_path, kind)
         assert sum(read) == checkpoint.num_bytes and lines == []
         assert found.tokenizer == tmp_path / f"model-{kind}.gguf" and found.config.tie_word_embeddings == tied
-        assert found.notes == ([f"dequantised to float32 from {kind.upper()}"] if kind[0] == "q" else [])
+        types = {"q8_0": "Q8_0", "q4_0": "Q4_0, Q8_0"}
+        assert found.notes == ([f"dequantised to float32 from {types[kind]}"] if kind in types else [])
         ours = logits(loaded(found))
         assert torch.equal(ours, logits(library(found.path)))
         if kind == "f32":

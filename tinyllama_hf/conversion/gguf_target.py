@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from ..errors import InputError, did_you_mean, require
 from ..gguf_tokenizer import NO_TOKENIZER
 from ..tokenization_tinyllama import load_tokenizer
-from .checkpoint import Checkpoint
+from .checkpoint import EMBEDDING, OUTPUT, Checkpoint
 from .gguf_source import BLOCK_NAMES, OUTER_NAMES
 from .gguf_tokenizer import add_tokenizer
 from .rotary import to_pairwise
@@ -42,7 +42,8 @@ def write_gguf(checkpoint: Checkpoint, folder: Path, kind: str, name: str | None
     """Writes `model-{kind}.gguf` into a folder.
 
     Vectors stay float32, as llama.cpp has them. Matrices get the type of the file by the reference of the package
-    `gguf`; those whose rows do not divide into its blocks are written as float16. Memory holds one tensor at a time.
+    `gguf`; those whose rows do not divide into its blocks are written as float16. In q4_0 the matrix that gives the logits,
+    which is the embedding where both are tied, is q8_0: see benchmarks/gguf_head.py. Memory holds one tensor at a time.
 
     Args:
         kind (`str`): `"f32"`, `"f16"`, `"bf16"`, `"q8_0"` or `"q4_0"`.
@@ -81,12 +82,18 @@ def write_gguf(checkpoint: Checkpoint, folder: Path, kind: str, name: str | None
     return lines
 
 
+def head_type(kind: str) -> str:
+    """The type of the matrix that gives the logits: llama.cpp's quantizer keeps more of it than 4 bit, too."""
+    return "Q8_0" if kind == "q4_0" else KINDS[kind][0]
+
+
 def _plan(checkpoint: Checkpoint, kind: str) -> list[_Planned]:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    config, wanted = checkpoint.config, GGMLQuantizationType[KINDS[kind][0]]
+    config, head = checkpoint.config, OUTPUT if OUTPUT in checkpoint.tensors else EMBEDDING
     planned = []
     for name, tensor in checkpoint.tensors.items():
+        wanted = GGMLQuantizationType[head_type(kind) if name == head else KINDS[kind][0]]
         gguf_name, heads = _NAMES.get(name), None
         if gguf_name is None:
             _, _, number, part = name.removesuffix(".weight").split(".", 3)
