@@ -129,7 +129,7 @@ def test_stop_strings(client, local):
         (lambda c: c.chat.completions.create(model="my-model", messages=["x"]), "messages: must be a list of"),
         (lambda c: c.chat.completions.create(model="my-model", messages=[{"role": "user", "content": [
             {"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "data:"}}]}]),
-         "holds a part of type 'image_url'"),
+         "content part 1 (type 'image_url')"),
         (lambda c: chat(c, "x", "y"), "messages end with the role 'assistant'"),
         (lambda c: chat(c), "messages: is empty"),
         (lambda c: c.chat.completions.create(model="my-model", messages=[{"role": "tool", "content": "x"}]),

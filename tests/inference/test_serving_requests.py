@@ -48,9 +48,9 @@ FIELDS = [
     (b"[" * 100_000, "There was an error parsing the body"),
 ]  # fmt: skip
 CONVERSATIONS = [
-    ("chat/completions", {"messages": [{"role": "user", "content": 5}]}, "messages, message 0: content must be a text, or a list"),
-    ("chat/completions", {"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "content must be a text, or a list"),
-    ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content must be a text, or a list"),
+    ("chat/completions", {"messages": [{"role": "user", "content": 5}]}, "messages, message 0: content is int"),
+    ("chat/completions", {"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "content part 0 (type None)"),
+    ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content part 0 (type 'text')"),
     ("chat/completions", {"messages": [{"role": "assistant", "content": "x", "tool_calls": [5]}]}, "messages, message 0: tool_calls"),
     ("chat/completions", {"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs: is not supported"),
     ("chat/completions", {"max_completion_tokens": "x"}, "max_completion_tokens 'x': must be a valid integer"),

@@ -6,7 +6,7 @@ from typing import Any
 from ..errors import InputError, did_you_mean
 
 
-_TEXT_PARTS = ("text", "input_text", "output_text")
+TEXT_PARTS = ("text", "input_text", "output_text")
 _ROW = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
 # Names under which data sets say whether a message is learned: OpenAI's, and those of other trainers.
 _LEARNED = {"weight": (0, 1), "train": (False, True), "training": (False, True)}
@@ -34,6 +34,28 @@ def read_messages(row: Any, where: str) -> list[dict[str, Any]]:
     return [_message(message, f"{where}, message {number}") for number, message in enumerate(messages)]
 
 
+def content_text(content: Any, where: str) -> str:
+    """The text of a message's content; parts are joined with a space, as transformers' server (5.23) joins them.
+
+    Args:
+        content (`Any`): a text, or a list of text parts.
+        where (`str`): names the message in errors.
+
+    Raises:
+        InputError: if it is something else.
+    """
+    if isinstance(content, str):
+        return content
+    rule = 'this model reads a text, or a list of {"type": "text", "text": "..."}'
+    if not isinstance(content, list):
+        raise InputError(f"{where}: content is {'null' if content is None else type(content).__name__}; {rule}")
+    for number, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if not isinstance(part, Mapping) or kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
+            raise InputError(f"{where}: content part {number} (type {kind!r}) has no text; {rule}")
+    return " ".join(part["text"] for part in content)
+
+
 def is_learned(message: Mapping[str, Any]) -> bool:
     """Whether a message is a reply that a model is to learn."""
     return message["role"] == "assistant" and message.get("weight", 1) != 0
@@ -58,7 +80,7 @@ def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"{where}: key {unknown[0]!r} is not supported{did_you_mean(unknown[0], _KEYS)}; remove the key, or the "
             "conversation if it needs it"
         )
-    found = {"role": message.get("role"), "content": _content(message.get("content"), where)}
+    found = {"role": message.get("role"), "content": content_text(message.get("content"), where)}
     learned = _learned(given, where)
     if learned and found["role"] != "assistant":
         key = next(key for key in _LEARNED if key in given)
@@ -67,28 +89,6 @@ def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
             "learned: remove the key"
         )
     return {**found, "weight": 0} if learned is False and found["role"] == "assistant" else found
-
-
-def _content(content: Any, where: str) -> Any:
-    """The text of a content; as the server does, parts are joined with a space."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        shown = "null" if content is None else type(content).__name__
-        raise InputError(
-            f"{where}: content is {shown}, not a text or a list of text parts; fix or remove the conversation"
-        )
-    for number, part in enumerate(content):
-        if (
-            not isinstance(part, Mapping)
-            or part.get("type") not in _TEXT_PARTS
-            or not isinstance(part.get("text"), str)
-        ):
-            raise InputError(
-                f'{where}: content part {number} is not a text; a part is {{"type": "text", "text": "..."}}, and '
-                "this model reads text alone"
-            )
-    return " ".join(part["text"] for part in content)
 
 
 def _learned(message: Mapping[str, Any], where: str) -> bool | None:

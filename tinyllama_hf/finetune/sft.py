@@ -108,7 +108,7 @@ def open_run(config: FinetuneConfig, overwrite: bool = False) -> Run:
     base = model_folder(config.model.path)
     tokenizer = load_tokenizer(base)
     template = choose_template(tokenizer, config.chat.template, config.model.path)
-    context = AutoConfig.from_pretrained(base).max_position_embeddings
+    context = AutoConfig.from_pretrained(base, trust_remote_code=False).max_position_embeddings
     if config.data.max_length > context:
         raise InputError(
             f"data.max_length: {config.data.max_length} is longer than the model's context of {context}; lower it"

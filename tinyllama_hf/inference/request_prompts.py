@@ -5,13 +5,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from ..chat.messages import TEXT_PARTS, content_text
 from ..errors import InputError
 from .prompts import chat_ids
 from .request_fields import Limits
 
 
-_TEXT_PARTS = ("text", "input_text", "output_text")
-_OTHER_MEDIA = ("image", "audio", "video", "file")
 # `name` does not reach the template; `type`, `id` and `status` come from answers that clients send back.
 _MESSAGE_FIELDS = {"role", "content", "name", "type", "id", "status"}
 _FORM = 'must be a list of {"role": "...", "content": "..."}'
@@ -82,8 +81,8 @@ def _conversation(given: Any, field: str, limits: Limits) -> list[dict[str, Any]
         raise InputError(
             f"{field}: {len(given)} messages; must be at most {limits.context}, the model's context in tokens"
         )
-    if field == "input" and given and all("role" not in item and item.get("type") in _TEXT_PARTS for item in given):
-        return [{"role": "user", "content": _text(given, field)}]  # the parts of one message
+    if field == "input" and given and all("role" not in item and item.get("type") in TEXT_PARTS for item in given):
+        return [{"role": "user", "content": content_text(given, field)}]  # the parts of one message
     return [_message(item, f"{field}, message {number}") for number, item in enumerate(given)]
 
 
@@ -95,20 +94,4 @@ def _message(item: dict[str, Any], where: str) -> dict[str, Any]:
     if "role" not in item:
         raise InputError(f"{where}: has no role; {_FORM}")
     role = "system" if item["role"] == "developer" else item["role"]  # its newer name at OpenAI
-    return {"role": role, "content": _text(item.get("content"), where)}
-
-
-def _text(content: Any, where: str) -> str:
-    """A content as one text, its parts joined by spaces as in transformers' server."""
-    if isinstance(content, str):
-        return content
-    kinds = (
-        [part.get("type") if isinstance(part, dict) else None for part in content] if isinstance(content, list) else []
-    )
-    if other := [kind for kind in kinds if any(medium in str(kind) for medium in _OTHER_MEDIA)]:
-        raise InputError(f"{where}: holds a part of type {other[0]!r}, and this model reads only text")
-    if not isinstance(content, list) or not all(
-        kind in _TEXT_PARTS and isinstance(part.get("text"), str) for kind, part in zip(kinds, content, strict=True)
-    ):
-        raise InputError(f'{where}: content must be a text, or a list of {{"type": "text", "text": "..."}}')
-    return " ".join(part["text"] for part in content)
+    return {"role": role, "content": content_text(item.get("content"), where)}
