@@ -16,15 +16,9 @@ from ..released import TOKENIZER_FILES, local_folder
 from ..tokenization_tinyllama import load_tokenizer
 
 
-# Of which axis of a saved tensor the size is that of the vocabulary.
-_VOCABULARY_AXES = {
-    "embed_tokens.weight": 0,
-    "embed_tokens.base_layer.weight": 0,
-    "embed_tokens.lora_embedding_A": 1,
-    "lm_head.weight": 0,
-    "lm_head.base_layer.weight": 0,
-    "lm_head.lora_B.weight": 0,
-}
+# Whole matrices, in the spellings that PEFT saves them under.
+_EMBEDDING = (".embed_tokens.weight", ".embed_tokens.base_layer.weight")
+_HEAD = (".lm_head.weight", ".lm_head.base_layer.weight")
 
 
 def adapter_folder(path_or_id: str | os.PathLike) -> Path:
@@ -120,15 +114,14 @@ def add_adapter(model: PreTrainedModel, folder: Path, num_tokens: int = 0, train
 
 
 def _resize(model: PreTrainedModel, weights: dict[str, torch.Tensor], num_tokens: int, folder: Path) -> None:
-    """Gives the embeddings the rows that the adapter has weights for."""
-    rows = {
-        tensor.shape[axis]
-        for name, tensor in weights.items()
-        for end, axis in _VOCABULARY_AXES.items()
-        if name.endswith(f".{end}")
-    }
-    if len(rows) == 1 and rows != {model.config.vocab_size}:
-        model.resize_token_embeddings(*rows, mean_resizing=False)  # every row is replaced
+    """Gives the embeddings the rows that the adapter has, where it has all of them: new rows are random otherwise."""
+    rows, head_rows = ({len(t) for name, t in weights.items() if name.endswith(ends)} for ends in (_EMBEDDING, _HEAD))
+    if (
+        len(rows) == 1
+        and (rows == head_rows or model.config.tie_word_embeddings)
+        and rows != {model.config.vocab_size}
+    ):
+        model.resize_token_embeddings(*rows, mean_resizing=False)
         model.eval()
     if num_tokens > model.config.vocab_size:
         raise InputError(
