@@ -162,7 +162,15 @@ def _download(repository: str, revision: str | None, only: Sequence[str] | None)
         if index:
             snapshot_download(repository, revision=folder.name, allow_patterns=[index])
         if index and (folder / index).is_file():
-            shards = sorted(set(read_json(folder / index)["weight_map"].values()))
+            shards = _shards(folder / index)
             snapshot_download(repository, revision=folder.name, allow_patterns=shards)
             break
     return folder
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: damaged, it has no weight_map; fetch the repository again")
+    return sorted(set(weight_map.values()))

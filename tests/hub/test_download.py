@@ -59,7 +59,10 @@ for name, files in repositories.items():
     found[name] = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 file = local_folder("demo/gguf/model-q8_0.gguf")
 found["named"] = [file.read_text(), *sorted(path.name for path in file.parent.iterdir() if "gguf" in path.name)]
-for name in ("demo/gguf/model-q5_0.gguf", "demo/gguf@nowhere"):
+api.create_repo("demo/damaged")
+damaged = [CommitOperationAdd("model.safetensors.index.json", b"{}")]
+api.create_commit("demo/damaged", damaged, commit_message="all")
+for name in ("demo/gguf/model-q5_0.gguf", "demo/gguf@nowhere", "demo/damaged"):
     try:
         local_folder(name)
     except InputError as error:
@@ -84,3 +87,4 @@ def test_exactly_what_is_needed(python):
     assert found["named"] == ['"model-q8_0.gguf"', "model-q8_0.gguf"]
     assert "has no file model-q5_0.gguf" in found["demo/gguf/model-q5_0.gguf"]
     assert "cannot be fetched from the Hub (RevisionNotFoundError" in found["demo/gguf@nowhere"]
+    assert "model.safetensors.index.json: damaged" in found["demo/damaged"]

@@ -13,6 +13,7 @@ from ..errors import InputError, require
 from ..progress import quiet_bitsandbytes
 from ..provenance import read_json
 from ..released import TOKENIZER_FILES, local_folder
+from ..text import read_text
 from ..tokenization_tinyllama import load_tokenizer
 
 
@@ -61,7 +62,7 @@ def tokenizer_with(adapter: str | os.PathLike | None, model: str | os.PathLike) 
         return load_tokenizer(folder)
     tokenizer = load_tokenizer(model)
     if folder and (folder / "chat_template.jinja").is_file():
-        tokenizer.chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        tokenizer.chat_template = read_text(folder / "chat_template.jinja")
     return tokenizer
 
 

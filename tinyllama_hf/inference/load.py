@@ -128,10 +128,9 @@ def _load_weights(
     kind: type, folder: Path, dtype: str | torch.dtype, device: str, quantized: bool, **options: Any
 ) -> PreTrainedModel:
     """Loads every weight; the library would draw a missing one at random, and only mention it."""
-    if (
-        folder / "adapter_config.json"
-    ).is_file():  # the library would load the model that it names, from the Hub as well
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    adapter_config = folder / "adapter_config.json"
+    if adapter_config.is_file():  # the library would load the model that it names, from the Hub as well
+        base = read_json(adapter_config).get("base_model_name_or_path")
         raise InputError(
             f"model {folder}: holds adapter_config.json, an adapter for {base!r}; give that model, and this folder as the "
             "adapter, or remove the file"
