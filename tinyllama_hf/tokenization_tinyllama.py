@@ -99,7 +99,8 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
 
     Returns:
         A tokenizer that adds begin-of-sequence as Llama 2 does (unless its folder says otherwise) and pads with
-        `<unk>`, or with the folder's padding token unless that begins or ends text. Encode text that is no chat with `split_special_tokens=True`: there a literal `</s>` is text.
+        `<unk>`, or with the folder's padding token unless that begins or ends text. Encode text that is not a chat with
+        `split_special_tokens=True`: there a literal `</s>` is text.
 
     Raises:
         InputError: if there is no tokenizer, if it is one of SentencePiece's other kinds, if a file of it is damaged, or
