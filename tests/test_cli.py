@@ -214,7 +214,7 @@ BAD = {
     "longer conversations than the context": (
         "sft.py sft.yaml data.max_length=65", "data.max_length: 65 is longer than the model's context of 64"),
     "a template without markers": (
-        "sft.py sft.yaml chat.template=plain.jinja", "chat template: has no {% generation %} markers"),
+        "sft.py sft.yaml chat.template=plain.jinja", "chat template, conversation of 2 messages, message 1: "),
     "an unknown key of fine-tuning": ("sft.py sft.yaml adapter.rnk=8", "adapter.rnk: unknown key; did you mean 'rank'?"),
     "chat with a base model": ("chat model", "the tokenizer has no chat template, so this is a base model"),
     "an unknown quantisation": ("generate model --quantization int4", "quantization 'int4': there is none of this name"),

@@ -129,9 +129,9 @@ CASES = {
             "a": "x", "b": "y", "text": Path("t"), "tolerance": 0.5, "config": Path("c"),
         }),
     },
-    "publish r --repo me/x --private --license mit --dry-run": {
+    "publish r --repo me/x --private --license mit --dry-run --base-model me/y": {
         "tinyllama_hf.hub.publish.publish": (None, {
-            "run": Path("r"), "repo": "me/x", "private": True, "license": "mit", "dry_run": True,
+            "run": Path("r"), "repo": "me/x", "private": True, "license": "mit", "dry_run": True, "base_model": "me/y",
         }),
     },
     "pretrain.py {recipe} training.seed=77 --overwrite --measure-peak": {

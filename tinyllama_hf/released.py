@@ -19,6 +19,7 @@ TOKENIZER_FILES = ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_to
 # Everything of a model but its weights; the configurations of lit-gpt, litgpt and Meta are included.
 _SMALL_FILES = ("config.json", "generation_config.json", "provenance.json", "training.yaml",
                 "model_config.yaml", "lit_config.json", "params.json", *TOKENIZER_FILES)  # fmt: skip
+_FILES = (".gguf", ".safetensors", ".bin", ".pth", ".pt")  # that are fetched when they are named
 # Whole weights and index, in the order in which transformers looks for them; last what only `convert` reads.
 _WEIGHTS = (
     ("model.safetensors", "model.safetensors.index.json"),
@@ -126,7 +127,11 @@ def local_folder(name: str, only: Sequence[str] | None = None) -> Path:
         repository, revision = known[name].hub, known[name].revision
     elif intermediate := intermediate_checkpoint(name):
         repository, revision = intermediate
-    elif name.count("/") >= 1 and not name.startswith((".", "/", "~")) and not Path(path.parts[0]).exists():
+    elif (
+        (name.count("/") == 1 or (name.count("/") > 1 and path.suffix in _FILES))
+        and not name.startswith((".", "/", "~"))
+        and not Path(path.parts[0]).exists()
+    ):
         user, repository, *inside = name.split("/", 2)
         repository, _, revision = f"{user}/{repository}".partition("@")
         only = inside or only

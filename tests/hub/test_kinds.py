@@ -40,11 +40,12 @@ def test_the_command_on_the_card_makes_plain_weights_again(folders, online, tmp_
     """Of AWQ and GGUF, which are for other programs: from the Hub, to what conversion makes of the folder here."""
     for kind, file in (("awq", "model.safetensors"), ("gguf-q8_0", "model-q8_0.gguf")):
         publish(folders / kind, f"demo/{kind}")
+        source = "demo/awq" if kind == "awq" else f"demo/{kind}/{file}"
         card = files_on_hub(online, f"demo/{kind}")["main"]["README.md"].decode()
-        assert f"tinyllama-hf convert demo/{kind} --to llama --output plain" in card
+        assert f"tinyllama-hf convert {source} --to llama --output plain" in card
         assert file in files_on_hub(online, f"demo/{kind}")["main"]
-        for source, name in ((f"demo/{kind}", f"{kind}-hub"), (folders / kind, f"{kind}-here")):
-            convert(source, "llama", tmp_path / name)
+        for place, name in ((source, f"{kind}-hub"), (folders / kind, f"{kind}-here")):
+            convert(place, "llama", tmp_path / name)
         there, here = (load_file(tmp_path / f"{kind}-{name}" / "model.safetensors") for name in ("hub", "here"))
         assert there.keys() == here.keys() and all(there[name].equal(here[name]) for name in here)
 

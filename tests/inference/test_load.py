@@ -77,7 +77,8 @@ def test_code_in_a_folder_is_never_run(tmp_path):
         done = subprocess.run(
             [sys.executable, "-c", script], cwd=tmp_path, input="y\n" * 5, capture_output=True, text=True
         )
-        assert done.returncode != 0 and "trust_remote_code" in done.stderr and "y/N" not in done.stdout, done.stderr
+        assert done.returncode != 0 and "y/N" not in done.stdout, done.stderr
+        assert "trust_remote_code" in done.stderr or "model_type 'evil'" in done.stderr, done.stderr
     assert not (tmp_path / "canary").exists()
 
 

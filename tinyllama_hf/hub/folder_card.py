@@ -78,14 +78,16 @@ def _gguf(repo: str, model: ModelFolder) -> list[str]:
     return [
         f"A Llama of {model.num_parameters:,} parameters{_base(model, ' made from')} as the GGUF file `{file}`.\n\n"
         f"{shape_of(model.config)}",
-        f"## How to load it\n\nIn llama.cpp:\n\n```bash\nllama-cli --hf-repo {repo} --hf-file {file}\n```\n\n{_plain_again(repo)}",
+        f"## How to load it\n\nIn llama.cpp:\n\n```bash\nllama-cli --hf-repo {repo} --hf-file {file}\n```\n\n"
+        # Of a repository whole files are fetched by their names only.
+        + _plain_again(f"{repo}/{file}"),
     ]
 
 
-def _plain_again(repo: str) -> str:
+def _plain_again(source: str) -> str:
     return (
         "As plain weights, which stock transformers loads:\n\n"
-        f"```bash\ntinyllama-hf convert {repo} --to llama --output plain\n```"
+        f"```bash\ntinyllama-hf convert {source} --to llama --output plain\n```"
     )
 
 
