@@ -64,7 +64,7 @@ def by_hand(tokenizer, messages) -> tuple[list[int], list[int]]:
     return encoded["input_ids"], masks
 
 
-@pytest.mark.parametrize("name", ["chatml", "smollm2"])
+@pytest.mark.parametrize("name", ["chatml", pytest.param("smollm2", marks=pytest.mark.slow)])
 def test_fifty_conversations_by_hand(request, name):
     given = request.getfixturevalue(name)
     tokenizer = load_tokenizer(given) if name == "smollm2" else given

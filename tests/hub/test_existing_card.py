@@ -101,6 +101,7 @@ def test_metadata_that_cannot_be_read(chat, online):
     assert files_on_hub(online, REPO)["main"].keys() == {"README.md"}, "nothing was sent"
 
 
+@pytest.mark.slow  # the client waits longer before each of its tries
 def test_a_card_that_cannot_be_fetched_is_not_taken_for_none(hub, online):
     """As one that is not there it would be written anew."""
     api = HfApi()
