@@ -66,8 +66,9 @@ def generate_many(
 ) -> Iterator[Completion]:
     """Continues many prompts, and yields each when it is done: longer prompts first, not in the order of the requests.
 
-    Greedy output is what each prompt gets by itself, to rounding, which depends on the shape of a batch. With a seed,
-    sampled output of the engine `"batch"` is too, with a draft or without.
+    Greedy output is what each prompt gets alone, to rounding, which depends on the shape of a batch. With a seed, sampled
+    output of the engine `"batch"` depends on the seed and the prompt's key alone, in any batch; with a draft it is another
+    sample than without.
 
     Args:
         model (`PreTrainedModel`): a Llama.
