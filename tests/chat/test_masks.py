@@ -143,6 +143,7 @@ def test_what_cannot_be_proven(chatml, template, message):
         check_template(chatml, is_own=True)
 
 
+@pytest.mark.slow
 def test_white_space_that_joins_the_prompt(smollm2):
     """SmolLM2's tokenizer joins the line end before the reply with white space that follows it."""
     tokenizer = load_tokenizer(smollm2)
