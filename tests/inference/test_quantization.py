@@ -62,6 +62,18 @@ def any_folder(request, nano_folder):
     return nano_folder if request.param == "random" else request.getfixturevalue("smollm2")
 
 
+def int8_products_overflow() -> bool:
+    """Whether torch's int8 product is wrong in this process, as it is where ONEDNN_MAX_CPU_ISA hides VNNI.
+
+    torch (2.13) asks the processor for VNNI, and hands the product to oneDNN, which obeys the variable and sums in 16 bit.
+    A processor without VNNI gets another path.
+    """
+    import bitsandbytes  # noqa: F401 (registers the operator)
+
+    largest = torch.full((16, 64), 127, dtype=torch.int8)
+    return bool((torch.ops.bitsandbytes.int8_linear_matmul(largest, largest) != 64 * 127**2).any())
+
+
 # int8 rounds the activations to 8 bits too; nf4 and fp4 compute in bf16 where that is fast, which alone moves the logits of
 # SmolLM2 with fp4 weights by 0.065.
 @pytest.mark.parametrize(
@@ -69,6 +81,8 @@ def any_folder(request, nano_folder):
 )
 def test_it_computes_with_the_dequantised_weights(any_folder, quantization, a_layer, logits):
     """Every layer by itself, and the logits relative to their spread, against a plain product in fp32."""
+    if quantization == "int8" and int8_products_overflow():
+        pytest.skip("needs int8 products that do not overflow; ONEDNN_MAX_CPU_ISA hides VNNI from oneDNN alone")
     model, tokenizer = load(any_folder, quantization=quantization)
     reference = dequantized(any_folder, quantization)
     expected = linear_layers(reference)
