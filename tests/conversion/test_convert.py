@@ -159,8 +159,7 @@ class TestVocabulary:
         before = AutoModelForCausalLM.from_pretrained(chat_model)
         for name, weight in before.state_dict().items():
             assert model.state_dict()[name].equal(weight[:512] if len(weight) == 515 else weight), name
-        ids = torch.tensor([[1, 7, 30, 9]])
-        # Products with 512 and with 515 rows may be summed in another order.
+        ids = torch.tensor([[1, 7, 30, 9]])  # products with 512 and with 515 rows may be summed in another order
         torch.testing.assert_close(model(ids).logits, before(ids).logits[..., :512], atol=1e-5, rtol=1e-5)
         result = verify(chat_model, tmp_path / "out")
         assert result.largest < 1e-5 and result.notes == ("515 and 512 embedding rows: the first 512 are compared",)

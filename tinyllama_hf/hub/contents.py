@@ -23,9 +23,9 @@ def published_content(file: Path, **fields: Any) -> Path | bytes:
 
     Args:
         file (`Path`): of a model folder.
-        **fields: to be put into a JSON object, in place of its own.
+        **fields: replace those of the same name in a JSON object.
     """
-    if file.name == CONFIG_FILE:  # dumped anew in any case: comments may name anything
+    if file.name == CONFIG_FILE:  # always written again: comments may name anything
         settings = portable(yaml.safe_load(file.read_text(encoding="utf-8")))
         return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode()
     if file.suffix != ".json" or file.name in _VERBATIM:

@@ -44,7 +44,7 @@ def read_card(api: Any, repo: str, commit: str) -> str | None:
 
 
 def _last_published(api: Any, repo: str, head: str) -> str | None:
-    """The card as this package left it, `None` if it never wrote one: then nobody edited a card that equals it."""
+    """The card of this package's last commit, `None` if there is none; a card equal to it has not been edited since."""
     commits = api.list_repo_commits(repo, revision=head)
     ours = next((commit.commit_id for commit in commits if commit.title.startswith(COMMIT_PREFIX)), None)
     return ours and read_card(api, repo, ours)

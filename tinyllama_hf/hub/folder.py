@@ -157,7 +157,7 @@ def _quantized(folder: Path) -> ModelFolder:
 
 
 def _adapter(folder: Path, base: str | None) -> ModelFolder:
-    """An adapter, which nobody can use without the model that it belongs to."""
+    """An adapter; it cannot be used without its base model."""
     config, weights = read_fields(folder / ADAPTER_CONFIG), folder / ADAPTER_WEIGHTS
     if not isinstance(config.get("peft_type"), str):
         raise InputError(f"{folder / ADAPTER_CONFIG}: names no peft_type; fetch or make it again")

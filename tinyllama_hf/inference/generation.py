@@ -65,7 +65,7 @@ class ExactTextStreamer(TextStreamer):
     def _begin(self) -> None:
         self._window: list[int] = []  # the last tokens of the text shown, then those that are not shown yet
         self._num_shown = 0  # characters of the window's text
-        self._num_closed = 0  # tokens of the window before a run of byte pieces that may go on
+        self._num_closed = 0  # tokens of the window before an unfinished run of byte pieces
 
     def _take(self, token: int) -> None:
         piece = self.tokenizer.convert_ids_to_tokens(token)  # None for an id beyond the vocabulary

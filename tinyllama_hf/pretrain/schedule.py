@@ -25,7 +25,7 @@ class Steps:
         total_tokens (`int`): the last step is the first to reach it.
         tokens_per_step (`int`): of all processes together.
         changes (`Sequence[tuple[int, int]]`, *optional*): (tokens, tokens per step): from the first step on that begins
-            with at least so many tokens seen. Increasing; of several that one step passes, the last one counts.
+            with at least this many tokens seen. Increasing; of several that one step passes, the last one counts.
     """
 
     def __init__(self, total_tokens: int, tokens_per_step: int, changes: Sequence[tuple[int, int]] = ()):
