@@ -5,7 +5,7 @@
 Tokens a second; on a CPU, of the process's own CPU time, which a busy neighbour hardly changes: let it have one thread.
 
 The same greedy requests by stock `generate` on batches sorted by length and padded (`padded`), and by both engines of
-`tinyllama_hf.inference.batch.generate_many`, interleaved, medians. What a reply is worth is not measured, so the weights are
+`tinyllama_hf.batch.generate_many.generate_many`, interleaved, medians. What a reply is worth is not measured, so the weights are
 random, and each request ends after a number of tokens drawn beforehand, as end-of-sequence would end it: nobody knows it
 beforehand. `idle` is the share of the row steps of the padded batches that go to rows which have ended.
 """
@@ -20,7 +20,7 @@ import torch
 from common import interleaved, medians, save
 
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM
-from tinyllama_hf.inference.batch import ENGINES, Request, _left_padded, generate_many
+from tinyllama_hf.batch.generate_many import ENGINES, Request, _left_padded, generate_many
 from tinyllama_hf.inference.generation import Sampling
 
 

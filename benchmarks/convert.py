@@ -62,10 +62,12 @@ def resident(name: str) -> int:
 
 
 def convert_here(source: Path, to: str, output: Path) -> dict[str, float]:
-    from tinyllama_hf.conversion import containers, convert, llama_target, sources  # noqa: F401  not timed
+    from tinyllama_hf.conversion import convert
+    from tinyllama_hf.conversion.formats import llama_write  # noqa: F401  not timed
+    from tinyllama_hf.conversion.reading import containers, recognize  # noqa: F401
 
     if to.startswith("gguf"):
-        from tinyllama_hf.conversion import gguf_source, gguf_target  # noqa: F401
+        from tinyllama_hf.conversion.formats import gguf_read, gguf_write  # noqa: F401
     before, start = resident("VmRSS"), time.perf_counter()
     convert.convert(source, to, output)
     return {"seconds": time.perf_counter() - start, "additional_bytes": resident("VmHWM") - before}

@@ -26,8 +26,8 @@ from clock import Clock
 from transformers import BitsAndBytesConfig, DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from tinyllama_hf import convert, load
-from tinyllama_hf.inference.quantization import footprint
 from tinyllama_hf.progress import quiet_bitsandbytes
+from tinyllama_hf.quantization.bitsandbytes import footprint
 
 
 class Engine(NamedTuple):
@@ -132,7 +132,7 @@ def prepared(scratch: Path, preset: str) -> Path:
     from quality import made, random_model
 
     from tinyllama_hf.data.embedded import documents
-    from tinyllama_hf.data.tokenizer import train_tokenizer
+    from tinyllama_hf.data.train_tokenizer import train_tokenizer
 
     scratch.mkdir(parents=True, exist_ok=True)
     texts = (document.text for document in documents("code"))

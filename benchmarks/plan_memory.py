@@ -21,7 +21,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM
-from tinyllama_hf.pretrain.memory import Layout, step_memory
+from tinyllama_hf.planning.training_memory import Layout, step_memory
 
 
 STEPS = 3

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, convert, load, load_tokenizer
-from tinyllama_hf.data.tokenizer import train_tokenizer
-from tinyllama_hf.inference.kv_cache import cache_size
+from tinyllama_hf.data.train_tokenizer import train_tokenizer
+from tinyllama_hf.planning.kv_cache import cache_size
 from tinyllama_hf.tokenization_tinyllama import encode_text
 
 

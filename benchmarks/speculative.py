@@ -23,15 +23,15 @@ from common import save
 from transformers import LlamaForCausalLM
 
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load
-from tinyllama_hf.grouped_attention import packed_attention
-from tinyllama_hf.inference.batch import Request, generate_many
-from tinyllama_hf.inference.decoding import LONGEST_DRAFT, SpeculationStatistics
-from tinyllama_hf.inference.draft_length import expected_tokens
+from tinyllama_hf.batch.generate_many import Request, generate_many
+from tinyllama_hf.decoding.draft_length import expected_tokens
+from tinyllama_hf.decoding.engine import LONGEST_DRAFT, SpeculationStatistics
+from tinyllama_hf.decoding.grouped_attention import packed_attention
+from tinyllama_hf.decoding.ragged_cache import RaggedModel
+from tinyllama_hf.decoding.speculative import speculative_generate
 from tinyllama_hf.inference.drafts import Draft
 from tinyllama_hf.inference.generation import Sampling
-from tinyllama_hf.inference.kv_cache import measure_cache
-from tinyllama_hf.inference.ragged_cache import RaggedModel
-from tinyllama_hf.inference.speculative import speculative_generate
+from tinyllama_hf.planning.kv_cache import measure_cache
 
 
 # A tenth of the cost of 1.1b, with its vocabulary: the head is then half of the draft.

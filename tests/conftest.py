@@ -1,5 +1,6 @@
 """Shared fixtures: a real tokenizer and real prepared data, small enough to be made in the test run."""
 
+import copy
 import inspect
 import json
 import os
@@ -74,7 +75,7 @@ def corpus(documents, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer_folder(documents, tmp_path_factory) -> Path:
     """A tokenizer of Llama 2's kind with 512 ids."""
-    from tinyllama_hf.data.tokenizer import train_tokenizer
+    from tinyllama_hf.data.train_tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
     train_tokenizer(documents, 512, folder)
@@ -192,6 +193,51 @@ def _save_gguf_as_folder(gguf: Path, folder: Path) -> None:
     plain.save_pretrained(temporary)
     load_tokenizer(gguf).save_pretrained(temporary)  # transformers' own splits white space before digits differently
     temporary.rename(folder)
+
+
+@pytest.fixture(scope="session")
+def nano_folder(tokenizer_folder, tmp_path_factory):
+    """A random model whose layers all fit the kernels, in fp32."""
+    import torch
+
+    from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
+
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    TinyLlamaForCausalLM(TinyLlamaConfig.preset("nano", vocab_size=512, max_position_embeddings=64)).save_pretrained(
+        path
+    )
+    load_tokenizer(tokenizer_folder).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def target():
+    """A micro model that says something else after every prompt, in fp32; it ends nowhere by itself."""
+    import torch
+
+    from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = TinyLlamaConfig.preset("micro", vocab_size=128, max_position_embeddings=64, num_hidden_layers=3)
+    model = TinyLlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@pytest.fixture(scope="module")
+def draft(target):
+    """One that agrees with the target most of the time."""
+    import torch
+
+    torch.manual_seed(1)
+    made = copy.deepcopy(target)
+    for parameter in made.parameters():
+        parameter.data += 0.03 * torch.randn_like(parameter) * parameter.std()
+    return made
 
 
 @pytest.fixture

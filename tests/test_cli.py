@@ -97,7 +97,7 @@ def tree(folder: Path) -> set[Path]:
 def things(tmp_path, prepared, tokenizer_folder, corpus, recipe, documents):
     """What the bad commands below name in braces."""
     from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
-    from tinyllama_hf.data.tokenizer import train_tokenizer
+    from tinyllama_hf.data.train_tokenizer import train_tokenizer
 
     model = TinyLlamaForCausalLM(TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=64))
     model.save_pretrained(tmp_path / "model")

@@ -29,12 +29,12 @@ SAMPLING = "--temperature 0.5 --top-p 0.6 --max-new-tokens 7"
 CASES = {
     "tokenizer train x --output o --vocab-size 300 --text-column body --overwrite": {
         "tinyllama_hf.data.sources.open_sources": ("opened", {"sources": ["x"], "text_column": "body"}),
-        "tinyllama_hf.data.tokenizer.train_tokenizer": (None, {"vocab_size": 300, "output": Path("o"), "overwrite": True}),
+        "tinyllama_hf.data.train_tokenizer.train_tokenizer": (None, {"vocab_size": 300, "output": Path("o"), "overwrite": True}),
     },
     "tokenizer verify . --against {file} --text x --text-column body --stock": {
         "tinyllama_hf.data.sources.open_sources": ("opened", {"sources": ["x"], "text_column": "body"}),
         "transformers.AutoTokenizer.from_pretrained": ("stock", {}),
-        "tinyllama_hf.data.tokenizer.verify_tokenizer": (None, {"tokenizer": "stock", "reference": Path("{file}")}),
+        "tinyllama_hf.data.train_tokenizer.verify_tokenizer": (None, {"tokenizer": "stock", "reference": Path("{file}")}),
     },
     "prepare x --tokenizer t --output o --separator bos --validation-fraction 0.1 --sample-fraction 0.2 --text-column body "
     "--where a==1 --workers 3": {
@@ -46,17 +46,17 @@ CASES = {
     "prepare x --tokenizer t --output o --dry-run": {"tinyllama_hf.data.prepare.plan": (None, {"tokenizer": "t"})},
     "prepare --check c": {"tinyllama_hf.data.shards.check_contents": (None, {"folder": Path("c")})},
     "plan {recipe} training.seed=77 --devices 2 --device h100 --mfu 0.3": {
-        "tinyllama_hf.pretrain.plan.plan": (None, {"config.training.seed": 77, "num_devices": 2,
+        "tinyllama_hf.planning.run_plan.plan": (None, {"config.training.seed": 77, "num_devices": 2,
                                                    "device.name": "NVIDIA H100 80GB HBM3", "mfu": 0.3}),
     },
     "eval m --data x --data y --baselines --output o --rescore --quantization nf4 --device cpu": {
-        "tinyllama_hf.evaluation.ladder.score": (None, {
+        "tinyllama_hf.evaluation.series.score": (None, {
             "models": ["m"], "data": ["x", "y"], "baselines": True, "output": Path("o"), "rescore": True,
             "quantization": "nf4", "device": "cpu",
         }),
     },
     "eval m --watch --every 9 --output o --rescore --quantization nf4 --device cpu": {
-        "tinyllama_hf.evaluation.ladder.watch": (None, {
+        "tinyllama_hf.evaluation.series.watch": (None, {
             "run": Path("m"), "every_seconds": 9, "output": Path("o"), "rescore": True, "quantization": "nf4", "device": "cpu",
         }),
     },
@@ -69,7 +69,7 @@ CASES = {
         "tinyllama_hf.evaluation.table.table_lines": (None, {"scores": "scores", "published.name": "v1.1"}),
     },
     "eval m --task replies --data x --limit 5 --max-new-tokens 7 --quantization nf4 --device cpu": {
-        "tinyllama_hf.evaluation.replies.score": (None, {
+        "tinyllama_hf.finetune.replies.score": (None, {
             "models": ["m"], "data": "x", "limit": 5, "max_new_tokens": 7, "quantization": "nf4", "device": "cpu",
         }),
     },
@@ -100,18 +100,18 @@ CASES = {
         }),
     },
     f"serve m --host h --port 9 --template llama2 {LOADING}": {
-        "tinyllama_hf.inference.serving.bind": ("bound", {"host": "h", "port": 9}),
+        "tinyllama_hf.serving.app.bind": ("bound", {"host": "h", "port": 9}),
         "tinyllama_hf_cli.serving.load_model": (LOADED, {**LOAD, "draft": None}),
-        "tinyllama_hf.inference.serving.build_app": (None, {
+        "tinyllama_hf.serving.app.build_app": (None, {
             "name": "m", "tokenizer.chat_template": (ROOT / "tinyllama_hf" / "chat" / "llama2.jinja").read_text(),
         }),
     },
     "memory micro --batch 3 --context 50 --quantization nf4 --dtype fp32 --cache fp8 --device 16GB": {
-        "tinyllama_hf.inference.memory.memory": ("found", {
+        "tinyllama_hf.planning.inference_memory.memory": ("found", {
             "batch": 3, "context": 50, "setup.quantization": "nf4", "setup.dtype": torch.float32, "setup.cache": "fp8",
         }),
-        "tinyllama_hf.inference.memory.lines": ([], {"found": "found"}),
-        "tinyllama_hf.inference.memory.fit_lines": (None, {"found": "found", "available": 16 * 10**9}),
+        "tinyllama_hf.planning.inference_memory.lines": ([], {"found": "found"}),
+        "tinyllama_hf.planning.inference_memory.fit_lines": (None, {"found": "found", "available": 16 * 10**9}),
     },
     "convert s --to llama --output o --dtype bf16 --max-shard-size 2GB --vocab-rows 9 --config c --calibration x "
     "--calibration y --force": {

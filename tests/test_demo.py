@@ -202,7 +202,7 @@ def test_its_pair_speculates_exactly(finished):
     """The trained target and draft, batches of ragged prompts: stock `generate`'s own tokens, in fewer passes."""
     from transformers import AutoModelForCausalLM
 
-    from tests.inference.exactness import Reference, compare
+    from tests.exactness import Reference, compare
     from tinyllama_hf import load
 
     run, _ = finished

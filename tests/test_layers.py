@@ -9,20 +9,39 @@ import pytest
 from tests.conftest import ROOT
 
 
-# From the top down; a module imports from its own layer and those below. Modules that are not named are at the bottom.
-LAYERS = (
+# From the top down: a module imports from its own room and those below it, never from one beside it.
+MODEL = {"configuration_tinyllama", "modeling_tinyllama", "tokenization_tinyllama", "losses", "packed_documents"}
+FOUNDATION = {"errors", "text", "progress", "provenance", "portable", "recipe", "released", "devices", ""}
+ROOMS: tuple[set[str], ...] = (
     {"tinyllama_hf_cli", "recipes", "eval"},
-    {"report", "hub"},
-    {"pretrain", "finetune", "inference", "evaluation", "conversion"},
-    {"data", "chat"},
+    {"hub"},
+    {"report"},
+    {"planning"},
+    {"finetune"},
+    {"evaluation"},
+    {"pretrain"},
+    {"serving"},
+    {"batch"},
+    {"inference"},
+    {"quantization"},
+    {"conversion"},
+    {"data"},
+    MODEL,
+    {"decoding"},
+    {"chat"},
+    {"gguf"},
+    FOUNDATION,
 )
-# Generating with a draft is a method of the model; it is imported when it is called, and needs no model class itself.
+# Where the road still leads upward.
 UPWARD = {
-    "tinyllama_hf/modeling_tinyllama.py": {
-        "tinyllama_hf.inference.speculative.draft_of_generate",
-        "tinyllama_hf.inference.speculative.speculative_generate",
-    }
+    "tinyllama_hf/pretrain/loop.py": {"tinyllama_hf.planning.run_plan.costs", "tinyllama_hf.planning.run_plan.plan"}
 }
+# transformers' own layout: a configuration names its tokenizer and its model, which name their configuration.
+CIRCLE = {f"tinyllama_hf.{name}" for name in ("configuration_tinyllama", "modeling_tinyllama", "tokenization_tinyllama",
+                                               "batch.generate_many", "batch.continuous")}  # fmt: skip
+# Launchers that are named after what they launch.
+LAUNCHERS = {"recipes/sft.py", "recipes/slurm/prepare.py", "eval/bits_per_byte.py", "eval/commonsense.py",
+             "eval/metrics/bits_per_byte/bits_per_byte.py", "tinyllama_hf_cli/hooks.py"}  # fmt: skip
 # Packages that `import tinyllama_hf` must do without, and the only module or folder that may import them at the top.
 OPTIONAL = {
     "datatrove": "tinyllama_hf/data/pipeline.py",
@@ -31,7 +50,7 @@ OPTIONAL = {
     "datasets": "eval/metrics/",
     "trl": None,
     "peft": None,
-    "bitsandbytes": "tinyllama_hf/inference/repacking.py",
+    "bitsandbytes": "tinyllama_hf/quantization/repacking.py",
     "lm_eval": None,
     "evaluate": "eval/metrics/",
     "fastapi": None,
@@ -43,10 +62,10 @@ SOURCES = sorted(
 )
 
 
-def layer(parts: tuple[str, ...]) -> int:
-    """Height of a module given by its dotted name, 0 at the bottom."""
-    name = parts[1] if parts[0] == "tinyllama_hf" and len(parts) > 1 else parts[0]
-    return next((len(LAYERS) - i for i, names in enumerate(LAYERS) if name in names), 0)
+def floor(parts: tuple[str, ...]) -> int:
+    """Height of the room of a module given by its dotted name, 0 at the bottom."""
+    name = parts[0] if parts[0] != "tinyllama_hf" else parts[1] if len(parts) > 1 else ""
+    return len(ROOMS) - 1 - next(i for i, names in enumerate(ROOMS) if name in names)
 
 
 def imported(path: Path, top_level_only: bool = False) -> Iterator[tuple[str, ...]]:
@@ -70,11 +89,55 @@ def imported(path: Path, top_level_only: bool = False) -> Iterator[tuple[str, ..
             yield from ((*module, alias.name) for alias in node.names)
 
 
+def module_of(path: Path) -> str:
+    """The dotted name of a source."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Of each module, those of ours that it imports anywhere."""
+    modules = {module_of(path): path for path in SOURCES}
+    graph = {}
+    for name, path in modules.items():
+        found = (".".join(parts) for parts in imported(path))
+        graph[name] = {m for f in found for m in (f, f.rpartition(".")[0]) if m in modules} - {name, "tinyllama_hf"}
+    return graph
+
+
+def reached(graph: dict[str, set[str]], start: str) -> set[str]:
+    """What a module imports, and what that imports, and so on."""
+    seen, ahead = set(), [start]
+    while ahead:
+        new = graph[ahead.pop()] - seen
+        seen |= new
+        ahead += new
+    return seen
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_nothing_imports_from_above(path):
-    own = layer(path.relative_to(ROOT).with_suffix("").parts)
-    above = {".".join(name) for name in imported(path) if name[0].startswith("tinyllama_hf") and layer(name) > own}
-    assert above == UPWARD.get(path.relative_to(ROOT).as_posix(), set())
+    own = path.relative_to(ROOT)
+    if own.as_posix() == "tinyllama_hf/__init__.py":  # public names, imported when they are asked for
+        own_names = {name[:2] for name in imported(path, top_level_only=True) if name[0].startswith("tinyllama_hf")}
+        assert own_names == {("tinyllama_hf", "released")}
+        return
+    height = floor(own.with_suffix("").parts)
+    above = {".".join(name) for name in imported(path) if name[0].startswith("tinyllama_hf") and floor(name) > height}
+    assert above == UPWARD.get(own.as_posix(), set())
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = import_graph()
+    assert {name for name in graph if name in reached(graph, name)} == CIRCLE
+
+
+def test_a_file_name_stands_for_one_thing():
+    places: dict[str, list[str]] = {}
+    for path in SOURCES:
+        own = path.relative_to(ROOT).as_posix()
+        if path.name not in {"__init__.py", "config.py"} and own not in LAUNCHERS:
+            places.setdefault(path.name, []).append(own)
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())
@@ -91,11 +154,10 @@ def test_the_command_imports_nothing_heavy_at_its_top(path):
 
 def test_this_test_sees_what_it_looks_for():
     assert len(SOURCES) > 40
-    assert (
-        layer(("tinyllama_hf", "report", "page"))
-        > layer(("tinyllama_hf", "pretrain", "loop"))
-        > layer(("tinyllama_hf", "data"))
-    )
-    assert layer(("tinyllama_hf_cli",)) == 4 and layer(("tinyllama_hf", "errors")) == 0
+    assert floor(("tinyllama_hf_cli",)) == len(ROOMS) - 1 and floor(("tinyllama_hf", "errors")) == 0
+    assert floor(("tinyllama_hf", "report", "page")) > floor(("tinyllama_hf", "pretrain", "loop"))
+    graph = import_graph()
+    assert "tinyllama_hf.pretrain.step" in graph["tinyllama_hf.pretrain.loop"]
+    assert "tinyllama_hf.data.shards" in reached(graph, "recipes.pretrain")
     names = {".".join(name[:3]) for name in imported(ROOT / "tinyllama_hf" / "report" / "page.py")}
     assert "tinyllama_hf.pretrain.metrics" in names and "tinyllama_hf.provenance" in names

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from tests.pretrain.test_regressions import ReadBacks
 from tests.test_modeling import ids, make_pair
-from tinyllama_hf import packing
+from tinyllama_hf import packed_documents
 
 
 TOKENS = ids(2, 12, 96)
@@ -143,7 +143,7 @@ def test_flash_attention_keeps_documents_of_one_row_apart_only(pair, rows, posit
     inputs = dict.fromkeys(("attention_mask", "past_key_values", "inputs_embeds"))
     inputs |= {"input_ids": TOKENS[:rows], "position_ids": positions[:rows], "use_cache": use_cache}
     with pytest.raises(ValueError, match="flash_attention_2") if refused else contextlib.nullcontext():
-        packing.use_cache_for_positions(config, inputs, training=False)
+        packed_documents.use_cache_for_positions(config, inputs, training=False)
 
 
 def test_nothing_is_read_where_an_accelerator_would_wait(pair):
@@ -159,7 +159,7 @@ def test_nothing_is_read_where_an_accelerator_would_wait(pair):
         (True, MASK.to("meta"), None, False, False),
     ):
         given = {"attention_mask": attention_mask, "past_key_values": past, "use_cache": use_cache}
-        assert packing.use_cache_for_positions(config, inputs | given, training) == expected
+        assert packed_documents.use_cache_for_positions(config, inputs | given, training) == expected
 
 
 def test_a_step_of_one_token_is_not_looked_at(pair):

@@ -9,15 +9,15 @@ import pytest
 
 from tests.conftest import ROOT
 from tinyllama_hf import load_tokenizer
+from tinyllama_hf.batch.prompts import read_prompts
 from tinyllama_hf.chat.templates import load_template
 from tinyllama_hf.conversion.verify import read_sample
-from tinyllama_hf.data.rows import read_rows, zstd_library
+from tinyllama_hf.data.row_files import read_rows, zstd_library
 from tinyllama_hf.data.sources import open_sources, read_documents
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.finetune.config import load_config
 from tinyllama_hf.finetune.conversations import read_conversations
 from tinyllama_hf.inference.generation import generate_text
-from tinyllama_hf.inference.prompts import read_prompts
 from tinyllama_hf.text import check_text, read_text
 
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from tinyllama_hf import load_tokenizer
 from tinyllama_hf.data.sources import open_sources, read_texts
-from tinyllama_hf.data.tokenizer import train_tokenizer, verify_tokenizer
+from tinyllama_hf.data.train_tokenizer import train_tokenizer, verify_tokenizer
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.tokenization_tinyllama import encode_text, load_sentencepiece, tokenizer_fingerprint
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from .configuration_tinyllama import TinyLlamaConfig
     from .conversion.convert import convert
     from .conversion.verify import verify
+    from .decoding.speculative import speculative_generate
     from .inference.load import load
-    from .inference.speculative import speculative_generate
     from .modeling_tinyllama import TinyLlamaForCausalLM
     from .tokenization_tinyllama import TinyLlamaTokenizer, load_tokenizer
 
@@ -29,7 +29,7 @@ _MODULES = {
     "TinyLlamaTokenizer": ".tokenization_tinyllama",
     "convert": ".conversion.convert",
     "load": ".inference.load",
-    "speculative_generate": ".inference.speculative",
+    "speculative_generate": ".decoding.speculative",
     "load_tokenizer": ".tokenization_tinyllama",
     "verify": ".conversion.verify",
 }

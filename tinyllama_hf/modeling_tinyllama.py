@@ -29,10 +29,11 @@ from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from .configuration_tinyllama import TinyLlamaConfig, refuse_quantized
+from .decoding.grouped_attention import packed_attention
+from .decoding.speculative import draft_of_generate, speculative_generate
 from .errors import InputError
-from .grouped_attention import packed_attention
 from .losses import IGNORE_INDEX, linear_cross_entropy_sum
-from .packing import document_mask, use_cache_for_positions
+from .packed_documents import document_mask, use_cache_for_positions
 
 
 # Those that follow `inputs` and `generation_config`, in their order.
@@ -220,7 +221,7 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
 
         Stock assisted generation takes one prompt (5.23). Prompts are padded on the left; `num_assistant_tokens` fixes the
         number of drafted tokens, which is otherwise chosen by what pays. See
-        [`~inference.speculative.speculative_generate`]. Unlike in transformers, a draft gives no `output_hidden_states`,
+        [`~decoding.speculative.speculative_generate`]. Unlike in transformers, a draft gives no `output_hidden_states`,
         `output_attentions` and cache, and takes no cache, `inputs_embeds` or `assistant_tokenizer`;
         `num_assistant_tokens_schedule` and `assistant_confidence_threshold` are refused as arguments, and have no effect in
         a generation configuration.
@@ -229,8 +230,6 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
         during the call, and an implementation that a callback sets is undone at the end.
         """
         # Only here does a model reach up, since generating with a draft is a method of models.
-        from .inference.speculative import draft_of_generate, speculative_generate
-
         kwargs |= zip(_GENERATE_ARGUMENTS, args, strict=False)
         draft = draft_of_generate(self, generation_config, kwargs)
         if draft is None:

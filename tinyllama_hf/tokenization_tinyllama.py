@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from .configuration_tinyllama import TinyLlamaConfig
 from .errors import InputError, did_you_mean
-from .gguf_tokenizer import NORMAL, UNUSED, byte_level_tokenizer, read_vocabulary
+from .gguf.vocabulary import NORMAL, UNUSED, byte_level_tokenizer, read_vocabulary
 from .provenance import read_json
 from .released import TOKENIZER_FILES, local_folder
 from .text import ENCODING

@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from . import conversion, data, evaluation, hub, inference, memory, pretrain, recipes, serving, tokenizer
+from . import conversion, data, evaluation, hub, inference, memory, plan, recipes, serving, tokenizer
 
 
 app = typer.Typer(
@@ -28,7 +28,7 @@ app.command("memory")(memory.memory)
 app.command("convert")(conversion.convert)
 app.command("verify")(conversion.verify)
 app.command("prepare")(data.prepare)
-app.command("plan")(pretrain.plan)
+app.command("plan")(plan.plan)
 app.command("eval")(evaluation.evaluate)
 app.command("report")(evaluation.report)
 app.command("publish")(hub.publish)

@@ -32,10 +32,10 @@ def generate_file(
     """
     import time
 
+    from tinyllama_hf.batch.generate_many import DEFAULT_BATCH_SIZE, check_options
+    from tinyllama_hf.batch.job import open_job
     from tinyllama_hf.errors import InputError
-    from tinyllama_hf.inference.batch import DEFAULT_BATCH_SIZE, check_options
-    from tinyllama_hf.inference.batch_job import open_job
-    from tinyllama_hf.inference.memory import check_fits
+    from tinyllama_hf.planning.inference_memory import check_fits
 
     if output is None:
         raise InputError(f"--output: is needed with --input {source}; name the file to write")

@@ -142,8 +142,8 @@ def _check_task(options: _Options) -> None:
 
 def _bits_per_byte(options: _Options) -> None:
     from tinyllama_hf.errors import InputError
-    from tinyllama_hf.evaluation.ladder import SCORES_FILE, score
     from tinyllama_hf.evaluation.models import the_run
+    from tinyllama_hf.evaluation.series import SCORES_FILE, score
 
     run = the_run(options.models)
     target = options.output or (run / _default(SCORES_FILE, options) if run else None)
@@ -163,7 +163,7 @@ def _bits_per_byte(options: _Options) -> None:
 
 def _watch(options: _Options) -> None:
     from tinyllama_hf.errors import InputError
-    from tinyllama_hf.evaluation.ladder import SCORES_FILE, watch
+    from tinyllama_hf.evaluation.series import SCORES_FILE, watch
 
     if len(options.models) != 1 or options.data or options.baselines:
         raise InputError("--watch: takes one run and its own data; leave out other models, --data and --baselines")
@@ -203,7 +203,7 @@ def _commonsense(options: _Options) -> None:
 def _replies(options: _Options) -> None:
     from tinyllama_hf import provenance
     from tinyllama_hf.errors import InputError
-    from tinyllama_hf.evaluation import replies
+    from tinyllama_hf.finetune import replies
 
     data, models = _one(options.data, "replies reads one file"), options.models
     folder = Path(models[0]) if len(models) == 1 and Path(models[0]).is_dir() else None

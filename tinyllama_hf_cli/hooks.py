@@ -26,7 +26,7 @@ def hooks_of(config: Any, overwrite: bool = False) -> Any:
 
 
 def _check_can_score(config: Any, overwrite: bool) -> None:
-    from tinyllama_hf.evaluation.ladder import check_can_score
+    from tinyllama_hf.evaluation.series import check_can_score
 
     run = Path(config.output_dir)
     check_can_score(None if overwrite else run, [source.path for source in config.data.sources])
@@ -64,7 +64,7 @@ def _write_card(milestone: Path) -> None:
 
 def _score(run: Path, milestone: Path) -> None:
     """Bits per byte of the new milestone, by stock transformers on its folder."""
-    from tinyllama_hf.evaluation.ladder import SCORES_FILE, score
+    from tinyllama_hf.evaluation.series import SCORES_FILE, score
 
     try:
         scores = score([str(run)], output=run / SCORES_FILE, show_progress=False)

@@ -27,8 +27,8 @@ def load_model(
     from tinyllama_hf.errors import InputError, did_you_mean
     from tinyllama_hf.inference.drafts import load_draft
     from tinyllama_hf.inference.load import load
-    from tinyllama_hf.inference.quantization import QuantizedTinyLlama, footprint_line
     from tinyllama_hf.progress import quiet_library_bars
+    from tinyllama_hf.quantization.bitsandbytes import QuantizedTinyLlama, footprint_line
 
     dtypes = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16}
     if dtype not in dtypes:

@@ -38,10 +38,10 @@ def memory(
 
     Example: tinyllama-hf memory step-1431k-3T --batch 100 --context 2048 --quantization nf4 --device 4090
     """
-    from tinyllama_hf.inference.architecture import find_architecture
-    from tinyllama_hf.inference.memory import Setup, check_batch, fit_lines, lines
-    from tinyllama_hf.inference.memory import memory as work_out
-    from tinyllama_hf.inference.quantization import chosen_quantization
+    from tinyllama_hf.planning.inference_memory import Setup, check_batch, fit_lines, lines
+    from tinyllama_hf.planning.inference_memory import memory as work_out
+    from tinyllama_hf.planning.named_architecture import find_architecture
+    from tinyllama_hf.quantization.bitsandbytes import chosen_quantization
 
     found = find_architecture(model)
     kind = chosen_quantization(quantization, found.quantization, model)
@@ -74,10 +74,10 @@ def _available(device: str | None) -> tuple[int, str]:
     import torch
     from accelerate.utils import convert_file_size_to_int
 
+    from tinyllama_hf.devices import find_device
     from tinyllama_hf.errors import InputError
     from tinyllama_hf.inference.load import choose_device
-    from tinyllama_hf.inference.memory import free_memory
-    from tinyllama_hf.pretrain.devices import find_device
+    from tinyllama_hf.planning.inference_memory import free_memory
 
     if device is None:
         here = torch.device(choose_device("auto"))

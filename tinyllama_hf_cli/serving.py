@@ -30,7 +30,7 @@ def serve(
     Example: tinyllama-hf serve chat-v1.0 --quantization nf4
     """
     from tinyllama_hf.chat.templates import load_template
-    from tinyllama_hf.inference.serving import bind, build_app, check_installed, run
+    from tinyllama_hf.serving.app import bind, build_app, check_installed, run
 
     check_installed()
     chosen = None if template is None else load_template(template)

@@ -29,7 +29,7 @@ def train(
     from rich.console import Console
 
     from tinyllama_hf.data.sources import open_sources, read_texts
-    from tinyllama_hf.data.tokenizer import train_tokenizer
+    from tinyllama_hf.data.train_tokenizer import train_tokenizer
 
     opened = [open_sources([source], text_column) for source in sources]
     texts = itertools.chain.from_iterable(map(read_texts, opened))
@@ -62,7 +62,7 @@ def verify(
     from rich.progress import track
 
     from tinyllama_hf.data.sources import open_sources, read_texts
-    from tinyllama_hf.data.tokenizer import verify_tokenizer
+    from tinyllama_hf.data.train_tokenizer import verify_tokenizer
     from tinyllama_hf.errors import InputError
     from tinyllama_hf.released import TOKENIZER_FILES, local_folder
     from tinyllama_hf.tokenization_tinyllama import load_tokenizer

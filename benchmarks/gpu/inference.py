@@ -34,7 +34,7 @@ from speculative import controlled_pair  # noqa: E402
 
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, provenance  # noqa: E402
 from tinyllama_hf.errors import InputError  # noqa: E402
-from tinyllama_hf.inference.quantization import (  # noqa: E402
+from tinyllama_hf.quantization.bitsandbytes import (  # noqa: E402
     QuantizedTinyLlama,
     check_quantization,
     quantization_config,

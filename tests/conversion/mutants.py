@@ -28,9 +28,9 @@ import transformers
 
 from tests.conversion.files import patched_pickle, records, write_archive
 from tinyllama_hf import load_tokenizer
-from tinyllama_hf.conversion.sources import open_checkpoint
+from tinyllama_hf.conversion.reading.recognize import open_checkpoint
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.gguf_file import read_header
+from tinyllama_hf.gguf.file import read_header
 
 
 # Which files of each kind are damaged.

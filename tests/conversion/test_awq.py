@@ -13,10 +13,10 @@ from transformers import AutoConfig, LlamaForCausalLM
 from transformers.utils.quantization_config import AwqConfig, AwqFormat
 
 from tinyllama_hf import load_tokenizer
-from tinyllama_hf.conversion import awq, awq_search
-from tinyllama_hf.conversion.awq import GROUP_SIZE, write_awq
-from tinyllama_hf.conversion.awq_packing import dequantize_groups, pack, quantize_groups, unpack
-from tinyllama_hf.conversion.awq_search import calibration_tokens, clip_layer, observe_layer, scale_layer
+from tinyllama_hf.conversion.awq import search, write
+from tinyllama_hf.conversion.awq.packing import dequantize_groups, pack, quantize_groups, unpack
+from tinyllama_hf.conversion.awq.search import calibration_tokens, clip_layer, observe_layer, scale_layer
+from tinyllama_hf.conversion.awq.write import GROUP_SIZE, write_awq
 from tinyllama_hf.conversion.checkpoint import Checkpoint, LazyTensor, complete, plain_config
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.tokenization_tinyllama import encode_text
@@ -200,7 +200,7 @@ def test_one_decoder_layer_is_read_at_a_time(tmp_path, tokenizer_folder, documen
             if ".layers." in name:
                 assert loaded[-1].split(".")[2] == name.split(".")[2]
 
-    monkeypatch.setattr(awq, "write_safetensors", in_step)
+    monkeypatch.setattr(write, "write_safetensors", in_step)
     write_awq(checkpoint, tmp_path, documents[:1], 1 << 30)
     assert sorted(loaded) == sorted(checkpoint.tensors)
 
@@ -211,7 +211,7 @@ def test_one_decoder_layer_is_read_at_a_time(tmp_path, tokenizer_folder, documen
 @pytest.mark.parametrize("fields", ({}, {"num_key_value_heads": 4}, {"head_dim": 32, "hidden_act": "gelu"}), ids=str)
 def test_folded_scales_change_nothing_but_the_rounding(fields, tokenizer_folder, documents, monkeypatch):
     # The widest spread of scales that the grid has, for every group.
-    monkeypatch.setattr(awq_search, "_output_error", lambda weight, scales, *others: -scales.max().item())
+    monkeypatch.setattr(search, "_output_error", lambda weight, scales, *others: -scales.max().item())
     model = random_model(**fields)
     ids = calibration_tokens(documents[:1], load_tokenizer(tokenizer_folder), model.config)
     with torch.no_grad():

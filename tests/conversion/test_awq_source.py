@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from tests.conversion.test_awq import MICRO, dequantised, random_model
 from tinyllama_hf import convert, verify
-from tinyllama_hf.conversion.sources import open_checkpoint
+from tinyllama_hf.conversion.reading.recognize import open_checkpoint
 from tinyllama_hf.errors import InputError
 
 

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, LlamaForCausalLM
 
 from tests.conftest import SMOLLM2_GGUF
-from tinyllama_hf import TinyLlamaConfig, gguf_file
+from tinyllama_hf import TinyLlamaConfig
 from tinyllama_hf.conversion.checkpoint import Checkpoint, LazyTensor
-from tinyllama_hf.conversion.gguf_source import read_gguf
-from tinyllama_hf.conversion.gguf_target import write_gguf
-from tinyllama_hf.conversion.rotary import to_half_split, to_pairwise
-from tinyllama_hf.gguf_file import read_header
+from tinyllama_hf.conversion.formats.gguf_read import read_gguf
+from tinyllama_hf.conversion.formats.gguf_write import write_gguf
+from tinyllama_hf.conversion.formats.rotary import to_half_split, to_pairwise
+from tinyllama_hf.gguf import file
+from tinyllama_hf.gguf.file import read_header
 
 
 KINDS = ("f32", "f16", "bf16", "q8_0", "q4_0")
@@ -177,7 +178,7 @@ class TestQuantisedSources:
 
     @pytest.mark.parametrize("kind", SCALES)
     def test_equals_the_reference(self, tmp_path, monkeypatch, kind):
-        monkeypatch.setattr(gguf_file, "_CHUNK", 1000)  # several rows at once, and a rest
+        monkeypatch.setattr(file, "_CHUNK", 1000)  # several rows at once, and a rest
         checkpoint, _ = micro(tmp_path, tie_word_embeddings=True)
         write_gguf(checkpoint, tmp_path, "f32")
         random, blocks = np.random.default_rng(0), {}
@@ -189,7 +190,7 @@ class TestQuantisedSources:
             if key.startswith("llama."):
                 (writer.add_float32 if type(value) is float else writer.add_uint32)(key, value)
         for tensor in plain.tensors.values():
-            data = gguf_file.read_values(plain.path, tensor)
+            data = file.read_values(plain.path, tensor)
             if data.ndim == 2:
                 data = random.integers(0, 256, (data.shape[0], data.shape[1] // size, num_bytes), np.uint8)
                 for at in self.SCALES[kind]:

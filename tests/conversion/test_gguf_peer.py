@@ -16,9 +16,9 @@ from tests.conftest import SMOLLM2_GGUF
 from tests.conversion.test_gguf import in_memory, loaded, micro
 from tests.conversion.test_gguf_tokenizer import byte_level
 from tinyllama_hf import load_tokenizer
-from tinyllama_hf.conversion.gguf_source import read_gguf
-from tinyllama_hf.conversion.gguf_target import write_gguf
-from tinyllama_hf.gguf_tokenizer import PRE_TOKENIZERS
+from tinyllama_hf.conversion.formats.gguf_read import read_gguf
+from tinyllama_hf.conversion.formats.gguf_write import write_gguf
+from tinyllama_hf.gguf.vocabulary import PRE_TOKENIZERS
 from tinyllama_hf.tokenization_tinyllama import encode_text
 
 

@@ -3,16 +3,16 @@
 import pytest
 
 from tests.conversion.test_gguf import in_memory, micro
-from tinyllama_hf.conversion.gguf_source import read_gguf
-from tinyllama_hf.conversion.gguf_target import write_gguf
+from tinyllama_hf.conversion.formats.gguf_read import read_gguf
+from tinyllama_hf.conversion.formats.gguf_write import write_gguf
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.gguf_file import read_header
+from tinyllama_hf.gguf.file import read_header
 
 
 def refused(header, message):
     """Reads a file as if this header stood in it."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match=message):
-        patch.setattr("tinyllama_hf.conversion.gguf_source.read_header", lambda path: header)
+        patch.setattr("tinyllama_hf.conversion.formats.gguf_read.read_header", lambda path: header)
         read_gguf(header.path)
 
 
@@ -63,7 +63,7 @@ class TestReading:
             pytest.MonkeyPatch.context() as patch,
             pytest.raises(InputError, match="not a multiple of the number of att"),
         ):
-            patch.setattr("tinyllama_hf.conversion.gguf_source.read_header", lambda path: header)
+            patch.setattr("tinyllama_hf.conversion.formats.gguf_read.read_header", lambda path: header)
             read_gguf(header.path)
 
     @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.conftest import SMOLLM2_GGUF
 from tinyllama_hf import load_tokenizer
-from tinyllama_hf.conversion.gguf_tokenizer import add_tokenizer, derived_scores
+from tinyllama_hf.conversion.formats.gguf_write_tokenizer import add_tokenizer, derived_scores
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.gguf_file import read_header
-from tinyllama_hf.gguf_tokenizer import PRE_TOKENIZERS
+from tinyllama_hf.gguf.file import read_header
+from tinyllama_hf.gguf.vocabulary import PRE_TOKENIZERS
 from tinyllama_hf.tokenization_tinyllama import (
     encode_text,
     load_sentencepiece,

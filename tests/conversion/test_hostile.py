@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.conversion import files, layouts
-from tinyllama_hf.conversion.pickles import read_pickle
-from tinyllama_hf.conversion.sources import open_checkpoint
+from tinyllama_hf.conversion.reading.pickles import read_pickle
+from tinyllama_hf.conversion.reading.recognize import open_checkpoint
 from tinyllama_hf.errors import InputError
 
 

@@ -13,7 +13,7 @@ from tests.conversion import files
 from tests.conversion.files import changed, filled, refuse
 from tinyllama_hf import convert
 from tinyllama_hf.conversion import convert as converter
-from tinyllama_hf.conversion.sources import open_checkpoint
+from tinyllama_hf.conversion.reading.recognize import open_checkpoint
 
 
 NORM = "model.norm.weight"

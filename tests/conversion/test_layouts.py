@@ -9,8 +9,8 @@ from transformers import LlamaForCausalLM
 
 from tests.conversion import layouts
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, convert, verify
-from tinyllama_hf.conversion.lit_gpt import config_from_fields
-from tinyllama_hf.conversion.sources import open_checkpoint
+from tinyllama_hf.conversion.formats.lit_gpt import config_from_fields
+from tinyllama_hf.conversion.reading.recognize import open_checkpoint
 from tinyllama_hf.errors import InputError
 
 

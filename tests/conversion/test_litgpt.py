@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, convert
-from tinyllama_hf.conversion.sources import open_checkpoint
+from tinyllama_hf.conversion.reading.recognize import open_checkpoint
 from tinyllama_hf.conversion.verify import logits_of
 
 

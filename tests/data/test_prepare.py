@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from tinyllama_hf import load_tokenizer
 from tinyllama_hf.data.pipeline import split_of
 from tinyllama_hf.data.prepare import prepare
-from tinyllama_hf.data.rows import zstd_library
+from tinyllama_hf.data.row_files import zstd_library
 from tinyllama_hf.data.shards import TokenDataset, read_metadata
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.tokenization_tinyllama import encode_text, tokenizer_fingerprint

@@ -15,7 +15,7 @@ from tinyllama_hf.data.mixture import Mixture
 from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.evaluation.bits_per_byte import HeldOut, bits_per_byte, held_out_documents, summarise, windows
-from tinyllama_hf.evaluation.ladder import _baselines, score
+from tinyllama_hf.evaluation.series import _baselines, score
 from tinyllama_hf.pretrain.config import load_config
 from tinyllama_hf.pretrain.loop import pretrain
 from tinyllama_hf.tokenization_tinyllama import tokenizer_fingerprint

@@ -14,8 +14,9 @@ from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_token
 from tinyllama_hf.chat.templates import load_template
 from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.evaluation import commonsense, ladder, replies
+from tinyllama_hf.evaluation import commonsense, series
 from tinyllama_hf.evaluation.models import evaluated, load_evaluated
+from tinyllama_hf.finetune import replies
 from tinyllama_hf.pretrain.config import load_config
 from tinyllama_hf.pretrain.loop import pretrain
 
@@ -76,7 +77,7 @@ def score(few):
     def run(task, models, quantization="none", **options):
         models, how = [str(model) for model in models], {"quantization": quantization, **options}
         if task == "bits_per_byte":
-            return ladder.score(models, [str(few)], **how)["models"]
+            return series.score(models, [str(few)], **how)["models"]
         if task == "commonsense":
             return commonsense.score_commonsense(models, "embedded:sample", limit=2, **how)["models"]
         return replies.score(models, max_new_tokens=4, **how)["models"]
@@ -202,8 +203,8 @@ def test_scores_of_a_quantised_run_do_not_stand_for_the_run(few, tokenizer_folde
     rows = json.loads((run / "scores-nf4.json").read_text())["models"]
     assert [(row["step"], row["quantization"]) for row in rows] == [(6, "nf4"), (12, "nf4")]
     assert all(row["name"].endswith(" (nf4)") for row in rows)
-    plain = ladder.score([str(run)], output=run / "scores-nf4.json")["models"]
+    plain = series.score([str(run)], output=run / "scores-nf4.json")["models"]
     assert all(a["bits_per_byte"] != b["bits_per_byte"] for a, b in zip(rows, plain, strict=True))
     call(run, "--quantization", "nf4", "--rescore")
-    monkeypatch.setattr(ladder, "_score_folder", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(series, "_score_folder", lambda *_: pytest.fail("scored again"))
     assert call(run, "--watch", "--quantization", "nf4").count("bits per byte  ") == 2

@@ -13,10 +13,10 @@ from tests.chat.test_masks import chatml_of
 from tests.conftest import ROOT
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.evaluation.replies import generate_replies, reply_loss, score_replies
 from tinyllama_hf.finetune import sft
 from tinyllama_hf.finetune.config import load_config
 from tinyllama_hf.finetune.conversations import HELD_OUT_FILE, read_conversations, render_all
+from tinyllama_hf.finetune.replies import generate_replies, reply_loss, score_replies
 from tinyllama_hf.inference.load import load_stock
 
 

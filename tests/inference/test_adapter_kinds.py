@@ -7,9 +7,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from tinyllama_hf import TinyLlamaConfig, load, load_tokenizer
+from tinyllama_hf.batch.job import open_job
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.inference.adapters import add_adapter
-from tinyllama_hf.inference.batch_job import open_job
 from tinyllama_hf.inference.chat import ChatSession
 from tinyllama_hf.inference.generation import Sampling
 

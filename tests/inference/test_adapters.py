@@ -8,11 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from tests.exactness import assert_greedy
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.inference.quantization import footprint, footprint_line
-
-from .exactness import assert_greedy
+from tinyllama_hf.quantization.bitsandbytes import footprint, footprint_line
 
 
 pytest.importorskip("bitsandbytes")

@@ -5,13 +5,12 @@ import copy
 import pytest
 import torch
 
+from tests.exactness import assert_greedy
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
+from tinyllama_hf.decoding.proposals import first_layers
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.inference.drafts import Draft, load_draft
 from tinyllama_hf.inference.generation import generate_text
-from tinyllama_hf.inference.proposals import first_layers
-
-from .exactness import assert_greedy
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +93,7 @@ class TestRefusals:
             Draft(*draft, *target)
 
     def test_other_entries(self, pair, documents):
-        from tinyllama_hf.data.tokenizer import train_tokenizer
+        from tinyllama_hf.data.train_tokenizer import train_tokenizer
 
         target, (model, _) = load(pair / "target"), load(pair / "draft")
         other = train_tokenizer(documents[::2], 512, pair / "tokenizer")

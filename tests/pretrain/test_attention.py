@@ -91,7 +91,7 @@ def test_a_cpu_equals_each_document_alone(attention):
 def test_the_mask_is_that_of_transformers_and_reads_nothing_back(attention):
     from transformers.masking_utils import create_causal_mask
 
-    from tinyllama_hf.packing import document_mask
+    from tinyllama_hf.packed_documents import document_mask
 
     config = model(attention).config
     with ReadBacks() as watch:

@@ -21,8 +21,8 @@ from tinyllama_hf import provenance
 from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.evaluation.bits_per_byte import held_out_documents
-from tinyllama_hf.evaluation.ladder import score, watch
-from tinyllama_hf.evaluation.metrics import load_metric
+from tinyllama_hf.evaluation.score_metrics import load_metric
+from tinyllama_hf.evaluation.series import score, watch
 from tinyllama_hf.pretrain import loop
 from tinyllama_hf.pretrain.config import SourceSection, load_config
 from tinyllama_hf.pretrain.loop import pretrain
@@ -154,7 +154,7 @@ def test_scores_on_other_text_are_known_before_the_first_step(finished, recipe):
 
 def test_training_goes_on_where_a_score_or_a_picture_cannot_be_had(recipe, capsys, monkeypatch):
     """Held-out text that is gone when the milestone comes, and a disk without room for a picture."""
-    from tinyllama_hf.evaluation import ladder
+    from tinyllama_hf.evaluation import series
     from tinyllama_hf.report import plots
 
     def no_room(*_):
@@ -163,7 +163,7 @@ def test_training_goes_on_where_a_score_or_a_picture_cannot_be_had(recipe, capsy
     config = load_config(recipe, ["evaluate_at_milestones=inline"])
     hooks = hooks_of(config)
     monkeypatch.setattr(plots, "training_panels", no_room)
-    monkeypatch.setattr(ladder, "held_out_documents", lambda folder: held_out_documents("gone"))
+    monkeypatch.setattr(series, "held_out_documents", lambda folder: held_out_documents("gone"))
     pretrain(config, hooks=hooks)
     run, printed = Path(config.output_dir), capsys.readouterr().out
     names = [folder.name for folder in list_milestones(run)]
@@ -250,38 +250,38 @@ class TestIncremental:
         assert json.loads(output.read_text()) == scores
 
     def test_a_run_that_was_moved_is_not_scored_again(self, finished, tmp_path, monkeypatch):
-        from tinyllama_hf.evaluation import ladder
+        from tinyllama_hf.evaluation import series
 
         run, _ = finished
         first = score([str(run)], output=run / "scores.json")
         moved = Path(shutil.copytree(run, tmp_path / "elsewhere"))
-        monkeypatch.setattr(ladder, "_score_folder", lambda *_: pytest.fail("scored again"))
+        monkeypatch.setattr(series, "_score_folder", lambda *_: pytest.fail("scored again"))
         assert score([str(moved)], output=moved / "scores.json")["models"] == first["models"]
 
     def test_counting_models_are_not_fitted_again(self, finished, tmp_path, monkeypatch):
-        from tinyllama_hf.evaluation import ladder
+        from tinyllama_hf.evaluation import series
 
         run, _ = finished
         output = tmp_path / "scores.json"
         first = score([str(run)], baselines=True, output=output)
         assert len(first["baselines"]) == 4
-        monkeypatch.setattr(ladder, "NGramModel", lambda *_: pytest.fail("fitted again"))
+        monkeypatch.setattr(series, "NGramModel", lambda *_: pytest.fail("fitted again"))
         assert score([str(run)], baselines=True, output=output)["baselines"] == first["baselines"]
 
     def test_what_is_scored_is_not_scored_again(self, finished, tmp_path, monkeypatch):
-        from tinyllama_hf.evaluation import ladder
+        from tinyllama_hf.evaluation import series
 
         run, _ = finished
         output = tmp_path / "scores.json"
         first = score([str(run)], output=output)
-        monkeypatch.setattr(ladder, "_score_folder", lambda *_: pytest.fail("scored again"))
+        monkeypatch.setattr(series, "_score_folder", lambda *_: pytest.fail("scored again"))
         assert score([str(run)], output=output)["models"] == first["models"]
 
     def test_a_killed_call_keeps_what_it_had(self, finished, tmp_path, monkeypatch):
-        from tinyllama_hf.evaluation import ladder
+        from tinyllama_hf.evaluation import series
 
         run, _ = finished
-        output, real, calls = tmp_path / "scores.json", ladder._score_folder, []
+        output, real, calls = tmp_path / "scores.json", series._score_folder, []
 
         def once(*arguments):
             calls.append(1)
@@ -289,7 +289,7 @@ class TestIncremental:
                 raise KeyboardInterrupt
             return real(*arguments)
 
-        monkeypatch.setattr(ladder, "_score_folder", once)
+        monkeypatch.setattr(series, "_score_folder", once)
         with pytest.raises(KeyboardInterrupt):
             score([str(run)], output=output)
         assert len(json.loads(output.read_text())["models"]) == 1

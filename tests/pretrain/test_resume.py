@@ -285,7 +285,7 @@ class TestRefusals:
         return identity(config, setup.open_mixture(config, fingerprint), fingerprint)
 
     def test_changed_data_and_tokenizer(self, recipe, corpus, tokenizer_folder, documents, tmp_path):
-        from tinyllama_hf.data.tokenizer import train_tokenizer
+        from tinyllama_hf.data.train_tokenizer import train_tokenizer
 
         run(recipe)
         other = tmp_path / "other"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tinyllama_hf.pretrain.folder import STOPPED_FILE
+from tinyllama_hf.pretrain.run_folder import STOPPED_FILE
 
 
 COMMANDS = {

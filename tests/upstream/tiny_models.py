@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import LlamaForCausalLM, LlamaModel
 
 from tinyllama_hf import TinyLlamaForCausalLM
-from tinyllama_hf.data.tokenizer import train_tokenizer
+from tinyllama_hf.data.train_tokenizer import train_tokenizer
 from tinyllama_hf.modeling_tinyllama import TinyLlamaModel
 
 

@@ -18,10 +18,10 @@ from ..errors import InputError, did_you_mean
 from ..text import read_text
 from ..tokenization_tinyllama import TinyLlamaTokenizer, declared_padding, load_tokenizer
 from .checkpoint import EMBEDDING, OUTPUT, Checkpoint
+from .formats.llama_write import write_generation_config, write_llama
 from .hand_off import HAND_OFF, hand_off_lines
-from .llama_target import write_generation_config, write_llama
-from .sources import open_checkpoint
-from .vocabulary import resize_vocabulary
+from .reading.recognize import open_checkpoint
+from .resize import resize_vocabulary
 
 
 # Bytes of an output for a parameter, at most, for the look at the disk.
@@ -114,7 +114,7 @@ def _write(
     Each writer is imported when it is wanted: some need extras.
     """
     if to.startswith("gguf-"):
-        from .gguf_target import write_gguf
+        from .formats.gguf_write import write_gguf
 
         fields = checkpoint.generation or {}
         lost = sorted(name for name, value in fields.items() if name not in _NOT_LOST or isinstance(value, list))
@@ -122,11 +122,11 @@ def _write(
         return [*notes, *write_gguf(checkpoint, folder, to.removeprefix("gguf-"), name)]
     notes, write_tokenizer = [], PreTrainedTokenizerBase.save_pretrained
     if to == "litgpt":
-        from .lit_gpt import write_litgpt, write_litgpt_tokenizer
+        from .formats.lit_gpt import write_litgpt, write_litgpt_tokenizer
 
         notes, write_tokenizer = write_litgpt(checkpoint, folder, dtype, name), write_litgpt_tokenizer
     elif to == "awq":
-        from .awq import write_awq
+        from .awq.write import write_awq
 
         texts = [read_text(Path(path)) for path in calibration]
         notes = write_awq(checkpoint, folder, texts or None, shard_size)

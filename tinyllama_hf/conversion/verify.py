@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..text import read_text
 from ..tokenization_tinyllama import encode_text, load_tokenizer
 from .checkpoint import Checkpoint
-from .sources import open_checkpoint
+from .reading.recognize import open_checkpoint
 
 
 MAX_TOKENS = 512

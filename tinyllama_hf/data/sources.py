@@ -16,7 +16,7 @@ from ..provenance import file_sha256
 from ..text import check_text, read_text
 from . import embedded
 from .expressions import Expression, MissingColumn, value_at
-from .rows import JSON_LINES, PARQUET, read_rows
+from .row_files import JSON_LINES, PARQUET, read_rows
 
 
 TEXT = (".txt", ".md", ".rst", ".py")

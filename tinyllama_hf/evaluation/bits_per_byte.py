@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.shards import read_metadata
 from ..errors import InputError
 from ..tokenization_tinyllama import encode_text
-from .metrics import load_metric
+from .score_metrics import load_metric
 
 
 class HeldOut(NamedTuple):

@@ -14,9 +14,9 @@ from .. import provenance
 from ..errors import InputError
 from ..inference.load import choose_device, model_folder
 from .harness import BATCH_SIZE, Suite, open_suite, run_suite
-from .metrics import load_metric
 from .models import Evaluated, evaluated, load_evaluated, milestones_of, place_in_run, quantization_in, the_run
 from .protocol import TASKS, Protocol, published_protocol
+from .score_metrics import load_metric
 
 
 # What decides the scores of a model folder; stock transformers loads no more.

@@ -18,11 +18,11 @@ import numpy as np
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.rows import read_rows
+from ..data.row_files import read_rows
 from ..errors import InputError, require
 from ..provenance import file_sha256
-from .metrics import eval_folder
 from .protocol import TASKS, Protocol
+from .score_metrics import eval_folder
 from .task_rows import BAD_ROW, check_rows, decisive_fields
 
 

@@ -10,9 +10,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import InputError
 from ..inference.adapters import one_line
 from ..inference.load import load, load_stock
-from ..inference.quantization import cast_plain, check_quantization, chosen_quantization, quantization_of
 from ..pretrain.milestones import CONFIG_FILE, MILESTONES_FOLDER, list_milestones, read_record
 from ..provenance import read_json
+from ..quantization.bitsandbytes import cast_plain, check_quantization, chosen_quantization, quantization_of
 
 
 class Evaluated(NamedTuple):

@@ -12,7 +12,7 @@ from ..chat.masks import mask_replies
 from ..chat.messages import is_learned, read_messages
 from ..chat.render import Rendering, check_messages, render
 from ..data.questions import questions
-from ..data.rows import JSON_LINES, read_rows
+from ..data.row_files import JSON_LINES, read_rows
 from ..errors import InputError
 
 

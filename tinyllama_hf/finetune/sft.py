@@ -18,7 +18,6 @@ from ..chat.render import Rendering
 from ..chat.templates import choose_template
 from ..configuration_tinyllama import TinyLlamaConfig
 from ..errors import InputError, require
-from ..evaluation.replies import reply_loss
 from ..inference.load import load_stock, model_folder
 from ..modeling_tinyllama import TinyLlamaForCausalLM
 from ..pretrain.milestones import CONFIG_FILE
@@ -26,6 +25,7 @@ from ..progress import quiet_bitsandbytes
 from ..tokenization_tinyllama import load_tokenizer, tokenizer_fingerprint
 from .config import FinetuneConfig
 from .conversations import HELD_OUT_FILE, Conversation, read_conversations, render_all, split, write_rows
+from .replies import reply_loss
 
 
 METRICS_FILE = "metrics.jsonl"

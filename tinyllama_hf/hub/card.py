@@ -9,8 +9,8 @@ import yaml
 from ..evaluation.protocol import caveat
 from ..portable import portable, portable_text
 from ..pretrain.milestones import CONFIG_FILE
-from .folder import ModelFolder, open_trained_folder
 from .markdown import table, write_card
+from .model_folder import ModelFolder, open_trained_folder
 from .scores import Scores, average_of, bits_per_byte, commonsense, eval_results, replies, row_of
 
 

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from ..conversion.containers import open_safetensors
-from ..inference.quantization import quantization_of
+from ..conversion.reading.containers import open_safetensors
+from ..quantization.bitsandbytes import quantization_of
 from .card import how_to_load, metadata_of, origin, python_code, shape_of
-from .folder import ADAPTER_WEIGHTS, ModelFolder
 from .markdown import table, write_card
+from .model_folder import ADAPTER_WEIGHTS, ModelFolder
 
 
 def folder_card(repo: str, model: ModelFolder, license: str | None = None) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from .. import provenance
 from ..errors import InputError, require
-from ..evaluation.ladder import milestones_of
+from ..evaluation.series import milestones_of
 from ..portable import portable_text
 from ..pretrain.metrics import METRICS_FILE
 from ..pretrain.milestones import MILESTONES_FOLDER
@@ -18,9 +18,9 @@ from .access import Unreachable, check_base, check_may_write, check_repo, explai
 from .card import model_card
 from .contents import PROVENANCE_FILE, published_content
 from .existing_card import CARD_FILE, COMMIT_PREFIX, merge_with_existing, read_card
-from .folder import ADAPTER_CONFIG, OUTDATED, ModelFolder, open_folder, open_trained_folder
 from .folder_card import folder_card
 from .markdown import is_marked
+from .model_folder import ADAPTER_CONFIG, OUTDATED, ModelFolder, open_folder, open_trained_folder
 from .scores import Scores, read_scores
 
 

@@ -4,8 +4,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from ..evaluation.harness import SAMPLE, task_files
-from ..evaluation.metrics import load_metric
 from ..evaluation.protocol import caveat
+from ..evaluation.score_metrics import load_metric
 from ..portable import portable_text
 from ..provenance import file_sha256, read_json
 from .markdown import table

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..decoding.proposals import PromptLookup, Proposer, first_layers
+from ..decoding.speculative import SpeculationStatistics, check_vocabulary_size, speculative_generate
 from ..errors import InputError
 from ..tokenization_tinyllama import tokenizer_fingerprint
 from .load import load
-from .proposals import PromptLookup, Proposer, first_layers
-from .speculative import SpeculationStatistics, check_vocabulary_size, speculative_generate
 
 
 LOOKUP, LAYERS = "lookup", "layers:"

@@ -22,9 +22,7 @@ from ..configuration_tinyllama import TinyLlamaConfig
 from ..errors import InputError
 from ..modeling_tinyllama import TinyLlamaForCausalLM
 from ..provenance import read_json
-from ..released import local_folder
-from .adapters import adapter_folder, add_adapter, one_line, tokenizer_with
-from .quantization import (
+from ..quantization.bitsandbytes import (
     QuantizedTinyLlama,
     cast_plain,
     check_quantization,
@@ -33,6 +31,8 @@ from .quantization import (
     quantization_config,
     quantization_of,
 )
+from ..released import local_folder
+from .adapters import adapter_folder, add_adapter, one_line, tokenizer_with
 
 
 def load(

@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from .. import provenance
 from ..errors import InputError
+from .checkpoint_reader import CheckpointReader, TensorPlanner
 from .disk import FullDiskError, full_disk_says, reason
-from .reading import CheckpointReader, TensorPlanner
 from .step import TrainStep
 
 

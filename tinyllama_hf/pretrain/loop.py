@@ -14,20 +14,20 @@ import torch
 from accelerate import Accelerator
 
 from .. import provenance
+from ..devices import known_device
 from ..inference.load import load
 from ..modeling_tinyllama import TinyLlamaForCausalLM
+from ..planning.run_plan import costs, plan
 from . import launch, setup
 from .checkpoints import CHECKPOINTS_FOLDER, TRAINING_STATE_FOLDER, prune, read_checkpoint, write_checkpoint
 from .config import PretrainConfig
-from .devices import known_device
 from .disk import full_disk_says
-from .folder import folder_of_one, mark_stopped
 from .hooks import Hooks
 from .identity import arithmetic, changed_arithmetic
 from .metrics import Metrics
 from .milestones import MILESTONES_FOLDER, export_weights, write_milestone
-from .plan import costs, plan
 from .resume import Start, check_space, find_start
+from .run_folder import folder_of_one, mark_stopped
 from .signals import Stopped, StopRequests
 from .step import StepResult, TrainStep
 from .throughput import measure_matmul_flops, model_flops_utilization, peak_memory_bytes

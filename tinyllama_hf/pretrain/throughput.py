@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from .devices import known_device
+from ..devices import known_device
 
 
 # Sides of the square products of `measure_matmul_flops`: what this library's step multiplies lies between them.

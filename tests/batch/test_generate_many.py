@@ -1,0 +1,360 @@
+"""Many prompts at a time: what each gets is what it gets by itself, whatever it shares a batch with."""
+
+import copy
+import threading
+
+import numpy as np
+import pytest
+import torch
+from transformers import ContinuousBatchingConfig, WatermarkingConfig
+
+from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
+from tinyllama_hf.batch.continuous import bounded
+from tinyllama_hf.batch.generate_many import ENGINES, Request, generate_many, stop_tokens_of
+from tinyllama_hf.decoding.acceptance import draw
+from tinyllama_hf.errors import InputError
+from tinyllama_hf.inference.drafts import load_draft
+from tinyllama_hf.inference.generation import Sampling, generate_ids
+
+
+GREEDY = Sampling(0, 1.0)
+TEXTS = ("Once upon a time", "Tom", "", "The dog and the cat went to the park.", "Lily likes cake", "One day, a big red car",
+         '"No," said', "They", "x", "A girl named Sue saw a bird. The bird was blue and it sang a song.")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stories(shared):
+    return load(shared / "data" / "models" / "stories260K", dtype=torch.float32)
+
+
+@pytest.fixture
+def random_model(tokenizer_folder):
+    torch.manual_seed(0)
+    model = TinyLlamaForCausalLM(TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=96)).eval()
+    return model, load_tokenizer(tokenizer_folder)
+
+
+def requests(tokenizer, new_tokens=40):
+    """Prompts of all lengths, with budgets of all lengths."""
+    return [Request(i, tokenizer(text)["input_ids"], new_tokens + 3 * i) for i, text in enumerate(TEXTS)]
+
+
+def by_key(model, tokenizer, wanted, *arguments, **options):
+    completions = list(generate_many(model, tokenizer, wanted, *arguments, **options))
+    assert len(completions) == len(wanted)
+    return {completion.key: completion for completion in completions}
+
+
+def close_call(model, ids) -> bool:
+    """Whether the two best logits for the next token are closer than rounding may decide."""
+    with torch.inference_mode():
+        best = model(torch.tensor([ids])).logits[0, -1].topk(2).values
+    return (best[0] - best[1]).item() < 1e-4
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize("stops", [False, True])
+def test_each_gets_what_it_gets_by_itself(stories, engine, batch_size, stops):
+    """A trained model in fp32; ended by their budgets, and at different lengths by a full stop that counts as the end."""
+    model, tokenizer = stories
+    kept = model.generation_config.eos_token_id
+    stop_tokens = [kept, *(tokenizer.convert_tokens_to_ids(["."]) if stops else [])]
+    model.generation_config.eos_token_id = stop_tokens
+    try:
+        found = by_key(model, tokenizer, requests(tokenizer), batch_size, GREEDY, engine=engine)
+    finally:
+        model.generation_config.eos_token_id = kept
+    ties = 0
+    for request in requests(tokenizer):
+        alone = generate_ids(model, tokenizer, request.ids, request.max_new_tokens, GREEDY, eos_token_id=stop_tokens)
+        ended = alone[-1] in stop_tokens
+        completion = found[request.key]
+        if completion.ids != alone[: len(alone) - ended]:
+            same = next(i for i, (a, b) in enumerate(zip(completion.ids, alone, strict=False)) if a != b)
+            assert close_call(model, [*request.ids, *alone[:same]])
+            ties += 1
+        assert completion.finish_reason == ("stop" if ended else "length") or ties
+    assert ties <= 1
+    assert len({len(completion.ids) for completion in found.values()}) > 5
+
+
+def test_prompts_longer_than_a_pass_of_the_continuous_engine(tokenizer_folder):
+    torch.manual_seed(0)
+    model = TinyLlamaForCausalLM(TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=1500)).eval()
+    generator = np.random.default_rng(0)
+    wanted = [
+        Request(i, generator.integers(3, 512, length).tolist(), 8) for i, length in enumerate((1300, 5, 700, 513))
+    ]
+    found = [by_key(model, load_tokenizer(tokenizer_folder), wanted, 2, GREEDY, engine=engine) for engine in ENGINES]
+    assert found[0] == found[1]
+
+
+class TestDraws:
+    def test_follow_from_seed_and_key_alone(self, random_model):
+        model, tokenizer = random_model
+        wanted = requests(tokenizer, 20)
+        sampling = Sampling(1.3, 0.9)
+        found = [by_key(model, tokenizer, wanted, size, sampling, seed=5) for size in (1, 3, 10)]
+        assert found[0] == found[1] == found[2]
+        assert by_key(model, tokenizer, wanted[4:], 3, sampling, seed=5) == {k: found[0][k] for k in range(4, 10)}
+        for other in ({"seed": 6}, {}):
+            assert by_key(model, tokenizer, wanted, 3, sampling, **other) != found[0]
+        assert by_key(model, tokenizer, wanted, 3, sampling) != by_key(model, tokenizer, wanted, 3, sampling)
+
+    @pytest.mark.parametrize("seed", [5, None])
+    def test_equal_prompts_are_continued_differently(self, random_model, seed):
+        model, tokenizer = random_model
+        wanted = [Request(key, [1, 7, 8], 12) for key in range(6)]
+        found = by_key(model, tokenizer, wanted, 4, Sampling(1.3, 1.0), seed=seed)
+        assert len({tuple(completion.ids) for completion in found.values()}) == 6
+
+    def test_have_the_distribution(self):
+        """200 000 draws among probabilities from a half to a thousandth, one of them 0: each within 4.5 deviations."""
+        probabilities = torch.tensor([0.5, 0.2, 0.0, 0.15, 0.1, 0.049, 0.001], dtype=torch.float64)
+        rows = 200_000
+        numbers = torch.from_numpy(np.stack([np.random.default_rng([1, key]).random(2) for key in range(rows)]))
+        drawn = draw(probabilities.float().expand(rows, 2, -1), numbers)
+        for counts in (torch.bincount(drawn[:, step], minlength=7) for step in (0, 1)):
+            deviations = (counts - rows * probabilities) / (rows * probabilities * (1 - probabilities)).sqrt().clamp(
+                min=1
+            )
+            assert deviations.abs().max() < 4.5
+
+    def test_the_largest_number_draws_a_token_that_can_be_drawn(self):
+        """The largest below 1 times a sum may round up to the sum; behind it there are only tokens without probability."""
+        largest = torch.full((100, 1), 1 - 2**-53, dtype=torch.float64)
+        weights = torch.rand(100, 1, 9, generator=torch.Generator().manual_seed(0))
+        weights[..., 6:] = 0
+        weights[..., 0] = 0
+        assert (draw(weights, largest) == 5).all() and (draw(weights, 0 * largest) == 1).all()
+
+    @pytest.mark.parametrize("settings", [{"min_p": 1.0}, {"epsilon_cutoff": 0.99}], ids=str)
+    def test_settings_of_the_folder_count(self, random_model, settings):
+        """These leave the most likely token alone; so do they for one prompt."""
+        model, tokenizer = random_model
+        wanted, sampling = requests(tokenizer, 20), Sampling(1.3, 0.9)
+        greedy = by_key(model, tokenizer, wanted, 4, GREEDY)
+        assert by_key(model, tokenizer, wanted, 4, sampling, seed=5) != greedy
+        model.generation_config.update(**settings)
+        assert by_key(model, tokenizer, wanted, 4, sampling, seed=5) == greedy
+        first = wanted[0]
+        alone = generate_ids(model, tokenizer, first.ids, first.max_new_tokens, sampling)
+        assert alone == generate_ids(model, tokenizer, first.ids, first.max_new_tokens, GREEDY)
+
+    def test_a_watermark_is_drawn_with(self, random_model):
+        """It comes behind the warpers, and the draws behind it."""
+        model, tokenizer = random_model
+        watermark = WatermarkingConfig(bias=1000.0)
+        model.generation_config.watermarking_config = watermark
+        processor = watermark.construct_processor(model.config.vocab_size, "cpu")
+        for request in requests(tokenizer, 20):
+            ids = by_key(model, tokenizer, [request], 1, Sampling(1.0, 1.0), seed=5)[request.key].ids
+            text = [*request.ids, *ids]
+            for end in range(len(request.ids), len(text)):
+                assert text[end] in processor._get_greenlist_ids(torch.tensor(text[:end]))
+
+    @pytest.mark.parametrize("sampling", [Sampling(0.7, 1.0), Sampling(1.5, 0.6)])
+    def test_are_the_models(self, random_model, sampling):
+        """The first token of 4000 equal prompts, against temperature and top-p worked out by hand."""
+        model, tokenizer = random_model
+        ids = tokenizer("class")["input_ids"]
+        model.lm_head.weight.data *= 4  # as sure as a trained one
+        with torch.inference_mode():
+            exact = (model(torch.tensor([ids])).logits[0, -1].double() / sampling.temperature).softmax(-1)
+        order = exact.argsort(descending=True)
+        kept = order[: int((exact[order].cumsum(0) < sampling.top_p).sum()) + 1]
+        exact = torch.zeros_like(exact).index_put((kept,), exact[kept])
+        exact /= exact.sum()
+        found = by_key(model, tokenizer, [Request(i, ids, 1) for i in range(4000)], 2000, sampling, seed=0)
+        drawn = [completion.ids[0] if completion.ids else tokenizer.eos_token_id for completion in found.values()]
+        counts = torch.bincount(torch.tensor(drawn), minlength=512)
+        assert not counts[exact == 0].any()
+        deviations = (counts - 4000 * exact) / (4000 * exact * (1 - exact)).sqrt().clamp(min=1)
+        assert deviations.abs().max() < 5
+        assert (counts > 0).sum() > 20
+
+
+@pytest.mark.parametrize("name", [None, "layers:1", "lookup"])
+class TestPlacesAreFilled:
+    """Rows leave at different times, and others join, whose draft has not read them yet. A seed keeps the draft at work."""
+
+    @pytest.fixture
+    def random_model(self, random_model):
+        """One whose first layer says what the whole model says at times."""
+        for layer in random_model[0].model.layers[1:]:
+            for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                projection.weight.data *= 0.3
+        return random_model
+
+    def draft(self, name, model, tokenizer):
+        return load_draft(name, model, tokenizer) if name else None
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {},
+            {"repetition_penalty": 1.4},
+            {"no_repeat_ngram_size": 2, "min_new_tokens": 9},
+            {"forced_eos_token_id": 9},
+            {"min_length": 22, "eos_token_id": list(range(3, 120))},
+        ],
+        ids=lambda settings: ",".join(settings),
+    )
+    def test_greedy_output_is_each_prompts_own(self, random_model, name, settings):
+        """Beginning of text, length and repetitions are each row's own, whatever the group that it joined with."""
+        model, tokenizer = random_model
+        model.generation_config.update(**settings)
+        wanted = requests(tokenizer, 10) + [Request(100 + r.key, r.ids[::-1], 3 + r.key) for r in requests(tokenizer)]
+        stops = stop_tokens_of(model, tokenizer)
+        alone = {
+            r.key: generate_ids(model, tokenizer, r.ids, r.max_new_tokens, GREEDY, eos_token_id=stops) for r in wanted
+        }
+        for batch_size in (1, 3, 8):
+            draft = self.draft(name, model, tokenizer)
+            found = by_key(model, tokenizer, wanted, batch_size, GREEDY, seed=0, draft=draft)
+            for key, ids in alone.items():
+                kept = ids[:-1] if ids[-1] in stops else ids
+                assert found[key].ids == kept, key
+            if draft:
+                assert draft.statistics.rows == len(wanted) and draft.statistics.drafted > 0
+                assert draft.statistics.accepted > 0 or (name == "lookup" and settings), "penalties end what repeats"
+
+    def test_draws_follow_from_seed_and_key_alone(self, random_model, name):
+        model, tokenizer = random_model
+        draft, sampling = self.draft(name, model, tokenizer), Sampling(0.9, 0.9)
+        wanted = requests(tokenizer, 20)
+        if name == "lookup":  # of what repeats
+            sampling = Sampling(0.2, 0.9)
+            wanted = [r._replace(ids=[7, 8, 9] * (2 + r.key)) for r in wanted]
+        found = [by_key(model, tokenizer, wanted, size, sampling, seed=5, draft=draft) for size in (1, 3, 10)]
+        assert found[0] == found[1] == found[2]
+        assert by_key(model, tokenizer, wanted[4:], 3, sampling, seed=5, draft=draft) == {
+            key: found[0][key] for key in range(4, 10)
+        }
+        assert by_key(model, tokenizer, wanted, 3, sampling, seed=6, draft=draft) != found[0]
+        if draft:
+            assert 0 < draft.statistics.accepted < draft.statistics.drafted
+
+
+def test_rotary_angles_that_depend_on_the_length(tokenizer_folder):
+    """Within the context they do not; a drafted token may lie beyond it."""
+    torch.manual_seed(0)
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    config = TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=96, rope_parameters=scaling)
+    model, tokenizer = TinyLlamaForCausalLM(config).eval(), load_tokenizer(tokenizer_folder)
+    wanted = [Request(i, [5 + i] * (70 - 9 * i), 20) for i in range(5)]
+    found = by_key(model, tokenizer, wanted, 3, GREEDY)
+    for request in wanted:
+        alone = generate_ids(model, tokenizer, request.ids, 20, GREEDY)
+        assert found[request.key].ids == [token for token in alone if token != tokenizer.eos_token_id]
+    with pytest.raises(InputError, match="its rotary scaling 'dynamic' depends on the longest row"):
+        by_key(model, tokenizer, wanted, 3, GREEDY, draft=load_draft("lookup", model, tokenizer))
+
+
+def test_probabilities_that_are_no_numbers(random_model):
+    model, tokenizer = random_model
+    model.lm_head.weight.data[7] = torch.nan
+    for draft in (None, "layers:1"):
+        draft = load_draft(draft, model, tokenizer) if draft else None
+        with pytest.raises(RuntimeError, match="probabilities hold nan or inf"):
+            by_key(model, tokenizer, requests(tokenizer, 5), 4, Sampling(1.0, 1.0), draft=draft)
+
+
+def test_no_row_waits_for_the_longest(random_model):
+    """Four rows at a time, two of three short: no pass is made for a row that has ended, and few for less than four."""
+    model, tokenizer = random_model
+    model.generation_config.eos_token_id = tokenizer.eos_token_id = None
+    wanted = [Request(i, [5, 6, 7 + i], 60 if i % 3 == 0 else 6) for i in range(24)]
+    passes = []
+    model.register_forward_pre_hook(lambda _, __, inputs: passes.append(inputs["input_ids"].shape), with_kwargs=True)
+    completions = by_key(model, tokenizer, wanted, 4, GREEDY)
+    assert [len(completions[r.key].ids) for r in wanted] == [r.max_new_tokens for r in wanted]
+    steps = [rows for rows, tokens in passes if tokens == 1]
+    assert max(steps) == 4
+    assert sum(steps) == sum(r.max_new_tokens - 1 for r in wanted), (
+        "the first token comes from the pass over its prompt"
+    )
+    assert len(steps) < 1.2 * sum(steps) / 4
+
+
+class TestContinuous:
+    def cache(self, model, settings) -> int:
+        """Bytes of the cache that the library makes."""
+        manager = model.init_continuous_batching(model.generation_config, settings)
+        manager.warmup()
+        return manager.batch_processor.cache.cache_tensor.nbytes
+
+    def test_memory_is_bounded(self, random_model):
+        model, tokenizer = random_model
+        wanted = requests(tokenizer, 20)
+        block = 256 * model.kv_cache_bytes_per_token(model.dtype)
+        for batch_size in (2, 8):
+            # Two blocks besides are the library's, for what it writes and reads in vain.
+            assert self.cache(model, bounded(wanted, batch_size)) == (batch_size + 2) * block
+
+    def test_the_library_takes_what_there_is(self, random_model):
+        """With one percent in place of its 60; when it takes what it needs, `bounded` can go."""
+        model, _ = random_model
+        settings = ContinuousBatchingConfig(max_memory_percent=0.01, max_batch_tokens=64)
+        assert self.cache(model, settings) > 20_000_000
+
+    def test_it_ends_with_the_one_who_listens(self, stories):
+        """What is left is not finished first, as the library's own context manager would."""
+        model, tokenizer = stories
+        threads = threading.active_count()
+        wanted = [Request(0, [1], 2), *(Request(i, [1], 500) for i in range(1, 50))]
+        completions = generate_many(model, tokenizer, wanted, 2, GREEDY, engine="continuous")
+        assert next(completions).key == 0
+        completions.close()
+        assert threading.active_count() == threads
+        assert model.config._attn_implementation == "sdpa"
+
+    def test_what_it_would_not_apply_is_refused(self, random_model):
+        model, tokenizer = random_model
+        plain = by_key(model, tokenizer, requests(tokenizer, 20), 4, GREEDY)
+        model.generation_config.repetition_penalty = 1.5
+        with pytest.raises(InputError, match="asks for a RepetitionPenaltyLogitsProcessor"):
+            list(generate_many(model, tokenizer, requests(tokenizer, 20), 4, GREEDY, engine="continuous"))
+        assert by_key(model, tokenizer, requests(tokenizer, 20), 4, GREEDY) != plain
+
+    def test_it_draws(self, random_model):
+        found = by_key(*random_model, requests(random_model[1], 20), 4, Sampling(1.0, 0.9), engine="continuous")
+        assert found != by_key(
+            *random_model, requests(random_model[1], 20), 4, Sampling(1.0, 0.9), engine="continuous"
+        )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, 0.9)], ids=["greedy", "sampled"])
+def test_beams_are_refused(random_model, engine, sampling):
+    model, tokenizer = random_model
+    model.generation_config.num_beams = 3
+    with pytest.raises(InputError, match=r"generation_config\.json of the model: asks for beam_.* \(num_beams 3\)"):
+        generate_many(model, tokenizer, requests(tokenizer), 4, sampling, engine=engine)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
+        ({"seed": -1}, "--seed -1: "),
+        ({"seed": 2**64}, "--seed 18446744073709551616: "),
+        ({"sampling": Sampling(-1)}, "--temperature -1"),
+        ({"engine": "continous"}, "--engine 'continous': there is none of this name; did you mean 'continuous'"),
+        ({"engine": "continuous", "seed": 1}, "--engine continuous: its draws depend on what shares a pass"),
+        ({"engine": "continuous", "draft": "lookup"}, "--engine continuous: has no place for a draft"),
+        ({"requests": [Request(7, [1] * 90, 7)]}, "request 7: 90 tokens and 7 new ones; .* at most 96, the model's"),
+        ({"requests": [Request(7, [], 7)]}, "request 7: 0 tokens"),
+        ({"requests": [Request(7, [1], 7), Request(7, [2], 7)]}, "requests: two of them have the same key"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_refusals(random_model, options, message):
+    model, tokenizer = random_model
+    options = copy.copy(options)
+    wanted = options.pop("requests", [Request(0, [1], 4)])
+    if "draft" in options:
+        options["draft"] = load_draft(options["draft"], model, tokenizer)
+    with pytest.raises(InputError, match=message):
+        generate_many(model, tokenizer, wanted, **options)

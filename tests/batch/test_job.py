@@ -1,0 +1,451 @@
+"""Files of prompts: every line checked, the order kept, and an interruption that costs nothing that was done."""
+
+import errno
+import fcntl
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import tinyllama_hf_cli
+from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
+from tinyllama_hf.batch.job import open_job
+from tinyllama_hf.batch.prompts import read_prompts
+from tinyllama_hf.chat.templates import load_template
+from tinyllama_hf.errors import InputError
+from tinyllama_hf.inference.chat import ChatSession
+from tinyllama_hf.inference.drafts import load_draft
+from tinyllama_hf.inference.generation import Sampling, generate_text
+from tinyllama_hf.planning import inference_memory
+
+
+GREEDY = Sampling(0, 1.0, 12)
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tokenizer_folder, tmp_path_factory):
+    """A random model with a chat template and a context of 96, in fp32."""
+    folder = tmp_path_factory.mktemp("chat")
+    torch.manual_seed(0)
+    TinyLlamaForCausalLM(
+        TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=96, num_key_value_heads=2)
+    ).save_pretrained(folder)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer.chat_template = load_template("llama2")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write(path: Path, *rows) -> Path:
+    """Rows as JSON lines; a text as it is."""
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8", errors="surrogatepass")
+    return path
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+BAD = {
+    "no JSON": ("{'prompt': 'x'}", "no JSON"),
+    "half a line": ('{"prompt": "x', "no JSON"),
+    "half a pair": ('{"prompt": "\\ud83d"}', "the line: character 12 is '\\ud83d'"),
+    "no number": ('{"prompt": "x", "score": NaN}', "no JSON (NaN is none)"),
+    "deep": ('{"prompt": ' + "[" * 100_000, "no JSON"),
+    "a text": ('"x"', 'is of type str; must be an object: {"prompt": "..."}'),
+    "neither": ({"text": "x"}, "must have 'prompt' or 'messages', and has ['text']"),
+    "both": ({"prompt": "x", "messages": []}, "must have 'prompt' or 'messages'"),
+    "another type": ({"prompt": ["x"]}, "prompt is of type list; must be a text"),
+    "too long": ({"prompt": "word " * 200}, "new ones are longer than the model's context of 96; shorten it or lower"),
+    "no list": ({"messages": "x"}, "messages: 'messages' is not a list of objects"),
+    "a key that would be dropped": (
+        {"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, "messages, message 0: key 'name'"),
+    "half a pair in a message": (
+        '{"messages": [{"role": "user", "content": "\\ud83d"}]}', "message 0: character 29 is '\\ud83d'"),
+    "no messages": ({"messages": []}, "messages: is empty"),
+    "unknown role": ({"messages": [{"role": "usr", "content": "x"}]}, "role 'usr' is not known; did you mean 'user'?"),
+    "the assistant's turn": (
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
+        "messages end with the role 'assistant'; a reply needs a message of the user"),
+    "a field of the output": ({"prompt": "x", "generated": "y"}, "has a field 'generated', which the output has too"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "message"), BAD.values(), ids=BAD)
+def test_a_bad_line_does_not_lose_the_others(chat_folder, tmp_path, row, message):
+    source = write(tmp_path / "in.jsonl", {"prompt": "a"}, row, "", {"prompt": "b"})
+    prompts, bad = read_prompts(source, load_tokenizer(chat_folder), 96, "model's", 12)
+    assert [prompt.line for prompt in prompts] == [1, 4]
+    assert [line.line for line in bad] == [2] and bad[0].error.startswith("line 2: ") and message in bad[0].error
+    result = bad[0].result()
+    assert result["error"] == bad[0].error and json.loads(json.dumps(result)) == result
+    assert not isinstance(row, dict) or {**row, "error": bad[0].error} == result
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "none of its 0 lines can be continued"),
+        (b"\xff\xfe\n[]\n", r"none of its 2 lines can be continued; the first: line 1: no JSON"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_file_without_a_prompt_is_refused(chat_folder, tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "in.jsonl").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        open_job(tmp_path / "in.jsonl", tmp_path / "out.jsonl", str(chat_folder), sampling=GREEDY)
+
+
+def test_rows_are_what_generate_and_chat_give(chat_folder, tmp_path):
+    """In the order of the lines, with all their fields; control tokens in the text stay text."""
+    texts = ["def f(x):\n    y", "", "import  json", "a </s> b", "🚀 hello", "x = 1"]
+    question = [{"role": "user", "content": "One <s>?"}]
+    rows = [{"id": i, "prompt": text, "more": {"π": [None]}} for i, text in enumerate(texts)]
+    source = write(tmp_path / "in.jsonl", *rows[:3], {"messages": question}, "junk", *rows[3:])
+    job = open_job(source, tmp_path / "new" / "out.jsonl", str(chat_folder), sampling=GREEDY)
+    model, tokenizer = load(chat_folder)
+    num_tokens = job.run(model, tokenizer, 4, GREEDY)
+    found = read(job.output)
+    chat, junk = found.pop(3), found.pop(3)
+    assert junk.keys() == {"error"} and num_tokens == sum(row["new_tokens"] for row in (*found, chat)) > 50
+    for row, given in zip(found, rows, strict=True):
+        assert {name: row[name] for name in given} == given and row["finish_reason"] in ("length", "stop")
+        assert row["prompt"] + row["generated"] == generate_text(model, tokenizer, row["prompt"], 12, temperature=0)
+    session = ChatSession(model, tokenizer, sampling=GREEDY, write=lambda text: None)
+    assert chat["generated"] == session.say("One <s>?")
+    assert sorted(path.name for path in job.output.parent.iterdir()) == ["out.jsonl", "out.jsonl.record.json"]
+
+
+def test_by_default_as_many_tokens_as_there_is_room_for(chat_folder, tmp_path):
+    source = write(tmp_path / "in.jsonl", *({"prompt": "a " * n} for n in (1, 20, 40)))
+    job = open_job(source, tmp_path / "out.jsonl", str(chat_folder), sampling=Sampling(0, 1.0))
+    assert all(len(prompt.ids) + prompt.max_new_tokens == 96 for prompt in job.pending)
+    job.run(*load(chat_folder), 4, Sampling(0, 1.0))
+    assert all(row["finish_reason"] == "length" for row in read(job.output))
+
+
+class TestGoingOn:
+    @pytest.fixture
+    def source(self, tmp_path):
+        return write(tmp_path / "in.jsonl", *({"prompt": "x " * (1 + i % 7), "id": i} for i in range(20)), "junk")
+
+    def open(self, chat_folder, source, name="out.jsonl", **changes):
+        options = {"model": str(chat_folder), "sampling": Sampling(1.0, 0.9, 12), "seed": 3, **changes}
+        return open_job(source, source.with_name(name), **options)
+
+    def run(self, job, chat_folder, batch_size=4, draft=None, **options):
+        model, tokenizer = load(chat_folder)
+        draft = load_draft(draft, model, tokenizer) if draft else None
+        return job.run(model, tokenizer, batch_size, Sampling(1.0, 0.9, 12), 3, draft, **options)
+
+    def interrupt(self, job, chat_folder, monkeypatch, after=7, **options):
+        """Ctrl-C while a row is written."""
+        seen = []
+
+        def dumps(value, real=json.dumps, **options):
+            seen.append(value)
+            if len(seen) > after and "generated" in value:
+                raise KeyboardInterrupt
+            return real(value, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("tinyllama_hf.batch.job.json.dumps", dumps)
+            with pytest.raises(KeyboardInterrupt):
+                self.run(job, chat_folder, **options)
+
+    @pytest.mark.parametrize("draft", [None, "layers:1", "lookup"])
+    def test_an_interrupted_call_goes_on(self, chat_folder, source, monkeypatch, draft):
+        """What was cut off in the middle comes again, the rest does not; sampled results are those of one call."""
+        self.run(self.open(chat_folder, source, "whole.jsonl", draft=draft), chat_folder, draft=draft)
+        first = self.open(chat_folder, source, draft=draft)
+        self.interrupt(first, chat_folder, monkeypatch, draft=draft)
+        assert not first.output.exists()
+        with first.part.open("ab") as part:
+            part.write(b'3\t{"id": 2, "gener')
+        second = self.open(chat_folder, source, draft=draft)
+        assert 0 < len(second.pending) < 20 and not second.is_finished
+        before = first.part.read_bytes().rpartition(b"\n")[0]
+        self.interrupt(second, chat_folder, monkeypatch, draft=draft)
+        assert second.part.read_bytes().startswith(before)
+        third = self.open(chat_folder, source, draft=draft)
+        assert len(third.pending) < len(second.pending)
+        self.run(third, chat_folder, batch_size=3, draft=draft)
+        assert third.output.read_bytes() == (source.with_name("whole.jsonl")).read_bytes()
+        assert not third.part.exists()
+
+    def test_a_finished_call_does_nothing(self, chat_folder, source):
+        self.run(self.open(chat_folder, source), chat_folder)
+        assert self.open(chat_folder, source).is_finished
+        output = source.with_name("out.jsonl")
+        output.unlink()
+        again = self.open(chat_folder, source)
+        assert not again.is_finished and len(again.pending) == 20
+
+    def test_two_at_once(self, chat_folder, source, monkeypatch):
+        """The second is refused while the first writes, and loses none of its rows."""
+        first, second = self.open(chat_folder, source), self.open(chat_folder, source)
+        seen = []
+
+        def dumps(value, real=json.dumps, **options):
+            seen.append("generated" in value)
+            if seen[-1] and sum(seen) == 7:
+                assert first.part.stat().st_size
+                with pytest.raises(
+                    InputError, match=r"--output .*out\.jsonl: another process is writing it; wait for it"
+                ):
+                    self.run(second, chat_folder)
+            return real(value, **options)
+
+        monkeypatch.setattr("tinyllama_hf.batch.job.json.dumps", dumps)
+        self.run(first, chat_folder)
+        assert sum(seen) >= 20 and [row.get("id") for row in read(first.output)] == [*range(20), None]
+        assert self.run(second, chat_folder) == 0 and second.is_finished and not second.part.exists()
+
+    def test_another_process_went_on_since_the_job_was_opened(self, chat_folder, source, monkeypatch):
+        first, second = self.open(chat_folder, source), self.open(chat_folder, source)
+        self.interrupt(first, chat_folder, monkeypatch)
+        done = len(second.pending) - len(self.open(chat_folder, source).pending)
+        self.run(second, chat_folder)
+        assert done and len(second.pending) == 20 - done
+        assert [row.get("id") for row in read(second.output)] == [*range(20), None]
+
+    def test_a_part_that_went_away_between_opening_and_locking(self, chat_folder, source, monkeypatch):
+        """As when another process ends just then; rows written into it would be lost."""
+        job = self.open(chat_folder, source)
+        with monkeypatch.context() as patch:
+            patch.setattr(fcntl, "flock", lambda *_: job.part.unlink())
+            with pytest.raises(InputError, match="another process is writing it"):
+                self.run(job, chat_folder)
+
+    def test_a_file_system_without_locks(self, chat_folder, source, monkeypatch):
+        def no_locks(*_):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        job = self.open(chat_folder, source)
+        with monkeypatch.context() as patch:
+            patch.setattr(fcntl, "flock", no_locks)
+            with pytest.raises(InputError, match=r"out\.jsonl\.part cannot be locked \(.*No locks available\)"):
+                self.run(job, chat_folder)
+        self.run(self.open(chat_folder, source), chat_folder)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"seed": 4}, r"\(--seed 3 there, 4 here\)"),
+            ({"sampling": Sampling(0.5, 0.9, 11)}, r"\(--temperature 1.0 there, 0.5 here; --max-new-tokens 12 there, 11 here\)"),
+            ({"draft": "lookup"}, r"\(--draft None there, lookup here\)"),
+            ({"dtype": "bf16"}, r"\(--dtype None there, bf16 here\)"),
+        ],
+    )  # fmt: skip
+    def test_other_settings_are_refused(self, chat_folder, source, monkeypatch, changes, message):
+        self.interrupt(self.open(chat_folder, source), chat_folder, monkeypatch)
+        with pytest.raises(InputError, match="was begun with other settings " + message):
+            self.open(chat_folder, source, **changes)
+
+    def test_other_files_are_refused(self, chat_folder, source, monkeypatch, tmp_path):
+        self.interrupt(self.open(chat_folder, source), chat_folder, monkeypatch)
+        load(chat_folder)[0].half().save_pretrained(tmp_path / "half")
+        tokenizer = load_tokenizer(chat_folder)
+        tokenizer.add_bos_token = False
+        tokenizer.save_pretrained(tmp_path / "half")
+        with pytest.raises(InputError, match=r"\(model of other contents; prompts of other contents\)"):
+            self.open(tmp_path / "half", source)
+        write(source, {"prompt": "another"})
+        with pytest.raises(InputError, match=r"\(input of other contents; prompts of other contents\)"):
+            self.open(chat_folder, source)
+
+    @pytest.mark.parametrize(
+        ("file", "key", "value"),
+        [("config.json", "rms_norm_eps", 1e-4), ("generation_config.json", "repetition_penalty", 1.5)],
+    )
+    def test_other_settings_of_the_model_are_refused(
+        self, chat_folder, source, monkeypatch, tmp_path, file, key, value
+    ):
+        self.interrupt(self.open(chat_folder, source), chat_folder, monkeypatch)
+        folder = Path(shutil.copytree(chat_folder, tmp_path / "copy"))
+        (folder / "README.md").write_text("decides nothing")
+        assert self.open(folder, source).pending
+        fields = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**fields, key: value}))
+        with pytest.raises(InputError, match=r"\(model of other contents\)"):
+            self.open(folder, source)
+
+    def test_what_lies_there_is_not_replaced(self, chat_folder, source, tmp_path):
+        output = write(source.with_name("out.jsonl"), "something else")
+        with pytest.raises(InputError, match="exists, and was not written by this command"):
+            self.open(chat_folder, source)
+        output.rename(output.with_name("out.jsonl.part"))
+        with pytest.raises(InputError, match=r"out\.jsonl\.part: lies there without out\.jsonl\.record\.json"):
+            self.open(chat_folder, source)
+        with pytest.raises(InputError, match="is the file of --input"):
+            self.open(chat_folder, source, source.name)
+        with pytest.raises(InputError, match="is a folder"):
+            (tmp_path / "folder").mkdir()
+            self.open(chat_folder, source, "folder")
+
+    def test_a_damaged_part_is_refused(self, chat_folder, source, monkeypatch):
+        job = self.open(chat_folder, source)
+        self.interrupt(job, chat_folder, monkeypatch)
+        job.part.write_bytes(b"\x00\x00\n" + job.part.read_bytes())
+        with pytest.raises(InputError, match="damaged"):
+            self.open(chat_folder, source)
+
+
+class TestCommand:
+    @pytest.fixture
+    def call(self, monkeypatch, capsys, tmp_path):
+        """Runs the command in this process; returns exit status, output and errors."""
+
+        def run(*words):
+            monkeypatch.setattr(sys, "argv", ["tinyllama-hf", "generate", *map(str, words)])
+            monkeypatch.chdir(tmp_path)
+            with pytest.raises(SystemExit) as stop:
+                tinyllama_hf_cli.main()
+            return stop.value.code or 0, *capsys.readouterr()
+
+        return run
+
+    def test_bad_lines_are_named_at_the_end_again_and_again(self, chat_folder, tmp_path, call):
+        write(tmp_path / "in.jsonl", "junk", {"prompt": "a"}, {"prompt": 1})
+        words = (
+            chat_folder,
+            "--input",
+            "in.jsonl",
+            "--output",
+            "out.jsonl",
+            "--max-new-tokens",
+            4,
+            "--temperature",
+            0,
+        )
+        status, output, errors = call(*words)
+        assert status == 2 and output.startswith("wrote out.jsonl: 1 prompts continued, 4 new tokens")
+        assert (
+            errors.startswith("error: --input in.jsonl: 2 of 3 lines cannot be continued")
+            and "  line 3: prompt is" in errors
+        )
+        assert [sorted(row) for row in read(tmp_path / "out.jsonl")] == [
+            ["error"], ["finish_reason", "generated", "new_tokens", "prompt"], ["error", "prompt"]]  # fmt: skip
+        status, output, again = call(*words)
+        assert (status, output, again) == (2, "out.jsonl: was finished already\n", errors)
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--input", "in.jsonl"], "--output: is needed with --input in.jsonl"),
+            (["text", "--input", "in.jsonl", "--output", "o"], "PROMPT 'text': cannot be given with --input"),
+            (["--output", "o"], "--output o: belongs to --input"),
+            (["--batch-size", 4], "--batch-size 4: belongs to --input"),
+            (["--engine", "batch"], "--engine batch: belongs to --input"),
+            (["--input", "in.jsonl", "--output", "o", "--batch-size", 0], "--batch-size 0: must be at least 1"),
+            (
+                ["--input", "in.jsonl", "--output", "o", "--engine", "vllm"],
+                "--engine 'vllm': there is none of this name",
+            ),
+            (
+                ["--input", "in.jsonl", "--output", "o", "--engine", "continuous", "--draft", "lookup"],
+                "no place for a draft",
+            ),
+            (["--input", "in.jsonl", "--output", "o", "--draft", "nowhere"], "model 'nowhere': no such folder"),
+            (["--input", "in.jsonl", "--output", "o", "--dtype", "fp8"], "--dtype 'fp8': there is none of this name"),
+        ],
+        ids=lambda value: "".join(map(str, value))[-30:],
+    )
+    def test_bad_input(self, chat_folder, tmp_path, call, words, message):
+        write(tmp_path / "in.jsonl", {"prompt": "a"})
+        status, output, errors = call(chat_folder, *words)
+        assert status == 2 and not output and message in errors and errors.count("error: ") == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+    def test_a_batch_that_cannot_fit(self, chat_folder, tmp_path, call, monkeypatch):
+        write(tmp_path / "in.jsonl", *({"prompt": "a"} for _ in range(64)))
+        monkeypatch.setattr(inference_memory, "free_memory", lambda device: 500_000)
+        status, _, errors = call(chat_folder, "--input", "in.jsonl", "--output", "out.jsonl", "--batch-size", 64)
+        assert status == 2 and "--batch-size 64: keys and values of" in errors and "the largest that fits is" in errors
+        assert not (tmp_path / "out.jsonl.part").exists()
+
+
+def start(folder, tmp_path, file_bytes=None, *options) -> subprocess.Popen:
+    """The command on 60 prompts of 60 tokens; no file may grow above some bytes, as if the disk were full."""
+    write(tmp_path / "in.jsonl", *({"prompt": "x " * (1 + i % 5), "id": i} for i in range(60)))
+    command = [Path(sys.executable).parent / "tinyllama-hf", "generate", folder, "--input", "in.jsonl", "--output", "out.jsonl",
+               "--batch-size", "2", "--max-new-tokens", "60", "--seed", "1", *options]  # fmt: skip
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    return subprocess.Popen(
+        [str(word) for word in command],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=limit if file_bytes else None,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_command_goes_on(chat_folder, tmp_path, number):
+    process = start(chat_folder, tmp_path)
+    part = tmp_path / "out.jsonl.part"
+    deadline = time.monotonic() + 120
+    while not part.is_file() or not part.stat().st_size:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert errors == "interrupted; what was done is kept, the same command goes on\n"
+    assert not (tmp_path / "out.jsonl").exists() and part.stat().st_size
+    again = start(chat_folder, tmp_path)
+    output, errors = again.communicate(timeout=120)
+    assert again.returncode == 0 and " before)" in output and not errors
+    assert [row["id"] for row in read(tmp_path / "out.jsonl")] == list(range(60))
+
+
+@pytest.mark.slow
+def test_a_full_disk_says_so_and_the_command_goes_on(chat_folder, tmp_path):
+    process = start(chat_folder, tmp_path, 6000)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2 and errors.startswith("error: ") and errors.count("\n") == 1
+    assert (
+        "cannot be written (File too large); what was written is kept: make room, and the same command goes on"
+        in errors
+    )
+    again = start(chat_folder, tmp_path)
+    output, _ = again.communicate(timeout=120)
+    assert again.returncode == 0 and " before)" in output
+    assert [row["id"] for row in read(tmp_path / "out.jsonl")] == list(range(60))
+
+
+@pytest.mark.slow
+def test_smollm2_answers(smollm2, tmp_path):
+    """Chats of different lengths and a text, in fp32: the same from every engine and with a draft, and no other end."""
+    asked = [
+        {"messages": [{"role": "user", "content": f"What is the capital of {land}?"}]} for land in ("France", "Japan")
+    ]
+    source = write(tmp_path / "in.jsonl", *asked, {"prompt": "The three primary colors are"})
+    sampling = Sampling(0, 1.0, 30)
+    model, tokenizer = load(smollm2, torch.float32)
+    found = []
+    for name, options in {"batch": {}, "continuous": {"engine": "continuous"}, "draft": {"draft": "lookup"}}.items():
+        job = open_job(source, tmp_path / f"{name}.jsonl", str(smollm2), sampling=sampling, draft=options.get("draft"))
+        if "draft" in options:
+            options = {"draft": load_draft("lookup", model, tokenizer)}
+        job.run(model, tokenizer, 2, sampling, **options)
+        found.append(read(job.output))
+    assert found[0] == found[1] == found[2]
+    assert "Paris" in found[0][0]["generated"] and "Tokyo" in found[0][1]["generated"]
+    assert [row["finish_reason"] for row in found[0]] == ["stop", "stop", "length"]

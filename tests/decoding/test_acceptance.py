@@ -1,0 +1,72 @@
+"""The rules of acceptance by themselves: exact distributions from given draws, and filling that never counts."""
+
+import pytest
+import torch
+from transformers.generation import MaxLengthCriteria, StoppingCriteriaList
+
+from tinyllama_hf.decoding.acceptance import Proposal, accept_greedy, accept_sampled, draw
+from tinyllama_hf.decoding.rows import CHOOSING, RowPlan, Rows
+
+
+ROWS, WIDTH = 10_000, 2
+P = torch.tensor([0.1, 0.2, 0.3, 0.4])
+Q = torch.tensor([0.4, 0.3, 0.2, 0.1])
+
+
+def rows_with_draws(number: int) -> Rows:
+    """Rows of one token, each with its own numbers to draw with."""
+    draws = torch.rand(number, 3, WIDTH + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plans = [RowPlan(row, WIDTH + 1, draws[row]) for row in range(number)]
+    criteria = StoppingCriteriaList([MaxLengthCriteria(WIDTH + 2)])
+    return Rows(torch.ones(number, 1, dtype=torch.long), None, criteria, 64, plans)
+
+
+@pytest.fixture(scope="module")
+def rows() -> Rows:
+    return rows_with_draws(ROWS)
+
+
+def assert_follows_p(tokens: torch.Tensor) -> None:
+    """To 5 standard deviations, which are at most 0.5 over the root of the number."""
+    shares = torch.bincount(tokens, minlength=4) / len(tokens)
+    assert (shares - P).abs().max() < 2.5 * len(tokens) ** -0.5, shares
+
+
+@pytest.mark.parametrize("is_drawn", [True, False], ids=["from q", "look-up"])
+def test_tokens_follow_the_target(rows, is_drawn):
+    """A number that decided twice would choose among what it has just rejected."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.multinomial(Q, ROWS * WIDTH, replacement=True, generator=generator).view(ROWS, WIDTH)
+    tokens = tokens if is_drawn else torch.full_like(tokens, 1)
+    proposal = Proposal(tokens, torch.full((ROWS,), WIDTH), Q.expand(ROWS, WIDTH, -1) if is_drawn else None)
+    found, accepted = accept_sampled(P.log().expand(ROWS, WIDTH + 1, -1), proposal, rows)
+    assert_follows_p(found[:, 0])
+    assert_follows_p(found[accepted > 0, 1])
+    share = torch.minimum(P, Q).sum() if is_drawn else P[1]
+    assert ((accepted > 0).float().mean() - share).abs() < 2.5 * ROWS**-0.5
+
+
+def test_token_behind_the_accepted_ones_follows_the_target(rows):
+    """Where nothing was drafted, and where all that was drafted stands."""
+    scores, tokens = P.log().repeat(ROWS, WIDTH + 1, 1), torch.zeros(ROWS, WIDTH, dtype=torch.long)
+    found, accepted = accept_sampled(scores, Proposal(tokens, torch.zeros(ROWS, dtype=torch.long)), rows)
+    assert not accepted.any()
+    assert_follows_p(found[:, 0])
+    scores[:, :WIDTH, 1:] = -torch.inf  # the drafted token is certain
+    found, accepted = accept_sampled(scores, Proposal(tokens, torch.full((ROWS,), WIDTH)), rows)
+    assert (accepted == WIDTH).all()
+    assert_follows_p(found[:, WIDTH])
+    numbers = rows.uniform(CHOOSING, WIDTH + 1)[:, WIDTH:]
+    assert torch.equal(found[:, WIDTH:], draw(P.expand(ROWS, 1, -1), numbers)), "by the number of its own place"
+
+
+@pytest.mark.parametrize("accept", [accept_greedy, accept_sampled])
+def test_filling_is_never_accepted(accept):
+    """Even where the target would have chosen it: only the first `counts` tokens were drafted."""
+    rows, counts = rows_with_draws(3), torch.tensor([0, 1, 2])
+    scores = torch.full((3, WIDTH + 1, 4), -torch.inf)
+    scores[..., 2] = 0.0
+    tokens = torch.full((3, WIDTH), 2)
+    assert accept(scores, Proposal(tokens, counts), rows)[1].tolist() == [0, 1, 2]
+    tokens[2, 0] = 1
+    assert accept(scores, Proposal(tokens, counts), rows)[1].tolist() == [0, 1, 0], "nothing after a rejected token"

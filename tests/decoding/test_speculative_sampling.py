@@ -1,0 +1,196 @@
+"""Sampled output with a draft follows the target's exact distribution: chi-square tests with fixed seeds."""
+
+import itertools
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tinyllama_hf.batch.generate_many import Request, generate_many
+from tinyllama_hf.decoding.proposals import PromptLookup
+from tinyllama_hf.decoding.speculative import speculative_generate
+from tinyllama_hf.inference.drafts import Draft
+from tinyllama_hf.inference.generation import Sampling
+
+
+VOCABULARY, CONTEXT = 24, 2048
+DRAWS = 20_000
+SETTINGS = (
+    {"temperature": 1.0, "top_k": 0, "top_p": 1.0},
+    {"temperature": 0.6, "top_k": 0, "top_p": 1.0},
+    {"temperature": 1.0, "top_k": 9, "top_p": 0.9},
+    {"temperature": 0.6, "top_k": 12, "top_p": 0.95},
+)
+# Each below 1e-3 over the number of chi-square tests in this file (Bonferroni) is a failure.
+LIMIT = 1e-3 / 13
+
+
+def model(seed: int, *, reads_only_the_last_token: bool) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT)  # fmt: skip
+    made = LlamaForCausalLM(config).eval()
+    for name, parameter in made.named_parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+        if reads_only_the_last_token and name.endswith("o_proj.weight"):
+            parameter.data.zero_()
+    made.lm_head.weight.data *= 2
+    made.generation_config.eos_token_id = None
+    return made
+
+
+def similar(target: LlamaForCausalLM, seed: int) -> LlamaForCausalLM:
+    """A draft that is right at times, and whose distribution is another one."""
+    torch.manual_seed(seed)
+    draft = LlamaForCausalLM(target.config).eval()
+    draft.load_state_dict(target.state_dict())
+    draft.lm_head.weight.data += 0.25 * torch.randn_like(draft.lm_head.weight)
+    return draft
+
+
+def warped(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
+    """The distribution that is drawn from, `[..., vocab]`, from its definition; in float64."""
+    p = (logits.double() / temperature).softmax(-1)
+    order = p.argsort(dim=-1, descending=True)
+    ranked = p.gather(-1, order)
+    if top_k:
+        ranked[..., top_k:] = 0
+        ranked /= ranked.sum(-1, keepdim=True)
+    before = ranked.cumsum(-1) - ranked
+    ranked = ranked.where(before < top_p, 0.0)
+    p = torch.zeros_like(p).scatter(-1, order, ranked)
+    return p / p.sum(-1, keepdim=True)
+
+
+def p_value(counts: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of a chi-square test over `[groups, classes]`, each group with its own total; rare classes are taken together."""
+    assert counts[expected == 0].sum() == 0, "something was drawn that has no probability"
+    statistic, degrees = 0.0, 0
+    for observed, wanted in zip(counts.double(), expected.double(), strict=True):
+        common = wanted >= 5
+        observed = torch.cat([observed[common], observed[~common].sum()[None]])
+        wanted = torch.cat([wanted[common], wanted[~common].sum()[None]])
+        if wanted[-1] < 5:
+            observed, wanted = observed[:-1], wanted[:-1]
+        if len(wanted) > 1:
+            statistic += ((observed - wanted) ** 2 / wanted).sum().item()
+            degrees += len(wanted) - 1
+    assert degrees > 40
+    return torch.special.gammaincc(torch.tensor(degrees / 2, dtype=torch.float64), torch.tensor(statistic / 2)).item()
+
+
+@pytest.fixture(scope="module")
+def chain():
+    """A target whose next token depends on the last one alone, so that every drawn token is a draw of a known row."""
+    target = model(0, reads_only_the_last_token=True)
+    with torch.inference_mode():
+        logits = target(torch.arange(VOCABULARY)[:, None]).logits[:, -1]
+    return target, similar(target, 1), logits
+
+
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
+def test_transitions(chain, setting, rows):
+    target, draft, logits = chain
+    check_transitions(target, draft, logits, setting, rows)
+
+
+@pytest.mark.slow
+def test_transitions_with_look_up(chain):
+    """A proposed token that was not drawn: q is one at it."""
+    target, _, logits = chain
+    check_transitions(target, PromptLookup(2), logits, SETTINGS[0], 8)
+
+
+def check_transitions(target, draft, logits, setting, rows):
+    torch.manual_seed(1234)
+    length, left = 1250, DRAWS
+    counts = torch.zeros(VOCABULARY, VOCABULARY)
+    drafted = accepted = 0
+    while left > 0:
+        prompt = torch.randint(VOCABULARY, (rows, 1))
+        output = speculative_generate(
+            target,
+            draft,
+            prompt,
+            torch.ones_like(prompt),
+            draft_length=3,
+            do_sample=True,
+            max_new_tokens=length,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            **setting,
+        )
+        pairs = output.sequences[:, :-1] * VOCABULARY + output.sequences[:, 1:]
+        counts += torch.bincount(pairs.flatten(), minlength=VOCABULARY**2).view(VOCABULARY, VOCABULARY)
+        left -= rows * length
+        drafted, accepted = drafted + output.statistics.drafted, accepted + output.statistics.accepted
+    expected = warped(logits, **setting) * counts.sum(1, keepdim=True)
+    found = p_value(counts, expected)
+    print(f"{setting}, {rows} rows: {int(counts.sum())} draws, {accepted / drafted:.0%} accepted, p = {found:.3f}")
+    assert counts.sum() >= DRAWS and 0.05 < accepted / drafted < 0.95
+    assert found > LIMIT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 8])
+def test_whole_outputs_of_a_model_that_reads_everything(rows):
+    """Three tokens together, of ragged prompts, against the product of their exact probabilities."""
+    target = model(5, reads_only_the_last_token=False)
+    draft, setting = similar(target, 6), {"temperature": 0.8, "top_k": 5, "top_p": 1.0}
+    torch.manual_seed(99)
+    prompts = [torch.randint(VOCABULARY, (length,)) for length in (3, 9, 5, 1, 7, 2, 12, 4)[:rows]]
+    width = max(map(len, prompts))
+    ids = torch.stack([torch.nn.functional.pad(p, (width - len(p), 0)) for p in prompts])
+    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(p), (width - len(p), 0)) for p in prompts])
+    counts = torch.zeros(rows, VOCABULARY**3)
+    for _ in range(DRAWS // rows):
+        new = speculative_generate(
+            target, draft, ids, mask, draft_length=2, do_sample=True, max_new_tokens=3, pad_token_id=0, **setting
+        )[:, width:]
+        codes = (new[:, 0] * VOCABULARY + new[:, 1]) * VOCABULARY + new[:, 2]
+        counts[torch.arange(rows), codes] += 1
+    expected = torch.stack([exact_outputs(target, prompt, setting) for prompt in prompts]) * (DRAWS // rows)
+    found = p_value(counts, expected)
+    print(f"{rows} rows: p = {found:.3f}")
+    assert found > LIMIT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [600, 7000])
+def test_draws_that_follow_from_a_seed(batch_size):
+    """Each row draws with numbers of its own, which a rejected token uses up in vain; rows join while others are under way."""
+    target = model(5, reads_only_the_last_token=False)
+    setting = {"temperature": 0.8, "top_k": 0, "top_p": 0.9}
+    draft = Draft(similar(target, 6), None, target, None)
+    prompts = [
+        torch.randint(VOCABULARY, (length,), generator=torch.Generator().manual_seed(length))
+        for length in (3, 9, 5, 1)
+    ]
+    requests = [Request(key, prompts[key % 4].tolist(), 3 + key % 3) for key in range(DRAWS)]
+    counts = torch.zeros(4, VOCABULARY**3)
+    for done in generate_many(target, NoTokenizer(), requests, batch_size, Sampling(0.8, 0.9), seed=3, draft=draft):
+        first, second, third = done.ids[:3]
+        counts[done.key % 4, (first * VOCABULARY + second) * VOCABULARY + third] += 1
+    assert 0.05 < draft.statistics.acceptance < 0.95
+    expected = torch.stack([exact_outputs(target, prompt, setting) for prompt in prompts]) * (DRAWS // 4)
+    found = p_value(counts, expected)
+    print(f"batches of {batch_size}: p = {found:.3f}")
+    assert found > LIMIT
+
+
+class NoTokenizer:
+    """Tokens without text; nothing ends but by its number of tokens."""
+
+    pad_token_id, eos_token_id = 0, None
+
+
+@torch.inference_mode()
+def exact_outputs(target, prompt, setting):
+    """Probability of every output of three tokens."""
+    pairs = torch.tensor(list(itertools.product(range(VOCABULARY), repeat=2)))
+    ids = torch.cat([prompt.expand(len(pairs), -1), pairs], dim=1)
+    p = warped(target(ids).logits[:, -3:], **setting)  # [pairs, 3, vocab]
+    each = torch.arange(len(pairs))
+    return (p[each, 0, pairs[:, 0]] * p[each, 1, pairs[:, 1]])[:, None].mul(p[:, 2]).flatten()

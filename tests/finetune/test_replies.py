@@ -1,0 +1,67 @@
+"""Scores of replies: what ends, how long it is, how likely the true ones are."""
+
+import json
+
+import pytest
+import torch
+
+from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
+from tinyllama_hf.chat.templates import load_template
+from tinyllama_hf.errors import InputError
+from tinyllama_hf.finetune.replies import score
+
+
+@pytest.fixture
+def folder(tokenizer_folder, tmp_path):
+    """An untrained chat model; that a trained one stops is tested in tests/finetune."""
+    torch.manual_seed(0)
+    path = tmp_path / "chat"
+    TinyLlamaForCausalLM(TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=96)).save_pretrained(
+        path
+    )
+    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer.chat_template = load_template("llama2")
+    tokenizer.save_pretrained(path)
+    rows = [
+        [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": "A number. " * (i % 3 + 1)}]
+        for i in range(12)
+    ]
+    (path / "validation.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return path
+
+
+def test_the_score_file(folder, run_command):
+    done = run_command(
+        "tinyllama-hf", "eval", folder, "--task", "replies", "--limit", "10", "--max-new-tokens", "8", cwd=folder
+    )
+    assert done.returncode == 0 and f"wrote {folder}/replies.json" in done.stdout, done.stderr
+    scores = json.loads((folder / "replies.json").read_text())["models"][0]
+    samples = scores["samples"]
+    assert scores["replies"] == len(samples) == 10 and scores["max_new_tokens"] == 8
+    assert scores["stop_rate"] == sum(sample["stopped"] for sample in samples) / 10
+    assert 5 < scores["loss"] < 8, "about log(512) for a model that has learned nothing"
+    assert [sample["question"] for sample in samples] == [f"What is {i}?" for i in range(10)]
+    again = score([str(folder)], limit=10, max_new_tokens=8)["models"][0]
+    assert again == {**scores, "path": str(folder)}
+
+
+def test_refusals(folder, tmp_path):
+    with pytest.raises(InputError, match="--limit 0: must be at least 1"):
+        score([str(folder)], limit=0)
+    with pytest.raises(InputError, match=r"with a question of \d+ tokens that is more than the model's context of 96"):
+        score([str(folder)], max_new_tokens=90)
+    (tmp_path / "open.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+                                 {"role": "user", "content": "c"}]}) + "\n"
+    )  # fmt: skip
+    with pytest.raises(InputError, match="1 conversations do not end with the assistant"):
+        score([str(folder)], str(tmp_path / "open.jsonl"))
+    (folder / "validation.jsonl").unlink()
+    with pytest.raises(InputError, match="is no fine-tuned model with held-out conversations; name --data"):
+        score([str(folder)])
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    with pytest.raises(InputError, match=r"conversation 1, message 1: the chat template"):
+        (folder / "validation.jsonl").write_text(
+            json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+        )
+        score([str(folder)])

@@ -1,0 +1,154 @@
+"""The memory of caches: published figures, real generations, and what is not known is refused."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import DynamicCache, EncoderDecoderCache, LlamaConfig, StaticCache
+from transformers.cache_utils import Cache, DynamicIndexedLayer, LinearAttentionLayer
+from transformers.utils import is_hqq_available, is_optimum_quanto_available
+
+from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM
+from tinyllama_hf.configuration_tinyllama import PRESETS
+from tinyllama_hf.errors import InputError
+from tinyllama_hf.planning.kv_cache import CACHES, QUANTIZED_CACHES, CacheSize, cache_size, measure_cache, multi_head
+
+
+NANO = TinyLlamaConfig.preset("nano", vocab_size=512, max_position_embeddings=512)
+INSTALLED = {"fp8": True, "quanto": is_optimum_quanto_available(), "hqq": is_hqq_available()}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return TinyLlamaForCausalLM(NANO).eval()
+
+
+def generate(model, prompt_tokens, new_tokens, **options):
+    """The cache after a real generation for three prompts, of which one is padded on the left."""
+    ids = torch.randint(3, 512, (3, prompt_tokens), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    output = model.generate(
+        ids, attention_mask=mask, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False,
+        return_dict_in_generate=True, **options,
+    )  # fmt: skip
+    return output.past_key_values
+
+
+def test_published_figures():
+    config = TinyLlamaConfig.preset("1.1b")
+    grouped, every_head = (cache_size(c, 100, 2048) for c in (config, multi_head(config)))
+    assert (grouped.per_token, every_head.per_token) == (22_528, 180_224)
+    assert grouped == CacheSize(22_528 * 2048 * 100, 100, 2048) and grouped.per_request == 22_528 * 2048
+    assert config.num_key_value_heads == 4, "the comparison leaves the configuration alone"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_equal_to_what_the_model_says(preset, dtype):
+    config = TinyLlamaConfig.preset(preset)
+    for each in (config, multi_head(config)):
+        with torch.device("meta"):
+            expected = TinyLlamaForCausalLM(each).kv_cache_bytes_per_token(dtype)
+        assert cache_size(each, 3, 77, dtype).per_token == expected
+    assert cache_size(LlamaConfig(), 1, 10).per_token == 2 * 32 * 32 * 128 * 2, "any Llama, as Llama-2-7B"
+
+
+@pytest.mark.parametrize("handed_over", [True, False])
+def test_a_real_generation(model, handed_over):
+    """The last token is never read, so that it is in no cache."""
+    options = {"past_key_values": DynamicCache(config=model.config)} if handed_over else {}
+    cache = generate(model, 17, 9, **options)
+    measured = measure_cache(cache)
+    assert measured == CacheSize(sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers), 3, 17 + 9 - 1)
+    assert measured == cache_size(model.config, 3, 25, torch.float32)
+    assert measured.per_token == model.kv_cache_bytes_per_token(torch.float32)
+
+
+def test_a_static_cache_counts_what_it_allocates(model):
+    cache = generate(model, 17, 9, past_key_values=StaticCache(config=model.config, max_cache_len=200))
+    measured = measure_cache(cache)
+    assert (measured.requests, measured.tokens) == (3, 200)
+    assert measured.per_token == model.kv_cache_bytes_per_token(torch.float32)
+
+
+def test_a_cropped_cache_keeps_its_memory(model):
+    cache = generate(model, 17, 9)
+    before = measure_cache(cache)
+    cache.crop(-10)
+    assert cache.get_seq_length() == 15
+    assert measure_cache(cache) == before._replace(tokens=15)
+
+
+@pytest.mark.parametrize("kind", QUANTIZED_CACHES)
+def test_quantised_caches(model, kind):
+    """127 tokens after the prompt: the most that are kept in full beside quantised ones."""
+    backend = QUANTIZED_CACHES[kind]["backend"]
+    if not INSTALLED[backend]:
+        pytest.skip(f"{backend} is not installed")
+    measured = measure_cache(
+        generate(model, 40, 128, cache_implementation="quantized", cache_config=QUANTIZED_CACHES[kind])
+    )
+    assert (measured.requests, measured.tokens) == (3, 167)
+    assert measured == cache_size(model.config, 3, 167, torch.float32, kind)
+    elements = 3 * 4 * 2 * 2 * 64  # of a token of all requests: layers, keys and values, heads, width
+    if kind == "fp8":
+        assert measured.total == 167 * elements + 4 * 2 * 4, "a byte each, and a scale in fp32 for a tensor"
+    else:
+        bits = QUANTIZED_CACHES[kind]["nbits"]
+        scales = 40 * elements // 64 * 2 * 4  # scale and zero point of each group, in fp32 as the model
+        assert measured.total == 40 * elements * bits // 8 + scales + 127 * elements * 4
+
+
+def test_fp8_halves_bf16():
+    config = TinyLlamaConfig.preset("1.1b")
+    assert cache_size(config, 10, 2048, kind="fp8").per_token == pytest.approx(22_528 / 2, rel=1e-5)
+
+
+def test_shared_memory_counts_once_and_any_layer_with_keys_will_do():
+    """As a layer of our own that grows one buffer for both."""
+    buffer = torch.zeros(2, 3, 4, 50, 8)
+    layer = SimpleNamespace(keys=buffer[0, :, :, :20], values=buffer[1, :, :, :20], lengths=torch.tensor([20, 7, 3]))
+    assert measure_cache(SimpleNamespace(layers=[layer])) == CacheSize(buffer.nbytes, 3, 20)
+
+
+def filled(layer):
+    layer.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4))
+    return layer
+
+
+def test_what_is_not_known_is_refused():
+    with pytest.raises(InputError, match="cache DynamicCache: its layers hold no keys and values; measure it after a"):
+        measure_cache(DynamicCache(config=NANO))
+    with pytest.raises(InputError, match="cache EncoderDecoderCache: its layers hold no keys"):
+        measure_cache(EncoderDecoderCache(DynamicCache(), DynamicCache()))
+    with pytest.raises(InputError, match="cache layer LinearAttentionLayer: has no keys and values"):
+        measure_cache(Cache(layers=[LinearAttentionLayer()]))
+    indexed = filled(DynamicIndexedLayer())
+    assert measure_cache(Cache(layers=[indexed])).total == 2 * 1 * 2 * 3 * 4 * 4
+    indexed.update_indexer(torch.zeros(1, 3, 4))
+    with pytest.raises(InputError, match="cache layer DynamicIndexedLayer: holds indexer_keys beside keys and values"):
+        measure_cache(Cache(layers=[indexed]))
+
+
+def test_bad_kinds():
+    with pytest.raises(
+        InputError, match="--cache 'quanto-int5': there is none of this name; did you mean 'quanto-int"
+    ):
+        cache_size(NANO, 1, 8, kind="quanto-int5")
+    narrow = TinyLlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1)
+    for kind in CACHES[2:]:
+        with pytest.raises(
+            InputError, match=f"--cache {kind}: quantises groups of 64 .* the keys of a token are 16 here"
+        ):
+            cache_size(narrow, 1, 8, kind=kind)
+    assert cache_size(narrow, 1, 8, kind="fp8").total == 8 * 2 * 16 + 8
+
+
+@pytest.mark.parametrize(("kind", "package"), [("quanto-int4", "optimum-quanto"), ("hqq-int4", "hqq")])
+def test_without_the_backend(kind, package):
+    if INSTALLED[kind.split("-")[0]]:
+        pytest.skip(f"{package} is installed")
+    with pytest.raises(InputError, match=f"--cache {kind}: needs the package {package}: pip install {package}"):
+        cache_size(NANO, 1, 8, kind=kind)

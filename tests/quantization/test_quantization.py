@@ -1,0 +1,314 @@
+"""int8, nf4 and fp4: what they compute, how much memory they take, and what the libraries do wrong."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from tests.exactness import assert_greedy
+from tinyllama_hf import load
+from tinyllama_hf.errors import InputError
+from tinyllama_hf.quantization.bitsandbytes import footprint, footprint_line
+
+
+pytest.importorskip("bitsandbytes")
+
+from bitsandbytes.functional import dequantize_4bit, has_avx512bf16, quantize_4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+
+KINDS = ("int8", "nf4", "fp4")
+IDS = torch.arange(3, 20)[None]
+
+
+def quantized_layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, (Linear4bit, Linear8bitLt))}
+
+
+def linear_layers(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and not n.endswith("lm_head")}
+
+
+def dequantized(folder, quantization):
+    """The reference: a plain fp32 model whose weights went through quantise and dequantise from the file's type."""
+    plain, _ = load(folder)
+    dtype, plain = plain.dtype, plain.float()
+    for layer in linear_layers(plain).values():
+        weight = layer.weight.data
+        if quantization == "int8":
+            rows = weight.abs().amax(dim=1, keepdim=True)  # LLM.int8: each row by its largest value
+            weight.copy_((weight / rows * 127).round() * rows / 127)
+        else:
+            quantised = quantize_4bit(weight.to(dtype), quant_type=quantization, compress_statistics=True)
+            weight.copy_(dequantize_4bit(*quantised))
+    return plain
+
+
+def stock_like(model, folder):
+    """Stock transformers with the configuration that a model was quantised with."""
+    configuration = copy.deepcopy(model.hf_quantizer.quantization_config)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=configuration).eval()
+
+
+@pytest.fixture(scope="module", params=("random", "stories", "smollm2"))
+def any_folder(request, nano_folder):
+    """A random model, one with layers of a width that no fast path fits, and a real one."""
+    if request.param == "stories":
+        return request.getfixturevalue("shared") / "data" / "models" / "stories260K"
+    return nano_folder if request.param == "random" else request.getfixturevalue("smollm2")
+
+
+def int8_products_overflow() -> bool:
+    """Whether torch's int8 product is wrong in this process, as it is where ONEDNN_MAX_CPU_ISA hides VNNI.
+
+    torch (2.13) asks the processor for VNNI, and hands the product to oneDNN, which obeys the variable and sums in 16 bit.
+    A processor without VNNI gets another path.
+    """
+    import bitsandbytes  # noqa: F401 (registers the operator)
+
+    largest = torch.full((16, 64), 127, dtype=torch.int8)
+    return bool((torch.ops.bitsandbytes.int8_linear_matmul(largest, largest) != 64 * 127**2).any())
+
+
+# int8 rounds the activations to 8 bits too; nf4 and fp4 compute in bf16 where that is fast, which alone moves the logits of
+# SmolLM2 with fp4 weights by 0.065.
+@pytest.mark.parametrize(
+    ("quantization", "a_layer", "logits"), [("int8", 0.02, 0.15), ("nf4", 0.01, 0.05), ("fp4", 0.01, 0.1)]
+)
+def test_it_computes_with_the_dequantised_weights(any_folder, quantization, a_layer, logits):
+    """Every layer by itself, and the logits relative to their spread, against a plain product in fp32."""
+    if quantization == "int8" and int8_products_overflow():
+        pytest.skip("needs int8 products that do not overflow; ONEDNN_MAX_CPU_ISA hides VNNI from oneDNN alone")
+    model, tokenizer = load(any_folder, quantization=quantization)
+    reference = dequantized(any_folder, quantization)
+    expected = linear_layers(reference)
+    assert set(quantized_layers(model)) == set(expected)
+    ids = torch.tensor(
+        [tokenizer("Photosynthesis turns light into sugar; the leaves take it from the air.")["input_ids"]]
+    )
+    with torch.inference_mode():
+        for name, layer in quantized_layers(model).items():
+            x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0)).to(model.dtype)
+            product = expected[name](x.float())
+            assert (layer(x).float() - product).norm() < a_layer * product.norm(), name
+        computed, product = model(ids).logits.float(), reference(ids).logits
+    assert (computed - product).abs().mean() < logits * product.std()
+
+
+@pytest.mark.parametrize(
+    ("quantization", "double"), [("int8", True), ("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)]
+)
+def test_equal_to_stock_transformers_with_the_same_configuration(nano_folder, quantization, double):
+    model, _ = load(nano_folder, quantization=quantization, double_quantization=double)
+    stock = stock_like(model, nano_folder)
+    assert set(quantized_layers(model)) == set(linear_layers(stock)) and len(quantized_layers(model)) == 28
+    with torch.inference_mode():
+        for _ in range(2):  # the first pass without gradients repacks, where the processor has the fast path
+            assert torch.equal(model(IDS).logits, stock(IDS).logits)
+        caches = [m(IDS, use_cache=True).past_key_values for m in (model, stock)]
+        several = [m(IDS[:, :5], past_key_values=cache) for m, cache in zip((model, stock), caches, strict=True)]
+    assert torch.equal(several[0].logits, several[1].logits), "several tokens on a cache, as a draft is verified"
+    greedy = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    batch = {"input_ids": IDS.repeat(3, 1), "attention_mask": torch.ones(3, 17).index_fill(0, torch.tensor(1), 1)}
+    batch["attention_mask"][1, :6] = 0  # padded on the left
+    for inputs in ({"input_ids": IDS}, batch):
+        assert_greedy(stock, model.generate(**inputs, **greedy), inputs.get("attention_mask", torch.ones_like(IDS)))
+
+
+@pytest.mark.parametrize("quantization", KINDS)
+def test_the_text_of_a_real_model(smollm2, quantization):
+    """Stock transformers finds it as likely as its own."""
+    model, tokenizer = load(smollm2, quantization=quantization)
+    stock = stock_like(model, smollm2)
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    written = model.generate(**prompt, max_new_tokens=24, do_sample=False)
+    assert_greedy(stock, written, prompt["attention_mask"])
+    assert "Paris" in tokenizer.decode(written[0])
+
+
+@pytest.mark.parametrize("quantization", KINDS)
+def test_a_quantised_draft(nano_folder, quantization):
+    """Of a quantised model as well: what it writes is its own."""
+    target, draft = load(nano_folder, quantization="nf4")[0], load(nano_folder, quantization=quantization)[0]
+    passes = []
+    draft.register_forward_hook(lambda *_: passes.append(1))
+    greedy = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    assert_greedy(target, target.generate(IDS, **greedy, assistant_model=draft), torch.ones_like(IDS))
+    assert passes
+
+
+def test_options_of_4_bit(nano_folder):
+    """What was asked for is in the layers, and in the configuration that is saved."""
+    for kind in ("nf4", "fp4"):
+        for double in (True, False):
+            model, _ = load(nano_folder, quantization=kind, double_quantization=double, compute_dtype=torch.float16)
+            layer = model.model.layers[0].mlp.up_proj
+            state = layer.weight.quant_state
+            assert (state.quant_type, state.nested, layer.compute_dtype) == (kind, double, torch.float16)
+            saved = model.hf_quantizer.quantization_config
+            assert (saved.bnb_4bit_quant_type, saved.bnb_4bit_use_double_quant) == (kind, double)
+            assert saved.bnb_4bit_compute_dtype == torch.float16
+
+
+def test_compute_dtype_decides_products_with_dequantised_weights(shared):
+    """Shapes that the kernel does not fit, where the type of the product is the only difference."""
+    stories = shared / "data" / "models" / "stories260K"
+    models = [load(stories, quantization="nf4", compute_dtype=d)[0] for d in (torch.float32, torch.bfloat16)]
+    layers = [model.model.layers[0].mlp.gate_proj for model in models]  # 172 rows
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    weight = layers[0].weight
+    with torch.inference_mode():
+        product = x @ dequantize_4bit(weight.data, weight.quant_state).T
+        errors = [(layer(x) - product).norm() / product.norm() for layer in layers]
+    assert errors[0] < 1e-6 < 1e-3 < errors[1]
+
+
+@pytest.mark.parametrize("quantization", KINDS)
+def test_footprint(nano_folder, quantization):
+    """Counted by hand: a byte or 4 bits for each weight of a linear layer but the head, the scales on top, the rest fp32."""
+    plain, _ = load(nano_folder)
+    layers = linear_layers(plain).values()
+    quantised = sum(layer.weight.numel() for layer in layers)
+    rest = (sum(p.numel() for p in plain.parameters()) - quantised) * 4 + sum(b.nbytes for b in plain.buffers())
+    assert footprint(plain) == (quantised * 4 + rest, quantised * 4 + rest, 0)
+    model, _ = load(nano_folder, quantization=quantization)
+    before = footprint(model)
+    with torch.inference_mode():
+        model(IDS)
+    after = footprint(model)
+    if quantization == "int8":
+        rows = sum(layer.out_features for layer in layers)
+        assert before == after == (quantised + rows * 4 + rest, footprint(plain).weights, 0)
+    else:
+        blocks = quantised // 64
+        scales = before.weights - quantised // 2 - rest
+        assert blocks < scales < blocks * 1.2 + 28 * 1200, "a byte a block of 64, and small tables a layer"
+        # Repacked, each block has its scale in bf16 too, beside the one that a save needs.
+        assert after.weights - before.weights == (2 * blocks if has_avx512bf16() else 0)
+    assert model.get_memory_footprint() == after.weights
+    line = (
+        f"{quantization}: {after.weights / 1e6:.1f} MB of weights ({footprint(plain).weights / 1e6:.1f} MB in float32)"
+    )
+    assert footprint_line(model) == line
+
+
+@pytest.mark.parametrize("quantization", KINDS)
+def test_accounting_of_the_unquantised_model(nano_folder, quantization):
+    """Two 4-bit weights are one element of their parameter."""
+    model, _ = load(nano_folder, quantization=quantization)
+    assert model.flops_per_token(32) == load(nano_folder)[0].flops_per_token(32)
+    assert model.kv_cache_bytes_per_token() == load(nano_folder)[0].kv_cache_bytes_per_token()
+
+
+class TestTheLibrary:
+    """What `repacking` is for, in stock transformers. Where all of these fail on a processor with AVX512_BF16, bitsandbytes is
+    repaired, and it can go."""
+
+    @pytest.fixture
+    def stock(self, nano_folder):
+        """nf4 without quantised scales, after a pass in evaluation mode."""
+        from bitsandbytes.functional import has_avx512bf16
+
+        if not has_avx512bf16():
+            pytest.skip("this processor has no AVX512_BF16, without which bitsandbytes repacks nothing")
+        configuration = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+        model = AutoModelForCausalLM.from_pretrained(nano_folder, quantization_config=configuration).eval()
+        self.before = self.logits(model)
+        return model
+
+    def logits(self, model):
+        with torch.inference_mode():
+            return model(IDS).logits
+
+    def damaged(self, model):
+        return (self.before - self.logits(model)).abs().max() > self.before.std() / 2
+
+    def test_some_widths_fail(self, stock, shared):
+        """172 rows, in the middle of the first pass; ours takes the slow path for such layers."""
+        stories = shared / "data" / "models" / "stories260K"
+        configuration = copy.deepcopy(stock.hf_quantizer.quantization_config)
+        model = AutoModelForCausalLM.from_pretrained(stories, quantization_config=configuration).eval()
+        with pytest.raises(AssertionError, match="N must be divisible by block_n"):
+            self.logits(model)
+
+    def test_saving_writes_and_leaves_behind_another_model(self, stock, tmp_path):
+        stock.save_pretrained(tmp_path)
+        assert self.damaged(stock) and self.damaged(AutoModelForCausalLM.from_pretrained(tmp_path).eval())
+
+    def test_dequantising_returns_another_model(self, stock):
+        assert self.damaged(stock.dequantize())
+
+    def test_merging_an_adapter_that_does_nothing_returns_another_model(self, stock):
+        from peft import LoraConfig, get_peft_model
+
+        adapted = get_peft_model(stock, LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+        assert not self.damaged(adapted)
+        assert self.damaged(adapted.merge_and_unload())
+
+    def test_no_gradient_passes(self, stock):
+        from peft import LoraConfig, get_peft_model
+
+        adapted = get_peft_model(stock, LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")).train()
+        adapted(IDS, labels=IDS).loss.backward()
+        adapters = {name: p for name, p in adapted.named_parameters() if "lora_" in name}
+        assert len(adapters) == 16 and all(p.grad is None for p in adapters.values())
+
+
+def test_int8_is_not_moved(nano_folder):
+    """`to` gives each weight new memory, and what computes stays behind; nn.Module keeps the parameter, and so its `CB`."""
+    stock = AutoModelForCausalLM.from_pretrained(
+        nano_folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True)
+    ).eval()
+    weight = stock.model.layers[0].mlp.up_proj.weight
+    stock._apply(copy.deepcopy)  # as a move does: a new tensor for each
+    assert weight.CB.data_ptr() != weight.data_ptr(), "repaired in bitsandbytes: the refusal can go"
+    model, _ = load(nano_folder, quantization="int8")
+    with torch.inference_mode():
+        before = model(IDS).logits
+        with pytest.raises(InputError, match=r"a model in int8 cannot be moved: load it with device="):
+            model.to("meta")
+        assert torch.equal(model(IDS).logits, before), "no part of it has moved"
+        assert torch.equal(model.to("cpu")(IDS).logits, before), "it is there already"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantization": "nf5"}, "quantization 'nf5': there is none of this name; did you mean 'nf4'"),
+        (
+            {"compute_dtype": torch.bfloat16},
+            "compute_dtype=torch.bfloat16: is for nf4 and fp4; with quantization none",
+        ),
+        ({"quantization": "int8", "double_quantization": False}, "double_quantization=False: is for nf4 and fp4"),
+        ({"quantization": "nf4", "compute_dtype": "bf16"}, "compute_dtype 'bf16': use 'auto', torch.bfloat16"),
+        ({"quantization": "nf4", "compute_dtype": torch.int8}, "compute_dtype torch.int8: use 'auto'"),
+    ],
+)
+def test_options_that_cannot_be(nano_folder, options, message):
+    with pytest.raises(InputError, match=message):
+        load(nano_folder, **options)
+
+
+def test_without_the_backend(nano_folder):
+    code = (
+        "import sys; sys.modules['bitsandbytes'] = None\n"
+        f"sys.argv = ['tinyllama-hf', 'generate', {str(nano_folder)!r}, 'a', '--quantization', 'int8']\n"
+        "from tinyllama_hf_cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: quantization int8 needs the package bitsandbytes: pip install 'tinyllama_hf[quantization]'\n"
+    )
+
+
+def test_the_command_says_what_it_saved(nano_folder, tmp_path, run_command):
+    command = ("tinyllama-hf", "generate", nano_folder, "def", "--temperature", "0", "--max-new-tokens", "4")
+    done = run_command(*command, "--quantization", "fp4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("fp4: ") and "MB of weights (12.1 MB in float32)" in done.stderr

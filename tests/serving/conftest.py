@@ -1,0 +1,44 @@
+"""A model, and the application that serves it."""
+
+import pytest
+import torch
+
+from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load
+from tinyllama_hf.chat.templates import load_template
+
+
+@pytest.fixture(scope="session")
+def served_folder(tokenizer_folder, tmp_path_factory):
+    """A random model that goes on for ever, as a base model whose tokenizer lies in SentencePiece's form alone."""
+    torch.manual_seed(0)
+    model = TinyLlamaForCausalLM(TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=400))
+    model.lm_head.weight.data[2] = 0.0
+    folder = tmp_path_factory.mktemp("served") / "my-model"
+    model.save_pretrained(folder)
+    (folder / "tokenizer.model").write_bytes((tokenizer_folder / "tokenizer.model").read_bytes())
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local(served_folder):
+    """The same model and tokenizer in this process."""
+    model, tokenizer = load(served_folder)
+    tokenizer.chat_template = load_template("llama2")
+    return model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def app(local):
+    """The server's application for it."""
+    from tinyllama_hf.serving.app import build_app
+
+    return build_app("my-model", *local)
+
+
+@pytest.fixture(scope="module")
+def client(app):
+    """Asks the application in this process."""
+    from starlette.testclient import TestClient
+
+    return TestClient(app, raise_server_exceptions=False, follow_redirects=False)

@@ -1,0 +1,180 @@
+"""Writes a Llama as a GGUF file: metadata and tokenizer first, then one tensor after another."""
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from transformers import LlamaConfig
+
+from ...errors import InputError, did_you_mean, require
+from ...gguf.vocabulary import NO_TOKENIZER
+from ...tokenization_tinyllama import load_tokenizer
+from ..checkpoint import EMBEDDING, OUTPUT, Checkpoint
+from .gguf_read import BLOCK_NAMES, OUTER_NAMES
+from .gguf_write_tokenizer import add_tokenizer
+from .rotary import to_pairwise
+
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+# Kind of the file: names of its type and of the file's in the package `gguf`.
+KINDS = {"f32": ("F32", "ALL_F32"), "f16": ("F16", "MOSTLY_F16"), "bf16": ("BF16", "MOSTLY_BF16"),
+         "q8_0": ("Q8_0", "MOSTLY_Q8_0"), "q4_0": ("Q4_0", "MOSTLY_Q4_0")}  # fmt: skip
+_NAMES = {new: old for old, new in OUTER_NAMES.items()}
+_BLOCK_NAMES = {new: old for old, new in BLOCK_NAMES.items()}
+_LARGEST_F16 = 65504.0
+_STEPS = {"Q8_0": 127, "Q4_0": 8}  # a block's largest value is so many of its scales, which are float16
+
+
+class _Planned(NamedTuple):
+    """A tensor to be written: its name here and there, its type, and the heads whose rows are permuted."""
+
+    name: str
+    gguf_name: str
+    type: "GGMLQuantizationType"
+    heads: int | None
+
+
+def write_gguf(checkpoint: Checkpoint, folder: Path, kind: str, name: str | None = None) -> list[str]:
+    """Writes `model-{kind}.gguf` into a folder.
+
+    Vectors stay float32, as llama.cpp has them. Matrices get the type of the file by the reference of the package
+    `gguf`; those whose rows do not divide into its blocks are written as float16. In q4_0 the matrix that gives the logits,
+    which is the embedding where both are tied, is q8_0: see benchmarks/gguf_head.py. Memory holds one tensor at a time.
+
+    Args:
+        kind (`str`): `"f32"`, `"f16"`, `"bf16"`, `"q8_0"` or `"q4_0"`.
+        name (`str`, *optional*): of the model, defaults to that of the file or folder it came from.
+
+    Returns:
+        Lines for the user.
+
+    Raises:
+        InputError: for what llama.cpp's Llama or its tokenizers do not have, and for values beyond the type's range.
+    """
+    if kind not in KINDS:
+        raise InputError(f"gguf kind {kind!r} does not exist{did_you_mean(kind, KINDS)}")
+    _check_config(checkpoint)
+    require("gguf", "gguf", "writing a GGUF file")
+    from gguf import GGUFWriter
+    from gguf.quants import quant_shape_to_byte_shape
+
+    path = folder / f"model-{kind}.gguf"
+    plan = _plan(checkpoint, kind)
+    with contextlib.closing(GGUFWriter(path, "llama")) as writer:
+        _add_config(writer, checkpoint.config, kind, name or checkpoint.path.resolve().name)
+        lines = _add_tokenizer(writer, checkpoint)
+        for item in plan:
+            shape = checkpoint.tensors[item.name].shape
+            num_bytes = int(np.prod(quant_shape_to_byte_shape(shape, item.type)))
+            writer.add_tensor_info(item.gguf_name, shape, np.dtype(np.float32), num_bytes, raw_dtype=item.type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for item in plan:
+            writer.write_tensor_data(_values(checkpoint, item))
+    if other := [item.gguf_name for item in plan if kind in ("q8_0", "q4_0") and item.type.name == "F16"]:
+        lines.append(f"{path.name}: rows that are no multiple of 32 values cannot be {kind}; written as f16: "
+                     f"{', '.join(other)}")  # fmt: skip
+    return lines
+
+
+def head_type(kind: str) -> str:
+    """The type of the matrix that gives the logits: llama.cpp's quantizer keeps more of it than 4 bit, too."""
+    return "Q8_0" if kind == "q4_0" else KINDS[kind][0]
+
+
+def _plan(checkpoint: Checkpoint, kind: str) -> list[_Planned]:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    config, head = checkpoint.config, OUTPUT if OUTPUT in checkpoint.tensors else EMBEDDING
+    planned = []
+    for name, tensor in checkpoint.tensors.items():
+        wanted = GGMLQuantizationType[head_type(kind) if name == head else KINDS[kind][0]]
+        gguf_name, heads = _NAMES.get(name), None
+        if gguf_name is None:
+            _, _, number, part = name.removesuffix(".weight").split(".", 3)
+            gguf_name = f"blk.{number}.{_BLOCK_NAMES[part]}.weight"
+            heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(
+                _BLOCK_NAMES[part]
+            )
+        if len(tensor.shape) == 1:
+            kept = GGMLQuantizationType.F32
+        else:
+            kept = GGMLQuantizationType.F16 if tensor.shape[-1] % GGML_QUANT_SIZES[wanted][0] else wanted
+        planned.append(_Planned(name, gguf_name, kept, heads))
+    return planned
+
+
+def _values(checkpoint: Checkpoint, item: _Planned) -> np.ndarray:
+    """One tensor as it lies in the file."""
+    dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(item.type.name, torch.float32)
+    weight = checkpoint.load(item.name, dtype)
+    if item.heads:
+        weight = to_pairwise(weight, item.heads)
+    if dtype == torch.bfloat16:
+        return weight.contiguous().view(torch.int16).numpy()
+    values = weight.contiguous().numpy()
+    if item.type.name not in _STEPS:
+        return values
+    largest = max(float(values.max()), -float(values.min()))
+    if largest > _LARGEST_F16 * _STEPS[item.type.name]:
+        raise InputError(f"{checkpoint.tensors[item.name].source}: has the value {largest:g}, beyond the range of "
+                         f"{item.type.name}; nothing was written. Use bf16")  # fmt: skip
+    from gguf.quants import quantize
+
+    return quantize(values, item.type)
+
+
+def _check_config(checkpoint: Checkpoint) -> None:
+    config, rope = checkpoint.config, checkpoint.config.rope_parameters
+    for field, value, rule in (
+        ("attention_bias", config.attention_bias, False),
+        ("mlp_bias", config.mlp_bias, False),
+        ("hidden_act", config.hidden_act, "silu"),
+        ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 1.0),
+    ):
+        if value != rule:
+            raise InputError(f"{checkpoint.path}: {field} is {value!r}; written to GGUF are Llamas with {rule!r}")
+    if rope["rope_type"] not in ("default", "linear"):
+        raise InputError(f"{checkpoint.path}: the rotary scaling is of the type {rope['rope_type']!r}; written to GGUF are "
+                         "none and 'linear'. llama.cpp's own converter knows more")  # fmt: skip
+
+
+def _add_config(writer: "GGUFWriter", config: LlamaConfig, kind: str, name: str) -> None:
+    from gguf import GGML_QUANT_VERSION, LlamaFileType, RopeScalingType
+
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_file_type(LlamaFileType[KINDS[kind][1]])
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)  # without it, readers take as many as query heads
+    if config.head_dim * config.num_attention_heads != config.hidden_size:
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if config.rope_parameters["rope_type"] == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope_parameters["factor"])
+    writer.add_vocab_size(config.vocab_size)
+
+
+def _add_tokenizer(writer: "GGUFWriter", checkpoint: Checkpoint) -> list[str]:
+    if checkpoint.tokenizer is None:
+        writer.add_tokenizer_model(NO_TOKENIZER[0])
+        return ["the source has no tokenizer, so the file has none either; llama.cpp will take ids alone"]
+    tokenizer = load_tokenizer(checkpoint.tokenizer)
+    try:
+        return add_tokenizer(writer, tokenizer, checkpoint.config.vocab_size)
+    except InputError as error:
+        raise InputError(f"{checkpoint.tokenizer}: {error}") from error

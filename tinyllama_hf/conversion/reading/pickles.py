@@ -1,0 +1,290 @@
+"""Reads the pickles in which torch keeps checkpoints, without ever calling anything that they name.
+
+An interpreter of the few opcodes that plain data and tensors need, over the standard library's own decoder of opcodes
+(`pickletools.genops`). It reads protocols up to 5, so also the files of TinyLlama's exporter, which
+`torch.load(weights_only=True)` refuses (torch 2.13: "Unsupported operand 149"). A tensor becomes a description of where
+its values lie; every other name in the file is refused.
+"""
+
+import math
+import pickletools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from ...errors import InputError
+
+
+class Storage(NamedTuple):
+    """A record of the file that holds numbers: `dtype` is `None` for an untyped one."""
+
+    key: str
+    dtype: torch.dtype | None
+    numel: int
+
+
+class StoredTensor(NamedTuple):
+    """A view of a storage, offset and strides in elements."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Name(NamedTuple):
+    """Something that a pickle names, by module and attribute; it stands for itself and is never imported."""
+
+    module: str
+    attribute: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.attribute}"
+
+
+class UnsafePickleError(ValueError):
+    """The pickle names or does something that no checkpoint needs."""
+
+
+_STORAGES = {
+    "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16,
+    "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool, "UntypedStorage": None,
+}  # fmt: skip
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _STORAGES.values() if dtype}
+_MAX_DIMENSIONS = 16
+_KEYS = (str, int, float, type(None))  # of dicts; a tuple of tuples takes time without bound to hash
+# Bits of a number: those of a random state have some hundreds; Python refuses to print one of many thousands. Keys have
+# fewer: among larger ones, any number can have the same hash.
+_MAX_BITS, _MAX_KEY_BITS, _MAX_KEY_LENGTH = 4096, 60, 1024
+_MARK = object()
+
+
+def read_pickle(data: bytes, what: str) -> Any:
+    """Returns the plain data of a pickle, with a [`StoredTensor`] where it holds a tensor.
+
+    Args:
+        data (`bytes`): a whole pickle.
+        what (`str`): the file, for messages.
+
+    Raises:
+        InputError: if it is damaged, or names anything but what rebuilds tensors; nothing that it names is run.
+    """
+    try:
+        return _Interpreter().run(data)
+    except UnsafePickleError as error:
+        raise InputError(f"{what}: {error}; nothing of it was run. Get the weights as safetensors, or from a source that "
+                         "you trust more") from error  # fmt: skip
+    # What genops and the interpreter stumble over in a damaged stream; a torn stack is an IndexError.
+    except (ValueError, IndexError, KeyError, TypeError, StopIteration, OverflowError, EOFError) as error:
+        raise InputError(
+            f"{what}: its pickle is damaged ({type(error).__name__}: {error}); fetch or make it again"
+        ) from error
+
+
+class _Interpreter:
+    """Stack and memo of one pickle; an opcode without a method or constant here is refused."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+        self.copied = 0
+
+    def run(self, data: bytes) -> Any:
+        self.length = len(data)
+        for opcode, argument, position in pickletools.genops(data):
+            if opcode.name == "STOP":
+                if len(self.stack) != 1:
+                    raise ValueError(f"{len(self.stack)} objects are left at its end")
+                return self.stack.pop()
+            if opcode.name in _PUSHED:
+                if isinstance(argument, int) and argument.bit_length() > _MAX_BITS:
+                    raise ValueError(f"a number of {argument.bit_length()} bits at byte {position}")
+                self.stack.append(argument)
+            elif action := _ACTIONS.get(opcode.name):
+                action(self, argument)
+            else:
+                raise UnsafePickleError(f"its pickle uses {opcode.name} at byte {position}, which no checkpoint needs")
+        raise ValueError("no STOP")
+
+    def pop_to_mark(self) -> list[Any]:
+        begin = next(i for i in reversed(range(len(self.stack))) if self.stack[i] is _MARK)
+        items = self.stack[begin + 1 :]
+        del self.stack[begin:]
+        return items
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def tuple_of(self, number: int) -> None:
+        items = tuple(self.stack[len(self.stack) - number :])
+        if len(items) != number or any(item is _MARK for item in items):
+            raise IndexError("stack too short")
+        del self.stack[len(self.stack) - number :]
+        self.push(items)
+
+    def append(self, items: list[Any]) -> None:
+        _checked(self.stack[-1], list).extend(items)
+
+    def set_items(self, items: list[Any]) -> None:
+        if len(items) % 2:
+            raise ValueError("a key without a value")
+        keys = [_key(key) for key in items[::2]]
+        _checked(self.stack[-1], dict).update(zip(keys, items[1::2], strict=True))
+
+    def add_items(self, items: list[Any]) -> None:
+        _checked(self.stack[-1], set).update(map(_key, items))
+
+    def name(self, module: Any, attribute: Any) -> None:
+        name = Name(_checked(module, str), _checked(attribute, str))
+        if name not in _KNOWN:
+            raise UnsafePickleError(
+                f"its pickle names {_in_words(name)}, which is not one of the few names that rebuild tensors"
+            )
+        self.push(_KNOWN[name] if isinstance(_KNOWN[name], torch.dtype) else name)
+
+    def stack_name(self) -> None:
+        attribute, module = self.stack.pop(), self.stack.pop()
+        self.name(module, attribute)
+
+    def reduce(self) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        rebuild = _KNOWN.get(function) if isinstance(function, Name) else None
+        if not callable(rebuild) or isinstance(rebuild, torch.dtype):
+            raise UnsafePickleError(f"its pickle calls {_in_words(function)}")
+        # One thing in the memo, copied at every call, would make more than the file could hold.
+        for argument in _checked(arguments, tuple):
+            self.copied += len(argument) if isinstance(argument, (str, list, tuple, dict, set, bytes)) else 0
+        if self.copied > self.length:
+            raise ValueError("its calls copy more than it holds")
+        self.push(rebuild(*arguments))
+
+    def build(self) -> None:
+        """The attributes of an OrderedDict, as `state_dict()` gives it some; they are dropped."""
+        self.stack.pop()
+        if not isinstance(self.stack[-1], dict):
+            raise UnsafePickleError(f"its pickle sets the state of a {type(self.stack[-1]).__name__}")
+
+    def persistent(self) -> None:
+        kind, storage, key, _, numel = _checked(self.stack.pop(), tuple)
+        name = storage.attribute if isinstance(storage, Name) else ""
+        if kind != "storage" or name not in _STORAGES:
+            raise UnsafePickleError(
+                f"its pickle refers to {_in_words(storage)} of {_in_words(kind)}, no storage of torch"
+            )
+        # A string from torch.save, a number from TinyLlama's exporter.
+        if not isinstance(key, (str, int)) or not isinstance(numel, int) or numel < 0:
+            raise ValueError(f"a storage {key!r} of {numel!r} elements")
+        self.push(Storage(str(key), _STORAGES[name], numel))
+
+
+def _checked(value: Any, kind: type | tuple[type, ...]) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"{kind if isinstance(kind, tuple) else kind.__name__} expected, {type(value).__name__} found")
+    return value
+
+
+def _key(value: Any) -> Any:
+    """What may be a key of a dict or an item of a set."""
+    size = len(value) if isinstance(value, str) else 0
+    if size > _MAX_KEY_LENGTH or (isinstance(value, int) and value.bit_length() > _MAX_KEY_BITS):
+        raise ValueError(f"a key of {size} characters, or a large number")
+    return _checked(value, _KEYS)
+
+
+def _in_words(value: Any) -> str:
+    """A name or short text; of anything else only its type, since to print what a pickle built may take for ever."""
+    return str(value)[:80] if isinstance(value, (Name, str)) else f"a {type(value).__name__}"
+
+
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any, dtype: Any = None) -> StoredTensor:
+    """`torch._utils._rebuild_tensor_v2` and its kin: gradients and hooks, which follow, are of no use here."""
+    shape, strides = tuple(_checked(shape, tuple)), tuple(_checked(strides, tuple))
+    numbers = (offset, *shape, *strides)
+    if not all(type(n) is int and 0 <= n < 2**48 for n in numbers) or len(shape) != len(strides):
+        raise ValueError("a tensor whose shape, strides or offset are no plausible numbers")
+    dtype = _checked(storage, Storage).dtype if dtype is None else _checked(dtype, torch.dtype)
+    if len(shape) > _MAX_DIMENSIONS or dtype is None:
+        raise ValueError(f"a tensor of {len(shape)} dimensions and type {dtype}")
+    last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    num_bytes = storage.numel * (storage.dtype.itemsize if storage.dtype else 1)
+    # The product too: with strides of 0 a few bytes would make any number of elements.
+    if math.prod(shape) and max(last + 1, math.prod(shape)) * dtype.itemsize > num_bytes:
+        raise ValueError(f"a tensor of shape {shape} reaches beyond its storage of {num_bytes} bytes")
+    return StoredTensor(storage, offset, shape, strides, dtype)
+
+
+def _rebuild_tensor_v3(storage, offset, shape, strides, requires_grad, hooks, dtype, *_: Any) -> StoredTensor:
+    return _rebuild_tensor(storage, offset, shape, strides, dtype=dtype)
+
+
+def _rebuild_parameter(tensor: Any, *_: Any) -> StoredTensor:
+    return _checked(tensor, StoredTensor)
+
+
+def _ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
+    return {_key(key): value for key, value in _checked(pairs, (list, tuple))}
+
+
+def _path(*parts: Any) -> str:
+    """A path among hyperparameters (litgpt saves some), as text."""
+    return "/".join(_checked(part, str) for part in parts)
+
+
+_KNOWN: dict[Name, Any] = {
+    Name("collections", "OrderedDict"): _ordered_dict,
+    Name("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
+    Name("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    Name("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
+    Name("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    Name("torch", "Size"): tuple,
+    Name("pathlib", "PosixPath"): _path,
+    Name("pathlib", "WindowsPath"): _path,
+    **{Name("torch", name): None for name in _STORAGES},
+    Name("torch.storage", "UntypedStorage"): None,
+    **{Name("torch", name): dtype for name, dtype in _DTYPES.items()},
+}  # fmt: skip
+
+# Opcodes whose argument is the object.
+_PUSHED = frozenset(("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "UNICODE",
+                     "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINSTRING", "BINSTRING", "STRING",
+                     "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"))  # fmt: skip
+_ACTIONS: dict[str, Callable[[_Interpreter, Any], Any]] = {
+    "PROTO": lambda self, version: None,
+    "FRAME": lambda self, length: None,
+    "MARK": lambda self, _: self.push(_MARK),
+    "POP": lambda self, _: self.stack.pop(),
+    "POP_MARK": lambda self, _: self.pop_to_mark(),
+    "NONE": lambda self, _: self.push(None),
+    "NEWTRUE": lambda self, _: self.push(True),
+    "NEWFALSE": lambda self, _: self.push(False),
+    "EMPTY_LIST": lambda self, _: self.push([]),
+    "EMPTY_DICT": lambda self, _: self.push({}),
+    "EMPTY_SET": lambda self, _: self.push(set()),
+    "EMPTY_TUPLE": lambda self, _: self.push(()),
+    "TUPLE1": lambda self, _: self.tuple_of(1),
+    "TUPLE2": lambda self, _: self.tuple_of(2),
+    "TUPLE3": lambda self, _: self.tuple_of(3),
+    "TUPLE": lambda self, _: self.push(tuple(self.pop_to_mark())),
+    "LIST": lambda self, _: self.push(self.pop_to_mark()),
+    "DICT": lambda self, _: (lambda items: (self.push({}), self.set_items(items)))(self.pop_to_mark()),
+    "APPEND": lambda self, _: self.append([self.stack.pop()]),
+    "APPENDS": lambda self, _: self.append(self.pop_to_mark()),
+    "SETITEM": lambda self, _: self.set_items([self.stack.pop() for _ in range(2)][::-1]),
+    "SETITEMS": lambda self, _: self.set_items(self.pop_to_mark()),
+    "ADDITEMS": lambda self, _: self.add_items(self.pop_to_mark()),
+    "MEMOIZE": lambda self, _: self.memo.update({len(self.memo): self.stack[-1]}),
+    "PUT": lambda self, index: self.memo.update({index: self.stack[-1]}),
+    "BINPUT": lambda self, index: self.memo.update({index: self.stack[-1]}),
+    "LONG_BINPUT": lambda self, index: self.memo.update({index: self.stack[-1]}),
+    "GET": lambda self, index: self.push(self.memo[index]),
+    "BINGET": lambda self, index: self.push(self.memo[index]),
+    "LONG_BINGET": lambda self, index: self.push(self.memo[index]),
+    "GLOBAL": lambda self, names: self.name(*names.split(" ", 1)),
+    "STACK_GLOBAL": lambda self, _: self.stack_name(),
+    "REDUCE": lambda self, _: self.reduce(),
+    "BUILD": lambda self, _: self.build(),
+    "BINPERSID": lambda self, _: self.persistent(),
+}  # fmt: skip

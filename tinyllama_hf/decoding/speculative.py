@@ -1,0 +1,210 @@
+"""Speculative decoding for batches: a draft proposes tokens, the target checks several of every row in one pass.
+
+Greedy output is the target's own; sampled output follows the target's distribution. Each row accepts what it accepts: rows
+are neither realigned nor made to wait, see `ragged_cache.py`.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig
+from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from ..errors import InputError
+from .engine import Decoding, SpeculationStatistics, prepare
+from .proposals import PromptLookup, Proposer, first_layers
+from .ragged_cache import check_full_attention
+from .token_scores import TokenScores
+
+
+_DRAFTS = ("prompt_lookup_num_tokens", "assistant_early_exit")
+_UNUSED = ("assistant_confidence_threshold", "num_assistant_tokens_schedule", "custom_generate")
+
+
+@dataclasses.dataclass
+class SpeculativeOutput(GenerateDecoderOnlyOutput):
+    """The output of `generate`, with statistics; there is no cache in it, and no hidden states or attentions.
+
+    With `output_scores` and `output_logits` there is a tensor `[rows, vocab_size]` per new token, as in transformers; it is
+    zero for rows that have ended before.
+    """
+
+    statistics: SpeculationStatistics | None = None
+
+
+@torch.no_grad()
+def speculative_generate(
+    target: PreTrainedModel,
+    draft: PreTrainedModel | Proposer,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    draft_length: int | None = None,
+    generation_config: GenerationConfig | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    streamer: BaseStreamer | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **kwargs: Any,
+) -> torch.Tensor | SpeculativeOutput:
+    """Generates with the help of a draft, for any number of prompts of any length.
+
+    In fp32, greedy output equals what `target.generate` gives for each prompt by itself, unless two logits lie closer than
+    rounding; in 16 bit, rounding depends on the shape of a batch, with and without a draft. Sampled output has the target's
+    distribution. Logits processors and stopping criteria are applied to each row's own tokens, criteria after every token.
+
+    Args:
+        target (`PreTrainedModel`): any causal language model with full attention, stock or ours.
+        draft (`PreTrainedModel` or `Proposer`): a smaller model with the same vocabulary, `first_layers(target, n)`, or a
+            `PromptLookup`.
+        input_ids (`torch.Tensor`): `[rows, prompt]`, padded on the left.
+        attention_mask (`torch.Tensor`, *optional*): `[rows, prompt]`.
+        draft_length (`int`, *optional*): tokens to draft in each round. By default as many as pay, by measured times and
+            acceptance, and none where none do; the draws of a seed then depend on these times.
+        generation_config (`GenerationConfig`, *optional*): as in `generate`; so are `stopping_criteria`, the `streamer` (for
+            one row), the `tokenizer` (for `stop_strings`), and everything else: `max_new_tokens`, `do_sample`,
+            `temperature`, `repetition_penalty`, `num_return_sequences`, `return_dict_in_generate`, `output_scores` ...
+
+    Returns:
+        `[rows, prompt + new]`, padded on the right, or a [`SpeculativeOutput`] with `return_dict_in_generate=True`.
+
+    Raises:
+        InputError: if the vocabularies differ, the models or options are not supported, or a prompt fills the context.
+    """
+    check_pair(target, draft)
+    if draft_length is not None and not (isinstance(draft_length, int) and draft_length >= 1):
+        raise InputError(
+            f"draft_length {draft_length!r}: must be a whole number from 1; leave it out to draft what pays"
+        )
+    for name in _UNUSED:
+        if (value := kwargs.pop(name, None)) is not None:
+            raise InputError(f"{name}={value!r}: has no meaning for drafts here; leave it out")
+    # `generate` (5.23) would need the tokenizer for them, which it hands on to no decoding method of ours.
+    stop_strings = _take("stop_strings", target, generation_config, kwargs)
+    criteria = StoppingCriteriaList(stopping_criteria or [])
+    if stop_strings:
+        criteria.append(_stop_string_criterion(stop_strings, tokenizer))
+
+    return prepare(
+        target,
+        draft,
+        draft_length,
+        input_ids,
+        attention_mask,
+        then=functools.partial(_run, streamer=streamer),
+        generation_config=generation_config,
+        stopping_criteria=criteria,
+        **kwargs,
+    )
+
+
+def _run(decoding: Decoding, streamer: BaseStreamer | None) -> torch.Tensor | SpeculativeOutput:
+    """Rounds until every row has ended."""
+    rows, config = decoding.rows, decoding.config
+    if streamer is not None and len(rows) > 1:
+        raise InputError(f"streamer: shows one row, and there are {len(rows)}; generate without it")
+    if len(rows) > 1 and rows.may_end_early and config._pad_token_tensor is None:
+        raise InputError("pad_token_id: rows may end at different lengths, and there is none to fill up; give it")
+    if streamer is not None:
+        streamer.put(decoding.input_ids.cpu())
+    names = [
+        name for name in ("scores", "logits") if config.return_dict_in_generate and getattr(config, f"output_{name}")
+    ]
+    decoding.token_scores = TokenScores(names, len(rows))
+    appended = decoding.start()
+    while True:
+        if streamer is not None and appended[0]:
+            streamer.put(torch.tensor(appended[0]))
+        if not len(rows):
+            break
+        appended = decoding.round()
+    if streamer is not None:
+        streamer.end()
+    pad = config._pad_token_tensor
+    sequences = rows.sequences(decoding.input_ids, 0 if pad is None else int(pad))
+    if not config.return_dict_in_generate:
+        return sequences
+    return SpeculativeOutput(sequences=sequences, statistics=decoding.statistics, **decoding.token_scores.by_token())
+
+
+def draft_of_generate(
+    target: PreTrainedModel, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+) -> PreTrainedModel | Proposer | None:
+    """The draft that the arguments of `generate` name, or `None`; they are replaced by those of [`speculative_generate`].
+
+    Raises:
+        InputError: if more than one is named, or the draft has a tokenizer of its own.
+    """
+
+    def take(name: str) -> Any:
+        return _take(name, target, generation_config, kwargs)
+
+    assistant = kwargs.pop("assistant_model", None)
+    lookup, early_exit = map(take, _DRAFTS)
+    if sum(draft is not None for draft in (assistant, lookup, early_exit)) > 1:
+        raise InputError("assistant_model, prompt_lookup_num_tokens, assistant_early_exit: only one of them can draft")
+    if kwargs.pop("assistant_tokenizer", None) is not None:
+        raise InputError("assistant_tokenizer: a draft must have the target's own vocabulary; leave it out")
+    if assistant is None and lookup is None and early_exit is None:
+        return None
+    num_tokens = take("num_assistant_tokens") if lookup is None else lookup
+    if num_tokens is not None:
+        kwargs["draft_length"] = num_tokens
+    if lookup is not None:
+        return PromptLookup(take("max_matching_ngram_size") or 3)
+    return first_layers(target, early_exit) if early_exit is not None else assistant
+
+
+def check_pair(target: PreTrainedModel, draft: PreTrainedModel | Proposer) -> None:
+    """Refuses a draft that cannot help this target.
+
+    Raises:
+        InputError: if one of them cannot read rows of different lengths, or their vocabularies or devices differ.
+    """
+    check_full_attention(target, "target")
+    if isinstance(draft, nn.Module):  # a PeftModel is no PreTrainedModel
+        check_full_attention(draft, "draft")
+        check_vocabulary_size(target, draft)
+        if draft.device != target.device:
+            raise InputError(f"draft: is on {draft.device}, the target on {target.device}; load both on one device")
+    elif not callable(getattr(draft, "propose", None)):
+        raise InputError(f"draft: must be a model or a PromptLookup, and is a {type(draft).__name__}")
+
+
+def check_vocabulary_size(target: PreTrainedModel, draft: PreTrainedModel, name: str = "draft") -> None:
+    """Refuses a draft whose ids are not the target's.
+
+    Raises:
+        InputError: with both sizes, and how to trim.
+    """
+    own, wanted = (model.config.get_text_config(decoder=True).vocab_size for model in (draft, target))
+    if own != wanted:
+        raise InputError(
+            f"{name}: its vocabulary has {own} entries, the target's {wanted}; a draft must have been trained with the "
+            f"target's own tokenizer. If the first {min(own, wanted)} entries are the same, trim the larger model: "
+            f"model.resize_token_embeddings({min(own, wanted)})"
+        )
+
+
+def _take(name: str, target: PreTrainedModel, config: GenerationConfig | None, kwargs: dict[str, Any]) -> Any:
+    """An option as `generate` resolves it: from the call, the configuration, or the model's; then switched off in the call."""
+    found = getattr(config, name, None)
+    found = getattr(target.generation_config, name, None) if found is None else found
+    value = kwargs.pop(name, found)
+    if found is not None:
+        kwargs[name] = None
+    return value
+
+
+def _stop_string_criterion(
+    stop_strings: str | list[str], tokenizer: PreTrainedTokenizerBase | None
+) -> StopStringCriteria:
+    texts = [stop_strings] if isinstance(stop_strings, str) else stop_strings
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) and text for text in texts):
+        raise InputError(f"stop_strings {stop_strings!r}: must be a text or a list of texts, none of them empty")
+    if tokenizer is None:
+        raise InputError(f"stop_strings {stop_strings!r}: need the tokenizer to be found; give tokenizer=")
+    return StopStringCriteria(tokenizer=tokenizer, stop_strings=list(texts))

@@ -1,0 +1,69 @@
+"""Peak rate and memory of the devices that one trains on, with the source of each figure."""
+
+from typing import NamedTuple
+
+from .errors import InputError, did_you_mean
+
+
+GIB = 2**30
+
+
+class Device(NamedTuple):
+    """An accelerator."""
+
+    name: str  # as the driver reports it: `torch.cuda.get_device_name`
+    flops: float  # bf16 tensor rate in FLOP/s, dense, with fp32 accumulation
+    memory: int  # bytes that torch reports as the total; less than on the box, and less still where ECC takes its part
+    source: str  # of the rate
+
+
+# A bf16 product always accumulates in fp32. Data sheets print the rate with sparsity (twice the dense one), and for
+# GeForce the rate with fp16 accumulation as well (again twice): neither is reached by training.
+# The memory is the smallest "total capacity" that torch's out-of-memory messages of public issue threads show.
+_A100 = "NVIDIA A100 data sheet: 312 TFLOPS BF16, 624 with sparsity"
+_H100 = "NVIDIA H100 data sheet: 1979 TFLOPS BF16 with sparsity (SXM), 1513 (PCIe), 1671 (NVL)"
+_H200 = "NVIDIA H200 data sheet: 1979 TFLOPS BF16 with sparsity (SXM), 1671 (NVL)"
+_GA102 = "NVIDIA GA102 whitepaper: peak BF16 tensor TFLOPS with FP32 accumulate, dense"
+_AD102 = "NVIDIA Ada whitepaper: peak BF16 tensor TFLOPS with FP32 accumulate, dense"
+_GB202 = "NVIDIA RTX Blackwell whitepaper: peak BF16 tensor TFLOPS with FP32 accumulate, dense"
+
+# By the name for the command line.
+DEVICES: dict[str, Device] = {
+    "h200": Device("NVIDIA H200", 989.5e12, int(139.72 * GIB), _H200),
+    "h200-nvl": Device("NVIDIA H200 NVL", 835.5e12, int(139.72 * GIB), _H200),
+    "h100": Device("NVIDIA H100 80GB HBM3", 989.5e12, int(79.1 * GIB), _H100),
+    "h100-pcie": Device("NVIDIA H100 PCIe", 756.5e12, int(79.1 * GIB), _H100),
+    "h100-nvl": Device("NVIDIA H100 NVL", 835.5e12, int(93.0 * GIB), _H100),
+    "a100-40g": Device("NVIDIA A100-SXM4-40GB", 312e12, int(39.38 * GIB), _A100),
+    "a100-80g": Device("NVIDIA A100-SXM4-80GB", 312e12, int(79.1 * GIB), _A100),
+    "a100-40g-pcie": Device("NVIDIA A100-PCIE-40GB", 312e12, int(39.38 * GIB), _A100),
+    "a100-80g-pcie": Device("NVIDIA A100 80GB PCIe", 312e12, int(79.1 * GIB), _A100),
+    "a40": Device("NVIDIA A40", 149.7e12, int(44.34 * GIB), "NVIDIA A40 data sheet: 149.7 TFLOPS BF16, 299.4 with sparsity"),
+    "l40s": Device("NVIDIA L40S", 362.05e12, int(44.34 * GIB), "NVIDIA L40S data sheet: 362.05 TFLOPS BF16, 733 with sparsity"),
+    "a6000": Device("NVIDIA RTX A6000", 154.8e12, int(47.4 * GIB), _GA102),
+    "6000-ada": Device("NVIDIA RTX 6000 Ada Generation", 364.2e12, int(47.4 * GIB), _AD102),
+    "3090": Device("NVIDIA GeForce RTX 3090", 71e12, int(23.68 * GIB), _GA102),
+    "4090": Device("NVIDIA GeForce RTX 4090", 165.2e12, int(23.64 * GIB), _AD102),
+    "5090": Device("NVIDIA GeForce RTX 5090", 209.5e12, int(31.36 * GIB), _GB202),
+}  # fmt: skip
+
+_BY_NAME = {device.name: device for device in DEVICES.values()}
+
+
+def known_device(name: str | None) -> Device | None:
+    """The entry of a device that the driver names so, `None` for one that is not listed: a guess would be off by factors."""
+    return _BY_NAME.get(name or "")
+
+
+def find_device(key: str) -> Device:
+    """The entry for a short name, such as `a100-40g`, or for the driver's own name.
+
+    Raises:
+        InputError: if there is none.
+    """
+    device = DEVICES.get(key.lower()) or known_device(key)
+    if device is not None:
+        return device
+    kinds = [name for name in DEVICES if name.startswith(f"{key.lower()}-")]
+    fix = f"; there are {', '.join(kinds)}" if kinds else did_you_mean(key.lower(), DEVICES)
+    raise InputError(f"--device {key!r}: not listed{fix}")

@@ -1,0 +1,205 @@
+"""Vocabularies as GGUF files hold them, and the byte-level BPE tokenizers among them.
+
+`tokenizer.ggml.pre` names what splits a text before the merges are made. transformers 5.23 knows some of the names and
+splits as GPT-2 does for all others, SmolLM2's among them, whose white space before a number then comes out in other
+tokens (tests/conversion/test_gguf_tokenizer.py shows it). Here a name is known or refused.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+from ..errors import InputError
+from .file import GGUFHeader, read_header
+
+
+# llama.cpp's token types, which are SentencePiece's.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+NO_TOKENIZER = ("none", "no_vocab")  # what stands for the model where there is none
+ROLES = {"unk_token": "unknown", "bos_token": "bos", "eos_token": "eos", "pad_token": "padding"}
+# What llama.cpp takes where a SentencePiece vocabulary does not say it.
+_LLAMA_IDS = {"unk_token": 0, "bos_token": 1, "eos_token": 2}
+
+
+class PreTokenizer(NamedTuple):
+    """What stands before the merges, as `tokenizer.json` spells it."""
+
+    pre_tokenizer: dict[str, Any]
+    normalizer: dict[str, Any] | None = None
+    ignore_merges: bool = False  # a piece that is a token as a whole stays whole
+
+
+def _split(digits: str) -> dict[str, Any]:
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def _sequence(*steps: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", "pretokenizers": list(steps)}
+
+
+_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+_GPT2 = _BYTES | {"use_regex": True}
+# The structures are those of the models' own tokenizer.json (GPT-2, SmolLM, Llama 3, Qwen 2); that llama.cpp splits the
+# same way under these names was read in its llama-vocab.cpp, and is run in tests/conversion/test_gguf_peer.py. Its
+# qwen2 leaves the normalisation out: text that is not in form NFC gets other ids there.
+PRE_TOKENIZERS = {
+    "gpt-2": PreTokenizer(_GPT2),
+    "smollm": PreTokenizer(_sequence({"type": "Digits", "individual_digits": True}, _GPT2)),
+    "llama-bpe": PreTokenizer(_sequence(_split("{1,3}"), _BYTES), ignore_merges=True),
+    "qwen2": PreTokenizer(_sequence(_split(""), _BYTES), normalizer={"type": "NFC"}),
+}
+
+
+class Vocabulary(NamedTuple):
+    """What a GGUF file says of its tokenizer."""
+
+    path: Path
+    model: str
+    pre: str | None
+    tokens: list[str]
+    kinds: list[int]
+    scores: list[float]
+    merges: list[str]
+    special: dict[str, str]
+    add_bos: bool
+    add_eos: bool
+    add_space_prefix: bool
+    chat_template: str | None
+
+    def ids(self) -> dict[str, int]:
+        """Tokens to ids, without the tokens that were added behind the vocabulary."""
+        behind = (i + 1 for i in reversed(range(len(self.tokens))) if self.kinds[i] not in (CONTROL, USER_DEFINED))
+        return {token: i for i, token in enumerate(self.tokens[: next(behind, 0)])}
+
+    def added(self) -> list[AddedToken]:
+        """Control and user-defined tokens, in the order of their ids."""
+        return [
+            AddedToken(token, special=kind == CONTROL, normalized=False)
+            for token, kind in zip(self.tokens, self.kinds, strict=True)
+            if kind in (CONTROL, USER_DEFINED)
+        ]
+
+
+def padding_token(i: int) -> str:
+    """What stands in a vocabulary, as unused, for a row of the model that has no token; llama.cpp's spelling."""
+    return f"[PAD{i}]"
+
+
+def read_vocabulary(path: str | os.PathLike) -> Vocabulary:
+    """Reads the tokenizer of a GGUF file; tokens that only fill the model's last rows are left out.
+
+    Raises:
+        InputError: if the file holds none, one of another kind than SentencePiece's and byte-level BPE, or a damaged one.
+    """
+    fields = _Fields(read_header(path))
+    model, pre = fields.value("ggml.model", str), fields.value("ggml.pre", str)
+    if model in (None, *NO_TOKENIZER):
+        raise InputError(f"{path}: holds no tokenizer (tokenizer.ggml.model); give the model's own tokenizer")
+    if model not in ("llama", "gpt2"):
+        raise InputError(f"{path}: its tokenizer is of the kind {model!r}; llama (SentencePiece) and gpt2 (byte-level "
+                         "BPE) are read. Give the model's own tokenizer")  # fmt: skip
+    tokens = fields.array("ggml.tokens", str)
+    kinds = fields.array("ggml.token_type", int) or [NORMAL] * len(tokens)
+    scores = fields.array("ggml.scores", float) or [0.0] * len(tokens)
+    if not tokens or not len(set(tokens)) == len(tokens) == len(kinds) == len(scores):
+        raise fields.damaged(f"{len(tokens)} tokens, {len(set(tokens))} of them different, {len(kinds)} types, "
+                             f"{len(scores)} scores")  # fmt: skip
+    filling = {i for i, token in enumerate(tokens) if kinds[i] == UNUSED and token == padding_token(i)}
+    size = next((i + 1 for i in reversed(range(len(tokens))) if i not in filling), 0)
+    vocabulary = Vocabulary(
+        Path(path), model, pre, tokens[:size], kinds[:size], scores[:size],
+        merges=fields.array("ggml.merges", str),
+        special=fields.special(tokens[:size], _LLAMA_IDS if model == "llama" else {}),
+        add_bos=fields.value("ggml.add_bos_token", bool, model == "llama" or pre == "llama-bpe"),
+        add_eos=fields.value("ggml.add_eos_token", bool, False),
+        add_space_prefix=fields.value("ggml.add_space_prefix", bool, model == "llama"),
+        chat_template=fields.value("chat_template", str),
+    )  # fmt: skip
+    if model == "llama" and vocabulary.special["unk_token"] not in vocabulary.ids():
+        raise fields.damaged("the token for what is unknown stands behind the vocabulary")
+    return vocabulary
+
+
+class _Fields:
+    """The tokenizer's part of the metadata, each value held against its type."""
+
+    def __init__(self, header: GGUFHeader) -> None:
+        self.path, self.metadata = header.path, header.metadata
+
+    def damaged(self, what: str) -> InputError:
+        return InputError(f"{self.path}: the tokenizer in it is damaged: {what}; fetch or make the file again")
+
+    def value(self, name: str, kind: type, default: Any = None) -> Any:
+        found = self.metadata.get(f"tokenizer.{name}")
+        if found is not None and type(found) is not kind:
+            raise self.damaged(f"tokenizer.{name} is {str(found)[:40]!r}, which is no {kind.__name__}")
+        return default if found is None else found
+
+    def array(self, name: str, kind: type) -> list:
+        items = self.value(name, list, [])
+        if not all(type(item) is kind for item in items):
+            raise self.damaged(f"tokenizer.{name} does not hold {kind.__name__} alone")
+        return items
+
+    def special(self, tokens: list[str], defaults: dict[str, int]) -> dict[str, str]:
+        ids = {role: self.value(f"ggml.{name}_token_id", int, defaults.get(role)) for role, name in ROLES.items()}
+        for role, i in ids.items():
+            if i is not None and not 0 <= i < len(tokens):
+                raise self.damaged(f"tokenizer.ggml.{ROLES[role]}_token_id is {i}, there are {len(tokens)} tokens")
+        return {role: tokens[i] for role, i in ids.items() if i is not None}
+
+
+def byte_level_tokenizer(vocabulary: Vocabulary) -> PreTrainedTokenizerFast:
+    """Makes the stock tokenizer of a byte-level BPE vocabulary.
+
+    Raises:
+        InputError: if its pre-tokeniser is not known here, or its merges do not fit its tokens.
+    """
+    path = vocabulary.path
+    if vocabulary.pre not in PRE_TOKENIZERS:
+        raise InputError(f"{path}: the pre-tokeniser {vocabulary.pre!r} (tokenizer.ggml.pre) is not known here; known: "
+                         f"{', '.join(PRE_TOKENIZERS)}. Give the model's own tokenizer")  # fmt: skip
+    known = PRE_TOKENIZERS[vocabulary.pre]
+    ids = vocabulary.ids()
+    merges = [tuple(merge.split(" ")) for merge in vocabulary.merges]
+    for merge in merges:
+        if len(merge) != 2 or not {*merge, "".join(merge)} <= ids.keys():
+            raise InputError(f"{path}: the merge {' '.join(merge)!r} does not join two tokens to one; fetch or make the "
+                             "file again")  # fmt: skip
+    state = json.loads(Tokenizer(models.BPE()).to_str())
+    state |= {"pre_tokenizer": known.pre_tokenizer, "normalizer": known.normalizer}
+    backend = Tokenizer.from_str(json.dumps(state))
+    backend.model = models.BPE(vocab=ids, merges=merges, ignore_merges=known.ignore_merges)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_tokens(vocabulary.added())
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, add_bos_token=vocabulary.add_bos,
+        add_eos_token=vocabulary.add_eos, **vocabulary.special,
+    )  # fmt: skip
+    tokenizer.chat_template = vocabulary.chat_template
+    return tokenizer
+
+
+def pre_tokenizer_name(state: Mapping[str, Any]) -> str | None:
+    """llama.cpp's name for what a `tokenizer.json` does before the merges; `None` where none that is known here fits."""
+    model = state["model"]
+    found = PreTokenizer(state["pre_tokenizer"], state["normalizer"], bool(model.get("ignore_merges")))
+    return next((name for name, known in PRE_TOKENIZERS.items() if _decisive(known) == _decisive(found)), None)
+
+
+def _decisive(step: Any) -> Any:
+    """The same without `trim_offsets`, which moves offsets and no ids."""
+    if isinstance(step, list | tuple):
+        return [_decisive(item) for item in step]
+    if isinstance(step, dict):
+        return {key: _decisive(item) for key, item in step.items() if key != "trim_offsets"}
+    return step

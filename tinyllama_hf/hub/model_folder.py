@@ -1,0 +1,225 @@
+"""A model folder as it is published: of which kind it is, which files belong to it, and whether all of it is there."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+
+from ..conversion.awq.read import is_awq
+from ..conversion.checkpoint import LazyTensor, expected_shapes
+from ..conversion.reading.containers import SAFETENSORS_INDEX, open_safetensors, open_sharded, read_fields
+from ..conversion.reading.recognize import open_checkpoint, read_llama_config
+from ..errors import InputError
+from ..portable import hub_id, portable
+from ..pretrain.milestones import CONFIG_FILE
+from ..quantization.bitsandbytes import quantization_of
+from ..released import released
+from .contents import PROVENANCE_FILE
+
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# What may lie in a folder and is published; anything else in it (logs, held-out rows, temporary files) stays here.
+_AROUND = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    PROVENANCE_FILE,
+)
+_WEIGHTS = ("model.safetensors", SAFETENSORS_INDEX, "model-*-of-*.safetensors")
+_FILES = {
+    "trained": ("config.json", *_WEIGHTS, *_AROUND, CONFIG_FILE),
+    "llama": ("config.json", *_WEIGHTS, *_AROUND),
+    "awq": ("config.json", *_WEIGHTS, *_AROUND),
+    "quantized": ("config.json", *_WEIGHTS, *_AROUND),
+    "gguf": ("*.gguf", *_AROUND),
+    "adapter": (ADAPTER_CONFIG, ADAPTER_WEIGHTS, *_AROUND),
+}
+# All that this package may have published before, in a folder of another kind too: it goes where it is no longer part of it.
+# Of GGUF files only those with names that `convert` gives.
+OUTDATED = tuple(
+    {pattern.replace("*.gguf", "model-*.gguf") for patterns in _FILES.values() for pattern in patterns}
+    | {"loss.png", "trajectory.png"}
+)
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+
+
+class ModelFolder(NamedTuple):
+    """A whole folder of one of the kinds that are published.
+
+    Attributes:
+        path (`Path`): where it lies.
+        kind (`str`): `"trained"` (by this package), `"llama"` (plain, of other origin), `"quantized"` (by bitsandbytes),
+            `"awq"`, `"gguf"`, or `"adapter"` (of PEFT).
+        files (`list[Path]`): what belongs to it.
+        config (`dict`): its `config.json`, or `adapter_config.json`.
+        record (`dict`): its `provenance.json` as it may leave the machine; empty where there is none.
+        num_parameters (`int`): as the headers of the weights have them, a shared one counted once.
+        base (`str`, *optional*): Hub id, with a revision if not main, of the model that it was made from.
+        given_name (`str`): where the folder does not bear its name yet.
+    """
+
+    path: Path
+    kind: str
+    files: list[Path]
+    config: dict[str, Any]
+    record: dict[str, Any]
+    num_parameters: int
+    base: str | None = None
+    given_name: str = ""
+
+    @property
+    def name(self) -> str:
+        """Of the folder, which is that of the model in score files."""
+        return self.given_name or self.path.resolve().name
+
+
+def open_trained_folder(folder: Path, base: str | None = None) -> ModelFolder:
+    """Opens a milestone or a fine-tuned model; looks at every file that a stock loader reads, of the weights at headers.
+
+    Args:
+        base (`str`, *optional*): Hub id of the model that was fine-tuned, where the record does not have it.
+
+    Raises:
+        InputError: if it is no plain Llama folder with provenance, or a part is missing or damaged.
+    """
+    _require(folder, ("config.json", *_TOKENIZER, CONFIG_FILE, PROVENANCE_FILE), "make it again with recipes/pretrain.py or "
+             "recipes/sft.py, which write all of it")  # fmt: skip
+    try:
+        yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{folder / CONFIG_FILE}: damaged, not valid YAML; copy the model again") from error
+    model = _plain(folder, "trained")
+    if not is_trained(model.record):
+        raise InputError(
+            f"{folder / PROVENANCE_FILE}: tells neither of pretraining nor of fine-tuning, and the card is made from it; "
+            "copy the milestone again"
+        )
+    return model._replace(base=base or _hub_name(model.record.get("base_model", {}).get("path")))
+
+
+def open_folder(folder: Path, base: str | None = None) -> ModelFolder:
+    """Opens a folder of any kind; otherwise as [`open_trained_folder`].
+
+    Args:
+        base (`str`, *optional*): Hub id of the model that it was made from, where the folder does not have it.
+    """
+    if (folder / ADAPTER_CONFIG).is_file():
+        return _adapter(folder, base)
+    if is_trained(_record(folder)):
+        return open_trained_folder(folder, base)
+    if (folder / "config.json").is_file():
+        saved = read_fields(folder / "config.json").get("quantization_config")
+        kind = "llama" if saved is None else "awq" if is_awq(saved) else "quantized"
+        model = _quantized(folder) if kind == "quantized" else _plain(folder, kind)
+    elif any(folder.glob("*.gguf")):
+        checkpoint = open_checkpoint(folder)
+        model = _model(folder, "gguf", checkpoint.config.to_dict(), checkpoint.tensors)
+    else:
+        raise InputError(
+            f"{folder}: holds neither milestones nor a model (config.json, {ADAPTER_CONFIG} or one GGUF file); name the "
+            "output_dir of a run, or a model folder. Of litgpt's files make plain weights first: "
+            f"tinyllama-hf convert {folder} --to llama --output NEW"
+        )
+    return model._replace(base=base or _hub_name(model.record.get("conversion", {}).get("source")))
+
+
+def is_trained(record: dict[str, Any]) -> bool:
+    """Whether a record is of pretraining or fine-tuning; a converted folder has such a record inside its own."""
+    return bool(record.keys() & {"tokens", "base_model"})
+
+
+def _plain(folder: Path, kind: str) -> ModelFolder:
+    """A folder that holds all tensors of its configuration, plain or in AWQ's layout."""
+    config = _llama_fields(folder)
+    return _model(folder, kind, config, open_checkpoint(folder).tensors)
+
+
+def _quantized(folder: Path) -> ModelFolder:
+    """A folder that bitsandbytes saved: the weights have other shapes than the configuration says, under the same names."""
+    config = _llama_fields(folder)
+    quantization_of(config, str(folder))
+    tensors = _stored(folder)
+    shapes = expected_shapes(read_llama_config(folder / "config.json", quantized=True))
+    for name, shape in shapes.items():
+        # A matrix of a layer may be packed; everything else is stored as it is.
+        is_packed = name in tensors and tensors[name].dtype in (torch.int8, torch.uint8)
+        if name not in tensors or not (is_packed or tensors[name].shape == shape):
+            found = f"has shape {list(tensors[name].shape)}" if name in tensors else "is missing"
+            raise InputError(f"{folder}: {name} {found}, and config.json says {list(shape)}; fetch or make it again")
+    return _model(folder, "quantized", config, {name: tensors[name]._replace(shape=s) for name, s in shapes.items()})
+
+
+def _adapter(folder: Path, base: str | None) -> ModelFolder:
+    """An adapter; it cannot be used without its base model."""
+    config, weights = read_fields(folder / ADAPTER_CONFIG), folder / ADAPTER_WEIGHTS
+    if not isinstance(config.get("peft_type"), str):
+        raise InputError(f"{folder / ADAPTER_CONFIG}: names no peft_type; fetch or make it again")
+    _require(folder, (ADAPTER_WEIGHTS,), "save the adapter again with save_pretrained")
+    tensors = open_safetensors(weights)
+    if not tensors:
+        raise InputError(f"{weights}: holds no tensors; save the adapter again")
+    given = config.get("base_model_name_or_path")
+    if not (base := base or _hub_name(given, config.get("revision"))):
+        raise InputError(
+            f"{folder / ADAPTER_CONFIG}: the base model {given!r} is a folder of this machine, without which the adapter "
+            "cannot be loaded elsewhere; publish it first, and name it with --base-model USER/NAME"
+        )
+    return _model(folder, "adapter", config, tensors)._replace(base=base)
+
+
+def _model(folder: Path, kind: str, config: dict[str, Any], tensors: dict[str, LazyTensor]) -> ModelFolder:
+    for name in _TOKENIZER:
+        if (folder / name).is_file():
+            read_fields(folder / name)
+    files = sorted({file for pattern in _FILES[kind] for file in folder.glob(pattern) if file.is_file()})
+    num_parameters = sum(torch.Size(tensor.shape).numel() for tensor in tensors.values())
+    return ModelFolder(folder, kind, files, portable(config, names=False), portable(_record(folder)), num_parameters)
+
+
+def _llama_fields(folder: Path) -> dict[str, Any]:
+    """The configuration of a folder that has all that a stock loader needs, and says that it is a Llama."""
+    _require(folder, ("config.json", *_TOKENIZER), "copy or make it again; `load_tokenizer(SOURCE).save_pretrained(FOLDER)` "
+             "writes a tokenizer")  # fmt: skip
+    config = read_fields(folder / "config.json")
+    if config.get("model_type") != "llama":
+        raise InputError(
+            f"{folder / 'config.json'}: model_type {config.get('model_type')!r}, and only plain Llama folders (model_type "
+            "'llama') are published, which everyone loads; save it with save_as_llama"
+        )
+    if not any((folder / name).is_file() for name in _WEIGHTS[:2]):
+        raise InputError(f"{folder}: holds no model.safetensors, so it is not whole; fetch or make it again")
+    return config
+
+
+def _stored(folder: Path) -> dict[str, LazyTensor]:
+    index = folder / SAFETENSORS_INDEX
+    return open_sharded(index) if index.is_file() else open_safetensors(folder / "model.safetensors")
+
+
+def _require(folder: Path, names: Sequence[str], fix: str) -> None:
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise InputError(f"model {folder}: holds no {missing[0]}, so it is not whole; {fix}")
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    return read_fields(folder / PROVENANCE_FILE) if (folder / PROVENANCE_FILE).is_file() else {}
+
+
+def _hub_name(given: Any, revision: str | None = None) -> str | None:
+    """The Hub id that others find a model by, `None` if it was a folder."""
+    if not isinstance(given, str):
+        return None
+    if fetched := hub_id(given):
+        return fetched
+    known = {model.name: model.hub for model in released()}
+    if given in known:
+        return known[given]
+    is_id = given.count("/") == 1 and not given.startswith((".", "/", "~")) and not Path(given).parent.exists()
+    return f"{given}@{revision}" if is_id and revision else given if is_id else None

@@ -1,0 +1,269 @@
+"""`transformers serve` for one of our models: the endpoints of OpenAI's interface, with our tokens and limits.
+
+The library's handlers do the work. Its own command (5.23) would take the tokenizer that stock transformers makes of a folder,
+look for control tokens in what people wrote, drop the space between a prompt and its continuation, ignore a temperature unless
+the model's folder says that it samples, seed when a request comes and not when it is generated, ignore what it does not support,
+generate beyond the context, and load or drop models for whoever asks; tests/serving/test_library.py shows it.
+"""
+
+import copy
+import json
+import logging
+import socket
+import time
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer
+from transformers import BatchEncoding, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.utils import BaseHandler
+
+from ..batch.generate_many import stop_tokens_of
+from ..errors import InputError, require
+from ..inference.generation import Sampling
+from .request_answers import BodyLimit, UnknownModel, in_form, stream_in_form
+from .request_fields import Limits, check_fields
+from .request_prompts import prompt_ids
+from .request_queue import Busy, Ending, OneQueue
+
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+# The library's app has others, for models that this is none of, to load and drop models, and pages from another server.
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health")
+MAX_BODY_BYTES = 4 * 2**20
+_LENGTHS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
+_SECONDS_TO_END = 5  # that connections get after Ctrl-C
+_PROMPT: ContextVar[list[int]] = ContextVar("prompt")  # tokens of the request that the current task handles
+
+
+def check_installed() -> None:
+    """Refuses to go on without the packages of the server.
+
+    Raises:
+        InputError: naming the extra that has them.
+    """
+    for package in ("fastapi", "uvicorn", "openai"):
+        require(package, "serving", "serve")
+
+
+def build_app(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> "FastAPI":
+    """The server's application, with [`PATHS`] alone.
+
+    Sampling defaults to that of `generate`; requests replace it. Bad requests are answered with status 400.
+
+    Args:
+        name (`str`): that requests call the model by, or leave out.
+        model (`PreTrainedModel`): from `load`; its generation settings are changed.
+        tokenizer (`PreTrainedTokenizerFast`): its tokenizer, with a template for the chat endpoints.
+    """
+    from fastapi.exceptions import RequestValidationError
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from transformers.cli.serving.chat_completion import ChatCompletionHandler
+    from transformers.cli.serving.completion import CompletionHandler
+    from transformers.cli.serving.response import ResponseHandler
+    from transformers.cli.serving.server import build_server
+
+    # It warns of each request, which the server's own log has.
+    logging.getLogger("transformers.cli.serving").setLevel(logging.ERROR)
+    model.generation_config.update(
+        **Sampling().arguments(),
+        eos_token_id=stop_tokens_of(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    chat = OneModel(name, model, _for_chat(tokenizer))
+    text = OneModel(name, model, _for_text(tokenizer))
+    state, limits = OneQueue(), Limits.of(model, tokenizer)
+    app = build_server(
+        chat,
+        _strict(ChatCompletionHandler, "messages", tokenizer, limits)(chat, state),
+        completion_handler=_strict(CompletionHandler, "prompt", tokenizer, limits)(text, state),
+        response_handler=_strict(ResponseHandler, "input", tokenizer, limits)(chat, state),
+        transcription_handler=None,
+        systemone_handler=None,
+        generation_state=state,
+    )
+    app.router.routes[:] = [route for route in app.router.routes if route.path in PATHS]
+    app.add_api_route("/v1/models/{asked:path}", chat.get_model)
+    app.router.redirect_slashes = False
+    # Innermost: the library's middleware would wrap its exception in a group, which FastAPI reports as bad JSON.
+    app.user_middleware.append(Middleware(BodyLimit, num_bytes=MAX_BODY_BYTES))
+    for kind in (InputError, HTTPException, RequestValidationError, UnknownModel, Busy, Ending, Exception):
+        app.add_exception_handler(kind, _say)
+    app.state.ending = state.manager.ending
+    return app
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Takes an address before a model is loaded; connections are refused until [`run`].
+
+    Args:
+        host (`str`): name or address of this machine.
+        port (`int`): 0 takes a free one.
+
+    Raises:
+        InputError: if it is taken, or not to be had.
+    """
+    if not 0 <= port < 2**16:
+        raise InputError(f"--port {port}: must lie between 0, for any that is free, and {2**16 - 1}")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise InputError(f"--host {host}: no address of this machine ({error.strerror})") from error
+    bound = socket.socket(family, kind, protocol)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise InputError(
+            f"--host {host} --port {port}: cannot be had ({error.strerror}); choose another port, or 0 for any that is free"
+        ) from error
+    return bound
+
+
+def run(app: "FastAPI", bound: socket.socket) -> None:
+    """Serves until Ctrl-C or SIGTERM; what is being generated then ends with an error."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            app.state.ending.set()
+            super().handle_exit(sig, frame)
+
+    Server(uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=_SECONDS_TO_END)).run(sockets=[bound])
+
+
+async def _say(request: Any, error: Exception) -> Any:
+    """An error in the form that OpenAI's clients show."""
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse
+    from starlette.exceptions import HTTPException
+
+    message = str(getattr(error, "detail", error))
+    status = getattr(error, "status_code", 400 if isinstance(error, (InputError, RequestValidationError)) else 500)
+    if isinstance(error, RequestValidationError):
+        message = "body: must be a JSON object, sent with Content-Type: application/json"
+        if reasons := [found["ctx"]["error"] for found in error.errors() if found["type"] == "json_invalid"]:
+            message = f"body: is no JSON ({reasons[0]})"
+    elif isinstance(error, HTTPException) and status in (404, 405):
+        message = f"{request.method} {request.url.path}: {message}; this server has {', '.join(PATHS)}"
+    elif status == 500:
+        message = f"{type(error).__name__}: {message}"  # its traceback is in the server's log
+    status = 400 if status == 422 else status  # the library's for fields and forms that it does not know
+    code, headers = getattr(error, "code", None), getattr(error, "headers", None)
+    return JSONResponse(in_form(message, status, code), status_code=status, headers=headers)
+
+
+def _strict(
+    handler: type[BaseHandler], needed: str, tokenizer: PreTrainedTokenizerFast, limits: Limits
+) -> type[BaseHandler]:
+    """A handler that refuses what the library's (5.23) ignores, or fails at, and streams only when asked.
+
+    (That of `/v1/responses` streams unless it is told not to.)
+    """
+    from fastapi.responses import StreamingResponse
+
+    class Strict(handler):
+        async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+            checked, ids = await self.generation_state.manager.prepare(self._prepare, body)
+            _PROMPT.set(ids)
+            response = await super().handle_request(checked, request_id)
+            if isinstance(response, StreamingResponse) and needed != "input":  # /v1/responses streams in another form
+                with_usage = checked.get("stream_options", {}).get("include_usage", False)
+                response.body_iterator = stream_in_form(response.body_iterator, with_usage)
+            return response
+
+        def _prepare(self, body: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+            """Returns the body that the library's handler reads, without its prompt, and the tokens of the prompt."""
+            self._validate_request(body)
+            try:
+                checked = check_fields(body, needed, limits)
+                self.model_manager.check_name(checked.get("model"))
+                ids = prompt_ids(body, needed, checked.get("instructions"), tokenizer, limits)
+            except RecursionError as error:
+                raise InputError("body: is nested too deeply") from error
+            return {"stream": False, **checked, needed: [] if needed == "messages" else ""}, ids
+
+        def _build_generation_config(
+            self, body: dict[str, Any], model_generation_config: GenerationConfig, use_cb: bool = False
+        ) -> GenerationConfig:
+            """The library's leaves the model's settings out where a request has its own, and a bias out of completions.
+
+            It would seed here, while others generate.
+            """
+            settings = dict(body.get("generation_config", {}))
+            length = settings.pop("max_new_tokens", None)
+            defaults = copy.deepcopy(model_generation_config)
+            defaults.update(**settings)
+            fields = {name: settings[name] for name in ("temperature",) if name in settings} | body
+            bias, seed = fields.pop("logit_bias", {}), fields.pop("seed", None)
+            fields.pop("generation_config", None)
+            config = super()._build_generation_config(fields, defaults, use_cb)
+            config.sequence_bias = {(int(token),): value for token, value in bias.items()} or None
+            config.seed = seed
+            if length is not None and not fields.keys() & _LENGTHS:
+                config.max_new_tokens = length
+            return config
+
+    return Strict
+
+
+class OneModel(ModelManager):
+    """What the handlers ask for a model: always the same one, which is neither looked for nor unloaded."""
+
+    def __init__(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast):
+        self._name, self._model, self._tokenizer = name, model, tokenizer
+        self._description = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "tinyllama_hf"}
+        super().__init__(force_model=name)
+
+    @staticmethod
+    def process_model_name(model_id: str) -> str:
+        """A name is a name; the library appends `@main`."""
+        return model_id
+
+    def check_name(self, asked: str | None) -> None:
+        """Refuses another model's name; a request may leave it out."""
+        if asked not in (None, self._name):
+            raise UnknownModel(asked, self._name)
+
+    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
+        """The model alone; the library lists the Hub's cache, and fails where there is none."""
+        return [self._description]
+
+    def get_model(self, asked: str) -> dict[str, Any]:
+        """The model by its name, for a path that the library does not have."""
+        self.check_name(asked)
+        return self._description
+
+    def _load_processor(self, *_: Any, **__: Any) -> PreTrainedTokenizerFast:
+        return self._tokenizer
+
+    def _load_model(self, *_: Any, **__: Any) -> PreTrainedModel:
+        return self._model
+
+
+def _for_chat(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    served = copy.deepcopy(tokenizer)
+    served.apply_chat_template = _prompt
+    return served
+
+
+def _for_text(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Decodes what comes after a prompt: with the space that a Llama text begins with."""
+    served = copy.deepcopy(tokenizer)
+    served.tokenizer = _prompt  # what the library's handler looks for in a processor
+    state = json.loads(served.backend_tokenizer.to_str())
+    if parts := (state["decoder"] or {}).get("decoders"):
+        state["decoder"]["decoders"] = [part for part in parts if part["type"] != "Strip"]
+        served.backend_tokenizer.decoder = Tokenizer.from_str(json.dumps(state)).decoder
+    return served
+
+
+def _prompt(*_: Any, **__: Any) -> BatchEncoding:
+    """Returns the tokens of the current request, where the library's handlers would tokenize on the event loop."""
+    ids = _PROMPT.get()
+    return BatchEncoding({"input_ids": [ids], "attention_mask": [[1] * len(ids)]}, tensor_type="pt")

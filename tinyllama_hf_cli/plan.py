@@ -1,0 +1,53 @@
+"""`tinyllama-hf plan`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe of pretraining.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value, replaces a value of the recipe.")
+    ] = None,
+    devices: Annotated[int, typer.Option(help="How many, one process each.")] = 1,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Kind of device: h200, h100, a100-40g, a100-80g, a40, l40s, a6000, 3090, 4090, 5090, ..."),
+    ] = None,
+    mfu: Annotated[
+        float | None,
+        typer.Option(help="Share of the device's peak rate that the run will reach, for the time; default: 0.4."),
+    ] = None,
+) -> None:
+    """Work out what a pretraining recipe comes to: steps, milestones, memory, days, disk. Needs no data and no GPU.
+
+    Example: tinyllama-hf plan recipes/pretrain/tinyllama-1.1b.yaml --devices 16 --device a100-40g --mfu 0.56
+    """
+    from tinyllama_hf.devices import find_device
+    from tinyllama_hf.errors import InputError
+    from tinyllama_hf.planning.run_plan import DEFAULT_MFU, lines
+    from tinyllama_hf.planning.run_plan import plan as work_out
+    from tinyllama_hf.pretrain.config import load_config
+
+    if devices < 1:
+        raise InputError(f"--devices {devices}: must be at least 1")
+    if mfu is not None and not 0 < mfu <= 1:
+        raise InputError(f"--mfu {mfu}: must lie above 0 and up to 1, the share of the peak rate")
+    if mfu is not None and device is None:
+        raise InputError("--mfu: is a share of a device's peak rate; name one with --device")
+    kind = find_device(device) if device is not None else None
+    config = load_config(recipe, overrides or ())
+    vocab_size, source = _vocabulary(config.data.tokenizer)
+    print("\n".join(lines(work_out(config, vocab_size, devices, kind, DEFAULT_MFU if mfu is None else mfu))))
+    print(f"vocabulary  {source}")
+
+
+def _vocabulary(tokenizer: str) -> tuple[int, str]:
+    """Its size, and where that comes from."""
+    from tinyllama_hf.tokenization_tinyllama import load_tokenizer
+
+    if Path(tokenizer).exists():
+        return len(load_tokenizer(tokenizer)), f"of data.tokenizer {tokenizer}"
+    return 32000, f"32,000 as Llama 2's: data.tokenizer {tokenizer} is not there yet"
