@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tinyllama_hf_cli
-from tinyllama_hf.errors import InputError, check_seed
+from tinyllama_hf.errors import InputError, check_seed, one_line
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63, 2**64 - 1])
@@ -42,3 +42,11 @@ def test_commands_refuse_other_seeds_before_they_look_for_a_model(words, seed, m
     with pytest.raises(InputError) as error:
         check_seed(seed)
     assert stop.value.code == 2 and capsys.readouterr().err == f"error: {error.value}\n"
+
+
+def test_an_exception_in_one_line():
+    assert one_line(ValueError("a\n\n  b ")) == "ValueError: a b"
+    assert one_line(OSError()) == "OSError: no message"
+    assert one_line(InputError("--seed -1: must be positive")) == "--seed -1: must be positive"
+    long = one_line(ValueError("x" * 1000))
+    assert len(long) == 300 and long.endswith("x...")

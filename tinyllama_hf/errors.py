@@ -24,6 +24,17 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; valid: {', '.join(valid)}"
 
 
+def one_line(error: BaseException) -> str:
+    """Returns the type and the message of a library's exception in one line of at most 300 characters.
+
+    An `InputError` is written without its type, since its message is complete.
+    """
+    text = " ".join(str(error).split()) or "no message"
+    if not isinstance(error, InputError):
+        text = f"{type(error).__name__}: {text}"
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
 def check_seed(seed: int, name: str = "--seed") -> int:
     """Returns a seed that torch's generators and numpy's `SeedSequence` accept.
 

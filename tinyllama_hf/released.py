@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from .errors import InputError, did_you_mean
+from .errors import InputError, did_you_mean, one_line
 from .provenance import read_json
 
 
@@ -144,9 +144,8 @@ def local_folder(name: str, only: Sequence[str] | None = None) -> Path:
     try:
         folder = _download(repository, revision or None, only)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"model {name!r}: {repository} cannot be fetched from the Hub ({type(error).__name__}: {reason}); check the "
+            f"model {name!r}: {repository} cannot be fetched from the Hub ({one_line(error)}); check the "
             "name and the connection, or give a local folder"
         ) from error
     if inside and not (folder / inside[0]).exists():

@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .configuration_tinyllama import TinyLlamaConfig
-from .errors import InputError, did_you_mean
+from .errors import InputError, did_you_mean, one_line
 from .gguf.vocabulary import NORMAL, UNUSED, byte_level_tokenizer, read_vocabulary
 from .provenance import read_json
 from .released import TOKENIZER_FILES, local_folder
@@ -126,9 +126,8 @@ def _damage_refused(path: Path) -> Iterator[None]:
         panic = type(error).__name__ == "PanicException"
         if isinstance(error, InputError | MemoryError) or not (panic or isinstance(error, Exception)):
             raise
-        reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), 'no message'):.200}"
         fix = "install that" if isinstance(error, ImportError) else "fetch or make it again"
-        raise InputError(f"tokenizer {path}: cannot be loaded ({reason}); {fix}") from error
+        raise InputError(f"tokenizer {path}: cannot be loaded ({one_line(error)}); {fix}") from error
 
 
 def _load(path: Path) -> PreTrainedTokenizerFast:

@@ -76,8 +76,9 @@ def _score(run: Path, milestone: Path) -> None:
 
 
 def _go_on(what: str, error: Exception, instead: str) -> None:
-    cause = " ".join(str(error).split()) or type(error).__name__
-    print(f"{what} ({cause}); training goes on; {instead}", flush=True)
+    from tinyllama_hf.errors import one_line
+
+    print(f"{what} ({one_line(error)}); training goes on; {instead}", flush=True)
 
 
 class _Drawing:

@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..configuration_tinyllama import TinyLlamaConfig
-from ..errors import InputError
+from ..errors import InputError, one_line
 
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
@@ -128,10 +128,7 @@ def of_transformers(where: object) -> Iterator[None]:
     # Its checks and constructors have no common error; a wrong name of an activation or a scaling is a KeyError.
     except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError,
             ImportError, RuntimeError) as error:  # fmt: skip
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{where}: makes no Llama ({type(error).__name__}: {reason}); fetch or make it again"
-        ) from error
+        raise InputError(f"{where}: makes no Llama ({one_line(error)}); fetch or make it again") from error
 
 
 def plain_config(where: object = "the configuration", /, **fields: Any) -> LlamaConfig:

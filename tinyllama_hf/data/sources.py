@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..provenance import file_sha256
 from ..text import check_text, read_text
 from . import embedded
@@ -241,8 +241,9 @@ def _hub_files(source: str) -> tuple[list[Path], dict[str, str]]:
     try:
         folder = Path(snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=wanted))
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"source {source}: cannot be fetched ({reason}); check name, access and network") from error
+        raise InputError(
+            f"source {source}: cannot be fetched ({one_line(error)}); check name, access and network"
+        ) from error
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name.endswith(ROWS))
     files = [path for path in files if any(fnmatch.fnmatch(path.relative_to(folder).as_posix(), w) for w in wanted)]
     if not files:

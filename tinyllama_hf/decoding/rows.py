@@ -13,7 +13,7 @@ from transformers.generation.stopping_criteria import (
     StoppingCriteriaList,
 )
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 
 
 # What a row draws a number for, for each of its new tokens.
@@ -248,7 +248,7 @@ def _ends(criterion: StoppingCriteria, batch: torch.Tensor, row: int) -> bool:
         ended = criterion(batch, None)
     except Exception as error:
         raise InputError(
-            f"stopping criterion {type(criterion).__name__}: failed on tokens without scores ({type(error).__name__}: {error}), "
+            f"stopping criterion {type(criterion).__name__}: failed on tokens without scores ({one_line(error)}), "
             "which is what it sees while a draft helps; generate without a draft"
         ) from error
     return bool(ended[row] if isinstance(ended, torch.Tensor) and ended.dim() else ended)

@@ -19,7 +19,7 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.row_files import read_rows
-from ..errors import InputError, require
+from ..errors import InputError, one_line, require
 from ..provenance import file_sha256
 from .protocol import TASKS, Protocol
 from .score_metrics import eval_folder
@@ -201,10 +201,10 @@ def _open_task(name: str, scratch: str, file: Path | None) -> Any:
             task = TaskManager(include_defaults=False).load([str(_definition(name, scratch, file))])["tasks"][name]
     except (DatasetsError, OSError, IndexError, *BAD_ROW) as error:
         if file:  # of a bad one, datasets says only that there was an error
-            told = _in_one_line(error.__cause__ or error)
+            told = one_line(error.__cause__ or error)
             raise InputError(f"{file}: holds no rows of {name} ({told}). {WHERE_DATA_COME_FROM}") from error
         raise InputError(
-            f"{name}: cannot be fetched from the Hub ({_in_one_line(error)}); check the connection, or name local files "
+            f"{name}: cannot be fetched from the Hub ({one_line(error)}); check the connection, or name local files "
             "with --data"
         ) from error
     if len(task.eval_docs) < 2:
@@ -213,7 +213,7 @@ def _open_task(name: str, scratch: str, file: Path | None) -> Any:
         try:
             choices, gold = task.doc_to_choice(document), _right_choice(task, document)
         except BAD_ROW as error:
-            raise InputError(f"{file or name}, row {index + 1}: is none of {name} ({_in_one_line(error)})") from error
+            raise InputError(f"{file or name}, row {index + 1}: is none of {name} ({one_line(error)})") from error
         if not all(choices) or not 0 <= gold < len(choices):
             raise InputError(
                 f"{file or name}, row {index + 1}: an empty choice, or answer {gold} (counted from 0) is none of its "
@@ -225,10 +225,6 @@ def _open_task(name: str, scratch: str, file: Path | None) -> Any:
 def _right_choice(task: Any, document: dict[str, Any]) -> int:
     """Number of the right choice; WinoGrande has it in place of the question, since its choices are put into that."""
     return int(task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document))
-
-
-def _in_one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _harness_model(

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import InputError
-from ..inference.adapters import one_line
+from ..errors import InputError, one_line
 from ..inference.load import load, load_stock
 from ..pretrain.milestones import CONFIG_FILE, MILESTONES_FOLDER, list_milestones, read_record
 from ..provenance import read_json

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 
 
 _TOKENS_PAGE = "https://huggingface.co/settings/tokens"
@@ -115,7 +115,7 @@ def explain_errors(api: Any, repo: str) -> Iterator[None]:
         cause = error
         if type(error) is RuntimeError and error.__cause__:  # the client's wrapper around a failed upload
             cause = error.__cause__
-        reason = f"{type(cause).__name__}: {(str(cause).strip() or 'no message').splitlines()[0]}"
+        reason = one_line(cause)
         if not isinstance(cause, HTTPError):
             raise InputError(
                 f"publishing to the Hub {api.endpoint} failed ({reason}); that repaired, {again}"

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import InputError, require
+from ..errors import InputError, one_line, require
 from ..progress import quiet_bitsandbytes
 from ..provenance import read_json
 from ..released import TOKENIZER_FILES, local_folder
@@ -129,9 +129,3 @@ def _resize(model: PreTrainedModel, weights: dict[str, torch.Tensor], num_tokens
             f"adapter {folder}: its tokenizer has {num_tokens} tokens, and the embeddings {model.config.vocab_size} rows; save "
             "the adapter with its embeddings: model.save_pretrained(FOLDER, save_embedding_layers=True)"
         )
-
-
-def one_line(error: Exception) -> str:
-    """What a library says, short enough for a message."""
-    text = " ".join(str(error).split()) or "no message"
-    return f"{type(error).__name__}: {text if len(text) <= 200 else text[:200] + '...'}"

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from ..configuration_tinyllama import TinyLlamaConfig
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..modeling_tinyllama import TinyLlamaForCausalLM
 from ..provenance import read_json
 from ..quantization.bitsandbytes import (
@@ -32,7 +32,7 @@ from ..quantization.bitsandbytes import (
     quantization_of,
 )
 from ..released import local_folder
-from .adapters import adapter_folder, add_adapter, one_line, tokenizer_with
+from .adapters import adapter_folder, add_adapter, tokenizer_with
 
 
 def load(

@@ -9,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from ..configuration_tinyllama import PRESETS, TinyLlamaConfig
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..inference.load import model_folder
 from ..provenance import read_json
 from ..quantization.bitsandbytes import quantization_of
@@ -74,5 +74,4 @@ def _of_folder(folder: Path) -> Architecture:
             raise TypeError(f"llm_int8_skip_modules: {plain!r} is no list of names")
         return Architecture(TinyLlamaConfig.from_llama(config), config.dtype, "config.json", saved)
     except (OSError, ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{folder / 'config.json'}: describes no model ({type(error).__name__}: {reason})") from error
+        raise InputError(f"{folder / 'config.json'}: describes no model ({one_line(error)})") from error

@@ -6,7 +6,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from ..configuration_tinyllama import TinyLlamaConfig
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..modeling_tinyllama import TinyLlamaForCausalLM
 from .config import PretrainConfig
 
@@ -34,7 +34,7 @@ def architecture(config: PretrainConfig, vocab_size: int, **special_tokens: Any)
             input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta")
         )  # they must make one that runs
     except (StrictDataclassError, ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
-        raise InputError(f"model.overrides: make no model: {' '.join(str(error).split())}") from error
+        raise InputError(f"model.overrides: make no model: {one_line(error)}") from error
     if config.data.sequence_length > built.max_position_embeddings:
         raise InputError(
             f"data.sequence_length: {config.data.sequence_length} is longer than the model's context, "

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 
 
 METADATA_FILE = ".metadata"
@@ -56,7 +56,7 @@ def read_metadata(checkpoint: Path) -> Metadata:
         files = {entry.relative_path for entry in metadata.storage_data.values()}
     # A damaged pickle fails as its damage has it: a torn stack, a name of no type, a missing attribute.
     except Exception as error:
-        raise InputError(f"{path}: not the metadata of a checkpoint ({type(error).__name__}: {error})") from error
+        raise InputError(f"{path}: not the metadata of a checkpoint ({one_line(error)})") from error
     if outside := sorted(name for name in files if Path(name).name != name):
         raise InputError(f"{path}: names {outside[0]!r}; a checkpoint reads files of its own folder only")
     return metadata

@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from .. import provenance
-from ..errors import InputError
+from ..errors import InputError, one_line
 from .checkpoint_reader import CheckpointReader, TensorPlanner
-from .disk import FullDiskError, full_disk_says, reason
+from .disk import FullDiskError, full_disk_says
 from .step import TrainStep
 
 
@@ -67,7 +67,7 @@ def write_checkpoint(folder: Path, train_step: TrainStep, record: dict[str, Any]
         problem = _cause(error)
     except OSError as error:
         problem = error
-    failed = [None if problem is None else reason(problem)]  # of the main process, which the others follow
+    failed = [None if problem is None else one_line(problem)]  # of the main process, which the others follow
     if accelerator.num_processes > 1:
         broadcast_object_list(failed)
     if failed[0] is not None:
@@ -98,7 +98,7 @@ def read_checkpoint(folder: Path, train_step: TrainStep) -> None:
             dcp.load(state, storage_reader=reader, planner=TensorPlanner(), no_dist=no_dist)
     except CheckpointException as error:
         raise InputError(
-            f"{folder}: cannot be loaded ({reason(_cause(error))}); it is not a checkpoint that this run can resume from"
+            f"{folder}: cannot be loaded ({one_line(_cause(error))}); it is not a checkpoint that this run can resume from"
         ) from error
     set_state_dict(
         train_step.model,

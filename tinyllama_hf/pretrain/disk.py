@@ -6,6 +6,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from ..errors import one_line
+
 
 class FullDiskError(RuntimeError):
     """Something of a run could not be written, as a rule because the disk is full; the checkpoints before it are whole."""
@@ -23,12 +25,7 @@ def full_disk_says(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise FullDiskError(path, reason(error)) from error
-
-
-def reason(problem: BaseException) -> str:
-    """The cause of a failed write in a line."""
-    return " ".join(f"{type(problem).__name__}: {problem}".split())[:300]
+        raise FullDiskError(path, one_line(error)) from error
 
 
 def size_in_words(num_bytes: float) -> str:

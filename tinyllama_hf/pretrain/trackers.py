@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from .. import provenance
-from ..errors import InputError, require
+from ..errors import InputError, one_line, require
 from ..portable import portable
 from .config import PretrainConfig
 
@@ -58,7 +58,7 @@ def start_trackers(accelerator: Accelerator, config: PretrainConfig, output: Pat
         accelerator.init_trackers("tinyllama_hf", settings, init_kwargs=options)
     except Exception as error:  # each tracker has errors of its own
         raise InputError(
-            f"logging.trackers: {', '.join(options)}: cannot be started ({type(error).__name__}: {error}); wandb wants "
+            f"logging.trackers: {', '.join(options)}: cannot be started ({one_line(error)}); wandb wants "
             "`wandb login` or WANDB_MODE=offline; or leave the tracker out"
         ) from error
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...errors import InputError
+from ...errors import InputError, one_line
 
 
 class Storage(NamedTuple):
@@ -79,9 +79,7 @@ def read_pickle(data: bytes, what: str) -> Any:
                          "you trust more") from error  # fmt: skip
     # What genops and the interpreter stumble over in a damaged stream; a torn stack is an IndexError.
     except (ValueError, IndexError, KeyError, TypeError, StopIteration, OverflowError, EOFError) as error:
-        raise InputError(
-            f"{what}: its pickle is damaged ({type(error).__name__}: {error}); fetch or make it again"
-        ) from error
+        raise InputError(f"{what}: its pickle is damaged ({one_line(error)}); fetch or make it again") from error
 
 
 class _Interpreter:

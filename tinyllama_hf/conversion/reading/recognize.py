@@ -13,7 +13,7 @@ import yaml
 from transformers import GenerationConfig, LlamaConfig, PreTrainedConfig
 
 from ...configuration_tinyllama import TinyLlamaConfig
-from ...errors import InputError
+from ...errors import InputError, one_line
 from ...provenance import file_sha256
 from ...released import local_folder
 from ..awq.read import dequantized, is_awq
@@ -208,7 +208,7 @@ def _fields(config: Path) -> dict[str, Any]:
     except InputError:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise damaged(config, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+        raise damaged(config, one_line(error)) from error
     if not isinstance(fields, dict):
         raise damaged(config, "it holds no fields")
     return fields
@@ -247,7 +247,7 @@ def _generation(file: Path) -> dict[str, Any]:
         return json.loads(GenerationConfig(**fields).to_json_string())
     # Whatever its many checks, some of which import optional packages, stumble over.
     except (TypeError, ValueError, LookupError, AttributeError, ImportError, RecursionError) as error:
-        raise damaged(file, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+        raise damaged(file, one_line(error)) from error
 
 
 def _add_provenance(checkpoint: Checkpoint, folder: Path) -> None:
