@@ -2,12 +2,14 @@
 
     python benchmarks/gguf_head.py FOLDER [--data FOLDER] [--windows 8] [--window 256]
 
-FOLDER is a Llama with a tokenizer, tied or not. Every other matrix is q4_0 by the reference of the package `gguf`; the head, which
-of a tied model is the embedding too, is q4_0 or q8_0 (the package writes no K-quants, and llama.cpp's quantizer takes q6_K). All
-is computed in fp32 on the dequantized weights. Agreement is the share of positions with the same most likely token as fp32.
+FOLDER is a Llama with a tokenizer, tied or not. Every other matrix is q4_0 by the reference of the package `gguf`; the head is q4_0 or
+q8_0 (the package writes no K-quants; llama.cpp's quantizer uses q6_K). The head of a tied model is its embedding, so a tied model is
+measured a second time with the two untied: the head is then a copy of the embedding, and the embedding is q4_0 like the other matrices.
+Everything is computed in fp32 on the dequantized weights. Agreement is the share of positions with the same most likely token as fp32.
 """
 
 import argparse
+import copy
 import gzip
 import json
 import math
@@ -37,23 +39,34 @@ def main() -> None:
 
     model = LlamaForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     ids = windows(arguments.model, arguments.data, arguments.windows, arguments.window)
+    reference = predictions(model, ids)
+    print(f"fp32: perplexity {reference[0]}", flush=True)
+    variants = {}
+    if model.config.tie_word_embeddings:
+        variants["tied"] = measure(copy.deepcopy(model), ids, reference[1])
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    variants["untied"] = measure(model, ids, reference[1])
+    figures = {"tokens": ids.numel(), "window": arguments.window, "fp32_perplexity": reference[0]}
+    print(f"wrote {save('gguf_head', figures | {'variants': variants})}")
+
+
+def measure(model: LlamaForCausalLM, ids: torch.Tensor, expected: torch.Tensor) -> dict[str, dict[str, float]]:
+    """The figures for each type of the head, every other matrix in q4_0; changes the model."""
     head = model.lm_head.weight
     plain = head.data.clone()
-    reference = predictions(model, ids)
-    table = {"fp32": {"perplexity": reference[0], "agreement": 1.0, "head_bytes": plain.nbytes}}
     for parameter in model.parameters():
         if parameter.dim() == 2 and parameter is not head:
             parameter.data = rounded(parameter.data, "Q4_0")
-    for name, kind in (("q4_0, head fp32", None), ("q4_0, head q8_0", "Q8_0"), ("q4_0, head q4_0", "Q4_0")):
+    table = {}
+    for name, kind in (("fp32", None), ("q8_0", "Q8_0"), ("q4_0", "Q4_0")):
         head.data.copy_(plain if kind is None else rounded(plain, kind))
         perplexity, best = predictions(model, ids)
-        agreement = (best == reference[1]).float().mean().item()
+        agreement = (best == expected).float().mean().item()
         size = plain.nbytes if kind is None else num_bytes(plain, kind)
         table[name] = {"perplexity": perplexity, "agreement": round(agreement, 4), "head_bytes": size}
-        print(name, table[name], flush=True)
-    print("fp32", table["fp32"])
-    figures = {"is_tied": model.config.tie_word_embeddings, "tokens": ids.numel(), "window": arguments.window}
-    print(f"wrote {save('gguf_head', figures | {'variants': table})}")
+        print("tied" if model.config.tie_word_embeddings else "untied", f"q4_0, head {name}", table[name], flush=True)
+    return table
 
 
 def windows(folder: Path, data: Path, number: int, width: int) -> torch.Tensor:
