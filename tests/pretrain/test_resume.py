@@ -30,6 +30,7 @@ from tinyllama_hf.pretrain.hooks import Hooks
 from tinyllama_hf.pretrain.identity import check_same_run, identity
 from tinyllama_hf.pretrain.metrics import METRICS_FILE, Metrics, read_metrics
 from tinyllama_hf.pretrain.milestones import list_milestones
+from tinyllama_hf.pretrain.run_record import record_of_recipe
 from tinyllama_hf.pretrain.schedule import learning_rate
 from tinyllama_hf.pretrain.signals import Stopped
 from tinyllama_hf.pretrain.step import TrainStep
@@ -282,7 +283,7 @@ class TestRefusals:
     @staticmethod
     def identity(config):
         fingerprint = tokenizer_fingerprint(load_tokenizer(config.data.tokenizer))
-        return identity(config, setup.open_mixture(config, fingerprint), fingerprint)
+        return identity(config, record_of_recipe(config.model_dump(mode="json", by_alias=True)), fingerprint)
 
     def test_changed_data_and_tokenizer(self, recipe, corpus, tokenizer_folder, documents, tmp_path):
         from tinyllama_hf.data.train_tokenizer import train_tokenizer

@@ -15,9 +15,8 @@ from ..data.mixture import Mixture
 from ..data.shards import read_metadata
 from ..errors import InputError
 from ..inference.load import model_folder
-from ..pretrain.config import PretrainConfig, load_config
-from ..pretrain.milestones import CONFIG_FILE, list_milestones, read_record
-from ..pretrain.setup import open_mixture
+from ..pretrain.milestones import list_milestones, read_record
+from ..pretrain.run_record import RunRecord, open_mixture, read_run_record
 from ..quantization.bitsandbytes import check_quantization
 from ..tokenization_tinyllama import encode_text, load_tokenizer, tokenizer_fingerprint
 from .bits_per_byte import HeldOut, bits_per_byte, held_out_documents, summarise
@@ -32,10 +31,10 @@ BASELINES = {"unigram": 1, "5-gram": 5}
 
 
 class _Text(NamedTuple):
-    """What is scored on: a run if one is meant, its recipe, and the held-out documents."""
+    """What is scored on: a run if one is meant, its record, and the held-out documents."""
 
     run: Path | None
-    config: PretrainConfig | None
+    record: RunRecord | None
     held_out: list[HeldOut]
 
 
@@ -75,7 +74,7 @@ def score(
     folders = milestones_of(text.run) if text.run else [model_folder(model, quantized=True) for model in models]
     ladder = [evaluated(folder, quantization) for folder in folders]
     file = _ScoreFile(output, text, rescore)
-    opened = _open_mixture(text.config) if text.config and baselines else None
+    opened = _open_mixture(text.record) if text.record and baselines else None
     file.scores["models"] = [file.row(model, device, show_progress) for model in ladder]
     if opened:
         file.scores["baselines"] = _baselines(*opened, folders, text.held_out, file)
@@ -106,11 +105,10 @@ def watch(
     Raises:
         InputError: as [`score`], before the first look; or if the folder is no run.
     """
-    if not (run / CONFIG_FILE).is_file():
-        raise InputError(f"{run}: is no run (no {CONFIG_FILE}); name the output_dir of recipes/pretrain.py")
+    last = read_run_record(run).num_steps
     check_quantization(quantization)
     file = _ScoreFile(output, _open_text([str(run)]), rescore)
-    last, said = load_config(run / CONFIG_FILE).steps.number, set()
+    said = set()
     while True:
         for folder in list_milestones(run):
             row = file.row(evaluated(folder, quantization), device)
@@ -137,9 +135,9 @@ def _open_text(models: Sequence[str], data: Sequence[str] = (), baselines: bool 
     if len({Path(folder).resolve() for folder in data}) < len(data):
         raise InputError(f"--data: {', '.join(data)}: a data set is named twice; its documents count once")
     run = the_run(models)
-    config = load_config(run / CONFIG_FILE) if run else None
-    if config:
-        data = data or [source.path for source in config.data.sources]
+    record = read_run_record(run) if run else None
+    if record:
+        data = data or [source.path for source in record.sources]
         if missing := [folder for folder in data if not Path(folder).is_dir()]:
             raise InputError(
                 f"data folder {missing[0]} does not exist here; a recipe names its data from the folder in which the run "
@@ -151,7 +149,7 @@ def _open_text(models: Sequence[str], data: Sequence[str] = (), baselines: bool 
         raise InputError("--data: needed to score model folders; name prepared data sets")
     held_out = [held_out_documents(folder) for folder in data]
     load_metric("bits_per_byte")  # a missing package is known before the first model is scored
-    return _Text(run, config, held_out)
+    return _Text(run, record, held_out)
 
 
 class _ScoreFile:
@@ -261,10 +259,10 @@ def _score_folder(
     }
 
 
-def _open_mixture(config: PretrainConfig) -> tuple[Mixture, PreTrainedTokenizerBase]:
+def _open_mixture(record: RunRecord) -> tuple[Mixture, PreTrainedTokenizerBase]:
     """The training text of a run, and the tokenizer that it is in."""
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    return open_mixture(config, tokenizer_fingerprint(tokenizer)), tokenizer
+    tokenizer = load_tokenizer(record.tokenizer)
+    return open_mixture(record, tokenizer_fingerprint(tokenizer)), tokenizer
 
 
 def _baselines(

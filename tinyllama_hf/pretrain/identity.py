@@ -7,9 +7,9 @@ import torch
 from accelerate import Accelerator
 
 from .. import provenance
-from ..data.mixture import Mixture
 from ..errors import InputError
 from .config import PretrainConfig
+from .run_record import RunRecord
 
 
 # Sections and keys of the recipe that decide which numbers a run computes and reports; paths count by what lies there.
@@ -25,13 +25,12 @@ _DECISIVE = {
 _INHERITED = ("model", "tokenizer", "training.precision")
 
 
-def identity(config: PretrainConfig, mixture: Mixture, tokenizer: str) -> dict[str, Any]:
+def identity(config: PretrainConfig, record: RunRecord, tokenizer: str) -> dict[str, Any]:
     """The decisive settings, flat, with the fingerprints of data and tokenizer."""
     values = config.model_dump(mode="json", by_alias=True)
     settings = {f"{section}.{key}": values[section][key] for section, keys in _DECISIVE.items() for key in keys}
     settings["data.sources"] = [
-        {"fingerprint": source.metadata["fingerprint"], "weight": spec.weight}
-        for source, spec in zip(mixture.sources, config.data.sources, strict=True)
+        {"fingerprint": source.fingerprint, "weight": source.weight} for source in record.sources
     ]
     return {
         **settings,

@@ -269,9 +269,8 @@ class _Trainer:
                     "tokens": self.config.steps.tokens_after(step),
                     "validation_loss": self.validation_loss,
                     "num_processes": self.accelerator.num_processes,
-                    "data": {spec.path: source.metadata["fingerprint"] for spec, source in
-                             zip(self.config.data.sources, run.mixture.sources, strict=True)},
-                }  # fmt: skip
+                    "data": {source.path: source.fingerprint for source in run.record.sources},
+                }
                 model = self.accelerator.unwrap_model(self.model)
                 text = setup.training_yaml(self.config)
                 with full_disk_says(folder):

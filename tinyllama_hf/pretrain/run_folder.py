@@ -14,6 +14,7 @@ from ..errors import InputError
 from .checkpoints import prune
 from .disk import full_disk_says
 from .milestones import CONFIG_FILE, MILESTONES_FOLDER
+from .run_record import write_run_record
 from .setup import Run, training_yaml
 
 
@@ -47,6 +48,7 @@ def folder_of_one(run: Run, accelerator: Accelerator, overwrite: bool, step: int
             (run.output / STOPPED_FILE).unlink(missing_ok=True)
             # First of all, since it is what makes the folder a run that may be gone on with.
             provenance.write_text(run.output / CONFIG_FILE, training_yaml(run.config))
+            write_run_record(run.output, run.record)
             (run.output / MILESTONES_FOLDER).mkdir(exist_ok=True)
             prune(run.output, run.config.checkpoints.keep, step)
         accelerator.wait_for_everyone()

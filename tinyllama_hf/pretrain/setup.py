@@ -1,6 +1,5 @@
 """From a checked recipe to the things that a run works with, and the facts that follow from it."""
 
-from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +9,6 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from ..configuration_tinyllama import PRESETS, TinyLlamaConfig
 from ..data.mixture import Mixture
-from ..data.order import WeightChange
 from ..data.shards import TokenDataset
 from ..errors import InputError
 from ..inference.load import model_folder
@@ -19,7 +17,7 @@ from ..tokenization_tinyllama import load_tokenizer, tokenizer_fingerprint
 from .architecture import architecture
 from .config import PretrainConfig
 from .identity import identity
-from .milestones import milestone_names, milestone_steps
+from .run_record import RunRecord, open_mixture, record_of_recipe
 
 
 class Run(NamedTuple):
@@ -27,6 +25,7 @@ class Run(NamedTuple):
 
     config: PretrainConfig
     output: Path
+    record: RunRecord
     tokenizer: PreTrainedTokenizerFast
     mixture: Mixture
     model_config: TinyLlamaConfig
@@ -45,22 +44,22 @@ def open_run(config: PretrainConfig) -> Run:
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
     fingerprint = tokenizer_fingerprint(tokenizer)
-    mixture = open_mixture(config, fingerprint)
+    record = record_of_recipe(config.model_dump(mode="json", by_alias=True))
+    mixture = open_mixture(record, fingerprint)
     total_blocks = config.steps.tokens_after(config.steps.number) // config.data.sequence_length
     shares = mixture.shares(total_blocks) if config.data.mixture_changes else mixture.weights
     validation = mixture.validation_blocks(config.validation.max_tokens, shares)
     output = Path(config.output_dir)
     if output.exists() and not output.is_dir():
         raise InputError(f"output_dir {output}: is a file; choose a folder")
-    steps = milestone_steps(config.milestones.tokens, config.milestones.steps, config.steps)
-    names = milestone_names(steps, config.steps)
+    names = {milestone.step: milestone.name for milestone in record.milestones}
     built = model_config(config, tokenizer)
     if config.model.init_from:
         check_initial_model(config.model.init_from, built)
     tokenizer.model_max_length = built.max_position_embeddings  # saved with every milestone
-    same = identity(config, mixture, fingerprint)
+    same = identity(config, record, fingerprint)
     positions = _validation_positions(mixture, validation) if config.data.document_masking else None
-    return Run(config, output, tokenizer, mixture, built, validation, shares, names, same, positions)
+    return Run(config, output, record, tokenizer, mixture, built, validation, shares, names, same, positions)
 
 
 def _validation_positions(mixture: Mixture, validation: list) -> list:
@@ -70,22 +69,6 @@ def _validation_positions(mixture: Mixture, validation: list) -> list:
         np.stack([source.position_ids(index) for index in range(len(blocks))])
         for source, blocks in zip(sources, validation, strict=True)
     ]
-
-
-def open_mixture(config: PretrainConfig, tokenizer_fingerprint: str) -> Mixture:
-    """The training stream of a recipe; arguments in tokens become blocks."""
-    length = config.data.sequence_length
-    return Mixture(
-        [source.path for source in config.data.sources],
-        [source.weight for source in config.data.sources],
-        length,
-        config.training.seed,
-        tokenizer_fingerprint,
-        [
-            WeightChange(Fraction(change.from_tokens, length), Fraction(change.ramp_tokens, length), change.weights)
-            for change in config.data.mixture_changes
-        ],
-    )
 
 
 def check_initial_model(name: str, expected: TinyLlamaConfig) -> None:

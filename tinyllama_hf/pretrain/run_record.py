@@ -1,0 +1,168 @@
+"""`run.json`: the facts of a run that other parts of the package read, in a form that outlives changes of the recipe's keys."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .. import provenance
+from ..data.mixture import Mixture
+from ..data.order import WeightChange
+from ..data.shards import read_metadata
+from ..errors import InputError
+from .milestones import CONFIG_FILE, MILESTONES_FOLDER, milestone_names, milestone_steps
+from .schedule import Steps
+
+
+RUN_FILE = "run.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """A data set that a run reads; `fingerprint` is `None` for a run of an early version that left no milestone."""
+
+    path: str
+    weight: float
+    fingerprint: str | None
+
+
+@dataclass(frozen=True)
+class MixtureChangeRecord:
+    """New weights of the sources, reached linearly over `ramp_tokens` from `from_tokens` on."""
+
+    from_tokens: int
+    ramp_tokens: int
+    weights: list[float]
+
+
+@dataclass(frozen=True)
+class MilestoneRecord:
+    """A milestone that the run writes."""
+
+    step: int
+    tokens: int
+    name: str
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run reads, how far it goes, and where it writes milestones.
+
+    Attributes:
+        tokenizer (`str`): path, as the recipe has it.
+        sources (`list[SourceRecord]`): in the order of the recipe.
+        mixture_changes (`list[MixtureChangeRecord]`): later weights of the sources.
+        sequence_length (`int`): tokens of a block.
+        seed (`int`): of the data order.
+        num_steps (`int`): number of the last step.
+        num_tokens (`int`): after the last step.
+        milestones (`list[MilestoneRecord]`): in the order of their steps.
+    """
+
+    tokenizer: str
+    sources: list[SourceRecord]
+    mixture_changes: list[MixtureChangeRecord]
+    sequence_length: int
+    seed: int
+    num_steps: int
+    num_tokens: int
+    milestones: list[MilestoneRecord]
+
+
+def record_of_recipe(recipe: Mapping[str, Any], fingerprints: Mapping[str, str] | None = None) -> RunRecord:
+    """The record that follows from a recipe; reads the keys that it needs and checks no others.
+
+    Args:
+        recipe (`Mapping`): sections as `training.yaml` has them.
+        fingerprints (`Mapping`, *optional*): of the data sets by path; by default they are read from the folders.
+
+    Raises:
+        InputError: if a folder is not a data set.
+    """
+    data, training, milestones = recipe["data"], recipe["training"], recipe["milestones"]
+    batches = [(change["from_tokens"], change["tokens_per_step"]) for change in training.get("batch_changes") or ()]
+    steps = Steps(training["total_tokens"], training["tokens_per_step"], batches)
+    numbers = milestone_steps(milestones.get("tokens", ()), milestones.get("steps", ()), steps)
+
+    def fingerprint(path: str) -> str | None:
+        return read_metadata(Path(path))["fingerprint"] if fingerprints is None else fingerprints.get(path)
+
+    return RunRecord(
+        tokenizer=data["tokenizer"],
+        sources=[SourceRecord(s["path"], s["weight"], fingerprint(s["path"])) for s in data["sources"]],
+        mixture_changes=[MixtureChangeRecord(**change) for change in data.get("mixture_changes") or ()],
+        sequence_length=data["sequence_length"],
+        seed=training["seed"],
+        num_steps=steps.number,
+        num_tokens=steps.tokens_after(steps.number),
+        milestones=[
+            MilestoneRecord(n, steps.tokens_after(n), name) for n, name in milestone_names(numbers, steps).items()
+        ],
+    )
+
+
+def write_run_record(run: Path, record: RunRecord) -> None:
+    """Writes `run.json` into the folder of a run."""
+    provenance.write_json(run / RUN_FILE, {"format_version": FORMAT_VERSION, **asdict(record)})
+
+
+def read_run_record(run: Path) -> RunRecord:
+    """The record of a run; where an early version wrote no `run.json`, from `training.yaml` and the milestones.
+
+    A recipe is not validated: a run of another version is read although its recipe would not be accepted today.
+
+    Raises:
+        InputError: if the folder is not a run, or its record is damaged or of an unknown version.
+    """
+    file = run / RUN_FILE
+    if not file.is_file():
+        return _record_of_early_run(run)
+    values = provenance.read_json(file)
+    version = values.pop("format_version", None) if isinstance(values, dict) else None
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"{file}: has format_version {version}, and this version of tinyllama_hf reads {FORMAT_VERSION}; update "
+            "tinyllama_hf, or use the version that wrote the run"
+        )
+    try:
+        kinds = {"sources": SourceRecord, "mixture_changes": MixtureChangeRecord, "milestones": MilestoneRecord}
+        return RunRecord(**values | {name: [kind(**value) for value in values[name]] for name, kind in kinds.items()})
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{file}: damaged ({type(error).__name__}: {error}); copy the run again") from error
+
+
+def _record_of_early_run(run: Path) -> RunRecord:
+    file = run / CONFIG_FILE
+    if not file.is_file():
+        raise InputError(f"{run}: is not a run (it holds neither {RUN_FILE} nor {CONFIG_FILE})")
+    records = sorted((run / MILESTONES_FOLDER).glob("step-*/provenance.json"))
+    try:
+        fingerprints = provenance.read_json(records[0])["data"] if records else {}
+        return record_of_recipe(yaml.safe_load(file.read_text(encoding="utf-8")), fingerprints)
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{file}: damaged, it is not the recipe of a run ({cause}); copy the run again") from error
+
+
+def open_mixture(record: RunRecord, tokenizer_fingerprint: str) -> Mixture:
+    """The training stream of a run; arguments in tokens become blocks.
+
+    Raises:
+        InputError: as [`Mixture`].
+    """
+    length = record.sequence_length
+    return Mixture(
+        [source.path for source in record.sources],
+        [source.weight for source in record.sources],
+        length,
+        record.seed,
+        tokenizer_fingerprint,
+        [
+            WeightChange(Fraction(change.from_tokens, length), Fraction(change.ramp_tokens, length), change.weights)
+            for change in record.mixture_changes
+        ],
+    )
