@@ -1,13 +1,12 @@
-"""Many prompts: free places given to the next prompt, against sorted batches that wait, and against continuous batching.
+"""Many prompts: free places given to the next prompt, against sorted batches that wait.
 
     python benchmarks/batch_inference.py [--preset 120m] [--dtype fp32] [--prompts 64] [--batch-sizes 4,16] [--rounds 3]
 
 Tokens a second; on a CPU, of the process's own CPU time, which a busy neighbour hardly changes: let it have one thread.
 
-The same greedy requests by stock `generate` on batches sorted by length and padded (`padded`), and by both engines of
-`tinyllama_hf.batch.generate_many.generate_many`, interleaved, medians. What a reply is worth is not measured, so the weights are
-random, and each request ends after a number of tokens drawn beforehand, as end-of-sequence would end it: nobody knows it
-beforehand. `idle` is the share of the row steps of the padded batches that go to rows which have ended.
+The same greedy requests by stock `generate` on batches sorted by length and padded (`padded`), and by
+`tinyllama_hf.batch.generate_many.generate_many` (`batch`), interleaved, medians. The quality of replies is not measured, so
+the weights are random, and each request ends after a number of tokens drawn beforehand, as end-of-sequence would end it. `idle` is the share of the row steps of the padded batches that go to rows which have ended.
 """
 
 import argparse
@@ -18,13 +17,14 @@ import time
 
 import torch
 from common import interleaved, medians, save
+from torch.nn.utils.rnn import pad_sequence
 
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM
-from tinyllama_hf.batch.generate_many import ENGINES, Request, _left_padded, generate_many
+from tinyllama_hf.batch.generate_many import Request, generate_many
 from tinyllama_hf.inference.generation import Sampling
 
 
-VARIANTS = ("padded", *ENGINES)
+VARIANTS = ("padded", "batch")
 
 
 class NoTokenizer:
@@ -63,7 +63,9 @@ def padded(model: TinyLlamaForCausalLM, wanted: list[Request], size: int) -> int
     """Each batch until its longest row ends, with our attention on a CPU, which stock lacks; returns the tokens asked for."""
     for batch in batches(wanted, size):
         new = max(request.max_new_tokens for request in batch)
-        model.generate(**_left_padded(batch, 0, model.device), max_new_tokens=new, do_sample=False, pad_token_id=0)
+        ids = pad_sequence([torch.tensor(request.ids) for request in batch], batch_first=True, padding_side="left")
+        ids = ids.to(model.device)  # padding is 0, which no prompt has
+        model.generate(ids, attention_mask=(ids != 0).long(), max_new_tokens=new, do_sample=False, pad_token_id=0)
     return sum(request.max_new_tokens for request in wanted)
 
 
@@ -88,20 +90,20 @@ def main() -> None:
     model.generation_config.eos_token_id = None
     clock = time.perf_counter if device == "cuda" else time.process_time
 
-    def run(engine: str, batch_size: int, wanted: list[Request]) -> int:
-        if engine == "padded":
+    def run(variant: str, batch_size: int, wanted: list[Request]) -> int:
+        if variant == "padded":
             return padded(model, wanted, batch_size)
-        done = generate_many(model, NoTokenizer(), wanted, batch_size, Sampling(0, 1.0), engine=engine)
-        return sum(len(completion.ids) for completion in done)
+        completions = generate_many(model, NoTokenizer(), wanted, batch_size, Sampling(0, 1.0))
+        return sum(len(completion.ids) for completion in completions)
 
     figures = []
-    print(f"{'setting':<28} {'batch':>5} {'idle':>5}  " + "  ".join(f"{engine:>18}" for engine in VARIANTS))
+    print(f"{'setting':<28} {'batch':>5} {'idle':>5}  " + "  ".join(f"{name:>18}" for name in VARIANTS))
     for setting in SETTINGS:
         wanted = requests(setting, arguments.prompts)
         tokens = sum(request.max_new_tokens for request in wanted)
         for batch_size in map(int, arguments.batch_sizes.split(",")):
             assert run("batch", batch_size, wanted) == tokens
-            variants = {engine: functools.partial(run, engine, batch_size, wanted) for engine in VARIANTS}
+            variants = {name: functools.partial(run, name, batch_size, wanted) for name in VARIANTS}
             rates = {
                 name: tokens / seconds
                 for name, seconds in medians(interleaved(variants, arguments.rounds, clock)).items()

@@ -85,9 +85,9 @@ CASES = {
             "prompt": "text", "temperature": 0.5, "top_p": 0.6, "max_new_tokens": 7, "seed": 5, "draft": "draft",
         }),
     },
-    f"generate m --input i --output o --batch-size 3 --engine batch {SAMPLING} --seed 5 --draft d {LOADING}": {
+    f"generate m --input i --output o --batch-size 3 {SAMPLING} --seed 5 --draft d {LOADING}": {
         "tinyllama_hf_cli.inference.generate_file": (None, {
-            "model": "m", "source": Path("i"), "output": Path("o"), "batch_size": 3, "engine": "batch", "seed": 5, "draft": "d",
+            "model": "m", "source": Path("i"), "output": Path("o"), "batch_size": 3, "seed": 5, "draft": "d",
             "adapter": "a", "sampling.temperature": 0.5, "sampling.top_p": 0.6, "sampling.max_new_tokens": 7,
             "weights": {"dtype": "bf16", "quantization": "nf4"}, "load.args": tuple(LOAD.values()),
         }),
@@ -216,7 +216,7 @@ def test_no_option_is_left_out():
         options = {
             option
             for parameter in command.params
-            if parameter.param_type_name == "option"
+            if parameter.param_type_name == "option" and not parameter.hidden
             for option in parameter.opts
         }
         assert seen[name] == options - {"--help"}, name

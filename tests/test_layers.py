@@ -37,8 +37,9 @@ UPWARD = {
     "tinyllama_hf/pretrain/loop.py": {"tinyllama_hf.planning.run_plan.costs", "tinyllama_hf.planning.run_plan.plan"}
 }
 # transformers' own layout: a configuration names its tokenizer and its model, which name their configuration.
-CIRCLE = {f"tinyllama_hf.{name}" for name in ("configuration_tinyllama", "modeling_tinyllama", "tokenization_tinyllama",
-                                               "batch.generate_many", "batch.continuous")}  # fmt: skip
+CIRCLE = {
+    f"tinyllama_hf.{name}" for name in ("configuration_tinyllama", "modeling_tinyllama", "tokenization_tinyllama")
+}
 # Launchers that are named after what they launch.
 LAUNCHERS = {"recipes/sft.py", "recipes/slurm/prepare.py", "eval/bits_per_byte.py", "eval/commonsense.py",
              "eval/metrics/bits_per_byte/bits_per_byte.py", "tinyllama_hf_cli/hooks.py"}  # fmt: skip

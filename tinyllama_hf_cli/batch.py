@@ -17,7 +17,6 @@ def generate_file(
     source: Path,
     output: Path | None,
     batch_size: int | None,
-    engine: str | None,
     sampling: Any,
     seed: int | None,
     draft: str | None,
@@ -40,9 +39,8 @@ def generate_file(
     if output is None:
         raise InputError(f"--output: is needed with --input {source}; name the file to write")
     batch_size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
-    engine = "batch" if engine is None else engine
-    check_options(batch_size, sampling, seed, engine, with_draft=draft is not None)
-    job = open_job(source, output, model, draft, adapter, sampling, seed=seed, engine=engine, **weights)
+    check_options(batch_size, sampling, seed)
+    job = open_job(source, output, model, draft, adapter, sampling, seed=seed, **weights)
     if job.is_finished:
         print(f"{output}: was finished already")
     else:
@@ -51,7 +49,7 @@ def generate_file(
         check_fits(loaded, min(batch_size, len(prompts)), max(len(p.ids) + p.max_new_tokens for p in prompts), helper)
         began = time.perf_counter()
         try:
-            num_tokens = job.run(loaded, tokenizer, batch_size, sampling, seed, helper, engine)
+            num_tokens = job.run(loaded, tokenizer, batch_size, sampling, seed, helper)
         except KeyboardInterrupt:
             print("interrupted; what was done is kept, the same command goes on", file=sys.stderr)
             raise typer.Exit(130) from None

@@ -58,13 +58,7 @@ _INPUT = Annotated[
 ]
 _OUTPUT = Annotated[Path | None, typer.Option(help="With --input, JSON lines to write, in the same order.")]
 _BATCH_SIZE = Annotated[int | None, typer.Option(help="With --input, prompts at a time; default: 8.")]
-_ENGINE = Annotated[
-    str | None,
-    typer.Option(
-        help="With --input, batch (default), which gives free places to the next prompts, or continuous: transformers' "
-        "continuous batching, slower on a CPU."
-    ),
-]
+_ENGINE = Annotated[str | None, typer.Option(hidden=True)]  # removed after 0.1; its message goes with the next version
 
 
 def generate(
@@ -98,14 +92,19 @@ def generate(
     sampling.check()
     if seed is not None:
         check_seed(seed)
+    if engine is not None:
+        raise InputError(
+            f"--engine {engine}: this option was removed, and the only engine is the one that was called batch. "
+            "Leave the option out"
+        )
     load = functools.partial(load_model, model, dtype, device, quantization, draft, adapter)
     if input_file is not None:
         if prompt:
             raise InputError(f"PROMPT {prompt!r}: cannot be given with --input; write it into {input_file}")
         weights = {"dtype": dtype, "quantization": quantization}
-        generate_file(model, input_file, output, batch_size, engine, sampling, seed, draft, adapter, weights, load)
+        generate_file(model, input_file, output, batch_size, sampling, seed, draft, adapter, weights, load)
         return
-    for option, value in (("--output", output), ("--batch-size", batch_size), ("--engine", engine)):
+    for option, value in (("--output", output), ("--batch-size", batch_size)):
         if value is not None:
             raise InputError(f"{option} {value}: belongs to --input; leave it out, or name a file of prompts")
     loaded, tokenizer, helper = load()

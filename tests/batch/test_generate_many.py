@@ -1,16 +1,14 @@
 """Many prompts at a time: what each gets is what it gets by itself, whatever it shares a batch with."""
 
 import copy
-import threading
 
 import numpy as np
 import pytest
 import torch
-from transformers import ContinuousBatchingConfig, WatermarkingConfig
+from transformers import WatermarkingConfig
 
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
-from tinyllama_hf.batch.continuous import bounded
-from tinyllama_hf.batch.generate_many import ENGINES, Request, generate_many, stop_tokens_of
+from tinyllama_hf.batch.generate_many import Request, generate_many, stop_tokens_of
 from tinyllama_hf.decoding.acceptance import draw
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.inference.drafts import load_draft
@@ -52,17 +50,16 @@ def close_call(model, ids) -> bool:
     return (best[0] - best[1]).item() < 1e-4
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 @pytest.mark.parametrize("stops", [False, True])
-def test_each_gets_what_it_gets_by_itself(stories, engine, batch_size, stops):
+def test_each_gets_what_it_gets_by_itself(stories, batch_size, stops):
     """A trained model in fp32; ended by their budgets, and at different lengths by a full stop that counts as the end."""
     model, tokenizer = stories
     kept = model.generation_config.eos_token_id
     stop_tokens = [kept, *(tokenizer.convert_tokens_to_ids(["."]) if stops else [])]
     model.generation_config.eos_token_id = stop_tokens
     try:
-        found = by_key(model, tokenizer, requests(tokenizer), batch_size, GREEDY, engine=engine)
+        found = by_key(model, tokenizer, requests(tokenizer), batch_size, GREEDY)
     finally:
         model.generation_config.eos_token_id = kept
     ties = 0
@@ -77,17 +74,6 @@ def test_each_gets_what_it_gets_by_itself(stories, engine, batch_size, stops):
         assert completion.finish_reason == ("stop" if ended else "length") or ties
     assert ties <= 1
     assert len({len(completion.ids) for completion in found.values()}) > 5
-
-
-def test_prompts_longer_than_a_pass_of_the_continuous_engine(tokenizer_folder):
-    torch.manual_seed(0)
-    model = TinyLlamaForCausalLM(TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=1500)).eval()
-    generator = np.random.default_rng(0)
-    wanted = [
-        Request(i, generator.integers(3, 512, length).tolist(), 8) for i, length in enumerate((1300, 5, 700, 513))
-    ]
-    found = [by_key(model, load_tokenizer(tokenizer_folder), wanted, 2, GREEDY, engine=engine) for engine in ENGINES]
-    assert found[0] == found[1]
 
 
 class TestDraws:
@@ -278,60 +264,12 @@ def test_no_row_waits_for_the_longest(random_model):
     assert len(steps) < 1.2 * sum(steps) / 4
 
 
-class TestContinuous:
-    def cache(self, model, settings) -> int:
-        """Bytes of the cache that the library makes."""
-        manager = model.init_continuous_batching(model.generation_config, settings)
-        manager.warmup()
-        return manager.batch_processor.cache.cache_tensor.nbytes
-
-    def test_memory_is_bounded(self, random_model):
-        model, tokenizer = random_model
-        wanted = requests(tokenizer, 20)
-        block = 256 * model.kv_cache_bytes_per_token(model.dtype)
-        for batch_size in (2, 8):
-            # Two blocks besides are the library's, for what it writes and reads in vain.
-            assert self.cache(model, bounded(wanted, batch_size)) == (batch_size + 2) * block
-
-    def test_the_library_takes_what_there_is(self, random_model):
-        """With one percent in place of its 60; when it takes what it needs, `bounded` can go."""
-        model, _ = random_model
-        settings = ContinuousBatchingConfig(max_memory_percent=0.01, max_batch_tokens=64)
-        assert self.cache(model, settings) > 20_000_000
-
-    def test_it_ends_with_the_one_who_listens(self, stories):
-        """What is left is not finished first, as the library's own context manager would."""
-        model, tokenizer = stories
-        threads = threading.active_count()
-        wanted = [Request(0, [1], 2), *(Request(i, [1], 500) for i in range(1, 50))]
-        completions = generate_many(model, tokenizer, wanted, 2, GREEDY, engine="continuous")
-        assert next(completions).key == 0
-        completions.close()
-        assert threading.active_count() == threads
-        assert model.config._attn_implementation == "sdpa"
-
-    def test_what_it_would_not_apply_is_refused(self, random_model):
-        model, tokenizer = random_model
-        plain = by_key(model, tokenizer, requests(tokenizer, 20), 4, GREEDY)
-        model.generation_config.repetition_penalty = 1.5
-        with pytest.raises(InputError, match="asks for a RepetitionPenaltyLogitsProcessor"):
-            list(generate_many(model, tokenizer, requests(tokenizer, 20), 4, GREEDY, engine="continuous"))
-        assert by_key(model, tokenizer, requests(tokenizer, 20), 4, GREEDY) != plain
-
-    def test_it_draws(self, random_model):
-        found = by_key(*random_model, requests(random_model[1], 20), 4, Sampling(1.0, 0.9), engine="continuous")
-        assert found != by_key(
-            *random_model, requests(random_model[1], 20), 4, Sampling(1.0, 0.9), engine="continuous"
-        )
-
-
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, 0.9)], ids=["greedy", "sampled"])
-def test_beams_are_refused(random_model, engine, sampling):
+def test_beams_are_refused(random_model, sampling):
     model, tokenizer = random_model
     model.generation_config.num_beams = 3
     with pytest.raises(InputError, match=r"generation_config\.json of the model: asks for beam_.* \(num_beams 3\)"):
-        generate_many(model, tokenizer, requests(tokenizer), 4, sampling, engine=engine)
+        generate_many(model, tokenizer, requests(tokenizer), 4, sampling)
 
 
 @pytest.mark.parametrize(
@@ -341,9 +279,6 @@ def test_beams_are_refused(random_model, engine, sampling):
         ({"seed": -1}, "--seed -1: "),
         ({"seed": 2**64}, "--seed 18446744073709551616: "),
         ({"sampling": Sampling(-1)}, "--temperature -1"),
-        ({"engine": "continous"}, "--engine 'continous': there is none of this name; did you mean 'continuous'"),
-        ({"engine": "continuous", "seed": 1}, "--engine continuous: its draws depend on what shares a pass"),
-        ({"engine": "continuous", "draft": "lookup"}, "--engine continuous: has no place for a draft"),
         ({"requests": [Request(7, [1] * 90, 7)]}, "request 7: 90 tokens and 7 new ones; .* at most 96, the model's"),
         ({"requests": [Request(7, [], 7)]}, "request 7: 0 tokens"),
         ({"requests": [Request(7, [1], 7), Request(7, [2], 7)]}, "requests: two of them have the same key"),
@@ -354,7 +289,5 @@ def test_refusals(random_model, options, message):
     model, tokenizer = random_model
     options = copy.copy(options)
     wanted = options.pop("requests", [Request(0, [1], 4)])
-    if "draft" in options:
-        options["draft"] = load_draft(options["draft"], model, tokenizer)
     with pytest.raises(InputError, match=message):
         generate_many(model, tokenizer, wanted, **options)

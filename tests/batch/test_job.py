@@ -279,6 +279,18 @@ class TestGoingOn:
         with pytest.raises(InputError, match=r"\(model of other contents\)"):
             self.open(folder, source)
 
+    def test_a_record_from_when_there_were_two_engines(self, chat_folder, source, monkeypatch):
+        job = self.open(chat_folder, source)
+        self.interrupt(job, chat_folder, monkeypatch)
+        record = json.loads(job.record.read_text())
+        record["settings"]["--engine"] = "batch"
+        job.record.write_text(json.dumps(record))
+        assert 0 < len(self.open(chat_folder, source).pending) < len(job.prompts.prompts)
+        record["settings"]["--engine"] = "continuous"
+        job.record.write_text(json.dumps(record))
+        with pytest.raises(InputError, match="--engine continuous there, None here"):
+            self.open(chat_folder, source)
+
     def test_what_lies_there_is_not_replaced(self, chat_folder, source, tmp_path):
         output = write(source.with_name("out.jsonl"), "something else")
         with pytest.raises(InputError, match="exists, and was not written by this command"):
@@ -345,16 +357,9 @@ class TestCommand:
             (["text", "--input", "in.jsonl", "--output", "o"], "PROMPT 'text': cannot be given with --input"),
             (["--output", "o"], "--output o: belongs to --input"),
             (["--batch-size", 4], "--batch-size 4: belongs to --input"),
-            (["--engine", "batch"], "--engine batch: belongs to --input"),
             (["--input", "in.jsonl", "--output", "o", "--batch-size", 0], "--batch-size 0: must be at least 1"),
-            (
-                ["--input", "in.jsonl", "--output", "o", "--engine", "vllm"],
-                "--engine 'vllm': there is none of this name",
-            ),
-            (
-                ["--input", "in.jsonl", "--output", "o", "--engine", "continuous", "--draft", "lookup"],
-                "no place for a draft",
-            ),
+            (["--input", "in.jsonl", "--output", "o", "--engine", "batch"], "--engine batch: this option was removed"),
+            (["text", "--engine", "continuous"], "--engine continuous: this option was removed"),
             (["--input", "in.jsonl", "--output", "o", "--draft", "nowhere"], "model 'nowhere': no such folder"),
             (["--input", "in.jsonl", "--output", "o", "--dtype", "fp8"], "--dtype 'fp8': there is none of this name"),
         ],
@@ -432,7 +437,7 @@ def test_a_full_disk_says_so_and_the_command_goes_on(chat_folder, tmp_path):
 
 @pytest.mark.slow
 def test_smollm2_answers(smollm2, tmp_path):
-    """Chats of different lengths and a text, in fp32: the same from every engine and with a draft, and no other end."""
+    """Chats of different lengths and a text, in fp32: the same with a draft, and no other end."""
     asked = [
         {"messages": [{"role": "user", "content": f"What is the capital of {land}?"}]} for land in ("France", "Japan")
     ]
@@ -440,12 +445,12 @@ def test_smollm2_answers(smollm2, tmp_path):
     sampling = Sampling(0, 1.0, 30)
     model, tokenizer = load(smollm2, torch.float32)
     found = []
-    for name, options in {"batch": {}, "continuous": {"engine": "continuous"}, "draft": {"draft": "lookup"}}.items():
+    for name, options in {"plain": {}, "draft": {"draft": "lookup"}}.items():
         job = open_job(source, tmp_path / f"{name}.jsonl", str(smollm2), sampling=sampling, draft=options.get("draft"))
         if "draft" in options:
             options = {"draft": load_draft("lookup", model, tokenizer)}
         job.run(model, tokenizer, 2, sampling, **options)
         found.append(read(job.output))
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
     assert "Paris" in found[0][0]["generated"] and "Tokyo" in found[0][1]["generated"]
     assert [row["finish_reason"] for row in found[0]] == ["stop", "stop", "length"]

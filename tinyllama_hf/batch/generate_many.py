@@ -2,11 +2,13 @@
 
 import collections
 import copy
-from collections.abc import Collection, Iterator, Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import GenerationMode
 
@@ -14,12 +16,11 @@ from ..decoding.engine import Decoding, prepare
 from ..decoding.ragged_cache import check_full_attention
 from ..decoding.rows import RowPlan
 from ..decoding.speculative import check_pair
-from ..errors import InputError, check_seed, did_you_mean
+from ..errors import InputError, check_seed
 from ..inference.drafts import SEEDED_DRAFT_LENGTH, Draft
 from ..inference.generation import Sampling, context_of
 
 
-ENGINES = ("batch", "continuous")
 DEFAULT_BATCH_SIZE = 8
 _REFILL = (
     4  # prompts are read when a batch has room for its fourth part: a pass for each alone costs more than it brings
@@ -62,13 +63,12 @@ def generate_many(
     sampling: Sampling | None = None,
     seed: int | None = None,
     draft: Draft | None = None,
-    engine: str = "batch",
 ) -> Iterator[Completion]:
     """Continues many prompts, and yields each when it is done: longer prompts first, not in the order of the requests.
 
     Greedy output is what each prompt gets alone, to rounding, which depends on the shape of a batch. With a seed, sampled
-    output of the engine `"batch"` depends on the seed and the prompt's key alone, in any batch; with a draft it is another
-    sample than without.
+    output depends on the seed and the prompt's key alone, in any batch; with a draft it is another sample than without.
+    Each row is kept at its own length, and the places of rows that are done are given to the next prompts.
 
     Args:
         model (`PreTrainedModel`): a Llama.
@@ -78,25 +78,18 @@ def generate_many(
         sampling (`Sampling`, *optional*): how tokens are drawn; its `max_new_tokens` has no effect, each request has its own.
         seed (`int`, *optional*): of the draws.
         draft (`Draft`, *optional*): proposes tokens.
-        engine (`str`, *optional*, defaults to `"batch"`): `"batch"` keeps each row at its own length, and gives the places of
-            rows that are done to the next prompts; `"continuous"` is transformers' continuous batching, which does the same
-            over one mask of all tokens.
 
     Raises:
         InputError: for values out of range, a request that does not fit the context, and a model whose generation settings
             ask for beams.
     """
     sampling = sampling or Sampling()
-    check_options(batch_size, sampling, seed, engine, with_draft=draft is not None)
+    check_options(batch_size, sampling, seed)
     _check_mode(model, sampling)
     _check_lengths(requests, *context_of(model, draft))
     if len({request.key for request in requests}) < len(requests):
         raise InputError("requests: two of them have the same key; give each its own")
     stop_tokens = stop_tokens_of(model, tokenizer)
-    if engine == "continuous":
-        from .continuous import generate_continuously
-
-        return generate_continuously(model, requests, batch_size, sampling, stop_tokens)
     if draft:
         check_pair(model, draft.model)
     else:
@@ -108,22 +101,13 @@ def generate_many(
     return _refilled(setup, requests, batch_size, stop_tokens)
 
 
-def check_options(batch_size: int, sampling: Sampling, seed: int | None, engine: str, with_draft: bool) -> None:
-    """Refuses values out of range and options that exclude each other, by the names of the command's options."""
+def check_options(batch_size: int, sampling: Sampling, seed: int | None) -> None:
+    """Refuses values out of range, by the names of the command's options."""
     sampling.check()
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size}: must be at least 1")
     if seed is not None:
         check_seed(seed)
-    if engine not in ENGINES:
-        raise InputError(f"--engine {engine!r}: there is none of this name{did_you_mean(engine, ENGINES)}")
-    if engine == "continuous" and with_draft:
-        raise InputError("--engine continuous: has no place for a draft; leave out --draft, or take --engine batch")
-    if engine == "continuous" and seed is not None and sampling.temperature:
-        raise InputError(
-            "--engine continuous: its draws depend on what shares a pass, so that --seed would not repeat them; leave it "
-            "out, or take --engine batch"
-        )
 
 
 def _check_lengths(requests: Sequence[Request], context: int, whose: str) -> None:
@@ -154,13 +138,6 @@ def stop_tokens_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return sorted({tokenizer.eos_token_id, *named} - {None})
 
 
-def finish(request: Request, new: list[int], stop_tokens: Collection[int]) -> Completion:
-    """Cuts new tokens before the first that stops, or where there are enough of them."""
-    new = new[: request.max_new_tokens]
-    end = next((i for i, token in enumerate(new) if token in stop_tokens), None)
-    return Completion(request.key, new[:end], "length" if end is None else "stop")
-
-
 class _Setup(NamedTuple):
     """What all prompts are continued with."""
 
@@ -173,12 +150,17 @@ class _Setup(NamedTuple):
 
     def begin(self, requests: Sequence[Request]) -> Decoding:
         """Reads prompts in one pass, which draws their first tokens."""
+        prompts = [torch.tensor(request.ids, device=self.model.device) for request in requests]
+        padded = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+        input_ids = padded(prompts, padding_value=self.ends["pad_token_id"])
+        attention_mask = padded([torch.ones_like(prompt) for prompt in prompts])
         plans = [RowPlan(request.key, request.max_new_tokens, self._draws(request)) for request in requests]
         decoding = prepare(
             self.model,
             self.draft.model if self.draft else None,
             SEEDED_DRAFT_LENGTH if self.is_seeded else None,
-            **_left_padded(requests, self.ends["pad_token_id"], self.model.device),
+            input_ids,
+            attention_mask,
             then=lambda decoding: decoding,
             plans=plans,
             max_new_tokens=max(request.max_new_tokens for request in requests),
@@ -202,7 +184,6 @@ def _refilled(
     The longest come first, so that a batch that does not fit a device is known at once.
     """
     waiting = collections.deque(sorted(requests, key=lambda request: len(request.ids), reverse=True))
-    by_key = {request.key: request for request in requests}
     running: Decoding | None = None
     while waiting or (running and len(running.rows)):
         free = batch_size - (len(running.rows) if running else 0)
@@ -217,15 +198,6 @@ def _refilled(
         if setup.draft:
             setup.draft.statistics = running.statistics
         for key, ids in running.rows.take_finished():
-            yield finish(by_key[key], ids.tolist(), stop_tokens)
-
-
-def _left_padded(batch: Sequence[Request], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask`, `[rows, longest prompt]`: generation goes on at the right."""
-    width = max(len(request.ids) for request in batch)
-    ids = torch.full((len(batch), width), pad)
-    mask = torch.zeros_like(ids)
-    for row, request in enumerate(batch):
-        ids[row, width - len(request.ids) :] = torch.tensor(request.ids)
-        mask[row, width - len(request.ids) :] = 1
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+            new = ids.tolist()
+            stopped = new[-1] in stop_tokens
+            yield Completion(key, new[: len(new) - stopped], "stop" if stopped else "length")

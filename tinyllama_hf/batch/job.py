@@ -119,7 +119,6 @@ class BatchJob:
         sampling: Sampling | None = None,
         seed: int | None = None,
         draft: Draft | None = None,
-        engine: str = "batch",
         show_progress: bool = True,
     ) -> int:
         """Generates what is pending and writes the output; arguments as of [`generate_many`].
@@ -138,7 +137,7 @@ class BatchJob:
                     self.part.unlink()
                     return 0
                 requests = [Request(prompt.line, prompt.ids, prompt.max_new_tokens) for prompt in self.pending]
-                completions = generate_many(model, tokenizer, requests, batch_size, sampling, seed, draft, engine)
+                completions = generate_many(model, tokenizer, requests, batch_size, sampling, seed, draft)
                 write_json(self.record, {"settings": self.settings, "finished": False, "provenance": collect()})
                 part.truncate(self._whole)
                 num_tokens = self._write_part(part, completions, tokenizer, show_progress)
@@ -201,6 +200,8 @@ class BatchJob:
         there = record.get("settings") if isinstance(record, dict) else None
         if not isinstance(there, dict):
             raise InputError(f"{self.record}: is no record of this command; name another --output")
+        if there.get("--engine") == "batch":  # written while there was a second engine
+            del there["--engine"]
         names = [name for name in self.settings | there if self.settings.get(name) != there.get(name)]
         if names:
             differences = "; ".join(_difference(name, there.get(name), self.settings.get(name)) for name in names)
