@@ -3,7 +3,7 @@
     python benchmarks/quality.py --scratch FOLDER [--tokens 8192] [--train-steps 250] [--preset 1.1b]
 
 Perplexity on WikiText-2 (test) of SmolLM2-135M, a real model, and of a `nano` model that is trained here on the validation
-part, whose widths fit AWQ's groups. int8, nf4 and fp4 are what `tinyllama_hf.load` gives; GGUF and AWQ files are what
+part, whose widths fit AWQ's groups. int8 and nf4 are what `tinyllama_hf.load` gives; GGUF and AWQ files are what
 `tinyllama_hf.convert` writes, read back by `tinyllama_hf.convert` as plain fp32 weights, so that only the weights differ from
 fp32. The weights of SmolLM2 come from a GGUF in Q4_1, the only form on the package index: they lie on that grid already.
 
@@ -39,7 +39,6 @@ QUANTIZATIONS = {
     "int8": {"quantization": "int8"},
     "nf4": {"quantization": "nf4"},
     "nf4, scales not quantised": {"quantization": "nf4", "double_quantization": False},
-    "fp4": {"quantization": "fp4"},
 }
 WINDOW = 512
 
@@ -205,11 +204,10 @@ def memory_table(folder: Path, scratch: Path) -> dict[str, dict[str, float]]:
     table = {}
     for name in DTYPES:
         table[name] = {"file": weight_file(folder, 2 if name == "fp32" else 1), **in_a_process(folder, dtype=name)}
-    for name in ("int8", "nf4", "fp4"):
+    for name in ("int8", "nf4"):
         quantised = made(scratch / f"{folder.name}-{name}", lambda to, name=name: quantise(folder, to, name))
         table[name] = {"file": weight_file(quantised), **in_a_process(quantised)}
-        if name != "fp4":  # which takes what nf4 takes
-            table[f"{name}, while loading"] = {"file": weight_file(folder), **in_a_process(folder, quantization=name)}
+        table[f"{name}, while loading"] = {"file": weight_file(folder), **in_a_process(folder, quantization=name)}
     for name in ("gguf-q8_0", "gguf-q4_0"):
         table[name] = {"file": weight_file(made(scratch / f"{folder.name}-{name}", lambda to, n=name: convert(folder, n, to)))}  # fmt: skip
     for name, row in table.items():

@@ -14,8 +14,8 @@ from tinyllama_hf.decoding.speculative import SpeculationStatistics, speculative
 
 TIE = 1e-4
 PAD = 0
-# What rounding may move a logit by, relative to the largest: four steps of bf16, which has eight significant bits. int8, nf4
-# and fp4 round at least as much, whatever the type of the rest.
+# What rounding may move a logit by, relative to the largest: four steps of bf16, which has eight significant bits. int8
+# and nf4 round at least as much, whatever the type of the rest.
 ROUNDING = 4 * 2.0**-8
 
 

@@ -9,9 +9,7 @@ import typer
 MODEL = Annotated[str, typer.Argument(help="Model folder, released name or Hub id.")]
 DEVICE = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DTYPE = Annotated[str, typer.Option(help="Of the weights: auto (the file's), fp32 or bf16.")]
-QUANTIZATION = Annotated[
-    str, typer.Option(help="none, int8, or nf4 or fp4 (4 bit). A folder saved quantised stays as it is.")
-]
+QUANTIZATION = Annotated[str, typer.Option(help="none, int8 or nf4 (4 bit). A folder saved quantised stays as it is.")]
 ADAPTER = Annotated[
     str | None,
     typer.Option(help="PEFT adapter to put on top of the model, with its tokenizer and template: folder or Hub id."),

@@ -23,7 +23,7 @@ from tinyllama_hf.pretrain.loop import pretrain
 
 pytest.importorskip("bitsandbytes")
 
-KINDS = ("int8", "nf4", "fp4")
+KINDS = ("int8", "nf4")
 DTYPES = (torch.float32, torch.bfloat16)
 TASKS = ("bits_per_byte", "commonsense", "replies")
 

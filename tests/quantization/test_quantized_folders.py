@@ -27,8 +27,6 @@ KINDS = {
     "int8": {"quantization": "int8"},
     "nf4": {"quantization": "nf4"},
     "nf4, plain scales": {"quantization": "nf4", "double_quantization": False},
-    "fp4": {"quantization": "fp4"},
-    "fp4, plain scales": {"quantization": "fp4", "double_quantization": False},
 }
 IDS = torch.arange(3, 20)[None]
 GREEDY = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
@@ -188,7 +186,7 @@ def test_generating_leaves_the_folder_alone(saved):
 
 def test_a_save_replaces_an_earlier_one(nano_folder, saved):
     """Its shards as well; what else lies there stays."""
-    model, _ = load(nano_folder, quantization="fp4")
+    model, _ = load(nano_folder, quantization="nf4", double_quantization=False)
     model.save_pretrained(saved, max_shard_size="1MB")
     assert len(list(saved.glob("model-*.safetensors"))) > 1 and not (saved / "model.safetensors").exists()
     assert torch.equal(logits(load(saved)[0]), logits(model))
@@ -200,7 +198,7 @@ def test_a_save_replaces_an_earlier_one(nano_folder, saved):
 
 def test_a_save_that_fails_leaves_the_earlier_one(nano_folder, saved, monkeypatch):
     files = {path.name: path.read_bytes() for path in saved.iterdir()}
-    model, _ = load(nano_folder, quantization="fp4")
+    model, _ = load(nano_folder, quantization="int8")
     monkeypatch.setattr(TinyLlamaForCausalLM, "state_dict", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model.save_pretrained(saved)
@@ -245,6 +243,29 @@ def test_where_quantised_weights_will_not_do(saved):
         InputError, match=r"config\.json: the weights are quantised already; give the unquantised model"
     ):
         model_folder(saved)
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_fp4_folders_load(nano_folder, tmp_path, double):
+    """As transformers and bitsandbytes write them; the kind cannot be asked for any more."""
+    configuration = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="fp4",
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype="float32",
+    )
+    stock = LlamaForCausalLM.from_pretrained(nano_folder, quantization_config=configuration).eval()
+    stock.save_pretrained(tmp_path)
+    load_tokenizer(nano_folder).save_pretrained(tmp_path)
+    expected = logits(LlamaForCausalLM.from_pretrained(nano_folder, quantization_config=configuration).eval())
+    for loader in (load, load_stock):
+        model, _ = loader(tmp_path)
+        assert torch.equal(logits(model), expected) and footprint_line(model).startswith("fp4: ")
+    model.save_pretrained(tmp_path / "again")
+    assert_equal_weights(*(load_file(folder / "model.safetensors") for folder in (tmp_path / "again", tmp_path)))
+    for folder in (tmp_path, nano_folder):
+        with pytest.raises(InputError, match=r"--quantization 'fp4': .*use 'nf4'"):
+            load(folder, quantization="fp4")
 
 
 @pytest.mark.parametrize(

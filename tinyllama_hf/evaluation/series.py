@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..inference.load import model_folder
 from ..pretrain.milestones import list_milestones, read_record
 from ..pretrain.run_record import RunRecord, open_mixture, read_run_record
-from ..quantization.bitsandbytes import check_quantization
+from ..quantization.bitsandbytes import check_name, check_quantization
 from ..tokenization_tinyllama import encode_text, load_tokenizer, tokenizer_fingerprint
 from .bits_per_byte import HeldOut, bits_per_byte, held_out_documents, summarise
 from .models import Evaluated, evaluated, load_evaluated, milestones_of, place_in_run, quantization_in, the_run
@@ -106,6 +106,7 @@ def watch(
         InputError: as [`score`], before the first look; or if the folder is no run.
     """
     last = read_run_record(run).num_steps
+    check_name(quantization)
     check_quantization(quantization)
     file = _ScoreFile(output, _open_text([str(run)]), rescore)
     said = set()

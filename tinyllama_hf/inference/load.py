@@ -25,6 +25,7 @@ from ..provenance import read_json
 from ..quantization.bitsandbytes import (
     QuantizedTinyLlama,
     cast_plain,
+    check_name,
     check_quantization,
     chosen_quantization,
     make_safe,
@@ -52,12 +53,10 @@ def load(
         path_or_name (`str` or `os.PathLike`): a folder, a name of the released ladder, or a Hub id.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): of the weights; `"auto"` takes the file's.
         device (`str`, *optional*, defaults to `"auto"`): `"auto"` takes a GPU where there is one.
-        quantization (`str`, *optional*, defaults to `"none"`): `"int8"`, or `"nf4"` or `"fp4"` (4 bit), through
-            bitsandbytes. A folder that was saved quantised is loaded as it is, whether its kind is given or not.
-        double_quantization (`bool`, *optional*, defaults to `True`): quantise the scales of nf4 and fp4 too; a folder that
+        quantization (`str`, *optional*, defaults to `"none"`): `"int8"` or `"nf4"` (4 bit), through bitsandbytes. A folder that was saved quantised is loaded as it is, whether its kind is given or not.
+        double_quantization (`bool`, *optional*, defaults to `True`): quantise the scales of nf4 too; a folder that
             was saved quantised has what it has.
-        compute_dtype (`torch.dtype`, *optional*, defaults to `"auto"`): of products with the dequantised weights of nf4 and
-            fp4; `"auto"` takes the folder's, or the fastest here. The library's kernel for CPUs with AVX512_BF16 computes in
+        compute_dtype (`torch.dtype`, *optional*, defaults to `"auto"`): of products with the dequantised weights of nf4; `"auto"` takes the folder's, or the fastest here. The library's kernel for CPUs with AVX512_BF16 computes in
             bf16 whatever this says.
         adapter (`str` or `os.PathLike`, *optional*): a PEFT adapter to put on top: its folder, or a Hub id. A tokenizer and a
             chat template that are saved with it replace the model's.
@@ -72,6 +71,7 @@ def load(
             adapter is for another model; or if the device or a package is not there.
     """
     device = choose_device(device)
+    check_name(quantization)
     check_quantization(quantization)
     folder = model_folder(path_or_name, quantized=True)
     saved = _saved_quantization(folder)

@@ -25,7 +25,7 @@ from ..decoding.engine import LONGEST_DRAFT
 from ..decoding.ragged_cache import num_slots
 from ..errors import InputError
 from ..inference.drafts import Draft
-from ..quantization.bitsandbytes import QUANTIZATIONS, check_name
+from ..quantization.bitsandbytes import QUANTIZATIONS
 from .kv_cache import CacheSize, cache_size, multi_head
 
 
@@ -38,7 +38,7 @@ class Setup(NamedTuple):
     Attributes:
         config (`TinyLlamaConfig`): the architecture; if the weights were saved quantised, with how in `quantization_config`.
         dtype (`torch.dtype`): of what is not quantised: embeddings, norms, head, activations, and the cache by default.
-        quantization (`str`): one of `QUANTIZATIONS`.
+        quantization (`str`): from `chosen_quantization`.
         cache (`str`): one of `CACHES`.
     """
 
@@ -52,11 +52,7 @@ def weight_bytes(setup: Setup) -> int:
     """Bytes of parameters and buffers as `load` holds them, with the scales of quantised ones; needs no bitsandbytes.
 
     On a CPU with AVX512_BF16 the first pass adds the scales of 4-bit weights in another layout: 2 bytes for 64 weights.
-
-    Raises:
-        InputError: if there is no such quantisation.
     """
-    check_name(setup.quantization)
     config = copy.deepcopy(setup.config)  # the library notes the type in it
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=setup.dtype)

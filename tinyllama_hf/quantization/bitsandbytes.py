@@ -19,12 +19,13 @@ from ..modeling_tinyllama import TinyLlamaForCausalLM
 from ..progress import quiet_bitsandbytes
 
 
-QUANTIZATIONS = ("none", "int8", "nf4", "fp4")
+QUANTIZATIONS = ("none", "int8", "nf4")
+_FOUR_BIT = ("nf4", "fp4")  # fp4 only where a folder was saved so
 _COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class QuantizedTinyLlama(TinyLlamaForCausalLM):
-    """A `TinyLlamaForCausalLM` with int8, nf4 or fp4 weights, which generates, and is saved as it is."""
+    """A `TinyLlamaForCausalLM` with int8 or 4-bit weights, which generates, and is saved as it is."""
 
     _takes_quantized_weights = True
 
@@ -110,6 +111,11 @@ def check_name(quantization: str) -> None:
     Raises:
         InputError: with the nearest name.
     """
+    if quantization == "fp4":
+        raise InputError(
+            "--quantization 'fp4': is no longer a choice; use 'nf4', which has the same size and a smaller error. Folders "
+            "saved as fp4 load without the option"
+        )
     if quantization not in QUANTIZATIONS:
         raise InputError(
             f"--quantization {quantization!r}: there is none of this name{did_you_mean(quantization, QUANTIZATIONS)}"
@@ -117,19 +123,18 @@ def check_name(quantization: str) -> None:
 
 
 def check_quantization(quantization: str, double_quantization: bool = True, compute_dtype: Any = "auto") -> None:
-    """Refuses an unknown kind, options that it has not, and one whose backend is missing.
+    """Refuses options that a kind has not, and one whose backend is missing; see [`check_name`] for names.
 
     Raises:
-        InputError: naming the valid kinds, the option, or the package to install.
+        InputError: naming the option, or the package to install.
     """
-    check_name(quantization)
     if compute_dtype != "auto" and compute_dtype not in _COMPUTE_DTYPES:
         raise InputError(f"compute_dtype {compute_dtype!r}: use 'auto', {', '.join(map(str, _COMPUTE_DTYPES))}")
-    if quantization not in ("nf4", "fp4"):
+    if quantization not in _FOUR_BIT:
         for option, default in ((double_quantization, True), (compute_dtype, "auto")):
             if option != default:
                 name = "double_quantization" if default is True else "compute_dtype"
-                raise InputError(f"{name}={option}: is for nf4 and fp4; with quantization {quantization} leave it out")
+                raise InputError(f"{name}={option}: is for nf4; with quantization {quantization} leave it out")
     if quantization != "none":
         quiet_bitsandbytes()
         require("bitsandbytes", "quantization", f"quantization {quantization}")
@@ -139,10 +144,10 @@ def quantization_config(quantization: str, device: str, double_quantization: boo
     """The library's configuration of a kind.
 
     Args:
-        quantization (`str`): `"int8"`, `"nf4"` or `"fp4"`.
+        quantization (`str`): `"int8"` or `"nf4"`.
         device (`str`): where the model will run, which decides the fastest type.
-        double_quantization (`bool`): quantise the scales of nf4 and fp4 too.
-        compute_dtype (`torch.dtype` or `"auto"`): of products with dequantised weights of nf4 and fp4.
+        double_quantization (`bool`): quantise the scales of nf4 too.
+        compute_dtype (`torch.dtype` or `"auto"`): of products with dequantised weights of nf4.
     """
     from transformers import BitsAndBytesConfig
 
@@ -181,7 +186,7 @@ def quantization_of(fields: Mapping[str, Any], where: str) -> str:
     saved = saved if isinstance(saved, dict) else {}
     method = saved.get("quant_method", "bitsandbytes")  # older folders do not say
     kind = "int8" if saved.get("load_in_8bit") else saved.get("load_in_4bit") and saved.get("bnb_4bit_quant_type")
-    if method == "bitsandbytes" and kind in ("int8", "nf4", "fp4"):
+    if method == "bitsandbytes" and kind in ("int8", *_FOUR_BIT):
         return kind
     readers = {
         "awq": "vLLM reads it, and `tinyllama-hf convert FOLDER --to llama --output NEW` makes plain weights of it",
@@ -301,7 +306,7 @@ def _adapter_bytes(model: PreTrainedModel) -> int:
 
 
 def _scales(module: nn.Module) -> list[torch.Tensor]:
-    """What bitsandbytes keeps beside a quantised weight: row scales of int8; block scales of nf4 and fp4, and their scales."""
+    """What bitsandbytes keeps beside a quantised weight: row scales of int8; block scales of 4 bit, and their scales."""
     weight = module._parameters.get("weight", module)
     found = [vars(weight).get("SCB"), getattr(vars(module).get("state"), "SCB", None)]
     # Not by `weight.quant_state`, which would undo the repacking.
