@@ -1,11 +1,16 @@
-"""Peak rate and memory of the devices that one trains on, with the source of each figure."""
+"""What `--device` and `--dtype` name: devices with their peak rate and memory and the source of each figure, and types."""
 
-from typing import NamedTuple
+from collections.abc import Collection
+from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import InputError, did_you_mean
 
 
+if TYPE_CHECKING:
+    import torch
+
 GIB = 2**30
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 class Device(NamedTuple):
@@ -67,3 +72,16 @@ def find_device(key: str) -> Device:
     kinds = [name for name in DEVICES if name.startswith(f"{key.lower()}-")]
     fix = f"; there are {', '.join(kinds)}" if kinds else did_you_mean(key.lower(), DEVICES)
     raise InputError(f"--device {key!r}: not listed{fix}")
+
+
+def find_dtype(name: str, valid: Collection[str] = ("fp32", "bf16")) -> "torch.dtype | None":
+    """The type for a name, `None` for `"auto"`.
+
+    Raises:
+        InputError: if it is not among the valid ones.
+    """
+    import torch
+
+    if name != "auto" and name not in valid:
+        raise InputError(f"--dtype {name!r}: there is none of this name{did_you_mean(name, ('auto', *valid))}")
+    return None if name == "auto" else getattr(torch, _DTYPES[name])

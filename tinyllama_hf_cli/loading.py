@@ -20,22 +20,18 @@ def load_model(
     model: str, dtype: str, device: str, quantization: str, draft: str | None, adapter: str | None
 ) -> tuple[Any, Any, Any]:
     """(model, tokenizer, draft or None), with the memory of a quantised model on standard error."""
-    import torch
-
-    from tinyllama_hf.errors import InputError, did_you_mean
+    from tinyllama_hf.devices import find_dtype
     from tinyllama_hf.inference.drafts import load_draft
     from tinyllama_hf.inference.load import load
     from tinyllama_hf.progress import quiet_library_bars
     from tinyllama_hf.quantization.bitsandbytes import QuantizedTinyLlama, footprint_line
 
-    dtypes = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16}
-    if dtype not in dtypes:
-        raise InputError(f"--dtype {dtype!r}: there is none of this name{did_you_mean(dtype, dtypes)}")
+    chosen = find_dtype(dtype) or "auto"
     quiet_library_bars()
-    loaded, tokenizer = load(model, dtypes[dtype], device, quantization, adapter=adapter)
+    loaded, tokenizer = load(model, chosen, device, quantization, adapter=adapter)
     if isinstance(loaded, QuantizedTinyLlama):
         note(footprint_line(loaded))
-    return loaded, tokenizer, load_draft(draft, loaded, tokenizer, dtypes[dtype], device) if draft else None
+    return loaded, tokenizer, load_draft(draft, loaded, tokenizer, chosen, device) if draft else None
 
 
 def note(line: str) -> None:

@@ -1,6 +1,6 @@
 """`tinyllama-hf memory`."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -38,6 +38,8 @@ def memory(
 
     Example: tinyllama-hf memory step-1431k-3T --batch 100 --context 2048 --quantization nf4 --device 4090
     """
+    from tinyllama_hf.devices import find_dtype
+    from tinyllama_hf.errors import InputError
     from tinyllama_hf.planning.inference_memory import Setup, check_batch, fit_lines, lines
     from tinyllama_hf.planning.inference_memory import memory as work_out
     from tinyllama_hf.planning.named_architecture import find_architecture
@@ -46,25 +48,14 @@ def memory(
     found = find_architecture(model)
     kind = chosen_quantization(quantization, found.quantization, model)
     source = found.source if found.quantization == "none" else f"{found.source}, saved as {found.quantization}"
-    setup = Setup(found.config, _dtype(dtype, found), kind, cache)
+    weights_dtype = find_dtype(dtype) or found.dtype
+    if weights_dtype is None:
+        raise InputError("--dtype auto: the model's config.json names no dtype; give fp32 or bf16")
+    setup = Setup(found.config, weights_dtype, kind, cache)
     available, where = _available(device)
     needed = work_out(setup, batch, found.config.max_position_embeddings if context is None else context)
     print("\n".join([*lines(f"{model} ({source})", needed), *fit_lines(needed, available, where)]), flush=True)
     check_batch(needed, available)
-
-
-def _dtype(name: str, found: Any) -> Any:
-    """The type of that name for an `Architecture`."""
-    import torch
-
-    from tinyllama_hf.errors import InputError, did_you_mean
-
-    dtypes = {"auto": found.dtype, "fp32": torch.float32, "bf16": torch.bfloat16}
-    if name not in dtypes:
-        raise InputError(f"--dtype {name!r}: there is none of this name{did_you_mean(name, dtypes)}")
-    if dtypes[name] is None:
-        raise InputError("--dtype auto: the model's config.json names no dtype; give fp32 or bf16")
-    return dtypes[name]
 
 
 def _available(device: str | None) -> tuple[int, str]:

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from transformers import PreTrainedTokenizerBase
 
 from .. import provenance
+from ..devices import find_dtype
 from ..errors import InputError, did_you_mean
 from ..text import read_text
 from ..tokenization_tinyllama import TinyLlamaTokenizer, declared_padding, load_tokenizer
@@ -31,7 +32,7 @@ FORMATS = ("llama", "litgpt", *_BYTES)
 _NOT_LOST = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config", "use_cache",
              "output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"}  # fmt: skip
 MAX_SHARD_SIZE = "5GB"
-DTYPES = {"auto": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = ("fp32", "fp16", "bf16")
 
 
 class Conversion(NamedTuple):
@@ -97,7 +98,9 @@ def convert(
             digests: dict[str, str] = {}
             notes = [
                 *checkpoint.notes,
-                *_write(checkpoint, to, folder, DTYPES[dtype], shard_size, calibration, digests, output.name),
+                *_write(
+                    checkpoint, to, folder, find_dtype(dtype, DTYPES), shard_size, calibration, digests, output.name
+                ),
             ]
             settings = {"source": str(source), "to": to, "dtype": dtype, "vocab_rows": vocab_rows}
             _write_provenance(checkpoint, folder, settings, digests)
@@ -157,8 +160,7 @@ def _write_provenance(checkpoint: Checkpoint, folder: Path, settings: dict[str, 
 def _check_arguments(to: str, dtype: str, max_shard_size: str, calibration: Sequence) -> None:
     if to not in FORMATS and to not in HAND_OFF:
         raise InputError(f"--to {to!r}: no format{did_you_mean(to, (*FORMATS, *HAND_OFF))}")
-    if dtype not in DTYPES:
-        raise InputError(f"--dtype {dtype!r}: there is none of this name{did_you_mean(dtype, DTYPES)}")
+    find_dtype(dtype, DTYPES)
     if dtype != "auto" and to not in ("llama", "litgpt"):
         raise InputError(f"--dtype {dtype}: {to} has the types of its name; the option is for llama and litgpt")
     if max_shard_size != MAX_SHARD_SIZE and (to == "litgpt" or to.startswith("gguf-")):
@@ -221,7 +223,7 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
 
 def _check_space(checkpoint: Checkpoint, to: str, dtype: str, output: Path) -> None:
     numbers = {name: tensor.num_bytes // tensor.dtype.itemsize for name, tensor in checkpoint.tensors.items()}
-    kind = DTYPES[dtype]
+    kind = find_dtype(dtype, DTYPES)
     per_number = {name: _BYTES.get(to) or (kind or checkpoint.tensors[name].dtype).itemsize for name in numbers}
     if to == "gguf-q4_0":  # whose head is q8_0
         per_number[OUTPUT if OUTPUT in numbers else EMBEDDING] = _BYTES["gguf-q8_0"]
