@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import InputError, one_line
-from ..inference.load import load, load_stock
+from ..errors import InputError
+from ..inference.load import load, load_stock, stock_tokenizer
 from ..pretrain.milestones import CONFIG_FILE, MILESTONES_FOLDER, list_milestones, read_record
 from ..provenance import read_json
 from ..quantization.bitsandbytes import cast_plain, check_quantization, chosen_quantization, quantization_of
@@ -72,10 +72,7 @@ def load_evaluated(
         loaded, tokenizer = load_stock(folder, device, dtype)
     else:
         loaded, _ = load(folder, device=device, quantization=kind, trainable=True)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise InputError(f"model {folder}: its tokenizer cannot be loaded ({one_line(error)})") from error
+        tokenizer = stock_tokenizer(folder)
     cast_plain(loaded, dtype)  # a model is quantised in its file's type
     return loaded, tokenizer
 

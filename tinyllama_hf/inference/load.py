@@ -73,8 +73,7 @@ def load(
     device = choose_device(device)
     check_name(quantization)
     check_quantization(quantization)
-    folder = model_folder(path_or_name, quantized=True)
-    saved = _saved_quantization(folder)
+    folder, saved = _open_folder(path_or_name)
     kind = chosen_quantization(quantization, saved, str(folder))
     check_quantization(kind, double_quantization, compute_dtype)
     adapter = adapter and adapter_folder(adapter)
@@ -97,22 +96,24 @@ def load_stock(
     Weights that were saved quantised stay so, and safe (see `repacking`).
     """
     device = choose_device(device)
-    kind = _saved_quantization(folder)
+    folder, kind = _open_folder(folder)
     check_quantization(kind)
     # Stated, since `attn_implementation` in a folder's config.json may name a kernel on the Hub, which would be fetched and run.
     with _reading(folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     options = {"config": config, "trust_remote_code": False, "attn_implementation": "sdpa"}
     model = _load_weights(AutoModelForCausalLM, folder, dtype, device, kind != "none", **options)
-    try:
-        return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"model {folder}: its tokenizer cannot be loaded ({one_line(error)})") from error
+    return model, stock_tokenizer(folder)
 
 
-def _saved_quantization(folder: Path) -> str:
+def stock_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that stock transformers makes of a folder.
+
+    Raises:
+        InputError: if it is missing or damaged.
+    """
     with _reading(folder):
-        return quantization_of(read_json(folder / "config.json"), str(folder))
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def _config(folder: Path, compute_dtype: str | torch.dtype, trainable: bool) -> LlamaConfig:
@@ -171,6 +172,14 @@ def model_folder(path_or_name: str | os.PathLike, quantized: bool = False) -> Pa
     Raises:
         InputError: if it holds no Llama, or weights quantised by other means than bitsandbytes.
     """
+    folder, saved = _open_folder(path_or_name)
+    if saved != "none" and not quantized:
+        raise InputError(f"{folder / 'config.json'}: the weights are quantised already; give the unquantised model")
+    return folder
+
+
+def _open_folder(path_or_name: str | os.PathLike) -> tuple[Path, str]:
+    """The folder of a model, and the quantisation that its weights were saved with."""
     folder = local_folder(str(path_or_name))
     config = folder / "config.json"
     if not config.is_file():
@@ -179,9 +188,7 @@ def model_folder(path_or_name: str | os.PathLike, quantized: bool = False) -> Pa
     model_type = fields.get("model_type")
     if model_type not in ("llama", TinyLlamaConfig.model_type):
         raise InputError(f"{config}: model_type {model_type!r} is not a Llama; tinyllama_hf loads Llama folders only")
-    if quantization_of(fields, str(config)) != "none" and not quantized:
-        raise InputError(f"{config}: the weights are quantised already; give the unquantised model")
-    return folder
+    return folder, quantization_of(fields, str(config))
 
 
 def _milestones_hint(folder: Path) -> str:

@@ -131,10 +131,10 @@ def check_quantization(quantization: str, double_quantization: bool = True, comp
     if compute_dtype != "auto" and compute_dtype not in _COMPUTE_DTYPES:
         raise InputError(f"compute_dtype {compute_dtype!r}: use 'auto', {', '.join(map(str, _COMPUTE_DTYPES))}")
     if quantization not in _FOUR_BIT:
-        for option, default in ((double_quantization, True), (compute_dtype, "auto")):
-            if option != default:
-                name = "double_quantization" if default is True else "compute_dtype"
-                raise InputError(f"{name}={option}: is for nf4; with quantization {quantization} leave it out")
+        given = {"double_quantization": (double_quantization, True), "compute_dtype": (compute_dtype, "auto")}
+        for name, (value, default) in given.items():
+            if value != default:
+                raise InputError(f"{name}={value}: is for nf4; with quantization {quantization} leave it out")
     if quantization != "none":
         quiet_bitsandbytes()
         require("bitsandbytes", "quantization", f"quantization {quantization}")
