@@ -17,7 +17,7 @@ from tinyllama_hf.data.sources import open_sources, read_documents
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.finetune.config import load_config
 from tinyllama_hf.finetune.conversations import read_conversations
-from tinyllama_hf.inference.generation import generate_text
+from tinyllama_hf.inference.generation import Context, generate_text
 from tinyllama_hf.text import check_text, read_text
 
 
@@ -78,7 +78,7 @@ def test_conversations_prompts_and_a_text_to_verify_on(tmp_path, tokenizer_folde
     talk = as_windows_writes(tmp_path / "talk.jsonl", lines({"messages": TALK}))
     assert [c.messages for c in read_conversations(str(talk))] == [TALK]
     file = as_windows_writes(tmp_path / "prompts.jsonl", lines({"prompt": "Once"}, {"prompt": "The cat"}))
-    prompts, bad = read_prompts(file, load_tokenizer(tokenizer_folder), 96)
+    prompts, bad = read_prompts(file, load_tokenizer(tokenizer_folder), Context(96))
     assert [prompt.fields["prompt"] for prompt in prompts] == ["Once", "The cat"] and not bad
     assert read_sample(as_windows_writes(tmp_path / "a.txt", "é\n")) == "é\n"
 
@@ -89,7 +89,7 @@ def test_the_cases(shared, tokenizer_folder):
     assert len(rows) > 10 and rows[0]["text"].startswith("Line number 0 says that the café")
     (document,) = read_documents(open_sources([str(folder / "bom.txt")]))
     assert document.text == "Hello world.\r\nThis is a Windows text file.\r\n"
-    prompts, bad = read_prompts(folder / "prompts.jsonl", load_tokenizer(tokenizer_folder), 96)
+    prompts, bad = read_prompts(folder / "prompts.jsonl", load_tokenizer(tokenizer_folder), Context(96))
     assert [prompt.fields["id"] for prompt in prompts] == [1, 2] and not bad
 
 
@@ -110,7 +110,7 @@ def test_half_a_surrogate_pair_in_files(tmp_path, tokenizer_folder, shared):
     with pytest.raises(InputError, match=r"rows\.jsonl, row 1, 'text': character 1 is '\\ud83d'"):
         open_sources([str(tmp_path / "rows.jsonl")])
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "x"}\n' + json.dumps({"messages": bad}) + "\n")
-    _, (line,) = read_prompts(tmp_path / "prompts.jsonl", load_tokenizer(tokenizer_folder), 96)
+    _, (line,) = read_prompts(tmp_path / "prompts.jsonl", load_tokenizer(tokenizer_folder), Context(96))
     assert line.line == 2 and line.fields == {} and r"message 1: character" in line.error
     with pytest.raises(InputError, match=r"surro\.jsonl, row 21, message 0: character 6 is '\\ud83d'"):
         read_conversations(str(shared / "cases" / "surro.jsonl"))

@@ -39,7 +39,7 @@ def generate_file(
     if output is None:
         raise InputError(f"--output: is needed with --input {source}; name the file to write")
     batch_size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
-    check_options(batch_size, sampling, seed)
+    check_options(batch_size, seed)
     job = open_job(source, output, model, draft, adapter, sampling, seed=seed, **weights)
     if job.is_finished:
         print(f"{output}: was finished already")

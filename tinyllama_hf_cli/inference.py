@@ -89,7 +89,6 @@ def generate(
     from tinyllama_hf.inference.generation import ExactTextStreamer, Sampling, generate_text
 
     sampling = Sampling(temperature, top_p, max_new_tokens)
-    sampling.check()
     if seed is not None:
         check_seed(seed)
     if engine is not None:
@@ -141,7 +140,6 @@ def chat(
     from tinyllama_hf.inference.generation import Sampling
 
     sampling = Sampling(temperature, top_p, max_new_tokens)
-    sampling.check()
     if seed is not None:
         check_seed(seed)
     loaded, tokenizer, helper = load_model(model, dtype, device, quantization, draft, adapter)

@@ -22,7 +22,7 @@ from tinyllama_hf.chat.templates import load_template
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.inference.chat import ChatSession
 from tinyllama_hf.inference.drafts import load_draft
-from tinyllama_hf.inference.generation import Sampling, generate_text
+from tinyllama_hf.inference.generation import Context, Sampling, generate_text
 from tinyllama_hf.planning import inference_memory
 
 
@@ -82,7 +82,7 @@ BAD = {
 @pytest.mark.parametrize(("row", "message"), BAD.values(), ids=BAD)
 def test_a_bad_line_does_not_lose_the_others(chat_folder, tmp_path, row, message):
     source = write(tmp_path / "in.jsonl", {"prompt": "a"}, row, "", {"prompt": "b"})
-    prompts, bad = read_prompts(source, load_tokenizer(chat_folder), 96, "model's", 12)
+    prompts, bad = read_prompts(source, load_tokenizer(chat_folder), Context(96), 12)
     assert [prompt.line for prompt in prompts] == [1, 4]
     assert [line.line for line in bad] == [2] and bad[0].error.startswith("line 2: ") and message in bad[0].error
     result = bad[0].result()

@@ -18,7 +18,7 @@ from tinyllama_hf.chat.templates import load_template
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.inference.chat import ChatSession
 from tinyllama_hf.inference.drafts import Draft
-from tinyllama_hf.inference.generation import Sampling
+from tinyllama_hf.inference.generation import Sampling, stop_tokens_of
 
 
 @pytest.fixture(scope="module")
@@ -152,9 +152,7 @@ def test_every_reply_ends_in_a_line_end_also_when_the_context_is_full(model, tok
 
 def test_a_message_that_never_fits(model, tokenizer):
     session = Session(model, tokenizer)
-    with pytest.raises(
-        InputError, match=r"conversation of \d+ tokens, which leaves no room for a reply in the model's context of 96"
-    ):
+    with pytest.raises(InputError, match=r"message: \d+ tokens and 1 new ones .* the model's context of 96"):
         session.say("word " * 100)
     assert not session.exchanges
     session.say("One?")
@@ -164,9 +162,7 @@ def test_a_message_that_never_fits(model, tokenizer):
 def test_a_system_prompt_is_refused_before_it_is_taken(model, tokenizer):
     session = Session(model, tokenizer, system="Rule.")
     session.say("One?")
-    with pytest.raises(
-        InputError, match=r"the system prompt makes a conversation of \d+ tokens, .* the model's context"
-    ):
+    with pytest.raises(InputError, match=r"system prompt: \d+ tokens and 1 new ones .* the model's context of 96"):
         session.handle("/system " + "word " * 100)
     tokenizer.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system prompts') }}{% endif %}"
@@ -183,7 +179,7 @@ def test_the_context_of_a_draft_counts(model, tokenizer):
     torch.manual_seed(1)
     short = TinyLlamaForCausalLM(TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=48)).eval()
     session = Session(model, tokenizer, draft=Draft(short, tokenizer, model, tokenizer))
-    with pytest.raises(InputError, match="no room for a reply in the draft's context of 48"):
+    with pytest.raises(InputError, match="the draft's context of 48"):
         session.say("word " * 30)
     for _ in range(4):
         session.say("One?")
@@ -198,7 +194,7 @@ def test_every_stop_token_stops(model, tokenizer):
     assert third not in first[:-1].tolist()
     model.generation_config.eos_token_id = [2, third]
     try:
-        assert session._stop_tokens() == sorted({2, third})
+        assert stop_tokens_of(model, tokenizer) == sorted({2, third})
         assert session.say("One?") == tokenizer.decode(first[:-1]).strip() == "".join(session.shown).strip()
     finally:
         model.generation_config.eos_token_id = 2
@@ -268,7 +264,7 @@ def chat_folder(tokenizer, tmp_path):
     ("line", "message"),
     [
         ("/rest", "error: /rest: there is no such command; did you mean '/reset'?"),
-        ("word " * 2000, "error: the message makes a conversation of "),
+        ("word " * 2000, "error: a conversation with this message: "),
     ],
     ids=["command", "message"],
 )

@@ -18,7 +18,7 @@ from ..decoding.rows import RowPlan
 from ..decoding.speculative import check_pair
 from ..errors import InputError, check_seed
 from ..inference.drafts import SEEDED_DRAFT_LENGTH, Draft
-from ..inference.generation import Sampling, context_of
+from ..inference.generation import Context, Sampling, stop_tokens_of
 
 
 DEFAULT_BATCH_SIZE = 8
@@ -84,9 +84,13 @@ def generate_many(
             ask for beams.
     """
     sampling = sampling or Sampling()
-    check_options(batch_size, sampling, seed)
+    check_options(batch_size, seed)
     _check_mode(model, sampling)
-    _check_lengths(requests, *context_of(model, draft))
+    context = Context.of(model, draft)
+    for request in requests:
+        if request.max_new_tokens < 1:
+            raise InputError(f"request {request.key}: max_new_tokens {request.max_new_tokens}; must be at least 1")
+        context.new_tokens(len(request.ids), request.max_new_tokens, f"request {request.key}")
     if len({request.key for request in requests}) < len(requests):
         raise InputError("requests: two of them have the same key; give each its own")
     stop_tokens = stop_tokens_of(model, tokenizer)
@@ -101,22 +105,12 @@ def generate_many(
     return _refilled(setup, requests, batch_size, stop_tokens)
 
 
-def check_options(batch_size: int, sampling: Sampling, seed: int | None) -> None:
+def check_options(batch_size: int, seed: int | None) -> None:
     """Refuses values out of range, by the names of the command's options."""
-    sampling.check()
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size}: must be at least 1")
     if seed is not None:
         check_seed(seed)
-
-
-def _check_lengths(requests: Sequence[Request], context: int, whose: str) -> None:
-    for request in requests:
-        if not request.ids or len(request.ids) + request.max_new_tokens > context or request.max_new_tokens < 1:
-            raise InputError(
-                f"request {request.key}: {len(request.ids)} tokens and {request.max_new_tokens} new ones; both must be at "
-                f"least 1, and together at most {context}, the {whose} context"
-            )
 
 
 def _check_mode(model: PreTrainedModel, sampling: Sampling) -> None:
@@ -129,13 +123,6 @@ def _check_mode(model: PreTrainedModel, sampling: Sampling) -> None:
             f"generation_config.json of the model: asks for {mode.value} (num_beams {config.num_beams}), and many prompts are "
             "generated greedily or by sampling; take it out there"
         )
-
-
-def stop_tokens_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The end-of-sequence of the tokenizer and those that the model's folder names."""
-    named = model.generation_config.eos_token_id
-    named = named if isinstance(named, list) else [named]
-    return sorted({tokenizer.eos_token_id, *named} - {None})
 
 
 class _Setup(NamedTuple):

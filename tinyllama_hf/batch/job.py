@@ -5,6 +5,7 @@ Results are appended to `OUTPUT.part` as they come; `OUTPUT.record.json` says wh
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -20,7 +21,7 @@ from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import InputError
 from ..inference.adapters import adapter_folder, tokenizer_with
 from ..inference.drafts import LAYERS, LOOKUP, Draft
-from ..inference.generation import Sampling
+from ..inference.generation import Context, Sampling
 from ..inference.load import model_folder
 from ..provenance import collect, file_sha256, fingerprint, read_json, write_json, write_text
 from ..released import TOKENIZER_FILES, local_folder
@@ -59,14 +60,13 @@ def open_job(
     sampling = sampling or Sampling()
     own_draft = draft is None or draft == LOOKUP or draft.startswith(LAYERS)
     named = {"model": model} if own_draft else {"model": model, "draft": draft}
-    contexts = {f"{role}'s": _context(name) for role, name in named.items()}
-    whose = min(contexts, key=contexts.__getitem__)
-    prompts = read_prompts(source, tokenizer_with(adapter, model), contexts[whose], whose, sampling.max_new_tokens)
+    context = min((Context(_context(name), role) for role, name in named.items()), key=lambda context: context.tokens)
+    prompts = read_prompts(source, tokenizer_with(adapter, model), context, sampling.max_new_tokens)
     folders = {role: model_folder(name, quantized=True) for role, name in named.items()}
     if adapter is not None:
         folders["adapter"] = adapter_folder(adapter)
     hashes = {f"{role}_sha256": _files_sha256(folder) for role, folder in folders.items()}
-    options = {**sampling._asdict(), "draft": draft if own_draft else None, **settings}
+    options = {**dataclasses.asdict(sampling), "draft": draft if own_draft else None, **settings}
     named_options = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
     return BatchJob(output, prompts, {"input_sha256": file_sha256(source), **hashes, **named_options})
 

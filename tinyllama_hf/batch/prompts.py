@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, NoReturn
 from transformers import PreTrainedTokenizerBase
 
 from ..chat.messages import read_messages
-from ..chat.render import render
+from ..chat.render import Messages, render
 from ..errors import InputError
-from ..inference.generation import DEFAULT_NEW_TOKENS
+from ..inference.generation import Context
 from ..text import check_text
 
 
@@ -66,8 +66,7 @@ class PromptFile(NamedTuple):
 def read_prompts(
     path: Path,
     tokenizer: PreTrainedTokenizerBase,
-    context: int,
-    whose: str = "model's",
+    context: Context,
     max_new_tokens: int | None = None,
 ) -> PromptFile:
     """Reads and checks a file of JSON lines.
@@ -75,8 +74,7 @@ def read_prompts(
     Args:
         path (`Path`): each line `{"prompt": "..."}`, or `{"messages": [...]}` for a chat model, with any other fields.
         tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
-        context (`int`): tokens that can be read.
-        whose (`str`, *optional*): limit that is, in messages: `"model's"` or `"draft's"`.
+        context (`Context`): of the model, or of a draft.
         max_new_tokens (`int`, *optional*): tokens to generate for each.
 
     Raises:
@@ -94,7 +92,7 @@ def read_prompts(
         try:
             fields = _object(line)
             ids = _ids(fields, tokenizer)
-            prompts.append(Prompt(number, fields, ids, _budget(len(ids), context, whose, max_new_tokens)))
+            prompts.append(Prompt(number, fields, ids, context.new_tokens(len(ids), max_new_tokens)))
         except InputError as error:
             bad.append(BadLine(number, fields, f"line {number}: {error}"))
     if not prompts:
@@ -133,31 +131,16 @@ def _ids(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[
         return chat_ids(read_messages(fields, "messages"), tokenizer)
     if not isinstance(fields["prompt"], str):
         raise InputError(f"prompt is of type {type(fields['prompt']).__name__}; must be a text")
-    ids = tokenizer(fields["prompt"], split_special_tokens=True, verbose=False)["input_ids"]
-    if not ids:
-        raise InputError("prompt is empty, and this tokenizer has no begin-of-sequence to begin with")
-    return ids
+    return tokenizer(fields["prompt"], split_special_tokens=True, verbose=False)["input_ids"]
 
 
-def chat_ids(messages: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def chat_ids(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens of a conversation up to the reply that is due.
 
     Raises:
-        InputError: if it is none, or none that a reply belongs to.
+        InputError: as `render`; or if no reply belongs to it.
     """
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise InputError('messages must be a list of {"role": "...", "content": "..."}')
     ids = render(tokenizer, messages, add_generation_prompt=True, where="messages").input_ids
     if messages[-1]["role"] != "user":
         raise InputError(f"messages end with the role {messages[-1]['role']!r}; a reply needs a message of the user")
     return ids
-
-
-def _budget(length: int, context: int, whose: str, max_new_tokens: int | None) -> int:
-    room = context - length
-    if room < (max_new_tokens or 1):
-        raise InputError(
-            f"{length} tokens and {max_new_tokens or 1} new ones are longer than the {whose} context of {context}; "
-            f"shorten it{' or lower --max-new-tokens' if max_new_tokens else ''}"
-        )
-    return max_new_tokens or min(DEFAULT_NEW_TOKENS, room)

@@ -16,6 +16,7 @@ from ..chat.render import Messages, Rendering, render
 from ..errors import InputError
 from ..evaluation.models import evaluated, load_evaluated
 from ..evaluation.score_metrics import load_metric
+from ..inference.generation import Context
 from ..inference.load import model_folder
 from ..provenance import collect, file_sha256
 from ..tokenization_tinyllama import load_tokenizer
@@ -123,12 +124,7 @@ def generate_replies(
         InputError: if a prompt and its reply do not fit the context.
     """
     rendered = [render(tokenizer, messages, add_generation_prompt=True).input_ids for messages in prompts]
-    longest, context = max(map(len, rendered)), model.config.max_position_embeddings
-    if longest + max_new_tokens > context:
-        raise InputError(
-            f"--max-new-tokens {max_new_tokens}: with a question of {longest} tokens that is more than the model's context "
-            f"of {context}; lower it"
-        )
+    Context.of(model).new_tokens(max(map(len, rendered)), max_new_tokens, "the longest question")
     replies: list[list[int]] = [[] for _ in rendered]
     order = sorted(range(len(rendered)), key=lambda i: len(rendered[i]))
     for numbers in _batches(order, batch_size):

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..chat.render import render
 from ..errors import InputError, check_seed, did_you_mean
 from .drafts import Draft
-from .generation import DEFAULT_NEW_TOKENS, ExactTextStreamer, Sampling, context_of, generate_ids
+from .generation import DEFAULT_NEW_TOKENS, Context, ExactTextStreamer, Sampling, generate_ids, stop_tokens_of
 
 
 COMMANDS = {
@@ -53,11 +53,10 @@ class ChatSession:
     ):
         self.model, self.tokenizer, self.draft = model, tokenizer, draft
         self.sampling, self.write, self.note = sampling or Sampling(), write, note
-        self.sampling.check()
-        self._seeded = seed is not None
+        self._max_new_tokens, self._seeded = self.sampling.max_new_tokens or DEFAULT_NEW_TOKENS, seed is not None
         if seed is not None:
             torch.manual_seed(check_seed(seed))
-        self.context, self._whose = context_of(model, draft)
+        self.context = Context.of(model, draft)
         self.begin(system)
 
     def begin(self, system: str | None = None) -> None:
@@ -68,11 +67,7 @@ class ChatSession:
         """
         # With an empty message, so that a base model and a bad system prompt are refused now, not at the first message.
         ids = self._ids([{"role": "user", "content": ""}], system)
-        if len(ids) >= self.context:
-            raise InputError(
-                f"the system prompt makes a conversation of {len(ids)} tokens, which leaves no room in the {self._whose} "
-                f"context of {self.context}; shorten it"
-            )
+        self.context.new_tokens(len(ids), name="a conversation with this system prompt")
         self.system, self.exchanges = system, []
 
     def handle(self, line: str) -> bool:
@@ -108,24 +103,16 @@ class ChatSession:
             InputError: if the message does not fit the context.
         """
         ids = self._fit(text)
-        stop_tokens = self._stop_tokens()
-        streamer = ExactTextStreamer(self.tokenizer, self.write, skip_prompt=True, hidden=stop_tokens)
-        budget = min(self.sampling.max_new_tokens or DEFAULT_NEW_TOKENS, self.context - len(ids))
+        stop = stop_tokens_of(self.model, self.tokenizer)
+        streamer = ExactTextStreamer(self.tokenizer, self.write, skip_prompt=True, hidden=stop)
+        num_new = min(self._max_new_tokens, self.context.tokens - len(ids))
         reply = generate_ids(
-            self.model,
-            self.tokenizer,
-            ids,
-            budget,
-            self.sampling,
-            streamer,
-            self.draft,
-            self._seeded,
-            eos_token_id=stop_tokens,
+            self.model, self.tokenizer, ids, num_new, self.sampling, streamer, self.draft, self._seeded, eos_token_id=stop
         )
         self.write("\n")
         if self.draft:
             self.note(str(self.draft.statistics))
-        reply = [token for token in reply if token not in stop_tokens]
+        reply = [token for token in reply if token not in stop]
         reply_text = self.tokenizer.decode(reply, skip_special_tokens=True).strip()
         self.exchanges += [{"role": "user", "content": text}, {"role": "assistant", "content": reply_text}]
         return reply_text
@@ -136,8 +123,8 @@ class ChatSession:
 
     def _fit(self, text: str) -> list[int]:
         """The ids of the conversation with a new message; the oldest exchanges go where it leaves too little room."""
-        context = self.context
-        wanted = min(self.sampling.max_new_tokens or DEFAULT_NEW_TOKENS, context // 4)
+        context = self.context.tokens
+        wanted = min(self._max_new_tokens, context // 4)
         message = {"role": "user", "content": text}
 
         def ids_without(dropped: int) -> list[int]:
@@ -149,18 +136,10 @@ class ChatSession:
             tries = range(1, len(self.exchanges) // 2)
             dropped = 1 + bisect.bisect_left(tries, True, key=lambda n: len(ids_without(n)) + wanted <= context)
             ids = ids_without(dropped)
-        if len(ids) >= context:
-            raise InputError(
-                f"the message makes a conversation of {len(ids)} tokens, which leaves no room for a reply in the "
-                f"{self._whose} context of {context}; shorten the message{' or the system prompt' if self.system else ''}"
-            )
+        self.context.new_tokens(
+            len(ids), name=f"a conversation with this message{' and the system prompt' if self.system else ''}"
+        )
         if dropped:
             self.note(f"the context of {context} tokens is full: the first {dropped} exchanges are forgotten")
             self.exchanges = self.exchanges[2 * dropped :]
         return ids
-
-    def _stop_tokens(self) -> list[int]:
-        """The end-of-sequence of the tokenizer and those that the model's folder names."""
-        named = self.model.generation_config.eos_token_id
-        named = named if isinstance(named, list) else [named]
-        return sorted({self.tokenizer.eos_token_id, *named} - {None})

@@ -4,7 +4,8 @@ import math
 import re
 import sys
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
@@ -96,21 +97,24 @@ class ExactTextStreamer(TextStreamer):
                 sys.stdout.flush()
 
 
-class Sampling(NamedTuple):
+@dataclass(frozen=True)
+class Sampling:
     """How tokens are drawn; the fields are the commands' options.
 
     Attributes:
         temperature (`float`): 0 takes the most likely token each time.
         top_p (`float`): the smallest set of tokens with this probability is drawn from.
         max_new_tokens (`int`, *optional*): defaults to 256, or what is left of the context.
+
+    Raises:
+        InputError: for a value out of range, by the name of the command's option.
     """
 
     temperature: float = 0.8
     top_p: float = 0.95
     max_new_tokens: int | None = None
 
-    def check(self) -> None:
-        """Refuses values out of range, by the names of the commands' options."""
+    def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
             raise InputError(
                 f"--temperature {self.temperature}: must be 0 (always the most likely token) or above, and finite"
@@ -127,10 +131,53 @@ class Sampling(NamedTuple):
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
 
 
-def context_of(model: PreTrainedModel, draft: Draft | None = None) -> tuple[int, str]:
-    """Tokens that a model can read, and its draft with it, and whose limit that is: `"model's"` or `"draft's"`."""
-    context = model.config.max_position_embeddings
-    return (draft.context, "draft's") if draft and draft.context < context else (context, "model's")
+@dataclass(frozen=True)
+class Context:
+    """The tokens that a prompt and its continuation may have together.
+
+    Attributes:
+        tokens (`int`): the limit.
+        owner (`str`): has that limit: `"model"`, or `"draft"` where its context is shorter.
+    """
+
+    tokens: int
+    owner: str = "model"
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, draft: Draft | None = None) -> "Context":
+        """The context of a model that generates, with a draft or without."""
+        tokens = model.config.max_position_embeddings
+        return cls(draft.context, "draft") if draft and draft.context < tokens else cls(tokens)
+
+    def new_tokens(self, length: int, max_new_tokens: int | None = None, name: str = "prompt") -> int:
+        """The number of tokens to generate: `max_new_tokens`, or by default 256 or what is left.
+
+        Args:
+            length (`int`): tokens of the prompt.
+            max_new_tokens (`int`, *optional*): as in [`Sampling`].
+            name (`str`, *optional*, defaults to `"prompt"`): begins the message.
+
+        Raises:
+            InputError: if the prompt is empty, or does not fit with the new tokens, or with one.
+        """
+        if not length:
+            raise InputError(
+                f"{name}: is empty, and this tokenizer has no begin-of-sequence to begin with; give a prompt"
+            )
+        room = self.tokens - length
+        if room < (max_new_tokens or 1):
+            raise InputError(
+                f"{name}: {length} tokens and {max_new_tokens or 1} new ones are longer than the {self.owner}'s context of "
+                f"{self.tokens}; shorten it{' or lower --max-new-tokens' if max_new_tokens else ''}"
+            )
+        return max_new_tokens or min(DEFAULT_NEW_TOKENS, room)
+
+
+def stop_tokens_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The end-of-sequence of the tokenizer and those that the model's folder names."""
+    named = model.generation_config.eos_token_id
+    named = named if isinstance(named, list) else [named]
+    return sorted({tokenizer.eos_token_id, *named} - {None})
 
 
 def generate_text(
@@ -161,32 +208,12 @@ def generate_text(
         InputError: for values out of range, and a prompt that is not text or does not fit the context.
     """
     sampling = Sampling(temperature, top_p, max_new_tokens)
-    sampling.check()
-    if seed is not None:
-        check_seed(seed)
     check_text(prompt, "prompt")
     ids = tokenizer(prompt, split_special_tokens=True, verbose=False)["input_ids"]
-    if not ids:
-        raise InputError("prompt: is empty, and this tokenizer has no begin-of-sequence to begin with; give a prompt")
-    context, whose = context_of(model, draft)
-    room = context - len(ids)
-    if room < (max_new_tokens or 1):
-        raise InputError(
-            f"prompt of {len(ids)} tokens and {max_new_tokens or 1} new ones are longer than the {whose} context of "
-            f"{context}; shorten the prompt{' or lower --max-new-tokens' if max_new_tokens else ''}"
-        )
+    num_new = Context.of(model, draft).new_tokens(len(ids), max_new_tokens)
     if seed is not None:
-        torch.manual_seed(seed)
-    new = generate_ids(
-        model,
-        tokenizer,
-        ids,
-        max_new_tokens or min(DEFAULT_NEW_TOKENS, room),
-        sampling,
-        streamer,
-        draft,
-        seeded=seed is not None,
-    )
+        torch.manual_seed(check_seed(seed))
+    new = generate_ids(model, tokenizer, ids, num_new, sampling, streamer, draft, seeded=seed is not None)
     return tokenizer.decode(ids + new, skip_special_tokens=True)
 
 

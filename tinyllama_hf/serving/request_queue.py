@@ -14,8 +14,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.cli.serving.utils import GenerateManager, GenerationState, _StreamError
 
-from ..errors import InputError
-from ..inference.generation import ExactTextStreamer
+from ..inference.generation import Context, ExactTextStreamer
 
 
 MAX_WAITING = 64  # requests, not counting the one that is generated
@@ -170,11 +169,8 @@ class _QueueStreamer(ExactTextStreamer):
 
 def _limit(model: PreTrainedModel, inputs: Mapping[str, Any], config: GenerationConfig) -> None:
     """Checks the length of a prompt, and lowers its number of new tokens to what there is room for."""
-    length, context = inputs["input_ids"].shape[-1], model.config.max_position_embeddings
-    if not 0 < length < context:
-        raise InputError(
-            f"a prompt of {length} tokens; must be 1 to {context - 1}, by the model's context of {context}"
-        )
-    config.max_new_tokens = min(config.max_new_tokens or context, context - length)
+    length, context = inputs["input_ids"].shape[-1], Context.of(model)
+    context.new_tokens(length)
+    config.max_new_tokens = min(config.max_new_tokens or context.tokens, context.tokens - length)
     if not config.do_sample:
         config.update(temperature=1.0, top_p=1.0, top_k=50)  # the library's defaults; of others it warns
