@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from tests.serving.served import CONTEXT, GENERATING, ask, post
-from tinyllama_hf.serving import request_prompts, request_queue
+from tinyllama_hf.serving import request_fields, request_queue
 from tinyllama_hf.serving.app import MAX_BODY_BYTES, build_app
 
 
@@ -66,7 +66,7 @@ def test_a_body_without_end(app):
 @pytest.mark.parametrize("path", ["chat/completions", "responses"])
 def test_more_messages_than_the_context_has_tokens(client, path, monkeypatch):
     """They are refused before they are rendered."""
-    monkeypatch.setattr(request_prompts, "chat_ids", None)
+    monkeypatch.setattr(request_fields, "chat_ids", None)
     field = "messages" if path == "chat/completions" else "input"
     for number in (CONTEXT + 1, 100_000):
         status, error = ask(client, {field: [EMPTY] * number}, path)
@@ -123,14 +123,14 @@ def in_threads(function, *arguments):
 @pytest.mark.parametrize("path", ["chat/completions", "responses"])
 def test_others_are_answered_while_a_conversation_is_rendered(alone, path, monkeypatch):
     begun, goes_on = threading.Event(), threading.Event()
-    render = request_prompts.chat_ids
+    render = request_fields.chat_ids
 
     def slow(*arguments):
         begun.set()
         assert goes_on.wait(timeout=10), "nothing else was answered"
         return render(*arguments)
 
-    monkeypatch.setattr(request_prompts, "chat_ids", slow)
+    monkeypatch.setattr(request_fields, "chat_ids", slow)
     length = {"max_output_tokens" if path == "responses" else "max_tokens": 1}
     join = in_threads(lambda path: post(alone, length, path).status_code, path)
     assert begun.wait(timeout=10)

@@ -19,12 +19,10 @@ from transformers import BatchEncoding, GenerationConfig, PreTrainedModel, PreTr
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import BaseHandler
 
-from ..batch.generate_many import stop_tokens_of
 from ..errors import InputError, require
-from ..inference.generation import Sampling
+from ..inference.generation import Sampling, stop_tokens_of
 from .request_answers import BodyLimit, UnknownModel, in_form, stream_in_form
-from .request_fields import Limits, check_fields
-from .request_prompts import prompt_ids
+from .request_fields import Limits, check_fields, prompt_ids
 from .request_queue import Busy, Ending, OneQueue
 
 
