@@ -1,8 +1,9 @@
 """The exception for bad input, and the checks that all parts of the package share."""
 
+import contextlib
 import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 _LARGEST_SEED = 2**64 - 1
@@ -63,3 +64,23 @@ def require(package: str, extra: str, what: str) -> None:
         importlib.import_module(package)
     except ImportError as error:
         raise InputError(f"{what} needs the package {package}: pip install 'tinyllama_hf[{extra}]'") from error
+
+
+def damaged(where: object, reason: object) -> InputError:
+    """Returns the error for a file whose contents are not what they should be."""
+    return InputError(f"{where}: damaged or incomplete ({reason}). Download it again or recreate it.")
+
+
+@contextlib.contextmanager
+def refuse_damage(where: object) -> Iterator[None]:
+    """Turns the exceptions of a parser or constructor into the `InputError` of [`damaged`].
+
+    On damaged input libraries raise almost any exception. The block should therefore contain the reading and nothing else.
+    """
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or "no message"
+        raise damaged(where, f"{type(error).__name__}: {reason:.200}") from error

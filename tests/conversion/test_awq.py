@@ -19,6 +19,7 @@ from tinyllama_hf.conversion.awq.search import calibration_tokens, clip_layer, o
 from tinyllama_hf.conversion.awq.write import GROUP_SIZE, write_awq
 from tinyllama_hf.conversion.checkpoint import Checkpoint, LazyTensor, complete, plain_config
 from tinyllama_hf.errors import InputError
+from tinyllama_hf.provenance import file_sha256
 from tinyllama_hf.tokenization_tinyllama import encode_text
 
 
@@ -50,8 +51,9 @@ def as_checkpoint(model, tokenizer=None, loaded=None):
 
 def written(checkpoint, folder, calibration=None):
     folder.mkdir(exist_ok=True)
-    notes = write_awq(checkpoint, folder, calibration, 1 << 30)
-    return load_file(folder / "model.safetensors"), notes
+    note, digests = write_awq(checkpoint, folder, calibration, 1 << 30)
+    assert digests == {"model.safetensors": file_sha256(folder / "model.safetensors")}
+    return load_file(folder / "model.safetensors"), [note]
 
 
 def unpack_as_published(words):

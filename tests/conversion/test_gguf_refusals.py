@@ -21,24 +21,22 @@ class TestReading:
         "key, value, message",
         [
             ("general.architecture", "qwen2", "general.architecture is 'qwen2'"),
-            ("llama.block_count", 3, "block_count is 3, tensors are there for 2 blocks"),
+            ("llama.block_count", 3, "9 tensors are missing, model.layers.2"),
             ("llama.block_count", None, "block_count is None"),
             ("llama.attention.head_count", 8, "rope.dimension_count is 64, a head has 32"),
             ("llama.attention.head_count", 0, "head_count is 0"),
-            ("llama.attention.head_count", [4, 4], r"head_count is \[4, 4\]; it must be one positive number"),
-            ("llama.attention.head_count_kv", None, r"attn_k.weight has the shape \[128, 256\]"),
-            (
-                "llama.embedding_length",
-                257,
-                r"attn_q.weight has the shape \[256, 256\], the metadata say \[256, 257\]",
-            ),
-            ("llama.feed_forward_length", 2**32 - 1, "ffn_gate.weight has the shape"),
+            ("llama.attention.head_count", [4, 4], r"head_count is \[4, 4\]; a positive number"),
+            ("llama.attention.head_count_kv", None, r"attn_k.weight: has the shape \[128, 256\]"),
+            ("llama.embedding_length", 256 + 4, r"attn_q.weight: has the shape \[256, 256\].*\[256, 260\]"),
+            ("llama.embedding_length", 257, r"257.* is not a multiple"),
+            ("llama.feed_forward_length", 2**31 - 1, r"ffn_gate.weight: has the shape \[512, 256\]"),
+            ("llama.feed_forward_length", 2**32 - 1, "feed_forward_length is 4294967295"),
             ("llama.rope.dimension_count", 32, "rope.dimension_count is 32, a head has 64"),
             ("llama.rope.freq_base", float("nan"), "freq_base is nan"),
             ("llama.rope.scaling.type", "yarn", "scaling.type is 'yarn'"),
             ("llama.rope.scaling.type", "linear", "scaling.factor is None"),
             ("llama.expert_count", 8, "mixture of experts"),
-            ("llama.attention.head_count_kv", 3, "4 query heads cannot share 3 key and value heads"),
+            ("llama.attention.head_count_kv", 3, "4 heads of width 64 and 3 key/value groups"),
             ("llama.attention.key_length", 63, "a head has 63"),
         ],
     )
@@ -73,7 +71,11 @@ class TestReading:
             ("blk.1.attn_v.weight", "blk.1.attn_v.bias", "v_proj.weight first"),
             ("output.weight", "rope_freqs.weight", "rotary scaling of Llama 3.1"),
             ("output.weight", "extra.weight", "extra.weight belongs to no Llama"),
-            ("blk.1.attn_norm.weight", "blk.7.attn_norm.weight", "block_count is 2"),
+            (
+                "blk.1.attn_norm.weight",
+                "blk.7.attn_norm.weight",
+                "1 tensors are missing, model.layers.1.input_layernorm",
+            ),
         ],
     )
     def test_tensors(self, tmp_path, old, new, message):
@@ -111,7 +113,8 @@ class TestWriting:
     def test_what_is_not_written(self, tmp_path, field, value):
         checkpoint, _ = micro(tmp_path)
         setattr(checkpoint.config, field, value)
-        with pytest.raises(InputError, match="written to GGUF are"):
+        named = "rotary scaling is of the type 'llama3'" if field == "rope_parameters" else f"{field} is {value!r}"
+        with pytest.raises(InputError, match=named):
             write_gguf(checkpoint, tmp_path, "f32")
         with pytest.raises(InputError, match="gguf kind 'q4_k' does not exist; did you mean 'q4_0'"):
             write_gguf(checkpoint, tmp_path, "q4_k")

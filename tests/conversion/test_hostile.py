@@ -159,7 +159,7 @@ STRANGE = {
     "a persistent id as text": (b"Pstorage\n", "uses PERSID"),
     "a persistent id of a module": (b"(" + text("module") + b"ctorch\nSize\nNNNtQ", "refers to torch.Size of module"),
     "a persistent id of a Size": (b"(" + text("storage") + b"ctorch\nSize\nNNNtQ", "refers to torch.Size"),
-    "a short persistent id": (b"(NNtQ", "damaged .ValueError: not enough values"),
+    "a short persistent id": (b"(NNtQ", "damaged .*ValueError: not enough values"),
     "a state for a list": (b"]}b", "sets the state of a list"),
     "no tensor in a parameter": (
         b"ctorch._utils\n_rebuild_parameter\n" + text("x") + b"\x85R",

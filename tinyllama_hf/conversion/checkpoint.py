@@ -1,18 +1,17 @@
 """A checkpoint as every layout is read into and every target is written from: tensors that are read when asked for."""
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..configuration_tinyllama import TinyLlamaConfig
-from ..errors import InputError, one_line
+from ..errors import InputError, damaged, refuse_damage
+from ..tokenization_tinyllama import load_tokenizer
 
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
@@ -20,6 +19,8 @@ FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 # What some exporters save besides weights, computed from the configuration: "rotary_emb.inv_freq", Meta's "rope.freqs".
 COMPUTED = ("rotary_emb.inv_freq", "rope.freqs")
 _FIRST_LAYER = "model.layers.0."
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
+          "intermediate_size", "max_position_embeddings")  # fmt: skip
 _MAX_BITS = {int: 31, float: 63}  # of sizes; of factors, among which are rotary bases of some billions
 
 
@@ -38,6 +39,19 @@ class LazyTensor(NamedTuple):
     def num_bytes(self) -> int:
         """Of the tensor in memory."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def map(
+        self, change: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...] | None = None
+    ) -> "LazyTensor":
+        """The tensor that `change` makes of this one when it is read, of the same shape unless another is given."""
+        return LazyTensor(self.shape if shape is None else shape, self.dtype, lambda: change(self.read()), self.source)
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raises an `InputError` unless the tensor has this shape."""
+        if self.shape != shape:
+            raise InputError(
+                f"{self.source}: has the shape {list(self.shape)}, but the configuration says {list(shape)}"
+            )
 
 
 @dataclass
@@ -65,11 +79,20 @@ class Checkpoint:
     provenance: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     advance: Callable[[int], None] = lambda num_bytes: None
+    _tokenizers: dict[Path, PreTrainedTokenizerFast] = field(default_factory=dict, repr=False)
 
     @property
     def num_bytes(self) -> int:
         """Of all tensors, as they would lie in memory."""
         return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+    def load_tokenizer(self) -> PreTrainedTokenizerFast | None:
+        """The tokenizer, `None` without one. It is loaded once: with Llama 2's vocabulary that takes more than a second."""
+        if self.tokenizer is None:
+            return None
+        if self.tokenizer not in self._tokenizers:
+            self._tokenizers[self.tokenizer] = load_tokenizer(self.tokenizer)
+        return self._tokenizers[self.tokenizer]
 
     def load(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Reads one tensor.
@@ -96,39 +119,32 @@ class Checkpoint:
         return tensor
 
 
-def positive_number(value: Any, name: str, where: object, kind: type = int) -> Any:
-    """Returns a size or a factor of a configuration, as `kind`.
+def positive_number(fields: Mapping[str, Any], name: str, where: object, default: Any = None, kind: type = int) -> Any:
+    """Returns a size or a factor of a configuration, as `kind`; `default` where it is missing.
 
     Raises:
         InputError: if it is no positive number, or larger than any model's.
     """
+    value = default if fields.get(name) is None else fields[name]
     bits = _MAX_BITS[kind]
     # Infinity and NaN, which JSON of Python and YAML know, are not below the bound.
     if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < 2**bits:
-        raise InputError(f"{where}: {name} is {_in_short(value)}; a positive number below 2**{bits} is needed")
+        # Python refuses to print a number of very many digits.
+        is_long = isinstance(value, int) and value.bit_length() > 99
+        shown = f"a number of {value.bit_length()} bits" if is_long else f"{value!r:.80}"
+        raise InputError(f"{where}: {name} is {shown}; a positive number below 2**{bits} is needed")
     return kind(value)
 
 
-def _in_short(value: Any) -> str:
-    """Python refuses to print a number of very many digits."""
-    return (
-        f"a number of {value.bit_length()} bits"
-        if isinstance(value, int) and value.bit_length() > 99
-        else f"{value!r:.80}"
-    )
+def require_values(fields: Mapping[str, Any], required: Mapping[str, Any], where: object, what: str) -> None:
+    """Refuses fields with another value than the only one that is supported; a missing field is accepted.
 
-
-@contextlib.contextmanager
-def of_transformers(where: object) -> Iterator[None]:
-    """Turns what transformers says of a configuration that makes no Llama into an `InputError`."""
-    try:
-        yield
-    except InputError:
-        raise
-    # Its checks and constructors have no common error; a wrong name of an activation or a scaling is a KeyError.
-    except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError,
-            ImportError, RuntimeError) as error:  # fmt: skip
-        raise InputError(f"{where}: makes no Llama ({one_line(error)}); fetch or make it again") from error
+    Args:
+        what (`str`): does not support it, for the message.
+    """
+    for name, value in required.items():
+        if fields.get(name, value) != value:
+            raise InputError(f"{where}: {name} is {fields[name]!r}; the only value supported for {what} is {value!r}")
 
 
 def plain_config(where: object = "the configuration", /, **fields: Any) -> LlamaConfig:
@@ -137,7 +153,7 @@ def plain_config(where: object = "the configuration", /, **fields: Any) -> Llama
     Raises:
         InputError: if the fields contradict each other; it names `where` they are from.
     """
-    with of_transformers(where):
+    with refuse_damage(where):
         return TinyLlamaConfig(**fields).to_llama()
 
 
@@ -179,19 +195,16 @@ def complete(checkpoint: Checkpoint) -> Checkpoint:
             )
     for name in [name for name in tensors if name.endswith(COMPUTED)]:
         del tensors[name]
-    with of_transformers(f"{path}: its configuration"):
+    with refuse_damage(f"{path}: its configuration"):
         shapes = expected_shapes(checkpoint.config)
     if missing := [name for name in shapes if name not in tensors]:
-        raise InputError(f"{path}: {len(missing)} tensors are missing, {missing[0]} first; fetch or make it again")
+        raise damaged(path, f"{len(missing)} tensors are missing, {missing[0]} first")
     if extra := [name for name in tensors if name not in shapes]:
         raise InputError(f"{path}: {tensors[extra[0]].source} belongs to no Llama of this configuration; {path} is damaged, "
                          "or of another architecture")  # fmt: skip
     for name, shape in shapes.items():
         found = tensors[name]
-        if found.shape != shape:
-            raise InputError(
-                f"{found.source}: has the shape {list(found.shape)}, but the configuration says {list(shape)}"
-            )
+        found.check_shape(shape)
         if found.dtype not in FLOATING:
             raise InputError(f"{found.source}: holds {str(found.dtype)[6:]}; weights are float32, float16 or bfloat16")
     checkpoint.tensors = {name: tensors[name] for name in shapes}
@@ -206,20 +219,22 @@ def are_equal(a: LazyTensor | None, b: LazyTensor | None) -> bool:
 def _check_config(checkpoint: Checkpoint) -> None:
     """What stock code does not ask before it builds or runs a model."""
     config, path = checkpoint.config, checkpoint.path
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
-                 "intermediate_size", "max_position_embeddings"):  # fmt: skip
-        positive_number(getattr(config, name), name, path)
-    factors = {"rms_norm_eps": config.rms_norm_eps, "rope_theta": config.rope_parameters.get("rope_theta"),
-               "the rotary factor": config.rope_parameters.get("factor", 1)}  # fmt: skip
-    for name, value in factors.items():
-        positive_number(value, name, path, float)
+    for name in _SIZES:
+        positive_number({name: getattr(config, name)}, name, path)
+    positive_number({"rms_norm_eps": config.rms_norm_eps}, "rms_norm_eps", path, kind=float)
+    positive_number(config.rope_parameters, "rope_theta", path, kind=float)
+    positive_number(config.rope_parameters, "factor", path, 1, float)
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     if heads % groups or config.head_dim % 2:
-        raise InputError(f"{path}: {heads} heads of width {config.head_dim} and {groups} key/value groups: the groups must divide "
-                         "the heads, and the width must be even")  # fmt: skip
+        raise InputError(
+            f"{path}: {heads} heads of width {config.head_dim} and {groups} key/value groups: the groups must divide the "
+            "heads, and the width must be even"
+        )
     if config.num_hidden_layers > len(checkpoint.tensors):
-        raise InputError(f"{path}: has {len(checkpoint.tensors)} tensors, but the configuration says {config.num_hidden_layers} "
-                         "layers; fetch or make it again")  # fmt: skip
+        raise damaged(
+            path,
+            f"{len(checkpoint.tensors)} tensors, but the configuration says {config.num_hidden_layers} layers",
+        )
 
 
 def _check_finite(tensor: torch.Tensor, source: str, when: str = "") -> None:

@@ -5,22 +5,21 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import convert_file_size_to_int
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from transformers import PreTrainedTokenizerBase
 
 from .. import provenance
 from ..devices import find_dtype
 from ..errors import InputError, did_you_mean
 from ..text import read_text
-from ..tokenization_tinyllama import TinyLlamaTokenizer, declared_padding, load_tokenizer
+from ..tokenization_tinyllama import TinyLlamaTokenizer, declared_padding
 from .checkpoint import EMBEDDING, OUTPUT, Checkpoint
 from .formats.llama_write import write_generation_config, write_llama
-from .hand_off import HAND_OFF, hand_off_lines
 from .reading.recognize import open_checkpoint
 from .resize import resize_vocabulary
 
@@ -28,6 +27,9 @@ from .resize import resize_vocabulary
 # Bytes of an output for a parameter, at most, for the look at the disk.
 _BYTES = {"gguf-f32": 4, "gguf-f16": 2, "gguf-bf16": 2, "gguf-q8_0": 1.1, "gguf-q4_0": 0.6, "awq": 2}
 FORMATS = ("llama", "litgpt", *_BYTES)
+_K_QUANTS = ("q3_k_m", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")
+# Formats that other programs make, and the format that each program starts from.
+HAND_OFF = {**{f"gguf-{kind}": "gguf-f16" for kind in _K_QUANTS}, "gptq": "llama"}
 # Of a generation configuration: what GGUF keeps, and what concerns calls of transformers alone.
 _NOT_LOST = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config", "use_cache",
              "output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"}  # fmt: skip
@@ -95,26 +97,30 @@ def convert(
         if check is not None:
             check(checkpoint)
         with provenance.new_folder(output, overwrite=force) as folder, _bar(checkpoint, progress):
-            digests: dict[str, str] = {}
-            notes = [
-                *checkpoint.notes,
-                *_write(
-                    checkpoint, to, folder, find_dtype(dtype, DTYPES), shard_size, calibration, digests, output.name
-                ),
-            ]
+            notes, digests = _write_weights(
+                checkpoint, to, folder, find_dtype(dtype, DTYPES), shard_size, calibration, output.name
+            )
+            if not to.startswith("gguf-"):  # one file holds everything
+                notes += _write_surroundings(checkpoint, to, folder)
             settings = {"source": str(source), "to": to, "dtype": dtype, "vocab_rows": vocab_rows}
             _write_provenance(checkpoint, folder, settings, digests)
-    next_lines = hand_off_lines(asked, output) if asked in HAND_OFF else ()
-    return Conversion(output, to, checkpoint.layout, tuple(notes), tuple(next_lines))
+    next_lines = _next_commands(asked, output) if asked in HAND_OFF else ()
+    return Conversion(output, to, checkpoint.layout, (*checkpoint.notes, *notes), tuple(next_lines))
 
 
-def _write(
-    checkpoint: Checkpoint, to: str, folder: Path, dtype: torch.dtype | None, shard_size: int, calibration: Sequence,
-    digests: dict[str, str], name: str,
-) -> list[str]:  # fmt: skip
-    """Writes the weights and what goes with them, and adds to `digests` the SHA-256 that came with the writing.
+def _write_weights(
+    checkpoint: Checkpoint,
+    to: str,
+    folder: Path,
+    dtype: torch.dtype | None,
+    shard_size: int,
+    calibration: Sequence[str | Path],
+    name: str,
+) -> tuple[list[str], dict[str, str]]:
+    """Writes the weights and their configuration; each writer is imported when it is wanted, since some need extras.
 
-    Each writer is imported when it is wanted: some need extras.
+    Returns:
+        Lines for the user, and the SHA-256 by name of the files that were hashed while they were written.
     """
     if to.startswith("gguf-"):
         from .formats.gguf_write import write_gguf
@@ -122,28 +128,35 @@ def _write(
         fields = checkpoint.generation or {}
         lost = sorted(name for name, value in fields.items() if name not in _NOT_LOST or isinstance(value, list))
         notes = [f"GGUF has no place for these of the generation configuration: {', '.join(lost)}"] if lost else []
-        return [*notes, *write_gguf(checkpoint, folder, to.removeprefix("gguf-"), name)]
-    notes, write_tokenizer = [], PreTrainedTokenizerBase.save_pretrained
+        return [*notes, *write_gguf(checkpoint, folder, to.removeprefix("gguf-"), name)], {}
     if to == "litgpt":
-        from .formats.lit_gpt import write_litgpt, write_litgpt_tokenizer
+        from .formats.lit_gpt import write_litgpt
 
-        notes, write_tokenizer = write_litgpt(checkpoint, folder, dtype, name), write_litgpt_tokenizer
-    elif to == "awq":
+        return write_litgpt(checkpoint, folder, dtype, name), {}
+    if to == "awq":
         from .awq.write import write_awq
 
         texts = [read_text(Path(path)) for path in calibration]
-        notes = write_awq(checkpoint, folder, texts or None, shard_size)
-    else:
-        digests |= write_llama(checkpoint, folder, dtype, shard_size)
-    tokenizer = load_tokenizer(checkpoint.tokenizer) if checkpoint.tokenizer is not None else None
+        note, digests = write_awq(checkpoint, folder, texts or None, shard_size)
+        return [note], digests
+    return [], write_llama(checkpoint, folder, dtype, shard_size)
+
+
+def _write_surroundings(checkpoint: Checkpoint, to: str, folder: Path) -> list[str]:
+    """Writes generation configuration and tokenizer; returns lines for the user."""
+    tokenizer = checkpoint.load_tokenizer()
     # Without a tokenizer padding is <unk>, as everywhere in this package.
     write_generation_config(checkpoint, folder, 0 if tokenizer is None else tokenizer.pad_token_id)
     if tokenizer is None:
-        return [*notes, "the source brings no tokenizer, so none is written; put one beside it"]
-    write_tokenizer(tokenizer, folder)
+        return ["the source brings no tokenizer, so none is written; put one beside it"]
+    tokenizer.save_pretrained(folder)
+    if to == "litgpt":
+        from .formats.lit_gpt import complete_tokenizer_config
+
+        complete_tokenizer_config(tokenizer, folder)
     if not (folder / "tokenizer.model").is_file() and isinstance(tokenizer, TinyLlamaTokenizer):
-        notes.append("the source brings no tokenizer.model, so only tokenizer.json is written")
-    return notes
+        return ["the source brings no tokenizer.model, so only tokenizer.json is written"]
+    return []
 
 
 def _write_provenance(checkpoint: Checkpoint, folder: Path, settings: dict[str, Any], digests: dict[str, str]) -> None:
@@ -200,19 +213,23 @@ def _check_output(output: Path, source: str | Path, force: bool) -> None:
     record = output / "provenance.json"
     written = provenance.read_json(record) if record.is_file() else None
     if not isinstance(written, dict) or "conversion" not in written:
-        raise InputError(f"--output {output}: was not written by a conversion, so --force does not replace it; choose another "
-                         "folder, or remove it yourself")  # fmt: skip
+        raise InputError(
+            f"--output {output}: was not written by a conversion, so --force does not replace it; choose another folder, or "
+            "remove it yourself"
+        )
 
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:
     """A token without an embedding row would end the program that reads it."""
-    if checkpoint.tokenizer is None:
+    tokenizer, rows = checkpoint.load_tokenizer(), checkpoint.config.vocab_size
+    if tokenizer is None:
         return
-    tokenizer, rows = load_tokenizer(checkpoint.tokenizer), checkpoint.config.vocab_size
     number = len(tokenizer)
     if number > rows:
-        raise InputError(f"{checkpoint.tokenizer}: the tokenizer has {number:,} tokens, but the model has rows for {rows:,}; it "
-                         f"is of another model, or pass --vocab-rows {number}")  # fmt: skip
+        raise InputError(
+            f"{checkpoint.tokenizer}: the tokenizer has {number:,} tokens, but the model has rows for {rows:,}; it is of "
+            f"another model, or pass --vocab-rows {number}"
+        )
     config = checkpoint.tokenizer / "tokenizer_config.json"
     declared = declared_padding(provenance.read_json(config)) if config.is_file() else None
     if declared not in (None, tokenizer.pad_token):
@@ -231,21 +248,44 @@ def _check_space(checkpoint: Checkpoint, to: str, dtype: str, output: Path) -> N
     parent = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
     free = shutil.disk_usage(parent).free
     if needed > free:
-        raise InputError(f"--output {output}: takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room, or choose "
-                         "another disk")  # fmt: skip
+        raise InputError(
+            f"--output {output}: takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room, or choose another disk"
+        )
 
 
 @contextlib.contextmanager
 def _bar(checkpoint: Checkpoint, show: bool) -> Iterator[None]:
     """A bar of the bytes that are read, on standard error."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
+    text = TextColumn("{task.description}")
+    columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not show, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("converting", total=checkpoint.num_bytes)
         checkpoint.advance = lambda num_bytes: bar.advance(task, num_bytes)
         yield
+
+
+def _next_commands(to: str, output: Path) -> list[str]:
+    """What to run after [`HAND_OFF`]'s format was written into `output`.
+
+    Both were run for real: see benchmarks/README.md, "Formats that other programs make".
+    """
+    sentencepiece = "tokenizer.model"
+    has_model = (output / sentencepiece).is_file()  # llm-compressor leaves it behind
+    if to == "gptq":
+        recipe = 'GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"])'
+        data = 'load_dataset("json", data_files="calibration.jsonl", split="train")'
+        return [
+            "GPTQ is made by llm-compressor, from the plain Llama folder that was written, with calibration.jsonl, whose rows",
+            'have a "text"; in an environment of its own (pip install llmcompressor==0.14.0.1) run:',
+            "python -c 'from datasets import load_dataset; from llmcompressor import oneshot; "
+            "from llmcompressor.modifiers.gptq import GPTQModifier; "
+            f'oneshot(model="{output}", dataset={data}, recipe={recipe}, max_seq_length=512, '
+            f'num_calibration_samples=128, output_dir="{output}-gptq")\'',
+            *([f"cp {quote(f'{output}/{sentencepiece}')} {quote(f'{output}-gptq/')}"] if has_model else []),
+        ]
+    kind = to.removeprefix("gguf-").upper()
+    files = " ".join(quote(f"{output}/model-{name}.gguf") for name in ("f16", kind.lower()))
+    return [
+        "K-quants are made by llama.cpp, from the f16 file that was written; run its program:",
+        f"llama-quantize {files} {kind}",
+    ]

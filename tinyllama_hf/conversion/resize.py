@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from ..errors import InputError
-from ..tokenization_tinyllama import TinyLlamaTokenizer, load_tokenizer
+from ..tokenization_tinyllama import TinyLlamaTokenizer
 from .checkpoint import EMBEDDING, OUTPUT, Checkpoint, LazyTensor
 
 
@@ -37,24 +37,21 @@ def resize_vocabulary(checkpoint: Checkpoint, rows: int, folder: Path) -> None:
     checkpoint.config.vocab_size = rows
     checkpoint.notes.append(f"{before:,} embedding rows, {rows:,} written")
     if rows < before:
-        if checkpoint.tokenizer is not None:
-            tokenizer = load_tokenizer(checkpoint.tokenizer)
-            if len(tokenizer) > rows:
-                tokenizer = _trimmed(tokenizer, rows, checkpoint)
-                tokenizer.save_pretrained(folder)
-                checkpoint.tokenizer = folder
+        tokenizer = checkpoint.load_tokenizer()
+        if tokenizer is not None and len(tokenizer) > rows:
+            _trimmed(tokenizer, rows, checkpoint).save_pretrained(folder)
+            checkpoint.tokenizer = folder
         _reset_special_ids(checkpoint, rows)
 
 
 def _resized(tensor: LazyTensor, rows: int) -> LazyTensor:
-    def read() -> torch.Tensor:
-        weight = tensor.read()
+    def resize(weight: torch.Tensor) -> torch.Tensor:
         if rows <= len(weight):
             return weight[:rows].clone()
         mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
         return torch.cat([weight, mean.expand(rows - len(weight), -1)])
 
-    return LazyTensor((rows, tensor.shape[1]), tensor.dtype, read, tensor.source)
+    return tensor.map(resize, (rows, tensor.shape[1]))
 
 
 def _trimmed(tokenizer: PreTrainedTokenizerFast, rows: int, checkpoint: Checkpoint) -> PreTrainedTokenizerFast:
@@ -62,8 +59,9 @@ def _trimmed(tokenizer: PreTrainedTokenizerFast, rows: int, checkpoint: Checkpoi
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     own = 1 + max(state["model"]["vocab"].values())
     if own > rows:
-        raise InputError(f"--vocab-rows {rows}: the tokenizer's own vocabulary has {own:,} tokens; only tokens added to it can "
-                         "be left out")  # fmt: skip
+        raise InputError(
+            f"--vocab-rows {rows}: the tokenizer's own vocabulary has {own:,} tokens; only tokens added to it can be left out"
+        )
     gone = [token["content"] for token in state["added_tokens"] if token["id"] >= rows]
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < rows]
     if any(name in json.dumps(state["post_processor"], ensure_ascii=False) for name in gone):

@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from ..errors import InputError
 from ..text import read_text
-from ..tokenization_tinyllama import encode_text, load_tokenizer
+from ..tokenization_tinyllama import encode_text
 from .checkpoint import Checkpoint
 from .reading.recognize import open_checkpoint
 
@@ -151,21 +151,23 @@ def _tokens(first: Checkpoint, second: Checkpoint, text: str | Path | None) -> t
     """At most 512 ids that both have rows for, and what they are."""
     length = min(MAX_TOKENS, first.config.max_position_embeddings, second.config.max_position_embeddings)
     rows = min(first.config.vocab_size, second.config.vocab_size)
-    source = first.tokenizer or second.tokenizer
-    if source is None:
+    source = first if first.tokenizer else second
+    tokenizer = source.load_tokenizer()
+    if tokenizer is None:
         if text is not None:
             raise InputError(f"--text {text}: neither checkpoint brings a tokenizer; leave it out for random ids")
         ids = torch.randint(rows, (length,), generator=torch.Generator().manual_seed(0))
         return ids, "random ids, since neither brings a tokenizer"
-    tokenizer = load_tokenizer(source)
     ids = encode_text(tokenizer, read_sample(text))
     if tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id, *ids]
     ids = ids[:length]
     if len(ids) < 2 or max(ids) >= rows:
-        raise InputError(f"{text or 'the bundled text'}: gives {len(ids)} tokens up to id {max(ids, default=0)}, but at least 2 "
-                         f"are needed, below {rows}; the tokenizer {source} may be of another model")  # fmt: skip
-    return torch.tensor(ids), f"{text or 'the bundled text'}, tokenizer of {source}"
+        raise InputError(
+            f"{text or 'the bundled text'}: gives {len(ids)} tokens up to id {max(ids, default=0)}, but at least 2 are needed, "
+            f"below {rows}; the tokenizer {source.tokenizer} may be of another model"
+        )
+    return torch.tensor(ids), f"{text or 'the bundled text'}, tokenizer of {source.tokenizer}"
 
 
 def read_sample(text: str | Path | None = None) -> str:

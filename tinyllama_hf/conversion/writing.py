@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from ..provenance import write_json
+from .reading.containers import SAFETENSORS_DTYPES, SAFETENSORS_INDEX
+from .reading.pickles import STORAGES
 
 
 Spec = tuple[torch.dtype, tuple[int, ...]]  # of a tensor that will come
-_SAFETENSORS_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32"}
-_ARCHIVE_STORAGES = {torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage,
-                     torch.bfloat16: torch.BFloat16Storage}  # fmt: skip
+_SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+_STORAGES = {dtype: getattr(torch, name) for name, dtype in STORAGES.items()}
 
 
 def ahead(items: Iterable[Any]) -> Iterator[Any]:
@@ -51,19 +52,15 @@ def write_safetensors(
             shards.append({})
         shards[-1][name] = spec
     number = len(shards)
-    names = (
-        [f"model-{i:05}-of-{number:05}.safetensors" for i in range(1, number + 1)]
-        if number > 1
-        else ["model.safetensors"]
-    )
+    names = ["model.safetensors"]
+    if number > 1:
+        names = [f"model-{i:05}-of-{number:05}.safetensors" for i in range(1, number + 1)]
     coming = iter(tensors)
     digests = {file: _write_shard(folder / file, shard, coming) for file, shard in zip(names, shards, strict=True)}
     if number > 1:
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         total = sum(map(_num_bytes, specs.values()))
-        write_json(
-            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
+        write_json(folder / SAFETENSORS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return digests
 
 
@@ -72,7 +69,7 @@ def _write_shard(path: Path, specs: Mapping[str, Spec], tensors: Iterator[torch.
     offset = 0
     for name, spec in specs.items():
         end = offset + _num_bytes(spec)
-        header[name] = {"dtype": _SAFETENSORS_TYPES[spec[0]], "shape": spec[1], "data_offsets": [offset, end]}
+        header[name] = {"dtype": _SAFETENSORS_NAMES[spec[0]], "shape": spec[1], "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -131,7 +128,7 @@ class _Pickler(pickle.Pickler):
         if not isinstance(value, _Record):
             return None
         stored = value.stored
-        return "storage", _ARCHIVE_STORAGES[stored.dtype], str(stored.record), "cpu", math.prod(stored.shape)
+        return "storage", _STORAGES[stored.dtype], str(stored.record), "cpu", math.prod(stored.shape)
 
 
 def _num_bytes(spec: Spec) -> int:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from ..errors import InputError, require
+from ..errors import InputError, damaged, require
 
 
 # ggml's types: number -> name, values in a block, bytes of a block. gguf.constants.GGML_QUANT_SIZES says the same, but
@@ -69,6 +69,24 @@ class GGUFHeader:
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
+
+    def value(self, key: str, kind: type, default: Any = None) -> Any:
+        """A value of the metadata, held against its type.
+
+        Raises:
+            InputError: if it is of another type than `kind`.
+        """
+        found = self.metadata.get(key)
+        if found is not None and type(found) is not kind:
+            raise damaged(self.path, f"{key} is {str(found)[:40]!r}, which is no {kind.__name__}")
+        return default if found is None else found
+
+    def array(self, key: str, kind: type) -> list[Any]:
+        """An array of the metadata, empty where there is none; errors as of `value`."""
+        items = self.value(key, list, [])
+        if not all(type(item) is kind for item in items):
+            raise damaged(self.path, f"{key} does not hold {kind.__name__} alone")
+        return items
 
 
 def read_header(path: str | os.PathLike) -> GGUFHeader:
@@ -168,7 +186,7 @@ class _Stream:
         self.position = 0
 
     def damaged(self, what: str) -> InputError:
-        return InputError(f"{self.path}: not a readable GGUF file: {what}; fetch or make it again")
+        return damaged(self.path, what)
 
     def take(self, length: int, what: str) -> bytes:
         if length > self.size - self.position:

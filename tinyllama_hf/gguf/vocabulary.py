@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from ..errors import InputError
+from ..errors import InputError, damaged
 from .file import GGUFHeader, read_header
 
 
@@ -100,62 +100,56 @@ def read_vocabulary(path: str | os.PathLike) -> Vocabulary:
     Raises:
         InputError: if the file holds none, one of another kind than SentencePiece's and byte-level BPE, or a damaged one.
     """
-    fields = _Fields(read_header(path))
-    model, pre = fields.value("ggml.model", str), fields.value("ggml.pre", str)
+    header = read_header(path)
+    model, pre = header.value("tokenizer.ggml.model", str), header.value("tokenizer.ggml.pre", str)
     if model in (None, *NO_TOKENIZER):
         raise InputError(f"{path}: holds no tokenizer (tokenizer.ggml.model); give the model's own tokenizer")
     if model not in ("llama", "gpt2"):
-        raise InputError(f"{path}: its tokenizer is of the kind {model!r}; llama (SentencePiece) and gpt2 (byte-level "
-                         "BPE) are read. Give the model's own tokenizer")  # fmt: skip
-    tokens = fields.array("ggml.tokens", str)
-    kinds = fields.array("ggml.token_type", int) or [NORMAL] * len(tokens)
-    scores = fields.array("ggml.scores", float) or [0.0] * len(tokens)
+        raise InputError(
+            f"{path}: its tokenizer is of the kind {model!r}; llama (SentencePiece) and gpt2 (byte-level BPE) are read. Give "
+            "the model's own tokenizer"
+        )
+    is_llama = model == "llama"
+    tokens = header.array("tokenizer.ggml.tokens", str)
+    kinds = header.array("tokenizer.ggml.token_type", int) or [NORMAL] * len(tokens)
+    scores = header.array("tokenizer.ggml.scores", float) or [0.0] * len(tokens)
     if not tokens or not len(set(tokens)) == len(tokens) == len(kinds) == len(scores):
-        raise fields.damaged(f"{len(tokens)} tokens, {len(set(tokens))} of them different, {len(kinds)} types, "
-                             f"{len(scores)} scores")  # fmt: skip
+        raise damaged(
+            path,
+            f"its tokenizer has {len(tokens)} tokens, {len(set(tokens))} of them different, {len(kinds)} types, {len(scores)} "
+            "scores",
+        )
     filling = {i for i, token in enumerate(tokens) if kinds[i] == UNUSED and token == padding_token(i)}
     size = next((i + 1 for i in reversed(range(len(tokens))) if i not in filling), 0)
     vocabulary = Vocabulary(
-        Path(path), model, pre, tokens[:size], kinds[:size], scores[:size],
-        merges=fields.array("ggml.merges", str),
-        special=fields.special(tokens[:size], _LLAMA_IDS if model == "llama" else {}),
-        add_bos=fields.value("ggml.add_bos_token", bool, model == "llama" or pre == "llama-bpe"),
-        add_eos=fields.value("ggml.add_eos_token", bool, False),
-        add_space_prefix=fields.value("ggml.add_space_prefix", bool, model == "llama"),
-        chat_template=fields.value("chat_template", str),
-    )  # fmt: skip
-    if model == "llama" and vocabulary.special["unk_token"] not in vocabulary.ids():
-        raise fields.damaged("the token for what is unknown stands behind the vocabulary")
+        path=header.path,
+        model=model,
+        pre=pre,
+        tokens=tokens[:size],
+        kinds=kinds[:size],
+        scores=scores[:size],
+        merges=header.array("tokenizer.ggml.merges", str),
+        special=_special_tokens(header, tokens[:size], _LLAMA_IDS if is_llama else {}),
+        add_bos=header.value("tokenizer.ggml.add_bos_token", bool, is_llama or pre == "llama-bpe"),
+        add_eos=header.value("tokenizer.ggml.add_eos_token", bool, False),
+        add_space_prefix=header.value("tokenizer.ggml.add_space_prefix", bool, is_llama),
+        chat_template=header.value("tokenizer.chat_template", str),
+    )
+    if is_llama and vocabulary.special["unk_token"] not in vocabulary.ids():
+        raise damaged(path, "the token for what is unknown stands behind the vocabulary")
     return vocabulary
 
 
-class _Fields:
-    """The tokenizer's part of the metadata, each value held against its type."""
-
-    def __init__(self, header: GGUFHeader) -> None:
-        self.path, self.metadata = header.path, header.metadata
-
-    def damaged(self, what: str) -> InputError:
-        return InputError(f"{self.path}: the tokenizer in it is damaged: {what}; fetch or make the file again")
-
-    def value(self, name: str, kind: type, default: Any = None) -> Any:
-        found = self.metadata.get(f"tokenizer.{name}")
-        if found is not None and type(found) is not kind:
-            raise self.damaged(f"tokenizer.{name} is {str(found)[:40]!r}, which is no {kind.__name__}")
-        return default if found is None else found
-
-    def array(self, name: str, kind: type) -> list:
-        items = self.value(name, list, [])
-        if not all(type(item) is kind for item in items):
-            raise self.damaged(f"tokenizer.{name} does not hold {kind.__name__} alone")
-        return items
-
-    def special(self, tokens: list[str], defaults: dict[str, int]) -> dict[str, str]:
-        ids = {role: self.value(f"ggml.{name}_token_id", int, defaults.get(role)) for role, name in ROLES.items()}
-        for role, i in ids.items():
-            if i is not None and not 0 <= i < len(tokens):
-                raise self.damaged(f"tokenizer.ggml.{ROLES[role]}_token_id is {i}, there are {len(tokens)} tokens")
-        return {role: tokens[i] for role, i in ids.items() if i is not None}
+def _special_tokens(header: GGUFHeader, tokens: list[str], defaults: dict[str, int]) -> dict[str, str]:
+    found = {}
+    for role, name in ROLES.items():
+        key = f"tokenizer.ggml.{name}_token_id"
+        i = header.value(key, int, defaults.get(role))
+        if i is not None and not 0 <= i < len(tokens):
+            raise damaged(header.path, f"{key} is {i}, there are {len(tokens)} tokens")
+        if i is not None:
+            found[role] = tokens[i]
+    return found
 
 
 def byte_level_tokenizer(vocabulary: Vocabulary) -> PreTrainedTokenizerFast:
@@ -173,8 +167,7 @@ def byte_level_tokenizer(vocabulary: Vocabulary) -> PreTrainedTokenizerFast:
     merges = [tuple(merge.split(" ")) for merge in vocabulary.merges]
     for merge in merges:
         if len(merge) != 2 or not {*merge, "".join(merge)} <= ids.keys():
-            raise InputError(f"{path}: the merge {' '.join(merge)!r} does not join two tokens to one; fetch or make the "
-                             "file again")  # fmt: skip
+            raise damaged(path, f"the merge {' '.join(merge)!r} does not join two tokens to one")
     state = json.loads(Tokenizer(models.BPE()).to_str())
     state |= {"pre_tokenizer": known.pre_tokenizer, "normalizer": known.normalizer}
     backend = Tokenizer.from_str(json.dumps(state))

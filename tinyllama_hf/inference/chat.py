@@ -107,7 +107,15 @@ class ChatSession:
         streamer = ExactTextStreamer(self.tokenizer, self.write, skip_prompt=True, hidden=stop)
         num_new = min(self._max_new_tokens, self.context.tokens - len(ids))
         reply = generate_ids(
-            self.model, self.tokenizer, ids, num_new, self.sampling, streamer, self.draft, self._seeded, eos_token_id=stop
+            self.model,
+            self.tokenizer,
+            ids,
+            num_new,
+            self.sampling,
+            streamer,
+            self.draft,
+            self._seeded,
+            eos_token_id=stop,
         )
         self.write("\n")
         if self.draft:

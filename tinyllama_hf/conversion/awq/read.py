@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from ...errors import InputError
-from ..checkpoint import LazyTensor
+from ...errors import damaged
+from ..checkpoint import LazyTensor, require_values
 from .packing import BITS, PER_WORD, dequantize_groups, unpack
 
 
@@ -26,10 +26,7 @@ def dequantized(
     Raises:
         InputError: for another number of bits or version, and for a triple that does not fit together.
     """
-    wanted = {"bits": BITS, "zero_point": True, "version": "gemm"}
-    if wrong := [name for name, value in wanted.items() if quantization.get(name, value) != value]:
-        raise InputError(f"{where}: {wrong[0]} is {quantization[wrong[0]]!r}; of AWQ, 4 bit with zero points in the version gemm "
-                         "is read")  # fmt: skip
+    require_values(quantization, {"bits": BITS, "zero_point": True, "version": "gemm"}, where, "AWQ")
     found = {name: tensor for name, tensor in tensors.items() if not name.endswith((_WORDS, _ZEROS, _SCALES))}
     for name in tensors:
         if name.endswith(_WORDS):
@@ -42,17 +39,18 @@ def _weight(tensors: Mapping[str, LazyTensor], module: str, group_size: Any) -> 
     words, zeros, scales = (tensors.get(module + part) for part in (_WORDS, _ZEROS, _SCALES))
     source = tensors[module + _WORDS].source
     if zeros is None or scales is None:
-        raise InputError(
-            f"{source}: {module} lacks its {'scales' if scales is None else 'qzeros'}; fetch or make it again"
-        )
+        raise damaged(source, f"{module} lacks its {'scales' if scales is None else 'qzeros'}")
     width, columns = (*words.shape, 0, 0)[:2]  # [in, out / 8]
     divides = isinstance(group_size, int) and group_size > 0 and width % group_size == 0
     groups = width // group_size if divides else 0
     shapes, kinds = (words.shape, zeros.shape, scales.shape), (words.dtype, zeros.dtype, scales.dtype)
     fitting = ((width, columns), (groups, columns), (groups, columns * PER_WORD))
     if not groups or shapes != fitting or kinds != (torch.int32, torch.int32, torch.float16):
-        raise InputError(f"{source}: words, zeros and scales are {[list(shape) for shape in shapes]} in groups of {group_size!r}, "
-                         "which do not fit together; fetch or make it again")  # fmt: skip
+        raise damaged(
+            source,
+            f"words, zeros and scales are {[list(shape) for shape in shapes]} in groups of {group_size!r}, which do not fit "
+            "together",
+        )
 
     def read() -> torch.Tensor:
         integers, zero_points = unpack(words.read()).T, unpack(zeros.read()).T

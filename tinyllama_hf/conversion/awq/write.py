@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from ...errors import InputError
-from ...tokenization_tinyllama import load_tokenizer
 from ..checkpoint import EMBEDDING, Checkpoint
 from ..formats.llama_write import write_config
 from ..writing import Spec, write_safetensors
@@ -35,7 +34,7 @@ LINEAR = "_proj.weight"  # how the names of a decoder layer's seven linear layer
 
 def write_awq(
     checkpoint: Checkpoint, folder: Path, calibration: Sequence[str] | None, max_shard_size: int
-) -> list[str]:
+) -> tuple[str, dict[str, str]]:
     """Writes weights, `config.json` and `generation_config.json`; decoder layers go through memory one by one.
 
     Args:
@@ -45,7 +44,7 @@ def write_awq(
         max_shard_size (`int`): bytes of a file.
 
     Returns:
-        What was done, in lines for people.
+        What was done, in a line for people, and SHA-256 by name of the files with weights.
 
     Raises:
         InputError: before anything is written, for a width that the layout cannot hold, a bias, or calibration text
@@ -53,22 +52,25 @@ def write_awq(
     """
     specs = _specs(checkpoint)
     tokens = None if calibration is None else _read_calibration(checkpoint, calibration)
-    write_safetensors(folder, specs, _tensors(checkpoint, tokens), max_shard_size)
+    digests = write_safetensors(folder, specs, _tensors(checkpoint, tokens), max_shard_size)
     config = copy.deepcopy(checkpoint.config)
     config.quantization_config = copy.deepcopy(QUANTIZATION)
     write_config(config, folder, torch.float16)
     layout = f"{BITS} bit with zero points in groups of {GROUP_SIZE} inputs, the rest float16"
     if tokens is None:
-        return [f"{ROUNDING}: {layout}; give calibration text for activation-aware scales"]
+        return f"{ROUNDING}: {layout}; give calibration text for activation-aware scales", digests
     text = f"{tokens.shape[0]} sequences of {tokens.shape[1]} tokens"
-    return [f"AWQ: {layout}; scales and clipping searched on calibration text, {text}"]
+    return f"AWQ: {layout}; scales and clipping searched on calibration text, {text}", digests
 
 
 def _read_calibration(checkpoint: Checkpoint, texts: Sequence[str]) -> torch.Tensor:
-    if checkpoint.tokenizer is None:
-        raise InputError(f"{checkpoint.path}: has no tokenizer, which the calibration text needs; put tokenizer.model or "
-                         f"tokenizer.json beside it, or give no calibration text for {ROUNDING}")  # fmt: skip
-    return calibration_tokens(texts, load_tokenizer(checkpoint.tokenizer), checkpoint.config)
+    tokenizer = checkpoint.load_tokenizer()
+    if tokenizer is None:
+        raise InputError(
+            f"{checkpoint.path}: has no tokenizer, which the calibration text needs; put tokenizer.model or tokenizer.json "
+            f"beside it, or give no calibration text for {ROUNDING}"
+        )
+    return calibration_tokens(texts, tokenizer, checkpoint.config)
 
 
 def _specs(checkpoint: Checkpoint) -> dict[str, Spec]:

@@ -2,7 +2,7 @@
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,11 +10,10 @@ from transformers import LlamaConfig
 
 from ...errors import InputError, did_you_mean, require
 from ...gguf.vocabulary import NO_TOKENIZER
-from ...tokenization_tinyllama import load_tokenizer
-from ..checkpoint import EMBEDDING, OUTPUT, Checkpoint
-from .gguf_read import BLOCK_NAMES, OUTER_NAMES
+from ..checkpoint import EMBEDDING, OUTPUT, Checkpoint, require_values
+from .gguf_read import DTYPES, NAMES
 from .gguf_write_tokenizer import add_tokenizer
-from .rotary import to_pairwise
+from .rotary import rotated_heads, to_pairwise
 
 
 if TYPE_CHECKING:
@@ -23,19 +22,8 @@ if TYPE_CHECKING:
 # Kind of the file: names of its type and of the file's in the package `gguf`.
 KINDS = {"f32": ("F32", "ALL_F32"), "f16": ("F16", "MOSTLY_F16"), "bf16": ("BF16", "MOSTLY_BF16"),
          "q8_0": ("Q8_0", "MOSTLY_Q8_0"), "q4_0": ("Q4_0", "MOSTLY_Q4_0")}  # fmt: skip
-_NAMES = {new: old for old, new in OUTER_NAMES.items()}
-_BLOCK_NAMES = {new: old for old, new in BLOCK_NAMES.items()}
 _LARGEST_F16 = 65504.0
 _STEPS = {"Q8_0": 127, "Q4_0": 8}  # a block's largest value is so many of its scales, which are float16
-
-
-class _Planned(NamedTuple):
-    """A tensor to be written: its name here and there, its type, and the heads whose rows are permuted."""
-
-    name: str
-    gguf_name: str
-    type: "GGMLQuantizationType"
-    heads: int | None
 
 
 def write_gguf(checkpoint: Checkpoint, folder: Path, kind: str, name: str | None = None) -> list[str]:
@@ -63,22 +51,24 @@ def write_gguf(checkpoint: Checkpoint, folder: Path, kind: str, name: str | None
     from gguf.quants import quant_shape_to_byte_shape
 
     path = folder / f"model-{kind}.gguf"
-    plan = _plan(checkpoint, kind)
+    types = _types(checkpoint, kind)
     with contextlib.closing(GGUFWriter(path, "llama")) as writer:
         _add_config(writer, checkpoint.config, kind, name or checkpoint.path.resolve().name)
         lines = _add_tokenizer(writer, checkpoint)
-        for item in plan:
-            shape = checkpoint.tensors[item.name].shape
-            num_bytes = int(np.prod(quant_shape_to_byte_shape(shape, item.type)))
-            writer.add_tensor_info(item.gguf_name, shape, np.dtype(np.float32), num_bytes, raw_dtype=item.type)
+        for name, type_ in types.items():
+            shape = checkpoint.tensors[name].shape
+            num_bytes = int(np.prod(quant_shape_to_byte_shape(shape, type_)))
+            writer.add_tensor_info(NAMES.from_llama(name), shape, np.dtype(np.float32), num_bytes, raw_dtype=type_)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for item in plan:
-            writer.write_tensor_data(_values(checkpoint, item))
-    if other := [item.gguf_name for item in plan if kind in ("q8_0", "q4_0") and item.type.name == "F16"]:
-        lines.append(f"{path.name}: rows that are no multiple of 32 values cannot be {kind}; written as f16: "
-                     f"{', '.join(other)}")  # fmt: skip
+        for name, type_ in types.items():
+            writer.write_tensor_data(_values(checkpoint, name, type_))
+    other = [NAMES.from_llama(name) for name, type_ in types.items() if type_.name == "F16"]
+    if other and kind in ("q8_0", "q4_0"):
+        lines.append(
+            f"{path.name}: rows that are no multiple of 32 values cannot be {kind}; written as f16: {', '.join(other)}"
+        )
     return lines
 
 
@@ -87,61 +77,53 @@ def head_type(kind: str) -> str:
     return "Q8_0" if kind == "q4_0" else KINDS[kind][0]
 
 
-def _plan(checkpoint: Checkpoint, kind: str) -> list[_Planned]:
+def _types(checkpoint: Checkpoint, kind: str) -> dict[str, "GGMLQuantizationType"]:
+    """The type of each tensor in the file."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    config, head = checkpoint.config, OUTPUT if OUTPUT in checkpoint.tensors else EMBEDDING
-    planned = []
+    head = OUTPUT if OUTPUT in checkpoint.tensors else EMBEDDING
+    types = {}
     for name, tensor in checkpoint.tensors.items():
         wanted = GGMLQuantizationType[head_type(kind) if name == head else KINDS[kind][0]]
-        gguf_name, heads = _NAMES.get(name), None
-        if gguf_name is None:
-            _, _, number, part = name.removesuffix(".weight").split(".", 3)
-            gguf_name = f"blk.{number}.{_BLOCK_NAMES[part]}.weight"
-            heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(
-                _BLOCK_NAMES[part]
-            )
         if len(tensor.shape) == 1:
-            kept = GGMLQuantizationType.F32
-        else:
-            kept = GGMLQuantizationType.F16 if tensor.shape[-1] % GGML_QUANT_SIZES[wanted][0] else wanted
-        planned.append(_Planned(name, gguf_name, kept, heads))
-    return planned
+            wanted = GGMLQuantizationType.F32
+        elif tensor.shape[-1] % GGML_QUANT_SIZES[wanted][0]:
+            wanted = GGMLQuantizationType.F16
+        types[name] = wanted
+    return types
 
 
-def _values(checkpoint: Checkpoint, item: _Planned) -> np.ndarray:
+def _values(checkpoint: Checkpoint, name: str, type_: "GGMLQuantizationType") -> np.ndarray:
     """One tensor as it lies in the file."""
-    dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(item.type.name, torch.float32)
-    weight = checkpoint.load(item.name, dtype)
-    if item.heads:
-        weight = to_pairwise(weight, item.heads)
+    dtype = DTYPES.get(type_.name, torch.float32)
+    weight = checkpoint.load(name, dtype)
+    if heads := rotated_heads(checkpoint.config, name):
+        weight = to_pairwise(weight, heads)
     if dtype == torch.bfloat16:
-        return weight.contiguous().view(torch.int16).numpy()
+        weight = weight.view(torch.int16)  # numpy has no bfloat16
     values = weight.contiguous().numpy()
-    if item.type.name not in _STEPS:
+    if type_.name not in _STEPS:
         return values
     largest = max(float(values.max()), -float(values.min()))
-    if largest > _LARGEST_F16 * _STEPS[item.type.name]:
-        raise InputError(f"{checkpoint.tensors[item.name].source}: has the value {largest:g}, beyond the range of "
-                         f"{item.type.name}; nothing was written. Use bf16")  # fmt: skip
+    if largest > _LARGEST_F16 * _STEPS[type_.name]:
+        raise InputError(
+            f"{checkpoint.tensors[name].source}: has the value {largest:g}, beyond the range of {type_.name}; nothing was "
+            "written. Use bf16"
+        )
     from gguf.quants import quantize
 
-    return quantize(values, item.type)
+    return quantize(values, type_)
 
 
 def _check_config(checkpoint: Checkpoint) -> None:
-    config, rope = checkpoint.config, checkpoint.config.rope_parameters
-    for field, value, rule in (
-        ("attention_bias", config.attention_bias, False),
-        ("mlp_bias", config.mlp_bias, False),
-        ("hidden_act", config.hidden_act, "silu"),
-        ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 1.0),
-    ):
-        if value != rule:
-            raise InputError(f"{checkpoint.path}: {field} is {value!r}; written to GGUF are Llamas with {rule!r}")
+    rope = checkpoint.config.rope_parameters
+    required = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "partial_rotary_factor": 1.0}
+    require_values(checkpoint.config.to_dict() | rope, required, checkpoint.path, "GGUF")
     if rope["rope_type"] not in ("default", "linear"):
-        raise InputError(f"{checkpoint.path}: the rotary scaling is of the type {rope['rope_type']!r}; written to GGUF are "
-                         "none and 'linear'. llama.cpp's own converter knows more")  # fmt: skip
+        raise InputError(
+            f"{checkpoint.path}: the rotary scaling is of the type {rope['rope_type']!r}; written to GGUF are none and "
+            "'linear'. llama.cpp's own converter knows more"
+        )
 
 
 def _add_config(writer: "GGUFWriter", config: LlamaConfig, kind: str, name: str) -> None:
@@ -170,10 +152,10 @@ def _add_config(writer: "GGUFWriter", config: LlamaConfig, kind: str, name: str)
 
 
 def _add_tokenizer(writer: "GGUFWriter", checkpoint: Checkpoint) -> list[str]:
-    if checkpoint.tokenizer is None:
+    tokenizer = checkpoint.load_tokenizer()
+    if tokenizer is None:
         writer.add_tokenizer_model(NO_TOKENIZER[0])
         return ["the source has no tokenizer, so the file has none either; llama.cpp will take ids alone"]
-    tokenizer = load_tokenizer(checkpoint.tokenizer)
     try:
         return add_tokenizer(writer, tokenizer, checkpoint.config.vocab_size)
     except InputError as error:

@@ -6,7 +6,6 @@ now) keeps all of q, then k, then v. The shapes are equal, so that only the name
 """
 
 import functools
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,29 +15,36 @@ import yaml
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from ...configuration_tinyllama import PRESETS
-from ...errors import InputError
+from ...errors import InputError, damaged
 from ...provenance import read_json, write_json
-from ..checkpoint import EMBEDDING, OUTPUT, Checkpoint, LazyTensor, plain_config, positive_number
+from ..checkpoint import (
+    EMBEDDING,
+    OUTPUT,
+    Checkpoint,
+    LazyTensor,
+    plain_config,
+    positive_number,
+    require_values,
+)
 from ..writing import ahead, write_torch_archive
+from .names import NameMap
 
 
 CONFIG_FILES = ("model_config.yaml", "lit_config.json")  # litgpt's, lit-gpt's
 WEIGHTS_FILE = "lit_model.pth"
-OUTER = {"transformer.wte.weight": EMBEDDING, "transformer.ln_f.weight": "model.norm.weight", "lm_head.weight": OUTPUT}
-_BLOCK = re.compile(r"transformer\.h\.(0|[1-9][0-9]{0,4})\.(.+)")
-_FUSED = ("attn.attn.weight", "attn.qkv.weight")
-_COMMON = {
-    "norm_1.weight": "input_layernorm.weight",
-    "norm_2.weight": "post_attention_layernorm.weight",
-    "attn.proj.weight": "self_attn.o_proj.weight",
-}
-_MLP = {
-    "A": {"mlp.swiglu.w1.weight": "gate", "mlp.swiglu.w2.weight": "up", "mlp.swiglu.w3.weight": "down"},
-    "A'": {"mlp.swiglu.w3.weight": "down"},
-    "B": {"mlp.fc_1.weight": "gate", "mlp.fc_2.weight": "up", "mlp.proj.weight": "down"},
-    "C": {"mlp.fc_1.weight": "gate", "mlp.fc_2.weight": "up", "mlp.proj.weight": "down"},
-}
-_PACKED_MLP = "mlp.swiglu.w12.weight"
+_GROUPED, _FUSED, _PACKED_MLP = "attn.attn.weight", "attn.qkv.weight", "mlp.swiglu.w12.weight"
+# Without the tensors in which several of Llama's lie.
+NAMES = NameMap(
+    "transformer.h.{layer}.{part}",
+    {
+        "norm_1.weight": "input_layernorm.weight", "norm_2.weight": "post_attention_layernorm.weight",
+        "attn.proj.weight": "self_attn.o_proj.weight",
+        "mlp.swiglu.w1.weight": "mlp.gate_proj.weight", "mlp.swiglu.w2.weight": "mlp.up_proj.weight",
+        "mlp.swiglu.w3.weight": "mlp.down_proj.weight", "mlp.fc_1.weight": "mlp.gate_proj.weight",
+        "mlp.fc_2.weight": "mlp.up_proj.weight", "mlp.proj.weight": "mlp.down_proj.weight",
+    },
+    {"transformer.wte.weight": EMBEDDING, "transformer.ln_f.weight": "model.norm.weight", "lm_head.weight": OUTPUT},
+)  # fmt: skip
 # Options of lit-gpt's and litgpt's `Config` that change what a model computes, with the only value that Llama has.
 _REQUIRED = {
     "rotary_percentage": 1.0, "parallel_residual": False, "bias": False, "attn_bias": False, "lm_head_bias": False,
@@ -51,10 +57,10 @@ _REQUIRED = {
 
 def layout(names: Mapping[str, Any]) -> str | None:
     """Which of the four layouts the keys are of; `None` if of none."""
-    inside = {match[2] for name in names if (match := _BLOCK.fullmatch(name))}
-    if "attn.qkv.weight" in inside:
+    inside = {found[1] for name in names if (found := NAMES.layer_and_part(name))}
+    if _FUSED in inside:
         return "C"
-    if "attn.attn.weight" not in inside:
+    if _GROUPED not in inside:
         return None
     return "A'" if _PACKED_MLP in inside else "A" if any("swiglu" in name for name in inside) else "B"
 
@@ -72,38 +78,40 @@ def config_from_fields(fields: Mapping[str, Any], where: str, vocab_rows: int) -
                      ("condense_ratio", "rope_condense_ratio")):  # fmt: skip
         if old in fields:
             fields[new] = fields.pop(old)
-    for name, value in _REQUIRED.items():
-        if fields.get(name, value) != value:
-            raise InputError(
-                f"{where}: {name} is {fields[name]!r}, but a Llama has {value!r}; only Llamas are converted"
-            )
+    require_values(fields, _REQUIRED, where, "a Llama")
     if fields.get("norm_class_name", "RMSNorm") not in ("RMSNorm", "FusedRMSNorm"):
         raise InputError(f"{where}: norm_class_name is {fields['norm_class_name']!r}, but a Llama has RMSNorm")
-
-    def number(name: str, default: Any = None, kind: type = int) -> Any:
-        value = fields.get(name)
-        return positive_number(default if value is None else value, name, where, kind)
-
+    number = functools.partial(positive_number, fields, where=where)
     heads, hidden = number("n_head"), number("n_embd")
     return plain_config(
-        where, vocab_size=vocab_rows, hidden_size=hidden, num_hidden_layers=number("n_layer"), num_attention_heads=heads,
-        num_key_value_heads=number("n_query_groups", heads), head_dim=number("head_size", hidden // heads or 1),
-        intermediate_size=number("intermediate_size", 4 * hidden), max_position_embeddings=number("block_size"),
-        rms_norm_eps=number("norm_eps", 1e-5, float), rope_parameters=_rope(fields, number, where),
-    )  # fmt: skip
+        where,
+        vocab_size=vocab_rows,
+        hidden_size=hidden,
+        num_hidden_layers=number("n_layer"),
+        num_attention_heads=heads,
+        num_key_value_heads=number("n_query_groups", default=heads),
+        head_dim=number("head_size", default=hidden // heads or 1),
+        intermediate_size=number("intermediate_size", default=4 * hidden),
+        max_position_embeddings=number("block_size"),
+        rms_norm_eps=number("norm_eps", default=1e-5, kind=float),
+        rope_parameters=_rope(fields, where),
+    )
 
 
-def _rope(fields: Mapping[str, Any], number: Any, where: str) -> dict[str, Any]:
-    rope = {"rope_theta": number("rope_base", 10000, float), "rope_type": "default"}
-    ratio, adjustments = number("rope_condense_ratio", 1, float), fields.get("rope_adjustments")
+def _rope(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+    rope = {"rope_theta": positive_number(fields, "rope_base", where, 10000, float), "rope_type": "default"}
+    ratio, adjustments = (
+        positive_number(fields, "rope_condense_ratio", where, 1, float),
+        fields.get("rope_adjustments"),
+    )
     if ratio != 1:
         rope |= {"rope_type": "linear", "factor": ratio}
     if adjustments is not None:
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len")
         if not isinstance(adjustments, Mapping) or set(adjustments) != set(names) or ratio != 1:
             raise InputError(f"{where}: rope_adjustments is {adjustments!r}; known are exactly {', '.join(names)}")
-        original = positive_number(adjustments["original_max_seq_len"], "original_max_seq_len", where)
-        rope |= {name: positive_number(adjustments[name], name, where, float) for name in names[:3]}
+        rope |= {name: positive_number(adjustments, name, where, kind=float) for name in names[:3]}
+        original = positive_number(adjustments, "original_max_seq_len", where)
         rope |= {"rope_type": "llama3", "original_max_position_embeddings": original}
     return rope
 
@@ -116,28 +124,28 @@ def config_from_shapes(tensors: Mapping[str, LazyTensor], where: str) -> LlamaCo
     Raises:
         InputError: if no preset has these shapes.
     """
-    layers = 1 + max(int(match[1]) for name in tensors if (match := _BLOCK.fullmatch(name)))
-    fused = next(tensor for name, tensor in tensors.items() if name.endswith(_FUSED))
-    widths = {
-        tensor.shape[-1:] for name, tensor in tensors.items() if name.endswith(("swiglu.w3.weight", "mlp.proj.weight"))
-    }
+    parts = [(*found, tensor.shape) for name, tensor in tensors.items() if (found := NAMES.layer_and_part(name))]
+    layers = 1 + max(layer for layer, _, _ in parts)
+    fused = next(shape for _, part, shape in parts if part in (_GROUPED, _FUSED))
+    widths = {shape[-1:] for _, part, shape in parts if NAMES.inside.get(part) == "mlp.down_proj.weight"}
     for preset in PRESETS.values():
         head_dim = preset["hidden_size"] // preset["num_attention_heads"]
         rows = (preset["num_attention_heads"] + 2 * preset["num_key_value_heads"]) * head_dim
-        found = (layers, fused.shape, widths)
+        found = (layers, fused, widths)
         if found == (preset["num_hidden_layers"], (rows, preset["hidden_size"]), {(preset["intermediate_size"],)}):
             return plain_config(where, vocab_size=_vocab_rows(tensors, where), **preset)
     raise InputError(
-        f"{where}: brings no {' or '.join(CONFIG_FILES)}, and its shapes ({layers} layers, q/k/v {list(fused.shape)}) are those "
-        "of no preset: the number of heads cannot be told. Pass --config with one of these files, or a config.json"
-    )  # fmt: skip
+        f"{where}: brings no {' or '.join(CONFIG_FILES)}, and its shapes ({layers} layers, q/k/v {list(fused)}) are those of no "
+        "preset: the number of heads cannot be told. Pass --config with one of these files, or a config.json"
+    )
 
 
 def _vocab_rows(tensors: Mapping[str, LazyTensor], where: str) -> int:
     name = "transformer.wte.weight"
     if name not in tensors:
-        raise InputError(f"{where}: {name} is missing; fetch or make it again")
-    return positive_number((*tensors[name].shape, 0)[0], f"the number of rows of {name}", where)
+        raise damaged(where, f"{name} is missing")
+    what = f"the number of rows of {name}"
+    return positive_number({what: (*tensors[name].shape, 0)[0]}, what, where)
 
 
 def find_config(fields: Mapping[str, Any] | None, tensors: Mapping[str, LazyTensor], where: str) -> LlamaConfig:
@@ -147,68 +155,56 @@ def find_config(fields: Mapping[str, Any] | None, tensors: Mapping[str, LazyTens
     return config_from_fields(fields, where, _vocab_rows(tensors, where))
 
 
-def to_hugging_face(tensors: Mapping[str, LazyTensor], config: LlamaConfig, kind: str) -> dict[str, LazyTensor]:
-    """The tensors of a layout under Hugging Face's names; keys of no layout keep theirs.
+def to_hugging_face(tensors: Mapping[str, LazyTensor], config: LlamaConfig) -> dict[str, LazyTensor]:
+    """The tensors under Hugging Face's names; keys of no layout keep theirs.
 
     Raises:
-        InputError: if the rows of a fused tensor contradict the configuration.
+        InputError: if the rows of a fused tensor contradict the configuration, or two tensors are the same one.
     """
     found: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
-        match = _BLOCK.fullmatch(name)
-        inside = match[2] if match else ""
-        prefix = f"model.layers.{int(match[1])}" if match else ""
-        if inside in _FUSED:
-            found |= _split_attention(tensor, config, f"{prefix}.self_attn", by_group=kind != "C")
-        elif inside == _PACKED_MLP:
-            found |= _split_mlp(tensor, config, f"{prefix}.mlp")
-        elif inside in _COMMON:
-            found[f"{prefix}.{_COMMON[inside]}"] = tensor
-        elif inside in _MLP[kind]:
-            found[f"{prefix}.mlp.{_MLP[kind][inside]}_proj.weight"] = tensor
+        layer, part = NAMES.layer_and_part(name) or (0, "")
+        if part in (_GROUPED, _FUSED):
+            parts = _split_attention(tensor, config, by_group=part == _GROUPED)
+            found |= {f"model.layers.{layer}.self_attn.{key}": rows for key, rows in parts.items()}
+        elif part == _PACKED_MLP:
+            parts = _split_mlp(tensor, config)
+            found |= {f"model.layers.{layer}.mlp.{key}": rows for key, rows in parts.items()}
         else:
-            found[OUTER.get(name, name)] = tensor
-    return found
+            found[name] = tensor
+    return NAMES.renamed(found)
 
 
-def _split_attention(fused: LazyTensor, config: LlamaConfig, prefix: str, by_group: bool) -> dict[str, LazyTensor]:
-    heads, groups, width, hidden = (
-        config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size,
-    )  # fmt: skip
-    queries = heads // groups
-    if fused.shape != ((heads + 2 * groups) * width, hidden):
-        raise InputError(
-            f"{fused.source}: has the shape {list(fused.shape)}, but {heads} heads and {groups} key/value groups of width {width} "
-            f"make [{(heads + 2 * groups) * width}, {hidden}]; the configuration is of another model"
-        )  # fmt: skip
+def _split_attention(fused: LazyTensor, config: LlamaConfig, by_group: bool) -> dict[str, LazyTensor]:
+    heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    fused.check_shape(((heads + 2 * groups) * width, config.hidden_size))
+    blocks = groups if by_group else 1  # in each of which q, k and v lie one after another
 
     def rows(first: int, last: int) -> LazyTensor:
-        """Heads `first` to `last` of each group, or of the whole."""
+        """Heads `first` to `last` of all blocks."""
 
-        def read() -> torch.Tensor:
-            weight = fused.read().view(groups if by_group else 1, -1, width, hidden)
-            return weight[:, first:last].reshape(-1, hidden).clone()
+        def cut(weight: torch.Tensor) -> torch.Tensor:
+            return (
+                weight.view(blocks, -1, width, config.hidden_size)[:, first:last]
+                .reshape(-1, config.hidden_size)
+                .clone()
+            )
 
-        number = (last - first) * (groups if by_group else 1)
-        return LazyTensor((number * width, hidden), fused.dtype, read, fused.source)
+        return fused.map(cut, ((last - first) * blocks * width, config.hidden_size))
 
-    q, k = (queries, 1) if by_group else (heads, groups)
-    parts = {"q_proj": rows(0, q), "k_proj": rows(q, q + k), "v_proj": rows(q + k, q + 2 * k)}
-    return {f"{prefix}.{name}.weight": part for name, part in parts.items()}
+    q, k = heads // blocks, groups // blocks
+    return {"q_proj.weight": rows(0, q), "k_proj.weight": rows(q, q + k), "v_proj.weight": rows(q + k, q + 2 * k)}
 
 
-def _split_mlp(packed: LazyTensor, config: LlamaConfig, prefix: str) -> dict[str, LazyTensor]:
+def _split_mlp(packed: LazyTensor, config: LlamaConfig) -> dict[str, LazyTensor]:
     """xformers' `w12`: the rows of the gate, then those of the other product."""
     inner = config.intermediate_size
-    if packed.shape != (2 * inner, config.hidden_size):
-        raise InputError(f"{packed.source}: has the shape {list(packed.shape)}, but the configuration makes "
-                         f"[{2 * inner}, {config.hidden_size}]")  # fmt: skip
+    packed.check_shape((2 * inner, config.hidden_size))
 
-    def part(first: int) -> LazyTensor:
-        return LazyTensor((inner, packed.shape[1]), packed.dtype, lambda: packed.read()[first : first + inner].clone(),
-                          packed.source)  # fmt: skip
+    def rows(first: int) -> LazyTensor:
+        return packed.map(lambda weight: weight[first : first + inner].clone(), (inner, config.hidden_size))
 
-    return {f"{prefix}.gate_proj.weight": part(0), f"{prefix}.up_proj.weight": part(inner)}
+    return {"gate_proj.weight": rows(0), "up_proj.weight": rows(inner)}
 
 
 def write_litgpt(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None, name: str) -> list[str]:
@@ -234,32 +230,24 @@ def write_litgpt(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None
     return notes
 
 
-def write_litgpt_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes the tokenizer with `add_bos_token`: litgpt takes the begin-of-sequence off where this key is missing."""
-    tokenizer.save_pretrained(folder)
+def complete_tokenizer_config(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Adds `add_bos_token` to a saved tokenizer: litgpt takes the begin-of-sequence off where this key is missing."""
     file = folder / "tokenizer_config.json"
     begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     write_json(file, read_json(file) | {"add_bos_token": begins})
 
 
 def _litgpt_fields(config: LlamaConfig, name: str) -> dict[str, Any]:
-    refused = {
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
-        "hidden_act": config.hidden_act != "silu",
-    }
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
+    required = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+    require_values(config.to_dict(), required, "--to litgpt", "litgpt")
     if kind not in ("default", "linear", "llama3"):
-        raise InputError(
-            f"rope_type {kind!r}: litgpt's Llama has default, linear and llama3 only; it cannot be written"
-        )
+        raise InputError(f"--to litgpt: rope_type is {kind!r}, but litgpt's Llama has default, linear and llama3 only")
     if (kind == "linear" and rope["factor"] != int(rope["factor"])) or rope["rope_theta"] != int(rope["rope_theta"]):
         raise InputError(
-            f"rope_parameters {rope}: litgpt keeps base and condense ratio as whole numbers; it cannot be written"
+            f"--to litgpt: rope_parameters is {rope}, but litgpt keeps base and condense ratio as whole numbers"
         )
-    if wrong := [key for key, is_wrong in refused.items() if is_wrong]:
-        raise InputError(f"{wrong[0]}={getattr(config, wrong[0])!r}: litgpt's Llama has none; it cannot be written")
     fields = {
         "name": name, "hf_config": {"org": "", "name": name}, "block_size": config.max_position_embeddings,
         "n_layer": config.num_hidden_layers, "n_embd": config.hidden_size, "vocab_size": config.vocab_size,
@@ -291,10 +279,10 @@ def _litgpt_tensors(
 
     yield one("lm_head.weight", OUTPUT if OUTPUT in tensors else EMBEDDING)
     yield one("transformer.wte.weight", EMBEDDING)
-    inside = _COMMON | {key: f"mlp.{part}_proj.weight" for key, part in _MLP["C"].items()}
     for layer in range(checkpoint.config.num_hidden_layers):
         here, there = f"transformer.h.{layer}", f"model.layers.{layer}"
-        yield one(f"{here}.attn.qkv.weight", *(f"{there}.self_attn.{part}_proj.weight" for part in "qkv"))
-        for key, name in inside.items():
-            yield one(f"{here}.{key}", f"{there}.{name}")
+        yield one(f"{here}.{_FUSED}", *(f"{there}.self_attn.{part}_proj.weight" for part in "qkv"))
+        for part, name in NAMES.inside.items():
+            if "swiglu" not in part:
+                yield one(f"{here}.{part}", f"{there}.{name}")
     yield one("transformer.ln_f.weight", "model.norm.weight")

@@ -5,6 +5,14 @@ its neighbour.
 """
 
 import torch
+from transformers import LlamaConfig
+
+
+def rotated_heads(config: LlamaConfig, name: str) -> int | None:
+    """The number of heads in a tensor of `LlamaForCausalLM` whose rows have an order, `None` for all others."""
+    if name.endswith("self_attn.q_proj.weight"):
+        return config.num_attention_heads
+    return config.num_key_value_heads if name.endswith("self_attn.k_proj.weight") else None
 
 
 def to_pairwise(weight: torch.Tensor, heads: int) -> torch.Tensor:

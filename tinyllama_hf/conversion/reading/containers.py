@@ -4,34 +4,32 @@ Nothing is read but headers until a tensor is asked for, and then only that tens
 against the file's size before it is believed.
 """
 
-import contextlib
 import math
 import mmap
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from ...errors import InputError
+from ...errors import InputError, damaged, refuse_damage
 from ...provenance import read_json
 from ..checkpoint import LazyTensor
 from .pickles import StoredTensor, read_pickle
 
 
 SAFETENSORS_INDEX, BIN_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 _CHUNK = 1 << 24
 _MAX_JSON = 1 << 27  # bytes of an index or a configuration
 _MAX_PICKLE = 1 << 24  # bytes of a description; that of a 70B model with its optimiser takes about one million
-
-
-def damaged(path: Path, reason: object) -> InputError:
-    """The error for a file that is not what it claims to be."""
-    return InputError(f"{path}: damaged or cut short ({reason}); fetch or make it again")
 
 
 def read_fields(path: Path) -> dict[str, Any]:
@@ -62,47 +60,21 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
     Raises:
         InputError: if the file is damaged or holds a type that torch does not have.
     """
-    dtypes = {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "I16": torch.int16,
-        "I8": torch.int8,
-        "U8": torch.uint8,
-        "BOOL": torch.bool,
-    }
     tensors = {}
-    with _safetensors(path) as opened:
+    with refuse_damage(path), safe_open(path, framework="pt") as opened:
         for name in opened.keys():
             part = opened.get_slice(name)
-            if part.get_dtype() not in dtypes:
+            if part.get_dtype() not in SAFETENSORS_DTYPES:
                 raise InputError(f"{path}: {name} is of type {part.get_dtype()}; weights are F32, F16 or BF16")
-            shape, dtype = tuple(part.get_shape()), dtypes[part.get_dtype()]
-            tensors[name] = LazyTensor(shape, dtype, _SafetensorsRead(path, name), f"{path}: {name}")
+            shape, dtype = tuple(part.get_shape()), SAFETENSORS_DTYPES[part.get_dtype()]
+            tensors[name] = LazyTensor(shape, dtype, partial(_read_safetensor, path, name), f"{path}: {name}")
     return tensors
 
 
-@contextlib.contextmanager
-def _safetensors(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as opened:
-            yield opened
-    except (SafetensorError, OSError) as error:
-        raise damaged(path, error) from error
-
-
-class _SafetensorsRead:
-    """Opens the file for each tensor: a file that stays open keeps all that was read of it in memory."""
-
-    def __init__(self, path: Path, name: str):
-        self.path, self.name = path, name
-
-    def __call__(self) -> torch.Tensor:
-        with _safetensors(self.path) as opened:
-            return opened.get_tensor(self.name).clone()
+def _read_safetensor(path: Path, name: str) -> torch.Tensor:
+    # Opened for each tensor: a file that stays open keeps all that was read of it in memory.
+    with refuse_damage(path), safe_open(path, framework="pt") as opened:
+        return opened.get_tensor(name).clone()
 
 
 def open_torch_archive(path: Path) -> Any:
@@ -126,35 +98,24 @@ class _Archive:
         with path.open("rb") as file:
             begin = file.read(4)
         if begin[:1] == b"\x80":
-            raise InputError(f"{path}: a pickle without a container, as torch wrote before 1.6; open it with that torch "
-                             "and save it again")  # fmt: skip
-        if begin != b"PK\x03\x04":
             raise InputError(
-                f"{path}: no file that torch.save wrote (it begins with {begin!r}); fetch or make it again"
+                f"{path}: a pickle without a container, as torch wrote before 1.6; open it with that torch and save it again"
             )
-        try:
-            with zipfile.ZipFile(path) as opened:
-                records = opened.infolist()
-        # zipfile (Python 3.11) does not wrap everything that a damaged directory makes it stumble over.
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error, OverflowError) as error:
-            raise damaged(path, error) from error
+        if begin != b"PK\x03\x04":
+            raise damaged(path, f"it begins with {begin!r}, as no file that torch.save wrote")
+        with refuse_damage(path), zipfile.ZipFile(path) as opened:
+            records = opened.infolist()
         pickles = [record for record in records if record.filename.rpartition("/")[2] == "data.pkl"]
         if len(pickles) != 1 or len({record.filename for record in records}) < len(records):
             raise damaged(path, f"{len(pickles)} records data.pkl among {len(records)}")
         self.pickle = pickles[0]
         self.root = self.pickle.filename.removesuffix("data.pkl")
-        self.records = {
-            record.filename.removeprefix(self.root): record
-            for record in records
-            if record.filename.startswith(self.root)
-        }
+        inside = [record for record in records if record.filename.startswith(self.root)]
+        self.records = {record.filename.removeprefix(self.root): record for record in inside}
         size = path.stat().st_size
         for record in records:
-            if (
-                record.compress_type != zipfile.ZIP_STORED
-                or record.file_size != record.compress_size
-                or record.flag_bits & 1
-            ):
+            is_packed = record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size
+            if is_packed or record.flag_bits & 1:
                 raise InputError(f"{path}: {record.filename} is compressed or encrypted, which torch.save never does")
             if record.header_offset < 0 or record.header_offset + record.file_size > size:
                 raise damaged(path, f"{record.filename} lies outside the file")
@@ -191,7 +152,8 @@ class _Archive:
             raise damaged(
                 self.path, f"{where} lies in record data/{stored.storage.key}, which is missing or of another size"
             )
-        return LazyTensor(stored.shape, stored.dtype, lambda: self._read(stored, record), f"{self.path}: {where}")
+        read = partial(self._read, stored, record)
+        return LazyTensor(stored.shape, stored.dtype, read, f"{self.path}: {where}")
 
     def _read(self, stored: StoredTensor, record: zipfile.ZipInfo) -> torch.Tensor:
         """The span of its storage that a tensor covers, in memory of its own."""
@@ -214,12 +176,9 @@ class _Archive:
         with self.path.open("rb") as file:
             begin = self._begin(file, record)
             page = begin % mmap.ALLOCATIONGRANULARITY
-            try:
-                mapped = mmap.mmap(
-                    file.fileno(), page + record.file_size, access=mmap.ACCESS_COPY, offset=begin - page
-                )
-            except (ValueError, OSError) as error:  # the file became shorter
-                raise damaged(self.path, error) from error
+            length_from_page = page + record.file_size
+            with refuse_damage(self.path):  # the file became shorter
+                mapped = mmap.mmap(file.fileno(), length_from_page, access=mmap.ACCESS_COPY, offset=begin - page)
         contents = memoryview(mapped)[page:]
         if record.filename not in self.checked:
             checksum = 0
@@ -250,17 +209,16 @@ def open_sharded(index: Path) -> dict[str, LazyTensor]:
     """
     weight_map = read_fields(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise InputError(f"{index}: has no weight_map of tensor names to files; fetch or make it again")
+        raise damaged(index, "it has no weight_map of tensor names to files")
     tensors: dict[str, LazyTensor] = {}
     for name in sorted(set(weight_map.values())):
         shard = index.parent / name
         if Path(name).name != name:
-            raise InputError(f"{index}: names the file {name!r} outside its folder; fetch or make it again")
+            raise damaged(index, f"it names the file {name!r} outside its folder")
         if not is_file(shard):
             raise InputError(f"{shard}: is missing, but {index.name} names it; fetch it")
-        found = (
-            open_safetensors(shard) if shard.suffix == ".safetensors" else state_dict(open_torch_archive(shard), shard)
-        )
+        is_safetensors = shard.suffix == ".safetensors"
+        found = open_safetensors(shard) if is_safetensors else state_dict(open_torch_archive(shard), shard)
         if lacking := [key for key, file in weight_map.items() if file == name and key not in found]:
             raise InputError(f"{shard}: lacks {lacking[0]}, which {index.name} says it holds; fetch both again")
         if twice := found.keys() & tensors.keys():

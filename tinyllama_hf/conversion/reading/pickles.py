@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...errors import InputError, one_line
+from ...errors import InputError, refuse_damage
 
 
 class Storage(NamedTuple):
@@ -44,16 +44,16 @@ class Name(NamedTuple):
         return f"{self.module}.{self.attribute}"
 
 
-class UnsafePickleError(ValueError):
+class UnsafePickleError(InputError):
     """The pickle names or does something that no checkpoint needs."""
 
 
-_STORAGES = {
+STORAGES = {
     "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
     "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16,
     "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool, "UntypedStorage": None,
 }  # fmt: skip
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _STORAGES.values() if dtype}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORAGES.values() if dtype}
 _MAX_DIMENSIONS = 16
 _KEYS = (str, int, float, type(None))  # of dicts; a tuple of tuples takes time without bound to hash
 # Bits of a number: those of a random state have some hundreds; Python refuses to print one of many thousands. Keys have
@@ -73,13 +73,13 @@ def read_pickle(data: bytes, what: str) -> Any:
         InputError: if it is damaged, or names anything but what rebuilds tensors; nothing that it names is run.
     """
     try:
-        return _Interpreter().run(data)
+        # In a damaged stream genops and the interpreter raise many errors; a torn stack is an IndexError.
+        with refuse_damage(f"{what}: its pickle"):
+            return _Interpreter().run(data)
     except UnsafePickleError as error:
-        raise InputError(f"{what}: {error}; nothing of it was run. Get the weights as safetensors, or from a source that "
-                         "you trust more") from error  # fmt: skip
-    # What genops and the interpreter stumble over in a damaged stream; a torn stack is an IndexError.
-    except (ValueError, IndexError, KeyError, TypeError, StopIteration, OverflowError, EOFError) as error:
-        raise InputError(f"{what}: its pickle is damaged ({one_line(error)}); fetch or make it again") from error
+        raise InputError(
+            f"{what}: {error}; nothing of it was run. Get the weights as safetensors, or from a source that you trust more"
+        ) from error
 
 
 class _Interpreter:
@@ -168,14 +168,14 @@ class _Interpreter:
     def persistent(self) -> None:
         kind, storage, key, _, numel = _checked(self.stack.pop(), tuple)
         name = storage.attribute if isinstance(storage, Name) else ""
-        if kind != "storage" or name not in _STORAGES:
+        if kind != "storage" or name not in STORAGES:
             raise UnsafePickleError(
                 f"its pickle refers to {_in_words(storage)} of {_in_words(kind)}, no storage of torch"
             )
         # A string from torch.save, a number from TinyLlama's exporter.
         if not isinstance(key, (str, int)) or not isinstance(numel, int) or numel < 0:
             raise ValueError(f"a storage {key!r} of {numel!r} elements")
-        self.push(Storage(str(key), _STORAGES[name], numel))
+        self.push(Storage(str(key), STORAGES[name], numel))
 
 
 def _checked(value: Any, kind: type | tuple[type, ...]) -> Any:
@@ -240,7 +240,7 @@ _KNOWN: dict[Name, Any] = {
     Name("torch", "Size"): tuple,
     Name("pathlib", "PosixPath"): _path,
     Name("pathlib", "WindowsPath"): _path,
-    **{Name("torch", name): None for name in _STORAGES},
+    **{Name("torch", name): None for name in STORAGES},
     Name("torch.storage", "UntypedStorage"): None,
     **{Name("torch", name): dtype for name, dtype in _DTYPES.items()},
 }  # fmt: skip

@@ -13,17 +13,17 @@ import yaml
 from transformers import GenerationConfig, LlamaConfig, PreTrainedConfig
 
 from ...configuration_tinyllama import TinyLlamaConfig
-from ...errors import InputError, one_line
+from ...errors import InputError, damaged, refuse_damage
 from ...provenance import file_sha256
 from ...released import local_folder
 from ..awq.read import dequantized, is_awq
-from ..checkpoint import EMBEDDING, OUTPUT, Checkpoint, LazyTensor, are_equal, complete, of_transformers
+from ..checkpoint import EMBEDDING, OUTPUT, Checkpoint, LazyTensor, are_equal, complete
 from ..formats import lit_gpt, meta
 from ..formats.gguf_read import read_gguf
+from ..formats.llama2c import read_llama2c
 from .containers import (
     BIN_INDEX,
     SAFETENSORS_INDEX,
-    damaged,
     is_file,
     open_safetensors,
     open_sharded,
@@ -37,13 +37,10 @@ from .containers import (
 _WRAPPERS = ("module.", "_forward_module.", "_orig_mod.", "_fsdp_wrapped_module.")
 # In the order in which they are taken where a folder holds several.
 _WEIGHTS = (SAFETENSORS_INDEX, "model.safetensors", BIN_INDEX, "pytorch_model.bin", lit_gpt.WEIGHTS_FILE)
+_SUFFIXES = (".safetensors", ".gguf", ".pth", ".bin", ".pt")
 _PROVENANCE = "provenance.json"
-_QUANTIZED = (
-    ".qweight",
-    ".quant_state.bitsandbytes__nf4",
-    ".SCB",
-    ".weight_packed",
-)  # what names of such tensors end in
+# What the names of quantized weights end in.
+_QUANTIZED = (".qweight", ".quant_state.bitsandbytes__nf4", ".SCB", ".weight_packed")
 _MAX_YAML = 1 << 16  # bytes
 # What a `config.json` says of the architecture. The rest is left aside: it can name kernels to be downloaded and run
 # (`attn_implementation`), or make labels by the billion (`num_labels`).
@@ -69,7 +66,9 @@ def open_checkpoint(source: str | Path, config: str | Path | None = None) -> Che
         raise InputError(f"--config {override}: no such file")
     if path.is_dir():
         return _open_folder(path, override)
-    return _open_file(path, override)
+    if path.name.startswith("consolidated.") and path.suffix == ".pth":
+        return _open_folder(path.parent, override)
+    return _open_weights(path, path, override)
 
 
 def _open_folder(folder: Path, config: Path | None) -> Checkpoint:
@@ -79,20 +78,12 @@ def _open_folder(folder: Path, config: Path | None) -> Checkpoint:
     for name in _WEIGHTS:
         if (folder / name).is_file():
             return _open_weights(folder / name, folder, config)
-    files = sorted(
-        path for pattern in ("*.safetensors", "*.gguf", "*.pth", "*.bin", "*.pt") for path in folder.glob(pattern)
-    )
+    files = sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES)
     if len(files) == 1:
         return _open_weights(files[0], folder, config)
-    found = f"{len(files)} files that might hold weights ({', '.join(f.name for f in files[:4])}); give one of them" if files \
-        else "no weights"  # fmt: skip
+    names = ", ".join(file.name for file in files[:4])
+    found = f"{len(files)} files that might hold weights ({names}); give one of them" if files else "no weights"
     raise InputError(f"{folder}: holds {found}. Known are {', '.join(_WEIGHTS)}, consolidated.*.pth, *.gguf")
-
-
-def _open_file(path: Path, config: Path | None) -> Checkpoint:
-    if path.name.startswith("consolidated.") and path.suffix == ".pth":
-        return _open_folder(path.parent, config)
-    return _open_weights(path, path, config)
 
 
 def _refuse_config(config: Path | None, what: str) -> None:
@@ -118,9 +109,9 @@ def _open_weights(file: Path, given: Path, config: Path | None) -> Checkpoint:
         value = open_torch_archive(file)
         training = value if isinstance(value, dict) and isinstance(value.get("model"), dict) else None
         return _by_keys(state_dict(training["model"] if training else value, file), training, file, given, config)
-    if meta.is_llama2c(file):
+    if checkpoint := read_llama2c(file):
         _refuse_config(config, "llama2.c's files")
-        return meta.read_llama2c(file)
+        return checkpoint
     raise damaged(file, f"begins with {begin[:4]!r}: neither safetensors, torch's zip, GGUF nor llama2.c")
 
 
@@ -136,7 +127,7 @@ def _by_keys(
         checkpoint = _lit_gpt(bare, kind, training, file, given, config)
     elif any(name.startswith("model.layers.") for name in bare):
         checkpoint = _hugging_face(bare, file, given, config or file.parent / "config.json")
-    elif meta.layout(bare):
+    elif meta.is_meta(bare):
         raise InputError(f"{file}: holds Meta's tensors; give the folder with consolidated.00.pth and params.json")
     else:
         raise InputError(
@@ -150,13 +141,14 @@ def _by_keys(
 
 
 def _hugging_face(tensors: dict[str, LazyTensor], file: Path, given: Path, config: Path) -> Checkpoint:
-    quantization = read_fields(config).get("quantization_config") if is_file(config) else None
+    fields = _config_fields(config)
+    quantization = fields.get("quantization_config")
     if is_awq(quantization):
-        tensors = dequantized(tensors, quantization, str(config))
-        return Checkpoint(given, "AWQ, dequantised", read_llama_config(config, quantized=True), tensors)
-    if any(name.endswith(_QUANTIZED) for name in tensors):
+        dequantized_tensors = dequantized(tensors, quantization, str(config))
+        return Checkpoint(given, "AWQ, dequantised", _llama_config(fields, config), dequantized_tensors)
+    if quantization is not None or any(name.endswith(_QUANTIZED) for name in tensors):
         raise InputError(f"{file}: holds quantised weights; convert the model that they were made from")
-    return Checkpoint(given, f"Hugging Face, {file.name}", read_llama_config(config), tensors)
+    return Checkpoint(given, f"Hugging Face, {file.name}", _llama_config(fields, config), tensors)
 
 
 def _bare(name: str) -> str:
@@ -182,7 +174,7 @@ def _lit_gpt(
         read = read_llama_config(config)
     else:
         read = lit_gpt.find_config(_fields(config) if config else None, tensors, str(config or file))
-    converted = lit_gpt.to_hugging_face(tensors, read, kind)
+    converted = lit_gpt.to_hugging_face(tensors, read)
     if are_equal(converted.get(OUTPUT), converted.get(EMBEDDING)):
         read.tie_word_embeddings = True
     layout = f"{'litgpt' if kind == 'C' else 'lit-gpt'}, layout {kind}"
@@ -198,17 +190,13 @@ def _fields(config: Path) -> dict[str, Any]:
         return read_fields(config)
     if config.stat().st_size > _MAX_YAML:
         raise damaged(config, f"{config.stat().st_size} bytes of YAML")
-    try:
+    with refuse_damage(config):
         text = config.read_text(encoding="utf-8")
         # A few lines that refer to each other make billions of values.
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.SafeLoader)):
             raise damaged(config, "it has aliases, which litgpt never writes")
         fields = yaml.safe_load(text)
         str(fields)  # a number of so many digits that Python does not print it is a ValueError
-    except InputError:
-        raise
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise damaged(config, one_line(error)) from error
     if not isinstance(fields, dict):
         raise damaged(config, "it holds no fields")
     return fields
@@ -220,14 +208,22 @@ def read_llama_config(file: Path, quantized: bool = False) -> LlamaConfig:
     Raises:
         InputError: if there is none, it is no Llama's, is quantised, or has a field that no Llama can have.
     """
-    if not file.is_file():
-        raise InputError(f"{file}: is missing; it lies beside the weights of a Hugging Face model, or pass --config")
-    fields = read_fields(file)
-    if fields.get("model_type") not in ("llama", TinyLlamaConfig.model_type):
-        raise InputError(f"{file}: model_type {fields.get('model_type')!r} is not a Llama; only Llamas are converted")
+    fields = _config_fields(file)
     if fields.get("quantization_config") is not None and not quantized:
         raise InputError(f"{file}: the weights are quantised already; convert the model that they were made from")
-    with of_transformers(file):
+    return _llama_config(fields, file)
+
+
+def _config_fields(file: Path) -> dict[str, Any]:
+    if not is_file(file):
+        raise InputError(f"{file}: is missing; it lies beside the weights of a Hugging Face model, or pass --config")
+    return read_fields(file)
+
+
+def _llama_config(fields: dict[str, Any], file: Path) -> LlamaConfig:
+    if fields.get("model_type") not in ("llama", TinyLlamaConfig.model_type):
+        raise InputError(f"{file}: model_type {fields.get('model_type')!r} is not a Llama; only Llamas are converted")
+    with refuse_damage(file):
         config = LlamaConfig(**{name: value for name, value in fields.items() if name in _FIELDS})
         return TinyLlamaConfig.from_llama(config).to_llama()
 
@@ -243,11 +239,8 @@ def _add_surroundings(checkpoint: Checkpoint, folder: Path) -> None:
 
 def _generation(file: Path) -> dict[str, Any]:
     fields = read_fields(file)
-    try:
+    with refuse_damage(file):
         return json.loads(GenerationConfig(**fields).to_json_string())
-    # Whatever its many checks, some of which import optional packages, stumble over.
-    except (TypeError, ValueError, LookupError, AttributeError, ImportError, RecursionError) as error:
-        raise damaged(file, one_line(error)) from error
 
 
 def _add_provenance(checkpoint: Checkpoint, folder: Path) -> None:
