@@ -210,7 +210,7 @@ def folder(folders, request, tmp_path) -> Path:
 @pytest.fixture
 def no_pictures(monkeypatch) -> None:
     """Publishing a run without the second that its pictures take."""
-    monkeypatch.setattr("tinyllama_hf.hub.publish._pictures", lambda *_: {})
+    monkeypatch.setattr("tinyllama_hf.hub.revisions._pictures", lambda *_: {})
 
 
 def bits_per_byte_scores(names: list[str], data: str) -> dict:

@@ -10,8 +10,7 @@ from huggingface_hub import HfApi, ModelCard
 from tests.hub.conftest import bits_per_byte_scores, commonsense_scores, files_on_hub, put_on_hub
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.hub.access import explain_errors
-from tinyllama_hf.hub.existing_card import read_card
-from tinyllama_hf.hub.markdown import BEGIN, END, merge_card, write_card
+from tinyllama_hf.hub.card_file import BEGIN, END, merge_card, read_card, write_card
 from tinyllama_hf.hub.publish import plan_revisions, publish
 
 
@@ -146,7 +145,7 @@ class TestMerge:
     """Cards as text, without a Hub."""
 
     def card(self, text: str = "# new", **metadata) -> str:
-        return write_card(metadata, [text])
+        return write_card(metadata, text)
 
     def test_the_block_of_metadata_stays_as_it_is_written(self):
         """A comment and the order of fields, where no field changes."""

@@ -186,8 +186,9 @@ def test_private_repositories_and_those_of_others(run, hub, commands):
 def test_a_fine_tuned_model_lies_on_main(chat, online):
     """A folder without milestones; its held-out conversations stay here."""
     (chat / "validation.jsonl").write_text("{}\n")
-    replies = {"replies": 100, "stop_rate": 0.975, "median_length": 12.5, "max_new_tokens": 64}
-    (chat / "replies.json").write_text(json.dumps({"models": [replies]}))
+    replies = {"name": "chat", "replies": 100, "stop_rate": 0.975, "median_length": 12.5, "max_new_tokens": 64}
+    other = replies | {"name": "another", "stop_rate": 0.125}
+    (chat / "replies.json").write_text(json.dumps({"models": [other, replies]}))
     publish(chat, REPO)
     there = on_hub(online)
     assert there == meant(chat) and there.keys() == {"main"} and "validation.jsonl" not in there["main"]
@@ -212,7 +213,7 @@ def test_a_fine_tuned_model_lies_on_main(chat, online):
 )
 def test_other_content_of_equal_size_is_sent(run, online, monkeypatch, name, old, new):
     """By its hash, of small files and of those in LFS, whether they lie here or are made; said by a dry run too."""
-    monkeypatch.setattr("tinyllama_hf.hub.publish._pictures", lambda *_: {"loss.png": b"\x89PNG\0one"})
+    monkeypatch.setattr("tinyllama_hf.hub.revisions._pictures", lambda *_: {"loss.png": b"\x89PNG\0one"})
     publish(run, REPO)
     right = files_on_hub(online, REPO)["main"][name]
     other = right.replace(old, new)

@@ -76,8 +76,16 @@ def test_what_became_of_the_last_milestone(run, tmp_path):
         write_report(run, tmp_path / "report", chat=chat)
     assert not (tmp_path / "report").exists()
     samples = [{"question": f"What is <{i}>?", "reply": f"It is {i}.", "true": "No & yes."} for i in range(40)]
-    replies = {"replies": 40, "stop_rate": 0.975, "median_length": 12.5, "max_new_tokens": 64, "samples": samples}
-    (chat / "replies.json").write_text(json.dumps({"models": [replies]}))
+    replies = {
+        "name": "chat",
+        "replies": 40,
+        "stop_rate": 0.975,
+        "median_length": 12.5,
+        "max_new_tokens": 64,
+        "samples": samples,
+    }
+    other = replies | {"name": "another", "stop_rate": 0.125}
+    (chat / "replies.json").write_text(json.dumps({"models": [other, replies]}))
     record = {
         "held_out_loss": {"before": 5.83, "after": 2.74},
         "conversations": {"train": 1728, "source": "embedded:questions"},

@@ -16,9 +16,9 @@ from ..portable import hub_id, portable
 from ..pretrain.milestones import CONFIG_FILE
 from ..quantization.bitsandbytes import quantization_of
 from ..released import released
-from .contents import PROVENANCE_FILE
 
 
+PROVENANCE_FILE = "provenance.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # What may lie in a folder and is published; anything else in it (logs, held-out rows, temporary files) stays here.

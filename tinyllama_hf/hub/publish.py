@@ -2,51 +2,19 @@
 
 import fnmatch
 import io
-import json
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import provenance
-from ..errors import InputError, require
-from ..evaluation.series import milestones_of
-from ..portable import portable_text
-from ..pretrain.metrics import METRICS_FILE
-from ..pretrain.milestones import MILESTONES_FOLDER
+from ..errors import InputError
 from .access import Unreachable, check_base, check_may_write, check_repo, explain_errors, require_hub
-from .card import model_card
-from .contents import PROVENANCE_FILE, published_content
-from .existing_card import CARD_FILE, COMMIT_PREFIX, merge_with_existing, read_card
-from .folder_card import folder_card
-from .markdown import is_marked
-from .model_folder import ADAPTER_CONFIG, OUTDATED, ModelFolder, open_folder, open_trained_folder
-from .scores import Scores, read_scores
+from .card_file import CARD_FILE, COMMIT_PREFIX, is_marked, merge_with_existing, read_card
+from .model_folder import OUTDATED, PROVENANCE_FILE
+from .revisions import MAIN, Revision, content_bytes, plan_revisions
 
 
-MAIN = "main"
 _GIT_FILE = ".gitattributes"  # the Hub writes it into every repository
-
-
-class Revision(NamedTuple):
-    """What a branch is to hold.
-
-    Attributes:
-        name (`str`): of the branch.
-        source (`str`): name of the folder that it comes from.
-        files (`dict`): contents by path, either a file here or the bytes themselves.
-        computed (`tuple[str, ...]`): fields of the card's metadata that are made from scores, and go when these go.
-    """
-
-    name: str
-    source: str
-    files: dict[str, Path | bytes]
-    computed: tuple[str, ...] = ()
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all files together."""
-        return sum(map(_size, self.files.values()))
 
 
 class Published(NamedTuple):
@@ -106,66 +74,6 @@ def publish(
             api.create_repo(repo, private=private or None)  # else as the account has it by default
             heads = _heads(api, repo, private)
         return [_upload(api, repo, heads, revision, note) for revision in revisions]
-
-
-def plan_revisions(run: Path, repo: str, license: str | None = None, base_model: str | None = None) -> list[Revision]:
-    """What is to be published: the milestones in their order, and the newest again on main, with pictures.
-
-    Raises:
-        InputError: if the folder holds nothing to publish, or a part of it is damaged.
-    """
-    if (run / MILESTONES_FOLDER).is_dir():
-        if base_model:
-            raise InputError(f"--base-model {base_model}: is for a model folder, and {run} is a run; leave it out")
-        ladder = [open_trained_folder(folder) for folder in milestones_of(run)]
-        models = [(model.name, model) for model in ladder] + [(MAIN, ladder[-1])]
-    else:
-        ladder, models = [], [(MAIN, open_folder(run, base_model))]
-    scores = read_scores(run)
-    drawn = _pictures(run, ladder, scores) if ladder else {}
-    revisions = []
-    for name, model in models:
-        pictures, is_trained = drawn if name == MAIN else {}, model.kind == "trained"
-        if is_trained:
-            card = model_card(repo, name, model, ladder, scores, license, list(pictures))
-        else:
-            card = folder_card(repo, model, license)
-        files = {**_contents(model), **pictures, CARD_FILE: card.encode()}
-        computed = ("model-index",) if is_trained else ()
-        revisions.append(Revision(name, portable_text(model.name), files, computed))
-    return revisions
-
-
-def _contents(model: ModelFolder) -> dict[str, Path | bytes]:
-    """The files of a folder as they are uploaded; an adapter names its base by the id that others find it by."""
-    name, _, revision = (model.base or "").partition("@")
-    base = {"base_model_name_or_path": name, "revision": revision or None}
-    return {
-        file.name: published_content(file, **(base if file.name == ADAPTER_CONFIG else {})) for file in model.files
-    }
-
-
-def _pictures(run: Path, ladder: Sequence[ModelFolder], scores: Scores) -> dict[str, bytes]:
-    """The curves of a run as PNG files; equal runs give equal bytes."""
-    require("matplotlib", "report", "the card's pictures")
-    from ..report import plots
-    from ..report.training import TrainingCurves
-
-    if not (run / METRICS_FILE).is_file():
-        raise InputError(
-            f"run {run}: holds no {METRICS_FILE}, from which the loss curve is drawn; publish the whole run"
-        )
-    try:
-        curves = TrainingCurves(run)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{run / METRICS_FILE}: damaged, a row is not valid JSON ({error}); copy it again") from error
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        tokens = [model.record["tokens"] for model in ladder]
-        plots.loss_curve(curves, tokens, folder / "loss.png")
-        if scores.bits_per_byte:
-            plots.trajectory(scores.bits_per_byte, folder / "trajectory.png")
-        return {picture.name: picture.read_bytes() for picture in sorted(folder.iterdir())}
 
 
 def _check_card(revision: Revision) -> None:
@@ -258,11 +166,11 @@ def _dry_run(
         origin = "" if revision.name == revision.source else f"from {revision.source}, "
         note(f"{revision.name}  {origin}{revision.num_bytes:,} bytes; {state}")
         for path, content in sorted(revision.files.items()):
-            note(f"  {_size(content):>14,}  {path}{'' if path in added else '  already there'}")
+            note(f"  {content_bytes(content):>14,}  {path}{'' if path in added else '  already there'}")
         for path in removed:
             note(f"  {'':>14}  {path}  to be removed")
         contents |= {revision.files[path] for path in added}
-    note(f"at most {sum(map(_size, contents)):,} bytes to upload; what two revisions share goes once")
+    note(f"at most {sum(map(content_bytes, contents)):,} bytes to upload; what two revisions share goes once")
     note("dry run: nothing was uploaded")
     return results
 
@@ -297,7 +205,7 @@ def _equal(content: Path | bytes, there: Any) -> bool:
     """Whether the Hub has these bytes: by size and SHA-256, or by the id that git gives to a small file."""
     from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
-    if there is None or there.size != _size(content):
+    if there is None or there.size != content_bytes(content):
         return False
     if there.lfs is None:
         return git_hash(content if isinstance(content, bytes) else content.read_bytes()) == there.blob_id
@@ -306,12 +214,8 @@ def _equal(content: Path | bytes, there: Any) -> bool:
     return sha_fileobj(io.BytesIO(content)).hex() == there.lfs.sha256
 
 
-def _size(content: Path | bytes) -> int:
-    return len(content) if isinstance(content, bytes) else content.stat().st_size
-
-
 def _amount(revision: Revision, paths: Sequence[str]) -> str:
-    total = sum(_size(revision.files[path]) for path in paths)
+    total = sum(content_bytes(revision.files[path]) for path in paths)
     return f"{len(paths)} file{'s' * (len(paths) != 1)}, {total:,} bytes"
 
 

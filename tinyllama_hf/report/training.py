@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..errors import InputError
 from ..pretrain.metrics import METRICS_FILE
 
 
@@ -38,7 +39,7 @@ class TrainingCurves:
         first, last (`dict`): the first and last training rows, `None` before there is one.
 
     Raises:
-        json.JSONDecodeError: if a whole row is damaged.
+        InputError: if a whole row is damaged.
     """
 
     def __init__(self, run: Path):
@@ -57,7 +58,12 @@ class TrainingCurves:
                 if not line.endswith(b"\n"):
                     break  # being written
                 self._offset += len(line)
-                self._add(json.loads(line))
+                try:
+                    self._add(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise InputError(
+                        f"{self._file}: damaged, a row is not valid JSON ({error}); copy it again"
+                    ) from error
 
     def curve(self, name: str) -> Curve:
         """The curve of one of `QUANTITIES`."""

@@ -1,7 +1,9 @@
-"""A card as a file: metadata, and a marked region of generated text, around which people may write."""
+"""A card as a file: metadata, and a marked region of generated text, around which people may write and which publishing
+again replaces."""
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -9,27 +11,61 @@ import yaml
 from ..errors import InputError
 
 
+CARD_FILE = "README.md"
+COMMIT_PREFIX = "Publish "
 BEGIN = "<!-- tinyllama_hf: generated. Text outside these two comments is kept, text between them is replaced. -->"
 END = "<!-- tinyllama_hf: end of the generated text -->"
 # The last begin before an end, so that a comment that lost its partner does not swallow what people wrote.
 _REGION = re.compile(rf"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)}).)*?{re.escape(END)}", re.DOTALL)
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [heads, ["---"] * len(heads), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def write_card(metadata: dict[str, Any], parts: Sequence[str]) -> str:
-    """A whole card: metadata, and the parts that are not empty between the two comments."""
-    body = "\n\n".join(part for part in parts if part)
-    return f"---\n{_dump(metadata)}---\n\n{BEGIN}\n{body}\n{END}\n"
+def write_card(metadata: dict[str, Any], text: str) -> str:
+    """A whole card: metadata, and the text between the two comments."""
+    return f"---\n{_dump(metadata)}---\n\n{BEGIN}\n{text.strip()}\n{END}\n"
 
 
 def is_marked(card: str) -> bool:
     """Whether a card has a region that this package wrote."""
     return _REGION.search(card) is not None
+
+
+def merge_with_existing(
+    api: Any, repo: str, generated: str, head: str | None, main_head: str | None, computed: Sequence[str]
+) -> str:
+    """Returns the card to publish: the generated one, and what people added to that of the branch.
+
+    Args:
+        api (`HfApi`): of the Hub in question.
+        repo (`str`): `USER/NAME`.
+        generated (`str`): the card from the folder's files.
+        head (`str`, *optional*): commit of the branch; `None` for a new one, which gets the metadata of the main branch.
+        main_head (`str`, *optional*): commit of the main branch.
+        computed (`Sequence[str]`): see [`merge_card`].
+    """
+    existing = head and read_card(api, repo, head)
+    if existing:
+        replace = not is_marked(existing) and existing == _last_published(api, repo, head)
+        return merge_card(generated, existing, computed, replace)
+    main = main_head and read_card(api, repo, main_head)
+    return merge_card(generated, _split(main)[0], computed) if main else generated  # its metadata, not its text
+
+
+def read_card(api: Any, repo: str, commit: str) -> str | None:
+    """The card at a commit, `None` if it has none."""
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    try:
+        path = api.hf_hub_download(repo, CARD_FILE, revision=commit)
+    except RemoteEntryNotFoundError:  # not its parent, which a broken connection raises too
+        return None
+    return Path(path).read_text(encoding="utf-8-sig")
+
+
+def _last_published(api: Any, repo: str, head: str) -> str | None:
+    """The card of this package's last commit, `None` if there is none; a card equal to it has not been edited since."""
+    commits = api.list_repo_commits(repo, revision=head)
+    ours = next((commit.commit_id for commit in commits if commit.title.startswith(COMMIT_PREFIX)), None)
+    return ours and read_card(api, repo, ours)
 
 
 def merge_card(generated: str, existing: str, computed: Sequence[str] = (), replace: bool = False) -> str:
@@ -62,12 +98,6 @@ def merge_card(generated: str, existing: str, computed: Sequence[str] = (), repl
         kept = text.replace(BEGIN, "").replace(END, "").rstrip()
         text = f"{kept}\n\n{region}\n"
     return (front if metadata == theirs else f"---\n{_dump(metadata)}---\n") + text
-
-
-def inherit_metadata(generated: str, main: str, computed: Sequence[str]) -> str:
-    """A generated card of a new branch, with the metadata that people gave to the card of the main branch."""
-    front, _, _ = _split(main)
-    return merge_card(generated, front, computed)
 
 
 def _split(card: str) -> tuple[str, dict[str, Any], str]:
