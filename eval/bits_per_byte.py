@@ -1,4 +1,4 @@
-"""Bits per byte of models or of a run's milestones on held-out documents; the script behind `tinyllama-hf eval`.
+"""Bits per byte of models or of a run's milestones on held-out documents; the script behind `tinyllama-hf eval text`.
 
 python eval/bits_per_byte.py RUN_OR_MODEL... [--data FOLDER] [--baselines] [--quantization nf4] [--output scores.json]
 """
@@ -9,5 +9,5 @@ from tinyllama_hf_cli import main
 
 
 if __name__ == "__main__":
-    sys.argv.insert(1, "eval")
+    sys.argv[1:1] = ["eval", "text"]
     main()

@@ -1,4 +1,4 @@
-"""The seven commonsense tasks of TinyLlama's table, by lm-eval; the script behind `tinyllama-hf eval --task commonsense`.
+"""The seven commonsense tasks of TinyLlama's table, by lm-eval; the script behind `tinyllama-hf eval tasks`.
 
 python eval/commonsense.py RUN_OR_MODEL... [--data FOLDER] [--limit N] [--published NAME] [--quantization nf4]
     [--output FILE] [--samples FILE]
@@ -10,5 +10,5 @@ from tinyllama_hf_cli import main
 
 
 if __name__ == "__main__":
-    sys.argv[1:1] = ["eval", "--task", "commonsense"]
+    sys.argv[1:1] = ["eval", "tasks"]
     main()

@@ -160,26 +160,24 @@ BAD = {
     "tokenizer exists": ("tokenizer train {corpus} --output model", "--output model: exists already"),
     "vocabulary too small": ("tokenizer train {corpus} --output out --vocab-size 100", "must be above 259"),
     "nothing to compare with": ("tokenizer verify empty", "no SentencePiece model to compare with"),
-    "no data to score on": ("eval model", "--data: needed to score model folders"),
-    "no such data": ("eval model --data nowhere", "nowhere does not exist; make it with `tinyllama-hf prepare"),
+    "no data to score on": ("eval text model", "--data: needed to score model folders"),
+    "no such data": ("eval text model --data nowhere", "nowhere does not exist; make it with `tinyllama-hf prepare"),
     "missing evaluation data": (
-        "eval model --task commonsense --data empty", "--data empty: holds no hellaswag/validation.jsonl, openbookqa/test"),
-    "evaluation data without a Hub": ("eval model --task commonsense", "or name local files with --data"),
+        "eval tasks model --data empty", "--data empty: holds no hellaswag/validation.jsonl, openbookqa/test"),
+    "evaluation data without a Hub": ("eval tasks model", "or name local files with --data"),
     "unknown task": ("eval model --task commonsens", "--task 'commonsens': there is no such task; did you mean 'comm"),
-    "option of another task": ("eval model --limit 5", "--limit: belongs to --task commonsense or replies"),
-    "baselines of another task": ("eval model --task commonsense --baselines", "--baselines: belongs to --task bits_per_b"),
     "no published row": (
-        "eval model --task commonsense --published step-50k-105", "--published 'step-50k-105': no row of the published"),
+        "eval tasks model --published step-50k-105", "--published 'step-50k-105': no row of the published"),
     "nothing was published": (
-        "eval model --task commonsense --published chat-v1.0", "--published 'chat-v1.0': no scores were published"),
-    "one item": ("eval model --task commonsense --limit 1", "--limit 1: must be at least 2"),
-    "no batch": ("eval model --task commonsense --batch-size 0", "--batch-size 0: must be at least 1"),
+        "eval tasks model --published chat-v1.0", "--published 'chat-v1.0': no scores were published"),
+    "one item": ("eval tasks model --limit 1", "--limit 1: must be at least 2"),
+    "no batch": ("eval tasks model --batch-size 0", "--batch-size 0: must be at least 1"),
     "two folders of tasks": (
-        "eval model --task commonsense --data empty --data model", "--data empty model: commonsense reads one folder"),
+        "eval tasks model --data empty --data model", "--data empty model: commonsense reads one folder"),
     "scores over something else": (
-        "eval model --task commonsense --data embedded:sample --output small.jsonl",
+        "eval tasks model --data embedded:sample --output small.jsonl",
         "--output small.jsonl: holds something else than commonsense scores"),
-    "baselines of a folder": ("eval model --baselines", "--baselines: needs one run"),
+    "baselines of a folder": ("eval text model --baselines", "--baselines: needs one run"),
     "no repository": ("publish model --repo micro", "--repo 'micro': it must be USER/NAME"),
     "nothing to publish": ("publish empty --repo me/x --dry-run", "empty: holds neither milestones nor a model"),
     "publish offline": ("publish model --repo me/x", "HF_HUB_OFFLINE is set"),
@@ -301,3 +299,37 @@ def test_recipes_copy_and_list(call, tmp_path):
         if p.is_file()
     }
     assert copied == shipped
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("run --baselines --data x", "text run --baselines --data x"),
+        ("--task bits_per_byte run --watch", "text run --watch"),
+        ("run --task=bits-per-byte", "text run"),
+        ("a b --task commonsense --limit 5", "tasks a b --limit 5"),
+        ("--limit 5 chat --task replies", "replies --limit 5 chat"),
+        ("--rescore run", "text --rescore run"),
+        ("run --help", "text run --help"),
+    ],
+)
+def test_eval_without_a_sub_command_still_works_and_says_the_new_spelling(old, new, capsys):
+    """The arguments that the sub-command gets, and one line on standard error."""
+    group = typer.main.get_command(tinyllama_hf_cli.app).commands["eval"]
+    context = group.make_context("eval", old.split())
+    assert [*context._protected_args, *context.args] == new.split()
+    assert capsys.readouterr().err == f"note: this is now spelled: tinyllama-hf eval {new}\n"
+    assert [*group.make_context("eval", new.split()).args] == context.args
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("eval model --limit 5", "No such option: --limit"),
+        ("eval tasks model --baselines", "No such option: --baselines"),
+    ],
+)
+def test_an_option_of_another_evaluation_is_refused(call, words, message):
+    status, error = call("tinyllama-hf", *words.split())
+    assert status == 2 and message in error

@@ -49,18 +49,18 @@ CASES = {
         "tinyllama_hf.planning.run_plan.plan": (None, {"config.training.seed": 77, "num_devices": 2,
                                                    "device.name": "NVIDIA H100 80GB HBM3", "mfu": 0.3}),
     },
-    "eval m --data x --data y --baselines --output o --rescore --quantization nf4 --device cpu": {
+    "eval text m --data x --data y --baselines --output o --rescore --quantization nf4 --device cpu": {
         "tinyllama_hf.evaluation.series.score": (None, {
             "models": ["m"], "data": ["x", "y"], "baselines": True, "output": Path("o"), "rescore": True,
             "quantization": "nf4", "device": "cpu",
         }),
     },
-    "eval m --watch --every 9 --output o --rescore --quantization nf4 --device cpu": {
+    "eval text m --watch --every 9 --output o --rescore --quantization nf4 --device cpu": {
         "tinyllama_hf.evaluation.series.watch": (None, {
             "run": Path("m"), "every_seconds": 9, "output": Path("o"), "rescore": True, "quantization": "nf4", "device": "cpu",
         }),
     },
-    "eval m n --task commonsense --data x --limit 5 --batch-size 3 --samples s --output o --published v1.1 "
+    "eval tasks m n --data x --limit 5 --batch-size 3 --samples s --output o --published v1.1 "
     "--quantization nf4 --device cpu": {
         "tinyllama_hf.evaluation.commonsense.score_commonsense": ("scores", {
             "models": ["m", "n"], "data": "x", "limit": 5, "batch_size": 3, "samples": Path("s"), "output": Path("o"),
@@ -68,9 +68,10 @@ CASES = {
         }),
         "tinyllama_hf.evaluation.table.table_lines": (None, {"scores": "scores", "published.name": "v1.1"}),
     },
-    "eval m --task replies --data x --limit 5 --max-new-tokens 7 --quantization nf4 --device cpu": {
+    "eval replies m --data x --limit 5 --max-new-tokens 7 --output o --quantization nf4 --device cpu": {
         "tinyllama_hf.finetune.replies.score": (None, {
-            "models": ["m"], "data": "x", "limit": 5, "max_new_tokens": 7, "quantization": "nf4", "device": "cpu",
+            "models": ["m"], "data": "x", "limit": 5, "max_new_tokens": 7, "output": Path("o"), "quantization": "nf4",
+            "device": "cpu",
         }),
     },
     "report r --output o --prompt p --prompt q --stages s --chat c": {

@@ -4,7 +4,6 @@ import json
 import math
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -145,16 +144,15 @@ def test_counting_models_read_each_block_once(documents, tokenizer_folder, tmp_p
     for epochs, milestone in zip((1, 3), milestones, strict=True):
         milestone.mkdir()
         (milestone / "provenance.json").write_text(json.dumps({"step": epochs, "tokens": epochs * tokens}))
-    file = SimpleNamespace(scores={"baselines": []}, reused=set(), write=lambda **parts: None)
-    rows = _baselines(mixture, tokenizer, milestones, [HeldOut("b", "", (documents[1],))], file)
-    assert [(row["name"], row["step"]) for row in rows] == [
+    *_, rows = _baselines(mixture, tokenizer, milestones, [HeldOut("b", "", (documents[1],))])
+    assert [(row.name, row.step) for row in rows] == [
         ("unigram", 1),
         ("5-gram", 1),
         ("unigram", 3),
         ("5-gram", 3),
     ]
-    assert {row["distinct_tokens"] for row in rows} == {tokens}
-    assert [row["bits_per_byte"] for row in rows[:2]] == [row["bits_per_byte"] for row in rows[2:]]
+    assert {row.distinct_tokens for row in rows} == {tokens}
+    assert [row.bits_per_byte for row in rows[:2]] == [row.bits_per_byte for row in rows[2:]]
 
 
 def test_refusals(prepared, tmp_path, corpus, tokenizer_folder):
@@ -178,11 +176,11 @@ def test_the_command_keeps_baselines_and_writes_into_runs_only(recipe, run_comma
     run = tmp_path / "run"
     (milestone, *_) = sorted((run / "milestones").iterdir())
     before = set(milestone.iterdir())
-    done = run_command("tinyllama-hf", "eval", run, "--baselines", cwd=tmp_path)
+    done = run_command("tinyllama-hf", "eval", "text", run, "--baselines", cwd=tmp_path)
     with_baselines = json.loads((run / "scores.json").read_text())["baselines"]
     assert len(with_baselines) == 4, done.stderr
-    run_command("tinyllama-hf", "eval", run, cwd=tmp_path)
+    run_command("tinyllama-hf", "eval", "text", run, cwd=tmp_path)
     assert json.loads((run / "scores.json").read_text())["baselines"] == with_baselines
-    done = run_command("tinyllama-hf", "eval", milestone, "--data", config.data.sources[0].path, cwd=tmp_path)
+    done = run_command("tinyllama-hf", "eval", "text", milestone, "--data", config.data.sources[0].path, cwd=tmp_path)
     assert done.returncode == 0 and "wrote" not in done.stdout
     assert set(milestone.iterdir()) == before

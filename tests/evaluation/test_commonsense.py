@@ -14,10 +14,10 @@ from tests.conftest import ROOT
 from tests.evaluation.commonsense_scorer import SPLITS, Scorer, read_rows
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.evaluation import harness
+from tinyllama_hf.evaluation import suite as suites
 from tinyllama_hf.evaluation.commonsense import score_commonsense
-from tinyllama_hf.evaluation.harness import open_suite, task_files
 from tinyllama_hf.evaluation.protocol import TASKS, compare, published_row
+from tinyllama_hf.evaluation.suite import open_suite, task_files
 from tinyllama_hf.evaluation.table import table_lines
 from tinyllama_hf.evaluation.task_rows import check_rows, decisive_fields
 from tinyllama_hf.inference import load as loading
@@ -327,9 +327,9 @@ def test_rows_within_rows_and_half_a_surrogate_pair(opened):
 def test_rows_of_the_hub_are_checked_as_well(tmp_path, monkeypatch):
     """Local files stand in for the Hub, where a task of lm-eval would fetch its rows."""
     shutil.copytree(SAMPLE, tmp_path / "data")
-    definition = harness._definition
+    definition = suites._definition
     files = task_files(tmp_path / "data")
-    monkeypatch.setattr(harness, "_definition", lambda name, scratch, _: definition(name, scratch, files[name]))
+    monkeypatch.setattr(suites, "_definition", lambda name, scratch, _: definition(name, scratch, files[name]))
     with open_suite() as suite:
         assert {len(task.eval_docs) for task in suite.tasks.values()} == {10}
     rows = read_rows(SAMPLE, "boolq")
@@ -424,7 +424,7 @@ def test_the_sample_has_the_rows_of_the_real_data_and_none_of_them(shared):
 
 
 def test_lm_eval_still_draws_a_bar_for_each_task(capfd):
-    """If this fails, lm-eval can be told to be quiet, or is: the workaround in harness.py may go."""
+    """If this fails, lm-eval can be told to be quiet, or is: the workaround in suite.py may go."""
     with open_suite("embedded:sample") as suite:
         suite.tasks["piqa"].build_all_requests()
         assert "10/10" in capfd.readouterr().err

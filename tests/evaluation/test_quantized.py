@@ -186,11 +186,11 @@ def call(monkeypatch, capsys, tmp_path):
 def test_the_tables_name_it(folders, call, few):
     plain, saved = folders[torch.float32], folders[torch.float32, "nf4"]
     both = plain, saved, "--device", "cpu"
-    printed = call(*both, "--data", few, "--quantization", "nf4").splitlines()[1:]
+    printed = call("text", *both, "--data", few, "--quantization", "nf4").splitlines()[1:]
     assert [line.split("  ")[-1] for line in printed] == ["plain (nf4)", "saved-nf4 (nf4)"]
-    printed = call(*both, "--task", "commonsense", "--data", "embedded:sample", "--limit", 2)
+    printed = call("tasks", *both, "--data", "embedded:sample", "--limit", 2)
     assert "\nplain  " in printed and "\nsaved-nf4 (nf4)  " in printed
-    printed = call(saved, "--task", "replies", "--max-new-tokens", 4)
+    printed = call("replies", saved, "--max-new-tokens", 4)
     assert printed.splitlines()[1].endswith("  saved-nf4 (nf4)") and (saved / "replies.json").is_file()
 
 
@@ -198,13 +198,13 @@ def test_scores_of_a_quantised_run_do_not_stand_for_the_run(few, tokenizer_folde
     """They go to a file of their own, which a second call reads, and no call for the plain run does."""
     pretrain(load_config(write_recipe(tmp_path, few, tokenizer_folder)))
     run = tmp_path / "run"
-    printed = call(run, "--quantization", "nf4")
+    printed = call("text", run, "--quantization", "nf4")
     assert f"wrote {run}/scores-nf4.json" in printed and not (run / "scores.json").exists()
     rows = json.loads((run / "scores-nf4.json").read_text())["models"]
     assert [(row["step"], row["quantization"]) for row in rows] == [(6, "nf4"), (12, "nf4")]
     assert all(row["name"].endswith(" (nf4)") for row in rows)
     plain = series.score([str(run)], output=run / "scores-nf4.json")["models"]
     assert all(a["bits_per_byte"] != b["bits_per_byte"] for a, b in zip(rows, plain, strict=True))
-    call(run, "--quantization", "nf4", "--rescore")
+    call("text", run, "--quantization", "nf4", "--rescore")
     monkeypatch.setattr(series, "_score_folder", lambda *_: pytest.fail("scored again"))
-    assert call(run, "--watch", "--quantization", "nf4").count("bits per byte  ") == 2
+    assert call("text", run, "--watch", "--quantization", "nf4").count("bits per byte  ") == 2

@@ -31,9 +31,7 @@ def folder(tokenizer_folder, tmp_path):
 
 
 def test_the_score_file(folder, run_command):
-    done = run_command(
-        "tinyllama-hf", "eval", folder, "--task", "replies", "--limit", "10", "--max-new-tokens", "8", cwd=folder
-    )
+    done = run_command("tinyllama-hf", "eval", "replies", folder, "--limit", "10", "--max-new-tokens", "8", cwd=folder)
     assert done.returncode == 0 and f"wrote {folder}/replies.json" in done.stdout, done.stderr
     scores = json.loads((folder / "replies.json").read_text())["models"][0]
     samples = scores["samples"]

@@ -21,7 +21,6 @@ from tinyllama_hf import provenance
 from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.evaluation.bits_per_byte import held_out_documents
-from tinyllama_hf.evaluation.score_metrics import load_metric
 from tinyllama_hf.evaluation.series import score, watch
 from tinyllama_hf.pretrain import loop
 from tinyllama_hf.pretrain.config import SourceSection, load_config
@@ -130,14 +129,6 @@ def test_share_of_the_measured_matrix_rate(finished):
     run, _ = finished
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < row["matmul_share"] < 1 for row in rows if "loss" in row)
-
-
-def test_what_inline_scoring_lacks_is_known_before_the_first_step(recipe, monkeypatch):
-    monkeypatch.setitem(sys.modules, "evaluate", None)
-    load_metric.cache_clear()
-    with pytest.raises(InputError, match="needs the package evaluate"):
-        hooks_of(load_config(recipe, ["evaluate_at_milestones=inline"]))
-    hooks_of(load_config(recipe))
 
 
 def test_scores_on_other_text_are_known_before_the_first_step(finished, recipe):

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.shards import read_metadata
 from ..errors import InputError
 from ..tokenization_tinyllama import encode_text
-from .score_metrics import load_metric
+from . import score_metrics
 
 
 class HeldOut(NamedTuple):
@@ -82,12 +83,8 @@ def log_probabilities(
 ) -> Iterator[tuple[int, float]]:
     """Yields, for each window, its document and the natural logarithm of the probability of its scored tokens."""
     for batch in batches:
-        longest = max(len(window.tokens) for window in batch)
         # Padding stands on the right, where causal attention lets no scored token see it.
-        tokens = torch.zeros(len(batch), longest, dtype=torch.long)
-        for row, window in zip(tokens, batch, strict=True):
-            row[: len(window.tokens)] = torch.from_numpy(window.tokens)
-        tokens = tokens.to(model.device)
+        tokens = pad_sequence([torch.from_numpy(window.tokens) for window in batch], batch_first=True).to(model.device)
         logits = model(input_ids=tokens[:, :-1], use_cache=False).logits.float()
         scores = logits.gather(2, tokens[:, 1:, None]).squeeze(2) - logits.logsumexp(2)  # [batch, longest - 1]
         for row, window in zip(scores.double().cpu(), batch, strict=True):
@@ -138,11 +135,10 @@ def bits_per_byte(
 
 def summarise(nats: Sequence[float], held_out: Sequence[HeldOut]) -> dict[str, Any]:
     """Turns the negative log-probability of each document, source after source, into bits per byte."""
-    metric = load_metric("bits_per_byte")
     by_source, done = {}, 0
     for source in held_out:
         own = nats[done : done + len(source.texts)]
-        by_source[source.name] = metric.compute(predictions=own, references=source.texts)["bits_per_byte"]
+        by_source[source.name] = score_metrics.bits_per_byte(own, source.texts)
         done += len(source.texts)
     texts = [text for source in held_out for text in source.texts]
-    return {**metric.compute(predictions=nats, references=texts), "by_source": by_source}
+    return {"bits_per_byte": score_metrics.bits_per_byte(nats, texts), "by_source": by_source}

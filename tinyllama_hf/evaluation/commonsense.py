@@ -1,5 +1,6 @@
 """Scoring models, or every milestone of a run, on the commonsense tasks, into one file under one protocol."""
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -12,11 +13,13 @@ from rich.progress import Progress
 
 from .. import provenance
 from ..errors import InputError
-from ..inference.load import choose_device, model_folder
-from .harness import BATCH_SIZE, Suite, open_suite, run_suite
-from .models import Evaluated, evaluated, load_evaluated, milestones_of, place_in_run, quantization_in, the_run
+from ..inference.load import choose_device
+from .harness import BATCH_SIZE, run_suite
+from .models import Evaluated, load_evaluated, models_to_score
 from .protocol import TASKS, Protocol, published_protocol
-from .score_metrics import load_metric
+from .score_files import CommonsenseRow, ScoreFile
+from .score_metrics import commonsense_average
+from .suite import Suite, open_suite
 
 
 # What decides the scores of a model folder; stock transformers loads no more.
@@ -57,44 +60,28 @@ def score_commonsense(
     """
     _check_options(limit, batch_size, output, samples)
     device = choose_device(device)
-    ladder = _ladder(models, quantization)
-    context = _common_context([model.folder for model in ladder])
+    chosen = models_to_score(models, quantization)
+    context = _common_context([model.folder for model in chosen])
     with open_suite(data) as suite:
         protocol = published_protocol(suite.harness, suite.versions, context, limit, suite.data, suite.sample)
-        kept = _read_scores(output, protocol)
+        file = _open_file(output, protocol)
         rows, lines = [], []
-        for model in ladder:
-            known = {**model.record(), **place_in_run(model.folder), "fingerprint": _fingerprint(model.folder)}
-            before = next((row for row in kept if _key(row, "fingerprint") == _key(known, "fingerprint")), None)
+        for model in chosen:
+            known = {**model.record(), "fingerprint": _fingerprint(model.folder)}
+            before = file.find(("fingerprint", known["fingerprint"], model.quantization))
             if before and not samples:
                 note(f"{model.name}: scored before under this protocol, with these weights")
-                rows.append({**before, **known})
+                rows.append(dataclasses.replace(before, **known))
             else:
                 row, items = _score_folder(model, known, suite, protocol, batch_size, device, note)
                 rows.append(row)
                 about = {"model": str(model.folder), "quantization": model.quantization}
                 lines += [json.dumps({**about, **item}) + "\n" for item in items]
-            scores = {"task": "commonsense", "protocol": protocol.to_dict(), "models": rows}
-            if output:
-                replaced = {_key(row, name) for row in rows for name in ("path", "fingerprint")}
-                others = [row for row in kept if not replaced & {_key(row, "path"), _key(row, "fingerprint")}]
-                _write(output, {**scores, "models": [*others, *rows], "provenance": provenance.collect()})
+            file.add(rows[-1])
             if samples:
                 samples.parent.mkdir(parents=True, exist_ok=True)
                 provenance.write_text(samples, "".join(lines))
-    return {**scores, "provenance": provenance.collect()}
-
-
-def _ladder(models: Sequence[str], quantization: str) -> list[Evaluated]:
-    if run := the_run(models):
-        return [evaluated(folder, quantization) for folder in milestones_of(run)]
-    folders = {name: model_folder(name, quantized=True) for name in models}
-    return [evaluated(f, quantization, "" if Path(name).is_dir() else name) for name, f in folders.items()]
-
-
-def _key(row: dict[str, Any], name: str) -> tuple[str, str]:
-    """What tells a model from others: a quantised one is another than the plain one of the same path and files."""
-    return row[name], quantization_in(row)
+    return file.contents(rows)
 
 
 def _check_options(limit: int | None, batch_size: int, output: Path | None, samples: Path | None) -> None:
@@ -102,9 +89,8 @@ def _check_options(limit: int | None, batch_size: int, output: Path | None, samp
         raise InputError(f"--limit {limit}: must be at least 2, since one item has no standard error")
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size}: must be at least 1")
-    for option, path in (("--output", output), ("--samples", samples)):
-        if path and path.is_dir():
-            raise InputError(f"{option} {path}: is a folder; name a file")
+    if samples and samples.is_dir():
+        raise InputError(f"--samples {samples}: is a folder; name a file")
     if output and output == samples:
         raise InputError(f"--samples {samples}: is also the output; name two files")
 
@@ -120,19 +106,24 @@ def _common_context(folders: Sequence[Path]) -> int:
     return contexts[folders[0]]
 
 
-def _read_scores(output: Path | None, protocol: Protocol) -> list[dict[str, Any]]:
-    """The models that the output file has; refuses a file that these scores must not be mixed with."""
-    if output is None or not output.is_file():
-        return []
-    before = provenance.read_json(output)
-    if not isinstance(before, dict) or before.get("task") != "commonsense":
-        raise InputError(f"--output {output}: holds something else than commonsense scores; name another file")
-    if differences := protocol.differences(before["protocol"]):
-        raise InputError(
-            f"--output {output}: holds scores of another protocol (different: {'; '.join(differences)}), and scores of two "
-            "protocols do not belong together; name another file, or remove this one"
-        )
-    return before["models"]
+def _open_file(output: Path | None, protocol: Protocol) -> ScoreFile[CommonsenseRow]:
+    """The score file. A quantized model is another than the plain one of the same path and files."""
+
+    def check_protocol(before: dict[str, Any]) -> None:
+        if differences := protocol.differences(before.get("protocol", {})):
+            raise InputError(
+                f"--output {output}: holds scores of another protocol (different: {'; '.join(differences)}), and scores of "
+                "two protocols do not belong together; name another file, or remove this one"
+            )
+
+    return ScoreFile(
+        output,
+        "commonsense",
+        {"protocol": protocol.to_dict()},
+        CommonsenseRow,
+        lambda row: {("path", row.path, row.quantization), ("fingerprint", row.fingerprint, row.quantization)},
+        check_protocol,
+    )
 
 
 def _fingerprint(folder: Path) -> str:
@@ -148,7 +139,7 @@ def _score_folder(
     batch_size: int,
     device: str,
     note: Callable[[str], Any],
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[CommonsenseRow, list[dict[str, Any]]]:
     """A model's entry of the score file, and all its items."""
     began = time.perf_counter()
     loaded, tokenizer = load_evaluated(model, device, getattr(torch, protocol.dtype))
@@ -165,22 +156,14 @@ def _score_folder(
     if outcome.num_cut:
         note(f"{known['name']}: {outcome.num_cut} requests are longer than its context of {protocol.context_length} tokens; "
              "their beginnings were cut")  # fmt: skip
-    average = load_metric("commonsense_average").compute(
-        predictions=[outcome.results[name]["score"] for name in TASKS],
-        references=list(TASKS),
-        standard_errors=[outcome.results[name]["standard_error"] for name in TASKS],
-    )
-    row = {
+    results = [outcome.results[name] for name in TASKS]
+    average = commonsense_average([r.score for r in results], TASKS, [r.standard_error for r in results])
+    row = CommonsenseRow(
         **known,
-        "results": outcome.results,
-        "average": average["average"],
-        "average_standard_error": average["standard_error"],
-        "cut_requests": outcome.num_cut,
-        "seconds": round(time.perf_counter() - began, 1),
-    }
+        results=outcome.results,
+        average=average["average"],
+        average_standard_error=average["standard_error"],
+        cut_requests=outcome.num_cut,
+        seconds=round(time.perf_counter() - began, 1),
+    )
     return row, outcome.items
-
-
-def _write(output: Path, scores: dict[str, Any]) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    provenance.write_json(output, scores)

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
-from ..inference.load import load, load_stock, stock_tokenizer
+from ..inference.load import load, load_stock, model_folder, stock_tokenizer
 from ..pretrain.milestones import CONFIG_FILE, MILESTONES_FOLDER, list_milestones, read_record
 from ..provenance import read_json
 from ..quantization.bitsandbytes import cast_plain, check_quantization, chosen_quantization, quantization_of
@@ -28,9 +28,12 @@ class Evaluated(NamedTuple):
     name: str
     quantization: str
 
-    def record(self) -> dict[str, str]:
-        """As it stands in a score file."""
-        return {"name": self.name, "path": str(self.folder), "quantization": self.quantization}
+    def record(self) -> dict[str, Any]:
+        """As it stands in a score file, a milestone with its `step` and `tokens`."""
+        is_milestone = (self.folder / "provenance.json").is_file() and (self.folder / CONFIG_FILE).is_file()
+        made = read_record(self.folder) if is_milestone else {}
+        place = {key: made[key] for key in ("step", "tokens") if key in made}
+        return {"name": self.name, "path": str(self.folder), "quantization": self.quantization, **place}
 
 
 def evaluated(folder: Path, quantization: str = "none", name: str = "") -> Evaluated:
@@ -50,6 +53,18 @@ def evaluated(folder: Path, quantization: str = "none", name: str = "") -> Evalu
     check_quantization(kind)
     name = name or folder.name
     return Evaluated(folder, name if kind == "none" else f"{name} ({kind})", kind)
+
+
+def models_to_score(models: Sequence[str], quantization: str = "none") -> list[Evaluated]:
+    """The models of an evaluation: the milestones of a run if one is named, else each folder or name; loads nothing.
+
+    Raises:
+        InputError: as [`evaluated`]; if a model does not exist, or a run has no milestone yet.
+    """
+    if run := the_run(models):
+        return [evaluated(folder, quantization) for folder in milestones_of(run)]
+    folders = {name: model_folder(name, quantized=True) for name in models}
+    return [evaluated(folder, quantization, "" if Path(name).is_dir() else name) for name, folder in folders.items()]
 
 
 def load_evaluated(
@@ -77,11 +92,6 @@ def load_evaluated(
     return loaded, tokenizer
 
 
-def quantization_in(row: dict[str, Any]) -> str:
-    """The quantisation of a row of a score file; early ones do not say it, and had none."""
-    return row.get("quantization", "none")
-
-
 def the_run(models: Sequence[str]) -> Path | None:
     """The run that is meant, if one folder with milestones is named."""
     return Path(models[0]) if len(models) == 1 and (Path(models[0]) / MILESTONES_FOLDER).is_dir() else None
@@ -97,10 +107,3 @@ def milestones_of(run: Path) -> list[Path]:
     if not folders:
         raise InputError(f"run {run}: has no milestone yet; wait for the first, or train it")
     return folders
-
-
-def place_in_run(folder: Path) -> dict[str, int]:
-    """`step` and `tokens` of a milestone; nothing of another folder."""
-    is_milestone = (folder / "provenance.json").is_file() and (folder / CONFIG_FILE).is_file()
-    record = read_record(folder) if is_milestone else {}
-    return {key: record[key] for key in ("step", "tokens") if key in record}

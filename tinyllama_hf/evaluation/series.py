@@ -1,7 +1,8 @@
 """Scoring the milestones of a run beside counting models that read the same text."""
 
+import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,15 +15,14 @@ from .. import provenance
 from ..data.mixture import Mixture
 from ..data.shards import read_metadata
 from ..errors import InputError
-from ..inference.load import model_folder
 from ..pretrain.milestones import list_milestones, read_record
 from ..pretrain.run_record import RunRecord, open_mixture, read_run_record
 from ..quantization.bitsandbytes import check_name, check_quantization
 from ..tokenization_tinyllama import encode_text, load_tokenizer, tokenizer_fingerprint
 from .bits_per_byte import HeldOut, bits_per_byte, held_out_documents, summarise
-from .models import Evaluated, evaluated, load_evaluated, milestones_of, place_in_run, quantization_in, the_run
+from .models import Evaluated, evaluated, load_evaluated, models_to_score, the_run
 from .ngram import NGramModel
-from .score_metrics import load_metric
+from .score_files import CountingRow, ScoreFile, TextRow, TextSource, read_records, read_score_file
 
 
 TASK = "bits_per_byte"
@@ -71,15 +71,20 @@ def score(
             first model is scored.
     """
     text = _open_text(models, data, baselines)
-    folders = milestones_of(text.run) if text.run else [model_folder(model, quantized=True) for model in models]
-    ladder = [evaluated(folder, quantization) for folder in folders]
-    file = _ScoreFile(output, text, rescore)
+    chosen = models_to_score(models, quantization)
+    file = _open_file(output, text, rescore)
     opened = _open_mixture(text.record) if text.record and baselines else None
-    file.scores["models"] = [file.row(model, device, show_progress) for model in ladder]
+    before = list(file.rows)
+    rows = [_score(model, file, text, device, show_progress) for model in chosen]
+    file.keep(rows)
     if opened:
-        file.scores["baselines"] = _baselines(*opened, folders, text.held_out, file)
-    file.write()
-    return file.scores
+        kept = {row.step for row in rows if any(row is old for old in before)}
+        known = read_records(file.extra["baselines"], CountingRow, f"{output}: baselines")
+        known = [row for row in known if row.step in kept]
+        for fitted in _baselines(*opened, [model.folder for model in chosen], text.held_out, known):
+            file.extra["baselines"] = [dataclasses.asdict(row) for row in fitted]
+            file.write()
+    return file.contents()
 
 
 def watch(
@@ -108,15 +113,16 @@ def watch(
     last = read_run_record(run).num_steps
     check_name(quantization)
     check_quantization(quantization)
-    file = _ScoreFile(output, _open_text([str(run)]), rescore)
+    text = _open_text([str(run)])
+    file = _open_file(output, text, rescore)
     said = set()
     while True:
         for folder in list_milestones(run):
-            row = file.row(evaluated(folder, quantization), device)
-            if (folder, row["created"]) not in said:  # a resumed run may write one again
-                said.add((folder, row["created"]))
-                say(f"{row['bits_per_byte']:.4f} bits per byte  {row['name']}")
-            if row["step"] == last:
+            row = _score(evaluated(folder, quantization), file, text, device)
+            if (folder, row.created) not in said:  # a resumed run may write one again
+                said.add((folder, row.created))
+                say(f"{row.bits_per_byte:.4f} bits per byte  {row.name}")
+            if row.step == last:
                 return
         time.sleep(every_seconds)
 
@@ -125,10 +131,13 @@ def check_can_score(run: Path | None, data: Sequence[str]) -> None:
     """Refuses to begin a run whose milestones are to be scored and could not be; reads no document.
 
     Raises:
-        InputError: if a package is missing, or the run's score file is of another task or text.
+        InputError: if the run's score file is of another task or text.
     """
-    load_metric("bits_per_byte")
-    _read_scores(run and run / SCORES_FILE, [(folder, read_metadata(Path(folder))["fingerprint"]) for folder in data])
+    scores = read_score_file(run and run / SCORES_FILE, TASK)
+    if scores:
+        _check_text(
+            scores, [(folder, read_metadata(Path(folder))["fingerprint"]) for folder in data], run / SCORES_FILE
+        )
 
 
 def _open_text(models: Sequence[str], data: Sequence[str] = (), baselines: bool = False) -> _Text:
@@ -149,86 +158,57 @@ def _open_text(models: Sequence[str], data: Sequence[str] = (), baselines: bool 
     elif not data:
         raise InputError("--data: needed to score model folders; name prepared data sets")
     held_out = [held_out_documents(folder) for folder in data]
-    load_metric("bits_per_byte")  # a missing package is known before the first model is scored
     return _Text(run, record, held_out)
 
 
-class _ScoreFile:
-    """The scores of this call and of those before it, on the disk after each model.
-
-    Scores are joined only if they are of one task, one text and one protocol.
-    """
-
-    def __init__(self, output: Path | None, text: _Text, rescore: bool):
-        self.output, self.text = output, text
-        self.data = [{"path": h.name, "fingerprint": h.fingerprint, "documents": len(h.texts), "bytes": h.num_bytes}
-                     for h in text.held_out]  # fmt: skip
-        known = None if rescore else _read_scores(output, [(h.name, h.fingerprint) for h in text.held_out])
-        self.known: list[dict[str, Any]] = known["models"] if known else []
-        self.reused: set[str] = set()
-        self.scores: dict[str, Any] = {
-            "task": TASK,
-            "data": self.data,
-            "models": [],
-            "baselines": known["baselines"] if known else [],
-        }
-
-    def row(self, model: Evaluated, device: str, show_progress: bool = True) -> dict[str, Any]:
-        """The score of a model: that of an earlier call if the folder is still the same one."""
-        created = _created(model.folder)
-        own = self._key(model.record())
-        known = next((row for row in self.known if self._key(row) == own), None)
-        if known and created is not None and known.get("created") == created:
-            self.reused.add(model.folder.name)
-            return known
-        row = _score_folder(model, self.text.held_out, device, created, show_progress)
-        self._check_protocol(row)
-        self.known = [*(r for r in self.known if self._key(r) != own), row]
-        # Of a killed call, what comes later in the old file stays; a milestone that is gone leaves it at the end.
-        self.write(models=sorted(self.known, key=lambda r: r.get("step", 0)))
-        return row
-
-    def write(self, **parts: list[dict[str, Any]]) -> None:
-        """Replaces the file, with these parts in place of those that are not complete yet."""
-        self.scores["provenance"] = provenance.collect()
-        if self.output:
-            self.output.parent.mkdir(parents=True, exist_ok=True)
-            provenance.write_json(self.output, {**self.scores, **parts})
-
-    def _key(self, row: dict[str, Any]) -> tuple[str, str]:
-        """What a row is of. The names of a run's milestones tell them apart, wherever the run is called from."""
-        return row["name"] if self.text.run else row["path"], quantization_in(row)
-
-    def _check_protocol(self, row: dict[str, Any]) -> None:
-        for before in self.known:
-            old, new = before["protocol"], row["protocol"]
-            if old["context"] == new["context"] and old != new and self._key(before) != self._key(row):
-                raise InputError(
-                    f"{self.output}: {before['name']} was scored under {old}, {row['name']} under {new}; figures of two "
-                    "protocols are not joined: score all again with --rescore, or write elsewhere with --output"
-                )
+def _open_file(output: Path | None, text: _Text, rescore: bool) -> ScoreFile[TextRow]:
+    """The score file. The names of a run's milestones tell them apart, wherever the run is called from."""
+    data = [TextSource(h.name, h.fingerprint, len(h.texts), h.num_bytes) for h in text.held_out]
+    return ScoreFile(
+        output,
+        TASK,
+        {"data": [dataclasses.asdict(source) for source in data]},
+        TextRow,
+        lambda row: {(row.name if text.run else row.path, row.quantization)},
+        lambda before: _check_text(before, [(source.path, source.fingerprint) for source in data], output),
+        extra=["baselines"],
+        rescore=rescore,
+    )
 
 
-def _read_scores(output: Path | None, text: Sequence[tuple[str, str]]) -> dict[str, Any] | None:
-    """What a score file holds, `None` if there is none.
-
-    Raises:
-        InputError: if it is of another task or on other text, given as path and fingerprint of each data set.
-    """
-    if output is None or not output.is_file():
-        return None
-    scores = provenance.read_json(output)
-    if not isinstance(scores, dict) or scores.get("task") != TASK:
-        raise InputError(f"{output}: is no file of {TASK} scores; write elsewhere with --output")
-    there = [(data["path"], data["fingerprint"]) for data in scores["data"]]
+def _check_text(scores: dict[str, Any], text: Sequence[tuple[str, str]], file: Path | None) -> None:
+    """Refuses scores on other text than these pairs of path and fingerprint."""
+    sources = read_records(scores.get("data"), TextSource, f"{file}: data")
+    there = [(source.path, source.fingerprint) for source in sources]
     if there != list(text):
-        lines = [f"  {name}: {', '.join(f'{path} ({print_[:12]})' for path, print_ in sources)}"
-                 for name, sources in (("there", there), ("here", text))]  # fmt: skip
+        lines = [
+            f"  {name}: {', '.join(f'{path} ({print_[:12]})' for path, print_ in sources)}"
+            for name, sources in (("there", there), ("here", text))
+        ]
         raise InputError(
-            f"{output}: has scores on other text, and figures on two texts are not joined; replace them with --rescore, or "
+            f"{file}: has scores on other text, and figures on two texts are not joined; replace them with --rescore, or "
             "write elsewhere with --output\n" + "\n".join(lines)
         )
-    return scores
+
+
+def _score(
+    model: Evaluated, file: ScoreFile[TextRow], text: _Text, device: str, show_progress: bool = True
+) -> TextRow:
+    """The score of a model: that of the file if the folder is still the same one, else a new one, which is added."""
+    created = _created(model.folder)
+    known = file.find((model.name if text.run else str(model.folder), model.quantization))
+    if known and created is not None and known.created == created:
+        return known
+    row = _score_folder(model, text.held_out, device, created, show_progress)
+    for other in file.rows:
+        old, new = other.protocol, row.protocol
+        if old["context"] == new["context"] and old != new and other is not known:
+            raise InputError(
+                f"{file.path}: {other.name} was scored under {old}, {row.name} under {new}; figures of two protocols are "
+                "not joined: score all again with --rescore, or write elsewhere with --output"
+            )
+    file.add(row)
+    return row
 
 
 def _created(folder: Path) -> str | None:
@@ -239,7 +219,7 @@ def _created(folder: Path) -> str | None:
 
 def _score_folder(
     model: Evaluated, held_out: Sequence[HeldOut], device: str, created: str | None, show_progress: bool
-) -> dict[str, Any]:
+) -> TextRow:
     """Scores a folder with stock transformers: model and tokenizer as somebody without this package loads them."""
     began = time.perf_counter()
     loaded, tokenizer = load_evaluated(model, device)
@@ -250,14 +230,13 @@ def _score_folder(
         task = bar.add_task(f"Scoring {model.name}", total=estimate, note="")
         result = bits_per_byte(loaded, tokenizer, held_out, advance=lambda n: bar.advance(task, n))
     libraries = provenance.collect()["libraries"]
-    return {
+    return TextRow(
         **model.record(),
-        **place_in_run(model.folder),
-        "created": created,
+        created=created,
         **result,
-        "scored_with": {name: libraries[name] for name in ("transformers", "torch")} | {"device": loaded.device.type},
-        "seconds": round(time.perf_counter() - began, 1),
-    }
+        scored_with={name: libraries[name] for name in ("transformers", "torch")} | {"device": loaded.device.type},
+        seconds=round(time.perf_counter() - began, 1),
+    )
 
 
 def _open_mixture(record: RunRecord) -> tuple[Mixture, PreTrainedTokenizerBase]:
@@ -271,26 +250,28 @@ def _baselines(
     tokenizer: PreTrainedTokenizerBase,
     milestones: Sequence[Path],
     held_out: Sequence[HeldOut],
-    file: _ScoreFile,
-) -> list[dict[str, Any]]:
-    """Counting models fitted on what each milestone had read, each block once however often it was read."""
+    known: Sequence[CountingRow] = (),
+) -> Iterator[list[CountingRow]]:
+    """Fits counting models on what each milestone had read, each block once however often it was read.
+
+    Yields the rows of all milestones so far; those that are known are not fitted again.
+    """
     documents = [_tokens(tokenizer, text) for h in held_out for text in h.texts]
-    before, scores = file.scores["baselines"], []
+    rows: list[CountingRow] = []
     for folder in track(milestones, "Fitting counting models", transient=True, disable=not Console().is_terminal):
         record = read_record(folder)
-        known = [row for row in before if (row["step"], row["tokens"]) == (record["step"], record["tokens"])]
-        if folder.name in file.reused and [row["name"] for row in known] == list(BASELINES):
-            scores += known
-            continue
-        blocks = sorted(set(mixture.blocks(0, record["tokens"] // mixture.block_size)))
-        text = mixture.tokens(blocks)[:, :-1].reshape(-1)  # neighbouring blocks join without a seam
-        for name, order in BASELINES.items():
-            model = NGramModel(text, len(tokenizer), order)
-            nats = [-float(model.log_probabilities(tokens).sum()) for tokens in documents]
-            about = {"name": name, "step": record["step"], "tokens": record["tokens"], "distinct_tokens": len(text)}
-            scores.append({**about, **summarise(nats, held_out)})
-        file.write(baselines=scores)
-    return scores
+        fitted = [row for row in known if (row.step, row.tokens) == (record["step"], record["tokens"])]
+        if [row.name for row in fitted] != list(BASELINES):
+            blocks = sorted(set(mixture.blocks(0, record["tokens"] // mixture.block_size)))
+            text = mixture.tokens(blocks)[:, :-1].reshape(-1)  # neighbouring blocks join without a seam
+            fitted = []
+            for name, order in BASELINES.items():
+                model = NGramModel(text, len(tokenizer), order)
+                nats = [-float(model.log_probabilities(tokens).sum()) for tokens in documents]
+                found = summarise(nats, held_out)
+                fitted.append(CountingRow(name, record["step"], record["tokens"], len(text), **found))
+        rows += fitted
+        yield rows
 
 
 def _tokens(tokenizer: Any, text: str) -> np.ndarray:

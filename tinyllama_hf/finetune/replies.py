@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..chat.masks import mask_replies
 from ..chat.render import Messages, Rendering, render
 from ..errors import InputError
-from ..evaluation.models import evaluated, load_evaluated
-from ..evaluation.score_metrics import load_metric
+from ..evaluation.models import load_evaluated, models_to_score
+from ..evaluation.score_files import ReplyRow, ReplySample, ScoreFile
+from ..evaluation.score_metrics import stop_rate
 from ..inference.generation import Context
-from ..inference.load import model_folder
-from ..provenance import collect, file_sha256
+from ..provenance import file_sha256
 from ..tokenization_tinyllama import load_tokenizer
 from .conversations import HELD_OUT_FILE, read_conversations
 
@@ -33,6 +34,7 @@ def score(
     max_new_tokens: int = MAX_NEW_TOKENS,
     device: str = "auto",
     quantization: str = "none",
+    output: Path | None = None,
 ) -> dict[str, Any]:
     """Scores chat models on the last reply of each conversation.
 
@@ -44,6 +46,7 @@ def score(
         device (`str`, *optional*, defaults to `"auto"`): where the models run.
         quantization (`str`, *optional*, defaults to `"none"`): to quantise the models to while they are loaded; folders
             that were saved quantised have their own.
+        output (`Path`, *optional*): JSON file, written after each model; what it has already is replaced.
 
     Returns:
         `dict`: contents of the score file; see [`score_replies`] for each model's entry.
@@ -54,31 +57,32 @@ def score(
     for option, value in (("--limit", limit), ("--max-new-tokens", max_new_tokens)):
         if value is not None and value < 1:
             raise InputError(f"{option} {value}: must be at least 1")
-    folders = [model_folder(model, quantized=True) for model in models]
-    ladder = [evaluated(folder, quantization) for folder in folders]
-    files = [Path(data) if data else folder / HELD_OUT_FILE for folder in folders]
-    for file, folder in zip(files, folders, strict=True):
-        if not file.is_file():
-            fix = (
-                "name another" if data else f"{folder} is no fine-tuned model with held-out conversations; name --data"
-            )
-            raise InputError(f"{file}: no such file; {fix}")
-    conversations = [[c.messages for c in read_conversations(str(file))][:limit] for file in files]
-    for file, rows in zip(files, conversations, strict=True):
-        if unfinished := [row for row in rows if row[-1]["role"] != "assistant"]:
-            raise InputError(
-                f"{file}: {len(unfinished)} conversations do not end with the assistant, whose reply is scored"
-            )
-    load_metric("stop_rate")  # a missing package is known before the first model is scored
-    rows = []
-    for model, file, messages in zip(ladder, files, conversations, strict=True):
+    chosen = models_to_score(models, quantization)
+    asked = [_read_asked(model.folder, data, limit) for model in chosen]
+    file = ScoreFile(output, "replies", {"decoding": "greedy"}, ReplyRow, lambda row: {(row.path, row.quantization)})
+    file.rows = []  # the weights of a row are not recorded, so all are scored again
+    for model, (source, conversations) in zip(chosen, asked, strict=True):
         (loaded, _), tokenizer = load_evaluated(model, device), load_tokenizer(model.folder)
         with Progress(transient=True, disable=not Console().is_terminal) as bar:
-            task = bar.add_task(f"Asking {model.name}", total=len(messages))
+            task = bar.add_task(f"Asking {model.name}", total=len(conversations))
             advance = functools.partial(bar.advance, task)
-            scores = score_replies(loaded, tokenizer, messages, max_new_tokens, advance)
-        rows.append({**model.record(), "data_sha256": file_sha256(file), **scores})
-    return {"task": "replies", "decoding": "greedy", "models": rows, "provenance": collect()}
+            scores = score_replies(loaded, tokenizer, conversations, max_new_tokens, advance)
+        file.add(ReplyRow(**model.record(), data_sha256=file_sha256(source), **scores))
+    return file.contents()
+
+
+def _read_asked(folder: Path, data: str | None, limit: int | None) -> tuple[Path, list[Messages]]:
+    """The file of conversations that a model is asked, and those that are used."""
+    file = Path(data) if data else folder / HELD_OUT_FILE
+    if not file.is_file():
+        fix = "name another" if data else f"{folder} is no fine-tuned model with held-out conversations; name --data"
+        raise InputError(f"{file}: no such file; {fix}")
+    conversations = [conversation.messages for conversation in read_conversations(str(file))][:limit]
+    if unfinished := [messages for messages in conversations if messages[-1]["role"] != "assistant"]:
+        raise InputError(
+            f"{file}: {len(unfinished)} conversations do not end with the assistant, whose reply is scored"
+        )
+    return file, conversations
 
 
 @torch.inference_mode()
@@ -92,13 +96,9 @@ def reply_loss(model: PreTrainedModel, renderings: Sequence[Rendering], batch_si
     """
     total, count = 0.0, 0
     for batch in _batches(sorted(renderings, key=lambda r: len(r.input_ids)), batch_size):
-        longest = max(len(rendering.input_ids) for rendering in batch)
         # Padding stands on the right, where causal attention lets no learned token see it.
-        ids = torch.zeros(len(batch), longest, dtype=torch.long)
-        learned = torch.zeros(len(batch), longest, dtype=torch.bool)
-        for i, rendering in enumerate(batch):
-            ids[i, : len(rendering.input_ids)] = torch.tensor(rendering.input_ids)
-            learned[i, : len(rendering.input_ids)] = torch.tensor(rendering.assistant_masks, dtype=torch.bool)
+        ids = pad_sequence([torch.tensor(rendering.input_ids) for rendering in batch], batch_first=True)
+        learned = pad_sequence([torch.tensor(r.assistant_masks, dtype=torch.bool) for r in batch], batch_first=True)
         ids, learned = ids.to(model.device), learned[:, 1:].to(model.device)
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits[learned].float()
         total += torch.nn.functional.cross_entropy(logits, ids[:, 1:][learned], reduction="sum").item()
@@ -128,12 +128,11 @@ def generate_replies(
     replies: list[list[int]] = [[] for _ in rendered]
     order = sorted(range(len(rendered)), key=lambda i: len(rendered[i]))
     for numbers in _batches(order, batch_size):
-        width = max(len(rendered[i]) for i in numbers)
-        ids = torch.full((len(numbers), width), tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(numbers):  # generation continues at the right
-            ids[row, width - len(rendered[i]) :] = torch.tensor(rendered[i])
-            mask[row, width - len(rendered[i]) :] = 1
+        # Padding stands on the left, since generation continues at the right.
+        prompts_ids = [torch.tensor(rendered[i]) for i in numbers]
+        pad = {"batch_first": True, "padding_side": "left"}
+        ids = pad_sequence(prompts_ids, padding_value=tokenizer.pad_token_id, **pad)
+        mask = pad_sequence([torch.ones_like(row) for row in prompts_ids], **pad)
         output = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
@@ -143,7 +142,7 @@ def generate_replies(
             eos_token_id=tokenizer.eos_token_id,
         )
         for row, i in enumerate(numbers):
-            new = output[row, width:].tolist()
+            new = output[row, ids.shape[1] :].tolist()
             end = new.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in new else len(new)
             replies[i] = new[:end]
         advance(len(numbers))
@@ -168,7 +167,7 @@ def score_replies(
         advance (`Callable`, *optional*): called with the number of replies done.
 
     Returns:
-        `dict`: `stop_rate` and `median_length` (tokens without the stop token), by the metric `stop_rate`; `loss` of the
+        `dict`: `stop_rate` and `median_length` (tokens without the stop token), by [`stop_rate`]; `loss` of the
         true replies in nats per token; and each question with the model's reply and the true one.
 
     Raises:
@@ -179,17 +178,17 @@ def score_replies(
         where = f"conversation {number}"
         renderings.append(mask_replies(tokenizer, messages, render(tokenizer, messages, where=where), where))
     replies = generate_replies(model, tokenizer, [c[:-1] for c in conversations], max_new_tokens, advance=advance)
-    stops = load_metric("stop_rate").compute(predictions=replies, eos_token_id=tokenizer.eos_token_id)
+    stops = stop_rate(replies, tokenizer.eos_token_id)
     loss = reply_loss(model, renderings)
     if not math.isfinite(loss):
         raise InputError("the loss of the replies is not finite; the model is broken")
     samples = [
-        {
-            "question": messages[-2]["content"],
-            "reply": tokenizer.decode(reply, skip_special_tokens=True).strip(),
-            "stopped": reply[-1] == tokenizer.eos_token_id,
-            "true": messages[-1]["content"],
-        }
+        ReplySample(
+            question=messages[-2]["content"],
+            reply=tokenizer.decode(reply, skip_special_tokens=True).strip(),
+            stopped=reply[-1] == tokenizer.eos_token_id,
+            true=messages[-1]["content"],
+        )
         for messages, reply in zip(conversations, replies, strict=True)
     ]
     return {"replies": len(replies), "max_new_tokens": max_new_tokens, **stops, "loss": loss, "samples": samples}

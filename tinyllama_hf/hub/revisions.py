@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from ..errors import InputError, require
-from ..evaluation.series import milestones_of
+from ..evaluation.models import milestones_of
 from ..portable import portable, portable_text
 from ..pretrain.metrics import METRICS_FILE
 from ..pretrain.milestones import CONFIG_FILE, MILESTONES_FOLDER

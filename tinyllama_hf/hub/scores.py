@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..evaluation.harness import SAMPLE, task_files
 from ..evaluation.protocol import caveat
-from ..evaluation.score_metrics import load_metric
+from ..evaluation.score_metrics import commonsense_average
+from ..evaluation.suite import SAMPLE, task_files
 from ..portable import portable_text
 from ..provenance import file_sha256, read_json
 
@@ -77,10 +77,9 @@ def eval_results(name: str, scores: Scores) -> list[Any]:
     return results
 
 
-def average_of(row: dict[str, Any]) -> dict[str, float]:
+def average_of(row: dict[str, Any]) -> dict[str, float | None]:
     """The mean of the tasks with its standard error, by the metric that the harness uses."""
-    return load_metric("commonsense_average").compute(
-        predictions=[result["score"] for result in row["results"].values()],
-        references=list(row["results"]),
-        standard_errors=[result["standard_error"] for result in row["results"].values()],
+    results = row["results"].values()
+    return commonsense_average(
+        [r["score"] for r in results], list(row["results"]), [r["standard_error"] for r in results]
     )

@@ -4,16 +4,11 @@ metric = evaluate.load("eval/metrics/stop_rate")
 metric.compute(predictions=[[306, 29889, 2], ...], eos_token_id=2)
 """
 
-import statistics
-
 import datasets
 import evaluate
 
+from tinyllama_hf.evaluation.score_metrics import stop_rate
 
-_DESCRIPTION = """\
-A chat model that never learned its stop token talks on until it is cut off. The stop rate is the share of replies whose
-last token is the stop token; the median length tells a model that answers from one that stops at once.
-"""
 
 _INPUTS = """
 Args:
@@ -26,17 +21,16 @@ Returns:
 
 
 class StopRate(evaluate.Metric):
-    """Share of replies that end in the stop token, and their median length."""
+    """Wraps [`tinyllama_hf.evaluation.score_metrics.stop_rate`]."""
 
     def _info(self) -> evaluate.MetricInfo:
         features = {"predictions": datasets.Sequence(datasets.Value("int64"))}
         return evaluate.MetricInfo(
-            description=_DESCRIPTION, citation="", inputs_description=_INPUTS, features=datasets.Features(features)
+            description=stop_rate.__doc__,
+            citation="",
+            inputs_description=_INPUTS,
+            features=datasets.Features(features),
         )
 
     def _compute(self, predictions: list[list[int]], eos_token_id: int) -> dict[str, float]:
-        if not predictions:
-            raise ValueError("stop_rate: got no reply; give at least one")
-        stopped = [bool(reply) and reply[-1] == eos_token_id for reply in predictions]
-        lengths = [len(reply) - stop for reply, stop in zip(predictions, stopped, strict=True)]
-        return {"stop_rate": sum(stopped) / len(predictions), "median_length": float(statistics.median(lengths))}
+        return stop_rate(predictions, eos_token_id)
