@@ -11,7 +11,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from transformers import AutoConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from .. import provenance
 from ..chat.render import Rendering
@@ -61,23 +61,21 @@ def finetune(config: FinetuneConfig, overwrite: bool = False, dry_run: bool = Fa
     quiet_bitsandbytes()  # which peft imports
     require("trl", "finetune", "fine-tuning")
     require("peft", "finetune", "fine-tuning")
-    run = open_run(config, overwrite)
-    state = _processes()
-    if state.is_main_process:
-        print("\n".join(facts(run, state.num_processes)), flush=True)
-        if dry_run:
-            print(f"{sample(run)}\nwould write {run.output}/ (dry run: nothing was written)")
+    run, processes = open_run(config, overwrite), _processes()
+    is_main = processes.is_main_process
+    if is_main:
+        print("\n".join(facts(run, processes.num_processes)), flush=True)
     if dry_run:
+        if is_main:
+            print(f"{sample(run)}\nwould write {run.output}/ (dry run: nothing was written)")
         return
-    if state.is_main_process:
-        before = _held_out_loss(run, run.base)
+    before = _held_out_loss(run, run.base) if is_main else math.nan
+    if is_main:
         print(f"held-out replies: loss {before:.3f} nats a token before", flush=True)
-    model, adapter, history = _train(run)
-    if state.is_main_process:
+    model, history = _train(run)
+    if is_main:
         with provenance.new_folder(run.output, overwrite) as temporary:
             _save(run, model, temporary)
-            if adapter is not None:
-                adapter.save(temporary / "adapter")
             after = _held_out_loss(run, temporary)
             if not math.isfinite(after):
                 raise InputError(
@@ -85,12 +83,11 @@ def finetune(config: FinetuneConfig, overwrite: bool = False, dry_run: bool = Fa
                     "replies is not finite; nothing was written, lower it"
                 )
             print(f"held-out replies: loss {after:.3f} nats a token after")
-            rows = "".join(json.dumps(row) + "\n" for row in history)
-            provenance.write_text(temporary / METRICS_FILE, rows)
+            provenance.write_text(temporary / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in history))
             record = _record(run, {"before": before, "after": after})
             provenance.write_json(temporary / "provenance.json", provenance.collect(**record))
         print(f"wrote {run.output}")
-    state.wait_for_everyone()
+    processes.wait_for_everyone()
 
 
 def open_run(config: FinetuneConfig, overwrite: bool = False) -> Run:
@@ -175,23 +172,9 @@ def _held_out_loss(run: Run, folder: Path) -> float:
     return reply_loss(model, run.held_out)
 
 
-class _Adapter(NamedTuple):
-    """A LoRA adapter's weights and configuration, kept from before it was merged."""
-
-    config: Any
-    weights: dict[str, torch.Tensor]
-
-    def save(self, folder: Path) -> None:
-        from safetensors.torch import save_file
-
-        self.config.save_pretrained(folder)
-        save_file(self.weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def _train(run: Run) -> tuple[LlamaForCausalLM, _Adapter | None, list[dict[str, Any]]]:
-    """Trains stock Llama with TRL; returns it with the adapter merged, the adapter, and the logged rows."""
+def _train(run: Run) -> tuple[Any, list[dict[str, Any]]]:
+    """Trains stock Llama with TRL; returns it, with an adapter on top where the recipe asks for one, and the logged rows."""
     from datasets import Dataset, disable_progress_bars
-    from peft import get_peft_model_state_dict
     from trl import SFTTrainer
 
     model, _ = load_stock(run.base, "cpu")
@@ -207,12 +190,7 @@ def _train(run: Run) -> tuple[LlamaForCausalLM, _Adapter | None, list[dict[str, 
             peft_config=_lora(run.config) if run.config.adapter.kind == "lora" else None,
         )
         trainer.train()
-    trained = trainer.accelerator.unwrap_model(trainer.model)
-    if run.config.adapter.kind == "none":
-        return trained, None, trainer.state.log_history
-    weights = {name: w.detach().cpu().contiguous() for name, w in get_peft_model_state_dict(trained).items()}
-    adapter = _Adapter(trained.peft_config["default"], weights)
-    return trained.merge_and_unload(), adapter, trainer.state.log_history
+    return trainer.accelerator.unwrap_model(trainer.model), trainer.state.log_history
 
 
 def _arguments(run: Run, scratch: str) -> Any:
@@ -256,8 +234,15 @@ def _lora(config: FinetuneConfig) -> Any:
     )
 
 
-def _save(run: Run, trained: LlamaForCausalLM, folder: Path) -> None:
-    """Writes the plain Llama folder: weights, config in both spellings, generation config, tokenizer, recipe, held-out rows."""
+def _save(run: Run, trained: Any, folder: Path) -> None:
+    """Writes the plain Llama folder: weights, config in both spellings, generation config, tokenizer, recipe, held-out rows.
+
+    An adapter is written to `adapter/` and merged.
+    """
+    if run.config.adapter.kind == "lora":
+        trained.save_pretrained(folder / "adapter")
+        (folder / "adapter" / "README.md").unlink()  # peft's template of a card, with nothing filled in
+        trained = trained.merge_and_unload()
     trained.config.pad_token_id = None  # it would freeze and zero that row of the embedding at the next load
     plain = TinyLlamaForCausalLM(TinyLlamaConfig.from_llama(trained.config))
     plain.load_state_dict(trained.state_dict())
