@@ -9,13 +9,12 @@ from tinyllama_hf.errors import InputError
 from tinyllama_hf.evaluation.score_files import CommonsenseRow, CountingRow, ScoreFile, TextRow, read_records
 
 
-# As commit 5f877aa's predecessor wrote it: no quantization, and the libraries of the last call only.
+# As the first versions wrote it: no quantization, no time of the folder, no libraries.
 EARLY_ROW = {
     "name": "step-6-token-0.0015M",
     "path": "runs/demo/milestones/step-6-token-0.0015M",
     "step": 6,
     "tokens": 1536,
-    "created": "2026-11-01T00:00:00+00:00",
     "bits_per_byte": 2.5,
     "by_source": {"data/prose": 2.5},
     "protocol": {"context": 32, "stride": 16, "bos": True, "dtype": "float32"},
@@ -30,16 +29,17 @@ def open_file(path, **options):
 
 
 def row(path: str, bits: float = 3.0) -> TextRow:
-    return TextRow(**{**SCORED, "name": path, "path": path, "bits_per_byte": bits, "created": None})
+    return TextRow(**{**SCORED, "name": path, "path": path, "bits_per_byte": bits})
 
 
 def test_the_layout_on_disk(tmp_path):
     file = open_file(tmp_path / "new" / "scores.json")
-    file.add(TextRow(**EARLY_ROW, quantization="nf4", scored_with={"torch": "2.13.0"}))
+    later = {"quantization": "nf4", "scored_with": {"torch": "2.13.0"}, "created": "2026-11-01T00:00:00+00:00"}
+    file.add(TextRow(**EARLY_ROW, **later))
     file.add(row("other"))
     written = json.loads((tmp_path / "new" / "scores.json").read_text())
     assert list(written) == ["task", "data", "models", "baselines", "provenance"] and written["baselines"] == []
-    assert written["models"][0] == {**EARLY_ROW, "quantization": "nf4", "scored_with": {"torch": "2.13.0"}}
+    assert written["models"][0] == {**EARLY_ROW, **later}
     assert written["models"][1].keys() == written["models"][0].keys() - {"step", "tokens"}
     assert written["models"][1]["created"] is None
     assert {key: value for key, value in file.contents().items() if key != "provenance"} == {

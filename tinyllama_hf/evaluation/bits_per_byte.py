@@ -122,8 +122,7 @@ def bits_per_byte(
     documents = [text for source in held_out for text in source.texts]
     pieces = []
     for number, text in enumerate(documents):
-        tokens = np.array([tokenizer.bos_token_id, *encode_text(tokenizer, text)])
-        pieces += windows(number, tokens, context, stride)
+        pieces += windows(number, document_tokens(tokenizer, text), context, stride)
     pieces.sort(key=lambda window: len(window.tokens))  # alike in length, so that little is padded
     batches = (pieces[i : i + batch_size] for i in range(0, len(pieces), batch_size))
     nats = [0.0] * len(documents)
@@ -131,6 +130,11 @@ def bits_per_byte(
         nats[number] -= log_probability
     protocol = {"context": context, "stride": stride, "bos": True, "dtype": str(model.dtype).removeprefix("torch.")}
     return {**summarise(nats, held_out), "protocol": protocol}
+
+
+def document_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
+    """The tokens of a document, `[num_tokens]`, begin-of-sequence first."""
+    return np.array([tokenizer.bos_token_id, *encode_text(tokenizer, text)])
 
 
 def summarise(nats: Sequence[float], held_out: Sequence[HeldOut]) -> dict[str, Any]:

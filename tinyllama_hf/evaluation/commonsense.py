@@ -14,9 +14,10 @@ from rich.progress import Progress
 from .. import provenance
 from ..errors import InputError
 from ..inference.load import choose_device
+from ..released import tables
 from .harness import BATCH_SIZE, run_suite
 from .models import Evaluated, load_evaluated, models_to_score
-from .protocol import TASKS, Protocol, published_protocol
+from .protocol import TASKS, Protocol
 from .score_files import CommonsenseRow, ScoreFile
 from .score_metrics import commonsense_average
 from .suite import Suite, open_suite
@@ -63,7 +64,7 @@ def score_commonsense(
     chosen = models_to_score(models, quantization)
     context = _common_context([model.folder for model in chosen])
     with open_suite(data) as suite:
-        protocol = published_protocol(suite.harness, suite.versions, context, limit, suite.data, suite.sample)
+        protocol = _published_protocol(suite, context, limit)
         file = _open_file(output, protocol)
         rows, lines = [], []
         for model in chosen:
@@ -104,6 +105,22 @@ def _common_context(folders: Sequence[Path]) -> int:
             "one; score them one at a time, each into a file of its own"
         )
     return contexts[folders[0]]
+
+
+def _published_protocol(suite: Suite, context: int, limit: int | None) -> Protocol:
+    """The protocol of TinyLlama's table, with what it leaves open."""
+    table = tables()["protocol"]
+    fixed = {key: table[key] for key in ("dtype", "num_fewshot", "add_bos_token", "apply_chat_template")}
+    return Protocol(
+        harness=suite.harness,
+        task_versions=suite.versions,
+        metrics=table["metric"],
+        **fixed,
+        context_length=context,
+        limit=limit,
+        data=suite.data,
+        sample=suite.sample,
+    )
 
 
 def _open_file(output: Path | None, protocol: Protocol) -> ScoreFile[CommonsenseRow]:

@@ -58,31 +58,6 @@ class Protocol:
         return found
 
 
-def published_protocol(
-    harness: str,
-    task_versions: dict[str, Any],
-    context_length: int,
-    limit: int | None,
-    data: dict[str, str],
-    sample: bool = False,
-) -> Protocol:
-    """The protocol of TinyLlama's table, with what a run adds to it."""
-    facts = tables()["protocol"]
-    return Protocol(
-        harness=harness,
-        task_versions=task_versions,
-        metrics=facts["metric"],
-        dtype=facts["dtype"],
-        num_fewshot=facts["num_fewshot"],
-        add_bos_token=facts["add_bos_token"],
-        apply_chat_template=facts["apply_chat_template"],
-        context_length=context_length,
-        limit=limit,
-        data=data,
-        sample=sample,
-    )
-
-
 def published_row(name: str) -> Released:
     """The row of the published table with this name, the peer's and those of the chat models included.
 

@@ -38,9 +38,9 @@ class ScoredModel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextRow(ScoredModel):
-    """Bits per byte of a model; `created` is the time at which its folder was written."""
+    """Bits per byte of a model; `created` is the time at which its folder was written, where that is known."""
 
-    created: str | None
+    created: str | None = None
     bits_per_byte: float
     by_source: dict[str, float]
     protocol: dict[str, Any]

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from rich.console import Console
 from rich.progress import Progress, TextColumn, track
 from transformers import PreTrainedTokenizerBase
@@ -18,8 +17,8 @@ from ..errors import InputError
 from ..pretrain.milestones import list_milestones, read_record
 from ..pretrain.run_record import RunRecord, open_mixture, read_run_record
 from ..quantization.bitsandbytes import check_name, check_quantization
-from ..tokenization_tinyllama import encode_text, load_tokenizer, tokenizer_fingerprint
-from .bits_per_byte import HeldOut, bits_per_byte, held_out_documents, summarise
+from ..tokenization_tinyllama import load_tokenizer, tokenizer_fingerprint
+from .bits_per_byte import HeldOut, bits_per_byte, document_tokens, held_out_documents, summarise
 from .models import Evaluated, evaluated, load_evaluated, models_to_score, the_run
 from .ngram import NGramModel
 from .score_files import CountingRow, ScoreFile, TextRow, TextSource, read_records, read_score_file
@@ -256,7 +255,7 @@ def _baselines(
 
     Yields the rows of all milestones so far; those that are known are not fitted again.
     """
-    documents = [_tokens(tokenizer, text) for h in held_out for text in h.texts]
+    documents = [document_tokens(tokenizer, text) for h in held_out for text in h.texts]
     rows: list[CountingRow] = []
     for folder in track(milestones, "Fitting counting models", transient=True, disable=not Console().is_terminal):
         record = read_record(folder)
@@ -272,7 +271,3 @@ def _baselines(
                 fitted.append(CountingRow(name, record["step"], record["tokens"], len(text), **found))
         rows += fitted
         yield rows
-
-
-def _tokens(tokenizer: Any, text: str) -> np.ndarray:
-    return np.array([tokenizer.bos_token_id, *encode_text(tokenizer, text)])

@@ -46,7 +46,8 @@ def read_conversations(source: str) -> list[Conversation]:
     if source == EMBEDDED:
         return [
             Conversation(
-                f"{source}, {pair.name}", [_message("user", pair.question), _message("assistant", pair.answer)]
+                f"{source}, {pair.name}",
+                [{"role": "user", "content": pair.question}, {"role": "assistant", "content": pair.answer}],
             )
             for pair in questions()
         ]
@@ -58,8 +59,14 @@ def read_conversations(source: str) -> list[Conversation]:
     found = []
     for number, row in read_rows(path):
         where = f"{source}, row {number}"
-        found.append(Conversation(where, _messages(row, where)))
-        check_training_messages(found[-1].messages, where)
+        messages = read_messages(row, where)
+        if decisive := sorted(key for key in _DECISIVE & row.keys() if row[key] not in (None, "", [], {})):
+            raise InputError(
+                f"{where}: field {decisive[0]!r} would change what is learned and is not supported; write it into the "
+                "messages, or remove it"
+            )
+        check_training_messages(messages, where)
+        found.append(Conversation(where, messages))
     if not found:
         raise InputError(f"conversations {source}: holds no row")
     return found
@@ -139,17 +146,3 @@ def render_all(
 def write_rows(conversations: Sequence[Conversation]) -> str:
     """Conversations as JSON lines that [`read_conversations`] reads."""
     return "".join(json.dumps({"messages": c.messages}, ensure_ascii=False) + "\n" for c in conversations)
-
-
-def _messages(row: Any, where: str) -> list[dict[str, Any]]:
-    messages = read_messages(row, where)
-    if decisive := sorted(key for key in _DECISIVE & row.keys() if row[key] not in (None, "", [], {})):
-        raise InputError(
-            f"{where}: field {decisive[0]!r} would change what is learned and is not supported; write it into the messages, "
-            "or remove it"
-        )
-    return messages
-
-
-def _message(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}

@@ -16,7 +16,7 @@ from ..chat.masks import mask_replies
 from ..chat.render import Messages, Rendering, render
 from ..errors import InputError
 from ..evaluation.models import load_evaluated, models_to_score
-from ..evaluation.score_files import ReplyRow, ReplySample, ScoreFile
+from ..evaluation.score_files import ReplyRow, ReplySample, ScoreFile, read_score_file
 from ..evaluation.score_metrics import stop_rate
 from ..inference.generation import Context
 from ..provenance import file_sha256
@@ -59,8 +59,11 @@ def score(
             raise InputError(f"{option} {value}: must be at least 1")
     chosen = models_to_score(models, quantization)
     asked = [_read_asked(model.folder, data, limit) for model in chosen]
-    file = ScoreFile(output, "replies", {"decoding": "greedy"}, ReplyRow, lambda row: {(row.path, row.quantization)})
-    file.rows = []  # the weights of a row are not recorded, so all are scored again
+    read_score_file(
+        output, "replies"
+    )  # refuses a file of another task; the weights of a row are not recorded, so all are
+    settings = {"decoding": "greedy"}  # scored again
+    file = ScoreFile(output, "replies", settings, ReplyRow, lambda row: {(row.path, row.quantization)}, rescore=True)
     for model, (source, conversations) in zip(chosen, asked, strict=True):
         (loaded, _), tokenizer = load_evaluated(model, device), load_tokenizer(model.folder)
         with Progress(transient=True, disable=not Console().is_terminal) as bar:
