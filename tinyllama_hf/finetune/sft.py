@@ -58,17 +58,16 @@ def finetune(config: FinetuneConfig, overwrite: bool = False, dry_run: bool = Fa
     Raises:
         InputError: before the first step, for anything that cannot work; and after the last, if training diverged.
     """
-    quiet_bitsandbytes()  # which peft imports
-    require("trl", "finetune", "fine-tuning")
-    require("peft", "finetune", "fine-tuning")
-    run, processes = open_run(config, overwrite), _processes()
+    run = open_run(config, overwrite)
+    print_summary(run, dry_run)
+    if not dry_run:
+        finetune_run(run, overwrite)
+
+
+def finetune_run(run: Run, overwrite: bool = False) -> None:
+    """Trains a run that [`open_run`] has checked, and writes its folder; otherwise as [`finetune`]."""
+    processes = _processes()
     is_main = processes.is_main_process
-    if is_main:
-        print("\n".join(facts(run, processes.num_processes)), flush=True)
-    if dry_run:
-        if is_main:
-            print(f"{sample(run)}\nwould write {run.output}/ (dry run: nothing was written)")
-        return
     before = _held_out_loss(run, run.base) if is_main else math.nan
     if is_main:
         print(f"held-out replies: loss {before:.3f} nats a token before", flush=True)
@@ -79,7 +78,7 @@ def finetune(config: FinetuneConfig, overwrite: bool = False, dry_run: bool = Fa
             after = _held_out_loss(run, temporary)
             if not math.isfinite(after):
                 raise InputError(
-                    f"training.learning_rate: {config.training.learning_rate}: training diverged, the loss of held-out "
+                    f"training.learning_rate: {run.config.training.learning_rate}: training diverged, the loss of held-out "
                     "replies is not finite; nothing was written, lower it"
                 )
             print(f"held-out replies: loss {after:.3f} nats a token after")
@@ -94,8 +93,11 @@ def open_run(config: FinetuneConfig, overwrite: bool = False) -> Run:
     """Checks everything that the recipe names and opens it; writes nothing.
 
     Raises:
-        InputError: for a model, template, conversations and output that cannot be used together.
+        InputError: for a model, template, conversations and output that cannot be used together, or a missing package.
     """
+    quiet_bitsandbytes()  # which peft imports
+    require("trl", "finetune", "fine-tuning")
+    require("peft", "finetune", "fine-tuning")
     output = Path(config.output_dir)
     if output.exists() and not output.is_dir():
         raise InputError(f"output_dir {output}: is a file; choose a folder")
@@ -120,6 +122,15 @@ def open_run(config: FinetuneConfig, overwrite: bool = False) -> Run:
     dropped = len(conversations) - len(rendered[0]) - len(rendered[1])
     accumulation = _accumulation_steps(config, _processes().num_processes)
     return Run(config, output, base, tokenizer, template, context, *rendered, held_out, dropped, accumulation)
+
+
+def print_summary(run: Run, dry_run: bool = False) -> None:
+    """Prints what follows from the recipe, on the main process; for a dry run also the first conversation."""
+    processes = _processes()
+    if processes.is_main_process:
+        print("\n".join(facts(run, processes.num_processes)), flush=True)
+        if dry_run:
+            print(f"{sample(run)}\nwould write {run.output}/ (dry run: nothing was written)")
 
 
 def facts(run: Run, num_processes: int) -> list[str]:
