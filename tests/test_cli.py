@@ -176,7 +176,7 @@ BAD = {
         "eval tasks model --data empty --data model", "--data empty model: commonsense reads one folder"),
     "scores over something else": (
         "eval tasks model --data embedded:sample --output small.jsonl",
-        "--output small.jsonl: holds something else than commonsense scores"),
+        "--output small.jsonl: is not a file of commonsense scores"),
     "baselines of a folder": ("eval text model --baselines", "--baselines: needs one run"),
     "no repository": ("publish model --repo micro", "--repo 'micro': it must be USER/NAME"),
     "nothing to publish": ("publish empty --repo me/x --dry-run", "empty: holds neither milestones nor a model"),

@@ -58,7 +58,7 @@ _INPUT = Annotated[
 ]
 _OUTPUT = Annotated[Path | None, typer.Option(help="With --input, JSON lines to write, in the same order.")]
 _BATCH_SIZE = Annotated[int | None, typer.Option(help="With --input, prompts at a time; default: 8.")]
-_ENGINE = Annotated[str | None, typer.Option(hidden=True)]  # removed after 0.1; its message goes with the next version
+_ENGINE = Annotated[str | None, typer.Option(hidden=True, help="Removed; ends in a message.")]
 
 
 def generate(

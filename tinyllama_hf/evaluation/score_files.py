@@ -196,7 +196,7 @@ def read_score_file(path: Path | None, task: str) -> dict[str, Any] | None:
         return None
     contents = provenance.read_json(path)
     if not isinstance(contents, dict) or contents.get("task") != task:
-        raise InputError(f"{path}: is no file of {task} scores; write elsewhere with --output")
+        raise InputError(f"--output {path}: is not a file of {task} scores. Choose another file.")
     return contents
 
 
