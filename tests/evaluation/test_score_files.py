@@ -94,8 +94,8 @@ def test_a_file_of_an_early_version_is_read_and_kept(tmp_path):
     ("text", "message"),
     [
         ('{"task": "bits_per_byte", "models": [', r"scores\.json: damaged, not valid JSON"),
-        ("[]", r"scores\.json: is no file of bits_per_byte scores"),
-        ('{"task": "commonsense", "models": []}', r"scores\.json: is no file of bits_per_byte scores"),
+        ("[]", r"scores\.json: is not a file of bits_per_byte scores"),
+        ('{"task": "commonsense", "models": []}', r"scores\.json: is not a file of bits_per_byte scores"),
         ('{"task": "bits_per_byte"}', r"scores\.json: models: Input should be a valid list"),
         ('{"task": "bits_per_byte", "models": [{"name": "a"}]}', r"scores\.json: models\.0\.path: Field required"),
         (json.dumps({"task": "bits_per_byte", "models": [EARLY_ROW | {"bits_per_byte": "two"}]}),

@@ -226,7 +226,7 @@ class TestIncremental:
     def test_a_file_of_another_task_is_refused(self, finished, tmp_path):
         run, _ = finished
         (tmp_path / "commonsense.json").write_text('{"task": "commonsense"}')
-        with pytest.raises(InputError, match="is no file of bits_per_byte scores"):
+        with pytest.raises(InputError, match="is not a file of bits_per_byte scores"):
             score([str(run)], output=tmp_path / "commonsense.json")
 
     def test_another_protocol_is_refused(self, finished, tmp_path):
