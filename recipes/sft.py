@@ -12,23 +12,44 @@ Bad input ends with one message and exit status 2 (`accelerate launch` turns any
 adding a traceback of its own).
 """
 
+import argparse
 import sys
-from collections.abc import Sequence
-
-from tinyllama_hf_cli.scripts import training_script
-
-
-def run(recipe: str, overrides: Sequence[str], overwrite: bool, dry_run: bool) -> int:
-    from tinyllama_hf.finetune.config import load_config
-    from tinyllama_hf.finetune.sft import finetune
-
-    finetune(load_config(recipe, overrides), overwrite, dry_run)
-    return 0
 
 
 def main() -> int:
-    overwrites = "replace the fine-tuned model that lies in output_dir"
-    return training_script("sft.py", __doc__, overwrites, "nothing was written", run)
+    arguments = parse_arguments()
+
+    # Imported here, so that --help needs no torch.
+    from tinyllama_hf.errors import InputError
+    from tinyllama_hf.finetune.config import load_config
+    from tinyllama_hf.finetune.sft import finetune_run, open_run, print_summary
+    from tinyllama_hf.progress import quiet_library_bars
+
+    quiet_library_bars()
+    try:
+        config = load_config(arguments.recipe, arguments.overrides)
+        run = open_run(config, arguments.overwrite)  # checks everything, writes nothing
+        print_summary(run, arguments.dry_run)
+        if not arguments.dry_run:
+            finetune_run(run, arguments.overwrite)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="YAML file; every key is explained in recipes/sft/full.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the recipe")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the fine-tuned model that lies in output_dir"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, say what would happen, and stop")
+    return parser.parse_intermixed_args()
 
 
 if __name__ == "__main__":

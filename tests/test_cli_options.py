@@ -21,6 +21,13 @@ class Arrived(Exception):
     """Raised by the function that a case ends with."""
 
 
+PREPARED = SimpleNamespace(
+    run=SimpleNamespace(tokenizer="x" * 512),
+    accelerator=SimpleNamespace(num_processes=2),
+    known_device=lambda: None,
+    print=lambda *_: None,
+    summary=[],
+)
 LOADED = (SimpleNamespace(device="cpu"), SimpleNamespace(chat_template=None), "draft")
 LOAD = {"model": "m", "dtype": "bf16", "device": "cpu", "quantization": "nf4", "draft": "d", "adapter": "a"}
 LOADING = "--dtype bf16 --device cpu --quantization nf4 --adapter a"
@@ -136,18 +143,21 @@ CASES = {
         }),
     },
     "pretrain.py {recipe} training.seed=77 --overwrite --measure-peak": {
-        "tinyllama_hf.pretrain.loop.pretrain": (None, {
-            "config.training.seed": 77, "overwrite": True, "dry_run": False, "measure_peak": True,
-        }),
+        "tinyllama_hf.pretrain.loop.prepare_run": (PREPARED, {"config.training.seed": 77, "overwrite": True}),
+        "tinyllama_hf.pretrain.loop.train_run": (None, {"prepared": PREPARED, "measure_peak": True}),
     },
     "pretrain.py {recipe} --dry-run": {
-        "tinyllama_hf.pretrain.loop.pretrain": (None, {"overwrite": False, "dry_run": True, "measure_peak": False}),
+        "tinyllama_hf.pretrain.loop.prepare_run": (PREPARED, {"overwrite": False}),
+        "tinyllama_hf.planning.run_plan.plan": (None, {"vocab_size": 512, "num_devices": 2}),
     },
     "sft.py {sft} training.seed=77 --overwrite": {
-        "tinyllama_hf.finetune.sft.finetune": (None, {"config.training.seed": 77, "overwrite": True, "dry_run": False}),
+        "tinyllama_hf.finetune.sft.open_run": ("run", {"config.training.seed": 77, "overwrite": True}),
+        "tinyllama_hf.finetune.sft.print_summary": ("printed", {"run": "run", "dry_run": False}),
+        "tinyllama_hf.finetune.sft.finetune_run": (None, {"run": "run", "overwrite": True}),
     },
     "sft.py {sft} --dry-run": {
-        "tinyllama_hf.finetune.sft.finetune": (None, {"overwrite": False, "dry_run": True}),
+        "tinyllama_hf.finetune.sft.open_run": ("run", {"overwrite": False}),
+        "tinyllama_hf.finetune.sft.print_summary": (None, {"run": "run", "dry_run": True}),
     },
 }  # fmt: skip
 

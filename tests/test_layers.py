@@ -32,17 +32,13 @@ ROOMS: tuple[set[str], ...] = (
     {"gguf"},
     FOUNDATION,
 )
-# Where the road still leads upward.
-UPWARD = {
-    "tinyllama_hf/pretrain/loop.py": {"tinyllama_hf.planning.run_plan.costs", "tinyllama_hf.planning.run_plan.plan"}
-}
 # transformers' own layout: a configuration names its tokenizer and its model, which name their configuration.
 CIRCLE = {
     f"tinyllama_hf.{name}" for name in ("configuration_tinyllama", "modeling_tinyllama", "tokenization_tinyllama")
 }
 # Launchers that are named after what they launch.
 LAUNCHERS = {"recipes/sft.py", "recipes/slurm/prepare.py", "eval/bits_per_byte.py", "eval/commonsense.py",
-             "eval/metrics/bits_per_byte/bits_per_byte.py", "tinyllama_hf_cli/hooks.py"}  # fmt: skip
+             "eval/metrics/bits_per_byte/bits_per_byte.py"}  # fmt: skip
 # Packages that `import tinyllama_hf` must do without, and the only module or folder that may import them at the top.
 OPTIONAL = {
     "datatrove": "tinyllama_hf/data/pipeline.py",
@@ -124,7 +120,7 @@ def test_nothing_imports_from_above(path):
         return
     height = floor(own.with_suffix("").parts)
     above = {".".join(name) for name in imported(path) if name[0].startswith("tinyllama_hf") and floor(name) > height}
-    assert above == UPWARD.get(own.as_posix(), set())
+    assert above == set()
 
 
 def test_no_files_import_each_other_in_a_circle():

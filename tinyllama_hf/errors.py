@@ -82,5 +82,4 @@ def refuse_damage(where: object) -> Iterator[None]:
     except (InputError, MemoryError):
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()) or "no message"
-        raise damaged(where, f"{type(error).__name__}: {reason:.200}") from error
+        raise damaged(where, one_line(error)) from error

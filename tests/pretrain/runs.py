@@ -1,10 +1,12 @@
 """Runs to compare: in this process or launched as a user would, and what must be equal in two of them."""
 
 import os
+import runpy
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load_file
@@ -25,6 +27,18 @@ def run(recipe: Path, *overrides: str, **options) -> Path:
     config = load_config(recipe, overrides)
     loop.pretrain(config, **options)
     return Path(config.output_dir)
+
+
+SCRIPT = SimpleNamespace(**runpy.run_path(str(ROOT / "recipes" / "pretrain.py"), run_name="script"))
+
+
+def run_script(*arguments: str | Path) -> int:
+    """The exit status of `recipes/pretrain.py`, in this process."""
+    before, sys.argv = sys.argv, ["pretrain.py", *map(str, arguments)]
+    try:
+        return SCRIPT.main()
+    finally:
+        sys.argv = before
 
 
 def exact_rows(output: Path) -> list[dict]:

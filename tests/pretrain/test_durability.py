@@ -6,7 +6,7 @@ import pytest
 
 from tests.power_cut import Disk
 from tests.pretrain.runs import run, signal_after
-from tinyllama_hf.pretrain.hooks import Hooks
+from tinyllama_hf.pretrain.loop import Hooks
 from tinyllama_hf.pretrain.signals import Stopped
 
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from tests.conftest import ROOT, write_recipe
+from tests.pretrain.runs import SCRIPT, run_script
 from tests.report.test_plots import assert_draws
 from tinyllama_hf import provenance
 from tinyllama_hf.data.prepare import prepare
@@ -24,11 +24,10 @@ from tinyllama_hf.evaluation.bits_per_byte import held_out_documents
 from tinyllama_hf.evaluation.series import score, watch
 from tinyllama_hf.pretrain import loop
 from tinyllama_hf.pretrain.config import SourceSection, load_config
-from tinyllama_hf.pretrain.loop import pretrain
+from tinyllama_hf.pretrain.loop import Hooks, pretrain
 from tinyllama_hf.pretrain.metrics import read_metrics
 from tinyllama_hf.pretrain.milestones import list_milestones
 from tinyllama_hf.pretrain.setup import training_yaml
-from tinyllama_hf_cli.hooks import hooks_of
 
 
 def launch(recipe: Path, *arguments: str) -> str:
@@ -58,7 +57,7 @@ def test_picture(finished):
 
 def test_the_picture_shows_what_was_logged(finished, recipe, drawn):
     run, _ = finished
-    hooks_of(load_config(recipe)).after_checkpoint(run)
+    SCRIPT.TrainingPicture()(run)
     [figure] = drawn
     names = ("loss", "learning_rate", "gradient_norm", "tokens_per_second")
     for axes, name in zip(figure.axes, names, strict=True):
@@ -131,16 +130,16 @@ def test_share_of_the_measured_matrix_rate(finished):
     assert all(0 < row["matmul_share"] < 1 for row in rows if "loss" in row)
 
 
-def test_scores_on_other_text_are_known_before_the_first_step(finished, recipe):
+def test_scores_on_other_text_are_known_before_the_first_step(prepared, finished, recipe, capsys):
     run, _ = finished
-    config = load_config(recipe, ["evaluate_at_milestones=inline"])
-    Path(config.output_dir).mkdir()
+    output = Path(load_config(recipe).output_dir)
+    output.mkdir()
     scores = json.loads((run / "scores.json").read_text())
     scores["data"][0]["fingerprint"] = "0" * 64
-    (Path(config.output_dir) / "scores.json").write_text(json.dumps(scores))
-    with pytest.raises(InputError, match="has scores on other text"):
-        hooks_of(config)
-    hooks_of(config, overwrite=True)
+    (output / "scores.json").write_text(json.dumps(scores))
+    assert run_script(recipe, "evaluate_at_milestones=inline", "--dry-run") == 2
+    assert "has scores on other text" in capsys.readouterr().err
+    assert run_script(recipe, "evaluate_at_milestones=inline", "--dry-run", "--overwrite") == 0
 
 
 def test_training_goes_on_where_a_score_or_a_picture_cannot_be_had(recipe, capsys, monkeypatch):
@@ -151,12 +150,10 @@ def test_training_goes_on_where_a_score_or_a_picture_cannot_be_had(recipe, capsy
     def no_room(*_):
         raise OSError("No space left on device")
 
-    config = load_config(recipe, ["evaluate_at_milestones=inline"])
-    hooks = hooks_of(config)
     monkeypatch.setattr(plots, "training_panels", no_room)
     monkeypatch.setattr(series, "held_out_documents", lambda folder: held_out_documents("gone"))
-    pretrain(config, hooks=hooks)
-    run, printed = Path(config.output_dir), capsys.readouterr().out
+    assert run_script(recipe, "evaluate_at_milestones=inline") == 0
+    run, printed = Path(load_config(recipe).output_dir), capsys.readouterr().out
     names = [folder.name for folder in list_milestones(run)]
     assert len(names) == 2 and not (run / "scores.json").exists()
     for name in names:
@@ -176,12 +173,11 @@ def test_training_goes_on_where_a_record_is_gone_or_a_card_cannot_be_written(rec
 
     monkeypatch.setattr(card, "milestone_card", fails)
     config = load_config(recipe, ["milestones.tokens=[512]"])
-    hooks = hooks_of(config)
 
     def archive(run: Path, milestone: Path) -> None:
         (milestone / "provenance.json").unlink()
 
-    pretrain(config, hooks=replace(hooks, after_milestone=archive))
+    pretrain(config, hooks=Hooks(SCRIPT.write_card, archive, SCRIPT.TrainingPicture()))
     printed = capsys.readouterr().out
     assert re.search(
         r"training.png: not drawn \(milestone .*: holds no provenance.json;[^\n]*\); training goes on", printed
@@ -297,17 +293,15 @@ class TestIncremental:
 
 def test_watch_scores_as_they_appear(recipe):
     """Training in this thread, watching in another, which ends by itself after the last milestone."""
-    config = load_config(recipe, ["evaluate_at_milestones=watch"])
+    config = load_config(recipe)
     run, lines = Path(config.output_dir), []
-    hooks = hooks_of(config)
-    assert any(f"tinyllama-hf eval {run} --watch" in line for line in hooks.before_training)
     watcher = threading.Thread(target=watch, args=(run, "cpu", run / "scores.json", 0.05, lines.append))
 
     def first_checkpoint(_: Path) -> None:
         if not watcher.is_alive() and not lines:
             watcher.start()
 
-    pretrain(config, hooks=type(hooks)(after_checkpoint=first_checkpoint))
+    pretrain(config, hooks=Hooks(after_checkpoint=first_checkpoint))
     watcher.join(60)
     assert [line.split()[-1] for line in lines] == [folder.name for folder in list_milestones(run)]
     assert len(json.loads((run / "scores.json").read_text())["models"]) == 2

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from tests.conftest import ROOT
+from tests.pretrain.runs import run_script
 from tinyllama_hf import TinyLlamaForCausalLM
 from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.errors import InputError
@@ -332,7 +333,7 @@ class TestRefusals:
 
 def test_dry_run_says_everything_and_writes_nothing(recipe, capsys):
     config = load_config(recipe)
-    loop.pretrain(config, dry_run=True)
+    assert run_script(recipe, "--dry-run") == 0
     printed = capsys.readouterr().out
     for fact in (
         "parameters",
@@ -349,7 +350,7 @@ def test_dry_run_says_everything_and_writes_nothing(recipe, capsys):
 
 def test_micro_batches_are_said_in_the_order_of_the_steps(recipe, capsys):
     changes = "training.batch_changes=[{from_tokens: 1024, tokens_per_step: 128}]"
-    loop.pretrain(load_config(recipe, [changes]), dry_run=True)
+    assert run_script(recipe, changes, "--dry-run") == 0
     printed = capsys.readouterr().out
     assert "steps of 256, then 128 (" in printed and "x 2, then 1 micro-batches of 4" in printed
 

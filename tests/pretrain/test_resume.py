@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,10 +27,10 @@ from tinyllama_hf.data.shards import TokenDataset
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.pretrain import checkpoints, setup
 from tinyllama_hf.pretrain.config import load_config
-from tinyllama_hf.pretrain.hooks import Hooks
-from tinyllama_hf.pretrain.identity import check_same_run, identity
+from tinyllama_hf.pretrain.loop import Hooks
 from tinyllama_hf.pretrain.metrics import METRICS_FILE, Metrics, read_metrics
 from tinyllama_hf.pretrain.milestones import list_milestones
+from tinyllama_hf.pretrain.resume import check_same_run, identity
 from tinyllama_hf.pretrain.run_record import record_of_recipe
 from tinyllama_hf.pretrain.schedule import learning_rate
 from tinyllama_hf.pretrain.signals import Stopped
@@ -188,8 +189,8 @@ class TestDamage:
     FULL = """
 import resource, signal, sys
 from tinyllama_hf.pretrain.config import load_config
-from tinyllama_hf.pretrain.disk import FullDiskError
-from tinyllama_hf.pretrain.hooks import Hooks
+from tinyllama_hf.pretrain.checkpoints import FullDiskError
+from tinyllama_hf.pretrain.loop import Hooks
 from tinyllama_hf.pretrain.loop import pretrain
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 limit = lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
@@ -273,7 +274,7 @@ class TestRefusals:
         others = (
             "output_dir=x", "training.micro_batch_size=2", "training.compile=off", "training.attention=eager",
             "training.activation_checkpointing=true", "training.deterministic=true", "milestones.tokens=[512]",
-            "milestones.steps=[3]", "milestones.keep_training_state=true", "evaluate_at_milestones=watch",
+            "milestones.steps=[3]", "milestones.keep_training_state=true", "evaluate_at_milestones=inline",
             "checkpoints.every_tokens=512", "checkpoints.keep=1", "validation.every_tokens=512", "logging.every_steps=2",
         )  # fmt: skip
         check_same_run(
@@ -282,8 +283,13 @@ class TestRefusals:
 
     @staticmethod
     def identity(config):
-        fingerprint = tokenizer_fingerprint(load_tokenizer(config.data.tokenizer))
-        return identity(config, record_of_recipe(config.model_dump(mode="json", by_alias=True)), fingerprint)
+        return identity(
+            SimpleNamespace(
+                config=config,
+                record=record_of_recipe(config.model_dump(mode="json", by_alias=True)),
+                tokenizer_fingerprint=tokenizer_fingerprint(load_tokenizer(config.data.tokenizer)),
+            )
+        )
 
     def test_changed_data_and_tokenizer(self, recipe, corpus, tokenizer_folder, documents, tmp_path):
         from tinyllama_hf.data.train_tokenizer import train_tokenizer

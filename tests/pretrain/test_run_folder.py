@@ -16,9 +16,8 @@ from tests.conftest import ROOT
 from tests.pretrain.runs import assert_same_run, run, signal_after
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.pretrain import loop
-from tinyllama_hf.pretrain.checkpoints import BYTES_PER_PARAMETER
-from tinyllama_hf.pretrain.disk import FullDiskError, size_in_words
-from tinyllama_hf.pretrain.hooks import Hooks
+from tinyllama_hf.pretrain.checkpoints import BYTES_PER_PARAMETER, FullDiskError, size_in_words
+from tinyllama_hf.pretrain.loop import Hooks
 from tinyllama_hf.pretrain.metrics import Metrics, read_metrics
 from tinyllama_hf.pretrain.milestones import list_milestones
 from tinyllama_hf.pretrain.run_folder import STOPPED_FILE

@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.pretrain.runs import assert_same_run, run, run_launched, signal_after, wait_for
-from tinyllama_hf.pretrain.hooks import Hooks
+from tinyllama_hf.pretrain.loop import Hooks
 from tinyllama_hf.pretrain.signals import Stopped
 
 
@@ -51,7 +51,7 @@ class TestSignals:
 import threading, time
 import torch.distributed as dist
 from tinyllama_hf.pretrain.config import load_config
-from tinyllama_hf.pretrain.hooks import Hooks
+from tinyllama_hf.pretrain.loop import Hooks
 from tinyllama_hf.pretrain.loop import pretrain
 stuck = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 def never_ends(run):

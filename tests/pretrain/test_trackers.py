@@ -17,11 +17,9 @@ from tests.conftest import ROOT
 from tests.pretrain.test_resume import signal_after
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.pretrain.config import load_config
-from tinyllama_hf.pretrain.hooks import Hooks
-from tinyllama_hf.pretrain.loop import pretrain
-from tinyllama_hf.pretrain.metrics import read_metrics
+from tinyllama_hf.pretrain.loop import Hooks, pretrain
+from tinyllama_hf.pretrain.metrics import RUN_ID_FILE, read_metrics, row_values, start_trackers
 from tinyllama_hf.pretrain.signals import Stopped
-from tinyllama_hf.pretrain.trackers import RUN_ID_FILE, row_values, start_trackers
 
 
 def scalars(run: Path, name: str) -> list[tuple[int, float]]:
@@ -40,7 +38,7 @@ def train_and_resume(recipe: Path, tracker: str, folder: Path) -> Path:
         "from pathlib import Path\n"
         "from tests.pretrain.test_resume import signal_after\n"
         "from tinyllama_hf.pretrain.config import load_config\n"
-        "from tinyllama_hf.pretrain.hooks import Hooks\n"
+        "from tinyllama_hf.pretrain.loop import Hooks\n"
         "from tinyllama_hf.pretrain.loop import pretrain\n"
         "from tinyllama_hf.pretrain.signals import Stopped\n"
         "config = load_config(sys.argv[2], [f'logging.trackers=[{sys.argv[3]}]'])\n"

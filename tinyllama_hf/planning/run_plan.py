@@ -5,13 +5,11 @@ from typing import NamedTuple
 
 from ..configuration_tinyllama import TinyLlamaConfig
 from ..devices import Device
-from ..pretrain.architecture import architecture, shapes_only
-from ..pretrain.checkpoints import BYTES_PER_PARAMETER
+from ..pretrain.checkpoints import BYTES_PER_PARAMETER, size_in_words
 from ..pretrain.config import PretrainConfig
-from ..pretrain.disk import size_in_words
 from ..pretrain.milestones import milestone_names, milestone_steps
 from ..pretrain.schedule import learning_rate
-from ..pretrain.setup import check_batches
+from ..pretrain.setup import architecture, check_batches, shapes_only
 from .training_memory import PARTS, Layout, Memory, step_memory
 
 

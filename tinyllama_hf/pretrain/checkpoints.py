@@ -17,13 +17,13 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from .. import provenance
 from ..errors import InputError, one_line
 from .checkpoint_reader import CheckpointReader, TensorPlanner
-from .disk import FullDiskError, full_disk_says
 from .step import TrainStep
 
 
@@ -33,6 +33,30 @@ RECORD_FILE = "checkpoint.json"
 FORMAT_VERSION = 1
 _RECORD = {"files": dict, "step": int, "tokens": int, "identity": dict, "arithmetic": dict}  # what a reader relies on
 BYTES_PER_PARAMETER = 12  # weight and two moments, all fp32
+
+
+class FullDiskError(RuntimeError):
+    """Something of a run could not be written, as a rule because the disk is full; the checkpoints before it are whole."""
+
+    def __init__(self, path: Path, reason: str):
+        super().__init__(
+            f"{path}: could not be written ({reason}); the checkpoints before it are whole. On a full disk make room, or "
+            "lower checkpoints.keep; then give the same command again"
+        )
+
+
+@contextlib.contextmanager
+def full_disk_says(path: Path) -> Iterator[None]:
+    """Turns what a failed write raises into a [`FullDiskError`]."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise FullDiskError(path, reason(error)) from error
+
+
+def reason(problem: BaseException) -> str:
+    """The cause of a failed write in a line."""
+    return " ".join(f"{type(problem).__name__}: {problem}".split())[:300]
 
 
 class AnotherVersionError(InputError):
@@ -231,3 +255,8 @@ def _size_and_checksum(path: Path) -> list[int]:
         while block := stream.read(1 << 22):
             checksum, size = zlib.crc32(block, checksum), size + len(block)
     return [size, checksum]
+
+
+def size_in_words(num_bytes: float) -> str:
+    """`13.2 GB`, and below one GB `45 MB`."""
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.0f} MB"

@@ -65,6 +65,11 @@ def make_accelerator(config: "PretrainConfig") -> Accelerator:
     return accelerator
 
 
+def device_name(device: torch.device) -> str | None:
+    """As CUDA names it; `None` for a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
 def _shard_on_cpus(precision: str) -> None:
     """Makes accelerate shard over CPU processes: 1.15 ignores its own settings there and trains unsharded, silently."""
     asks_for_mesh = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true"

@@ -7,86 +7,132 @@ import contextlib
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from .. import provenance
-from ..devices import known_device
-from ..inference.load import load
+from ..devices import Device, known_device
 from ..modeling_tinyllama import TinyLlamaForCausalLM
-from ..planning.run_plan import costs, plan
 from . import launch, setup
-from .checkpoints import CHECKPOINTS_FOLDER, TRAINING_STATE_FOLDER, prune, read_checkpoint, write_checkpoint
+from .checkpoints import (
+    CHECKPOINTS_FOLDER,
+    TRAINING_STATE_FOLDER,
+    full_disk_says,
+    prune,
+    read_checkpoint,
+    write_checkpoint,
+)
 from .config import PretrainConfig
-from .disk import full_disk_says
-from .hooks import Hooks
-from .identity import arithmetic, changed_arithmetic
-from .metrics import Metrics
+from .metrics import Metrics, check_trackers, row_values, start_trackers
 from .milestones import MILESTONES_FOLDER, export_weights, write_milestone
-from .resume import Start, check_space, find_start
+from .resume import Start, arithmetic, changed_arithmetic, check_space, find_start, identity
 from .run_folder import folder_of_one, mark_stopped
 from .signals import Stopped, StopRequests
-from .step import StepResult, TrainStep
+from .step import StepResult, TrainStep, validation_losses
 from .throughput import measure_matmul_flops, model_flops_utilization, peak_memory_bytes
-from .trackers import check_trackers, row_values, start_trackers
-from .validation import validation_losses
 
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient was not finite. The parameters are those of the last finite step."""
 
 
-def pretrain(
-    config: PretrainConfig,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    measure_peak: bool = False,
-    hooks: Hooks | None = None,
-) -> None:
-    """Trains a model as the recipe says, leaves a milestone folder at each count of tokens, and goes on with a run that
-    was stopped.
+@dataclass(frozen=True)
+class Hooks:
+    """Functions of the caller, called on the main process while the others wait.
+
+    Args:
+        complete_milestone (`Callable[[Path], None]`, *optional*): given the folder of a milestone before it gets its name;
+            adds files.
+        after_milestone (`Callable[[Path, Path], None]`, *optional*): given the folders of the run and the milestone.
+        after_checkpoint (`Callable[[Path], None]`, *optional*): given the folder of the run.
+    """
+
+    complete_milestone: Callable[[Path], None] | None = None
+    after_milestone: Callable[[Path, Path], None] | None = None
+    after_checkpoint: Callable[[Path], None] | None = None
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """Everything that the first step needs, checked; nothing of it is written yet."""
+
+    run: setup.Run
+    accelerator: Accelerator
+    model: TinyLlamaForCausalLM
+    start: Start
+    compiles_layers: bool
+    overwrite: bool
+    summary: list[str]
+
+    def known_device(self) -> Device | None:
+        """The accelerator that each process runs on, `None` if it is not in the table of devices."""
+        return known_device(launch.device_name(self.accelerator.device))
+
+    def print(self, *lines: str) -> None:
+        """Prints lines on the main process."""
+        if self.accelerator.is_main_process:
+            print("\n".join(lines), flush=True)
+
+    def dry_run_lines(self) -> list[str]:
+        """The beginning of the first block, and what training would write."""
+        return [
+            f"first block {setup.sample(self.run)!r}",
+            f"would write {self.run.output}/ (dry run: nothing was written)",
+        ]
+
+
+def prepare_run(config: PretrainConfig, overwrite: bool = False) -> PreparedRun:
+    """Checks a recipe against its data, the machine and what is in `output_dir`, and builds the model; writes nothing.
 
     Args:
         config (`PretrainConfig`): from [`load_config`].
-        overwrite (`bool`, *optional*, defaults to `False`): remove the run that lies in `output_dir` and start anew.
-        dry_run (`bool`, *optional*, defaults to `False`): check everything, say what would happen, and stop.
-        measure_peak (`bool`, *optional*, defaults to `False`): log the share of the matrix rate measured on the spot.
-        hooks (`Hooks`, *optional*): what the caller does at milestones and checkpoints.
+        overwrite (`bool`, *optional*, defaults to `False`): remove the run in `output_dir` and start over.
 
     Raises:
-        InputError: before the first step, for anything that cannot work.
-        NonFiniteError: at the logging step after a loss or gradient that is not finite.
-        Stopped: after SIGTERM or SIGINT, once the step is done and a checkpoint written.
-        FullDiskError: if something of the run cannot be written; the checkpoints before it are whole.
+        InputError: for anything that cannot work.
     """
-    hooks = hooks or Hooks()
     check_trackers(config)
     accelerator = launch.make_accelerator(config)
     run = setup.open_run(config)
     setup.check_batches(config, accelerator.num_processes)
     launch.check_attention(config.training, config.data.document_masking, accelerator.device)
     launch.check_kernels(config.training.kernels, accelerator.device)
-    compiled, compile_says = launch.compiles(config.training.compile, accelerator.device)
+    compiles_layers, compilation = launch.compiles(config.training.compile, accelerator.device)
     start = find_start(run, accelerator, overwrite)
-    model = _build_model(run)
+    model = setup.build_model(run)
     check_space(run, start, sum(p.numel() for p in model.parameters()), overwrite)
-    if accelerator.is_main_process:
-        facts = setup.facts(run, model, accelerator.num_processes, compile_says)
-        print("\n".join([*facts, *hooks.before_training, *start.says]), flush=True)
-        if dry_run:
-            name = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else None
-            planned = plan(config, len(run.tokenizer), accelerator.num_processes, known_device(name))
-            print("\n".join(costs(planned)))
-            print(f"first block {setup.sample(run)!r}\nwould write {run.output}/ (dry run: nothing was written)")
-    if dry_run or start.is_finished:
+    summary = [*setup.facts(run, model, accelerator.num_processes, compilation), *start.says]
+    return PreparedRun(run, accelerator, model, start, compiles_layers, overwrite, summary)
+
+
+def train_run(prepared: PreparedRun, measure_peak: bool = False, hooks: Hooks | None = None) -> None:
+    """Trains until the last step: writes metrics, checkpoints and milestones, and resumes where a run was stopped.
+
+    Args:
+        prepared (`PreparedRun`): from [`prepare_run`].
+        measure_peak (`bool`, *optional*, defaults to `False`): log the share of the matrix rate measured on the spot.
+        hooks (`Hooks`, *optional*): what the caller does at milestones and checkpoints.
+
+    Raises:
+        InputError: if another process trains in the folder.
+        NonFiniteError: at the logging step after a loss or gradient that is not finite.
+        Stopped: after SIGTERM or SIGINT, once the step is done and a checkpoint written.
+        FullDiskError: if something of the run cannot be written; the checkpoints before it are whole.
+    """
+    run, accelerator, start, config = prepared.run, prepared.accelerator, prepared.start, prepared.run.config
+    if start.is_finished:
         return
-    launch.prepare_layers(model, config.training, compiled)
+    launch.prepare_layers(prepared.model, config.training, prepared.compiles_layers)
     accelerator.wait_for_everyone()  # nobody is still looking at the folder
-    with folder_of_one(run, accelerator, overwrite, start.step):
-        trainer = _Trainer(run, accelerator, *launch.wrap(accelerator, model, config), start, hooks)
+    with folder_of_one(run, accelerator, prepared.overwrite, start.step):
+        trainer = _Trainer(
+            run, accelerator, *launch.wrap(accelerator, prepared.model, config), start, hooks or Hooks()
+        )
         if measure_peak:
             trainer.measure_peak()
         with full_disk_says(run.output):  # the trackers' own files
@@ -96,16 +142,13 @@ def pretrain(
             accelerator.end_training()
 
 
-def _build_model(run: setup.Run) -> TinyLlamaForCausalLM:
-    training = run.config.training
-    torch.manual_seed(training.seed)
-    implementation = launch.attention_implementation(training, run.config.data.document_masking)
-    model = TinyLlamaForCausalLM._from_config(run.model_config, attn_implementation=implementation)
-    if run.config.model.init_from:
-        initial, _ = load(run.config.model.init_from, dtype=torch.float32, device="cpu")
-        model.load_state_dict(initial.state_dict())
-    model.generation_config.pad_token_id = run.tokenizer.pad_token_id
-    return model
+def pretrain(
+    config: PretrainConfig, overwrite: bool = False, measure_peak: bool = False, hooks: Hooks | None = None
+) -> None:
+    """Trains a model as the recipe says: [`prepare_run`], its summary printed, and [`train_run`]."""
+    prepared = prepare_run(config, overwrite)
+    prepared.print(*prepared.summary)
+    train_run(prepared, measure_peak, hooks)
 
 
 class _Trainer:
@@ -210,7 +253,6 @@ class _Trainer:
         seconds = now - self.clock - self.paused
         rate = (tokens - self.clock_tokens) / seconds
         device = self.accelerator.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         processes = self.accelerator.num_processes
         row: dict[str, Any] = {
             "step": step,
@@ -221,7 +263,7 @@ class _Trainer:
             "blocks": [config.steps.tokens_after(n) // config.data.sequence_length for n in (step - 1, step)],
             "block_ids": provenance.fingerprint(self.train_step.blocks(step))[:16],
             "tokens_per_second": rate,
-            "mfu": model_flops_utilization(rate, self.flops_per_token, name, processes),
+            "mfu": model_flops_utilization(rate, self.flops_per_token, launch.device_name(device), processes),
             "data_wait_share": self.train_step.wait_seconds / seconds,
             "peak_memory_bytes": peak_memory_bytes(device),
             "seconds_left": (config.steps.tokens_after(config.steps.number) - tokens) / rate,
@@ -276,7 +318,8 @@ class _Trainer:
                 with full_disk_says(folder):
                     write_milestone(folder, model, run.tokenizer, text, record, weights, self.hooks.complete_milestone)
                 self.metrics.say(f"step {step:>6}  wrote {folder}")
-                self.hooks.after_milestone(run.output, folder)
+                if self.hooks.after_milestone:
+                    self.hooks.after_milestone(run.output, folder)
             self.accelerator.wait_for_everyone()
             if self.config.milestones.keep_training_state:
                 write_checkpoint(run.output / TRAINING_STATE_FOLDER / name, self.train_step, self.record(step))
@@ -291,7 +334,8 @@ class _Trainer:
             self.last_checkpoint = folder
             if self.accelerator.is_main_process:
                 prune(self.run.output, self.config.checkpoints.keep, step)
-                self.hooks.after_checkpoint(self.run.output)
+                if self.hooks.after_checkpoint:
+                    self.hooks.after_checkpoint(self.run.output)
             self.accelerator.wait_for_everyone()
 
     def record(self, step: int) -> dict[str, Any]:
@@ -300,7 +344,7 @@ class _Trainer:
             "step": step,
             "tokens": self.config.steps.tokens_after(step),
             "branched_at": self.branched_at,
-            "identity": self.run.identity,
+            "identity": identity(self.run),
             "arithmetic": self.arithmetic,
             "provenance": provenance.collect(),
         }

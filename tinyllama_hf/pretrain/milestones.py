@@ -51,7 +51,7 @@ def write_milestone(
     training_yaml: str,
     record: dict[str, Any],
     state_dict: dict[str, torch.Tensor] | None = None,
-    complete: Callable[[Path], None] = lambda folder: None,
+    complete: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes a complete model folder under a temporary name and renames it; what lay under the name is replaced.
 
@@ -69,7 +69,8 @@ def write_milestone(
         tokenizer.save_pretrained(temporary)
         provenance.write_text(temporary / CONFIG_FILE, training_yaml)
         provenance.write_json(temporary / "provenance.json", provenance.collect(name=folder.name, **record))
-        complete(temporary)
+        if complete:
+            complete(temporary)
 
 
 def export_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -11,8 +11,7 @@ from accelerate import Accelerator
 
 from .. import provenance
 from ..errors import InputError
-from .checkpoints import prune
-from .disk import full_disk_says
+from .checkpoints import full_disk_says, prune
 from .milestones import CONFIG_FILE, MILESTONES_FOLDER
 from .run_record import write_run_record
 from .setup import Run, training_yaml

@@ -1,22 +1,23 @@
 """From a checked recipe to the things that a run works with, and the facts that follow from it."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from ..configuration_tinyllama import PRESETS, TinyLlamaConfig
 from ..data.mixture import Mixture
 from ..data.shards import TokenDataset
 from ..errors import InputError
-from ..inference.load import model_folder
+from ..inference.load import load, model_folder
 from ..modeling_tinyllama import TinyLlamaForCausalLM
 from ..tokenization_tinyllama import load_tokenizer, tokenizer_fingerprint
-from .architecture import architecture
 from .config import PretrainConfig
-from .identity import identity
+from .launch import attention_implementation
 from .run_record import RunRecord, open_mixture, record_of_recipe
 
 
@@ -27,12 +28,12 @@ class Run(NamedTuple):
     output: Path
     record: RunRecord
     tokenizer: PreTrainedTokenizerFast
+    tokenizer_fingerprint: str
     mixture: Mixture
     model_config: TinyLlamaConfig
     validation: list  # per source, `[num_blocks, sequence_length + 1]` tokens
     shares: list[float]  # of the sources in all tokens of the run
     milestones: dict[int, str]  # step -> name
-    identity: dict  # what makes it the same run
     validation_positions: list | None  # per source, `[num_blocks, sequence_length]`, where documents are kept apart
 
 
@@ -53,13 +54,13 @@ def open_run(config: PretrainConfig) -> Run:
     if output.exists() and not output.is_dir():
         raise InputError(f"output_dir {output}: is a file; choose a folder")
     names = {milestone.step: milestone.name for milestone in record.milestones}
-    built = model_config(config, tokenizer)
+    separators = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+    built = architecture(config, len(tokenizer), **separators)
     if config.model.init_from:
         check_initial_model(config.model.init_from, built)
     tokenizer.model_max_length = built.max_position_embeddings  # saved with every milestone
-    same = identity(config, record, fingerprint)
     positions = _validation_positions(mixture, validation) if config.data.document_masking else None
-    return Run(config, output, record, tokenizer, mixture, built, validation, shares, names, same, positions)
+    return Run(config, output, record, tokenizer, fingerprint, mixture, built, validation, shares, names, positions)
 
 
 def _validation_positions(mixture: Mixture, validation: list) -> list:
@@ -88,11 +89,55 @@ def check_initial_model(name: str, expected: TinyLlamaConfig) -> None:
         raise InputError(f"model.init_from {name}: is another architecture than the recipe's\n{lines}")
 
 
-def model_config(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> TinyLlamaConfig:
-    """The model's configuration, with vocabulary and separators of the tokenizer; errors as [`architecture`]."""
-    return architecture(
-        config, len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
-    )
+def architecture(config: PretrainConfig, vocab_size: int, **special_tokens: Any) -> TinyLlamaConfig:
+    """The model's configuration: preset and overrides, with the vocabulary given.
+
+    Args:
+        config (`PretrainConfig`): the recipe.
+        vocab_size (`int`): pieces of the tokenizer.
+        **special_tokens: `bos_token_id` and `eos_token_id`.
+
+    Raises:
+        InputError: for fields that together make no model, and a sequence longer than the context.
+    """
+    fields = {
+        "max_position_embeddings": config.data.sequence_length,
+        **config.model.overrides,
+        "vocab_size": vocab_size,
+        **special_tokens,
+    }
+    try:
+        built = TinyLlamaConfig.preset(config.model.preset, **fields)
+        shapes_only(built)(
+            input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta")
+        )  # they must make one that runs
+    except (StrictDataclassError, ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
+        raise InputError(f"model.overrides: make no model: {' '.join(str(error).split())}") from error
+    if config.data.sequence_length > built.max_position_embeddings:
+        raise InputError(
+            f"data.sequence_length: {config.data.sequence_length} is longer than the model's context, "
+            f"model.overrides.max_position_embeddings {built.max_position_embeddings}; shorten the one or raise the other"
+        )
+    return built
+
+
+def shapes_only(config: TinyLlamaConfig) -> TinyLlamaForCausalLM:
+    """The model on the meta device: it takes no memory, and counts."""
+    with torch.device("meta"):
+        return TinyLlamaForCausalLM(config)
+
+
+def build_model(run: Run) -> TinyLlamaForCausalLM:
+    """The model at its first step: freshly initialized by the seed, or with the weights of `model.init_from`."""
+    training = run.config.training
+    torch.manual_seed(training.seed)
+    implementation = attention_implementation(training, run.config.data.document_masking)
+    model = TinyLlamaForCausalLM._from_config(run.model_config, attn_implementation=implementation)
+    if run.config.model.init_from:
+        initial, _ = load(run.config.model.init_from, dtype=torch.float32, device="cpu")
+        model.load_state_dict(initial.state_dict())
+    model.generation_config.pad_token_id = run.tokenizer.pad_token_id
+    return model
 
 
 def check_batches(config: PretrainConfig, num_processes: int) -> None:

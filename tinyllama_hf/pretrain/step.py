@@ -15,6 +15,7 @@ from .schedule import learning_rate
 
 if TYPE_CHECKING:  # benchmarks/gpu runs this where pydantic is not installed
     from .config import PretrainConfig
+    from .setup import Run
 
 
 SPIKE_WINDOW = 128  # steps whose losses say what is usual, as in OLMo-core's SkipStepAdamW
@@ -147,3 +148,40 @@ class TrainStep:
         inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
         self.wait_seconds += time.perf_counter() - began
         return inputs
+
+
+@torch.no_grad()
+def validation_losses(run: "Run", accelerator: Accelerator, model: torch.nn.Module) -> list[float]:
+    """Mean loss per token on the held-out blocks of each source; to be called by all processes.
+
+    Micro-batches go round the processes. A sharded model computes on all processes together, so that one without a
+    micro-batch computes the first again, which does not count.
+
+    Args:
+        run (`Run`): whose `validation` blocks are read.
+        accelerator (`Accelerator`): the processes.
+        model (`torch.nn.Module`): as accelerate wrapped it.
+    """
+    # In training mode (there is no dropout) the logits are never held as a whole. DistributedDataParallel is passed by:
+    # there is nothing to synchronise.
+    inner = accelerator.unwrap_model(model)
+    micro, processes = run.config.training.micro_batch_size, accelerator.num_processes
+    losses = []
+    for number, blocks in enumerate(run.validation):
+        starts = range(0, len(blocks), micro)
+        total = torch.zeros((), device=accelerator.device)
+        for first in range(0, len(starts), processes):
+            place = first + accelerator.process_index
+            start = starts[place] if place < len(starts) else 0
+            tokens = torch.from_numpy(blocks[start : start + micro]).to(accelerator.device)
+            labels = tokens[:, 1:]
+            inputs = {"input_ids": tokens[:, :-1], "labels": labels, "shift_labels": labels}
+            if run.validation_positions:
+                positions = run.validation_positions[number][start : start + micro]
+                inputs["position_ids"] = torch.from_numpy(positions).to(accelerator.device)
+            with accelerator.autocast():
+                loss = inner(**inputs, num_items_in_batch=1).loss
+            total += loss if place < len(starts) else 0.0
+        total = accelerator.reduce(total, reduction="sum")
+        losses.append(total.item() / (len(blocks) * run.config.data.sequence_length))
+    return losses
