@@ -5,11 +5,21 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from ..recipe import Section, Seed, read_recipe
 from .rules import contradictions
 from .schedule import Steps
+
+
+def _unquoted_off(value: Any) -> Any:
+    return "off" if value is False else value  # YAML 1.1 reads an unquoted off as false
+
+
+def _no_longer_watch(value: Any) -> Any:
+    if value == "watch":
+        raise ValueError("no longer exists; use off, and run `tinyllama-hf eval RUN --watch` in another process")
+    return value
 
 
 class ModelSection(Section):
@@ -83,18 +93,13 @@ class TrainingSection(Section):
     batch_changes: list[BatchChange] = Field(default_factory=list)
     micro_batch_size: int = Field(gt=0)
     precision: Literal["fp32", "bf16"]
-    compile: Literal["auto", "off", "layers", "model"] = "auto"
+    compile: Annotated[Literal["auto", "off", "layers", "model"], BeforeValidator(_unquoted_off)] = "auto"
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex"] = "sdpa"
     kernels: Literal["none", "liger"] = "none"
     activation_checkpointing: bool = False
     deterministic: bool = False  # CUDA: algorithms that give the same bits each time
     skip_spikes_sigma: float | None = Field(default=None, gt=0)
     seed: Seed
-
-    @field_validator("compile", mode="before")
-    @classmethod
-    def _off_is_a_word(cls, value: Any) -> Any:
-        return "off" if value is False else value  # YAML 1.1 reads an unquoted off as false
 
 
 class MilestonesSection(Section):
@@ -146,16 +151,13 @@ class PretrainConfig(Section):
     optimizer: OptimizerSection
     training: TrainingSection
     milestones: MilestonesSection
-    evaluate_at_milestones: Literal["off", "inline", "watch"] = "off"
+    evaluate_at_milestones: Annotated[
+        Literal["off", "inline"], BeforeValidator(_no_longer_watch), BeforeValidator(_unquoted_off)
+    ] = "off"
     checkpoints: CheckpointsSection
     branch: BranchSection | None = None
     validation: ValidationSection
     logging: LoggingSection
-
-    @field_validator("evaluate_at_milestones", mode="before")
-    @classmethod
-    def _off_is_a_word(cls, value: Any) -> Any:
-        return "off" if value is False else value
 
     @cached_property
     def steps(self) -> Steps:
