@@ -25,11 +25,11 @@ from transformers import LlamaForCausalLM
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load
 from tinyllama_hf.batch.generate_many import Request, generate_many
 from tinyllama_hf.decoding.draft_length import expected_tokens
-from tinyllama_hf.decoding.engine import LONGEST_DRAFT, SpeculationStatistics
+from tinyllama_hf.decoding.engine import LONGEST_DRAFT
 from tinyllama_hf.decoding.grouped_attention import packed_attention
+from tinyllama_hf.decoding.proposals import ModelProposer, SpeculationStatistics
 from tinyllama_hf.decoding.ragged_cache import RaggedModel
 from tinyllama_hf.decoding.speculative import speculative_generate
-from tinyllama_hf.inference.drafts import Draft
 from tinyllama_hf.inference.generation import Sampling
 from tinyllama_hf.planning.kv_cache import measure_cache
 
@@ -176,7 +176,7 @@ class QueuedRow(Row):
         list(generate_many(self.target, self, self.requests, self.batch, Sampling(float(do_sample), 1.0)))
 
     def ours(self, do_sample: bool = False) -> None:
-        draft = Draft(self.draft, None, self.target, None)
+        draft = ModelProposer(self.draft)
         sampling = Sampling(float(do_sample), 1.0)
         list(generate_many(self.target, self, self.requests, self.batch, sampling, draft=draft))
         self.statistics.append(draft.statistics)
@@ -187,7 +187,7 @@ def pass_seconds(model: LlamaForCausalLM, rows: int, tokens: int, length: int, r
     reader = RaggedModel(model)
     lengths = [length - row % 7 for row in range(rows)]
     ids = torch.ones(rows, length, dtype=torch.long, device=model.device)
-    with torch.no_grad(), packed_attention(model):
+    with torch.no_grad():
         reader.read(ids, lengths)
         times = []
         for _ in range(repeats):
@@ -208,7 +208,7 @@ def memory(target: LlamaForCausalLM, draft: LlamaForCausalLM, batch: int, length
     sizes = {}
     for name, model in (("target", target), ("draft", draft)):
         reader = RaggedModel(model)
-        with torch.no_grad(), packed_attention(model):
+        with torch.no_grad():
             reader.read(torch.ones(batch, length, dtype=torch.long, device=model.device), [length] * batch)
         weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         sizes[f"{name}_weights_mb"] = round(weights / 1e6, 1)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from tinyllama_hf.decoding.speculative import SpeculationStatistics, speculative_generate
+from tinyllama_hf.decoding.proposals import SpeculationStatistics
+from tinyllama_hf.decoding.speculative import speculative_generate
 
 
 TIE = 1e-4

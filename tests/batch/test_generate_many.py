@@ -8,11 +8,11 @@ import torch
 from transformers import WatermarkingConfig
 
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
-from tinyllama_hf.batch.generate_many import Request, generate_many, stop_tokens_of
+from tinyllama_hf.batch.generate_many import Request, generate_many
 from tinyllama_hf.decoding.acceptance import draw
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.inference.drafts import load_draft
-from tinyllama_hf.inference.generation import Sampling, generate_ids
+from tinyllama_hf.inference.generation import Sampling, generate_ids, stop_tokens_of
 
 
 GREEDY = Sampling(0, 1.0)

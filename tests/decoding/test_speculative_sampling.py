@@ -7,9 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tinyllama_hf.batch.generate_many import Request, generate_many
-from tinyllama_hf.decoding.proposals import PromptLookup
+from tinyllama_hf.decoding.proposals import ModelProposer, PromptLookup
 from tinyllama_hf.decoding.speculative import speculative_generate
-from tinyllama_hf.inference.drafts import Draft
 from tinyllama_hf.inference.generation import Sampling
 
 
@@ -163,7 +162,7 @@ def test_draws_that_follow_from_a_seed(batch_size):
     """Each row draws with numbers of its own, which a rejected token uses up in vain; rows join while others are under way."""
     target = model(5, reads_only_the_last_token=False)
     setting = {"temperature": 0.8, "top_k": 0, "top_p": 0.9}
-    draft = Draft(similar(target, 6), None, target, None)
+    draft = ModelProposer(similar(target, 6))
     prompts = [
         torch.randint(VOCABULARY, (length,), generator=torch.Generator().manual_seed(length))
         for length in (3, 9, 5, 1)

@@ -15,9 +15,9 @@ import torch
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
 from tinyllama_hf.chat.render import render
 from tinyllama_hf.chat.templates import load_template
+from tinyllama_hf.decoding.proposals import ModelProposer
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.inference.chat import ChatSession
-from tinyllama_hf.inference.drafts import Draft
 from tinyllama_hf.inference.generation import Sampling, stop_tokens_of
 
 
@@ -178,7 +178,7 @@ def test_a_system_prompt_is_refused_before_it_is_taken(model, tokenizer):
 def test_the_context_of_a_draft_counts(model, tokenizer):
     torch.manual_seed(1)
     short = TinyLlamaForCausalLM(TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=48)).eval()
-    session = Session(model, tokenizer, draft=Draft(short, tokenizer, model, tokenizer))
+    session = Session(model, tokenizer, draft=ModelProposer(short))
     with pytest.raises(InputError, match="the draft's context of 48"):
         session.say("word " * 30)
     for _ in range(4):
@@ -203,7 +203,7 @@ def test_every_stop_token_stops(model, tokenizer):
 def test_a_draft_helps_and_changes_nothing(model, tokenizer):
     alone, helped = (
         Session(model, tokenizer),
-        Session(model, tokenizer, draft=Draft(copy.deepcopy(model), tokenizer, model, tokenizer)),
+        Session(model, tokenizer, draft=ModelProposer(copy.deepcopy(model))),
     )
     for text in ("One?", "Two?"):
         assert helped.say(text) == alone.say(text)

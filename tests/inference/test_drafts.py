@@ -7,10 +7,10 @@ import torch
 
 from tests.exactness import assert_greedy
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
-from tinyllama_hf.decoding.proposals import first_layers
+from tinyllama_hf.decoding.proposals import ModelProposer, first_layers
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.inference.drafts import Draft, load_draft
-from tinyllama_hf.inference.generation import generate_text
+from tinyllama_hf.inference.drafts import check_vocabulary, load_draft
+from tinyllama_hf.inference.generation import Sampling, generate_ids, generate_text
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_a_stranger_as_draft_changes_nothing(tokenizer_folder, seed):
     )
     for model in (target, stranger):
         model.lm_head.weight.data[tokenizer.eos_token_id] *= 3
-    draft = Draft(stranger, tokenizer, target, tokenizer)
+    draft = ModelProposer(stranger)
     for prompt in ("a", "return self", "    def "):
         alone = generate_text(target, tokenizer, prompt, 40, temperature=0)
         assert generate_text(target, tokenizer, prompt, 40, temperature=0, seed=0, draft=draft) == alone
@@ -42,11 +42,11 @@ def test_a_quantised_target(stories, shared):
     """The target's passes over several tokens at once go through the quantised layers."""
     pytest.importorskip("bitsandbytes")
     target, tokenizer = load(shared / "data" / "models" / "stories260K", dtype=torch.float32, quantization="int8")
-    draft = Draft(stories[0], tokenizer, target, tokenizer)
-    prompt = tokenizer("Once upon a time", return_tensors="pt")
-    written = draft.generate(target, seeded=True, **prompt, max_new_tokens=60, do_sample=False)
-    assert_greedy(target, written, prompt["attention_mask"])
-    assert tokenizer.decode(written[0], skip_special_tokens=True).startswith("Once upon a time, there was a")
+    draft = ModelProposer(stories[0])
+    prompt = tokenizer("Once upon a time")["input_ids"]
+    written = prompt + generate_ids(target, tokenizer, prompt, 60, Sampling(0, 1.0), draft=draft, seeded=True)
+    assert_greedy(target, torch.tensor([written]), torch.ones(1, len(prompt), dtype=torch.long))
+    assert tokenizer.decode(written, skip_special_tokens=True).startswith("Once upon a time, there was a")
     assert draft.statistics.target_passes < draft.statistics.new_tokens / 2
 
 
@@ -61,14 +61,14 @@ def test_drafts_without_another_model(stories, name):
 
 def test_a_seed_decides(stories):
     model, tokenizer = stories
-    draft = Draft(first_layers(model, 3), tokenizer, model, tokenizer)
+    draft = ModelProposer(first_layers(model, 3))
     texts = [generate_text(model, tokenizer, "Tom", 30, temperature=1.0, seed=s, draft=draft) for s in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_a_draft_that_is_the_target_is_always_right(stories):
     model, tokenizer = stories
-    draft = Draft(copy.deepcopy(model), tokenizer, model, tokenizer)
+    draft = ModelProposer(copy.deepcopy(model))
     generate_text(model, tokenizer, "Once upon a time", 60, temperature=0, seed=0, draft=draft)
     assert draft.statistics.accepted == draft.statistics.drafted
     assert draft.statistics.target_passes < draft.statistics.new_tokens / 2
@@ -90,7 +90,7 @@ class TestRefusals:
     def test_another_size_of_vocabulary(self, pair):
         target, draft = load(pair / "target"), load(pair / "other")
         with pytest.raises(InputError, match="--draft: its vocabulary has 384 entries, the target's 512"):
-            Draft(*draft, *target)
+            check_vocabulary(*draft, *target)
 
     def test_other_entries(self, pair, documents):
         from tinyllama_hf.data.train_tokenizer import train_tokenizer
@@ -98,11 +98,11 @@ class TestRefusals:
         target, (model, _) = load(pair / "target"), load(pair / "draft")
         other = train_tokenizer(documents[::2], 512, pair / "tokenizer")
         with pytest.raises(InputError, match="its vocabulary has 512 entries as the target's, but other ones"):
-            Draft(model, other, *target)
+            check_vocabulary(model, other, *target)
 
     def test_a_shorter_context(self, pair):
         target = load(pair / "target")
-        draft = Draft(*load(pair / "draft"), *target)
+        draft = load_draft(str(pair / "draft"), *target)
         with pytest.raises(InputError, match="longer than the draft's context of 32"):
             generate_text(*target, "word " * 8, 30, draft=draft)
 

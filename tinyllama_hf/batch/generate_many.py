@@ -3,8 +3,8 @@
 import collections
 import copy
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,11 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import GenerationMode
 
 from ..decoding.engine import Decoding, prepare
-from ..decoding.ragged_cache import check_full_attention
+from ..decoding.proposals import Proposer
 from ..decoding.rows import RowPlan
 from ..decoding.speculative import check_pair
 from ..errors import InputError, check_seed
-from ..inference.drafts import SEEDED_DRAFT_LENGTH, Draft
+from ..inference.drafts import SEEDED_DRAFT_LENGTH
 from ..inference.generation import Context, Sampling, stop_tokens_of
 
 
@@ -62,7 +62,7 @@ def generate_many(
     batch_size: int = DEFAULT_BATCH_SIZE,
     sampling: Sampling | None = None,
     seed: int | None = None,
-    draft: Draft | None = None,
+    draft: Proposer | None = None,
 ) -> Iterator[Completion]:
     """Continues many prompts, and yields each when it is done: longer prompts first, not in the order of the requests.
 
@@ -77,7 +77,7 @@ def generate_many(
         batch_size (`int`, *optional*, defaults to 8): prompts at a time.
         sampling (`Sampling`, *optional*): how tokens are drawn; its `max_new_tokens` has no effect, each request has its own.
         seed (`int`, *optional*): of the draws.
-        draft (`Draft`, *optional*): proposes tokens.
+        draft (`Proposer`, *optional*): proposes tokens.
 
     Raises:
         InputError: for values out of range, a request that does not fit the context, and a model whose generation settings
@@ -93,16 +93,12 @@ def generate_many(
         context.new_tokens(len(request.ids), request.max_new_tokens, f"request {request.key}")
     if len({request.key for request in requests}) < len(requests):
         raise InputError("requests: two of them have the same key; give each its own")
+    check_pair(model, draft)
     stop_tokens = stop_tokens_of(model, tokenizer)
-    if draft:
-        check_pair(model, draft.model)
-    else:
-        check_full_attention(model, "model", drafts=False)
     pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # masked, and cut off behind the end
     entropy = np.random.SeedSequence().entropy if seed is None else seed
-    ends = {"pad_token_id": pad, "eos_token_id": stop_tokens or None}
-    setup = _Setup(model, sampling, draft, seed is not None, entropy, ends)
-    return _refilled(setup, requests, batch_size, stop_tokens)
+    begin = functools.partial(_begin, model, draft, sampling, seed, entropy, stop_tokens, pad)
+    return _refilled(begin, draft, requests, batch_size, stop_tokens)
 
 
 def check_options(batch_size: int, seed: int | None) -> None:
@@ -125,46 +121,46 @@ def _check_mode(model: PreTrainedModel, sampling: Sampling) -> None:
         )
 
 
-class _Setup(NamedTuple):
-    """What all prompts are continued with."""
+def _begin(
+    model: PreTrainedModel,
+    draft: Proposer | None,
+    sampling: Sampling,
+    seed: int | None,
+    entropy: int,
+    stop_tokens: list[int],
+    pad_token_id: int,
+    requests: Sequence[Request],
+) -> Decoding:
+    """Reads prompts in one pass, which draws their first tokens."""
+    prompts = [torch.tensor(request.ids, device=model.device) for request in requests]
+    padded = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+    plans = [RowPlan(r.key, r.max_new_tokens, _draws(r, entropy) if sampling.temperature else None) for r in requests]
+    decoding = prepare(
+        model,
+        draft,
+        None if seed is None else SEEDED_DRAFT_LENGTH,
+        padded(prompts, padding_value=pad_token_id),
+        padded([torch.ones_like(prompt) for prompt in prompts]),
+        plans,
+        max_new_tokens=max(request.max_new_tokens for request in requests),
+        pad_token_id=pad_token_id,
+        eos_token_id=stop_tokens or None,
+        **sampling.arguments(),
+    )
+    decoding.start()
+    return decoding
 
-    model: PreTrainedModel
-    sampling: Sampling
-    draft: Draft | None
-    is_seeded: bool
-    entropy: int
-    ends: dict[str, Any]  # arguments of `generate`
 
-    def begin(self, requests: Sequence[Request]) -> Decoding:
-        """Reads prompts in one pass, which draws their first tokens."""
-        prompts = [torch.tensor(request.ids, device=self.model.device) for request in requests]
-        padded = functools.partial(pad_sequence, batch_first=True, padding_side="left")
-        input_ids = padded(prompts, padding_value=self.ends["pad_token_id"])
-        attention_mask = padded([torch.ones_like(prompt) for prompt in prompts])
-        plans = [RowPlan(request.key, request.max_new_tokens, self._draws(request)) for request in requests]
-        decoding = prepare(
-            self.model,
-            self.draft.model if self.draft else None,
-            SEEDED_DRAFT_LENGTH if self.is_seeded else None,
-            input_ids,
-            attention_mask,
-            then=lambda decoding: decoding,
-            plans=plans,
-            max_new_tokens=max(request.max_new_tokens for request in requests),
-            **self.ends,
-            **self.sampling.arguments(),
-        )
-        decoding.start()
-        return decoding
-
-    def _draws(self, request: Request) -> torch.Tensor | None:
-        if not self.sampling.temperature:
-            return None
-        return torch.from_numpy(np.random.default_rng([self.entropy, request.key]).random((3, request.max_new_tokens)))
+def _draws(request: Request, entropy: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng([entropy, request.key]).random((3, request.max_new_tokens)))
 
 
 def _refilled(
-    setup: _Setup, requests: Sequence[Request], batch_size: int, stop_tokens: list[int]
+    begin: Callable[[list[Request]], Decoding],
+    draft: Proposer | None,
+    requests: Sequence[Request],
+    batch_size: int,
+    stop_tokens: list[int],
 ) -> Iterator[Completion]:
     """Rounds over up to `batch_size` rows: who is done leaves, and the next prompts take the free places.
 
@@ -175,15 +171,15 @@ def _refilled(
     while waiting or (running and len(running.rows)):
         free = batch_size - (len(running.rows) if running else 0)
         if waiting and free >= max(1, batch_size // _REFILL):
-            joining = setup.begin([waiting.popleft() for _ in range(min(free, len(waiting)))])
+            joining = begin([waiting.popleft() for _ in range(min(free, len(waiting)))])
             if running is None:
                 running = joining
+                if draft:
+                    draft.statistics = running.statistics
             else:
                 running.join(joining)
         else:
             running.round()
-        if setup.draft:
-            setup.draft.statistics = running.statistics
         for key, ids in running.rows.take_finished():
             new = ids.tolist()
             stopped = new[-1] in stop_tokens

@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..decoding.proposals import Proposer
 from ..errors import InputError
 from ..inference.adapters import adapter_folder, tokenizer_with
-from ..inference.drafts import LAYERS, LOOKUP, Draft
+from ..inference.drafts import LAYERS, LOOKUP
 from ..inference.generation import Context, Sampling
 from ..inference.load import model_folder
 from ..provenance import collect, file_sha256, fingerprint, read_json, write_json, write_text
@@ -118,7 +119,7 @@ class BatchJob:
         batch_size: int = DEFAULT_BATCH_SIZE,
         sampling: Sampling | None = None,
         seed: int | None = None,
-        draft: Draft | None = None,
+        draft: Proposer | None = None,
         show_progress: bool = True,
     ) -> int:
         """Generates what is pending and writes the output; arguments as of [`generate_many`].

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import generation
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
@@ -213,3 +214,28 @@ def _leading(accepted: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """How many of a row's tokens are accepted before the first that is not, `[rows]`."""
     is_drafted = torch.arange(accepted.shape[1], device=accepted.device) < counts[:, None]
     return (accepted & is_drafted).long().cumprod(dim=1).sum(dim=1)
+
+
+class TokenScores:
+    """Collects the target's scores and logits of the tokens that rows get, for `output_scores` and `output_logits`.
+
+    Args:
+        names (`Sequence[str]`): what is collected, of `"scores"` (after the processors) and `"logits"` (before them).
+        num_rows (`int`): of the generation; rows are named by their numbers.
+    """
+
+    def __init__(self, names: Sequence[str] = (), num_rows: int = 0):
+        self._collected = {name: [[] for _ in range(num_rows)] for name in names}
+
+    def add(self, rows: Sequence[int], counts: Sequence[int], **values: torch.Tensor) -> None:
+        """Keeps the first `counts[row]` positions of `[rows, positions, vocab_size]`, for each name that is collected."""
+        for name, collected in self._collected.items():
+            for row, count, of_row in zip(rows, counts, values[name], strict=True):
+                collected[row].append(of_row[:count].clone())
+
+    def by_token(self) -> dict[str, tuple[torch.Tensor, ...]]:
+        """For each name a tensor `[rows, vocab_size]` per new token, as `generate` returns them; zero where a row has ended."""
+        return {
+            name: tuple(pad_sequence([torch.cat(of_row) for of_row in collected]))
+            for name, collected in self._collected.items()
+        }

@@ -8,7 +8,6 @@ equation 1) and takes g draft passes and one target pass over g + 1 tokens. The 
 import statistics
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from typing import Protocol
 
 
 _PRIOR_ACCEPTANCE = 0.7
@@ -20,11 +19,19 @@ _FIRST_PAUSE = 8  # plain rounds until drafting is tried again; doubled each tim
 _MARGIN = 1.03  # by which drafting must be better than plain decoding
 
 
-class DraftLength(Protocol):
-    """Chooses the number of drafted tokens of each round."""
+class DraftLength:
+    """The number of tokens to draft in a round: here the same in every round.
+
+    Args:
+        num_tokens (`int`): to draft; 0 is plain decoding.
+    """
+
+    def __init__(self, num_tokens: int):
+        self._num_tokens = num_tokens
 
     def choose(self) -> int:
         """Of the next round."""
+        return self._num_tokens
 
     def observe(self, width: int, limits: Sequence[int], accepted: Sequence[int], draft: float, target: float) -> None:
         """Takes what a round with `width` drafted columns brought.
@@ -44,31 +51,7 @@ class DraftLength(Protocol):
         """Takes in so many rows that nothing is known of."""
 
 
-class FixedDraftLength:
-    """The same number in every round.
-
-    Args:
-        num_tokens (`int`): to draft; 0 is plain decoding.
-    """
-
-    def __init__(self, num_tokens: int):
-        self._num_tokens = num_tokens
-
-    def choose(self) -> int:
-        """Of the next round."""
-        return self._num_tokens
-
-    def observe(self, width: int, limits: Sequence[int], accepted: Sequence[int], draft: float, target: float) -> None:
-        """Nothing changes the number."""
-
-    def keep(self, kept: Sequence[int]) -> None:
-        """Nothing is kept by row."""
-
-    def join(self, num_rows: int) -> None:
-        """Nothing is kept by row."""
-
-
-class AdaptiveDraftLength:
+class AdaptiveDraftLength(DraftLength):
     """The number that promises the most tokens a second, and plain decoding where drafting does not pay.
 
     Args:
@@ -111,7 +94,6 @@ class AdaptiveDraftLength:
         return 1  # acceptance may have changed with the text
 
     def observe(self, width: int, limits: Sequence[int], accepted: Sequence[int], draft: float, target: float) -> None:
-        """Takes what a round brought; see [`DraftLength`]."""
         self._target_seconds[width + 1].append(target)
         if not width:
             return
@@ -122,7 +104,6 @@ class AdaptiveDraftLength:
             self._accepted[row] = _MEMORY * self._accepted[row] + taken
 
     def keep(self, kept: Sequence[int]) -> None:
-        """Keeps the rows of these indices."""
         self._tried = [self._tried[row] for row in kept]
         self._accepted = [self._accepted[row] for row in kept]
 

@@ -1,92 +1,25 @@
 """The rounds of generation for rows of different lengths: draft, one pass of the target, accept; rows leave and join."""
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.generation import GenerationConfig, GenerationMode, LogitsProcessorList
+from transformers.generation import GenerationConfig, GenerationMixin, GenerationMode, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from ..errors import InputError
-from .acceptance import Proposal, RowProcessors, accept_greedy, accept_sampled
-from .draft_length import AdaptiveDraftLength, DraftLength, FixedDraftLength
-from .grouped_attention import packed_attention
-from .proposals import ModelProposer, NoDraft, Proposer
+from .acceptance import Proposal, RowProcessors, TokenScores, accept_greedy, accept_sampled
+from .draft_length import AdaptiveDraftLength, DraftLength
+from .proposals import Proposer, SpeculationStatistics, nothing_drafted
 from .ragged_cache import RaggedModel
 from .rows import RowPlan, Rows
-from .token_scores import TokenScores
 
 
 LONGEST_DRAFT = 8
 _PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 _OUTPUTS = ("output_attentions", "output_hidden_states")
-
-
-@dataclasses.dataclass
-class SpeculationStatistics:
-    """What was counted and timed in one generation.
-
-    Attributes:
-        rows (`int`): sequences that were generated.
-        new_tokens (`int`): in all of them.
-        drafted (`int`): tokens that were proposed.
-        accepted (`int`): proposed tokens that stand in the output.
-        judged (`int`): proposed tokens up to the first rejected one of each round and row; `accepted / judged` estimates the
-            probability that a token is accepted where all before it are.
-        target_passes (`int`): forward passes of the target, those over the prompts included.
-        row_passes (`int`): the same summed over the rows that were in each pass; every one adds a token of the
-            target's own, unless an accepted one ends the row.
-        draft_passes (`int`): forward passes of the draft model.
-        plain_rounds (`int`): rounds in which nothing was to be drafted, since it did not pay or a plain pass was to be timed.
-        prefill_seconds (`float`): of the passes over the prompts.
-        target_seconds (`float`): of the other ones, with choosing what is accepted.
-        draft_seconds (`float`): of drafting, the draft's own reading of the prompts included.
-    """
-
-    rows: int
-    new_tokens: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    judged: int = 0
-    target_passes: int = 0
-    row_passes: int = 0
-    draft_passes: int = 0
-    plain_rounds: int = 0
-    prefill_seconds: float = 0.0
-    target_seconds: float = 0.0
-    draft_seconds: float = 0.0
-
-    @property
-    def acceptance(self) -> float:
-        """Share of the drafted tokens that stand in the output."""
-        return self.accepted / self.drafted if self.drafted else 0.0
-
-    @property
-    def tokens_per_pass(self) -> float:
-        """Tokens that a row gains in a pass of the target, 1 in plain decoding."""
-        return self.new_tokens / self.row_passes if self.row_passes else 0.0
-
-    @property
-    def seconds(self) -> float:
-        """Of the passes together."""
-        return self.prefill_seconds + self.target_seconds + self.draft_seconds
-
-    def add(self, other: "SpeculationStatistics") -> None:
-        """Adds what was counted of rows that join; passes are counted by those who make them."""
-        for name in ("rows", "new_tokens", "row_passes", "prefill_seconds"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-    def __str__(self) -> str:
-        line = (
-            f"draft: {self.acceptance * 100:.0f} % of {self.drafted} drafted tokens accepted, {self.target_passes} target "
-            f"passes for {self.new_tokens} tokens, {self.seconds:.1f} s"
-        )
-        gave_up = self.plain_rounds > 1 + self.target_passes // 10  # one is plain in any case, and timed
-        return line + (f"; {self.plain_rounds} passes without drafting, which did not pay" if gave_up else "")
 
 
 class Decoding:
@@ -103,7 +36,7 @@ class Decoding:
     def __init__(
         self,
         target: PreTrainedModel,
-        draft: PreTrainedModel | Proposer | None,
+        draft: Proposer,
         draft_length: int | None,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
@@ -114,19 +47,14 @@ class Decoding:
     ):
         num_rows = input_ids.shape[0]
         self.input_ids, self.config = input_ids.to(target.device), config
-        self._models = [target, *([draft] if isinstance(draft, nn.Module) else [])]
-        self._target = RaggedModel(target, drafts=draft is not None)
+        self._target = RaggedModel(target)
         self.rows = Rows(self.input_ids, attention_mask, criteria, self._target.context, plans)
-        self._target.check_length(max(map(sum, zip(self.rows.lengths, self.rows.remaining, strict=True))))
+        self._target.check_length(max(self.rows.limits))
         self._processors = RowProcessors(processors, self.rows.paddings, self.rows.limits)
         self._accept: Callable = accept_sampled if config.do_sample else accept_greedy
-        self._draft: Proposer = NoDraft() if draft is None else draft
-        if isinstance(draft, nn.Module):
-            self._draft = ModelProposer(draft, num_rows)
-        if draft is None:
-            draft_length = 0
-        self._length: DraftLength = (
-            AdaptiveDraftLength(num_rows, LONGEST_DRAFT) if draft_length is None else FixedDraftLength(draft_length)
+        self._draft = draft.begin(num_rows)
+        self._length = (
+            AdaptiveDraftLength(num_rows, LONGEST_DRAFT) if draft_length is None else DraftLength(draft_length)
         )
         self.statistics = SpeculationStatistics(num_rows)
         self.token_scores = TokenScores()
@@ -135,19 +63,11 @@ class Decoding:
     def start(self) -> list[list[int]]:
         """Reads the prompts; returns the first token of each row."""
         began = time.perf_counter()
-        with packed_attention(*self._models):
-            logits = self._target.read(self.input_ids, self.rows.lengths)
-        nothing = NoDraft().propose(self.rows, 0, self._processors, self.config.do_sample)
-        _, going_on, appended = self._finish_round(nothing, logits)
+        logits = self._target.read(self.input_ids, self.rows.lengths)
+        _, going_on, appended = self._finish_round(nothing_drafted(self.rows), logits)
         self._length.keep(going_on)
         self.statistics.prefill_seconds = time.perf_counter() - began
         return appended
-
-    @torch.no_grad()
-    def round(self) -> list[list[int]]:
-        """Drafts, and lets the target choose; returns what was appended to each row. Rows that end leave."""
-        with packed_attention(*self._models):
-            return self._round()
 
     @torch.no_grad()
     def join(self, other: "Decoding") -> None:
@@ -156,8 +76,7 @@ class Decoding:
         end = max([*self.rows.lengths, *other.rows.lengths], default=0)
         self._target.join(other._target, end)
         began = time.perf_counter()
-        with packed_attention(*self._models):
-            self._draft.join(self.rows, other._draft, other.rows)
+        self._draft.join(self.rows, other._draft, other.rows)
         _wait_for(self.rows.tokens)
         self.statistics.draft_seconds += time.perf_counter() - began
         self._processors.join(other._processors)
@@ -165,7 +84,9 @@ class Decoding:
         self.rows.join(other.rows)
         self._count_passes()
 
-    def _round(self) -> list[list[int]]:
+    @torch.no_grad()
+    def round(self) -> list[list[int]]:
+        """Drafts, and lets the target choose; returns what was appended to each row. Rows that end leave."""
         rows, draft = self.rows, self._draft
         # Beyond its context a draft is of no use, and beyond a row's end no token is.
         limits = [
@@ -175,12 +96,15 @@ class Decoding:
         chosen = self._length.choose()
         wanted = min(chosen, max(limits))
         started = time.perf_counter()
+        proposal = nothing_drafted(rows)
         if wanted:
             draft.catch_up(rows)
             _wait_for(rows.tokens)
         began = time.perf_counter()
-        proposal = (draft if wanted else NoDraft()).propose(rows, wanted, self._processors, self.config.do_sample)
-        proposal = proposal._replace(counts=proposal.counts.minimum(torch.tensor(limits, device=rows.tokens.device)))
+        if wanted:
+            proposal = draft.propose(rows, wanted, self._processors, self.config.do_sample)
+            counts = proposal.counts.minimum(torch.tensor(limits, device=rows.tokens.device))
+            proposal = proposal._replace(counts=counts)
         _wait_for(proposal.tokens)
         drafted = time.perf_counter()
         width = proposal.tokens.shape[1]
@@ -220,36 +144,41 @@ class Decoding:
 
 def prepare(
     target: PreTrainedModel,
-    draft: PreTrainedModel | Proposer | None,
+    draft: Proposer | None,
     draft_length: int | None,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    then: Callable[[Decoding], Any],
     plans: Sequence[RowPlan] | None = None,
     **arguments: Any,
-) -> Any:
-    """Lets `generate` prepare processors, criteria and settings, and calls `then` in the place of its decoding method.
+) -> Decoding:
+    """Lets `generate` prepare processors, criteria and settings; returns the rows before their first pass.
 
     Args:
         target (`PreTrainedModel`): decides.
-        draft (`PreTrainedModel` or `Proposer`, *optional*): proposes; `None` is plain decoding.
+        draft (`Proposer`, *optional*): proposes, and fits the target, see [`~decoding.speculative.check_pair`]; `None` is
+            plain decoding.
         draft_length (`int`, *optional*): see [`~decoding.speculative.speculative_generate`].
         input_ids (`torch.Tensor`): `[rows, prompt]`, padded on the left.
         attention_mask (`torch.Tensor`, *optional*): `[rows, prompt]`.
-        then (`Callable`): is given the rows before their first pass; what it returns is returned.
         plans (`Sequence[RowPlan]`, *optional*): see [`Rows`].
         **arguments: of `generate`.
 
     Raises:
-        InputError: if the models or options are not supported, or a prompt fills the context.
+        InputError: if the options are not supported, or a prompt fills the context.
     """
+    if draft is None:
+        draft, draft_length = Proposer(), 0
 
     def begin(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         _check_options(generation_config, model_kwargs)
-        return then(Decoding(model, draft, draft_length, input_ids, model_kwargs.get("attention_mask"), logits_processor,
-                             stopping_criteria, generation_config, plans))  # fmt: skip
+        mask = model_kwargs.get("attention_mask")
+        settings = logits_processor, stopping_criteria, generation_config, plans
+        return Decoding(target, draft, draft_length, input_ids, mask, *settings)
 
-    return target.generate(input_ids, attention_mask=attention_mask, custom_generate=begin, **arguments)
+    # Not the model's own `generate`, which would look for a draft again.
+    return GenerationMixin.generate(
+        target, input_ids, attention_mask=attention_mask, custom_generate=begin, **arguments
+    )
 
 
 def _wait_for(tokens: torch.Tensor) -> None:

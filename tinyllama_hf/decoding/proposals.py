@@ -1,9 +1,9 @@
 """Where drafted tokens come from: a smaller model, the target's own first layers, or the text itself."""
 
 import copy
+import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -15,69 +15,123 @@ from .ragged_cache import RaggedModel
 from .rows import DRAFTING, Rows
 
 
-class Proposer(Protocol):
-    """What drafts tokens for the rows of one generation."""
+@dataclasses.dataclass
+class SpeculationStatistics:
+    """What was counted and timed in one generation.
 
-    passes: int
-    context: float  # tokens that it can read
+    Attributes:
+        rows (`int`): sequences that were generated.
+        new_tokens (`int`): in all of them.
+        drafted (`int`): tokens that were proposed.
+        accepted (`int`): proposed tokens that stand in the output.
+        judged (`int`): proposed tokens up to the first rejected one of each round and row; `accepted / judged` estimates the
+            probability that a token is accepted where all before it are.
+        target_passes (`int`): forward passes of the target, those over the prompts included.
+        row_passes (`int`): the same summed over the rows that were in each pass; every one adds a token of the
+            target's own, unless an accepted one ends the row.
+        draft_passes (`int`): forward passes of the draft model.
+        plain_rounds (`int`): rounds in which nothing was to be drafted, since it did not pay or a plain pass was to be timed.
+        prefill_seconds (`float`): of the passes over the prompts.
+        target_seconds (`float`): of the other ones, with choosing what is accepted.
+        draft_seconds (`float`): of drafting, the draft's own reading of the prompts included.
+    """
+
+    rows: int
+    new_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    judged: int = 0
+    target_passes: int = 0
+    row_passes: int = 0
+    draft_passes: int = 0
+    plain_rounds: int = 0
+    prefill_seconds: float = 0.0
+    target_seconds: float = 0.0
+    draft_seconds: float = 0.0
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the drafted tokens that stand in the output."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens that a row gains in a pass of the target, 1 in plain decoding."""
+        return self.new_tokens / self.row_passes if self.row_passes else 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Of the passes together."""
+        return self.prefill_seconds + self.target_seconds + self.draft_seconds
+
+    def add(self, other: "SpeculationStatistics") -> None:
+        """Adds what was counted of rows that join; passes are counted by those who make them."""
+        for name in ("rows", "new_tokens", "row_passes", "prefill_seconds"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def __str__(self) -> str:
+        line = (
+            f"draft: {self.acceptance * 100:.0f} % of {self.drafted} drafted tokens accepted, {self.target_passes} target "
+            f"passes for {self.new_tokens} tokens, {self.seconds:.1f} s"
+        )
+        gave_up = self.plain_rounds > 1 + self.target_passes // 10  # one is plain in any case, and timed
+        return line + (f"; {self.plain_rounds} passes without drafting, which did not pay" if gave_up else "")
+
+
+class Proposer:
+    """Drafts tokens for rows of different lengths; this one drafts none, and is the base of those that do.
+
+    Attributes:
+        context (`float`): tokens that it can read.
+        statistics (`SpeculationStatistics`, *optional*): of the last generation with its help.
+    """
+
+    context: float = math.inf
+    statistics: SpeculationStatistics | None = None
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of a model so far."""
+        return 0
+
+    def begin(self, num_rows: int) -> "Proposer":
+        """Returns the proposer of one generation, which keeps what was read of its rows."""
+        return self
 
     def catch_up(self, rows: Rows) -> None:
         """Reads what it has not read of the rows, such as the prompts, where that is more than drafting reads anyway."""
 
     def propose(self, rows: Rows, num_tokens: int, processors: RowProcessors, do_sample: bool) -> Proposal:
         """Drafts up to `num_tokens` tokens behind each row's end; the rows stay as they are."""
+        return nothing_drafted(rows)
 
     def keep(self, kept: Sequence[int]) -> None:
         """Keeps the rows of these indices."""
 
     def join(self, rows: Rows, other: "Proposer", other_rows: Rows) -> None:
-        """Takes in the rows of another one of its kind; `rows` are its own before that."""
+        """Takes in the rows of another one that began from the same; `rows` are its own before that."""
 
 
-class NoDraft:
-    """Drafts nothing, for plain decoding."""
-
-    passes = 0
-    context = math.inf
-
-    def catch_up(self, rows: Rows) -> None:
-        """Nothing is read."""
-
-    def propose(self, rows: Rows, num_tokens: int, processors: RowProcessors, do_sample: bool) -> Proposal:
-        """No tokens."""
-        return Proposal(rows.tokens[:, :0], torch.zeros_like(rows.tokens[:, 0]))
-
-    def keep(self, kept: Sequence[int]) -> None:
-        """Nothing to keep."""
-
-    def join(self, rows: Rows, other: Proposer, other_rows: Rows) -> None:
-        """Nothing to take in."""
-
-
-class ModelProposer:
+class ModelProposer(Proposer):
     """Drafts with a model, which keeps a cache of its own.
 
     Args:
         model (`PreTrainedModel`): with the target's vocabulary.
-        num_rows (`int`): of the batch.
-
-    Raises:
-        InputError: if the model cannot read rows of different lengths.
+        num_rows (`int`, *optional*, defaults to 0): of the batch.
     """
 
-    def __init__(self, model: PreTrainedModel, num_rows: int):
-        self._reader = RaggedModel(model, "draft")
+    def __init__(self, model: PreTrainedModel, num_rows: int = 0):
+        self.model = model
+        self._reader = RaggedModel(model)
         self._read = [0] * num_rows  # tokens of each row that the cache holds for certain
-
-    @property
-    def context(self) -> int:
-        """Tokens that the model can read."""
-        return self._reader.context
+        self.context = self._reader.context
 
     @property
     def passes(self) -> int:
-        """Forward passes so far."""
         return self._reader.passes
+
+    def begin(self, num_rows: int) -> "ModelProposer":
+        return ModelProposer(self.model, num_rows)
 
     def catch_up(self, rows: Rows) -> None:
         """Reads prompts, and what came in plain rounds; after a round with a draft one or two tokens are left to read."""
@@ -107,21 +161,22 @@ class ModelProposer:
 
     def _read_all(self, rows: Rows) -> None:
         """Reads all but the last token of each row."""
-        self._reader.read(rows.last_tokens(self._behind(rows))[:, :-1], [length - 1 for length in rows.lengths])
-        self._read = [length - 1 for length in rows.lengths]
+        ends = [length - 1 for length in rows.lengths]
+        self._reader.read(rows.last_tokens(self._behind(rows))[:, :-1], ends)
+        self._read = ends
 
     def _behind(self, rows: Rows) -> int:
         """Tokens that it has not read of the row that it has read least of; rejected ones were read in vain."""
         return max(length - min(read, length - 1) for length, read in zip(rows.lengths, self._read, strict=True))
 
     def keep(self, kept: Sequence[int]) -> None:
-        """Keeps the rows of these indices."""
         self._read = [self._read[row] for row in kept]
         if self.passes:
             self._reader.keep(kept)
 
-    def join(self, rows: Rows, other: "ModelProposer", other_rows: Rows) -> None:
+    def join(self, rows: Rows, other: Proposer, other_rows: Rows) -> None:
         """Lets the joining rows read their prompts first, by themselves: beside the others, all would be read again."""
+        assert isinstance(other, ModelProposer)
         if not len(other_rows):
             return
         for proposer, own_rows in ((self, rows), (other, other_rows)):
@@ -134,7 +189,7 @@ class ModelProposer:
         self._read += other._read
 
 
-class PromptLookup:
+class PromptLookup(Proposer):
     """Drafts what followed the last tokens where they stood before in the same row; needs no model.
 
     Saxena 2023, "Prompt lookup decoding". The longest match counts, and of several the latest.
@@ -143,33 +198,18 @@ class PromptLookup:
         max_matching_ngram_size (`int`, *optional*, defaults to 3): tokens of the longest match that is looked for.
     """
 
-    passes = 0
-    context = math.inf
-
     def __init__(self, max_matching_ngram_size: int = 3):
         if max_matching_ngram_size < 1:
             raise InputError(f"max_matching_ngram_size {max_matching_ngram_size}: must be at least 1")
         self.max_matching_ngram_size = max_matching_ngram_size
 
-    def catch_up(self, rows: Rows) -> None:
-        """Nothing is read before it is looked up."""
-
     def propose(self, rows: Rows, num_tokens: int, processors: RowProcessors, do_sample: bool) -> Proposal:
         """Drafts up to `num_tokens` tokens of a row, none where nothing matches; see [`Proposer`]."""
         found = [self._look_up(rows.tokens[row, :length], num_tokens) for row, length in enumerate(rows.lengths)]
-        counts = [len(tokens) for tokens in found]
-        tokens = rows.tokens.new_zeros(len(found), max(counts))
-        for row, following in enumerate(found):
-            tokens[row, : len(following)] = following
+        tokens = nn.utils.rnn.pad_sequence(found, batch_first=True)
         if tokens.shape[1]:
             rows.put(tokens)
-        return Proposal(tokens, torch.tensor(counts, device=tokens.device))
-
-    def keep(self, kept: Sequence[int]) -> None:
-        """Nothing to keep."""
-
-    def join(self, rows: Rows, other: Proposer, other_rows: Rows) -> None:
-        """Nothing to take in."""
+        return Proposal(tokens, torch.tensor([len(following) for following in found], device=tokens.device))
 
     def _look_up(self, row: torch.Tensor, num_tokens: int) -> torch.Tensor:
         for size in range(min(self.max_matching_ngram_size, len(row) - 1), 0, -1):
@@ -178,6 +218,11 @@ class PromptLookup:
                 begin = int(matches[-1]) + size
                 return row[begin : begin + num_tokens]
         return row[:0]
+
+
+def nothing_drafted(rows: Rows) -> Proposal:
+    """No token for any row, as in plain decoding."""
+    return Proposal(rows.tokens[:, :0], torch.zeros_like(rows.tokens[:, 0]))
 
 
 def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:

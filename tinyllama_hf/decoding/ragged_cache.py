@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..errors import InputError
+from .grouped_attention import packed_attention
 from .rows import sized
 
 
@@ -66,7 +67,8 @@ class RaggedLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         end = self.placement.end
         if end > self.keys.shape[2]:
-            self.keys, self.values = (_with_room(states, end) for states in (self.keys, self.values))
+            # With zeros, since what is masked still enters a product with weight zero.
+            self.keys, self.values = (sized(states, 2, num_slots(end)) for states in (self.keys, self.values))
         self.placement.write(self.keys, key_states)
         self.placement.write(self.values, value_states)
         return self.keys[:, :, :end], self.values[:, :, :end]
@@ -90,13 +92,8 @@ class RaggedLayer(CacheLayerMixin):
 
     def join(self, other: "RaggedLayer", end: int) -> None:
         """Takes in the rows of another one; of both what lies before slot `end` is needed."""
-        self.keys = torch.cat([_with_room(layer.keys, end) for layer in (self, other)])
-        self.values = torch.cat([_with_room(layer.values, end) for layer in (self, other)])
-
-
-def _with_room(states: torch.Tensor, end: int) -> torch.Tensor:
-    """With room for `end` slots, and some more; zeros, since what is masked still enters a product with weight zero."""
-    return sized(states, 2, num_slots(end))
+        self.keys = torch.cat([sized(layer.keys, 2, num_slots(end)) for layer in (self, other)])
+        self.values = torch.cat([sized(layer.values, 2, num_slots(end)) for layer in (self, other)])
 
 
 def num_slots(end: int) -> int:
@@ -116,31 +113,16 @@ class RaggedCache(Cache):
         for layer in self.layers:
             layer.placement = placement
 
-    def keep(self, rows: torch.Tensor) -> None:
-        """Keeps the rows of these indices `[kept]`."""
-        for layer in self.layers:
-            layer.keep(rows)
-
-    def join(self, other: "RaggedCache", end: int) -> None:
-        """Takes in the rows of another cache; of both what lies before slot `end` is needed."""
-        for layer, joining in zip(self.layers, other.layers, strict=True):
-            layer.join(joining, end)
-
 
 class RaggedModel:
     """A causal language model that reads rows of different lengths.
 
     Args:
         model (`PreTrainedModel`): any causal language model of transformers with full attention and `position_ids`.
-        name (`str`): what it is called in messages.
-        drafts (`bool`, *optional*, defaults to `True`): whether it reads drafted tokens, which may lie beyond the context.
-
-    Raises:
-        InputError: if the model is not of this kind.
+            [`check_full_attention`] tells.
     """
 
-    def __init__(self, model: PreTrainedModel, name: str = "target", drafts: bool = True):
-        check_full_attention(model, name, drafts)
+    def __init__(self, model: PreTrainedModel):
         config = model.config.get_text_config(decoder=True)
         self.model, self.context = model, config.max_position_embeddings
         self._has_position_table = getattr(config, "rope_parameters", None) is None
@@ -163,14 +145,15 @@ class RaggedModel:
             # Padding sees slot 0, so that no row of the mask is empty.
             seen = slots.clamp(min=0)[:, None, :, None]
             mask = torch.arange(max(ends), device=tokens.device) <= seen  # [rows, 1, tokens, slots]
-        output = self.model(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=slots.clamp(0, self.context - 1 if self._has_position_table else None),
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=num_logits,
-        )
+        with packed_attention(self.model):
+            output = self.model(
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=slots.clamp(0, self.context - 1 if self._has_position_table else None),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=num_logits,
+            )
         self.passes += 1
         return output.logits[:, -num_logits:].float()
 
@@ -190,16 +173,24 @@ class RaggedModel:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keeps the rows of these indices."""
-        self.cache.keep(torch.tensor(rows, dtype=torch.long, device=self.model.device))
+        kept = torch.tensor(rows, dtype=torch.long, device=self.model.device)
+        for layer in self.cache.layers:
+            layer.keep(kept)
 
     def join(self, other: "RaggedModel", end: int) -> None:
         """Takes in the rows of another reader of the same model; none of either is longer than `end`."""
-        self.cache.join(other.cache, end)
+        for layer, joining in zip(self.cache.layers, other.cache.layers, strict=True):
+            layer.join(joining, end)
         self.passes += other.passes
 
 
 def check_full_attention(model: PreTrainedModel, name: str, drafts: bool = True) -> None:
-    """Refuses a model that rows of different lengths would not be exact for; arguments as of [`RaggedModel`].
+    """Refuses a model that rows of different lengths would not be exact for.
+
+    Args:
+        model (`PreTrainedModel`): see [`RaggedModel`].
+        name (`str`): what it is called in messages.
+        drafts (`bool`, *optional*, defaults to `True`): whether it reads drafted tokens, which may lie beyond the context.
 
     Raises:
         InputError: naming the model's kind and what it has instead of full attention.

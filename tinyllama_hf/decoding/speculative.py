@@ -5,7 +5,6 @@ are neither realigned nor made to wait, see `ragged_cache.py`.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import torch
@@ -16,10 +15,10 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
-from .engine import Decoding, SpeculationStatistics, prepare
-from .proposals import PromptLookup, Proposer, first_layers
+from .acceptance import TokenScores
+from .engine import Decoding, prepare
+from .proposals import ModelProposer, PromptLookup, Proposer, SpeculationStatistics, first_layers
 from .ragged_cache import check_full_attention
-from .token_scores import TokenScores
 
 
 _DRAFTS = ("prompt_lookup_num_tokens", "assistant_early_exit")
@@ -59,7 +58,7 @@ def speculative_generate(
     Args:
         target (`PreTrainedModel`): any causal language model with full attention, stock or ours.
         draft (`PreTrainedModel` or `Proposer`): a smaller model with the same vocabulary, `first_layers(target, n)`, or a
-            `PromptLookup`.
+            `PromptLookup`; a `Proposer` has the `statistics` afterwards.
         input_ids (`torch.Tensor`): `[rows, prompt]`, padded on the left.
         attention_mask (`torch.Tensor`, *optional*): `[rows, prompt]`.
         draft_length (`int`, *optional*): tokens to draft in each round. By default as many as pay, by measured times and
@@ -74,6 +73,10 @@ def speculative_generate(
     Raises:
         InputError: if the vocabularies differ, the models or options are not supported, or a prompt fills the context.
     """
+    if isinstance(draft, nn.Module):  # a PeftModel is no PreTrainedModel
+        draft = ModelProposer(draft)
+    elif not isinstance(draft, Proposer):
+        raise InputError(f"draft: must be a model or a PromptLookup, and is a {type(draft).__name__}")
     check_pair(target, draft)
     if draft_length is not None and not (isinstance(draft_length, int) and draft_length >= 1):
         raise InputError(
@@ -88,17 +91,10 @@ def speculative_generate(
     if stop_strings:
         criteria.append(_stop_string_criterion(stop_strings, tokenizer))
 
-    return prepare(
-        target,
-        draft,
-        draft_length,
-        input_ids,
-        attention_mask,
-        then=functools.partial(_run, streamer=streamer),
-        generation_config=generation_config,
-        stopping_criteria=criteria,
-        **kwargs,
-    )
+    kwargs |= {"generation_config": generation_config, "stopping_criteria": criteria}
+    decoding = prepare(target, draft, draft_length, input_ids, attention_mask, **kwargs)
+    draft.statistics = decoding.statistics
+    return _run(decoding, streamer)
 
 
 def _run(decoding: Decoding, streamer: BaseStreamer | None) -> torch.Tensor | SpeculativeOutput:
@@ -158,20 +154,19 @@ def draft_of_generate(
     return first_layers(target, early_exit) if early_exit is not None else assistant
 
 
-def check_pair(target: PreTrainedModel, draft: PreTrainedModel | Proposer) -> None:
-    """Refuses a draft that cannot help this target.
+def check_pair(target: PreTrainedModel, draft: Proposer | None) -> None:
+    """Refuses a target that [`~decoding.engine.prepare`] cannot take, and a draft that cannot help it.
 
     Raises:
         InputError: if one of them cannot read rows of different lengths, or their vocabularies or devices differ.
     """
-    check_full_attention(target, "target")
-    if isinstance(draft, nn.Module):  # a PeftModel is no PreTrainedModel
-        check_full_attention(draft, "draft")
-        check_vocabulary_size(target, draft)
-        if draft.device != target.device:
-            raise InputError(f"draft: is on {draft.device}, the target on {target.device}; load both on one device")
-    elif not callable(getattr(draft, "propose", None)):
-        raise InputError(f"draft: must be a model or a PromptLookup, and is a {type(draft).__name__}")
+    check_full_attention(target, "target" if draft else "model", drafts=draft is not None)
+    if not isinstance(draft, ModelProposer):
+        return
+    check_full_attention(draft.model, "draft")
+    check_vocabulary_size(target, draft.model)
+    if draft.model.device != target.device:
+        raise InputError(f"draft: is on {draft.model.device}, the target on {target.device}; load both on one device")
 
 
 def check_vocabulary_size(target: PreTrainedModel, draft: PreTrainedModel, name: str = "draft") -> None:

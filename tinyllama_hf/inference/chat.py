@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..chat.render import render
+from ..decoding.proposals import Proposer
 from ..errors import InputError, check_seed, did_you_mean
-from .drafts import Draft
 from .generation import DEFAULT_NEW_TOKENS, Context, ExactTextStreamer, Sampling, generate_ids, stop_tokens_of
 
 
@@ -31,7 +31,7 @@ class ChatSession:
         system (`str`, *optional*): the system prompt.
         sampling (`Sampling`, *optional*): how tokens are drawn.
         seed (`int`, *optional*): of the draws.
-        draft (`Draft`, *optional*): proposes tokens.
+        draft (`Proposer`, *optional*): proposes tokens.
         write (`Callable`): is given the pieces of a reply as they appear, and a line end after it.
         note (`Callable`): is given lines about the conversation, and what the draft was worth.
 
@@ -47,7 +47,7 @@ class ChatSession:
         system: str | None = None,
         sampling: Sampling | None = None,
         seed: int | None = None,
-        draft: Draft | None = None,
+        draft: Proposer | None = None,
         write: Callable[[str], Any] = sys.stdout.write,
         note: Callable[[str], Any] = lambda line: None,
     ):

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from ..decoding.proposals import Proposer
+from ..decoding.speculative import speculative_generate
 from ..errors import InputError, check_seed
 from ..text import check_text
-from .drafts import Draft
+from .drafts import SEEDED_DRAFT_LENGTH
 
 
 DEFAULT_NEW_TOKENS = 256
@@ -144,7 +146,7 @@ class Context:
     owner: str = "model"
 
     @classmethod
-    def of(cls, model: PreTrainedModel, draft: Draft | None = None) -> "Context":
+    def of(cls, model: PreTrainedModel, draft: Proposer | None = None) -> "Context":
         """The context of a model that generates, with a draft or without."""
         tokens = model.config.max_position_embeddings
         return cls(draft.context, "draft") if draft and draft.context < tokens else cls(tokens)
@@ -189,7 +191,7 @@ def generate_text(
     top_p: float = 0.95,
     seed: int | None = None,
     streamer: TextStreamer | None = None,
-    draft: Draft | None = None,
+    draft: Proposer | None = None,
 ) -> str:
     """Continues a prompt and returns prompt and continuation.
 
@@ -202,7 +204,7 @@ def generate_text(
         top_p (`float`): see [`Sampling`].
         seed (`int`, *optional*): of the draws.
         streamer (`TextStreamer`, *optional*): shown the tokens as they appear.
-        draft (`Draft`, *optional*): proposes tokens; its `statistics` tell what that was worth.
+        draft (`Proposer`, *optional*): proposes tokens; its `statistics` tell what that was worth.
 
     Raises:
         InputError: for values out of range, and a prompt that is not text or does not fit the context.
@@ -224,7 +226,7 @@ def generate_ids(
     max_new_tokens: int,
     sampling: Sampling,
     streamer: TextStreamer | None = None,
-    draft: Draft | None = None,
+    draft: Proposer | None = None,
     seeded: bool = False,
     **options: Any,
 ) -> list[int]:
@@ -242,5 +244,8 @@ def generate_ids(
         **sampling.arguments(),
         **options,
     }
-    output = draft.generate(model, seeded, **arguments) if draft else model.generate(**arguments)
+    if draft:
+        output = speculative_generate(model, draft, draft_length=SEEDED_DRAFT_LENGTH if seeded else None, **arguments)
+    else:
+        output = model.generate(**arguments)
     return output[0, len(ids) :].tolist()

@@ -22,9 +22,9 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..configuration_tinyllama import TinyLlamaConfig
 from ..decoding.engine import LONGEST_DRAFT
+from ..decoding.proposals import ModelProposer, Proposer
 from ..decoding.ragged_cache import num_slots
 from ..errors import InputError
-from ..inference.drafts import Draft
 from ..quantization.bitsandbytes import QUANTIZATIONS
 from .kv_cache import CacheSize, cache_size, multi_head
 
@@ -235,21 +235,21 @@ def check_batch(found: Memory, available: int) -> None:
     )
 
 
-def check_fits(model: PreTrainedModel, batch_size: int, context: int, draft: Draft | None = None) -> None:
+def check_fits(model: PreTrainedModel, batch_size: int, context: int, draft: Proposer | None = None) -> None:
     """Refuses a batch whose keys and values cannot fit the free memory of a loaded model's device.
 
     Args:
         model (`PreTrainedModel`): a Llama, quantised or not.
         batch_size (`int`): sequences at a time.
         context (`int`): tokens of the longest, prompt and continuation.
-        draft (`Draft`, *optional*): loaded too; where it is a model it keeps keys and values of its own.
+        draft (`Proposer`, *optional*): loaded too; where it is a model it keeps keys and values of its own.
 
     Raises:
         InputError: naming `--batch-size` and the largest that fits.
     """
     usable = _usable(free_memory(model.device))
     models = [model]
-    if draft and isinstance(draft.model, PreTrainedModel):
+    if isinstance(draft, ModelProposer):
         models.append(draft.model)
     slots = num_slots(context + LONGEST_DRAFT if draft else context)
     needed = sum(cache_size(each.config, batch_size, slots, each.dtype).total for each in models)
