@@ -106,17 +106,8 @@ class ChatSession:
         stop = stop_tokens_of(self.model, self.tokenizer)
         streamer = ExactTextStreamer(self.tokenizer, self.write, skip_prompt=True, hidden=stop)
         num_new = min(self._max_new_tokens, self.context.tokens - len(ids))
-        reply = generate_ids(
-            self.model,
-            self.tokenizer,
-            ids,
-            num_new,
-            self.sampling,
-            streamer,
-            self.draft,
-            self._seeded,
-            eos_token_id=stop,
-        )
+        options = {"draft": self.draft, "seeded": self._seeded, "eos_token_id": stop}
+        reply = generate_ids(self.model, self.tokenizer, ids, num_new, self.sampling, streamer, **options)
         self.write("\n")
         if self.draft:
             self.note(str(self.draft.statistics))
