@@ -346,7 +346,7 @@ class TestRefusals:
         with pytest.raises(InputError, match="not a readable SentencePiece model"):
             load_tokenizer(tmp_path)
         (tmp_path / "x.gguf").write_bytes(b"GGUFnonsense")
-        with pytest.raises(InputError, match="not a readable GGUF"):
+        with pytest.raises(InputError, match="damaged or incomplete"):
             load_tokenizer(tmp_path / "x.gguf")
         with pytest.raises(InputError, match="no such folder"):
             load_tokenizer("nowhere/at/all")

@@ -7,13 +7,10 @@ import typer
 
 
 _SOURCE = Annotated[
-    str,
-    typer.Argument(
-        help="File or folder of any known layout, released name, Hub id, or user/repository/FILE on the Hub."
-    ),
+    str, typer.Argument(help="File or folder in any supported layout, released name, Hub id, or user/repository/FILE.")
 ]
 _CONFIG = Annotated[
-    Path | None, typer.Option(help="config.json, model_config.yaml or lit_config.json, where a source brings none.")
+    Path | None, typer.Option(help="config.json, model_config.yaml or lit_config.json for a source without one.")
 ]
 
 
@@ -22,35 +19,29 @@ def convert(
     to: Annotated[
         str,
         typer.Option(
-            help="llama, litgpt, gguf-f32, gguf-f16, gguf-bf16, gguf-q8_0, gguf-q4_0 or awq; for gguf-q4_k_m "
-            "and other K-quants and for gptq the commands that go on from what is written."
+            help="llama, litgpt, gguf-f32, gguf-f16, gguf-bf16, gguf-q8_0, gguf-q4_0 or awq. For gguf-q4_k_m and other "
+            "K-quants, and for gptq, also prints the commands of the program that makes them."
         ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder to write; it appears when it is whole.")],
-    dtype: Annotated[
-        str, typer.Option(help="auto (each tensor's own), fp32, bf16 or fp16; of llama and litgpt.")
-    ] = "auto",
-    max_shard_size: Annotated[str, typer.Option(help="Of one safetensors file: 500MB, 2GB, ...")] = "5GB",
+    output: Annotated[Path, typer.Option(help="Folder to write. It is created only when the conversion is complete.")],
+    dtype: Annotated[str, typer.Option(help="auto (keep), fp32, bf16 or fp16; llama and litgpt only.")] = "auto",
+    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file: 500MB, 2GB, ...")] = "5GB",
     vocab_rows: Annotated[
-        int | None,
-        typer.Option(help="Embedding rows to write: 32000 trims a chat model's 32003, more adds mean rows."),
+        int | None, typer.Option(help="Number of embedding rows to write; new rows are means.")
     ] = None,
     config: _CONFIG = None,
     calibration: Annotated[
-        list[Path] | None, typer.Option(help="Text file for the scales of awq, several times if you like.")
+        list[Path] | None, typer.Option(help="Text file for the scales of awq; repeatable.")
     ] = None,
     sanity: Annotated[
-        bool,
-        typer.Option(
-            "--sanity", help="First see that the model predicts a bundled text better than its token frequencies do."
-        ),
+        bool, typer.Option("--sanity", help="First check that the model predicts a bundled text better than chance.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace what an earlier conversion wrote.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output of an earlier conversion.")] = False,
 ) -> None:
-    """Convert a checkpoint into another format, without ever running code that is in it.
+    """Convert a checkpoint to another format without running any code from it.
 
-    Read are Hugging Face (safetensors, .bin), lit-gpt and litgpt (.pth), Meta (consolidated.*.pth), GGUF and llama2.c; which
-    it is, is told by what the files hold.
+    Reads Hugging Face (safetensors, .bin), lit-gpt and litgpt (.pth), Meta (consolidated.*.pth), GGUF and llama2.c files. The
+    layout is detected from their contents.
 
     Example: tinyllama-hf convert lit_model.pth --to llama --output my-model
     """
@@ -62,16 +53,20 @@ def convert(
     from tinyllama_hf.conversion.verify import check_sanity
     from tinyllama_hf.progress import quiet_library_bars
 
-    for number in (signal.SIGTERM, signal.SIGHUP):  # ended like Ctrl-C: what was begun is removed
+    for number in (signal.SIGTERM, signal.SIGHUP):  # like Ctrl-C: unwind, so that the unfinished output is removed
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     quiet_library_bars()
     losses: list[float] = []
     started = time.monotonic()
-    done = run(
-        source, to, output, dtype=dtype, max_shard_size=max_shard_size, vocab_rows=vocab_rows, config=config,
-        calibration=calibration or (), check=(lambda checkpoint: losses.append(check_sanity(checkpoint))) if sanity else None,
-        force=force, progress=sys.stderr.isatty(),
-    )  # fmt: skip
+    check = (lambda checkpoint: losses.append(check_sanity(checkpoint))) if sanity else None
+    options = {
+        "dtype": dtype,
+        "max_shard_size": max_shard_size,
+        "vocab_rows": vocab_rows,
+        "config": config,
+        "force": force,
+    }
+    done = run(source, to, output, calibration=calibration or (), check=check, progress=sys.stderr.isatty(), **options)
     print(f"read        {source}: {done.layout}")
     for note in done.notes:
         print(f"note        {note}")
@@ -85,15 +80,16 @@ def convert(
 
 def verify(
     a: _SOURCE,
-    b: Annotated[str, typer.Argument(help="Another one.")],
-    text: Annotated[Path | None, typer.Option(help="Text file to compute on; its first 512 tokens are taken.")] = None,
-    tolerance: Annotated[float, typer.Option(help="What a logit may differ by.")] = 1e-5,
-    tensors: Annotated[bool, typer.Option("--tensors", help="Report every tensor as well.")] = False,
+    b: Annotated[str, typer.Argument(help="The checkpoint to compare with.")],
+    text: Annotated[Path | None, typer.Option(help="Text file to compute on; its first 512 tokens are used.")] = None,
+    tolerance: Annotated[float, typer.Option(help="Largest allowed difference of a logit.")] = 1e-5,
+    tensors: Annotated[bool, typer.Option("--tensors", help="Also report every tensor.")] = False,
     config: _CONFIG = None,
 ) -> None:
-    """Compare the logits of two checkpoints of any two formats on the same tokens; exit status 1 beyond the tolerance.
+    """Compare the logits of two checkpoints in any formats on the same tokens; exit status 1 beyond the tolerance.
 
-    Both are computed in fp32 by stock Llama; quantised GGUF tensors are dequantised. 0 says that nothing was changed.
+    Both are computed in fp32 by stock Llama; quantized GGUF tensors are dequantized. A difference of 0 means that the
+    conversion was lossless.
 
     Example: tinyllama-hf verify lit_model.pth my-model
     """
@@ -111,10 +107,8 @@ def verify(
     print(f"{found.num_tokens} tokens of {found.inputs}")
     for note in found.notes:
         print(f"note: {note}")
-    print(
-        f"logits: largest difference {found.largest:.3g}, mean {found.mean:.3g}, same most likely token at "
-        f"{found.argmax_agreement:.2%} of the positions"
-    )
+    agreement = f"same most likely token at {found.argmax_agreement:.2%} of the positions"
+    print(f"logits: largest difference {found.largest:.3g}, mean {found.mean:.3g}, {agreement}")
     if not found.is_equal:
         print(f"different: beyond {tolerance:g} from position {found.first_position} on")
         raise typer.Exit(1)

@@ -179,6 +179,17 @@ class TestVocabulary:
             convert(source, "llama", tmp_path / "out", vocab_rows=0)
 
 
+@pytest.mark.parametrize("to", ["llama", "gguf-f32"])
+def test_the_tokenizer_is_loaded_once(source, tmp_path, monkeypatch, to):
+    """Llama 2's takes more than a second each time."""
+    loaded = []
+    monkeypatch.setattr(
+        "tinyllama_hf.conversion.checkpoint.load_tokenizer", lambda p: loaded.append(p) or load_tokenizer(p)
+    )
+    convert(source, to, tmp_path / "out")
+    assert loaded == [source]
+
+
 QUICK = ("gguf-q8_0", "litgpt")
 
 

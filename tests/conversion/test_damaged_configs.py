@@ -22,6 +22,8 @@ LIT_GPT = {
     "a configuration of other heads": ({}, {"n_head": 8}, r"attn.attn.weight: has the shape \[128, 64\].*\[96, 64\]"),
     "groups that do not divide": ({}, {"n_head": 5, "n_query_groups": 3, "n_embd": 80}, r"has the shape \[128, 64\].*\[176, 80\]"),
     "rows of w12": (lambda w: changed(w, PACKED, lambda t: t[:-1]), {}, r"w12.weight: has the shape \[191, 64\].*\[192, 64\]"),
+    "one tensor under two names": (lambda w: w | {"transformer.h.0.mlp.proj.weight": w["transformer.h.0.mlp.swiglu.w3.weight"]}, {},
+                                   "is the same tensor of a Llama as .*h.0.mlp.swiglu.w3.weight"),
     "no embedding": (lambda w: {k: v for k, v in w.items() if "wte" not in k}, {}, "transformer.wte.weight is missing"),
     "an empty embedding": (lambda w: changed(w, "transformer.wte.weight", lambda t: t[:0]), {}, "rows .* is 0; a positive"),
     "an embedding of no dimension": (lambda w: changed(w, "transformer.wte.weight", lambda t: t[0, 0]), {}, "rows .* is 0;"),

@@ -109,11 +109,7 @@ class Checkpoint:
         _check_finite(tensor, lazy.source)
         if dtype is not None and dtype != tensor.dtype:
             tensor = tensor.to(dtype)
-            reach = (
-                "which ends at 65504; use bf16"
-                if dtype == torch.float16
-                else "whose largest value it passes; use fp32"
-            )
+            reach = "which ends at 65504; use bf16" if dtype == torch.float16 else "whose range they exceed; use fp32"
             _check_finite(tensor, lazy.source, f"as {str(dtype)[6:]}, {reach}")
         self.advance(lazy.num_bytes)
         return tensor
@@ -134,6 +130,19 @@ def positive_number(fields: Mapping[str, Any], name: str, where: object, default
         shown = f"a number of {value.bit_length()} bits" if is_long else f"{value!r:.80}"
         raise InputError(f"{where}: {name} is {shown}; a positive number below 2**{bits} is needed")
     return kind(value)
+
+
+def read_sizes(fields: Mapping[str, Any], names: Mapping[str, str], where: object) -> dict[str, Any]:
+    """Sizes of a configuration under the names of `LlamaConfig`, `None` for a missing one that follows from the others.
+
+    Args:
+        names (`Mapping[str, str]`): names in `fields` to those of `LlamaConfig`.
+    """
+    optional = ("num_key_value_heads", "head_dim")
+    return {
+        ours: None if ours in optional and fields.get(name) is None else positive_number(fields, name, where)
+        for name, ours in names.items()
+    }
 
 
 def require_values(fields: Mapping[str, Any], required: Mapping[str, Any], where: object, what: str) -> None:

@@ -286,6 +286,6 @@ def _next_commands(to: str, output: Path) -> list[str]:
     kind = to.removeprefix("gguf-").upper()
     files = " ".join(quote(f"{output}/model-{name}.gguf") for name in ("f16", kind.lower()))
     return [
-        "K-quants are made by llama.cpp, from the f16 file that was written; run its program:",
+        "K-quants are made by llama.cpp, from the f16 file that was written; run:",
         f"llama-quantize {files} {kind}",
     ]

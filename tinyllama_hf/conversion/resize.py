@@ -84,9 +84,9 @@ def _trimmed(tokenizer: PreTrainedTokenizerFast, rows: int, checkpoint: Checkpoi
 
 def _kept(token: str | None, gone: list[str], vocabulary: dict[str, int]) -> str | None:
     """A special token, or Llama's for one that is gone: `</s>` at the end, `<unk>` for padding."""
-    return (
-        token if token not in gone else next((t for t in ("</s>", "<unk>") if t in vocabulary and t not in gone), None)
-    )
+    if token not in gone:
+        return token
+    return next((known for known in ("</s>", "<unk>") if known in vocabulary and known not in gone), None)
 
 
 def _reset_special_ids(checkpoint: Checkpoint, rows: int) -> None:

@@ -82,11 +82,8 @@ class Vocabulary(NamedTuple):
 
     def added(self) -> list[AddedToken]:
         """Control and user-defined tokens, in the order of their ids."""
-        return [
-            AddedToken(token, special=kind == CONTROL, normalized=False)
-            for token, kind in zip(self.tokens, self.kinds, strict=True)
-            if kind in (CONTROL, USER_DEFINED)
-        ]
+        rows = [row for row in zip(self.tokens, self.kinds, strict=True) if row[1] in (CONTROL, USER_DEFINED)]
+        return [AddedToken(token, special=kind == CONTROL, normalized=False) for token, kind in rows]
 
 
 def padding_token(i: int) -> str:

@@ -82,11 +82,8 @@ def folds(config: LlamaConfig) -> tuple[Fold, ...]:
     which keeps the fold exact (AutoAWQ leaves such an `o_proj` out). The activation function stands between `gate_proj`
     and the product with `up_proj`, so that any will do.
     """
-    heads = (
-        config.num_key_value_heads,
-        config.num_attention_heads // config.num_key_value_heads,
-        config.head_dim,
-    )
+    groups = config.num_key_value_heads
+    heads = (groups, config.num_attention_heads // groups, config.head_dim)
     attention, mlp = "self_attn.{}_proj.weight".format, "mlp.{}_proj.weight".format
     return (
         Fold("input_layernorm.weight", (attention("q"), attention("k"), attention("v"))),

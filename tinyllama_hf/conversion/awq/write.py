@@ -21,14 +21,8 @@ from .search import calibration_tokens, clip_layer, observe_layer, scale_layer
 GROUP_SIZE = 128
 ROUNDING = "rounding (RTN)"
 # What readers take from config.json. They make every linear layer a 4-bit one that is not named here.
-QUANTIZATION = {
-    "quant_method": "awq",
-    "bits": BITS,
-    "group_size": GROUP_SIZE,
-    "zero_point": True,
-    "version": "gemm",
-    "modules_to_not_convert": ["lm_head"],
-}
+QUANTIZATION = {"quant_method": "awq", "bits": BITS, "group_size": GROUP_SIZE, "zero_point": True, "version": "gemm",
+                "modules_to_not_convert": ["lm_head"]}  # fmt: skip
 LINEAR = "_proj.weight"  # how the names of a decoder layer's seven linear layers end
 
 

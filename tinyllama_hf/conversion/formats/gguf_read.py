@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from ...errors import InputError, damaged
 from ...gguf.file import PLAIN, GGUFHeader, GGUFTensor, check_readable, read_header, read_values
 from ...gguf.vocabulary import NO_TOKENIZER
-from ..checkpoint import EMBEDDING, OUTPUT, Checkpoint, LazyTensor, complete, plain_config, positive_number
+from ..checkpoint import EMBEDDING, OUTPUT, Checkpoint, LazyTensor, complete, plain_config, positive_number, read_sizes
 from .names import NameMap
 from .rotary import rotated_heads, to_half_split
 
@@ -26,14 +26,19 @@ NAMES = NameMap(
     },
     {"token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": OUTPUT},
 )  # fmt: skip
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
-# Keys under "llama." that are read, or that say nothing of the weights.
-_KNOWN = {
-    "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
-    "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
-    "rope.dimension_count", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "vocab_size", "expert_count",
-    "rope.scaling.finetuned", "rope.scaling.original_context_length", "expert_used_count",
+SIZES = {
+    "llama.context_length": "max_position_embeddings", "llama.embedding_length": "hidden_size",
+    "llama.block_count": "num_hidden_layers", "llama.feed_forward_length": "intermediate_size",
+    "llama.attention.head_count": "num_attention_heads", "llama.attention.head_count_kv": "num_key_value_heads",
+    "llama.attention.key_length": "head_dim",
 }  # fmt: skip
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
+# What else is read, or concerns no weights.
+_KNOWN = {f"llama.{key}" for key in (
+    "attention.value_length", "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", "rope.scaling.type",
+    "rope.scaling.factor", "rope.scaling.finetuned", "rope.scaling.original_context_length", "vocab_size", "expert_count",
+    "expert_used_count",
+)}  # fmt: skip
 
 
 def read_gguf(path: Path) -> Checkpoint:
@@ -80,34 +85,26 @@ def _config(header: GGUFHeader) -> LlamaConfig:
         )
     if metadata.get("llama.expert_count"):
         raise InputError(f"{path}: is a mixture of experts (llama.expert_count); a Llama is dense")
-    number = partial(positive_number, metadata, where=path)
-    hidden, heads = number("llama.embedding_length"), number("llama.attention.head_count")
-    head_dim = number("llama.attention.key_length", default=hidden // heads)
-    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
-        if number(key, default=head_dim) != head_dim:
-            raise InputError(
-                f"{path}: {key} is {metadata[key]}, a head has {head_dim}; transformers' Llama has one length for both"
-            )
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None:
         raise damaged(path, "token_embd.weight is missing")
     rows = embedding.shape[0]
-    return plain_config(
+    config = plain_config(
         path,
+        **read_sizes(metadata, SIZES, path),
         vocab_size=rows,
-        hidden_size=hidden,
-        intermediate_size=number("llama.feed_forward_length"),
-        num_hidden_layers=number("llama.block_count"),
-        num_attention_heads=heads,
-        num_key_value_heads=number("llama.attention.head_count_kv", default=heads),
-        head_dim=head_dim,
-        max_position_embeddings=number("llama.context_length"),
         rms_norm_eps=_real(header, "llama.attention.layer_norm_rms_epsilon"),
         rope_parameters=_rope(header),
         tie_word_embeddings="output.weight" not in header.tensors,
         bos_token_id=_token(header, "bos", 1, rows),
         eos_token_id=_token(header, "eos", 2, rows),
     )
+    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+        if (found := metadata.get(key, config.head_dim)) != config.head_dim:
+            raise InputError(
+                f"{path}: {key} is {found!r:.80}, but a head has {config.head_dim}; a Llama has one size for both"
+            )
+    return config
 
 
 def _real(header: GGUFHeader, key: str, default: float | None = None) -> float:
@@ -136,6 +133,6 @@ def _token(header: GGUFHeader, name: str, default: int, rows: int) -> int | None
 
 def _notes(header: GGUFHeader) -> list[str]:
     quantised = sorted({tensor.type for tensor in header.tensors.values()} - PLAIN.keys())
-    unknown = [key for key in header.metadata if key.startswith("llama.") and key.removeprefix("llama.") not in _KNOWN]
+    unknown = [key for key in header.metadata if key.startswith("llama.") and key not in _KNOWN and key not in SIZES]
     notes = [f"dequantised to float32 from {', '.join(quantised)}"] if quantised else []
     return notes + [f"left out: {key}, which is not known here" for key in unknown]

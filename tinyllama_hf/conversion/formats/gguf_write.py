@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from ...errors import InputError, did_you_mean, require
 from ...gguf.vocabulary import NO_TOKENIZER
 from ..checkpoint import EMBEDDING, OUTPUT, Checkpoint, require_values
-from .gguf_read import DTYPES, NAMES
+from .gguf_read import DTYPES, NAMES, SIZES
 from .gguf_write_tokenizer import add_tokenizer
 from .rotary import rotated_heads, to_pairwise
 
@@ -133,12 +133,9 @@ def _add_config(writer: "GGUFWriter", config: LlamaConfig, kind: str, name: str)
     writer.add_name(name)
     writer.add_file_type(LlamaFileType[KINDS[kind][1]])
     writer.add_quantization_version(GGML_QUANT_VERSION)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)  # without it, readers take as many as query heads
+    for key, name in SIZES.items():  # head_count_kv too: without it, readers take as many as query heads
+        if name != "head_dim":
+            writer.add_uint32(key, getattr(config, name))
     if config.head_dim * config.num_attention_heads != config.hidden_size:
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)

@@ -24,6 +24,7 @@ from ..checkpoint import (
     LazyTensor,
     plain_config,
     positive_number,
+    read_sizes,
     require_values,
 )
 from ..writing import ahead, write_torch_archive
@@ -45,6 +46,10 @@ NAMES = NameMap(
     },
     {"transformer.wte.weight": EMBEDDING, "transformer.ln_f.weight": "model.norm.weight", "lm_head.weight": OUTPUT},
 )  # fmt: skip
+SIZES = {
+    "block_size": "max_position_embeddings", "n_layer": "num_hidden_layers", "n_embd": "hidden_size",
+    "n_head": "num_attention_heads", "head_size": "head_dim", "n_query_groups": "num_key_value_heads",
+}  # fmt: skip
 # Options of lit-gpt's and litgpt's `Config` that change what a model computes, with the only value that Llama has.
 _REQUIRED = {
     "rotary_percentage": 1.0, "parallel_residual": False, "bias": False, "attn_bias": False, "lm_head_bias": False,
@@ -65,7 +70,7 @@ def layout(names: Mapping[str, Any]) -> str | None:
     return "A'" if _PACKED_MLP in inside else "A" if any("swiglu" in name for name in inside) else "B"
 
 
-def config_from_fields(fields: Mapping[str, Any], where: str, vocab_rows: int) -> LlamaConfig:
+def config_from_fields(fields: Mapping[str, Any], where: str, rows: int) -> LlamaConfig:
     """The Llama configuration of a `model_config.yaml` or `lit_config.json`.
 
     The vocabulary is what the embedding has rows for: lit-gpt pads it (`padded_vocab_size`).
@@ -81,29 +86,21 @@ def config_from_fields(fields: Mapping[str, Any], where: str, vocab_rows: int) -
     require_values(fields, _REQUIRED, where, "a Llama")
     if fields.get("norm_class_name", "RMSNorm") not in ("RMSNorm", "FusedRMSNorm"):
         raise InputError(f"{where}: norm_class_name is {fields['norm_class_name']!r}, but a Llama has RMSNorm")
-    number = functools.partial(positive_number, fields, where=where)
-    heads, hidden = number("n_head"), number("n_embd")
+    sizes = read_sizes(fields, SIZES, where)
     return plain_config(
         where,
-        vocab_size=vocab_rows,
-        hidden_size=hidden,
-        num_hidden_layers=number("n_layer"),
-        num_attention_heads=heads,
-        num_key_value_heads=number("n_query_groups", default=heads),
-        head_dim=number("head_size", default=hidden // heads or 1),
-        intermediate_size=number("intermediate_size", default=4 * hidden),
-        max_position_embeddings=number("block_size"),
-        rms_norm_eps=number("norm_eps", default=1e-5, kind=float),
+        **sizes,
+        vocab_size=rows,
+        intermediate_size=positive_number(fields, "intermediate_size", where, 4 * sizes["hidden_size"]),
+        rms_norm_eps=positive_number(fields, "norm_eps", where, 1e-5, float),
         rope_parameters=_rope(fields, where),
     )
 
 
 def _rope(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     rope = {"rope_theta": positive_number(fields, "rope_base", where, 10000, float), "rope_type": "default"}
-    ratio, adjustments = (
-        positive_number(fields, "rope_condense_ratio", where, 1, float),
-        fields.get("rope_adjustments"),
-    )
+    ratio = positive_number(fields, "rope_condense_ratio", where, 1, float)
+    adjustments = fields.get("rope_adjustments")
     if ratio != 1:
         rope |= {"rope_type": "linear", "factor": ratio}
     if adjustments is not None:
@@ -133,26 +130,20 @@ def config_from_shapes(tensors: Mapping[str, LazyTensor], where: str) -> LlamaCo
         rows = (preset["num_attention_heads"] + 2 * preset["num_key_value_heads"]) * head_dim
         found = (layers, fused, widths)
         if found == (preset["num_hidden_layers"], (rows, preset["hidden_size"]), {(preset["intermediate_size"],)}):
-            return plain_config(where, vocab_size=_vocab_rows(tensors, where), **preset)
+            return plain_config(where, vocab_size=vocab_rows(tensors, where), **preset)
     raise InputError(
         f"{where}: brings no {' or '.join(CONFIG_FILES)}, and its shapes ({layers} layers, q/k/v {list(fused)}) are those of no "
         "preset: the number of heads cannot be told. Pass --config with one of these files, or a config.json"
     )
 
 
-def _vocab_rows(tensors: Mapping[str, LazyTensor], where: str) -> int:
+def vocab_rows(tensors: Mapping[str, LazyTensor], where: str) -> int:
+    """The number of rows of the embedding; an `InputError` where there are none."""
     name = "transformer.wte.weight"
     if name not in tensors:
         raise damaged(where, f"{name} is missing")
     what = f"the number of rows of {name}"
     return positive_number({what: (*tensors[name].shape, 0)[0]}, what, where)
-
-
-def find_config(fields: Mapping[str, Any] | None, tensors: Mapping[str, LazyTensor], where: str) -> LlamaConfig:
-    """The configuration from a file's fields, else from the shapes; errors as of the two."""
-    if fields is None:
-        return config_from_shapes(tensors, where)
-    return config_from_fields(fields, where, _vocab_rows(tensors, where))
 
 
 def to_hugging_face(tensors: Mapping[str, LazyTensor], config: LlamaConfig) -> dict[str, LazyTensor]:
@@ -177,20 +168,17 @@ def to_hugging_face(tensors: Mapping[str, LazyTensor], config: LlamaConfig) -> d
 
 def _split_attention(fused: LazyTensor, config: LlamaConfig, by_group: bool) -> dict[str, LazyTensor]:
     heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    fused.check_shape(((heads + 2 * groups) * width, config.hidden_size))
+    hidden = config.hidden_size
+    fused.check_shape(((heads + 2 * groups) * width, hidden))
     blocks = groups if by_group else 1  # in each of which q, k and v lie one after another
 
     def rows(first: int, last: int) -> LazyTensor:
         """Heads `first` to `last` of all blocks."""
 
-        def cut(weight: torch.Tensor) -> torch.Tensor:
-            return (
-                weight.view(blocks, -1, width, config.hidden_size)[:, first:last]
-                .reshape(-1, config.hidden_size)
-                .clone()
-            )
-
-        return fused.map(cut, ((last - first) * blocks * width, config.hidden_size))
+        shape = ((last - first) * blocks * width, hidden)
+        return fused.map(
+            lambda weight: weight.view(blocks, -1, width, hidden)[:, first:last].reshape(shape).clone(), shape
+        )
 
     q, k = heads // blocks, groups // blocks
     return {"q_proj.weight": rows(0, q), "k_proj.weight": rows(q, q + k), "v_proj.weight": rows(q + k, q + 2 * k)}
@@ -249,12 +237,10 @@ def _litgpt_fields(config: LlamaConfig, name: str) -> dict[str, Any]:
             f"--to litgpt: rope_parameters is {rope}, but litgpt keeps base and condense ratio as whole numbers"
         )
     fields = {
-        "name": name, "hf_config": {"org": "", "name": name}, "block_size": config.max_position_embeddings,
-        "n_layer": config.num_hidden_layers, "n_embd": config.hidden_size, "vocab_size": config.vocab_size,
-        "padded_vocab_size": config.vocab_size, "n_head": config.num_attention_heads, "head_size": config.head_dim,
-        "n_query_groups": config.num_key_value_heads, "rotary_percentage": 1.0, "parallel_residual": False, "bias": False,
-        "norm_class_name": "RMSNorm", "norm_eps": config.rms_norm_eps, "mlp_class_name": "LLaMAMLP",
-        "intermediate_size": config.intermediate_size, "rope_base": int(rope["rope_theta"]),
+        "name": name, "hf_config": {"org": "", "name": name}, **{key: getattr(config, ours) for key, ours in SIZES.items()},
+        "vocab_size": config.vocab_size, "padded_vocab_size": config.vocab_size, "rotary_percentage": 1.0,
+        "parallel_residual": False, "bias": False, "norm_class_name": "RMSNorm", "norm_eps": config.rms_norm_eps,
+        "mlp_class_name": "LLaMAMLP", "intermediate_size": config.intermediate_size, "rope_base": int(rope["rope_theta"]),
         "rope_condense_ratio": int(rope["factor"]) if kind == "linear" else 1,
     }  # fmt: skip
     if kind == "llama3":

@@ -13,6 +13,8 @@ from .meta import NAMES, to_hugging_face
 
 
 _HEADER = struct.Struct("<7i")
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
+          "max_position_embeddings")  # fmt: skip
 
 
 def read_llama2c(path: Path) -> Checkpoint | None:
@@ -26,7 +28,7 @@ def read_llama2c(path: Path) -> Checkpoint | None:
     header = _read_header(path)
     if header is None:
         return None
-    hidden, inner, layers, heads, groups, vocab, context = header
+    layers, vocab = header[2], header[5]
     tensors: dict[str, LazyTensor] = {}
     position = _HEADER.size
     for kind, shape in _parts(header):
@@ -38,21 +40,11 @@ def read_llama2c(path: Path) -> Checkpoint | None:
             position += 4 * math.prod(one)
     if path.stat().st_size != position:
         return None
-    config = plain_config(
-        path,
-        vocab_size=abs(vocab),
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        max_position_embeddings=context,
-        tie_word_embeddings=vocab > 0,
-    )
-    tokenizer = path.with_name("tokenizer.model")
-    found = Checkpoint(path, "llama2.c", config, to_hugging_face(tensors, config))
-    found.tokenizer = tokenizer if tokenizer.is_file() else None
-    return complete(found)
+    sizes = dict(zip(_SIZES, header, strict=True)) | {"vocab_size": abs(vocab)}
+    config = plain_config(path, **sizes, tie_word_embeddings=vocab > 0)
+    model = path.with_name("tokenizer.model")
+    tokenizer = model if model.is_file() else None
+    return complete(Checkpoint(path, "llama2.c", config, to_hugging_face(tensors, config), tokenizer))
 
 
 def _read_header(path: Path) -> tuple[int, ...] | None:

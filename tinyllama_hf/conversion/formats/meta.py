@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig
 
 from ...errors import InputError, damaged
-from ..checkpoint import EMBEDDING, OUTPUT, Checkpoint, LazyTensor, complete, plain_config, positive_number
+from ..checkpoint import EMBEDDING, OUTPUT, Checkpoint, LazyTensor, complete, plain_config, positive_number, read_sizes
 from ..reading.containers import open_torch_archive, read_fields, state_dict
 from .names import NameMap
 from .rotary import rotated_heads, to_half_split
@@ -26,6 +26,8 @@ NAMES = NameMap(
     },
     {"tok_embeddings.weight": EMBEDDING, "norm.weight": "model.norm.weight", "output.weight": OUTPUT},
 )  # fmt: skip
+_SIZES = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
+          "n_kv_heads": "num_key_value_heads"}  # fmt: skip
 # Along which dimension each kind is cut over the model-parallel shards; norms lie in each shard whole.
 _BY_ROWS = ("attention.wq", "attention.wk", "attention.wv", "feed_forward.w1", "feed_forward.w3", "output.weight")
 _BY_COLUMNS = ("attention.wo", "feed_forward.w2")
@@ -94,19 +96,15 @@ def _config(params: Mapping[str, Any], where: Path, tensors: Mapping[str, LazyTe
     for name in (embedding, gate):
         if name not in tensors or not tensors[name].shape:
             raise damaged(where.parent, f"{name} is missing or has no rows")
-    number = partial(positive_number, params, where=where)
-    heads = number("n_heads")
+    number = partial(positive_number, params, where=where, kind=float)
     return plain_config(
         where,
+        **read_sizes(params, _SIZES, where),
         vocab_size=tensors[embedding].shape[0],
-        hidden_size=number("dim"),
-        num_hidden_layers=number("n_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=number("n_kv_heads", default=heads),
         intermediate_size=tensors[gate].shape[0],
         max_position_embeddings=4096,
-        rms_norm_eps=number("norm_eps", default=1e-5, kind=float),
-        rope_parameters={"rope_type": "default", "rope_theta": number("rope_theta", default=10000.0, kind=float)},
+        rms_norm_eps=number("norm_eps", default=1e-5),
+        rope_parameters={"rope_type": "default", "rope_theta": number("rope_theta", default=10000.0)},
         tie_word_embeddings="output.weight" not in tensors,
     )
 
@@ -125,9 +123,8 @@ def _merge(name: str, parts: list[LazyTensor], hidden: int) -> LazyTensor:
         return first.map(lambda whole: _same_in_all(whole, parts))
     if len(first.shape) != 2 or any((part.shape, part.dtype) != (first.shape, first.dtype) for part in parts):
         raise InputError(f"{first.source}: the shards hold parts of different shapes or types; fetch them again")
-    shape = (
-        (first.shape[0] * len(parts), first.shape[1]) if dim == 0 else (first.shape[0], first.shape[1] * len(parts))
-    )
+    rows, columns = first.shape
+    shape = (rows * len(parts), columns) if dim == 0 else (rows, columns * len(parts))
     return first.map(lambda whole: torch.cat([whole, *(part.read() for part in parts[1:])], dim), shape)
 
 

@@ -101,6 +101,8 @@ class _Interpreter:
                 if isinstance(argument, int) and argument.bit_length() > _MAX_BITS:
                     raise ValueError(f"a number of {argument.bit_length()} bits at byte {position}")
                 self.stack.append(argument)
+            elif opcode.name in _NEW:
+                self.stack.append(_NEW[opcode.name]())
             elif action := _ACTIONS.get(opcode.name):
                 action(self, argument)
             else:
@@ -249,19 +251,16 @@ _KNOWN: dict[Name, Any] = {
 _PUSHED = frozenset(("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "UNICODE",
                      "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINSTRING", "BINSTRING", "STRING",
                      "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"))  # fmt: skip
+# Opcodes that push something new.
+_NEW: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "MARK": lambda: _MARK, "EMPTY_LIST": list,
+    "EMPTY_DICT": dict, "EMPTY_SET": set, "EMPTY_TUPLE": tuple,
+}  # fmt: skip
 _ACTIONS: dict[str, Callable[[_Interpreter, Any], Any]] = {
     "PROTO": lambda self, version: None,
     "FRAME": lambda self, length: None,
-    "MARK": lambda self, _: self.push(_MARK),
     "POP": lambda self, _: self.stack.pop(),
     "POP_MARK": lambda self, _: self.pop_to_mark(),
-    "NONE": lambda self, _: self.push(None),
-    "NEWTRUE": lambda self, _: self.push(True),
-    "NEWFALSE": lambda self, _: self.push(False),
-    "EMPTY_LIST": lambda self, _: self.push([]),
-    "EMPTY_DICT": lambda self, _: self.push({}),
-    "EMPTY_SET": lambda self, _: self.push(set()),
-    "EMPTY_TUPLE": lambda self, _: self.push(()),
     "TUPLE1": lambda self, _: self.tuple_of(1),
     "TUPLE2": lambda self, _: self.tuple_of(2),
     "TUPLE3": lambda self, _: self.tuple_of(3),
@@ -274,15 +273,11 @@ _ACTIONS: dict[str, Callable[[_Interpreter, Any], Any]] = {
     "SETITEMS": lambda self, _: self.set_items(self.pop_to_mark()),
     "ADDITEMS": lambda self, _: self.add_items(self.pop_to_mark()),
     "MEMOIZE": lambda self, _: self.memo.update({len(self.memo): self.stack[-1]}),
-    "PUT": lambda self, index: self.memo.update({index: self.stack[-1]}),
-    "BINPUT": lambda self, index: self.memo.update({index: self.stack[-1]}),
-    "LONG_BINPUT": lambda self, index: self.memo.update({index: self.stack[-1]}),
-    "GET": lambda self, index: self.push(self.memo[index]),
-    "BINGET": lambda self, index: self.push(self.memo[index]),
-    "LONG_BINGET": lambda self, index: self.push(self.memo[index]),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), lambda self, index: self.memo.update({index: self.stack[-1]})),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda self, index: self.push(self.memo[index])),
     "GLOBAL": lambda self, names: self.name(*names.split(" ", 1)),
     "STACK_GLOBAL": lambda self, _: self.stack_name(),
     "REDUCE": lambda self, _: self.reduce(),
     "BUILD": lambda self, _: self.build(),
     "BINPERSID": lambda self, _: self.persistent(),
-}  # fmt: skip
+}

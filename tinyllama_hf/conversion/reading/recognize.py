@@ -94,7 +94,7 @@ def _refuse_config(config: Path | None, what: str) -> None:
 def _open_weights(file: Path, given: Path, config: Path | None) -> Checkpoint:
     """Opens a file of weights, or the shards of an index, by what it begins with."""
     if file.name in (SAFETENSORS_INDEX, BIN_INDEX):
-        return _by_keys(open_sharded(file), None, file, given, config)
+        return _by_keys(open_sharded(file), file, given, config)
     with file.open("rb") as opened:
         begin = opened.read(9)
     if begin[:4] == b"GGUF":
@@ -104,27 +104,29 @@ def _open_weights(file: Path, given: Path, config: Path | None) -> Checkpoint:
         return checkpoint
     # Before the others: the length that a header begins with may be any number, and look like theirs.
     if begin[4:] == b"\0\0\0\0{":
-        return _by_keys(open_safetensors(file), None, file, given, config)
+        return _by_keys(open_safetensors(file), file, given, config)
     if begin[:2] == b"PK" or begin[:1] == b"\x80":
         value = open_torch_archive(file)
-        training = value if isinstance(value, dict) and isinstance(value.get("model"), dict) else None
-        return _by_keys(state_dict(training["model"] if training else value, file), training, file, given, config)
+        is_training = isinstance(value, dict) and isinstance(value.get("model"), dict)
+        checkpoint = _by_keys(state_dict(value["model"] if is_training else value, file), file, given, config)
+        if is_training:
+            counted = {name: value[name] for name in ("step_count", "iter_num") if isinstance(value.get(name), int)}
+            checkpoint.notes.append(f"a training file {counted or ''}: its optimiser is left behind")
+        return checkpoint
     if checkpoint := read_llama2c(file):
         _refuse_config(config, "llama2.c's files")
         return checkpoint
     raise damaged(file, f"begins with {begin[:4]!r}: neither safetensors, torch's zip, GGUF nor llama2.c")
 
 
-def _by_keys(
-    tensors: dict[str, LazyTensor], training: dict[str, Any] | None, file: Path, given: Path, config: Path | None
-) -> Checkpoint:
-    """Tells the layout of a state dict by its keys; `training` is the dict of a training file that it lay in."""
+def _by_keys(tensors: dict[str, LazyTensor], file: Path, given: Path, config: Path | None) -> Checkpoint:
+    """Tells the layout of a state dict by its keys."""
     bare = {_bare(name): tensor for name, tensor in tensors.items()}
     if len(bare) < len(tensors):
         raise InputError(f"{file}: two of its keys differ only in what training wrappers added; it holds two models")
     kind = lit_gpt.layout(bare)
     if kind:
-        checkpoint = _lit_gpt(bare, kind, training, file, given, config)
+        checkpoint = _lit_gpt(bare, kind, file, given, config)
     elif any(name.startswith("model.layers.") for name in bare):
         checkpoint = _hugging_face(bare, file, given, config or file.parent / "config.json")
     elif meta.is_meta(bare):
@@ -160,29 +162,19 @@ def _bare(name: str) -> str:
     return name
 
 
-def _lit_gpt(
-    tensors: dict[str, LazyTensor],
-    kind: str,
-    training: dict[str, Any] | None,
-    file: Path,
-    given: Path,
-    config: Path | None,
-) -> Checkpoint:
+def _lit_gpt(tensors: dict[str, LazyTensor], kind: str, file: Path, given: Path, config: Path | None) -> Checkpoint:
     names = (*lit_gpt.CONFIG_FILES, "config.json")
     config = config or next((p for name in names if (p := file.parent / name).is_file()), None)
-    if config and config.name == "config.json":
+    if config is None:
+        read = lit_gpt.config_from_shapes(tensors, str(file))
+    elif config.name == "config.json":
         read = read_llama_config(config)
     else:
-        read = lit_gpt.find_config(_fields(config) if config else None, tensors, str(config or file))
+        read = lit_gpt.config_from_fields(_fields(config), str(config), lit_gpt.vocab_rows(tensors, str(config)))
     converted = lit_gpt.to_hugging_face(tensors, read)
     if are_equal(converted.get(OUTPUT), converted.get(EMBEDDING)):
         read.tie_word_embeddings = True
-    layout = f"{'litgpt' if kind == 'C' else 'lit-gpt'}, layout {kind}"
-    checkpoint = Checkpoint(given, layout, read, converted)
-    if training:
-        counted = {name: training[name] for name in ("step_count", "iter_num") if isinstance(training.get(name), int)}
-        checkpoint.notes.append(f"a training file {counted or ''}: its optimiser is left behind")
-    return checkpoint
+    return Checkpoint(given, f"{'litgpt' if kind == 'C' else 'lit-gpt'}, layout {kind}", read, converted)
 
 
 def _fields(config: Path) -> dict[str, Any]:
