@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama_hf import provenance
+from tinyllama_hf.files import write_json
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -36,5 +37,5 @@ def save(name: str, figures: Any) -> Path:
     """Writes `results/NAME.json` with everything that says where the figures come from."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    provenance.write_json(path, {"figures": figures, "provenance": provenance.collect()})
+    write_json(path, {"figures": figures, "provenance": provenance.collect()})
     return path

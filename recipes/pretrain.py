@@ -103,14 +103,14 @@ def not_essential(failure: str, instead: str) -> Iterator[None]:
 
 def write_card(milestone: Path) -> None:
     """Adds the card to a milestone that is being written, under a temporary name."""
-    from tinyllama_hf import provenance
+    from tinyllama_hf.files import read_json, write_text
     from tinyllama_hf.hub.card import milestone_card
 
-    name, text = provenance.read_json(milestone / "provenance.json")["name"], None
+    name, text = read_json(milestone / "provenance.json")["name"], None
     with not_essential(f"{name}: no card", "`tinyllama-hf publish` writes one of its own"):
         text = milestone_card(milestone, name)
     if text is not None:
-        provenance.write_text(milestone / "README.md", text)  # without room for it, the milestone has none either
+        write_text(milestone / "README.md", text)  # without room for it, the milestone has none either
 
 
 def score_milestone(run: Path, milestone: Path) -> None:

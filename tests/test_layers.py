@@ -1,6 +1,7 @@
 """Imports point one way, and optional packages are imported in one place each. Read from the sources, not from a run."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tests.conftest import ROOT
 
 # From the top down: a module imports from its own room and those below it, never from one beside it.
 MODEL = {"configuration_tinyllama", "modeling_tinyllama", "tokenization_tinyllama", "losses", "packed_documents"}
-FOUNDATION = {"errors", "text", "progress", "provenance", "portable", "recipe", "released", "devices", ""}
+FOUNDATION = {"errors", "files", "text", "progress", "provenance", "portable", "recipe", "released", "devices", ""}
 ROOMS: tuple[set[str], ...] = (
     {"tinyllama_hf_cli", "recipes", "eval"},
     {"hub"},
@@ -143,6 +144,20 @@ def test_optional_packages_stay_in_their_place(path):
     assert all(OPTIONAL[name] and path.relative_to(ROOT).as_posix().startswith(OPTIONAL[name]) for name in found)
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_locks_and_renames_are_in_one_place(path):
+    """All writers go through `files.py`, so that nothing is half-written and one lock behaves like the others."""
+    found = re.findall(
+        r"\bfcntl\b|\bos\.(?:replace|rename|link)\b|\.rename\(|\bshutil\.move\b", path.read_text(encoding="utf-8")
+    )
+    assert not found or path.relative_to(ROOT).as_posix() == "tinyllama_hf/files.py"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_modules_can_be_imported_where_there_is_no_posix(path):
+    assert not {name[0] for name in imported(path, top_level_only=True)} & {"fcntl", "resource"}
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "tinyllama_hf_cli").glob("*.py")), ids=lambda p: p.name)
 def test_the_command_imports_nothing_heavy_at_its_top(path):
     allowed = {"functools", "pathlib", "sys", "typing", "typer", "tinyllama_hf_cli"}
@@ -157,4 +172,4 @@ def test_this_test_sees_what_it_looks_for():
     assert "tinyllama_hf.pretrain.step" in graph["tinyllama_hf.pretrain.loop"]
     assert "tinyllama_hf.data.shards" in reached(graph, "recipes.pretrain")
     names = {".".join(name[:3]) for name in imported(ROOT / "tinyllama_hf" / "report" / "page.py")}
-    assert "tinyllama_hf.pretrain.metrics" in names and "tinyllama_hf.provenance" in names
+    assert "tinyllama_hf.pretrain.metrics" in names and "tinyllama_hf.files.read_json" in names

@@ -15,7 +15,7 @@ from tests.conversion.mutants import _changed, _moved, _odd_fields
 from tests.conversion.test_gguf_tokenizer import byte_level
 from tinyllama_hf import load_tokenizer
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.provenance import read_json
+from tinyllama_hf.files import read_json
 from tinyllama_hf.tokenization_tinyllama import _damage_refused
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from .errors import InputError, did_you_mean, one_line
-from .provenance import read_json
+from .files import read_json
 
 
 _INTERMEDIATE = re.compile(r"step-(\d+)k-token-(\d+)B")

@@ -20,8 +20,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from .configuration_tinyllama import TinyLlamaConfig
 from .errors import InputError, did_you_mean, one_line
+from .files import read_json
 from .gguf.vocabulary import NORMAL, UNUSED, byte_level_tokenizer, read_vocabulary
-from .provenance import read_json
 from .released import TOKENIZER_FILES, local_folder
 from .text import ENCODING
 

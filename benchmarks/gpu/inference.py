@@ -34,6 +34,7 @@ from speculative import controlled_pair  # noqa: E402
 
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, provenance  # noqa: E402
 from tinyllama_hf.errors import InputError  # noqa: E402
+from tinyllama_hf.files import read_json, write_json  # noqa: E402
 from tinyllama_hf.quantization.bitsandbytes import (  # noqa: E402
     QuantizedTinyLlama,
     check_quantization,
@@ -255,7 +256,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if bench.device == "cuda" else "CPU"
     settings = {"device": name, "dtype": str(bench.dtype), "preset": bench.preset, "prompt_tokens": bench.prompt_tokens,
                 "new_tokens": bench.new_tokens}  # fmt: skip
-    rows = provenance.read_json(output)["figures"]["rows"] if output.is_file() else []
+    rows = read_json(output)["figures"]["rows"] if output.is_file() else []
     output.parent.mkdir(parents=True, exist_ok=True)
     for part in arguments.parts:
         rows, began = [row for row in rows if row["part"] != part], time.perf_counter()
@@ -263,7 +264,7 @@ def main() -> None:
             rows.append({"part": part, **row})
             print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
             figures = {**settings, "rows": rows}
-            provenance.write_json(output, {"figures": figures, "provenance": provenance.collect()})
+            write_json(output, {"figures": figures, "provenance": provenance.collect()})
         release()
         print(f"{part}: {time.perf_counter() - began:.0f} s", flush=True)
     print(f"wrote {output}")

@@ -104,9 +104,10 @@ class Session:
 
     def save(self) -> None:
         from tinyllama_hf import provenance
+        from tinyllama_hf.files import write_json
 
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        provenance.write_json(self.output, {"figures": self.rows, "provenance": provenance.collect()})
+        write_json(self.output, {"figures": self.rows, "provenance": provenance.collect()})
 
 
 def line(row: dict[str, Any]) -> str:

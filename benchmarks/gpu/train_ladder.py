@@ -28,6 +28,7 @@ from workload import config_of  # noqa: E402
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, provenance  # noqa: E402
 from tinyllama_hf.data.mixture import Mixture  # noqa: E402
 from tinyllama_hf.data.shards import read_metadata  # noqa: E402
+from tinyllama_hf.files import write_json  # noqa: E402
 from tinyllama_hf.pretrain import launch  # noqa: E402
 from tinyllama_hf.pretrain.milestones import write_milestone  # noqa: E402
 from tinyllama_hf.pretrain.schedule import Steps  # noqa: E402
@@ -148,7 +149,7 @@ def main() -> None:
         seconds = 60 * arguments.minutes * sizes[preset] / sum(sizes.values())
         rows.append(train(arguments, preset, mixture, tokenizer, seconds))
         print(json.dumps(rows[-1]), flush=True)
-        provenance.write_json(arguments.output / "ladder.json", {"figures": rows, "provenance": provenance.collect()})
+        write_json(arguments.output / "ladder.json", {"figures": rows, "provenance": provenance.collect()})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from tinyllama_hf import provenance
+from tinyllama_hf.files import read_json
 
 
 SBATCH = """#!{python}
@@ -94,7 +94,7 @@ def test_equals_the_local_executor(cluster, data_recipe, tmp_path):
     shards = sorted(path.relative_to(here) for path in here.glob("*/*.tokens*"))
     assert len(shards) == 12
     assert [path for path in shards if (here / path).read_bytes() != (there / path).read_bytes()] == []
-    records = [provenance.read_json(folder / "dataset.json") for folder in (here, there)]
+    records = [read_json(folder / "dataset.json") for folder in (here, there)]
     assert records[0]["fingerprint"] == records[1]["fingerprint"] and records[0]["rows"] == records[1]["rows"]
     assert "was finished already" in run(
         sys.executable, script, data_recipe, "output=there", *options, env=cluster, cwd=tmp_path

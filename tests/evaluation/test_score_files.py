@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from tinyllama_hf import provenance
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.evaluation.score_files import CommonsenseRow, CountingRow, ScoreFile, TextRow, read_records
+from tinyllama_hf.files import write_json
 
 
 # As the first versions wrote it: no quantization, no time of the folder, no libraries.
@@ -81,7 +81,7 @@ def test_a_file_of_an_early_version_is_read_and_kept(tmp_path):
         "bits_per_byte": 4.0,
         "by_source": {},
     }
-    provenance.write_json(path, {"task": "bits_per_byte", "data": [], "models": [EARLY_ROW], "baselines": [counted]})
+    write_json(path, {"task": "bits_per_byte", "data": [], "models": [EARLY_ROW], "baselines": [counted]})
     file = open_file(path)
     assert file.rows[0].quantization == "none" and file.rows[0].scored_with == {}
     file.add(row("other"))

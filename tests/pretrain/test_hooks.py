@@ -17,11 +17,11 @@ from huggingface_hub import ModelCard
 from tests.conftest import ROOT, write_recipe
 from tests.pretrain.runs import SCRIPT, run_script
 from tests.report.test_plots import assert_draws
-from tinyllama_hf import provenance
 from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.evaluation.bits_per_byte import held_out_documents
 from tinyllama_hf.evaluation.series import score, watch
+from tinyllama_hf.files import write_json
 from tinyllama_hf.pretrain import loop
 from tinyllama_hf.pretrain.config import SourceSection, load_config
 from tinyllama_hf.pretrain.loop import Hooks, pretrain
@@ -231,7 +231,7 @@ class TestIncremental:
         scores = score([str(run)], output=output)
         scores["models"] = scores["models"][:1]
         scores["models"][0]["protocol"] |= {"dtype": "bfloat16"}
-        provenance.write_json(output, scores)
+        write_json(output, scores)
         with pytest.raises(InputError, match=r"'bfloat16'.*'float32'.*two protocols are not joined"):
             score([str(run)], output=output)
         assert json.loads(output.read_text()) == scores
@@ -287,7 +287,7 @@ class TestIncremental:
         output = tmp_path / "scores.json"
         before = score([str(run)], output=output)
         before["models"][0] |= {"created": "2020-01-01T00:00:00+00:00", "bits_per_byte": 99.0}
-        provenance.write_json(output, before)
+        write_json(output, before)
         assert score([str(run)], output=output)["models"][0]["bits_per_byte"] < 20
 
 

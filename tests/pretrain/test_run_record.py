@@ -13,9 +13,9 @@ import yaml
 
 from tests.hub.conftest import files_on_hub, hub, online
 from tests.pretrain.runs import run
-from tinyllama_hf import provenance
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.evaluation.series import score, watch
+from tinyllama_hf.files import read_json
 from tinyllama_hf.hub.publish import publish
 from tinyllama_hf.pretrain.config import load_config
 from tinyllama_hf.pretrain.milestones import list_milestones
@@ -43,7 +43,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_written_at_the_start(recipe):
     output = run(recipe, "milestones.steps=[3]")
     written = json.loads((output / "run.json").read_text())
-    data = provenance.read_json(list_milestones(output)[0] / "provenance.json")["data"]
+    data = read_json(list_milestones(output)[0] / "provenance.json")["data"]
     [source] = written["sources"]
     assert written["format_version"] == 1 and data == {source["path"]: source["fingerprint"]}
     assert [milestone["name"] for milestone in written["milestones"]] == [m.name for m in list_milestones(output)]

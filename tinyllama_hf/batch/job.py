@@ -6,9 +6,7 @@ Results are appended to `OUTPUT.part` as they come; `OUTPUT.record.json` says wh
 
 import contextlib
 import dataclasses
-import fcntl
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,11 +18,12 @@ from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..decoding.proposals import Proposer
 from ..errors import InputError
+from ..files import locked, read_json, write_json, write_text
 from ..inference.adapters import adapter_folder, tokenizer_with
 from ..inference.drafts import LAYERS, LOOKUP
 from ..inference.generation import Context, Sampling
 from ..inference.load import model_folder
-from ..provenance import collect, file_sha256, fingerprint, read_json, write_json, write_text
+from ..provenance import collect, file_sha256, fingerprint
 from ..released import TOKENIZER_FILES, local_folder
 from .generate_many import DEFAULT_BATCH_SIZE, Completion, Request, generate_many
 from .prompts import PromptFile, read_prompts
@@ -158,21 +157,7 @@ class BatchJob:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[BinaryIO]:
         """The part, opened to append, which no other process has meanwhile."""
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        with self.part.open("ab") as part:
-            try:
-                fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not os.fstat(part.fileno()).st_nlink:  # it was removed, at the end, between opening and locking
-                    raise BlockingIOError
-            except BlockingIOError as error:
-                raise InputError(
-                    f"--output {self.output}: another process is writing it; wait for it, or name another file"
-                ) from error
-            except OSError as error:  # a file system without locks, for one
-                raise InputError(
-                    f"--output {self.output}: {self.part} cannot be locked ({error}), and without a lock two calls could write "
-                    "it at once; choose a folder on a disk that has locks"
-                ) from error
+        with locked(self.part, f"--output {self.output}") as part:
             try:
                 yield part
             finally:

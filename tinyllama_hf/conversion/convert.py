@@ -16,6 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from .. import provenance
 from ..devices import find_dtype
 from ..errors import InputError, did_you_mean
+from ..files import new_folder, read_json, write_json
 from ..text import read_text
 from ..tokenization_tinyllama import TinyLlamaTokenizer, declared_padding
 from .checkpoint import EMBEDDING, OUTPUT, Checkpoint
@@ -96,7 +97,7 @@ def convert(
         _check_space(checkpoint, to, dtype, output)
         if check is not None:
             check(checkpoint)
-        with provenance.new_folder(output, overwrite=force) as folder, _bar(checkpoint, progress):
+        with new_folder(output, overwrite=force) as folder, _bar(checkpoint, progress):
             notes, digests = _write_weights(
                 checkpoint, to, folder, find_dtype(dtype, DTYPES), shard_size, calibration, output.name
             )
@@ -167,7 +168,7 @@ def _write_provenance(checkpoint: Checkpoint, folder: Path, settings: dict[str, 
         sha256={path.name: digests.get(path.name) or provenance.file_sha256(path) for path in sorted(weights)},
         **({"converted_from": checkpoint.provenance} if checkpoint.provenance else {}),
     )
-    provenance.write_json(folder / "provenance.json", record)
+    write_json(folder / "provenance.json", record)
 
 
 def _check_arguments(to: str, dtype: str, max_shard_size: str, calibration: Sequence) -> None:
@@ -211,7 +212,7 @@ def _check_output(output: Path, source: str | Path, force: bool) -> None:
     if not force:
         raise InputError(f"--output {output}: exists; choose another folder, or pass --force to replace it")
     record = output / "provenance.json"
-    written = provenance.read_json(record) if record.is_file() else None
+    written = read_json(record) if record.is_file() else None
     if not isinstance(written, dict) or "conversion" not in written:
         raise InputError(
             f"--output {output}: was not written by a conversion, so --force does not replace it; choose another folder, or "
@@ -231,7 +232,7 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
             f"another model, or pass --vocab-rows {number}"
         )
     config = checkpoint.tokenizer / "tokenizer_config.json"
-    declared = declared_padding(provenance.read_json(config)) if config.is_file() else None
+    declared = declared_padding(read_json(config)) if config.is_file() else None
     if declared not in (None, tokenizer.pad_token):
         checkpoint.notes.append(
             f"padding token {declared!r}: begins or ends text, or has no id; {tokenizer.pad_token!r} is written"

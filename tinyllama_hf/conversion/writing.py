@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..provenance import write_json
+from ..files import write_json
 from .reading.containers import SAFETENSORS_DTYPES, SAFETENSORS_INDEX
 from .reading.pickles import STORAGES
 

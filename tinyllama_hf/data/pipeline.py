@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 
 from .. import provenance
 from ..errors import InputError
+from ..files import write_json
 from .sources import Source, read_documents
 from .tasks import counts_file, forget_task, rows_file, shard_name
 
@@ -169,7 +170,7 @@ class SourceReader(PipelineStep):
             else:
                 counts["empty"] += 1
         # Before the next step's counts, which the task ends with.
-        provenance.write_json(rows_file(self.output, rank), counts)
+        write_json(rows_file(self.output, rank), counts)
 
 
 class SplitTokenizer(PipelineStep):
@@ -211,7 +212,7 @@ class SplitTokenizer(PipelineStep):
             # Here, where it lies in memory and many tasks do it at a time.
             counts[split]["sha256"] = provenance.file_sha256(self.output / shard_name(split, rank))
         result = {"rank": rank, "input": self.source.identity(rank), **counts}
-        provenance.write_json(counts_file(self.output, rank), result)
+        write_json(counts_file(self.output, rank), result)
         yield from ()
 
     def _chosen(self, data: DocumentsPipeline) -> Iterator[tuple[str, Document]]:

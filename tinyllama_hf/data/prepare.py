@@ -14,7 +14,6 @@ that are not complete. A task is complete for the input file that it read; a fil
 """
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .. import provenance
 from ..errors import InputError, did_you_mean, require
+from ..files import locked, read_json, write_json
 from ..tokenization_tinyllama import load_tokenizer, tokenizer_fingerprint
 from .shards import FORMAT_VERSION, METADATA_FILE, SPLITS
 from .sources import Source, open_sources
@@ -80,10 +80,10 @@ def prepare(
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: must be at least 1")
     if request.is_finished:
-        return PreparedData(provenance.read_json(request.output / METADATA_FILE), True)
-    with _only_one(request.output):
+        return PreparedData(read_json(request.output / METADATA_FILE), True)
+    with locked(request.output / "work" / "lock", f"--output {request.output}"):
         if _is_finished(request.output, request.record):  # by another process, since
-            return PreparedData(provenance.read_json(request.output / METADATA_FILE), True)
+            return PreparedData(read_json(request.output / METADATA_FILE), True)
         metadata = _run(request, workers or os.cpu_count() or 1, progress)
     shutil.rmtree(request.output / "work", ignore_errors=True)
     return PreparedData(metadata, False)
@@ -110,7 +110,7 @@ def _run(request: "Plan", workers: int, progress: bool) -> dict[str, Any]:
         raise InputError(_nothing_to_train_on(request, rows))
     with writing(request.output):
         metadata = _describe(request, shards, rows)
-        provenance.write_json(request.output / METADATA_FILE, metadata)
+        write_json(request.output / METADATA_FILE, metadata)
     return metadata
 
 
@@ -126,22 +126,6 @@ def writing(output: Path) -> Iterator[None]:
         ) from error
 
 
-@contextlib.contextmanager
-def _only_one(output: Path) -> Iterator[None]:
-    """Keeps other processes out of a preparation."""
-    with writing(output):
-        (output / "work").mkdir(parents=True, exist_ok=True)
-        lock = (output / "work" / "lock").open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"--output {output}: another process prepares it; wait for it") from error
-        except OSError:
-            pass  # a file system without locks
-        yield
-
-
 def begin(request: "Plan") -> None:
     """Writes what the tasks need: the request, by which a later call knows the folder again, and the tokenizer.
 
@@ -149,7 +133,7 @@ def begin(request: "Plan") -> None:
     """
     work = request.output / "work"
     work.mkdir(parents=True, exist_ok=True)
-    provenance.write_json(work / "request.json", request.record)
+    write_json(work / "request.json", request.record)
     try:
         # Saved anew each time: exact, and small next to the data.
         request.tokenizer.save_pretrained(request.output / "tokenizer")
@@ -210,12 +194,13 @@ def plan(sources, tokenizer, output, separator, validation_fraction, sample_frac
 
 def _is_finished(output: Path, record: dict[str, Any]) -> bool:
     """Whether the output holds this very data set; raises if it holds another, or something else."""
-    finished, begun = output / METADATA_FILE, output / "work" / "request.json"
-    of_nothing_yet = {output / "work", output / "work" / "lock"}
+    work = output / "work"
+    finished, begun = output / METADATA_FILE, work / "request.json"
+    of_nothing_yet = {work, work / "lock", work / ".request.json.tmp"}
     if finished.is_file():
-        found = provenance.read_json(finished).get("request")
+        found = read_json(finished).get("request")
     elif begun.is_file():
-        found = provenance.read_json(begun)
+        found = read_json(begun)
     elif output.exists() and not (output.is_dir() and all(path in of_nothing_yet for path in output.rglob("*"))):
         raise InputError(f"--output {output}: is not empty and no data set; choose another folder")
     else:

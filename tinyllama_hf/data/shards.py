@@ -7,7 +7,6 @@ the least recently used one is closed for the next. Opening a data set compares 
 
 import gzip
 import os
-import resource
 import zlib
 from collections.abc import Iterator
 from functools import lru_cache
@@ -17,15 +16,13 @@ import numpy as np
 from rich.progress import track
 
 from ..errors import InputError
-from ..provenance import file_sha256, fingerprint, read_json
+from ..files import read_json
+from ..provenance import file_sha256, fingerprint
 
 
 FORMAT_VERSION = 1
 METADATA_FILE = "dataset.json"
 SPLITS = ("train", "validation")
-# A quarter of the files that this process may have; at most 4096, the kernel's limit on maps being 65 530.
-_FILE_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-_OPEN_MAPS = 4096 if _FILE_LIMIT == resource.RLIM_INFINITY else min(max(_FILE_LIMIT // 4, 1), 4096)
 _INDEX_DTYPE = np.dtype("<u8")
 
 
@@ -118,7 +115,17 @@ class TokenDataset:
 
 # One cache for all data sets of the process, since its limits are the process's. The digest says what the file holds, so
 # that a map outlives nothing but equal contents.
-@lru_cache(maxsize=_OPEN_MAPS)
+def _max_open_maps() -> int:
+    """A quarter of the files that this process may have; at most 4096, since the kernel allows 65 530 maps."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 512
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 4096 if limit == resource.RLIM_INFINITY else min(max(limit // 4, 1), 4096)
+
+
+@lru_cache(maxsize=_max_open_maps())
 def _mapped(path: str, dtype: np.dtype, length: int, sha256: str) -> np.ndarray:
     try:
         return np.memmap(path, dtype=dtype, mode="r", shape=(length,))

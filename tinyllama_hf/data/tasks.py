@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .. import provenance
 from ..errors import InputError
+from ..files import read_json
 from .shards import SPLITS, check_sizes
 from .sources import Source
 
@@ -39,7 +39,7 @@ def forget_task(output: Path, rank: int) -> None:
 def task_result(output: Path, source: Source, rank: int, token_bytes: int) -> dict[str, Any] | None:
     """The shards that a task made of its present input by split, and its `rows`; `None` if it is not complete."""
     try:
-        counts, rows = provenance.read_json(counts_file(output, rank)), provenance.read_json(rows_file(output, rank))
+        counts, rows = read_json(counts_file(output, rank)), read_json(rows_file(output, rank))
         if counts.get("input") != source.identity(rank) or "empty" not in rows:  # an older version did not count them
             return None
         result = {"rows": rows}

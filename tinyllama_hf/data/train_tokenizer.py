@@ -11,8 +11,8 @@ from typing import NamedTuple
 import sentencepiece
 from transformers import PreTrainedTokenizerBase
 
-from .. import provenance
 from ..errors import InputError
+from ..files import new_folder
 from ..tokenization_tinyllama import DUMMY_PREFIX, TinyLlamaTokenizer, encode_text, load_sentencepiece, load_tokenizer
 
 
@@ -81,7 +81,7 @@ def train_tokenizer(
         limit = re.search(r"value <= (\d+)", str(error))
         fix = f"they suffice for {limit[1]}" if limit else str(error).strip()
         raise InputError(f"--vocab-size {vocab_size}: the texts do not suffice for it; {fix}") from error
-    with provenance.new_folder(output, overwrite=replaces) as temporary:
+    with new_folder(output, overwrite=replaces) as temporary:
         (temporary / "tokenizer.model").write_bytes(model.getvalue())
         load_tokenizer(temporary / "tokenizer.model").save_pretrained(temporary)
     return load_tokenizer(output)

@@ -13,6 +13,7 @@ from rich.progress import Progress
 
 from .. import provenance
 from ..errors import InputError
+from ..files import read_json, write_text
 from ..inference.load import choose_device
 from ..released import tables
 from .harness import BATCH_SIZE, run_suite
@@ -81,7 +82,7 @@ def score_commonsense(
             file.add(rows[-1])
             if samples:
                 samples.parent.mkdir(parents=True, exist_ok=True)
-                provenance.write_text(samples, "".join(lines))
+                write_text(samples, "".join(lines))
     return file.contents(rows)
 
 
@@ -98,7 +99,7 @@ def _check_options(limit: int | None, batch_size: int, output: Path | None, samp
 
 def _common_context(folders: Sequence[Path]) -> int:
     """Tokens that the models read; they decide what is cut from a long request, so all must agree."""
-    contexts = {f: provenance.read_json(f / "config.json").get("max_position_embeddings") for f in folders}
+    contexts = {f: read_json(f / "config.json").get("max_position_embeddings") for f in folders}
     if len(set(contexts.values())) > 1:
         raise InputError(
             f"the models' contexts differ ({', '.join(f'{f}: {c}' for f, c in contexts.items())}), and a protocol has "

@@ -8,9 +8,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
+from ..files import read_json
 from ..inference.load import load, load_stock, model_folder, stock_tokenizer
 from ..pretrain.milestones import CONFIG_FILE, MILESTONES_FOLDER, list_milestones, read_record
-from ..provenance import read_json
 from ..quantization.bitsandbytes import cast_plain, check_quantization, chosen_quantization, quantization_of
 
 

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from .. import provenance
 from ..errors import InputError
+from ..files import read_json, write_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,7 +184,7 @@ class ScoreFile(Generic[Row]):
         """Writes the file. A reader sees the old contents or the new ones, never a part."""
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            provenance.write_json(self.path, self.contents())
+            write_json(self.path, self.contents())
 
 
 def read_score_file(path: Path | None, task: str) -> dict[str, Any] | None:
@@ -194,7 +195,7 @@ def read_score_file(path: Path | None, task: str) -> dict[str, Any] | None:
     """
     if path is None or not path.is_file():
         return None
-    contents = provenance.read_json(path)
+    contents = read_json(path)
     if not isinstance(contents, dict) or contents.get("task") != task:
         raise InputError(f"--output {path}: is not a file of {task} scores. Choose another file.")
     return contents

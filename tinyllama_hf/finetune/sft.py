@@ -18,6 +18,7 @@ from ..chat.render import Rendering
 from ..chat.templates import choose_template
 from ..configuration_tinyllama import TinyLlamaConfig
 from ..errors import InputError, require
+from ..files import new_folder, read_json, write_json, write_text
 from ..inference.load import load_stock, model_folder
 from ..modeling_tinyllama import TinyLlamaForCausalLM
 from ..pretrain.milestones import CONFIG_FILE
@@ -73,7 +74,7 @@ def finetune_run(run: Run, overwrite: bool = False) -> None:
         print(f"held-out replies: loss {before:.3f} nats a token before", flush=True)
     model, history = _train(run)
     if is_main:
-        with provenance.new_folder(run.output, overwrite) as temporary:
+        with new_folder(run.output, overwrite) as temporary:
             _save(run, model, temporary)
             after = _held_out_loss(run, temporary)
             if not math.isfinite(after):
@@ -82,9 +83,9 @@ def finetune_run(run: Run, overwrite: bool = False) -> None:
                     "replies is not finite; nothing was written, lower it"
                 )
             print(f"held-out replies: loss {after:.3f} nats a token after")
-            provenance.write_text(temporary / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in history))
+            write_text(temporary / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in history))
             record = _record(run, {"before": before, "after": after})
-            provenance.write_json(temporary / "provenance.json", provenance.collect(**record))
+            write_json(temporary / "provenance.json", provenance.collect(**record))
         print(f"wrote {run.output}")
     processes.wait_for_everyone()
 
@@ -262,8 +263,8 @@ def _save(run: Run, trained: Any, folder: Path) -> None:
     plain.generation_config.pad_token_id = run.tokenizer.pad_token_id
     plain.save_pretrained(folder)
     run.tokenizer.save_pretrained(folder)
-    provenance.write_text(folder / CONFIG_FILE, yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False))
-    provenance.write_text(folder / HELD_OUT_FILE, write_rows(run.held_out_conversations))
+    write_text(folder / CONFIG_FILE, yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False))
+    write_text(folder / HELD_OUT_FILE, write_rows(run.held_out_conversations))
 
 
 def _record(run: Run, losses: dict[str, float]) -> dict[str, Any]:
@@ -273,7 +274,7 @@ def _record(run: Run, losses: dict[str, float]) -> dict[str, Any]:
         "base_model": {
             "path": run.config.model.path,
             "sha256": {file.name: provenance.file_sha256(file) for file in sorted(run.base.glob("*.safetensors"))},
-            **({"provenance": provenance.read_json(base_record)} if base_record.is_file() else {}),
+            **({"provenance": read_json(base_record)} if base_record.is_file() else {}),
         },
         "conversations": {
             "source": run.config.data.conversations,

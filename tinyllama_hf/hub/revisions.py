@@ -10,10 +10,10 @@ import yaml
 
 from ..errors import InputError, require
 from ..evaluation.models import milestones_of
+from ..files import read_json
 from ..portable import portable, portable_text
 from ..pretrain.metrics import METRICS_FILE
 from ..pretrain.milestones import CONFIG_FILE, MILESTONES_FOLDER
-from ..provenance import read_json
 from .card import model_card
 from .card_file import CARD_FILE
 from .model_folder import ADAPTER_CONFIG, PROVENANCE_FILE, ModelFolder, open_folder, open_trained_folder

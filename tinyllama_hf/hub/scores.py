@@ -7,8 +7,9 @@ from typing import Any
 from ..evaluation.protocol import caveat
 from ..evaluation.score_metrics import commonsense_average
 from ..evaluation.suite import SAMPLE, task_files
+from ..files import read_json
 from ..portable import portable_text
-from ..provenance import file_sha256, read_json
+from ..provenance import file_sha256
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError, one_line, require
+from ..files import read_json
 from ..progress import quiet_bitsandbytes
-from ..provenance import read_json
 from ..released import TOKENIZER_FILES, local_folder
 from ..text import read_text
 from ..tokenization_tinyllama import load_tokenizer

@@ -20,8 +20,8 @@ from transformers import (
 
 from ..configuration_tinyllama import TinyLlamaConfig
 from ..errors import InputError, one_line
+from ..files import read_json
 from ..modeling_tinyllama import TinyLlamaForCausalLM
-from ..provenance import read_json
 from ..quantization.bitsandbytes import (
     QuantizedTinyLlama,
     cast_plain,

@@ -10,8 +10,8 @@ from transformers import AutoConfig
 
 from ..configuration_tinyllama import PRESETS, TinyLlamaConfig
 from ..errors import InputError, one_line
+from ..files import read_json
 from ..inference.load import model_folder
-from ..provenance import read_json
 from ..quantization.bitsandbytes import quantization_of
 from ..released import intermediate_checkpoint, local_folder, released, tables
 

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from .. import provenance
 from ..errors import InputError, one_line
+from ..files import read_json, remove_folder, replace_folder, write_json
 from .checkpoint_reader import CheckpointReader, TensorPlanner
 from .step import TrainStep
 
@@ -75,7 +75,7 @@ def write_checkpoint(folder: Path, train_step: TrainStep, record: dict[str, Any]
         FullDiskError: if the disk is full; nothing is left of the new checkpoint then.
     """
     accelerator = train_step.accelerator
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary = folder.with_name(f".{folder.name}.tmp")  # the same for all processes; other runs are locked out
     if accelerator.is_main_process:
         with full_disk_says(folder):
             shutil.rmtree(temporary, ignore_errors=True)
@@ -102,8 +102,8 @@ def write_checkpoint(folder: Path, train_step: TrainStep, record: dict[str, Any]
 
 def _complete(temporary: Path, folder: Path, record: dict[str, Any]) -> None:
     files = {path.name: _size_and_checksum(path) for path in sorted(temporary.iterdir())}
-    provenance.write_json(temporary / RECORD_FILE, {"format_version": FORMAT_VERSION, **record, "files": files})
-    provenance.replace_folder(temporary, folder)
+    write_json(temporary / RECORD_FILE, {"format_version": FORMAT_VERSION, **record, "files": files})
+    replace_folder(temporary, folder)
 
 
 def read_checkpoint(folder: Path, train_step: TrainStep) -> None:
@@ -162,8 +162,7 @@ def prune(run: Path, keep: int, step: int) -> None:
     for path in [*(path for path in by_age if _step(path) > step), *good[keep:]]:
         if _is_of_another_version(path):
             continue
-        # Renamed first: a folder that loses its files while it bears its name would pass for a damaged checkpoint.
-        shutil.rmtree(path.rename(path.with_name(f".{path.name}.tmp")))
+        remove_folder(path)
     for path in (*folder.glob(".*.tmp"), *folder.glob(".*.replaced")):
         shutil.rmtree(path)
 
@@ -214,7 +213,7 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / RECORD_FILE
     if not path.is_file():
         raise InputError(f"{RECORD_FILE} is missing")
-    record = provenance.read_json(path)
+    record = read_json(path)
     version = record.get("format_version") if isinstance(record, dict) else None
     if isinstance(version, int) and version != FORMAT_VERSION:
         raise AnotherVersionError(

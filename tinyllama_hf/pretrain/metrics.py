@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .. import provenance
 from ..errors import InputError, require
+from ..files import new_file, read_json, write_json
 from ..portable import portable
 from .checkpoints import FullDiskError, full_disk_says
 from .config import PretrainConfig
@@ -114,15 +114,13 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 def _cut(run: Path, step: int) -> None:
     """Drops the rows after a step; of those before it only the last few are parsed."""
     path = run / METRICS_FILE
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as kept:
+    with new_file(path) as kept:
         if step and path.is_file():
             with path.open("rb") as rows:
                 end = _end_of_step(rows, step)
                 rows.seek(0)
                 while end and (block := rows.read(min(end, 1 << 24))):
                     end -= kept.write(block)
-    provenance.replace_file(temporary, path)
 
 
 def _end_of_step(rows: BinaryIO, step: int) -> int:
@@ -198,8 +196,8 @@ def _run_id(output: Path) -> str:
     """
     file = output / RUN_ID_FILE
     if not file.is_file():
-        provenance.write_json(file, {"id": uuid.uuid4().hex[:16]})
-    return provenance.read_json(file)["id"]
+        write_json(file, {"id": uuid.uuid4().hex[:16]})
+    return read_json(file)["id"]
 
 
 def row_values(row: Mapping[str, Any]) -> dict[str, float]:

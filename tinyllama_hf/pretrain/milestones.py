@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .. import provenance
 from ..errors import InputError
+from ..files import new_folder, read_json, write_json, write_text
 from ..modeling_tinyllama import TinyLlamaForCausalLM
 from .schedule import Steps
 
@@ -64,11 +65,11 @@ def write_milestone(
         state_dict (`dict`, *optional*): the weights, where those in the model are sharded.
         complete (`Callable`, *optional*): given the folder before it gets its name, to add files.
     """
-    with provenance.new_folder(folder, overwrite=True) as temporary:
+    with new_folder(folder, overwrite=True) as temporary:
         model.save_pretrained(temporary, state_dict=state_dict)
         tokenizer.save_pretrained(temporary)
-        provenance.write_text(temporary / CONFIG_FILE, training_yaml)
-        provenance.write_json(temporary / "provenance.json", provenance.collect(name=folder.name, **record))
+        write_text(temporary / CONFIG_FILE, training_yaml)
+        write_json(temporary / "provenance.json", provenance.collect(name=folder.name, **record))
         if complete:
             complete(temporary)
 
@@ -103,7 +104,7 @@ def read_record(milestone: Path) -> dict[str, Any]:
     file = milestone / "provenance.json"
     if not file.is_file():
         raise InputError(f"milestone {milestone}: holds no provenance.json; copy the milestone again, or remove it")
-    record = provenance.read_json(file)
+    record = read_json(file)
     if not isinstance(record, dict):
         raise InputError(f"{file}: damaged, no JSON object; copy the milestone again, or remove it")
     return record

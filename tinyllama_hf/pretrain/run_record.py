@@ -8,11 +8,11 @@ from typing import Any
 
 import yaml
 
-from .. import provenance
 from ..data.mixture import Mixture
 from ..data.order import WeightChange
 from ..data.shards import read_metadata
 from ..errors import InputError
+from ..files import read_json, write_json
 from .milestones import CONFIG_FILE, MILESTONES_FOLDER, milestone_names, milestone_steps
 from .schedule import Steps
 
@@ -107,7 +107,7 @@ def record_of_recipe(recipe: Mapping[str, Any], fingerprints: Mapping[str, str] 
 
 def write_run_record(run: Path, record: RunRecord) -> None:
     """Writes `run.json` into the folder of a run."""
-    provenance.write_json(run / RUN_FILE, {"format_version": FORMAT_VERSION, **asdict(record)})
+    write_json(run / RUN_FILE, {"format_version": FORMAT_VERSION, **asdict(record)})
 
 
 def read_run_record(run: Path) -> RunRecord:
@@ -121,7 +121,7 @@ def read_run_record(run: Path) -> RunRecord:
     file = run / RUN_FILE
     if not file.is_file():
         return _record_of_early_run(run)
-    values = provenance.read_json(file)
+    values = read_json(file)
     version = values.pop("format_version", None) if isinstance(values, dict) else None
     if version != FORMAT_VERSION:
         raise InputError(
@@ -141,7 +141,7 @@ def _record_of_early_run(run: Path) -> RunRecord:
         raise InputError(f"{run}: is not a run (it holds neither {RUN_FILE} nor {CONFIG_FILE})")
     records = sorted((run / MILESTONES_FOLDER).glob("step-*/provenance.json"))
     try:
-        fingerprints = provenance.read_json(records[0])["data"] if records else {}
+        fingerprints = read_json(records[0])["data"] if records else {}
         return record_of_recipe(yaml.safe_load(file.read_text(encoding="utf-8")), fingerprints)
     except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
         cause = " ".join(f"{type(error).__name__}: {error}".split())

@@ -4,7 +4,6 @@ What the library does wrong on some CPUs is dealt with in `repacking`.
 """
 
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..configuration_tinyllama import TinyLlamaConfig
 from ..errors import InputError, did_you_mean, require
+from ..files import new_files
 from ..modeling_tinyllama import TinyLlamaForCausalLM
 from ..progress import quiet_bitsandbytes
 
@@ -49,15 +49,9 @@ class QuantizedTinyLlama(TinyLlamaForCausalLM):
         folder.mkdir(parents=True, exist_ok=True)
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", folder.name)  # the library takes the name of the folder that it writes to
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        try:
+        with new_files(folder, last="config.json") as temporary:
             super().save_pretrained(temporary, *args, **kwargs)
-            written = sorted(temporary.iterdir(), key=lambda file: file.name == "config.json")
-            for file in written:
-                os.replace(file, folder / file.name)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        names = {file.name for file in written}
+            names = {file.name for file in temporary.iterdir()}
         if "config.json" in names and not kwargs.get("variant"):  # the model's weights, and no adapter
             _remove_other_weights(folder, names)
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from .. import provenance
 from ..errors import InputError, require
 from ..evaluation.protocol import caveat
+from ..files import read_json, write_text
 from ..inference.generation import generate_text
 from ..inference.load import load
 from ..pretrain.metrics import METRICS_FILE
@@ -87,12 +87,12 @@ def write_report(
         else [],
         recipe=run / CONFIG_FILE,
     )
-    provenance.write_text(page, text)
+    write_text(page, text)
     return page
 
 
 def _read_scores(file: Path) -> dict[str, Any]:
-    return provenance.read_json(file) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def _chat(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -108,7 +108,7 @@ def _chat(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     ):
         if not (folder / name).is_file():
             raise InputError(f"{folder / name} does not exist; `{maker}` writes it")
-        found.append(provenance.read_json(folder / name))
+        found.append(read_json(folder / name))
     scores, record = found
     row = next((row for row in scores["models"] if row["name"] == folder.resolve().name), None)
     if row is None:

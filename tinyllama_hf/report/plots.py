@@ -1,6 +1,5 @@
 """Pictures of a run, as PNG files."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ matplotlib.use("Agg")  # files only: works without a display
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from ..files import new_file
 from .training import TrainingCurves
 
 
@@ -141,16 +141,14 @@ def trajectory(scores: dict[str, Any], path: Path) -> None:
 
 
 def _save(figure: Any, path: Path) -> None:
-    """Writes under a temporary name and renames, so that whoever looks on never sees half a picture."""
+    """Writes a figure with the style that all share, and closes it."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#eeeeee")
         axes.set_axisbelow(True)
     figure.tight_layout()
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        figure.savefig(temporary, dpi=150, format="png")
-        os.replace(temporary, path)
+        with new_file(path) as file:
+            figure.savefig(file, dpi=150, format="png")
     finally:
         plt.close(figure)
-        temporary.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from ...configuration_tinyllama import PRESETS
 from ...errors import InputError, damaged
-from ...provenance import read_json, write_json
+from ...files import read_json, write_json
 from ..checkpoint import (
     EMBEDDING,
     OUTPUT,

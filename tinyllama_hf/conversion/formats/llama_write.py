@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
-from ...provenance import write_json
+from ...files import write_json
 from ..checkpoint import EMBEDDING, Checkpoint
 from ..writing import write_safetensors
 

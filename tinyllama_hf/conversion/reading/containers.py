@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 
 from ...errors import InputError, damaged, refuse_damage
-from ...provenance import read_json
+from ...files import read_json
 from ..checkpoint import LazyTensor
 from .pickles import StoredTensor, read_pickle
 
