@@ -96,14 +96,7 @@ def _request(sources: list[str], given: dict[str, Any]) -> dict[str, Any]:
         )
     if missing := [name for name in ("tokenizer", "output") if name not in given]:
         raise InputError(f"--{missing[0]}: is needed, unless a recipe names it")
-    defaults = {
-        "separator": "both",
-        "validation_fraction": 0.005,
-        "sample_fraction": 1.0,
-        "text_column": "text",
-        "where": None,
-    }
-    return {"sources": sources, **defaults, **given}
+    return {"sources": sources, **given}
 
 
 def _say(checked: Any) -> None:

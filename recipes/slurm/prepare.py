@@ -54,8 +54,9 @@ def submit(request, arguments: argparse.Namespace) -> None:
     """Submits the tasks and, after all of them, the job that counts and writes `dataset.json`."""
     from datatrove.executor import SlurmPipelineExecutor
 
-    from tinyllama_hf.data.pipeline import logging_folder, steps
+    from tinyllama_hf.data.pipeline import steps
     from tinyllama_hf.data.prepare import begin, writing
+    from tinyllama_hf.data.tasks import logging_folder
 
     with writing(request.output):
         begin(request)

@@ -305,8 +305,8 @@ class TestRefusals:
         ("sources", "options", "message"),
         [
             (["nowhere"], {}, "no such file or folder"),
-            (["embedded:poetry"], {}, "embedded:prose, embedded:code"),
-            (["a.csv"], {}, "of no known kind"),
+            (["embedded:poetry"], {}, "embedded:poetry .*prose"),
+            (["a.csv"], {}, r"a\.csv: .*\.jsonl"),
             (["a.jsonl"], {"text_column": "body"}, "'body', but: text"),
             (["broken.jsonl"], {}, "row 1: no JSON"),
             (["empty.jsonl"], {}, "holds no row"),

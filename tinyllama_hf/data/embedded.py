@@ -50,6 +50,12 @@ class EmbeddedDocument(NamedTuple):
     text: str
 
 
+def check_kind(kind: str) -> None:
+    """Refuses a name that is not of a part of the corpus."""
+    if kind not in KINDS:
+        raise InputError(f"embedded:{kind} is not part of the embedded corpus{did_you_mean(kind, KINDS)}")
+
+
 def documents(kind: str) -> Iterator[EmbeddedDocument]:
     """Yields the documents of one kind, in the order of their names.
 
@@ -59,8 +65,7 @@ def documents(kind: str) -> Iterator[EmbeddedDocument]:
     Raises:
         InputError: if `kind` is neither.
     """
-    if kind not in KINDS:
-        raise InputError(f"embedded:{kind} is not part of the embedded corpus{did_you_mean(kind, KINDS)}")
+    check_kind(kind)
     found = _code() if kind == "code" else _prose()
     seen: set[str] = set()
     for document in sorted(found):

@@ -7,7 +7,7 @@ jmespath knows no comparison of strings by order and no error for a missing key.
 
 import ast
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import InputError
@@ -23,7 +23,7 @@ _COMPARISONS: dict[type, Callable[[Any, Any], bool]] = {
     ast.In: lambda value, many: value in many,
     ast.NotIn: lambda value, many: value not in many,
 }
-_NAMED = {"true": True, "false": False, "null": None, "True": True, "False": False, "None": None}
+_NAMED = {"true": True, "false": False, "null": None}
 
 
 class MissingColumn(KeyError):
@@ -72,8 +72,7 @@ class Expression:
             raise InputError(
                 f'--where {text!r}: no expression ({error}); for example: meta.source != "GitHub"'
             ) from error
-        self._tree = tree.body
-        self._check(self._tree)
+        self._value = self._compile(tree.body)
 
     def __call__(self, row: Any) -> bool:
         """Whether the row is chosen.
@@ -82,53 +81,46 @@ class Expression:
             MissingColumn: if the row lacks a path of the expression.
             InputError: if values cannot be compared, as a number with a string.
         """
-        return bool(self._value(self._tree, row))
+        return bool(self._value(row))
 
-    def _check(self, node: ast.AST) -> None:
-        known = (ast.BoolOp, ast.UnaryOp, ast.Compare, ast.List, ast.Tuple, ast.Name, ast.Attribute, ast.Constant)
-        wrong = not isinstance(node, known)
-        if isinstance(node, ast.UnaryOp):
-            operand = getattr(node.operand, "value", None)
-            is_number = isinstance(node.op, ast.USub) and type(operand) in (int, float)
-            wrong = not (isinstance(node.op, ast.Not) or is_number)
-        elif isinstance(node, ast.Compare):
-            wrong = any(type(op) not in _COMPARISONS for op in node.ops)
-        elif isinstance(node, ast.Attribute):
-            wrong = not isinstance(node.value, (ast.Attribute, ast.Name))
-        elif isinstance(node, ast.Constant):
-            wrong = not isinstance(node.value, (str, int, float, bool, type(None)))
-        if wrong:
-            raise InputError(
-                f"--where {self.text!r}: {ast.unparse(node)!r} is not of the language: paths, values, == != < <= > >=, in, "
-                "not in, and, or, not, parentheses"
-            )
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.expr):
-                self._check(child)
+    def _compile(self, node: ast.AST) -> Callable[[Any], Any]:
+        """A function from a row to the value of a part of the expression."""
+        match node:
+            case ast.Constant(value=str() | int() | float() | None as value):
+                return lambda row: value
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)) if (
+                number is not True
+            ):
+                return lambda row: -number
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                negated = self._compile(operand)
+                return lambda row: not negated(row)
+            case ast.Name(id=name) if name in _NAMED:
+                return lambda row: _NAMED[name]
+            case ast.Name() | ast.Attribute() if _is_path(node):
+                path = ast.unparse(node)
+                return lambda row: value_at(row, path)
+            case ast.List(elts=elements) | ast.Tuple(elts=elements):
+                members = [self._compile(element) for element in elements]
+                return lambda row: [member(row) for member in members]
+            case ast.BoolOp(op=op, values=values):
+                parts, combine = [self._compile(value) for value in values], all if isinstance(op, ast.And) else any
+                return lambda row: combine(part(row) for part in parts)
+            case ast.Compare(left=left, ops=ops, comparators=others) if all(type(op) in _COMPARISONS for op in ops):
+                sides = [self._compile(side) for side in (left, *others)]
+                return lambda row: self._compare([type(op) for op in ops], sides, row)
+        raise InputError(
+            f"--where {self.text!r}: {ast.unparse(node)!r} is not of the language: paths, values, == != < <= > >=, in, "
+            "not in, and, or, not, parentheses"
+        )
 
-    def _value(self, node: ast.AST, row: Any) -> Any:
-        if isinstance(node, ast.Constant):
-            return node.value
-        if isinstance(node, ast.Name) and node.id in _NAMED:
-            return _NAMED[node.id]
-        if isinstance(node, (ast.Name, ast.Attribute)):
-            return value_at(row, ast.unparse(node))
-        if isinstance(node, (ast.List, ast.Tuple)):
-            return [self._value(element, row) for element in node.elts]
-        if isinstance(node, ast.UnaryOp):
-            value = self._value(node.operand, row)
-            return not value if isinstance(node.op, ast.Not) else -value
-        if isinstance(node, ast.BoolOp):
-            results = (self._value(value, row) for value in node.values)
-            return all(results) if isinstance(node.op, ast.And) else any(results)
-        return self._compare(node, row)
-
-    def _compare(self, node: ast.Compare, row: Any) -> bool:
-        left = self._value(node.left, row)
-        for op, right_node in zip(node.ops, node.comparators, strict=True):
-            right = self._value(right_node, row)
+    def _compare(self, ops: Sequence[type], sides: Sequence[Callable[[Any], Any]], row: Any) -> bool:
+        """A chain of comparisons, of which Python computes no more than it needs."""
+        left = sides[0](row)
+        for op, side in zip(ops, sides[1:], strict=True):
+            right = side(row)
             try:
-                if not _COMPARISONS[type(op)](left, right):
+                if not _COMPARISONS[op](left, right):
                     return False
             except TypeError as error:
                 raise InputError(
@@ -136,3 +128,8 @@ class Expression:
                 ) from error
             left = right
         return True
+
+
+def _is_path(node: ast.AST) -> bool:
+    """Whether a node is a name, or a name with others after dots."""
+    return isinstance(node, ast.Name) or (isinstance(node, ast.Attribute) and _is_path(node.value))

@@ -1,4 +1,4 @@
-"""The datatrove pipeline behind `prepare`: one reader, one step that tokenises, splits and writes."""
+"""The datatrove pipeline behind `prepare`: one step, which reads, tokenises, splits and writes."""
 
 import contextlib
 import hashlib
@@ -26,8 +26,9 @@ from tokenizers import Tokenizer
 from .. import provenance
 from ..errors import InputError
 from ..files import write_json
-from .sources import Source, read_documents
-from .tasks import counts_file, forget_task, rows_file, shard_name
+from .shards import SPLITS
+from .sources import Source, SourceDocument, read_documents
+from .tasks import completions_folder, counts_file, forget_task, logging_folder, shard_name
 
 
 _BATCH_DOCUMENTS = 256
@@ -89,17 +90,7 @@ def _show(thread: threading.Thread, output: Path, num_tasks: int, token_bytes: i
 
 def steps(source: Source, output: Path, record: dict[str, Any]) -> list[PipelineStep]:
     """The pipeline, for any of datatrove's executors; tasks as `source.num_tasks` says."""
-    return [SourceReader(source, output), SplitTokenizer(source, output, record)]
-
-
-def logging_folder(output: Path) -> str:
-    """Where executors note which tasks are complete, so that one goes on with what another has begun."""
-    return str(output / "work" / "logs")
-
-
-def completions_folder(output: Path) -> Path:
-    """Where executors leave an empty file for each complete task, named by its number."""
-    return Path(logging_folder(output)) / "completions"
+    return [PrepareTask(source, output, record)]
 
 
 class _QuietExecutor(LocalPipelineExecutor):
@@ -151,52 +142,34 @@ def _run_task(rank: int, executor: _QuietExecutor | None = None) -> None:
     (executor or _executor)._run_for_rank(rank)
 
 
-class SourceReader(PipelineStep):
-    """Reads the documents of a task. datatrove's own readers skip rows that they cannot parse, with a line in a log."""
+class PrepareTask(PipelineStep):
+    """Reads the documents of a task, tokenises them as text, and writes each to the split that its hash decides.
 
-    name, type = "Documents", "READER"
-
-    def __init__(self, source: Source, output: Path):
-        super().__init__()
-        self.source, self.output = source, output
-
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        # What an earlier attempt left would outlive a mended file that holds out nothing.
-        forget_task(self.output, rank)
-        counts: Counter = Counter(read=0, kept=0, empty=0)
-        for document in read_documents(self.source, rank, world_size, counts):
-            if document.text:
-                yield Document(text=document.text, id=document.name)
-            else:
-                counts["empty"] += 1
-        # Before the next step's counts, which the task ends with.
-        write_json(rows_file(self.output, rank), counts)
-
-
-class SplitTokenizer(PipelineStep):
-    """Tokenises documents as text and writes each to the split that its hash decides.
-
-    Control tokens that a document spells out stay text; the separators are added as ids.
+    Control tokens that a document spells out stay text; the separators are added as ids. datatrove's own readers are not
+    used: they skip rows that they cannot parse, with a line in a log.
     """
 
-    name, type = "Split and tokenise", "TOKENIZER"
+    name, type = "Read, tokenise and split", "TOKENIZER"
 
     def __init__(self, source: Source, output: Path, record: dict[str, Any]):
         super().__init__()
         self.source, self.output, self.record = source, output, record
 
-    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        # What an earlier attempt left would outlive a mended file that holds out nothing.
+        forget_task(self.output, rank)
         tokenizer = Tokenizer.from_file(str(self.output / "tokenizer" / "tokenizer.json"))
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()  # a stock folder may carry either, and would cut documents without a word
         tokenizer.no_padding()
-        counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in ("train", "validation")}
+        rows = Counter(read=0, kept=0, empty=0)
+        counts: dict[str, dict[str, Any]] = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
         files = {
             split: TokenizedFile(str(self.output / split), f"{rank:05d}.tokens", token_size=self.record["token_bytes"])
-            for split in counts
+            for split in SPLITS
         }
         with JsonlWriter(str(self.output / "validation"), output_filename="${rank}.jsonl") as held_out:
-            for batch in batched(self._chosen(data), _BATCH_DOCUMENTS):
+            for batch in batched(self._chosen(rank, world_size, rows), _BATCH_DOCUMENTS):
                 texts = [document.text for _, document in batch]
                 encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
                 for (split, document), encoding in zip(batch, encodings, strict=True):
@@ -206,19 +179,21 @@ class SplitTokenizer(PipelineStep):
                     counts[split]["tokens"] += len(ids)
                     counts[split]["bytes"] += len(document.text.encode())
                     if split == "validation":
-                        held_out.write(document, rank=rank)
+                        held_out.write(Document(text=document.text, id=document.name), rank=rank)
         for split, file in files.items():
             file.close()
             # Here, where it lies in memory and many tasks do it at a time.
             counts[split]["sha256"] = provenance.file_sha256(self.output / shard_name(split, rank))
-        result = {"rank": rank, "input": self.source.identity(rank), **counts}
+        result = {"rank": rank, "input": self.source.identity(rank), "rows": rows, **counts}
         write_json(counts_file(self.output, rank), result)
         yield from ()
 
-    def _chosen(self, data: DocumentsPipeline) -> Iterator[tuple[str, Document]]:
-        for document in data:
+    def _chosen(self, rank: int, world_size: int, rows: Counter) -> Iterator[tuple[str, SourceDocument]]:
+        """The documents of a task that are kept, each with its split."""
+        for document in read_documents(self.source, rank, world_size, rows):
+            rows["empty"] += not document.text
             split = split_of(document.text, self.record["validation_fraction"], self.record["sample_fraction"])
-            if split:
+            if document.text and split:
                 yield split, document
 
 

@@ -97,7 +97,7 @@ def _run(request: "Plan", workers: int, progress: bool) -> dict[str, Any]:
             begin(request)
             run_pipeline(request.source, request.output, request.record, workers, progress)
     except InputError as error:
-        if done := len(_complete(request)):
+        if done := len(keep_complete(request.output, request.source, request.record["token_bytes"])):
             raise InputError(
                 f"{error}\n{done} of {request.source.num_tasks} files are done and stay in {request.output}; the same "
                 "command goes on with the others"
@@ -141,15 +141,7 @@ def begin(request: "Plan") -> None:
         if "os error" in str(error):
             raise OSError(str(error)) from error
         raise
-    _complete(request)
-
-
-def _complete(request: "Plan") -> list[int]:
-    from .pipeline import completions_folder
-
-    return keep_complete(
-        request.output, request.source, request.record["token_bytes"], completions_folder(request.output)
-    )
+    keep_complete(request.output, request.source, request.record["token_bytes"])
 
 
 class Plan(NamedTuple):
@@ -162,7 +154,16 @@ class Plan(NamedTuple):
     is_finished: bool
 
 
-def plan(sources, tokenizer, output, separator, validation_fraction, sample_fraction, text_column, where=None) -> Plan:
+def plan(
+    sources: Sequence[str],
+    tokenizer: str | os.PathLike,
+    output: str | os.PathLike,
+    separator: str = "both",
+    validation_fraction: float = 0.005,
+    sample_fraction: float = 1.0,
+    text_column: str = "text",
+    where: str | None = None,
+) -> Plan:
     """Checks a request without writing anything; arguments and errors as for [`prepare`]."""
     if separator not in SEPARATORS:
         raise InputError(f"--separator {separator!r}{did_you_mean(separator, SEPARATORS)}")

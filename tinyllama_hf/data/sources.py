@@ -73,8 +73,7 @@ def open_sources(sources: Sequence[str], text_column: str = "text", where: str |
     found = [_hub_files(source) if source.startswith("hub:") else (_files(source), None) for source in sources]
     files = [file for part, _ in found for file in part]
     stamps = tuple(_stamp(file) for file in files)
-    if repeated := [str(file) for file, number in Counter(file.absolute() for file in files).items() if number > 1]:
-        raise InputError(f"{repeated[0]}: is named twice, and would be read twice; name it once")
+    _check_distinct([str(file.absolute()) for file in files])
     kinds = {_kind(file) for file in files}
     if len(kinds) > 1:
         raise InputError(
@@ -85,11 +84,11 @@ def open_sources(sources: Sequence[str], text_column: str = "text", where: str |
         raise InputError(f"--where {where!r}: text files have no columns to choose by; leave it out")
     if kind != "text":
         for file in files:  # a wrong column or format is found now, not after hours
-            row = next(read_rows(file), None)
+            row = next(_read_rows(file), None)
             if row is None:
                 raise InputError(f"{file}: holds no row; remove it, or fetch it again")
-            _text_of(*_named(file, row), text_column)
-            _is_chosen(*_named(file, row), chosen)
+            _text_of(row, text_column)
+            _is_chosen(row, chosen)
     try:
         record: dict[str, Any] = {"kind": kind, "files": _identified(files)}
     except OSError as error:
@@ -125,11 +124,11 @@ def read_documents(
             counts.update(("read", "kept"))
             yield SourceDocument(str(file), read_text(file, newline=""))
         else:
-            for row in read_rows(file):
+            for row in _read_rows(file):
                 counts["read"] += 1
-                if _is_chosen(*_named(file, row), where):
+                if _is_chosen(row, where):
                     counts["kept"] += 1
-                    yield SourceDocument(f"{file}/{row[0]}", _text_of(*_named(file, row), source.text_column))
+                    yield SourceDocument(f"{file}/{row.number}", _text_of(row, source.text_column))
         if _stamp(file) != source.stamps[number]:  # what was read is not what `record` tells from others
             raise InputError(f"{file}: was changed since this command looked at it first; give the command again")
 
@@ -139,37 +138,47 @@ def read_texts(source: Source) -> Iterator[str]:
     return (document.text for document in read_documents(source))
 
 
+def _check_distinct(names: Sequence[str]) -> None:
+    if repeated := [name for name, number in Counter(names).items() if number > 1]:
+        raise InputError(f"{repeated[0]}: is named twice, and would be read twice; name it once")
+
+
 def _kind(file: Path) -> str:
     if file.name.endswith(JSON_LINES):
         return "json lines"
     return "parquet" if file.name.endswith(PARQUET) else "text"
 
 
-def _named(file: Path, row: tuple[int, Any]) -> tuple[Any, str]:
-    """The value of a row, and its place for messages."""
-    return row[1], f"{file}, row {row[0]}"
+class _Row(NamedTuple):
+    """A row of a file: its number and value, and its place for messages."""
+
+    number: int
+    value: Any
+    place: str
 
 
-def _is_chosen(row: Any, place: str, where: Expression | None) -> bool:
-    if where is None:
-        return True
+def _read_rows(file: Path) -> Iterator[_Row]:
+    return (_Row(number, value, f"{file}, row {number}") for number, value in read_rows(file))
+
+
+def _is_chosen(row: _Row, where: Expression | None) -> bool:
     try:
-        return where(row)
+        return where is None or where(row.value)
     except MissingColumn as error:
-        raise InputError(f"{place}: {error.args[0]}; see --where {where.text!r}") from error
+        raise InputError(f"{row.place}: {error.args[0]}; see --where {where.text!r}") from error
     except InputError as error:
-        raise InputError(f"{place}: {error}") from error
+        raise InputError(f"{row.place}: {error}") from error
 
 
-def _text_of(row: Any, place: str, text_column: str) -> str:
+def _text_of(row: _Row, text_column: str) -> str:
     try:
-        text = value_at(row, text_column)
+        text = value_at(row.value, text_column)
     except MissingColumn as error:
-        raise InputError(f"{place}: no text: {error.args[0]}; see --text-column") from error
+        raise InputError(f"{row.place}: no text: {error.args[0]}; see --text-column") from error
     if not isinstance(text, str):
         shown = json.dumps(text, default=str)[:40]
-        raise InputError(f"{place}: {text_column!r} is {shown}, no string; repair or drop the row")
-    check_text(text, f"{place}, {text_column!r}")
+        raise InputError(f"{row.place}: {text_column!r} is {shown}, no string; repair or drop the row")
+    check_text(text, f"{row.place}, {text_column!r}")
     return text
 
 
@@ -200,16 +209,12 @@ def _sampled_sha256(file: Path) -> str:
 
 
 def _embedded(sources: Sequence[str], text_column: str) -> Source:
-    names = [source.removeprefix("embedded:") for source in sources]
     if not all(source.startswith("embedded:") for source in sources):
         raise InputError(f"{', '.join(sources)}: the embedded corpus and files mixed; prepare them as two data sets")
+    names = [source.removeprefix("embedded:") for source in sources]
     for name in names:
-        if name not in embedded.KINDS:
-            raise InputError(
-                f"embedded:{name} does not exist; valid: {', '.join(f'embedded:{k}' for k in embedded.KINDS)}"
-            )
-        if names.count(name) > 1:
-            raise InputError(f"embedded:{name}: is named twice, and would be read twice; name it once")
+        embedded.check_kind(name)
+    _check_distinct(sources)
     record = {"kind": "embedded", "names": names, "python": sys.version.split()[0]}
     return Source("embedded", tuple(names), text_column, None, record, _EMBEDDED_TASKS)
 
@@ -218,14 +223,11 @@ def _files(source: str) -> list[Path]:
     path = Path(source)
     if not path.exists():
         raise InputError(f"source {source}: no such file or folder")
-    if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(ROWS + TEXT))
-        if not found:
-            raise InputError(f"source {source}: holds none of {', '.join(ROWS + TEXT)}")
-        return found
-    if not path.name.endswith(ROWS + TEXT):
-        raise InputError(f"source {source}: of no known kind; known: {', '.join(ROWS + TEXT)}")
-    return [path]
+    inside = path.rglob("*") if path.is_dir() else [path]
+    found = sorted(file for file in inside if file.is_file() and file.name.endswith(ROWS + TEXT))
+    if not found:
+        raise InputError(f"source {source}: is or holds no file of {', '.join(ROWS + TEXT)}")
+    return found
 
 
 def _hub_files(source: str) -> tuple[list[Path], dict[str, str]]:

@@ -24,25 +24,31 @@ def counts_file(output: Path, rank: int) -> Path:
     return output / "work" / f"counts_{rank:05d}.json"
 
 
-def rows_file(output: Path, rank: int) -> Path:
-    """Where a task notes how many rows it read and kept."""
-    return output / "work" / f"rows_{rank:05d}.json"
+def logging_folder(output: Path) -> str:
+    """Where executors note which tasks are complete, so that one goes on with what another has begun."""
+    return str(output / "work" / "logs")
+
+
+def completions_folder(output: Path) -> Path:
+    """Where executors leave an empty file for each complete task, named by its number."""
+    return Path(logging_folder(output)) / "completions"
 
 
 def forget_task(output: Path, rank: int) -> None:
     """Removes what an earlier attempt at a task left and the next might not write over."""
-    held_out = output / "validation" / f"{rank:05d}.jsonl.gz"
-    for file in (counts_file(output, rank), rows_file(output, rank), held_out):
+    for file in (counts_file(output, rank), output / "validation" / f"{rank:05d}.jsonl.gz"):
         file.unlink(missing_ok=True)
 
 
 def task_result(output: Path, source: Source, rank: int, token_bytes: int) -> dict[str, Any] | None:
     """The shards that a task made of its present input by split, and its `rows`; `None` if it is not complete."""
     try:
-        counts, rows = read_json(counts_file(output, rank)), read_json(rows_file(output, rank))
-        if counts.get("input") != source.identity(rank) or "empty" not in rows:  # an older version did not count them
+        counts = read_json(counts_file(output, rank))
+        if (
+            counts.get("input") != source.identity(rank) or "rows" not in counts
+        ):  # an older version wrote them elsewhere
             return None
-        result = {"rows": rows}
+        result = {"rows": counts["rows"]}
         for split in SPLITS:
             result[split] = {"file": shard_name(split, rank), **counts[split]}
             check_sizes(output, result[split], token_bytes)
@@ -51,10 +57,10 @@ def task_result(output: Path, source: Source, rank: int, token_bytes: int) -> di
     return result
 
 
-def keep_complete(output: Path, source: Source, token_bytes: int, completions: Path) -> list[int]:
+def keep_complete(output: Path, source: Source, token_bytes: int) -> list[int]:
     """Returns the complete tasks; executors are made to repeat those whose input or output has changed since."""
-    complete = []
-    for mark in sorted(completions.glob("*")) if completions.is_dir() else ():
+    complete, folder = [], completions_folder(output)
+    for mark in sorted(folder.glob("*")) if folder.is_dir() else ():
         rank = int(mark.name)
         if rank < source.num_tasks and task_result(output, source, rank, token_bytes):
             complete.append(rank)

@@ -4,7 +4,7 @@ import io
 import itertools
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,25 +129,22 @@ def verify_tokenizer(
         ours, theirs = encode_text(tokenizer, text), processor.encode(text)
         characters, tokens = characters + len(text), tokens + len(ours)
         if ours != theirs:
-            place = next(
-                (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
-            )
+            place = _first_difference(ours, theirs)
             character = len(processor.decode(theirs[:place]))
             around = slice(max(place - 2, 0), place + 4)
-            difference = Difference(
-                number,
-                "ids",
-                character,
-                text[max(character - 20, 0) : character + 20],
-                list(zip(ours[around], tokenizer.convert_ids_to_tokens(ours[around]), strict=True)),
-                [(i, processor.id_to_piece(i)) for i in theirs[around]],
-            )
-            return Verification(number, characters, tokens, difference)
+            here = list(zip(ours[around], tokenizer.convert_ids_to_tokens(ours[around]), strict=True))
+            there = [(i, processor.id_to_piece(i)) for i in theirs[around]]
+            context = text[max(character - 20, 0) : character + 20]
+            return Verification(number, characters, tokens, Difference(number, "ids", character, context, here, there))
         back, wanted = tokenizer.decode(ours, skip_special_tokens=False), text.replace(DUMMY_PREFIX, " ")
         if back != wanted:
-            pairs = enumerate(zip(back, wanted, strict=False))
-            character = next((i for i, (a, b) in pairs if a != b), min(len(back), len(wanted)))
-            context = slice(max(character - 20, 0), character + 20)
-            difference = Difference(number, "decode", character, text[context], [back[context]], [wanted[context]])
+            character = _first_difference(back, wanted)
+            around = slice(max(character - 20, 0), character + 20)
+            difference = Difference(number, "decode", character, text[around], [back[around]], [wanted[around]])
             return Verification(number, characters, tokens, difference)
     return Verification(number, characters, tokens, None)
+
+
+def _first_difference(a: Sequence, b: Sequence) -> int:
+    """The first place at which two sequences differ: the end of the shorter one, if that begins the other."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
