@@ -144,7 +144,7 @@ def test_refusals(folders, score, monkeypatch, task):
     with pytest.raises(InputError) as refused:
         score(task, [plain, saved], "int8")
     assert str(refused.value) == str(of_load.value)
-    with pytest.raises(InputError, match=r"quantization 'nf5': there is none of this name; did you mean 'nf4'\?"):
+    with pytest.raises(InputError, match=r"quantization 'nf5': .*did you mean 'nf4'\?"):
         score(task, [plain], "nf5")
 
 
@@ -152,7 +152,7 @@ def test_other_quantisations_are_refused(folders, score, tmp_path):
     fields = json.loads((folders[torch.float32] / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(fields | {"quantization_config": {"quant_method": "awq"}}))
     for task in TASKS:
-        with pytest.raises(InputError, match=r"weights quantised by awq, .* vLLM reads it"):
+        with pytest.raises(InputError, match=r"quantized by awq, .* vLLM reads it"):
             score(task, [tmp_path])
 
 

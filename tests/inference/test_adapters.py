@@ -123,7 +123,7 @@ def test_footprint(base, adapter, quantization):
     plain, model = (load(base, quantization=quantization, adapter=on_top)[0] for on_top in (None, adapter))
     added = sum(tensor.nbytes for tensor in load_file(adapter / "adapter_model.safetensors").values())
     assert footprint(model) == (footprint(plain).weights + added, footprint(plain).unquantized + added, added)
-    assert f"MB of weights, {added / 1e6:.1f} MB of them the adapter's (" in footprint_line(model)
+    assert f"MB of weights, including an adapter of {added / 1e6:.1f} MB (" in footprint_line(model)
 
 
 @pytest.mark.parametrize("quantization", KINDS)
@@ -260,21 +260,21 @@ BROKEN = {
     "no adapter": (lambda f: (f / "adapter_config.json").unlink(), "holds no adapter_config.json"),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "holds no adapter_model.safetensors"),
     "damaged configuration": (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json: damaged"),
-    "damaged weights": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x"), "cannot be put on this model"),
+    "damaged weights": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x"), "does not fit this model"),
     "a weight is missing": (
         lambda f: change_weights(f, lambda w: w.pop(NAME.format(0))),
-        r"1 weights are missing, .*layers\.0\.mlp\.up_proj\.lora_A\.weight first",
+        r"1 weights are missing, .*layers\.0\.mlp\.up_proj\.lora_A\.weight",
     ),
     "more layers": (
         lambda f: change_weights(f, lambda w: w.update({NAME.format(4): w[NAME.format(0)].clone()})),
-        r"1 weights are for no layer of this model, .*layers\.4\.mlp\.up_proj\.lora_A\.weight first",
+        r"1 weights belong to no layer of this model, .*layers\.4\.mlp\.up_proj\.lora_A\.weight",
     ),
     "other widths": (
         lambda f: change_weights(f, lambda w: w.update({NAME.format(0): w[NAME.format(0)][:, 1:].clone()})),
-        "cannot be put on this model .*size mismatch",
+        "does not fit this model .*size mismatch",
     ),
-    "other layers": (lambda f: change_config(f, target_modules=["query"]), "cannot be put on this model .*'query'"),
-    "an unknown kind": (lambda f: change_config(f, peft_type="MAGIC"), "cannot be put on this model .*MAGIC"),
+    "other layers": (lambda f: change_config(f, target_modules=["query"]), "does not fit this model .*'query'"),
+    "an unknown kind": (lambda f: change_config(f, peft_type="MAGIC"), "does not fit this model .*MAGIC"),
 }
 
 
@@ -288,7 +288,7 @@ def test_adapters_that_cannot_be_used(nano_folder, broken, quantization, damage,
 
 def test_the_folder_above_the_adapters(nano_folder, broken):
     """As a fine-tuned model keeps its adapter."""
-    with pytest.raises(InputError, match=r"no PEFT adapter; did you mean .*adapter\?"):
+    with pytest.raises(InputError, match=r"not a PEFT adapter; did you mean .*adapter\?"):
         load(nano_folder, adapter=broken.parent)
 
 
@@ -304,4 +304,4 @@ def test_the_command(tmp_path, tokenizer_folder, run_command):
     adapted, tokenizer = load(tmp_path / "model", quantization="nf4", adapter=tmp_path / "adapter")
     ids = adapted.generate(**tokenizer("def", return_tensors="pt"), max_new_tokens=8, do_sample=False)
     assert done.stdout.strip() == tokenizer.decode(ids[0], skip_special_tokens=True).strip()
-    assert "MB of them the adapter's" in done.stderr and "warn" not in done.stderr.lower()
+    assert "including an adapter of" in done.stderr and "warn" not in done.stderr.lower()

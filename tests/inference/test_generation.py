@@ -213,7 +213,7 @@ class TestRefusals:
         (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
         with pytest.raises(InputError, match="'gpt2' is not a Llama"):
             load(tmp_path)
-        with pytest.raises(InputError, match="no device"):
+        with pytest.raises(InputError, match="--device 'gpu'"):
             load(tmp_path, device="gpu")
         if not torch.cuda.is_available():
             with pytest.raises(InputError, match="no GPU"):

@@ -52,7 +52,7 @@ def test_a_missing_weight_is_not_drawn_at_random(folder):
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     for loader in (load, load_stock):
-        with pytest.raises(InputError, match=r"1 weights are missing, model\.layers\.1\.mlp\.up_proj\.weight first"):
+        with pytest.raises(InputError, match=r"1 weights are missing, .* model\.layers\.1\.mlp\.up_proj\.weight"):
             loader(folder)
 
 

@@ -264,7 +264,7 @@ def test_int8_is_not_moved(nano_folder):
     model, _ = load(nano_folder, quantization="int8")
     with torch.inference_mode():
         before = model(IDS).logits
-        with pytest.raises(InputError, match=r"a model in int8 cannot be moved: load it with device="):
+        with pytest.raises(InputError, match=r"int8 model cannot be moved .* device="):
             model.to("meta")
         assert torch.equal(model(IDS).logits, before), "no part of it has moved"
         assert torch.equal(model.to("cpu")(IDS).logits, before), "it is there already"
@@ -273,12 +273,12 @@ def test_int8_is_not_moved(nano_folder):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quantization": "nf5"}, "quantization 'nf5': there is none of this name; did you mean 'nf4'"),
-        ({"quantization": "fp4"}, "--quantization 'fp4': .*use 'nf4'"),
-        ({"compute_dtype": torch.bfloat16}, "compute_dtype=torch.bfloat16: is for nf4; with quantization none"),
-        ({"quantization": "int8", "double_quantization": False}, "double_quantization=False: is for nf4"),
-        ({"quantization": "nf4", "compute_dtype": "bf16"}, "compute_dtype 'bf16': use 'auto', torch.bfloat16"),
-        ({"quantization": "nf4", "compute_dtype": torch.int8}, "compute_dtype torch.int8: use 'auto'"),
+        ({"quantization": "nf5"}, "quantization 'nf5': .*did you mean 'nf4'"),
+        ({"quantization": "fp4"}, "--quantization 'fp4': .*'nf4'"),
+        ({"compute_dtype": torch.bfloat16}, "compute_dtype=torch.bfloat16: only for nf4.*quantization none"),
+        ({"quantization": "int8", "double_quantization": False}, "double_quantization=False: only for nf4"),
+        ({"quantization": "nf4", "compute_dtype": "bf16"}, "compute_dtype 'bf16': .*use 'auto', torch.bfloat16"),
+        ({"quantization": "nf4", "compute_dtype": torch.int8}, "compute_dtype torch.int8: .*use 'auto'"),
     ],
 )
 def test_options_that_cannot_be(nano_folder, options, message):

@@ -1,4 +1,4 @@
-"""Loading a model with its tokenizer for inference."""
+"""Loads a model with its tokenizer for inference."""
 
 import contextlib
 import os
@@ -50,25 +50,33 @@ def load(
     """Loads a model in evaluation mode, with its tokenizer.
 
     Args:
-        path_or_name (`str` or `os.PathLike`): a folder, a name of the released ladder, or a Hub id.
-        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): of the weights; `"auto"` takes the file's.
-        device (`str`, *optional*, defaults to `"auto"`): `"auto"` takes a GPU where there is one.
-        quantization (`str`, *optional*, defaults to `"none"`): `"int8"` or `"nf4"` (4 bit), through bitsandbytes. A folder that was saved quantised is loaded as it is, whether its kind is given or not.
-        double_quantization (`bool`, *optional*, defaults to `True`): quantise the scales of nf4 too; a folder that
-            was saved quantised has what it has.
-        compute_dtype (`torch.dtype`, *optional*, defaults to `"auto"`): of products with the dequantised weights of nf4; `"auto"` takes the folder's, or the fastest here. The library's kernel for CPUs with AVX512_BF16 computes in
-            bf16 whatever this says.
-        adapter (`str` or `os.PathLike`, *optional*): a PEFT adapter to put on top: its folder, or a Hub id. A tokenizer and a
-            chat template that are saved with it replace the model's.
-        trainable (`bool`, *optional*, defaults to `False`): return the class that TRL, PEFT and Trainer know by name, to train
-            an adapter on it; `adapter` is trained on.
+        path_or_name (`str` or `os.PathLike`): a folder, the name of a released checkpoint, or a Hub id.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): dtype of the weights; `"auto"` keeps the
+        saved one. device (`str`, *optional*, defaults to `"auto"`): where the model runs; `"auto"` is a GPU if there
+        is one. quantization (`str`, *optional*, defaults to `"none"`): `"int8"` or `"nf4"` (4 bit), through
+        bitsandbytes. A folder that was saved quantized keeps its quantization, with or without this argument.
+        double_quantization (`bool`, *optional*, defaults to `True`): also quantize the scales of nf4. No effect on a
+        folder
+            that was saved quantized.
+        compute_dtype (`torch.dtype`, *optional*, defaults to `"auto"`): dtype of the products with dequantized nf4
+        weights;
+            `"auto"` is the folder's, or the fastest on this hardware. The library's kernel for CPUs with AVX512_BF16
+            always computes in bf16.
+        adapter (`str` or `os.PathLike`, *optional*): folder or Hub id of a PEFT adapter to load on top of the model. A
+            tokenizer and a chat template in its folder replace the model's.
+        trainable (`bool`, *optional*, defaults to `False`): return the class that TRL, PEFT and Trainer recognize by
+        name,
+            to train an adapter on it. Training continues `adapter` if one is given.
 
     Returns:
-        `(model, tokenizer)`: a `TinyLlamaForCausalLM`; if `trainable` a `LlamaForCausalLM`, in PEFT's wrapper if with adapter.
+        `(model, tokenizer)`: a `TinyLlamaForCausalLM`, or with `trainable` a `LlamaForCausalLM`, wrapped by PEFT if
+        there is
+            an adapter.
 
     Raises:
-        InputError: if it is no model folder, is no Llama, is damaged or incomplete, or quantised by other means; if the
-            adapter is for another model; or if the device or a package is not there.
+        InputError: if the folder is not a Llama model, is damaged or incomplete, or was quantized by another library;
+        if
+            the adapter does not fit the model; or if the device or a package is not available.
     """
     device = choose_device(device)
     check_name(quantization)
@@ -91,14 +99,15 @@ def load(
 def load_stock(
     folder: Path, device: str = "auto", dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a folder with stock transformers alone, as somebody without this package would; errors as [`load`].
+    """Loads a folder with stock transformers, as a user without this package would; errors as in [`load`].
 
-    Weights that were saved quantised stay so, and safe (see `repacking`).
+    Weights that were saved quantized stay quantized, and are made safe (see `repacking`).
     """
     device = choose_device(device)
     folder, kind = _open_folder(folder)
     check_quantization(kind)
-    # Stated, since `attn_implementation` in a folder's config.json may name a kernel on the Hub, which would be fetched and run.
+    # Given explicitly: `attn_implementation` in a config.json may name a Hub kernel, which would be downloaded and
+    # run.
     with _reading(folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     options = {"config": config, "trust_remote_code": False, "attn_implementation": "sdpa"}
@@ -107,7 +116,7 @@ def load_stock(
 
 
 def stock_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that stock transformers makes of a folder.
+    """Returns the tokenizer that stock transformers loads from a folder.
 
     Raises:
         InputError: if it is missing or damaged.
@@ -117,7 +126,7 @@ def stock_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _config(folder: Path, compute_dtype: str | torch.dtype, trainable: bool) -> LlamaConfig:
-    """The configuration of a folder, with another type for products with 4-bit weights unless it is `"auto"`."""
+    """Returns the configuration of a folder; `compute_dtype` replaces that of 4-bit weights unless it is `"auto"`."""
     with _reading(folder):
         config = TinyLlamaConfig.from_llama(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     if compute_dtype != "auto":
@@ -128,13 +137,13 @@ def _config(folder: Path, compute_dtype: str | torch.dtype, trainable: bool) -> 
 def _load_weights(
     kind: type, folder: Path, dtype: str | torch.dtype, device: str, quantized: bool, **options: Any
 ) -> PreTrainedModel:
-    """Loads every weight; the library would draw a missing one at random, and only mention it."""
+    """Loads a model and checks that no weight is missing; transformers would only warn, and use random values."""
     adapter_config = folder / "adapter_config.json"
-    if adapter_config.is_file():  # the library would load the model that it names, from the Hub as well
+    if adapter_config.is_file():  # transformers would load the model it names, possibly from the Hub
         base = read_json(adapter_config).get("base_model_name_or_path")
         raise InputError(
-            f"model {folder}: holds adapter_config.json, an adapter for {base!r}; give that model, and this folder as the "
-            "adapter, or remove the file"
+            f"model {folder}: contains adapter_config.json, an adapter for {base!r}. Give that model, and this folder "
+            "as the adapter; or remove the file"
         )
     if quantized:
         options["device_map"] = device
@@ -142,48 +151,51 @@ def _load_weights(
         model, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
     if missing := sorted(report["missing_keys"]):
         raise InputError(
-            f"model {folder}: {len(missing)} weights are missing, {missing[0]} first; fetch or make it again"
+            f"model {folder}: {len(missing)} weights are missing, the first is {missing[0]}; download it again"
         )
     if not quantized:
         return model.to(device).eval()
     make_safe(model, str(folder))
-    if dtype != "auto":  # the library (5.23) leaves what is plain of weights that were saved quantised
+    if dtype != "auto":  # transformers (5.23) ignores it for the plain weights of a quantized folder
         cast_plain(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     return model.eval()
 
 
 @contextlib.contextmanager
 def _reading(folder: Path) -> Iterator[None]:
-    """Says of a folder that the libraries cannot read it, in place of what they say."""
+    """Translates errors of the libraries into an `InputError` that names the folder."""
     try:
         yield
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"model {folder}: cannot be loaded ({one_line(error)}); fetch or make it again") from error
+        raise InputError(f"model {folder}: cannot be loaded ({one_line(error)}); download it again") from error
 
 
 def model_folder(path_or_name: str | os.PathLike, quantized: bool = False) -> Path:
-    """Returns the folder of a model after a look at its `config.json`.
+    """Returns the folder of a model after checking its `config.json`.
 
     Args:
-        quantized (`bool`, *optional*, defaults to `False`): weights that were saved quantised will do.
+        path_or_name (`str` or `os.PathLike`): as in [`load`].
+        quantized (`bool`, *optional*, defaults to `False`): accept weights that were saved quantized.
 
     Raises:
-        InputError: if it holds no Llama, or weights quantised by other means than bitsandbytes.
+        InputError: if it is not a Llama, or its weights were quantized by another library than bitsandbytes.
     """
     folder, saved = _open_folder(path_or_name)
     if saved != "none" and not quantized:
-        raise InputError(f"{folder / 'config.json'}: the weights are quantised already; give the unquantised model")
+        raise InputError(f"{folder / 'config.json'}: the weights are already quantized; give the unquantized model")
     return folder
 
 
 def _open_folder(path_or_name: str | os.PathLike) -> tuple[Path, str]:
-    """The folder of a model, and the quantisation that its weights were saved with."""
+    """Returns the folder of a model and the quantization that its weights were saved with."""
     folder = local_folder(str(path_or_name))
     config = folder / "config.json"
     if not config.is_file():
-        raise InputError(f"model {folder}: holds no config.json, so it is no model folder{_milestones_hint(folder)}")
+        raise InputError(
+            f"model {folder}: holds no config.json, so it is not a model folder{_milestones_hint(folder)}"
+        )
     fields = read_json(config)
     model_type = fields.get("model_type")
     if model_type not in ("llama", TinyLlamaConfig.model_type):
@@ -197,19 +209,19 @@ def _milestones_hint(folder: Path) -> str:
 
 
 def choose_device(device: str) -> str:
-    """Turns `"auto"` into the best device here, and refuses one that is not there.
+    """Returns the device for a name; `"auto"` is a GPU if there is one, else the CPU.
 
     Raises:
-        InputError: if the name is no device, or none of that kind exists.
+        InputError: if the name is not a device, or this machine does not have it.
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
-        raise InputError(f"--device {device!r}: no device; use auto, cpu, cuda or cuda:N") from error
+        raise InputError(f"--device {device!r}: not a device; use auto, cpu, cuda or cuda:N") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {device}: this machine has no GPU that torch can use; use cpu or auto")
     if kind not in ("cpu", "cuda"):
-        raise InputError(f"--device {device!r}: is not supported; use auto, cpu, cuda or cuda:N")
+        raise InputError(f"--device {device!r}: not supported; use auto, cpu, cuda or cuda:N")
     return device

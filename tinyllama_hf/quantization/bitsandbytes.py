@@ -1,6 +1,6 @@
-"""Models in 8 and 4 bit through bitsandbytes: made while loading, saved and loaded again, with adapters on top.
+"""8-bit and 4-bit models through bitsandbytes: quantized while loading, saved and loaded again, with adapters on top.
 
-What the library does wrong on some CPUs is dealt with in `repacking`.
+`repacking` works around the library's errors on some CPUs.
 """
 
 import os
@@ -20,30 +20,31 @@ from ..progress import quiet_bitsandbytes
 
 
 QUANTIZATIONS = ("none", "int8", "nf4")
-_FOUR_BIT = ("nf4", "fp4")  # fp4 only where a folder was saved so
+_FOUR_BIT = ("nf4", "fp4")  # fp4 only if a folder was saved with it
 _COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class QuantizedTinyLlama(TinyLlamaForCausalLM):
-    """A `TinyLlamaForCausalLM` with int8 or 4-bit weights, which generates, and is saved as it is."""
+    """A `TinyLlamaForCausalLM` with int8 or 4-bit weights, for generation; it is saved quantized."""
 
     _takes_quantized_weights = True
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any):
-        """As `TinyLlamaForCausalLM.from_pretrained`, for `quantization_config=...` and folders that were saved quantised.
+        """Loads a folder that was saved quantized, or quantizes it while loading with a `quantization_config`.
 
         Raises:
-            InputError: if weights and scales in the folder do not belong together.
+            InputError: if weights and scales in the folder do not match.
         """
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         make_safe(loaded[0] if isinstance(loaded, tuple) else loaded, str(pretrained_model_name_or_path))
         return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Writes a plain Llama folder with quantised weights, or the adapter if there is one; arguments as in transformers.
+        """Writes a plain Llama folder with quantized weights, or the adapter if the model has one.
 
-        Every file is written under a temporary name and renamed, `config.json` last. Other files there stay.
+        Every file is written under a temporary name and renamed, `config.json` last. Other files in the folder are
+        kept. Arguments are those of transformers.
         """
         folder = Path(save_directory).absolute()
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,28 +53,31 @@ class QuantizedTinyLlama(TinyLlamaForCausalLM):
         with new_files(folder, last="config.json") as temporary:
             super().save_pretrained(temporary, *args, **kwargs)
             names = {file.name for file in temporary.iterdir()}
-        if "config.json" in names and not kwargs.get("variant"):  # the model's weights, and no adapter
+        if "config.json" in names and not kwargs.get("variant"):  # the model was written, not an adapter
             _remove_other_weights(folder, names)
 
     save_as_llama = save_pretrained
 
     def flops_per_token(self, seq_len: int | None = None, convention: str = "without_input_embedding") -> int:
-        """As `TinyLlamaForCausalLM.flops_per_token`; two 4-bit weights are one element of their parameter."""
+        """Returns `TinyLlamaForCausalLM.flops_per_token` of the unquantized model.
+
+        The parameters of this model cannot be counted: one element holds two 4-bit weights.
+        """
         return _unquantized(self).flops_per_token(seq_len, convention)
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of the weights, scales, adapter and buffers; see [`footprint`]."""
+        """Returns the bytes of weights, scales, adapter and buffers; see [`footprint`]."""
         return footprint(self).weights
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):
-        # bitsandbytes (0.50.2) leaves the scales behind where a whole model in int8 moves after a pass.
+        # bitsandbytes (0.50.2) does not move the int8 scales when a model moves after its first forward pass.
         if getattr(self, "is_loaded_in_8bit", False) and fn(torch.empty(0, device=self.device)).device != self.device:
-            raise InputError("a model in int8 cannot be moved: load it with device=...")
+            raise InputError("an int8 model cannot be moved to another device; load it there with device=...")
         return super()._apply(fn, recurse)
 
 
 def _remove_other_weights(folder: Path, written: set[str]) -> None:
-    """Removes weights of an earlier save, which readers that take every file of weights would mix with the new ones."""
+    """Removes weights of an earlier save, since some readers load every weight file and would mix the two."""
     for pattern in ("model.safetensors*", "model-*-of-*.safetensors"):
         for file in folder.glob(pattern):
             if file.name not in written:
@@ -81,67 +85,72 @@ def _remove_other_weights(folder: Path, written: set[str]) -> None:
 
 
 def chosen_quantization(asked: str, saved: str, where: str) -> str:
-    """The quantisation that a model is used with: the one its weights were saved with, or the one that is asked for.
+    """Returns the quantization to use: the one that the weights were saved with, or else the requested one.
 
     Args:
-        asked (`str`): one of `QUANTIZATIONS`; `"none"` leaves weights as they were saved.
-        saved (`str`): that of the weights, see [`quantization_of`].
-        where (`str`): name of the model, for the message.
+        asked (`str`): one of `QUANTIZATIONS`; `"none"` keeps weights as they were saved.
+        saved (`str`): the quantization of the saved weights; see [`quantization_of`].
+        where (`str`): name of the model, for the error message.
 
     Raises:
-        InputError: if there is none of this name, or the weights have another already.
+        InputError: if the name is unknown, or the weights were saved with another quantization.
     """
     check_name(asked)
     if saved != "none" and asked not in ("none", saved):
         raise InputError(
-            f"--quantization {asked!r}: the weights of {where} are {saved} already; leave it out, or give the unquantised model"
+            f"--quantization {asked!r}: the weights of {where} are already {saved}. Leave the option out, or give the "
+            "unquantized model"
         )
     return asked if saved == "none" else saved
 
 
 def check_name(quantization: str) -> None:
-    """Refuses a quantisation that there is not; needs no bitsandbytes.
+    """Checks the name of a requested quantization, without importing bitsandbytes.
 
     Raises:
-        InputError: with the nearest name.
+        InputError: if the name is unknown; the message has the nearest one.
     """
     if quantization == "fp4":
         raise InputError(
-            "--quantization 'fp4': is no longer a choice; use 'nf4', which has the same size and a smaller error. Folders "
-            "saved as fp4 load without the option"
+            "--quantization 'fp4': no longer supported. Use 'nf4', which has the same size and a smaller error. Folders "
+            "that were saved as fp4 load without the option"
         )
     if quantization not in QUANTIZATIONS:
         raise InputError(
-            f"--quantization {quantization!r}: there is none of this name{did_you_mean(quantization, QUANTIZATIONS)}"
+            f"--quantization {quantization!r}: unknown quantization{did_you_mean(quantization, QUANTIZATIONS)}"
         )
 
 
 def check_quantization(quantization: str, double_quantization: bool = True, compute_dtype: Any = "auto") -> None:
-    """Refuses options that a kind has not, and one whose backend is missing; see [`check_name`] for names.
+    """Checks that a quantization has the given options and that its backend is installed.
+
+    The name must be valid already: [`check_name`] checks it, and a folder may also be `"fp4"`.
 
     Raises:
         InputError: naming the option, or the package to install.
     """
     if compute_dtype != "auto" and compute_dtype not in _COMPUTE_DTYPES:
-        raise InputError(f"compute_dtype {compute_dtype!r}: use 'auto', {', '.join(map(str, _COMPUTE_DTYPES))}")
+        raise InputError(
+            f"compute_dtype {compute_dtype!r}: not supported; use 'auto', {', '.join(map(str, _COMPUTE_DTYPES))}"
+        )
     if quantization not in _FOUR_BIT:
         given = {"double_quantization": (double_quantization, True), "compute_dtype": (compute_dtype, "auto")}
         for name, (value, default) in given.items():
             if value != default:
-                raise InputError(f"{name}={value}: is for nf4; with quantization {quantization} leave it out")
+                raise InputError(f"{name}={value}: only for nf4; leave it out with quantization {quantization}")
     if quantization != "none":
         quiet_bitsandbytes()
         require("bitsandbytes", "quantization", f"quantization {quantization}")
 
 
 def quantization_config(quantization: str, device: str, double_quantization: bool, compute_dtype: Any) -> Any:
-    """The library's configuration of a kind.
+    """Returns the configuration that transformers takes for a quantization.
 
     Args:
         quantization (`str`): `"int8"` or `"nf4"`.
-        device (`str`): where the model will run, which decides the fastest type.
-        double_quantization (`bool`): quantise the scales of nf4 too.
-        compute_dtype (`torch.dtype` or `"auto"`): of products with dequantised weights of nf4.
+        device (`str`): where the model will run; it determines the fastest dtype.
+        double_quantization (`bool`): also quantize the scales of nf4.
+        compute_dtype (`torch.dtype` or `"auto"`): dtype of the products with dequantized nf4 weights.
     """
     from transformers import BitsAndBytesConfig
 
@@ -156,7 +165,7 @@ def quantization_config(quantization: str, device: str, double_quantization: boo
 
 
 def _fastest_dtype(device: str) -> torch.dtype:
-    """The fastest type here for products with dequantised weights; bf16 is slow where the hardware only emulates it."""
+    """Returns the fastest dtype for products with dequantized weights; bf16 is slow where it is only emulated."""
     from bitsandbytes.functional import has_avx512bf16
 
     if device.startswith("cuda"):
@@ -165,66 +174,70 @@ def _fastest_dtype(device: str) -> torch.dtype:
 
 
 def quantization_of(fields: Mapping[str, Any], where: str) -> str:
-    """The kind that the weights of a folder have.
+    """Returns the quantization that the weights of a folder were saved with.
 
     Args:
-        fields (`Mapping`): of its `config.json`.
-        where (`str`): its name, for the message.
+        fields (`Mapping`): contents of its `config.json`.
+        where (`str`): name of the folder, for the error message.
 
     Raises:
-        InputError: if they are quantised by other means than bitsandbytes, saying what reads them.
+        InputError: if they were not quantized by bitsandbytes; the message says what can read them.
     """
     saved = fields.get("quantization_config")
     if saved is None:
         return "none"
     saved = saved if isinstance(saved, dict) else {}
-    method = saved.get("quant_method", "bitsandbytes")  # older folders do not say
+    method = saved.get("quant_method", "bitsandbytes")  # missing in older folders
     kind = "int8" if saved.get("load_in_8bit") else saved.get("load_in_4bit") and saved.get("bnb_4bit_quant_type")
     if method == "bitsandbytes" and kind in ("int8", *_FOUR_BIT):
         return kind
     readers = {
-        "awq": "vLLM reads it, and `tinyllama-hf convert FOLDER --to llama --output NEW` makes plain weights of it",
+        "awq": "vLLM reads it, and `tinyllama-hf convert FOLDER --to llama --output NEW` writes it as plain weights",
         "gptq": "vLLM reads it",
         "compressed-tensors": "vLLM reads it",
     }
     raise InputError(
-        f"{where}: weights quantised by {method}, and not as int8, nf4 or fp4 of bitsandbytes; "
-        + readers.get(method, "give the unquantised model, and quantise when loading")
+        f"{where}: the weights were quantized by {method}, not as int8, nf4 or fp4 by bitsandbytes; "
+        + readers.get(method, "give the unquantized model and quantize it while loading")
     )
 
 
 def make_safe(model: PreTrainedModel, where: str) -> None:
-    """Makes passes, saves and copies of a model that was just loaded exact (see `repacking`); a second time does nothing.
+    """Makes the forward passes, saves and copies of a model that was just loaded exact (see `repacking`).
+
+    A second call does nothing.
 
     Args:
-        where (`str`): name of the folder that it comes from, for the message.
+        where (`str`): name of the model's folder, for the error message.
 
     Raises:
-        InputError: naming the first layer whose weights and scales do not belong together.
+        InputError: naming the first layer whose weights and scales do not match.
     """
     from .repacking import make_reversible
 
     check_layers(model, where)
     make_reversible(model)
-    model._weight_conversions = []  # transformers (5.23) refuses to save again what it loaded quantised
+    model._weight_conversions = []  # with them transformers (5.23) refuses to save a model it loaded quantized
 
 
 def cast_plain(model: nn.Module, dtype: torch.dtype) -> None:
-    """Casts the parameters that are not quantised, in place."""
+    """Casts the parameters that are not quantized, in place."""
     for parameter in model.parameters():
-        # Four-bit weights may be kept in containers of any type.
+        # 4-bit weights may be stored in tensors of any dtype, floating-point ones included.
         if parameter.is_floating_point() and getattr(parameter, "quant_state", None) is None:
             parameter.data = parameter.data.to(dtype)
 
 
 def check_layers(model: nn.Module, where: str) -> None:
-    """Refuses quantised layers whose parts do not belong together: the kernels read as much as they should have.
+    """Checks that weights and scales of every quantized layer match.
+
+    The kernels do not check it, and would read beyond the end of a tensor that is too short.
 
     Args:
-        where (`str`): name of the folder that they come from, for the message.
+        where (`str`): name of the model's folder, for the error message.
 
     Raises:
-        InputError: naming the first such layer.
+        InputError: naming the first layer where they do not.
     """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
@@ -238,9 +251,7 @@ def check_layers(model: nn.Module, where: str) -> None:
             sound = scales is not None and scales.numel() == layer.out_features
             sound = sound and layer.weight.shape == shape and layer.weight.dtype == torch.int8
         if not sound:
-            raise InputError(
-                f"model {where}: weights and scales of {name} do not belong together; fetch or make it again"
-            )
+            raise InputError(f"model {where}: weights and scales of {name} do not match; download it again")
 
 
 def _is_sound_4bit(layer: Any) -> bool:
@@ -256,7 +267,13 @@ def _is_sound_4bit(layer: Any) -> bool:
 
 
 class Footprint(NamedTuple):
-    """Bytes in memory: of all weights, of the same model without quantisation, and of the adapter, which both include."""
+    """Bytes in memory.
+
+    Attributes:
+        weights (`int`): all weights, with scales, buffers and the adapter.
+        unquantized (`int`): the same for the model without quantization.
+        adapter (`int`): the adapter alone.
+    """
 
     weights: int
     unquantized: int
@@ -264,7 +281,7 @@ class Footprint(NamedTuple):
 
 
 def footprint(model: PreTrainedModel) -> Footprint:
-    """Measures the memory of a model's weights: parameters, buffers, and the scales beside quantised ones."""
+    """Measures the memory of a model's weights: parameters, buffers, and the scales of quantized parameters."""
     tensors: dict[int, torch.Tensor] = {}
     for module in model.modules():
         found = (*module.parameters(recurse=False), *module.buffers(recurse=False), *_scales(module))
@@ -275,10 +292,10 @@ def footprint(model: PreTrainedModel) -> Footprint:
 
 
 def footprint_line(model: PreTrainedModel) -> str:
-    """The measured memory as a line for the user: `nf4: 95.2 MB of weights (269.0 MB in bfloat16)`."""
+    """Returns the measured memory as a line of output: `nf4: 95.2 MB of weights (269.0 MB in bfloat16)`."""
     measured = footprint(model)
     kind = quantization_of(model.config.to_dict(), "model")
-    adapter = f", {measured.adapter / 1e6:.1f} MB of them the adapter's" if measured.adapter else ""
+    adapter = f", including an adapter of {measured.adapter / 1e6:.1f} MB" if measured.adapter else ""
     dtype = str(model.dtype).removeprefix("torch.")
     return (
         f"{kind}: {measured.weights / 1e6:.1f} MB of weights{adapter} ({measured.unquantized / 1e6:.1f} MB in {dtype})"
@@ -286,13 +303,13 @@ def footprint_line(model: PreTrainedModel) -> str:
 
 
 def _unquantized(model: PreTrainedModel) -> TinyLlamaForCausalLM:
-    """The same architecture without memory."""
+    """Returns a model of the same architecture on the meta device."""
     with torch.device("meta"):
         return TinyLlamaForCausalLM(TinyLlamaConfig.from_llama(model.config))
 
 
 def _adapter_bytes(model: PreTrainedModel) -> int:
-    """What PEFT has put beside the layers that it wraps."""
+    """Returns the bytes of the parameters that PEFT added to the layers it wraps."""
     wrappers = [module for module in model.modules() if hasattr(module, "get_base_layer")]
     own = {id(p): p.nbytes for module in wrappers for p in module.parameters()}
     base = {id(p) for module in wrappers for p in module.get_base_layer().parameters()}
@@ -300,10 +317,13 @@ def _adapter_bytes(model: PreTrainedModel) -> int:
 
 
 def _scales(module: nn.Module) -> list[torch.Tensor]:
-    """What bitsandbytes keeps beside a quantised weight: row scales of int8; block scales of 4 bit, and their scales."""
+    """Returns the tensors that bitsandbytes stores with a quantized weight.
+
+    These are the row scales of int8, and the block scales of 4-bit weights with the scales of these scales.
+    """
     weight = module._parameters.get("weight", module)
     found = [vars(weight).get("SCB"), getattr(vars(module).get("state"), "SCB", None)]
-    # Not by `weight.quant_state`, which would undo the repacking.
+    # Not through `weight.quant_state`: reading that property undoes the repacking.
     for state in (vars(weight).get("quant_state"), getattr(weight, "packed_state", None)):
         while state is not None:
             found += [state.absmax, state.code, state.offset]

@@ -1,13 +1,13 @@
-"""4-bit layers that keep the fast path of a CPU and lose nothing by it.
+"""4-bit layers that use the fast CPU kernel without changing the weights that are saved, merged or trained on.
 
 On a CPU with AVX512_BF16, bitsandbytes (0.50.2) repacks 4-bit weights for a fused kernel at the first forward pass in
-evaluation mode, and rounds their scales. From then on a save writes corrupt weights (slightly other ones if the scales are
-quantised too), `dequantize()` and PEFT's merging return noise, and no gradient passes: all without an error.
-tests/quantization/test_quantization.py shows it.
+evaluation mode, and rounds their scales. After that a save writes corrupt weights (slightly wrong ones if the scales
+are quantized too), `dequantize()` and PEFT's merge return noise, and no gradient flows, all without an error.
+tests/quantization/test_quantization.py demonstrates it.
 
-Here the same kernel runs on the same layout, but the scales are kept as they were, and whoever asks a parameter for its
-`quant_state`, without which its bytes mean nothing, finds the bytes as they were too. That holds for everything that the
-libraries do with a quantised layer: saving, dequantising, merging, moving, copying, and passes with gradients.
+Here the same kernel runs on the same layout, but the original scales are kept. The bytes of a weight are meaningless
+without its `quant_state`, so reading that attribute restores the original bytes. This covers everything that the
+libraries do with a quantized layer: saving, dequantizing, merging, moving, copying, and forward passes with gradients.
 """
 
 import copy
@@ -25,46 +25,47 @@ from bitsandbytes.functional import (
 
 
 class _Layout(NamedTuple):
-    """What a weight's memory holds while it is, or becomes, another than the library's own.
+    """Contents of a weight while it is repacked, or while it is being restored.
 
-    Args:
-        data (`torch.Tensor`): the bytes, repacked; or, while they are put back, as they were.
-        state (`QuantState`, *optional*): what the fused kernel needs for repacked ones.
+    Attributes:
+        data (`torch.Tensor`): the repacked bytes; the original ones while the weight is being restored.
+        state (`QuantState`, *optional*): scales for the fused kernel; `None` while the weight is being restored.
     """
 
     data: torch.Tensor
     state: QuantState | None
 
 
-# Both classes are named as the library's, since transformers, accelerate and PEFT ask for some of them by name.
+# Both classes have the names of the library's classes, since transformers, accelerate and PEFT compare class names.
 class Params4bit(nn.Params4bit):
-    """A 4-bit weight that is repacked at times, and that nobody sees repacked.
+    """A 4-bit weight that is repacked for the fused kernel, and restored before other code reads it.
 
-    `layout` alone says what the weight is, and is set in one step when all is made; what follows it can be done again. So an
-    interrupt (Ctrl-C, memory that is short) may come between any two lines.
+    `layout` alone defines the state of the weight. It is assigned in one step, after everything is computed, and the
+    steps after the assignment can be repeated. An exception (Ctrl-C, out of memory) between any two lines is therefore
+    harmless.
     """
 
     layout: _Layout | None = None
 
     @property
     def lock(self) -> AbstractContextManager:
-        """Of one weight: two threads must not repack it at once, nor one restore it in place while the other computes."""
+        """Held by the one thread that repacks this weight, computes with it, or restores it in place."""
         return self.__dict__.setdefault("lock", threading.RLock())
 
     @property
     def packed_state(self) -> QuantState | None:
-        """What the fused kernel needs while the weight is repacked, else `None`."""
+        """Scales for the fused kernel while the weight is repacked, else `None`."""
         layout = self.layout
         return None if layout is None else layout.state
 
     @property
     def quant_state(self) -> QuantState | None:
-        """The scales as they were before any repacking; the weight is brought back into their layout first."""
+        """The original scales. Reading them restores the weight to the original layout."""
         with self.lock:
             if self.layout is not None:
                 if self.layout.state is not None:
                     self.layout = _Layout(_unpacked(*self.layout), None)
-                # In place, for whoever took the weight before its scales.
+                # In place, for callers that read the weight before its scales.
                 _as_bytes(self.data).copy_(self.layout.data)
                 self.layout = None
         return self.__dict__["quant_state"]
@@ -74,27 +75,27 @@ class Params4bit(nn.Params4bit):
         self.__dict__["quant_state"] = state
 
     def repacked(self) -> _Layout:
-        """The weight as the fused kernel takes it: repacked now unless it is. The caller holds `lock`."""
+        """Returns the weight in the layout of the fused kernel, repacking it if needed. The caller holds `lock`."""
         if self.packed_state is None:
-            # Not as tensors of inference mode, which could not be trained on afterwards.
+            # Tensors that are created in inference mode could not be used in training later.
             with torch.inference_mode(False), torch.no_grad():
                 scales = copy.copy(self.quant_state)
                 packed, state = _convert_weight_packed_for_cpu(self.data, scales)
-                # Into new memory: a state dict that was taken before shares the old one. In the old shape, for what reads it.
+                # New memory, since an earlier state dict shares the old one; the old shape, since other code reads it.
                 self.layout = _Layout(packed.view(-1).view(self.dtype).view(self.shape), state)
                 self.data = self.layout.data
         return self.layout
 
     def __getstate__(self) -> dict[str, Any]:
-        self.quant_state  # noqa: B018  restores the weight: copies and pickles have the library's layout
+        self.quant_state  # noqa: B018  restores the weight, so that copies and pickles have the library's layout
         return {name: value for name, value in super().__getstate__().items() if name not in ("layout", "lock")}
 
 
 class Linear4bit(nn.Linear4bit):
-    """A 4-bit layer: repacked weights and the fused kernel on a CPU in evaluation mode, the library's own pass otherwise."""
+    """A 4-bit layer with the fused kernel on a CPU in evaluation mode, and the library's forward pass otherwise."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., in_features]` to `[..., out_features]`; gradients with respect to `x` pass where it requires them."""
+        """Maps `[..., in_features]` to `[..., out_features]`; differentiable with respect to `x`."""
         if x.device.type != "cpu":
             return super().forward(x)
         weight = self._reversible_weight()
@@ -108,34 +109,34 @@ class Linear4bit(nn.Linear4bit):
     def _load_from_state_dict(self, *args: Any) -> None:
         weight = self._reversible_weight()
         with weight.lock:
-            weight.quant_state  # noqa: B018  restores the weight: what is copied into it has the library's layout
+            weight.quant_state  # noqa: B018  restores the weight, since the copied values have the library's layout
             super()._load_from_state_dict(*args)
 
     def _reversible_weight(self) -> Params4bit:
-        """The weight, which PEFT's merging and transformers' loading replace by new ones of the library."""
+        """Returns the weight as a reversible one; PEFT's merge and transformers' loading assign plain ones."""
         if not isinstance(self.weight, Params4bit):
             self.weight.__class__ = Params4bit
         return self.weight
 
 
 def make_reversible(model: torch.nn.Module) -> None:
-    """Turns the 4-bit layers of a loaded model into reversible ones where the library would repack them."""
+    """Replaces the class of the 4-bit layers that the library would repack by [`Linear4bit`]."""
     for module in model.modules():
         if isinstance(module, nn.Linear4bit) and module.support_avx512bf16_for_cpu:
             module.support_avx512bf16_for_cpu = False
-            # On other shapes the library's repacking fails (0.50.2); they take the slow path.
+            # The library's repacking (0.50.2) fails for other shapes, which use the slow kernel.
             if module.out_features % 32 == 0 and module.in_features % module.weight.quant_state.blocksize == 0:
                 module.__class__ = Linear4bit
 
 
 def _unpacked(data: torch.Tensor, state: QuantState) -> torch.Tensor:
-    """The bytes of a repacked weight in the library's layout, `[out_features * in_features / 2]`."""
+    """Returns the bytes of a repacked weight in the library's layout, `[out_features * in_features / 2]`."""
     rows = _as_bytes(data).view(state.shape[0], state.shape[1] // 2)
-    # The library changes the state that it is given.
+    # A copy, since the library modifies the state.
     original, _ = _convert_weight_packed_for_cpu_inverse(rows, copy.copy(state))
     return _as_bytes(original)
 
 
 def _as_bytes(weight: torch.Tensor) -> torch.Tensor:
-    """A 4-bit weight as a row of bytes; shares its memory."""
+    """Returns a 4-bit weight as a flat view of bytes."""
     return weight.view(-1).view(torch.uint8)
