@@ -203,7 +203,7 @@ BAD = {
         "pretrain.py {recipe} training.attention=flash_attention_2", "flash_attention_2 needs a GPU, and there is none"),
     "a conversation that starts with the assistant": (
         "sft.py sft.yaml data.conversations=assistant-first.jsonl",
-        "assistant-first.jsonl, row 1: starts with the assistant; a reply needs a message of the user before it"),
+        "assistant-first.jsonl, row 1: starts with the assistant"),
     "an empty reply": (
         "sft.py sft.yaml data.conversations=empty-reply.jsonl", "empty-reply.jsonl, row 1, message 1: the reply is empty"),
     "a reply longer than the context": (

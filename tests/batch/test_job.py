@@ -70,8 +70,8 @@ BAD = {
         {"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, "messages, message 0: key 'name'"),
     "half a pair in a message": (
         '{"messages": [{"role": "user", "content": "\\ud83d"}]}', "message 0: character 29 is '\\ud83d'"),
-    "no messages": ({"messages": []}, "messages: is empty"),
-    "unknown role": ({"messages": [{"role": "usr", "content": "x"}]}, "role 'usr' is not known; did you mean 'user'?"),
+    "no messages": ({"messages": []}, "messages: empty"),
+    "unknown role": ({"messages": [{"role": "usr", "content": "x"}]}, "unknown role 'usr'; did you mean 'user'?"),
     "the assistant's turn": (
         {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
         "messages end with the role 'assistant'; a reply needs a message of the user"),

@@ -1,4 +1,4 @@
-"""The learned tokens without generation markers: proven from the rendering, or refused. Checked against spans by hand."""
+"""Masks of templates without generation markers, compared with spans computed by hand; and unclear templates."""
 
 import random
 
@@ -7,7 +7,7 @@ from tokenizers import AddedToken
 
 from tests.chat.test_render import assistant, system, user
 from tinyllama_hf import load_tokenizer
-from tinyllama_hf.chat.masks import mask_replies, stretches
+from tinyllama_hf.chat.masks import mask_replies, reply_spans
 from tinyllama_hf.chat.render import render
 from tinyllama_hf.chat.templates import check_template, choose_template, load_template
 from tinyllama_hf.errors import InputError
@@ -17,18 +17,20 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-# That of TinyLlama-1.1B-Chat-v1.0, which begins without begin-of-sequence and has no markers.
+# The template of TinyLlama-1.1B-Chat-v1.0, without a begin-of-sequence token and without markers.
 ZEPHYR = (
-    "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + eos_token }}\n"
+    "{% for message in messages %}\n{% if message['role'] == 'user' %}\n"
+    "{{ '<|user|>\n' + message['content'] + eos_token }}\n"
     "{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n"
-    "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
+    "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n"
+    "{% endif %}\n"
     "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
 )
 WORDS = ("def", " ", "  ", "\n", "\n\n    ", "héé", "中文", "🚀👩‍💻", "[INST]", "x" * 40, "\t", "0123", "}{%")
 
 
 def chatml_of(tokenizer_folder):
-    """The tokenizer of 512 ids with ChatML's two tokens, the second its end-of-sequence."""
+    """The tokenizer with 512 ids and the two control tokens of ChatML; the second is its end-of-sequence token."""
     loaded = load_tokenizer(tokenizer_folder)
     tokens = [AddedToken(text, special=True, normalized=False) for text in ("<|im_start|>", "<|im_end|>")]
     loaded.add_tokens(tokens, special_tokens=True)
@@ -48,11 +50,11 @@ def tokenizer(tokenizer_folder):
 
 def learned(tokenizer, messages) -> list[str]:
     ids, masks = mask_replies(tokenizer, messages, render(tokenizer, messages))
-    return [tokenizer.decode(ids[start:end]) for start, end in stretches(masks)]
+    return [tokenizer.decode(ids[start:end]) for start, end in reply_spans(masks)]
 
 
 def by_hand(tokenizer, messages) -> tuple[list[int], list[int]]:
-    """Ids and mask of ChatML, written out turn by turn; what is learned is the content and `<|im_end|>`."""
+    """Ids and mask of ChatML, written turn by turn; the mask covers the reply and `<|im_end|>`."""
     text, spans = "", []
     for message in messages:
         text += f"<|im_start|>{message['role']}\n"
@@ -70,7 +72,7 @@ def test_fifty_conversations_by_hand(request, name):
     tokenizer = load_tokenizer(given) if name == "smollm2" else given
     draw = random.Random(0)
     for _ in range(50):
-        # With a system message, since SmolLM2's template writes one of its own where there is none.
+        # With a system message, since SmolLM2's template adds a default one otherwise.
         roles = ["system", *["user", "assistant"] * draw.randrange(1, 4)]
         messages = [{"role": r, "content": "Go" + "".join(draw.choices(WORDS, k=draw.randrange(9)))} for r in roles]
         found = mask_replies(tokenizer, messages, render(tokenizer, messages))
@@ -83,13 +85,13 @@ def test_control_text_in_a_reply_does_not_end_it(chatml):
     ]  # fmt: skip
 
 
-def test_a_model_that_begins_without_begin_of_sequence(tokenizer):
+def test_a_template_without_begin_of_sequence(tokenizer):
     tokenizer.chat_template = ZEPHYR
     assert learned(tokenizer, [system("s"), user("Hi"), assistant("One."), user("x"), assistant("Two.")]) == [
         "One.</s>", "Two.</s>"
     ]  # fmt: skip
     check_template(tokenizer, is_own=True)
-    with pytest.raises(InputError, match="must begin with one begin-of-sequence"):
+    with pytest.raises(InputError, match="must start with one begin-of-sequence"):
         check_template(tokenizer)
 
 
@@ -127,13 +129,14 @@ REFUSED = {
         "message 1: .* from token",
     ),
     "a reply without its stop token": (
-        CHATML.replace("<|im_end|>\\n'", "\\n'"), "message 1: .*without the tokenizer's end-of-sequence '<|im_end|>'",
+        CHATML.replace("<|im_end|>\\n'", "\\n'"),
+        "message 1: .*not with the tokenizer's end-of-sequence token '<|im_end|>'",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("template", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_proven(chatml, template, message):
+def test_unclear_templates(chatml, template, message):
     assert template != CHATML
     chatml.chat_template = template
     messages = [user("a"), assistant("One."), user("b"), assistant("Two.")]

@@ -1,4 +1,4 @@
-"""Messages of files: what their keys do, and that none is dropped without a word."""
+"""Keys of messages in data files: their effect, and errors for keys without one."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def replies(**keys) -> dict:
         ({"weight": 0, "train": False}, False), ({"tool_calls": [], "name": ""}, True),
     ],
 )  # fmt: skip
-def test_keys_that_say_what_is_learned(keys, learned):
+def test_keys_that_mark_replies_to_train_on(keys, learned):
     messages = read_messages(replies(**keys), "row 1")
     assert messages == [USER, {"role": "assistant", "content": "Hello", **({} if learned else {"weight": 0})}]
     assert [is_learned(message) for message in messages] == [False, learned]
@@ -35,7 +35,7 @@ def test_parts_of_text_are_joined_as_by_the_server():
 
 
 REFUSED = {
-    "a key that is not known": (replies(name="Ann"), "row 1, message 1: key 'name' is not supported"),
+    "an unknown key": (replies(name="Ann"), "row 1, message 1: key 'name' not supported"),
     "a misspelt key": (replies(wieght=0), "did you mean 'weight'"),
     "calls of tools": (replies(tool_calls=[{"id": "1"}]), "message 1: key 'tool_calls'"),
     "half a weight": (replies(weight=0.5), "message 1: 'weight' is 0.5; must be 0 or 1"),
@@ -52,11 +52,11 @@ REFUSED = {
     "a list of texts": ({"messages": [{"role": "user", "content": ["a"]}]}, "content part 0 .*'str'"),
     "the form of ShareGPT": (
         {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
-        "row 1: has 'conversations' .*rename 'from' to 'role' and 'value' to 'content'",
+        "row 1: has 'conversations' .*rename 'from' to 'role'",
     ),
-    "other columns": ({"text": "a"}, "row 1: no list of messages under 'messages', but: text"),
+    "other columns": ({"text": "a"}, "row 1: no list of messages under 'messages', only: text"),
     "another type": ({"messages": "x"}, "row 1: 'messages' is not a list of objects"),
-    "not an object": (["a"], "row 1: no list of messages under 'messages', but: list"),
+    "not an object": (["a"], "row 1: no list of messages under 'messages', only: list"),
 }
 
 

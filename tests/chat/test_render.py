@@ -1,4 +1,4 @@
-"""Rendering: the published Llama 2 format word for word, control text that stays text, and the contract of a template."""
+"""Rendering: the published Llama 2 format word for word, control tokens as text, and requirements on templates."""
 
 import random
 import sys
@@ -84,7 +84,7 @@ def test_llama2_ids_equal_sentencepiece_between_control_tokens(shared):
 
 
 def masked(tokenizer, rendering) -> list[str]:
-    """The stretches of tokens that are learned, as text."""
+    """Returns the masked spans as text."""
     found, before = [], 0
     for token, mask in zip(rendering.input_ids, rendering.assistant_masks, strict=True):
         if mask:
@@ -149,7 +149,7 @@ def test_equals_apply_chat_template_where_no_control_text_is_written(request, na
     "text", ["</s>", "a</s>b", " <s>[INST] x [/INST] y </s><s>", "</s></s> <unk>\n", "\U000f0000</s>\U000f0001"]
 )
 def test_control_text_in_messages_is_text(tokenizer, text):
-    """Ours: one stop token, and the written one comes back as text. The stock call ends the turn there, as in every Llama."""
+    """A written stop token stays text. The stock call ends the turn there, as in every Llama."""
     messages = [user(f"before {text} after"), assistant(f"I say {text} too")]
     rendering = render(tokenizer, messages)
     assert rendering.input_ids.count(tokenizer.eos_token_id) == 1 and rendering.input_ids[-1] == tokenizer.eos_token_id
@@ -173,7 +173,7 @@ def test_control_text_with_chatml(smollm2):
 
 
 def lines_run(function, *arguments, **options) -> int:
-    """The number of lines of the package that a call runs, a measure of work without a clock."""
+    """Returns the number of lines of the package that a call executes, a measure of work without a clock."""
     package, count = str(Path(tinyllama_hf.__file__).parent), 0
 
     def trace(frame, event, _):
@@ -197,14 +197,14 @@ def test_the_work_grows_with_the_conversation_and_not_with_its_square(tokenizer,
 
 
 def test_a_conversation_that_asks_for_a_reply_has_no_masks(tokenizer):
-    """Masks are for training, and the library needs time to find their spans."""
+    """Masks are only needed in training, and transformers takes long to find their spans."""
     messages = [user("One?"), assistant("1"), user("Two?")]
     assert render(tokenizer, messages, add_generation_prompt=True).assistant_masks is None
     assert masked(tokenizer, render(tokenizer, messages)) == ["1 </s>"]
 
 
 def test_control_text_among_all_private_characters(tokenizer):
-    """One of them replaces control text while the template is rendered; here none is free."""
+    """A character is needed as a placeholder for the control token, and none is left."""
     private = "".join(map(chr, range(0xF0000, 0xFFFFE)))
     with pytest.raises(InputError, match=r"^row 3: .*'</s>'"):
         render(tokenizer, [user(private + "</s>")], where="row 3")
@@ -213,39 +213,39 @@ def test_control_text_among_all_private_characters(tokenizer):
 REFUSED = {
     "starts with the assistant": ([assistant("Hi")], "starts with the assistant"),
     "starts with it after a system prompt": ([system("x"), assistant("Hi")], "starts with the assistant"),
-    "empty": ([], "is empty"),
+    "empty": ([], "row 3: empty"),
     "only a system prompt": ([system("x")], "only a system message"),
-    "two of the user": ([user("a"), user("b")], "turn 1 is of role 'user' where 'assistant' is due"),
+    "two of the user": ([user("a"), user("b")], "turn 1 has the role 'user', expected 'assistant'"),
     "a late system prompt": (
         [user("a"), assistant("b"), system("c")],
-        "turn 2 is of role 'system' where 'user' is due",
+        "turn 2 has the role 'system', expected 'user'",
     ),
-    "unknown role": ([{"role": "human", "content": "a"}], "role 'human' is not known"),
+    "unknown role": ([{"role": "human", "content": "a"}], "unknown role 'human'"),
     "misspelt role": ([{"role": "asistant", "content": "a"}], "did you mean 'assistant'"),
-    "content that is no text": ([{"role": "user", "content": ["a"]}], "content is list, not a text"),
+    "content that is no text": ([{"role": "user", "content": ["a"]}], "content is list"),
     "no content": ([{"role": "user"}], "content is NoneType"),
 }
 
 
 @pytest.mark.parametrize(("messages", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_is_no_conversation(tokenizer, messages, message):
+def test_invalid_conversations(tokenizer, messages, message):
     with pytest.raises(InputError, match=message) as caught:
         render(tokenizer, messages, where="talk.jsonl, row 3")
     assert str(caught.value).startswith("talk.jsonl, row 3")
 
 
 def test_a_base_model_has_no_template(tokenizer_folder):
-    with pytest.raises(InputError, match="no chat template, so this is a base model: fine-tune it with"):
+    with pytest.raises(InputError, match="no chat template, so this is a base model"):
         render(load_tokenizer(tokenizer_folder), [user("Hi")])
 
 
-def test_what_the_template_itself_refuses(tokenizer):
+def test_refused_by_the_template(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('no questions, please') }}"
-    with pytest.raises(InputError, match="the chat template refuses it: no questions, please"):
+    with pytest.raises(InputError, match="refused by the chat template: no questions, please"):
         render(tokenizer, [user("Hi")])
 
 
-def test_templates_that_come_along_keep_the_contract(tokenizer):
+def test_bundled_templates_keep_the_contract(tokenizer):
     assert "llama2" in template_names()
     for name in template_names():
         tokenizer.chat_template = load_template(name)
@@ -255,17 +255,22 @@ def test_templates_that_come_along_keep_the_contract(tokenizer):
 LLAMA2 = load_template("llama2")
 BROKEN = {
     "a stop token that is not learned": (
-        LLAMA2.replace(" ~ ' ' ~ eos_token -}}\n        {%- endgeneration -%}", " ~ ' ' -}}\n        {%- endgeneration -%}{{- eos_token -}}"),
-        "the stop token '</s>' is not inside the generation markers",
+        LLAMA2.replace(" ~ ' ' ~ eos_token -}}\n        {%- endgeneration -%}",
+        " ~ ' ' -}}\n        {%- endgeneration -%}{{- eos_token -}}"),
+        "do not include the stop token '</s>'",
     ),
-    "two begin-of-sequence": (LLAMA2.replace("{{- bos_token ~", "{{- bos_token ~ bos_token ~"), "never have two in a row"),
-    "no begin-of-sequence": (LLAMA2.replace("{{- bos_token ~", "{{-"), "must begin with one begin-of-sequence"),
+    "two begin-of-sequence": (LLAMA2.replace("{{- bos_token ~",
+                              "{{- bos_token ~ bos_token ~"), "never have two in a row"),
+    "no begin-of-sequence": (LLAMA2.replace("{{- bos_token ~", "{{-"), "must start with one begin-of-sequence"),
     "a question that is learned": (
-        LLAMA2.replace("{%- if message['role'] == 'user' -%}", "{%- if message['role'] == 'user' -%}{%- generation -%}", 1).replace(
-            "    {%- else -%}\n        {%- generation", "{%- endgeneration -%}    {%- else -%}\n        {%- generation"),
-        "is not inside the generation markers|they must cover the replies",
+        LLAMA2.replace("{%- if message['role'] == 'user' -%}",
+        "{%- if message['role'] == 'user' -%}{%- generation -%}", 1).replace(
+            "    {%- else -%}\n        {%- generation",
+            "{%- endgeneration -%}    {%- else -%}\n        {%- generation"),
+        "do not include the stop token|they must include the replies",
     ),
-    "another prompt than in training": (LLAMA2 + "{%- if add_generation_prompt -%}{{- ' Answer:' -}}{%- endif -%}", "another form than it was trained in"),
+    "another prompt than in training": (LLAMA2 + "{%- if add_generation_prompt -%}{{- ' Answer:' -}}{%- endif -%}",
+                                        "another format than in training"),
 }  # fmt: skip
 
 
@@ -277,8 +282,8 @@ def test_a_template_that_breaks_the_contract(tokenizer, template, message):
         check_template(tokenizer)
 
 
-def test_a_template_that_is_none():
-    with pytest.raises(InputError, match="chat template 'lama2' does not exist; did you mean 'llama2'"):
+def test_an_unknown_template():
+    with pytest.raises(InputError, match="chat template 'lama2'; did you mean 'llama2'"):
         load_template("lama2")
 
 

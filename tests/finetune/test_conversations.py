@@ -140,7 +140,7 @@ def test_bad_files(tmp_path):
     with pytest.raises(InputError, match="holds no row"):
         read_conversations(str(tmp_path / "a.jsonl"))
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(InputError, match="row 1: no list of messages under 'messages', but: text"):
+    with pytest.raises(InputError, match="row 1: no list of messages under 'messages', only: text"):
         read_conversations(str(tmp_path / "a.jsonl"))
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": GOOD}) + "\n{\n")
     with pytest.raises(InputError, match="row 2: no JSON"):

@@ -334,7 +334,7 @@ BAD = {
     ),
     "conversations that do not fit": (["data.max_length=8"], "conversations are longer than data.max_length 8"),
     "no template of its own": (["chat.template=own"], "chat.template: own, but .* has no chat template"),
-    "no such template": (["chat.template=lama2"], "chat template 'lama2' does not exist; did you mean 'llama2'"),
+    "no such template": (["chat.template=lama2"], "chat template 'lama2'; did you mean 'llama2'"),
     "no such conversations": (["data.conversations=nowhere.jsonl"], "nowhere.jsonl: no such file"),
     "no such model": (["model.path=nowhere"], "model 'nowhere': no such folder"),
 }

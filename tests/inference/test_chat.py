@@ -168,7 +168,7 @@ def test_a_system_prompt_is_refused_before_it_is_taken(model, tokenizer):
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system prompts') }}{% endif %}"
         "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
     )
-    with pytest.raises(InputError, match="the chat template refuses it: no system prompts"):
+    with pytest.raises(InputError, match="refused by the chat template: no system prompts"):
         session.handle("/system Be brief.")
     assert session.system == "Rule." and len(session.exchanges) == 2
     with pytest.raises(InputError, match="no system prompts"):

@@ -1,4 +1,4 @@
-"""int8 and nf4: what they compute, how much memory they take, and what the libraries do wrong."""
+"""int8 and nf4: results and memory, against references; and errors of the libraries."""
 
 import copy
 import subprocess
@@ -33,7 +33,7 @@ def linear_layers(model):
 
 
 def dequantized(folder, quantization):
-    """The reference: a plain fp32 model whose weights went through quantise and dequantise from the file's type."""
+    """The reference: a plain fp32 model with weights that were quantized and dequantized in the dtype of the file."""
     plain, _ = load(folder)
     dtype, plain = plain.dtype, plain.float()
     for layer in linear_layers(plain).values():
@@ -42,29 +42,30 @@ def dequantized(folder, quantization):
             rows = weight.abs().amax(dim=1, keepdim=True)  # LLM.int8: each row by its largest value
             weight.copy_((weight / rows * 127).round() * rows / 127)
         else:
-            quantised = quantize_4bit(weight.to(dtype), quant_type=quantization, compress_statistics=True)
-            weight.copy_(dequantize_4bit(*quantised))
+            quantized = quantize_4bit(weight.to(dtype), quant_type=quantization, compress_statistics=True)
+            weight.copy_(dequantize_4bit(*quantized))
     return plain
 
 
 def stock_like(model, folder):
-    """Stock transformers with the configuration that a model was quantised with."""
+    """Loads with stock transformers and the quantization configuration of a model."""
     configuration = copy.deepcopy(model.hf_quantizer.quantization_config)
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=configuration).eval()
 
 
 @pytest.fixture(scope="module", params=("random", "stories", "smollm2"))
 def any_folder(request, nano_folder):
-    """A random model, one with layers of a width that no fast path fits, and a real one."""
+    """A random model, one with layer widths that no fast kernel supports, and a real one."""
     if request.param == "stories":
         return request.getfixturevalue("shared") / "data" / "models" / "stories260K"
     return nano_folder if request.param == "random" else request.getfixturevalue("smollm2")
 
 
 def int8_products_overflow() -> bool:
-    """Whether torch's int8 product is wrong in this process, as it is where ONEDNN_MAX_CPU_ISA hides VNNI.
+    """Returns whether torch's int8 product is wrong in this process, as it is if ONEDNN_MAX_CPU_ISA hides VNNI.
 
-    torch (2.13) asks the processor for VNNI, and hands the product to oneDNN, which obeys the variable and sums in 16 bit.
+    torch (2.13) asks the processor for VNNI, and hands the product to oneDNN,
+    which obeys the variable and sums in 16 bit.
     A processor without VNNI gets another path.
     """
     import bitsandbytes  # noqa: F401 (registers the operator)
@@ -73,10 +74,10 @@ def int8_products_overflow() -> bool:
     return bool((torch.ops.bitsandbytes.int8_linear_matmul(largest, largest) != 64 * 127**2).any())
 
 
-# int8 rounds the activations to 8 bits too; nf4 computes in bf16 where that is fast.
+# int8 also rounds the activations to 8 bits; nf4 computes in bf16 on hardware where that is fast.
 @pytest.mark.parametrize(("quantization", "a_layer", "logits"), [("int8", 0.02, 0.15), ("nf4", 0.01, 0.05)])
-def test_it_computes_with_the_dequantised_weights(any_folder, quantization, a_layer, logits):
-    """Every layer by itself, and the logits relative to their spread, against a plain product in fp32."""
+def test_it_computes_with_the_dequantized_weights(any_folder, quantization, a_layer, logits):
+    """Each layer, and the logits relative to their spread, compared with a plain product in fp32."""
     if quantization == "int8" and int8_products_overflow():
         pytest.skip("needs int8 products that do not overflow; ONEDNN_MAX_CPU_ISA hides VNNI from oneDNN alone")
     model, tokenizer = load(any_folder, quantization=quantization)
@@ -101,7 +102,7 @@ def test_equal_to_stock_transformers_with_the_same_configuration(nano_folder, qu
     stock = stock_like(model, nano_folder)
     assert set(quantized_layers(model)) == set(linear_layers(stock)) and len(quantized_layers(model)) == 28
     with torch.inference_mode():
-        for _ in range(2):  # the first pass without gradients repacks, where the processor has the fast path
+        for _ in range(2):  # the first pass without gradients repacks on processors with the fast kernel
             assert torch.equal(model(IDS).logits, stock(IDS).logits)
         caches = [m(IDS, use_cache=True).past_key_values for m in (model, stock)]
         several = [m(IDS[:, :5], past_key_values=cache) for m, cache in zip((model, stock), caches, strict=True)]
@@ -115,7 +116,7 @@ def test_equal_to_stock_transformers_with_the_same_configuration(nano_folder, qu
 
 @pytest.mark.parametrize("quantization", KINDS)
 def test_the_text_of_a_real_model(smollm2, quantization):
-    """Stock transformers finds it as likely as its own."""
+    """Compared with greedy decoding of stock transformers."""
     model, tokenizer = load(smollm2, quantization=quantization)
     stock = stock_like(model, smollm2)
     prompt = tokenizer("The capital of France is", return_tensors="pt")
@@ -125,8 +126,8 @@ def test_the_text_of_a_real_model(smollm2, quantization):
 
 
 @pytest.mark.parametrize("quantization", KINDS)
-def test_a_quantised_draft(nano_folder, quantization):
-    """Of a quantised model as well: what it writes is its own."""
+def test_a_quantized_draft(nano_folder, quantization):
+    """Also with a quantized target: its greedy output does not change."""
     target, draft = load(nano_folder, quantization="nf4")[0], load(nano_folder, quantization=quantization)[0]
     passes = []
     draft.register_forward_hook(lambda *_: passes.append(1))
@@ -136,7 +137,7 @@ def test_a_quantised_draft(nano_folder, quantization):
 
 
 def test_options_of_4_bit(nano_folder):
-    """What was asked for is in the layers, and in the configuration that is saved."""
+    """The options are in the layers, and in the saved configuration."""
     for double in (True, False):
         model, _ = load(nano_folder, quantization="nf4", double_quantization=double, compute_dtype=torch.float16)
         layer = model.model.layers[0].mlp.up_proj
@@ -147,8 +148,8 @@ def test_options_of_4_bit(nano_folder):
         assert saved.bnb_4bit_compute_dtype == torch.float16
 
 
-def test_compute_dtype_decides_products_with_dequantised_weights(shared):
-    """Shapes that the kernel does not fit, where the type of the product is the only difference."""
+def test_compute_dtype_decides_products_with_dequantized_weights(shared):
+    """With shapes that the kernel does not support, so that only the dtype of the product differs."""
     stories = shared / "data" / "models" / "stories260K"
     models = [load(stories, quantization="nf4", compute_dtype=d)[0] for d in (torch.float32, torch.bfloat16)]
     layers = [model.model.layers[0].mlp.gate_proj for model in models]  # 172 rows
@@ -162,12 +163,12 @@ def test_compute_dtype_decides_products_with_dequantised_weights(shared):
 
 @pytest.mark.parametrize("quantization", KINDS)
 def test_footprint(nano_folder, quantization):
-    """Counted by hand: a byte or 4 bits for each weight of a linear layer but the head, the scales on top, the rest fp32."""
+    """Counted by hand: 8 or 4 bits per weight of a linear layer except the head, plus scales; fp32 for the rest."""
     plain, _ = load(nano_folder)
     layers = linear_layers(plain).values()
-    quantised = sum(layer.weight.numel() for layer in layers)
-    rest = (sum(p.numel() for p in plain.parameters()) - quantised) * 4 + sum(b.nbytes for b in plain.buffers())
-    assert footprint(plain) == (quantised * 4 + rest, quantised * 4 + rest, 0)
+    quantized = sum(layer.weight.numel() for layer in layers)
+    rest = (sum(p.numel() for p in plain.parameters()) - quantized) * 4 + sum(b.nbytes for b in plain.buffers())
+    assert footprint(plain) == (quantized * 4 + rest, quantized * 4 + rest, 0)
     model, _ = load(nano_folder, quantization=quantization)
     before = footprint(model)
     with torch.inference_mode():
@@ -175,12 +176,12 @@ def test_footprint(nano_folder, quantization):
     after = footprint(model)
     if quantization == "int8":
         rows = sum(layer.out_features for layer in layers)
-        assert before == after == (quantised + rows * 4 + rest, footprint(plain).weights, 0)
+        assert before == after == (quantized + rows * 4 + rest, footprint(plain).weights, 0)
     else:
-        blocks = quantised // 64
-        scales = before.weights - quantised // 2 - rest
+        blocks = quantized // 64
+        scales = before.weights - quantized // 2 - rest
         assert blocks < scales < blocks * 1.2 + 28 * 1200, "a byte a block of 64, and small tables a layer"
-        # Repacked, each block has its scale in bf16 too, beside the one that a save needs.
+        # After repacking, each block has its scale in bf16 too, in addition to the one for saving.
         assert after.weights - before.weights == (2 * blocks if has_avx512bf16() else 0)
     assert model.get_memory_footprint() == after.weights
     line = (
@@ -190,7 +191,7 @@ def test_footprint(nano_folder, quantization):
 
 
 @pytest.mark.parametrize("quantization", KINDS)
-def test_accounting_of_the_unquantised_model(nano_folder, quantization):
+def test_accounting_of_the_unquantized_model(nano_folder, quantization):
     """Two 4-bit weights are one element of their parameter."""
     model, _ = load(nano_folder, quantization=quantization)
     assert model.flops_per_token(32) == load(nano_folder)[0].flops_per_token(32)
@@ -198,12 +199,12 @@ def test_accounting_of_the_unquantised_model(nano_folder, quantization):
 
 
 class TestTheLibrary:
-    """What `repacking` is for, in stock transformers. Where all of these fail on a processor with AVX512_BF16, bitsandbytes is
-    repaired, and it can go."""
+    """Errors of stock transformers that `repacking` avoids. If all of these fail on a processor with AVX512_BF16,
+    bitsandbytes is fixed, and `repacking` can go."""
 
     @pytest.fixture
     def stock(self, nano_folder):
-        """nf4 without quantised scales, after a pass in evaluation mode."""
+        """nf4 with plain scales, after a forward pass in evaluation mode."""
         from bitsandbytes.functional import has_avx512bf16
 
         if not has_avx512bf16():
@@ -223,7 +224,7 @@ class TestTheLibrary:
         return (self.before - self.logits(model)).abs().max() > self.before.std() / 2
 
     def test_some_widths_fail(self, stock, shared):
-        """172 rows, in the middle of the first pass; ours takes the slow path for such layers."""
+        """172 rows, during the first pass; this package uses the slow kernel for such layers."""
         stories = shared / "data" / "models" / "stories260K"
         configuration = copy.deepcopy(stock.hf_quantizer.quantization_config)
         model = AutoModelForCausalLM.from_pretrained(stories, quantization_config=configuration).eval()
@@ -234,7 +235,7 @@ class TestTheLibrary:
         stock.save_pretrained(tmp_path)
         assert self.damaged(stock) and self.damaged(AutoModelForCausalLM.from_pretrained(tmp_path).eval())
 
-    def test_dequantising_returns_another_model(self, stock):
+    def test_dequantizing_returns_another_model(self, stock):
         assert self.damaged(stock.dequantize())
 
     def test_merging_an_adapter_that_does_nothing_returns_another_model(self, stock):
@@ -254,20 +255,20 @@ class TestTheLibrary:
 
 
 def test_int8_is_not_moved(nano_folder):
-    """`to` gives each weight new memory, and what computes stays behind; nn.Module keeps the parameter, and so its `CB`."""
+    """`to` gives each weight new memory, but nn.Module keeps the parameter with its old `CB`, which computes."""
     stock = AutoModelForCausalLM.from_pretrained(
         nano_folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True)
     ).eval()
     weight = stock.model.layers[0].mlp.up_proj.weight
-    stock._apply(copy.deepcopy)  # as a move does: a new tensor for each
-    assert weight.CB.data_ptr() != weight.data_ptr(), "repaired in bitsandbytes: the refusal can go"
+    stock._apply(copy.deepcopy)  # like a move: a new tensor for each parameter
+    assert weight.CB.data_ptr() != weight.data_ptr(), "fixed in bitsandbytes: the error can go"
     model, _ = load(nano_folder, quantization="int8")
     with torch.inference_mode():
         before = model(IDS).logits
         with pytest.raises(InputError, match=r"int8 model cannot be moved .* device="):
             model.to("meta")
-        assert torch.equal(model(IDS).logits, before), "no part of it has moved"
-        assert torch.equal(model.to("cpu")(IDS).logits, before), "it is there already"
+        assert torch.equal(model(IDS).logits, before), "no part has moved"
+        assert torch.equal(model.to("cpu")(IDS).logits, before), "already on this device"
 
 
 @pytest.mark.parametrize(
@@ -281,7 +282,7 @@ def test_int8_is_not_moved(nano_folder):
         ({"quantization": "nf4", "compute_dtype": torch.int8}, "compute_dtype torch.int8: .*use 'auto'"),
     ],
 )
-def test_options_that_cannot_be(nano_folder, options, message):
+def test_invalid_options(nano_folder, options, message):
     with pytest.raises(InputError, match=message):
         load(nano_folder, **options)
 
@@ -299,7 +300,7 @@ def test_without_the_backend(nano_folder):
     )
 
 
-def test_the_command_says_what_it_saved(nano_folder, tmp_path, run_command):
+def test_the_command_prints_the_memory(nano_folder, tmp_path, run_command):
     command = ("tinyllama-hf", "generate", nano_folder, "def", "--temperature", "0", "--max-new-tokens", "4")
     done = run_command(*command, "--quantization", "nf4", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

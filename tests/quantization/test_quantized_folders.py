@@ -1,4 +1,4 @@
-"""Quantised models are saved and loaded again bit for bit, whatever was done with them before."""
+"""Quantized models are saved and loaded again bit for bit, whatever was done with them before."""
 
 import copy
 import hashlib
@@ -67,21 +67,21 @@ def saved(nano_folder, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_load_generate_save_reload(nano_folder, tmp_path, options, dtype):
-    """After passes of every kind; ours, and stock transformers', which reads the folder without this package."""
+    """After forward passes of every kind; loaded by this package, and by stock transformers without it."""
     model, tokenizer = load(nano_folder, dtype=dtype, **options)
     before, text = logits(model), model.generate(IDS, **GREEDY)
     model(IDS)  # with gradients
     logits(model)
     model.save_pretrained(tmp_path / "saved")
     tokenizer.save_pretrained(tmp_path / "saved")
-    assert torch.equal(logits(model), before), "the save has changed it"
+    assert torch.equal(logits(model), before), "the save has changed the model"
     assert not [path for path in tmp_path.iterdir() if path.name != "saved"]
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
     reloaded, _ = load(tmp_path / "saved")
     assert type(stock) is LlamaForCausalLM and type(reloaded) is QuantizedTinyLlama
     for other in (stock, reloaded, load(tmp_path / "saved", quantization=options["quantization"])[0]):
         assert other.dtype == dtype and torch.equal(logits(other), before)
-        if other is not stock:  # which attends in another order
+        if other is not stock:  # its attention sums in another order
             assert torch.equal(other.generate(IDS, **GREEDY), text)
     assert_greedy(stock, text, torch.ones_like(IDS))
     assert footprint(reloaded) == footprint(model) and footprint_line(reloaded) == footprint_line(model)
@@ -90,8 +90,8 @@ def test_load_generate_save_reload(nano_folder, tmp_path, options, dtype):
 
 
 @pytest.mark.parametrize("loading_info", [False, True])
-def test_from_pretrained_of_the_quantised_class(nano_folder, tmp_path, loading_info):
-    """It is as safe as `load`, which uses it; on a folder that was saved quantised as well."""
+def test_from_pretrained_of_the_quantized_class(nano_folder, tmp_path, loading_info):
+    """It is as safe as `load`, which uses it; also for a folder that was saved quantized."""
     configuration = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     options = {"quantization_config": configuration, "output_loading_info": loading_info}
     for folder in (nano_folder, tmp_path / "saved"):
@@ -105,8 +105,8 @@ def test_from_pretrained_of_the_quantised_class(nano_folder, tmp_path, loading_i
         options.pop("quantization_config", None)
 
 
-def test_the_plain_class_takes_no_quantised_weights(nano_folder, saved, tmp_path):
-    """Its passes would corrupt them on some processors; nor do the Auto classes give them to it."""
+def test_the_plain_class_takes_no_quantized_weights(nano_folder, saved, tmp_path):
+    """Its forward passes would corrupt them on some processors. This also holds through the Auto classes."""
     message = r"quantization_config is for tinyllama_hf\.load\(MODEL, quantization=\.\.\.\)"
     configuration = BitsAndBytesConfig(load_in_4bit=True)
     for given in (configuration, configuration.to_dict()):
@@ -122,7 +122,7 @@ def test_the_plain_class_takes_no_quantised_weights(nano_folder, saved, tmp_path
 
 
 def test_state_dict_after_generating(nano_folder, options):
-    """It is what stock transformers has before the first pass, key by key, and loads into such a model."""
+    """It equals that of stock transformers before the first pass, key by key."""
     model, _ = load(nano_folder, **options)
     expected = same_quantization(model, nano_folder).state_dict()
     text = model.generate(IDS, **GREEDY)
@@ -135,7 +135,7 @@ def test_state_dict_after_generating(nano_folder, options):
 
 
 def test_a_real_model(smollm2, tmp_path):
-    """Tied embeddings, and widths of which some fit the kernel and some do not."""
+    """Tied embeddings, and layer widths of which the kernel supports only some."""
     model, tokenizer = load(smollm2, quantization="nf4", double_quantization=False)
     before = logits(model)
     model.save_pretrained(tmp_path)
@@ -143,8 +143,8 @@ def test_a_real_model(smollm2, tmp_path):
     assert torch.equal(logits(load(tmp_path)[0]), before)
 
 
-def test_dequantised(nano_folder, tmp_path, options):
-    """After generating: plain weights of exactly the quantised values, which are saved as a plain folder."""
+def test_dequantized(nano_folder, tmp_path, options):
+    """After generating: plain weights with exactly the quantized values, saved as a plain folder."""
     model, tokenizer = load(nano_folder, **options)
     layer = same_quantization(model, nano_folder).model.layers[2].mlp.down_proj
     if options["quantization"] == "int8":
@@ -177,7 +177,7 @@ def pickled(model):
 
 
 def test_generating_leaves_the_folder_alone(saved):
-    """Its weights are mapped into memory, and repacked there."""
+    """The weights are memory-mapped, and repacked in memory."""
     before = hashlib.sha256((saved / "model.safetensors").read_bytes()).hexdigest()
     model, _ = load(saved)
     model.generate(IDS, **GREEDY)
@@ -185,7 +185,7 @@ def test_generating_leaves_the_folder_alone(saved):
 
 
 def test_a_save_replaces_an_earlier_one(nano_folder, saved):
-    """Its shards as well; what else lies there stays."""
+    """Its shards are removed too; other files in the folder are kept."""
     model, _ = load(nano_folder, quantization="nf4", double_quantization=False)
     model.save_pretrained(saved, max_shard_size="1MB")
     assert len(list(saved.glob("model-*.safetensors"))) > 1 and not (saved / "model.safetensors").exists()
@@ -207,7 +207,7 @@ def test_a_save_that_fails_leaves_the_earlier_one(nano_folder, saved, monkeypatc
 
 
 def test_the_compute_dtype_of_a_folder(saved):
-    """It is kept, or another is asked for."""
+    """It is kept unless another is requested."""
     assert load(saved)[0].hf_quantizer.quantization_config.bnb_4bit_compute_dtype in (torch.bfloat16, torch.float32)
     model, _ = load(saved, compute_dtype=torch.float16)
     assert model.model.layers[0].mlp.up_proj.compute_dtype == torch.float16
@@ -229,7 +229,7 @@ def test_another_kind_than_the_folders(saved):
 
 
 def test_stock_loading_is_safe_too(saved):
-    """Evaluation and fine-tuning load that way."""
+    """Evaluation and fine-tuning use it."""
     model, _ = load_stock(saved)
     expected = AutoModelForCausalLM.from_pretrained(saved).state_dict()
     logits(model)
@@ -237,7 +237,7 @@ def test_stock_loading_is_safe_too(saved):
     assert_equal_weights(model.state_dict(), expected)
 
 
-def test_where_quantised_weights_will_not_do(saved):
+def test_where_quantized_weights_are_refused(saved):
     assert model_folder(saved, quantized=True) == saved
     with pytest.raises(InputError, match=r"config\.json: the weights are already quantized"):
         model_folder(saved)
@@ -245,7 +245,7 @@ def test_where_quantised_weights_will_not_do(saved):
 
 @pytest.mark.parametrize("double", [True, False])
 def test_fp4_folders_load(nano_folder, tmp_path, double):
-    """As transformers and bitsandbytes write them; the kind cannot be asked for any more."""
+    """Folders written by transformers and bitsandbytes; fp4 cannot be requested."""
     configuration = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="fp4",
@@ -276,7 +276,7 @@ def test_fp4_folders_load(nano_folder, tmp_path, double):
         ("nf4", "not as int8, nf4 or fp4 of bitsandbytes"),
     ],
 )
-def test_other_quantisations(saved, configuration, message):
+def test_other_quantizations(saved, configuration, message):
     fields = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps({**fields, "quantization_config": configuration}))
     for call in (load, load_stock, model_folder):
@@ -293,7 +293,7 @@ def parts(kind):
 @pytest.mark.parametrize(("kind", "part"), [*parts("int8"), *parts("nf4")])
 @pytest.mark.parametrize("damage", ["missing", "short"])
 def test_damaged_weights(nano_folder, tmp_path, kind, part, damage):
-    """The kernels read as much as there should be, and so from outside of what there is."""
+    """The kernels would read beyond the end of a tensor that is too short."""
     model, tokenizer = load(nano_folder, quantization=kind)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -307,22 +307,22 @@ def test_damaged_weights(nano_folder, tmp_path, kind, part, damage):
         load(tmp_path)
 
 
-def test_plain_weights_under_a_quantised_configuration(nano_folder, saved):
+def test_plain_weights_under_a_quantized_configuration(nano_folder, saved):
     shutil.copy(nano_folder / "model.safetensors", saved)
     with pytest.raises(InputError, match=r"weights and scales of .* do not match"):
         load(saved)
 
 
-def test_the_library_cannot_save_what_it_loaded_quantised(saved, tmp_path):
-    """transformers 5.23; `_load_weights` in `load` takes its conversions away. Where this fails, that can go."""
+def test_the_library_cannot_save_what_it_loaded_quantized(saved, tmp_path):
+    """transformers 5.23; `make_safe` removes the conversions. If this test fails, that can go."""
     with pytest.raises(NotImplementedError):
         AutoModelForCausalLM.from_pretrained(saved).save_pretrained(tmp_path / "again")
     load(saved, trainable=True)[0].save_pretrained(tmp_path / "ours")
     assert_equal_weights(*(load_file(folder / "model.safetensors") for folder in (tmp_path / "ours", saved)))
 
 
-def test_a_folder_of_other_makers(nano_folder, saved):
-    """As older versions wrote them: no method named."""
+def test_a_folder_of_an_older_version(nano_folder, saved):
+    """Folders of older versions do not name the method."""
     fields = json.loads((saved / "config.json").read_text())
     quantization = {k: fields["quantization_config"][k] for k in ("load_in_4bit", "bnb_4bit_quant_type")}
     quantization |= {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16"}

@@ -1,4 +1,4 @@
-"""4-bit layers: the kernel's layout is never seen from outside, and everything that the libraries do with a layer is exact."""
+"""4-bit layers: other code never sees the layout of the kernel, and all operations of the libraries are exact."""
 
 import copy
 import io
@@ -28,7 +28,7 @@ KINDS = [(kind, double) for kind in ("nf4", "fp4") for double in (True, False)]
 
 
 def quantized(kind="nf4", double=True, shape=(96, 192), storage=torch.uint8, bias=False, dtype=torch.float32):
-    """A layer of the library, quantised, in evaluation mode."""
+    """Returns a quantized layer of the library in evaluation mode."""
     torch.manual_seed(0)
     rows, columns = shape
     layer = nn.Linear4bit(columns, rows, bias, torch.bfloat16, double, kind, storage)
@@ -123,7 +123,7 @@ def test_other_shapes_keep_the_slow_path(shape):
 
 
 def test_a_state_dict_survives_later_passes():
-    """It shares memory with the weight, as every state dict."""
+    """It shares memory with the weight, like every state dict."""
     layer = reversible()
     expected = {name: bits(tensor) for name, tensor in layer.state_dict().items()}
     repack(layer)
@@ -133,7 +133,7 @@ def test_a_state_dict_survives_later_passes():
 
 
 def test_weights_taken_before_their_scales():
-    """As transformers does: `dequantize_4bit(weight.data, weight.quant_state)`, evaluated from left to right."""
+    """As in transformers: `dequantize_4bit(weight.data, weight.quant_state)`, evaluated from left to right."""
     layer = reversible()
     expected = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     for parameters in (lambda: layer.weight, lambda: next(layer.parameters())):
@@ -151,7 +151,7 @@ def test_gradients_are_the_librarys_whenever_they_are_asked_for():
             repack(layer)
         y = layer(x)  # in evaluation mode
         if name == "ours":
-            repack(layer)  # between the pass and its gradient
+            repack(layer)  # between forward and backward pass
         y.square().sum().backward()
         in_training = inputs(layer).requires_grad_()
         layer.train()(in_training).square().sum().backward()
@@ -190,7 +190,7 @@ def pickled(layer):
 
 @pytest.mark.parametrize("move", [lambda layer: layer.to("cpu"), lambda layer: layer.cpu()], ids=["to", "cpu"])
 def test_what_moves_has_the_librarys_layout(move):
-    """The move to a GPU asks each weight to go there by the same calls."""
+    """A move to a GPU makes the same calls for each weight."""
     layer = reversible()
     expected = {name: bits(tensor) for name, tensor in layer.state_dict().items()}
     with torch.inference_mode():
@@ -203,7 +203,7 @@ def test_what_moves_has_the_librarys_layout(move):
 
 
 def test_loading_a_state_dict_into_a_repacked_layer():
-    """The bytes are copied into the weight. The library refuses the scales (0.50.2), but after that."""
+    """The bytes are copied into the weight. The library (0.50.2) refuses the scales only after that."""
     layer = reversible()
     expected = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     before = passed(layer)
@@ -214,8 +214,8 @@ def test_loading_a_state_dict_into_a_repacked_layer():
     assert_equal_states(layer.state_dict(), expected)
 
 
-def test_a_new_weight_is_repacked_anew():
-    """PEFT's merging and transformers' loading put a new parameter into the layer."""
+def test_a_new_weight_is_repacked():
+    """PEFT's merge and transformers' loading assign a new parameter to the layer."""
     layer, other = reversible(), quantized(kind="fp4")
     repack(layer)
     layer.weight = other.weight
@@ -224,8 +224,8 @@ def test_a_new_weight_is_repacked_anew():
         assert torch.equal(layer(x), quantized(kind="fp4")(x))
 
 
-def test_threads_do_not_meet_in_a_layer():
-    """First passes at the same time, and saving while others compute."""
+def test_threads_share_a_layer():
+    """First passes in parallel, and saving during forward passes of other threads."""
     layer = reversible(shape=(640, 256))
     expected = {name: bits(tensor) for name, tensor in layer.state_dict().items()}
     with torch.inference_mode():
@@ -255,7 +255,7 @@ def test_threads_do_not_meet_in_a_layer():
 
 
 def test_a_layer_waits_for_no_other():
-    """Two models generate at the same time."""
+    """Two models generate in parallel."""
     busy, free = reversible(), reversible()
     repack(busy)
     repack(free)
@@ -278,7 +278,10 @@ CALLS = {
 
 
 def interrupted(call, line):
-    """Whether a call was interrupted before the given line of those that it runs here and in the library's repacking."""
+    """Interrupts a call before its line of this number, counted in this package and the library's repacking.
+
+    Returns whether the call has that many lines.
+    """
     files, left, outer = (repacking.__file__, functional.__file__), line, sys.gettrace()
 
     def trace(frame, event, _):
@@ -302,7 +305,7 @@ def interrupted(call, line):
 @pytest.mark.parametrize("repacked", [True, False])
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_an_interrupt_at_any_line_changes_nothing(call, repacked, double):
-    """Ctrl-C, or memory that is short."""
+    """By Ctrl-C, or when memory runs out."""
     stock = quantized(double=double)
     expected = {name: tensor.clone() for name, tensor in stock.state_dict().items()}
     before, line, more = passed(stock), 0, True
@@ -314,7 +317,7 @@ def test_an_interrupt_at_any_line_changes_nothing(call, repacked, double):
                 repack(layer)
             taken = layer.weight.data
             more = interrupted(lambda layer=layer: call(layer), line)
-            interrupted(lambda layer=layer: call(layer), line)  # the same again, on what the first has left
+            interrupted(lambda layer=layer: call(layer), line)  # again, in the state that the first one left
             if state_first:
                 assert_equal_states(layer.state_dict(), expected)
                 assert torch.equal(bits(taken), bits(expected["weight"])), "taken before the scales"
@@ -325,7 +328,7 @@ def test_an_interrupt_at_any_line_changes_nothing(call, repacked, double):
 
 
 def test_real_interrupts_at_any_time():
-    """Signals, and afterwards another thread, which would wait for a lock that was left behind."""
+    """By signals; another thread would then wait for a lock that was not released."""
     layer, found = reversible(shape=(640, 256)), []
     expected = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     before = passed(quantized(shape=(640, 256)))

@@ -9,7 +9,7 @@ from tinyllama_hf.chat.templates import load_template
 
 @pytest.fixture(scope="session")
 def served_folder(tokenizer_folder, tmp_path_factory):
-    """A random model that goes on for ever, as a base model whose tokenizer lies in SentencePiece's form alone."""
+    """A random base model that never stops; its tokenizer is a SentencePiece file only."""
     torch.manual_seed(0)
     model = TinyLlamaForCausalLM(TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=400))
     model.lm_head.weight.data[2] = 0.0
@@ -30,7 +30,7 @@ def local(served_folder):
 
 @pytest.fixture(scope="module")
 def app(local):
-    """The server's application for it."""
+    """The application of the server for this model."""
     from tinyllama_hf.serving.app import build_app
 
     return build_app("my-model", *local)
@@ -38,7 +38,7 @@ def app(local):
 
 @pytest.fixture(scope="module")
 def client(app):
-    """Asks the application in this process."""
+    """A client of the application in this process."""
     from starlette.testclient import TestClient
 
     return TestClient(app, raise_server_exceptions=False, follow_redirects=False)

@@ -1,4 +1,4 @@
-"""What the tests of the server share: a process of it, and requests to it or to its application in this process."""
+"""Helpers of the server tests: a server process, and requests to it or to the application in this process."""
 
 import json
 import os
@@ -16,7 +16,7 @@ CONTEXT = 400
 
 
 class Server:
-    """`tinyllama-hf serve` on a free port; no cache of the Hub is there."""
+    """`tinyllama-hf serve` on a free port, without a Hub cache."""
 
     def __init__(self, folder: Path, cwd: Path, *options: str):
         command = [Path(sys.executable).parent / "tinyllama-hf", "serve", folder, "--port", "0", *options]
@@ -30,7 +30,7 @@ class Server:
         self.client = openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=120)
 
     def stop(self, number: int = signal.SIGINT) -> str:
-        """What it printed, once it has ended."""
+        """Waits for the end and returns the output."""
         self.process.send_signal(number)
         return self.process.communicate(timeout=60)[0]
 
@@ -49,27 +49,27 @@ _PROMPTS = {"chat/completions": {"messages": [{"role": "user", "content": "x"}]}
 
 
 def post(client, body, path):
-    """What a body gets, with the prompt that the path needs unless it has one, or is no object."""
+    """Posts a body, and adds the prompt of the endpoint if the body is an object without one."""
     whole = {**_PROMPTS.get(path, {"prompt": "x"}), **body} if isinstance(body, dict) else body
     data = whole if isinstance(whole, bytes) else json.dumps(whole).encode()
     return client.post(f"/v1/{path}", content=data, headers={"Content-Type": "application/json"})
 
 
 def ask(client, body, path="completions"):
-    """Status and answer, or error, of a request that the `openai` client would not make, or would not let through."""
+    """Returns status and answer, or error, of a request; also of requests that the `openai` client cannot make."""
     answer = post(client, body, path)
     return answer.status_code, answer.json() if answer.is_success else answer.json()["error"]
 
 
 def stream(client, body, path="completions"):
-    """What the events of a stream hold: objects, and the text of its end."""
+    """Returns the events of a stream: objects, and the text of the last one."""
     lines = post(client, {"stream": True, **body}, path).text.splitlines()
     found = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
     return [text if text == "[DONE]" else json.loads(text) for text in found]
 
 
 def text_of(answer):
-    """The text that was generated, of any path."""
+    """Returns the generated text of an answer of any endpoint."""
     if "output" in answer:
         return answer["output"][-1]["content"][0]["text"]
     choice = answer["choices"][0]

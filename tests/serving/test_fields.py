@@ -1,4 +1,4 @@
-"""Each field of a request in OpenAI's interface: it reaches generation, is accepted with its default, or is refused."""
+"""Each field of OpenAI's API: it reaches generation, is accepted with its default, or is refused."""
 
 import pytest
 
@@ -22,14 +22,16 @@ def messages(*turns):
 
 ALL_NULL = (
     "stop temperature top_p n seed logit_bias tools tool_choice response_format stream stream_options user "
-    "presence_penalty frequency_penalty logprobs top_logprobs parallel_tool_calls reasoning_effort metadata store modalities "
-    "prediction audio service_tier max_completion_tokens functions function_call web_search_options generation_config"
+    "presence_penalty frequency_penalty logprobs top_logprobs parallel_tool_calls reasoning_effort metadata store "
+    "modalities prediction audio service_tier max_completion_tokens functions function_call "
+    "web_search_options generation_config"
 )
 FUNCTION = {"type": "function", "function": {"name": "f", "parameters": {}}}
-# A body, and the beginning of the message of status 400, or `None` where it is answered.
+# A body, and the start of the message of status 400, or `None` if it is valid.
 CHAT = {
     "nulls": (dict.fromkeys(ALL_NULL.split()), None),
-    "parts": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]}]}, None),
+    "parts": ({"messages": [{"role": "user",
+              "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]}]}, None),
     "parts of the system": (messages(("system", [{"type": "text", "text": "Be brief."}]), ("user", "Hello")), None),
     "developer": (messages(("developer", "Be brief."), ("user", "Hello")), None),
     "max_completion_tokens": ({"max_tokens": None, "max_completion_tokens": 3}, None),
@@ -41,7 +43,8 @@ CHAT = {
     "stop": ({"stop": "h"}, None),
     "logit_bias": ({"logit_bias": {"50": 100}}, None),
     "logit_bias, a number with a point": ({"logit_bias": {"50": -100.0}}, None),
-    "stream_options without a stream": ({"stream_options": {"include_usage": True}}, "stream_options {'include_usage': True}: "),
+    "stream_options without a stream": ({"stream_options": {"include_usage": True}},
+                                        "stream_options {'include_usage': True}: "),
     "an unknown stream option": ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage True: "),
     "n 1": ({"n": 1}, None),
     "n 2": ({"n": 2}, "n: "),
@@ -61,14 +64,17 @@ CHAT = {
     "modalities": ({"modalities": ["text"], "verbosity": "medium", "reasoning_effort": "none"}, None),
     "audio": ({"modalities": ["text", "audio"]}, "modalities: "),
     "no content": (assistant(content=None, tool_calls=None), "messages, message 1: content"),
-    "an answer sent back": (assistant(content="Yes", refusal=None, annotations=[], audio=None, function_call=None, tool_calls=None), None),
+    "an answer sent back": (assistant(content="Yes", refusal=None, annotations=[], audio=None, function_call=None,
+                            tool_calls=None), None),
     "an answer of another server": (assistant(content="Yes", refusal=None, reasoning_content=""), None),
     "a refusal": (assistant(content="", refusal="No"), "messages, message 1: refusal "),
     "an unknown field of a message": (assistant(content="Yes", weight=1), "messages, message 1: weight "),
     "a name": ({"messages": [{**USER, "name": "bob"}]}, None),
-    "the user twice": ({"messages": [USER, USER]}, "messages: turn 1 is of role 'user'"),
-    "a reply to continue": (messages(("user", "Hello"), ("assistant", "Well")), "messages end with the role 'assistant'"),
-    "the system twice": (messages(("system", "A"), ("system", "B"), ("user", "x")), "messages: turn 0 is of role 'system'"),
+    "the user twice": ({"messages": [USER, USER]}, "messages: turn 1 has the role 'user'"),
+    "a reply to continue": (messages(("user", "Hello"), ("assistant", "Well")),
+                            "messages end with the role 'assistant'"),
+    "the system twice": (messages(("system", "A"), ("system", "B"), ("user", "x")),
+                         "messages: turn 0 has the role 'system'"),
     "an empty content": (messages(("user", "")), None),
     "logprobs false": ({"logprobs": False}, None),
     "logprobs": ({"logprobs": True, "top_logprobs": 2}, "logprobs: "),
@@ -90,22 +96,25 @@ COMPLETIONS = {
     "nulls": ({**dict.fromkeys("suffix best_of logprobs n echo max_tokens stream_options user".split()),
                "generation_config": {"max_new_tokens": 3}}, None),
     "best_of 1": ({"best_of": 1, "n": 1}, None),
-    "max_completion_tokens": ({"max_completion_tokens": 3}, "Unexpected fields in the request: {'max_completion_tokens'}"),
+    "max_completion_tokens": ({"max_completion_tokens": 3},
+                              "Unexpected fields in the request: {'max_completion_tokens'}"),
     "an empty prompt": ({"prompt": ""}, None),
     "no prompt": ({"prompt": None}, "prompt: "),
     "logprobs 0": ({"logprobs": 0}, "logprobs: "),
 }  # fmt: skip
 RESPONSES = {
     "spelled out": ({"tools": [], "tool_choice": "auto", "truncation": "disabled", "background": False, "store": True,
-                     "parallel_tool_calls": True, "text": {"format": {"type": "text"}}, "include": [], "top_logprobs": 0,
+                     "parallel_tool_calls": True, "text": {"format": {"type": "text"}}, "include": [],
+                     "top_logprobs": 0,
                      "previous_response_id": None, "reasoning": None, "max_tool_calls": None}, None),
     "truncation": ({"truncation": "auto"}, "truncation: "),
     "a format": ({"text": {"format": {"type": "json_object"}}}, "text: "),
     "developer": ({"input": [{"role": "developer", "content": "A"}, USER]}, None),
-    "an answer sent back": ({"input": [USER, {"type": "message", "role": "assistant", "id": "msg_1", "status": "completed",
+    "an answer sent back": ({"input": [USER,
+                            {"type": "message", "role": "assistant", "id": "msg_1", "status": "completed",
                              "content": [{"type": "output_text", "text": "Yes", "annotations": []}]}, USER]}, None),
     "instructions and a system message": ({"instructions": "A", "input": [{"role": "system", "content": "B"}, USER]},
-                                          "messages: turn 0 is of role 'system'"),
+                                          "messages: turn 0 has the role 'system'"),
 }  # fmt: skip
 CASES = {"chat/completions": CHAT, "completions": COMPLETIONS, "responses": RESPONSES}
 
@@ -113,7 +122,7 @@ CASES = {"chat/completions": CHAT, "completions": COMPLETIONS, "responses": RESP
 @pytest.mark.parametrize(
     ("path", "name"), [(path, name) for path, cases in CASES.items() for name in cases], ids=lambda value: value
 )
-def test_what_openais_interface_has(client, path, name):
+def test_each_field(client, path, name):
     body, message = CASES[path][name]
     short = {"max_output_tokens": 3, "temperature": 0} if path == "responses" else SHORT
     status, answer = ask(client, {**short, **body}, path)
@@ -124,7 +133,7 @@ def test_what_openais_interface_has(client, path, name):
         assert answer["type"] == "invalid_request_error"
 
 
-def test_other_forms_of_a_request_are_the_same_request(client):
+def test_equivalent_forms_of_a_request(client):
     def text(path="chat/completions", **body):
         return text_of(ask(client, {**SHORT, "max_tokens": 8, **body}, path)[1])
 
@@ -143,7 +152,7 @@ def test_a_prompt_of_ids(client, local):
     assert text_of(by_ids) == text_of(by_text) and by_ids["usage"] == by_text["usage"]
 
 
-# Each field that decides what is generated, with the settings that it becomes for transformers' `generate`.
+# Each field that affects the generation, with its settings of `generate` in transformers.
 SETTINGS = {
     "temperature": (1.7, {"do_sample": True, "temperature": 1.7}),
     "top_p": (0.1, {"do_sample": True, "top_p": 0.1}),
@@ -190,7 +199,7 @@ def used(local, monkeypatch):
 
 
 def bodies(path):
-    """With what each of them sets."""
+    """Yields bodies, each with the settings that it makes."""
     for name, (value, wanted) in SETTINGS.items():
         if name not in ABSENT[path]:
             yield {name: value}, wanted
@@ -200,7 +209,7 @@ def bodies(path):
 
 @pytest.mark.parametrize("path", GENERATING)
 def test_each_field_reaches_generation(client, used, path):
-    """In whole replies and in streams."""
+    """With and without streaming."""
     for body, wanted in bodies(path):
         whole = body if "max_new_tokens" in wanted else {LENGTH[path]: 1, **body}
         assert ask(client, whole, path)[0] == 200

@@ -1,4 +1,4 @@
-"""Why `transformers serve` is not handed a folder (5.23); where one of these fails, something of ours can go."""
+"""Why the package does not run `transformers serve` (5.23) as it is. If a test fails, its workaround can go."""
 
 import asyncio
 
@@ -38,7 +38,7 @@ def test_joins_words_and_leaves_the_context(local):
 
 
 def test_cannot_stream_bytes_that_are_no_text(local):
-    """A line break is a byte for Llama."""
+    """A line break is a byte token in Llama's vocabulary."""
     _, tokenizer = local
     stream = DecodeStream([], skip_special_tokens=True)
     with pytest.raises(Exception, match="Invalid prefix encountered"):
@@ -71,7 +71,7 @@ def test_needs_a_cache_of_the_hub(tmp_path):
 
 
 def test_seeds_when_a_request_comes():
-    """And not when it is generated, so that whoever draws in between spoils it."""
+    """Not when it is generated, so that other draws in between change the result."""
     with torch.random.fork_rng():
         CompletionHandler(None, GenerationState())._build_generation_config({"seed": 12345}, GenerationConfig())
         assert torch.initial_seed() == 12345
@@ -106,7 +106,7 @@ def test_streams_the_usage_unasked_and_no_end(local):
 
 
 def test_limits_bodies_in_plain_text():
-    """Starlette's (1.10)."""
+    """Tests the middleware of Starlette (1.10)."""
     limit = pytest.importorskip("starlette.middleware.body_limit").RequestBodyLimitMiddleware
 
     async def app(scope, receive, send):
@@ -118,7 +118,7 @@ def test_limits_bodies_in_plain_text():
 
 ROUTES = {
     "/openapi.json": {"GET", "HEAD"},
-    "/docs": {"GET", "HEAD"},  # a page that a browser completes from another server
+    "/docs": {"GET", "HEAD"},  # a page that loads scripts of another server
     "/docs/oauth2-redirect": {"GET", "HEAD"},
     "/redoc": {"GET", "HEAD"},
     "/v1/chat/completions": {"POST"},
@@ -127,14 +127,14 @@ ROUTES = {
     "/v1/systemone": {"POST"},  # decisions
     "/v1/audio/transcriptions": {"POST"},
     "/load_model": {"POST"},
-    "/reset": {"POST"},  # drops the models
+    "/reset": {"POST"},  # unloads the models
     "/v1/models": {"GET", "OPTIONS"},
     "/health": {"GET"},
 }
 
 
 def test_routes(local):
-    """All of them: of one that is new, serving.py has to decide whether it is for a server of one model."""
+    """Lists all endpoints; serving/app.py must decide about each new one."""
     manager = OneModel("my-model", *local)
     app = build_server(manager, None, None, None, None, None, GenerationState())
     found = {}

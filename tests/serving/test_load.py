@@ -1,4 +1,4 @@
-"""What requests may cost the server: bodies, messages and the queue are bounded, and a long prompt holds up no one else."""
+"""Bodies, messages and the queue of the server are bounded, and a long prompt does not delay other requests."""
 
 import asyncio
 import json
@@ -36,7 +36,7 @@ def test_the_size_of_a_body(client, path, chunks):
 
 
 def test_a_body_without_end(app):
-    """The rest of a large body is discarded before the answer, and an endless one is not read to its end."""
+    """The rest of a large body is discarded before the answer; reading stops in a body without an end."""
     taken = 0
 
     def endless():
@@ -74,7 +74,7 @@ def test_more_messages_than_the_context_has_tokens(client, path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", ["chat/completions", "responses"])
-def test_parts_are_no_way_around_it(client, path):
+def test_parts_count_like_messages(client, path):
     part = {"type": "text", "text": ""}
     body = {"messages": [{"role": "user", "content": [part] * 100_000}]}
     status, error = ask(client, body if path == "chat/completions" else {"input": [part] * 100_000}, path)
@@ -82,8 +82,8 @@ def test_parts_are_no_way_around_it(client, path):
 
 
 @pytest.mark.parametrize("where", ["prompt", "max_tokens", "logit_bias", "generation_config", "stop", "messages"])
-def test_what_is_nested_or_large(client, where):
-    """The JSON reader, the checks or the message that would quote it: each of them refuses in the same form."""
+def test_nested_and_large_values(client, where):
+    """The JSON reader or the checks refuse them, with the same format of the error."""
     path = "chat/completions" if where == "messages" else "completions"
     deep = [b"[" * depth + b"]" * depth for depth in (900, 960, 990, 5000, 100_000)]
     for value in (
@@ -122,12 +122,12 @@ def in_threads(function, *arguments):
 
 @pytest.mark.parametrize("path", ["chat/completions", "responses"])
 def test_others_are_answered_while_a_conversation_is_rendered(alone, path, monkeypatch):
-    begun, goes_on = threading.Event(), threading.Event()
+    begun, resume = threading.Event(), threading.Event()
     render = request_fields.chat_ids
 
     def slow(*arguments):
         begun.set()
-        assert goes_on.wait(timeout=10), "nothing else was answered"
+        assert resume.wait(timeout=10), "no other request was answered"
         return render(*arguments)
 
     monkeypatch.setattr(request_fields, "chat_ids", slow)
@@ -135,15 +135,15 @@ def test_others_are_answered_while_a_conversation_is_rendered(alone, path, monke
     join = in_threads(lambda path: post(alone, length, path).status_code, path)
     assert begun.wait(timeout=10)
     assert alone.get("/health").json() == {"status": "ok"} and alone.get("/v1/models").is_success
-    goes_on.set()
+    resume.set()
     assert join() == [200]
 
 
 @pytest.fixture
 def held(local, monkeypatch):
-    """Two requests may wait; generation waits for the event, and each request that joins the queue is counted."""
+    """Allows two waiting requests; generation waits for the event, and requests that enter the queue are counted."""
     monkeypatch.setattr(request_queue, "MAX_WAITING", 2)
-    joined, goes_on = threading.Semaphore(0), threading.Event()
+    joined, resume = threading.Semaphore(0), threading.Event()
     limit, generate = request_queue._limit, local[0].generate
 
     def counted(*arguments):
@@ -151,17 +151,17 @@ def held(local, monkeypatch):
         joined.release()
 
     def slow(**arguments):
-        assert goes_on.wait(timeout=20)
+        assert resume.wait(timeout=20)
         return generate(**arguments)
 
     monkeypatch.setattr(request_queue, "_limit", counted)
     monkeypatch.setattr(local[0], "generate", slow)
-    return joined, goes_on
+    return joined, resume
 
 
 def test_a_full_queue(held, alone):
-    """One request is generated and two wait; the next gets status 429 at each path, until the places are free again."""
-    joined, goes_on = held
+    """While one request is generated and two wait, the next gets status 429 on every endpoint."""
+    joined, resume = held
     bodies = [{"max_tokens": 1, "stream": number == 1} for number in range(3)]
     join = in_threads(lambda number: post(alone, bodies[number], "completions").status_code, 0, 1, 2)
     assert all(joined.acquire(timeout=20) for _ in bodies)
@@ -171,9 +171,9 @@ def test_a_full_queue(held, alone):
         assert answer.status_code == 429 and int(answer.headers["Retry-After"]) > 0
         assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
     assert alone.get("/health").is_success
-    goes_on.set()
+    resume.set()
     assert join() == [200, 200, 200]
-    for _ in range(4):  # also after requests that fail
+    for _ in range(4):  # failed requests free their places too
         assert ask(alone, {"max_tokens": "wrong"})[0] == 400
         assert ask(alone, {"prompt": "x" * (2 * CONTEXT)})[0] == 400
         assert ask(alone, {"max_tokens": 1})[0] == 200

@@ -1,4 +1,4 @@
-"""Requests to the server's application in this process: what it refuses and how, and what it has not."""
+"""Invalid requests and missing endpoints, tested on the application in this process."""
 
 import re
 
@@ -19,47 +19,52 @@ FIELDS = [
     ({"seed": "x"}, "seed 'x': must be a valid integer"),
     ({"seed": -1}, "seed -1: must be an integer from 0 to 18446744073709551615"),
     ({"seed": 2**64}, "seed 18446744073709551616: must be an integer from 0 to 18446744073709551615"),
-    ({"stop": 5}, "stop 5: must be a text or a list of texts, none of them empty"),
-    ({"stop": ""}, "stop '': must be a text"),
-    ({"stop": ["a", ""]}, "stop ['a', '']: must be a text"),
-    ({"stop": list("abcde")}, "must be up to 4 texts of up to 100 characters"),
-    ({"stop": "a" * 101}, "must be up to 4 texts of up to 100 characters"),
-    ({"n": 0}, "n: is not supported by this server"),
-    ({"logprobs": 0}, "logprobs: is not supported by this server"),
+    ({"stop": 5}, "stop 5: must be a non-empty string"),
+    ({"stop": ""}, "stop '': must be a non-empty string"),
+    ({"stop": ["a", ""]}, "stop ['a', '']: must be a non-empty string"),
+    ({"stop": list("abcde")}, "must be at most 4 strings of at most 100 characters"),
+    ({"stop": "a" * 101}, "must be at most 4 strings of at most 100 characters"),
+    ({"n": 0}, "n: not supported by this server"),
+    ({"logprobs": 0}, "logprobs: not supported by this server"),
     ({"stream": "yes"}, "stream 'yes': must be a valid boolean"),
     ({"suffix": 5}, "suffix 5: must be a valid string"),
     ({"frequency_penalty": -1}, "frequency_penalty -1: must be greater than -1"),
-    ({"logit_bias": {"x": 1}}, "logit_bias {'x': 1}: 'x' must be the id of a token, 0 to 511"),
-    ({"logit_bias": {"512": 1}}, "'512' must be the id of a token"),
+    ({"logit_bias": {"x": 1}}, "logit_bias {'x': 1}: 'x' must be a token id from 0 to 511"),
+    ({"logit_bias": {"512": 1}}, "'512' must be a token id"),
     ({"logit_bias": {"5": "x"}}, "logit_bias.5 'x': must be a valid number"),
     ({"generation_config": "nojson"}, "generation_config 'nojson': "),
     ({"generation_config": 5}, "generation_config 5: "),
     ({"generation_config": "5"}, "generation_config 5: "),
     ({"generation_config": {"num_beams": 3}}, "generation_config.num_beams 3: "),
     ({"generation_config": {"top_k": "1"}}, "generation_config.top_k '1': "),
-    ({"generation_config": '{"num_beams": 3}'}, "generation_config.num_beams 3: is not supported by this server; valid: do_sample"),
+    ({"generation_config": '{"num_beams": 3}'},
+     "generation_config.num_beams 3: not supported by this server; valid: do_sample"),
     ({"generation_config": '{"top_k": -1}'}, "generation_config.top_k -1: must be greater than or equal to 0"),
-    ({"generation_config": '{"repetition_penalty": 1e-40}'}, "repetition_penalty 1e-40: must be greater than or equal to 0.000001"),
-    ({"prompt": "\ud83d"}, "body: holds half of a surrogate pair"),
+    ({"generation_config": '{"repetition_penalty": 1e-40}'},
+     "repetition_penalty 1e-40: must be greater than or equal to 0.000001"),
+    ({"prompt": "\ud83d"}, "body: contains half of a surrogate pair"),
     ({"nonsense": 1}, "Unexpected fields in the request: {'nonsense'}"),
     ([1], "body: must be a JSON object"),
-    (b'{"prompt": "x"', "body: is no JSON (Expecting ',' delimiter)"),
+    (b'{"prompt": "x"', "body: not valid JSON (Expecting ',' delimiter)"),
     (b'{"prompt": "\xff"}', "There was an error parsing the body"),
     (b"[" * 100_000, "There was an error parsing the body"),
 ]  # fmt: skip
 CONVERSATIONS = [
     ("chat/completions", {"messages": [{"role": "user", "content": 5}]}, "messages, message 0: content is int"),
     ("chat/completions", {"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "content part 0 (type None)"),
-    ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content part 0 (type 'text')"),
-    ("chat/completions", {"messages": [{"role": "assistant", "content": "x", "tool_calls": [5]}]}, "messages, message 0: tool_calls"),
-    ("chat/completions", {"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs: is not supported"),
+    ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+     "content part 0 (type 'text')"),
+    ("chat/completions", {"messages": [{"role": "assistant", "content": "x", "tool_calls": [5]}]},
+     "messages, message 0: tool_calls"),
+    ("chat/completions", {"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs: not supported"),
     ("chat/completions", {"max_completion_tokens": "x"}, "max_completion_tokens 'x': must be a valid integer"),
-    ("chat/completions", {"tools": "x"}, "tools: is not supported"),
-    ("chat/completions", {"verbosity": "low"}, "verbosity: is not supported"),
-    ("responses", {"tools": [5]}, "tools: is not supported"),
-    ("responses", {"conversation": "x"}, "conversation: is not supported"),
+    ("chat/completions", {"tools": "x"}, "tools: not supported"),
+    ("chat/completions", {"verbosity": "low"}, "verbosity: not supported"),
+    ("responses", {"tools": [5]}, "tools: not supported"),
+    ("responses", {"conversation": "x"}, "conversation: not supported"),
     ("responses", {"parallel_tool_calls": "x"}, "parallel_tool_calls 'x': must be a valid boolean"),
-    ("responses", {"input": [{"type": "reasoning", "role": "user", "content": "x"}]}, "input, message 0: type 'reasoning' is not supported"),
+    ("responses", {"input": [{"type": "reasoning", "role": "user", "content": "x"}]},
+     "input, message 0: type 'reasoning' not supported"),
     ("responses", {"max_output_tokens": 0}, "max_output_tokens 0: must be greater"),
     ("responses", {"input": 5}, "input: must be a list of"),
     ("responses", {"input": [5]}, "input: must be a list of"),
@@ -74,13 +79,13 @@ CONVERSATIONS = [
     ids=lambda value: str(value)[:40],
 )
 def test_bad_fields(client, path, body, message):
-    """Status 400 in OpenAI's form, naming field, value and rule."""
+    """Status 400 in OpenAI's format; the message names field, value and rule."""
     status, error = ask(client, body, path)
     assert status == 400 and message in error["message"] and error["type"] == "invalid_request_error"
 
 
 def test_what_is_nested_too_deeply(client):
-    """Whichever gives up first: the JSON reader, the checks, or the message that would quote it."""
+    """The JSON reader or the checks refuse them."""
     for depth in (*range(900, 1000, 2), 5000):
         deep = b'{"prompt": "x", "max_tokens": ' + b"[" * depth + b"]" * depth + b"}"
         assert ask(client, deep)[0] == 400, depth
@@ -88,11 +93,11 @@ def test_what_is_nested_too_deeply(client):
 
 @pytest.mark.parametrize("path", GENERATING)
 def test_long_texts(client, path):
-    """Are refused before they are tokens, which take seconds, and are not quoted whole."""
+    """They are refused before they are encoded, which takes seconds, and the message quotes only a part."""
     long = "Once " * 200_000
     body = {"chat/completions": {"messages": [{"role": "user", "content": [{"type": "text", "text": long}]}]}}
     status, error = ask(client, body.get(path, {"prompt": long} if path == "completions" else {"input": long}), path)
-    assert status == 400 and error["message"].startswith("a prompt of 1000000 characters; must be at most ")
+    assert status == 400 and error["message"].startswith("prompt: 1000000 characters; must be at most ")
     status, error = ask(client, {"temperature": long}, path)
     assert status == 400 and len(error["message"]) < 1100
     assert error["message"].startswith("temperature 'Once ") and error["message"].endswith("must be a valid number")
@@ -100,13 +105,13 @@ def test_long_texts(client, path):
 
 @pytest.mark.parametrize("path", sorted(ROUTES))
 def test_routes(client, path):
-    """Those that are for a server of one model, and none of the others."""
+    """The server has the endpoints for one model, and no others."""
     for method in ROUTES[path]:
         answer = client.request(method, path)
         assert (answer.status_code == 404) == (path not in PATHS), method
         if method != "HEAD" and path not in PATHS:
             error = answer.json()["error"]
-            assert error["message"].startswith(f"{method} {path}: Not Found; this server has /v1/chat/completions")
+            assert error["message"].startswith(f"{method} {path}: Not Found; the endpoints are /v1/chat/completions")
             assert error["type"] == "invalid_request_error"
     assert ask(client, {"max_tokens": 1})[0] == 200
 
@@ -119,7 +124,7 @@ def test_other_methods(client):
 
 @pytest.fixture(params=["ending", "failing"])
 def trouble(request, app, local, monkeypatch):
-    """Status and message of requests while the server ends, or where generating fails."""
+    """Status and message of a request during shutdown, or if the generation fails."""
 
     def fail(**_):
         raise RuntimeError('out of "memory"\n')
@@ -135,7 +140,7 @@ def trouble(request, app, local, monkeypatch):
 
 @pytest.mark.parametrize("path", GENERATING)
 def test_trouble_has_an_error_of_the_same_form(client, path, trouble):
-    """Whole and streamed; a stream has begun with status 200 by then."""
+    """With and without streaming; a stream has already started with status 200."""
     status, message = trouble
     found, error = ask(client, {}, path)
     assert found == status and error["message"].endswith(message) and error["type"] == "server_error"
@@ -149,7 +154,7 @@ def test_trouble_has_an_error_of_the_same_form(client, path, trouble):
 
 
 def test_settings_of_a_generation_config(client):
-    """They come on top of the model's, and fields of the request on top of them."""
+    """They override the settings of the model, and fields of the request override them."""
 
     def text(**body):
         status, answer = ask(client, {"max_tokens": 20, "seed": 1, **body})
@@ -170,7 +175,7 @@ def test_a_seed(client, path):
     length = {"max_output_tokens" if path == "responses" else "max_tokens": 10}
 
     def streamed(seed):
-        """Without what is new in each answer: its id and time."""
+        """Removes id and time, which differ between answers."""
         text = post(client, {"stream": True, "seed": seed, **length}, path).text
         return re.findall(r'"(?:text|content|delta)":("[^"]*")', text)
 

@@ -42,7 +42,7 @@ def client(server):
 
 
 def test_the_model_is_listed(client):
-    """Although there is no cache of the Hub, which the library looks into."""
+    """Also without a Hub cache, which transformers lists."""
     (model,) = client.models.list()
     assert model.id == "my-model" and client.models.retrieve("my-model") == model
     with urllib.request.urlopen(str(client.base_url).replace("/v1/", "/health")) as answer:
@@ -51,7 +51,7 @@ def test_the_model_is_listed(client):
 
 @pytest.mark.parametrize("prompt", ["def f(x):", "x = 1", "a </s> b", "class", "", "  return"])
 def test_completions_are_what_generate_gives(client, local, prompt):
-    """Whole and streamed; control tokens in a prompt are text."""
+    """With and without streaming; control tokens in a prompt are text."""
     whole = complete(client, prompt, max_tokens=20)
     text = whole.choices[0].text
     assert generate_text(*local, prompt, 20, temperature=0).strip() == (prompt + text).strip()
@@ -62,7 +62,7 @@ def test_completions_are_what_generate_gives(client, local, prompt):
 
 
 def test_chat_completions_are_what_chat_gives(client, local):
-    """Two exchanges, whole and streamed, with a control token in a message."""
+    """Two exchanges, with and without streaming, with a control token in a message."""
     session = ChatSession(*local, system="Be </s> brief.", sampling=Sampling(0, 1.0, 20), write=lambda text: None)
     messages = [{"role": "system", "content": "Be </s> brief."}]
     for question in ("One?", "Two <s>?"):
@@ -103,7 +103,7 @@ def test_a_reply_ends_where_the_context_is_full(client, local):
 
 
 def test_stop_strings(client, local):
-    """The library's server leaves the stop string in the text; docs/serving.md says so."""
+    """The server of transformers keeps the stop string in the text, as docs/serving.md states."""
     text = complete(client, "def f(x):", max_tokens=40).choices[0].text
     stop = text.strip()[10:12]
     ended = complete(client, "def f(x):", max_tokens=40, stop=[stop]).choices[0]
@@ -120,20 +120,20 @@ def test_stop_strings(client, local):
         (lambda c: complete(c, "x", max_tokens=0), "max_tokens 0: must be greater than or equal to 1"),
         (lambda c: complete(c, "x", temperature=-1), "temperature -1: must be greater than or equal to 0"),
         (lambda c: complete(c, "x", temperature=1, top_p=-1), "top_p -1: "),
-        (lambda c: complete(c, "x", n=2), "n: is not supported by this server"),
-        (lambda c: complete(c, "x", logprobs=3), "logprobs: is not supported by this server"),
-        (lambda c: chat(c, "x", response_format={"type": "json_object"}), "response_format: is not supported"),
-        (lambda c: chat(c, "x", tools=[{"type": "function", "function": {"name": "f"}}]), "tools: is not supported"),
+        (lambda c: complete(c, "x", n=2), "n: not supported by this server"),
+        (lambda c: complete(c, "x", logprobs=3), "logprobs: not supported by this server"),
+        (lambda c: chat(c, "x", response_format={"type": "json_object"}), "response_format: not supported"),
+        (lambda c: chat(c, "x", tools=[{"type": "function", "function": {"name": "f"}}]), "tools: not supported"),
         (lambda c: complete(c, ["x", "y"]), "prompt: "),
-        (lambda c: c.post("/chat/completions", body={"model": "my-model"}, cast_to=object), "messages: is missing"),
+        (lambda c: c.post("/chat/completions", body={"model": "my-model"}, cast_to=object), "messages: missing"),
         (lambda c: c.chat.completions.create(model="my-model", messages=["x"]), "messages: must be a list of"),
         (lambda c: c.chat.completions.create(model="my-model", messages=[{"role": "user", "content": [
             {"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "data:"}}]}]),
          "content part 1 (type 'image_url')"),
         (lambda c: chat(c, "x", "y"), "messages end with the role 'assistant'"),
-        (lambda c: chat(c), "messages: is empty"),
+        (lambda c: chat(c), "messages: empty"),
         (lambda c: c.chat.completions.create(model="my-model", messages=[{"role": "tool", "content": "x"}]),
-         "role 'tool' is not known"),
+         "unknown role 'tool'"),
     ],
 )  # fmt: skip
 def test_bad_requests(client, ask, message):
@@ -144,7 +144,8 @@ def test_bad_requests(client, ask, message):
 
 @pytest.mark.parametrize(
     "ask",
-    [lambda c: complete(c, "x", model="another"), lambda c: chat(c, "x", model="a/b"), lambda c: c.models.retrieve("a/b"),
+    [lambda c: complete(c, "x", model="another"), lambda c: chat(c, "x", model="a/b"),
+    lambda c: c.models.retrieve("a/b"),
      lambda c: c.responses.create(model="another", input="x")],
 )  # fmt: skip
 def test_another_model(client, ask):
@@ -154,7 +155,7 @@ def test_another_model(client, ask):
 
 
 def test_a_body_above_the_limit(client):
-    """The client sees the message although it was still sending."""
+    """The client receives the message although it had not sent the whole body."""
     for size in (MAX_BODY_BYTES + 1, 5 * MAX_BODY_BYTES):
         with pytest.raises(openai.APIStatusError) as error:
             complete(client, "x" * size)
@@ -164,7 +165,7 @@ def test_a_body_above_the_limit(client):
 
 @pytest.mark.parametrize("ask", [complete, chat], ids=["completions", "chat"])
 def test_the_usage_of_a_stream(client, ask):
-    """On request, in a chunk of its own after the others."""
+    """Sent on request, in a separate last chunk."""
     whole = ask(client, "x", max_tokens=5)
     *chunks, last = ask(client, "x", max_tokens=5, stream=True, stream_options={"include_usage": True})
     assert last.choices == [] and last.usage == whole.usage and last.usage.completion_tokens == 5
@@ -182,8 +183,8 @@ def test_harmless_fields_are_let_through(client):
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_a_seed_repeats_whatever_runs_beside(client, local, stream):
-    """Five clients at once with seeds and temperatures of their own, then each by itself."""
+def test_a_seed_repeats_with_other_requests_in_parallel(client, local, stream):
+    """Five clients in parallel with different seeds and temperatures, then one after the other."""
     requests = [(7, 1.0, stream), (1, 0.3, False), (2, 1.0, True), (3, 1.3, True), (4, 0, False)]
 
     def ask(seed, temperature, stream):
@@ -204,7 +205,7 @@ def test_a_seed_repeats_whatever_runs_beside(client, local, stream):
 
 
 def test_without_a_seed_nothing_repeats(client):
-    """Not even after one with a seed."""
+    """Also after a request with a seed."""
     texts = set()
     for _ in range(2):
         complete(client, "def", max_tokens=1, temperature=1.0, seed=1)
@@ -215,7 +216,7 @@ def test_without_a_seed_nothing_repeats(client):
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "stream"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
 def test_it_ends_in_the_middle_of_a_request(tmp_path, tokenizer_folder, number, stream):
-    """A base model with much to say; within a few seconds, without a traceback."""
+    """A base model that never stops; the server ends within a few seconds, without a traceback."""
     torch.manual_seed(0)
     config = TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=200_000)
     model = TinyLlamaForCausalLM(config)
@@ -226,7 +227,7 @@ def test_it_ends_in_the_middle_of_a_request(tmp_path, tokenizer_folder, number, 
     assert "/completions -H" in server.process.stdout.readline()
     answer = complete(server.client, "x", model="base", max_tokens=190_000, stream=True)
     next(answer)
-    answer.close()  # which ends it: the next one would wait in vain
+    answer.close()  # ends the generation, which would block the next request
     complete(server.client, "x", model="base", max_tokens=1)
     ended = []
 
@@ -253,7 +254,7 @@ def test_it_ends_in_the_middle_of_a_request(tmp_path, tokenizer_folder, number, 
 
 @pytest.mark.slow
 def test_the_page(served_folder, tmp_path):
-    """Every command of docs/serving.md is run, the server's first, then its Python."""
+    """Runs every command of docs/serving.md, starting with the server, and then its Python code."""
     (tmp_path / "my-model").symlink_to(served_folder)
     found = commands(ROOT / "docs" / "serving.md")
     served = next(command for command, _ in found if " serve " in command)
@@ -264,7 +265,8 @@ def test_the_page(served_folder, tmp_path):
         if command in (served, "pip install 'tinyllama_hf[serving]'"):
             continue
         done = subprocess.run(
-            command.replace("8000", port), shell=True, cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True, text=True
+            command.replace("8000", port), shell=True, cwd=tmp_path, env=os.environ | {"PATH": path},
+            capture_output=True, text=True
         )  # fmt: skip
         assert done.returncode == 0 and wanted in done.stdout, f"{command}\n{done.stdout}{done.stderr}"
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
@@ -275,7 +277,7 @@ def test_the_page(served_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_quantised(nano_folder, tmp_path):
+def test_quantized(nano_folder, tmp_path):
     pytest.importorskip("bitsandbytes")
     command = [
         Path(sys.executable).parent / "tinyllama-hf",

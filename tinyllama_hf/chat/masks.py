@@ -1,4 +1,4 @@
-"""Which tokens of a conversation a model learns: each reply and its stop token."""
+"""Marks the tokens of a conversation that a model is trained on: each reply and its stop token."""
 
 from collections.abc import Sequence
 
@@ -12,32 +12,32 @@ from .render import Messages, Rendering, render
 def mask_replies(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, rendering: Rendering, where: str = "conversation"
 ) -> Rendering:
-    """Marks the learned tokens of a rendered conversation.
+    """Marks the tokens of a rendered conversation that a model is trained on.
 
-    A template with generation markers says which they are. Without markers they follow from the template's own renderings:
-    the conversation up to a reply, with the generation prompt, has to begin the whole conversation, token by token, and so
-    has the conversation up to and with the reply. What lies between is the reply, up to its first end-of-sequence. Replies
-    of weight 0 are left out.
+    With generation markers in the template, these are the marked tokens. Without them they are derived from renderings
+    of parts of the conversation. Two parts must be prefixes of the whole conversation, token by token: the messages
+    before a reply with the generation prompt, and the messages up to and including the reply. The tokens between the
+    ends of these prefixes are the reply, up to its first end-of-sequence token. Replies with weight 0 are not marked.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): a fast tokenizer with a chat template.
         messages (`Messages`): the conversation.
-        rendering (`Rendering`): the whole of it, from [`render`].
-        where (`str`, *optional*): names the conversation in errors.
+        rendering (`Rendering`): the rendered conversation, from [`render`].
+        where (`str`, *optional*): name of the conversation in error messages.
 
     Raises:
-        InputError: if the template has no markers and its renderings do not show where a reply begins and ends.
+        InputError: if the template has no markers, and its renderings do not show where a reply starts and ends.
     """
     ids, masks = rendering
     if masks is None:
         masks = _proven_masks(tokenizer, messages, ids, where)
     replies = [message for message in messages if message["role"] == "assistant"]
     if not all(map(is_learned, replies)):
-        found = stretches(masks)
+        found = reply_spans(masks)
         if len(found) != len(replies):
             raise InputError(
-                f"{where}: has replies of weight 0, but the chat template marks {len(found)} stretches for {len(replies)} "
-                "replies; put the generation markers around each reply"
+                f"{where}: has replies of weight 0, but the generation markers of the chat template mark {len(found)} "
+                f"spans for {len(replies)} replies. Put the markers around each reply"
             )
         masks = list(masks)
         for (start, end), reply in zip(found, replies, strict=True):
@@ -46,8 +46,8 @@ def mask_replies(
     return Rendering(ids, masks)
 
 
-def stretches(masks: Sequence[int]) -> list[tuple[int, int]]:
-    """(first, last + 1) of each run of ones."""
+def reply_spans(masks: Sequence[int]) -> list[tuple[int, int]]:
+    """Returns (start, end) of each run of ones."""
     edges = [i for i in range(len(masks) + 1) if (i < len(masks) and masks[i]) != (i > 0 and masks[i - 1])]
     return list(zip(edges[::2], edges[1::2], strict=True))
 
@@ -61,9 +61,9 @@ def _proven_masks(tokenizer: PreTrainedTokenizerBase, messages: Messages, ids: l
         if tokenizer.eos_token_id not in ids[start:end]:
             last = tokenizer.convert_ids_to_tokens(ids[start:end][-3:])
             raise InputError(
-                f"{place}: the chat template ends the reply with {last or 'nothing'}, without the tokenizer's "
-                f"end-of-sequence {tokenizer.eos_token!r}, so a model would never learn to stop. Set eos_token to the token "
-                "that ends a reply, or write it after the reply"
+                f"{place}: the chat template ends the reply with {last or 'nothing'}, not with the tokenizer's "
+                f"end-of-sequence token {tokenizer.eos_token!r}, so a model would not learn to stop. Set eos_token to "
+                "the token that ends a reply, or add it after the reply"
             )
         end = ids.index(tokenizer.eos_token_id, start) + 1
         masks[start:end] = [1] * (end - start)
@@ -73,15 +73,15 @@ def _proven_masks(tokenizer: PreTrainedTokenizerBase, messages: Messages, ids: l
 def _common(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, ids: list[int], add_generation_prompt: bool, place: str
 ) -> int:
-    """The number of tokens of the first messages, which must begin the whole conversation."""
+    """Returns the number of tokens of the first messages, which must be a prefix of the whole conversation."""
     first = render(tokenizer, messages, add_generation_prompt, place).input_ids
     if ids[: len(first)] == first:
         return len(first)
     same = next((i for i, (a, b) in enumerate(zip(ids, first, strict=False)) if a != b), min(len(ids), len(first)))
     alone, whole = (tokenizer.convert_ids_to_tokens(tokens[same : same + 4]) for tokens in (first, ids))
     raise InputError(
-        f"{place}: the chat template has no {{% generation %}} markers, and its rendering does not show which tokens are the "
-        f"reply: from token {same} on, the conversation up to here is {alone} and the whole conversation {whole}. Remove "
-        "white space around the reply if that is the difference; else use a .jinja file with markers around the reply and "
-        "its stop token"
+        f"{place}: the chat template has no {{% generation %}} markers, and its renderings do not show which tokens "
+        f"are the reply: starting at token {same}, the messages so far give {alone}, and the whole conversation gives "
+        f"{whole}. Remove white space around the reply if that is the difference. Otherwise use a .jinja file with "
+        "markers around the reply and its stop token"
     )

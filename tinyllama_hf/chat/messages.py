@@ -1,4 +1,4 @@
-"""Messages as files hold them: the keys that they may have, parts of text joined, replies that are context only."""
+"""Reads the messages of data files and requests: valid keys, text parts, and replies that are not trained on."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,25 +8,27 @@ from ..errors import InputError, did_you_mean
 
 TEXT_PARTS = ("text", "input_text", "output_text")
 _ROW = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
-# Names under which data sets say whether a message is learned: OpenAI's, and those of other trainers.
+# Keys that mark whether a message is trained on: OpenAI's, and those of other trainers; with their values.
 _LEARNED = {"weight": (0, 1), "train": (False, True), "training": (False, True)}
 _KEYS = ("role", "content", *_LEARNED)
 
 
 def read_messages(row: Any, where: str) -> list[dict[str, Any]]:
-    """Reads the messages of a row; roles and their order are checked where a conversation is rendered.
+    """Reads the messages of a row; roles and their order are checked when the conversation is rendered.
 
     Args:
-        row (`Any`): with a list under `messages`. A content is a text, or a list of text parts, which are joined with a
-            space as the server joins them. `"weight": 0`, `"train": false` and `"training": false` mark a reply that is
-            context only. Keys that are null or empty count as absent.
-        where (`str`): names the conversation in errors.
+        row (`Any`): an object with a list under `messages`. The content of a message is a string, or a list of text
+        parts,
+            which are joined with a space as by the server. `"weight": 0`, `"train": false` and `"training": false`
+            mark a reply that is not trained on. Keys with null or empty values are ignored.
+        where (`str`): name of the conversation in error messages.
 
     Returns:
-        For each message `role` and `content`; a reply that is not learned has `"weight": 0` as well.
+        `role` and `content` of each message, and `"weight": 0` for a reply that is not trained on.
 
     Raises:
-        InputError: naming the message and the key: for one that would have no effect, and for a content that is not text.
+        InputError: if a key is unknown or has no effect, or a content is not text; the message has the place and the
+        key.
     """
     messages = row.get("messages") if isinstance(row, Mapping) else None
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
@@ -35,18 +37,18 @@ def read_messages(row: Any, where: str) -> list[dict[str, Any]]:
 
 
 def content_text(content: Any, where: str) -> str:
-    """The text of a message's content; parts are joined with a space, as transformers' server (5.23) joins them.
+    """Returns the text of a message's content; parts are joined with a space, as by the server of transformers (5.23).
 
     Args:
-        content (`Any`): a text, or a list of text parts.
-        where (`str`): names the message in errors.
+        content (`Any`): a string, or a list of text parts.
+        where (`str`): name of the message in error messages.
 
     Raises:
-        InputError: if it is something else.
+        InputError: if it is anything else.
     """
     if isinstance(content, str):
         return content
-    rule = 'this model reads a text, or a list of {"type": "text", "text": "..."}'
+    rule = 'must be a string or a list of {"type": "text", "text": "..."}'
     if not isinstance(content, list):
         raise InputError(f"{where}: content is {'null' if content is None else type(content).__name__}; {rule}")
     for number, part in enumerate(content):
@@ -57,42 +59,42 @@ def content_text(content: Any, where: str) -> str:
 
 
 def is_learned(message: Mapping[str, Any]) -> bool:
-    """Whether a message is a reply that a model is to learn."""
+    """Returns whether a message is a reply to train on."""
     return message["role"] == "assistant" and message.get("weight", 1) != 0
 
 
 def _without_messages(row: Any) -> str:
     if isinstance(row, Mapping) and isinstance(row.get("conversations"), list):
         return (
-            "has 'conversations' (the form of ShareGPT) and not 'messages'; rename 'from' to 'role' and 'value' to "
+            "has 'conversations' (the format of ShareGPT), not 'messages'; rename 'from' to 'role', 'value' to "
             "'content', 'human' to 'user' and 'gpt' to 'assistant'"
         )
     if isinstance(row, Mapping) and "messages" in row:
         return "'messages' is not a list of objects"
     columns = ", ".join(sorted(row)) if isinstance(row, Mapping) else type(row).__name__
-    return f"no list of messages under 'messages', but: {columns}"
+    return f"no list of messages under 'messages', only: {columns}"
 
 
 def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     given = {key: value for key, value in message.items() if value not in (None, "", [], {})}
     if unknown := [key for key in given if key not in _KEYS]:
         raise InputError(
-            f"{where}: key {unknown[0]!r} is not supported{did_you_mean(unknown[0], _KEYS)}; remove the key, or the "
-            "conversation if it needs it"
+            f"{where}: key {unknown[0]!r} not supported{did_you_mean(unknown[0], _KEYS)}. Remove the key, or the "
+            "conversation if it depends on it"
         )
     found = {"role": message.get("role"), "content": content_text(message.get("content"), where)}
     learned = _learned(given, where)
     if learned and found["role"] != "assistant":
         key = next(key for key in _LEARNED if key in given)
         raise InputError(
-            f"{where}: {key!r} is {given[key]!r} for the role {found['role']!r}; only replies of the assistant are "
-            "learned: remove the key"
+            f"{where}: {key!r} is {given[key]!r} for the role {found['role']!r}, but only replies of the assistant "
+            "are trained on. Remove the key"
         )
     return {**found, "weight": 0} if learned is False and found["role"] == "assistant" else found
 
 
 def _learned(message: Mapping[str, Any], where: str) -> bool | None:
-    """Whether the keys of a message say that it is learned; `None` if there are none."""
+    """Returns whether a message is marked to be trained on, `None` if it has no such key."""
     said = {}
     for key, valid in _LEARNED.items():
         if key in message:
@@ -102,5 +104,5 @@ def _learned(message: Mapping[str, Any], where: str) -> bool | None:
                 )
             said[key] = bool(message[key])
     if len(set(said.values())) > 1:
-        raise InputError(f"{where}: {' and '.join(map(repr, said))} contradict each other; keep one")
+        raise InputError(f"{where}: {' and '.join(map(repr, said))} contradict each other; keep only one")
     return next(iter(said.values()), None)

@@ -1,8 +1,8 @@
-"""From a conversation to tokens: control tokens come from the template alone, what people wrote is encoded as text.
+"""Renders conversations to tokens: control tokens come only from the template, and messages are encoded as text.
 
-`apply_chat_template` renders one string and lets the tokenizer look for control tokens in it, so that a literal `</s>`
-in a message ends the turn. Here the same template is rendered with such text taken out of the messages and put back
-after the string was cut at its control tokens. A conversation without such text gets the same tokens either way.
+`apply_chat_template` renders one string, in which the tokenizer finds control tokens, so a literal `</s>` in a message
+ends the turn. Here such text is replaced by placeholders before the template is rendered, and restored after the
+string was split at its control tokens. Conversations without such text get the same tokens from both.
 """
 
 import re
@@ -20,14 +20,17 @@ from ..text import check_text
 ROLES = ("system", "user", "assistant")
 Messages = Sequence[Mapping[str, Any]]
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_PRIVATE_USE = range(0xF0000, 0xFFFFE)  # a plane of characters without a meaning
+_PRIVATE_USE = range(0xF0000, 0xFFFFE)  # Unicode's plane 15: characters without a meaning
 
 
 class Rendering(NamedTuple):
-    """A conversation as tokens.
+    """The tokens of a conversation.
 
-    `assistant_masks` holds 1 for each token of a reply and its stop token, 0 for others; `None` where the template
-    does not mark them, and with a generation prompt. The name is that of transformers and TRL.
+    Attributes:
+        input_ids (`list[int]`): the tokens.
+        assistant_masks (`list[int]`, *optional*): 1 for each token of a reply and its stop token, else 0; the name is
+        that of
+            transformers and TRL. `None` if the template does not mark them, and with a generation prompt.
     """
 
     input_ids: list[int]
@@ -35,7 +38,7 @@ class Rendering(NamedTuple):
 
 
 class _Escaped(NamedTuple):
-    """Messages without control text, and the character that stands for each control token written in them."""
+    """Messages with a placeholder character for each control token in their text, and the tokens by placeholder."""
 
     messages: list[dict[str, str]]
     originals: dict[str, str]
@@ -45,7 +48,7 @@ class _Escaped(NamedTuple):
 
 
 def has_generation_markers(template: str) -> bool:
-    """Whether a chat template says which part of it the assistant speaks."""
+    """Returns whether a chat template marks the replies of the assistant."""
     return _GENERATION_MARKER.search(template) is not None
 
 
@@ -60,8 +63,8 @@ def render(
     Args:
         tokenizer (`PreTrainedTokenizerBase`): a fast tokenizer with a chat template.
         messages (`Sequence[Mapping[str, str]]`): `{"role": ..., "content": ...}`; see [`check_messages`].
-        add_generation_prompt (`bool`, *optional*, defaults to `False`): end with what the template puts before a reply.
-        where (`str`, *optional*): names the conversation in errors.
+        add_generation_prompt (`bool`, *optional*, defaults to `False`): add the tokens that precede a reply.
+        where (`str`, *optional*): name of the conversation in error messages.
 
     Raises:
         InputError: if the tokenizer has no template, or the template refuses the conversation.
@@ -69,13 +72,13 @@ def render(
     template = tokenizer.chat_template
     if not isinstance(template, str):
         raise InputError(
-            "the tokenizer has no chat template, so this is a base model: fine-tune it with recipes/sft.py, or continue "
-            "text with `tinyllama-hf generate`"
+            "the tokenizer has no chat template, so this is a base model. Fine-tune it with recipes/sft.py, or "
+            "continue text with `tinyllama-hf generate`"
         )
     check_messages(messages, where)
     control = _control_tokens(tokenizer)
     escaped = _escape(messages, control, where)
-    # Only training needs the masks, and transformers (5.23) joins all text so far at each reply to find their spans.
+    # Only training needs the masks, and finding them is slow: transformers (5.23) joins the text so far at each reply.
     marked = not add_generation_prompt and has_generation_markers(template)
     try:
         rendered, spans = render_jinja_template(
@@ -86,53 +89,54 @@ def render(
             **tokenizer.special_tokens_map,
         )
     except TemplateError as error:
-        raise InputError(f"{where}: the chat template refuses it: {error}") from error
+        raise InputError(f"{where}: refused by the chat template: {error}") from error
     ids, masks = _encode(tokenizer, rendered[0], spans[0] if marked else [], control, escaped)
     return Rendering(ids, masks if marked else None)
 
 
 def check_messages(messages: Messages, where: str = "conversation") -> None:
-    """Checks that a conversation is one: an optional system message, then user and assistant by turns.
+    """Checks the roles of a conversation: an optional system message, then alternating user and assistant.
 
     Raises:
-        InputError: naming the message, what it is and what it has to be.
+        InputError: naming the message, its role or content, and the rule.
     """
     if not messages:
-        raise InputError(f"{where}: is empty; it needs at least a message of the user")
+        raise InputError(f"{where}: empty; at least one user message is needed")
     for number, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
-            raise InputError(f"{where}, message {number}: role {role!r} is not known{did_you_mean(str(role), ROLES)}")
+            raise InputError(f"{where}, message {number}: unknown role {role!r}{did_you_mean(str(role), ROLES)}")
         if not isinstance(content, str):
-            raise InputError(f"{where}, message {number}: content is {type(content).__name__}, not a text")
+            raise InputError(f"{where}, message {number}: content is {type(content).__name__}; must be a string")
         check_text(content, f"{where}, message {number}")
     turns = messages[1:] if messages[0]["role"] == "system" else messages
     if not turns:
-        raise InputError(f"{where}: holds only a system message; it needs at least a message of the user")
+        raise InputError(f"{where}: only a system message; at least one user message is needed")
     if turns[0]["role"] == "assistant":
-        raise InputError(f"{where}: starts with the assistant; a reply needs a message of the user before it")
+        raise InputError(f"{where}: starts with the assistant; a reply must follow a user message")
     for number, message in enumerate(turns):
         wanted = ("user", "assistant")[number % 2]
         if message["role"] != wanted:
             raise InputError(
-                f"{where}: turn {number} is of role {message['role']!r} where {wanted!r} is due; user and assistant take "
-                "turns, after at most one system message"
+                f"{where}: turn {number} has the role {message['role']!r}, expected {wanted!r}. After at most one "
+                "system message, user and assistant must alternate"
             )
 
 
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The tokens that the tokenizer would find in a rendered text."""
+    """Returns the tokens that the tokenizer would find in a rendered text, with their ids."""
     found = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     trimmed = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and (t.lstrip or t.rstrip)]
     if trimmed:
         raise InputError(
-            f"the tokenizer's control token {trimmed[0]!r} swallows spaces beside it; such are not supported"
+            f"the tokenizer's control token {trimmed[0]!r} strips the spaces next to it (lstrip, rstrip), which is "
+            "not supported"
         )
     return found
 
 
 def _escape(messages: Messages, control: Mapping[str, int], where: str) -> _Escaped:
-    """Puts a character that no message holds in the place of each control token written in a message."""
+    """Replaces each control token in the text of messages by a character that occurs in none of them."""
     texts = "".join(message["content"] for message in messages)
     written = [token for token in control if token in texts]
     if not written:
@@ -142,8 +146,8 @@ def _escape(messages: Messages, control: Mapping[str, int], where: str) -> _Esca
     originals = dict(zip(free, written, strict=False))
     if len(originals) < len(written):
         raise InputError(
-            f"{where}: holds the control text {written[-1]!r} and every character of Unicode's plane 15, one of which must "
-            "stand for it; leave one of them out"
+            f"{where}: contains the control token {written[-1]!r} as text, and all characters of Unicode's plane 15, "
+            "of which one is needed as its placeholder. Remove one of them"
         )
     characters = {token: character for character, token in originals.items()}
     pattern = _any_of(written)
@@ -155,7 +159,7 @@ def _escape(messages: Messages, control: Mapping[str, int], where: str) -> _Esca
 
 
 def _any_of(tokens: Sequence[str] | Mapping[str, int]) -> re.Pattern:
-    """Matches the longest of the tokens that begin at a place, as the tokenizer does."""
+    """Returns a pattern that matches the longest token at each position, as the tokenizer does."""
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
 
 
@@ -166,11 +170,11 @@ def _encode(
     control: Mapping[str, int],
     escaped: _Escaped,
 ) -> tuple[list[int], list[int]]:
-    """Encodes what is between control tokens as text; a token inside one of the spans of characters gets a 1."""
+    """Encodes a rendered text; returns ids, and a mask with 1 for tokens inside the character spans."""
     parts = _split(rendered, control)
     pieces = [rendered[start:end] for start, end, token in parts if token is None]
     encoded: Any = iter(())
-    if pieces:  # in one call, as a call costs more than a short piece
+    if pieces:  # in one call, since the overhead of a call exceeds the cost of a short text
         batch: Any = tokenizer(
             [escaped.restore(piece) for piece in pieces],
             add_special_tokens=False,
@@ -187,7 +191,7 @@ def _encode(
             places.append((start, end))
             continue
         piece_ids, offsets = next(encoded)
-        # Where a character of the restored text stands in the rendered one.
+        # Position in the rendered text of each character of the restored text, which is longer than its placeholders.
         origin = [i for i in range(start, end) for _ in escaped.originals.get(rendered[i], rendered[i])]
         origin.append(end)
         ids += piece_ids
@@ -196,7 +200,7 @@ def _encode(
 
 
 def _split(rendered: str, control: Mapping[str, int]) -> list[tuple[int, int, int | None]]:
-    """The stretches of a text from start to end, each with the id of the control token that it is, `None` for text."""
+    """Splits a text at control tokens; returns (start, end, token id) of each part, with `None` as the id of text."""
     parts: list[tuple[int, int, int | None]] = []
     position = 0
     for match in _any_of(control).finditer(rendered) if control else ():
@@ -210,7 +214,7 @@ def _split(rendered: str, control: Mapping[str, int]) -> list[tuple[int, int, in
 
 
 def _masks(places: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
-    """1 for each place that overlaps a span; both are in the order of the text, so that each is walked once."""
+    """Returns 1 for each place that overlaps a span. Both are sorted, so one pass over each is enough."""
     masks = []
     current = 0
     for start, end in places:

@@ -1,4 +1,4 @@
-"""Chat templates by name, and the contract that a template must keep to be trained with."""
+"""Chat templates by name, and the requirements on a template for training."""
 
 import itertools
 from pathlib import Path
@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError, did_you_mean
 from ..text import read_text
-from .masks import mask_replies, stretches
+from .masks import mask_replies, reply_spans
 from .render import Messages, render
 
 
@@ -26,7 +26,7 @@ _PROBES: tuple[Messages, ...] = (
 
 
 def template_names() -> list[str]:
-    """The templates that come along."""
+    """Returns the names of the bundled templates."""
     return sorted(path.stem for path in _FOLDER.glob("*.jinja"))
 
 
@@ -37,34 +37,35 @@ def load_template(name: str) -> str:
         name (`str`): one of [`template_names`], or a file ending in `.jinja`.
 
     Raises:
-        InputError: if there is no such template.
+        InputError: if it does not exist.
     """
     path = Path(name) if name.endswith(".jinja") else _FOLDER / f"{name}.jinja"
     if not path.is_file():
-        raise InputError(
-            f"chat template {name!r} does not exist{did_you_mean(name, template_names())}, or a .jinja file"
-        )
+        raise InputError(f"unknown chat template {name!r}{did_you_mean(name, template_names())}, or a .jinja file")
     return read_text(path)
 
 
 def choose_template(tokenizer: PreTrainedTokenizerBase, name: str, model: str) -> str:
-    """Gives a tokenizer the template that it is to be trained with, and checks it by [`check_template`].
+    """Sets the chat template of a tokenizer for fine-tuning, and checks it with [`check_template`].
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): of the model that is fine-tuned; its `chat_template` is set.
-        name (`str`): `"auto"` for the one that the model has, or `llama2` where it has none; `"own"` for the one that it
-            has; else as for [`load_template`].
-        model (`str`): names the model in errors.
+        tokenizer (`PreTrainedTokenizerBase`): the tokenizer of the model; its `chat_template` is set.
+        name (`str`): `"own"` for the model's template; `"auto"` for the same, or `llama2` if the model has none;
+        otherwise
+            as in [`load_template`].
+        model (`str`): name of the model in error messages.
 
     Returns:
-        What was chosen, for a summary.
+        A description of the choice, for a summary.
 
     Raises:
-        InputError: if there is no such template, or it cannot be trained with.
+        InputError: if the template does not exist, or is not suitable for training.
     """
     own = tokenizer.chat_template
     if name in (AUTO, OWN) and own and not isinstance(own, str):
-        raise InputError(f"chat.template: {name}, but {model} has several templates; name one, as a .jinja file")
+        raise InputError(
+            f"chat.template: {name}, but {model} has several templates; save one as a .jinja file and name it"
+        )
     if name == OWN and not own:
         raise InputError(f"chat.template: {OWN}, but {model} has no chat template; use {AUTO} or {DEFAULT}")
     if name == OWN or (name == AUTO and own):
@@ -79,16 +80,19 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, name: str, model: str) -
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, is_own: bool = False) -> None:
-    """Checks that training on the tokenizer's chat template teaches to reply and to stop, and nothing else.
+    """Checks that a model that is trained with the tokenizer's chat template learns to reply and to stop.
 
-    It must be known which tokens are the assistant's, see [`mask_replies`]: each reply and the stop token after it. A
-    conversation begins with begin-of-sequence and never has two in a row. What `chat` feeds before a reply is what training
-    showed before it. Stock `apply_chat_template` gives the same tokens.
+    These are the rules:
+
+    - the tokens of the assistant are known (see [`mask_replies`]): each reply and its stop token, and nothing else;
+    - a conversation starts with the begin-of-sequence token, and never has two in a row;
+    - the tokens before a reply are the same in `chat` and in training;
+    - `apply_chat_template` of transformers gives the same tokens.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): with a chat template.
-        is_own (`bool`, *optional*, defaults to `False`): whether the model was trained in this template before. Then a
-            conversation may begin as it does there, without begin-of-sequence.
+        tokenizer (`PreTrainedTokenizerBase`): a tokenizer with a chat template.
+        is_own (`bool`, *optional*, defaults to `False`): the model was already trained with this template, in which
+            conversations may start without the begin-of-sequence token.
 
     Raises:
         InputError: naming the rule that is broken.
@@ -104,32 +108,32 @@ def _check_probe(tokenizer: PreTrainedTokenizerBase, messages: Messages, is_own:
     doubled = bos is not None and any(a == b == bos for a, b in itertools.pairwise(ids))
     if doubled or (ids[:1] != [bos] and not is_own):
         raise InputError(
-            f"chat template: a conversation must begin with one begin-of-sequence {tokenizer.bos_token!r} and never have two "
-            f"in a row; this one begins {tokenizer.convert_ids_to_tokens(ids[:3])}"
+            f"chat template: a conversation must start with one begin-of-sequence token {tokenizer.bos_token!r} and "
+            f"never have two in a row; this one starts with {tokenizer.convert_ids_to_tokens(ids[:3])}"
         )
     if tokenizer.apply_chat_template(list(messages), return_dict=False) != ids:
         raise InputError(
-            "chat template: apply_chat_template gives other tokens than its parts one by one; the tokenizer treats a text "
-            "after a control token differently, which is not supported"
+            "chat template: apply_chat_template gives other tokens than the separate encoding of text and control "
+            "tokens. The tokenizer encodes text after a control token differently, which is not supported"
         )
     replies = [message["content"] for message in messages if message["role"] == "assistant"]
-    learned_ids = [ids[start:end] for start, end in stretches(masks)]
-    learned = [tokenizer.decode(stretch) for stretch in learned_ids]
-    for reply, stretch in zip(replies, learned_ids, strict=False):
-        if stretch[-1] != eos:
+    learned_ids = [ids[start:end] for start, end in reply_spans(masks)]
+    learned = [tokenizer.decode(span) for span in learned_ids]
+    for reply, span in zip(replies, learned_ids, strict=False):
+        if span[-1] != eos:
             raise InputError(
-                f"chat template: the stop token {tokenizer.eos_token!r} is not inside the generation markers after the reply "
-                f"{reply!r}, so that a model would never learn to stop; put it before endgeneration"
+                f"chat template: the generation markers around the reply {reply!r} do not include the stop token "
+                f"{tokenizer.eos_token!r}, so a model would not learn to stop. Put it before endgeneration"
             )
     if [text.removesuffix(tokenizer.eos_token).strip() for text in learned] != replies:
         raise InputError(
-            f"chat template: the generation markers cover {learned}; they must cover the replies {replies} with their stop "
-            "tokens and nothing else"
+            f"chat template: the generation markers include {learned}; they must include the replies {replies} with "
+            "their stop tokens, and nothing else"
         )
-    before_last_reply = stretches(masks)[-1][0]
+    before_last_reply = reply_spans(masks)[-1][0]
     prompt = render(tokenizer, messages[:-1], add_generation_prompt=True).input_ids
     if prompt != ids[:before_last_reply]:
         raise InputError(
-            "chat template: with a generation prompt it ends in other tokens than those before a reply in a whole "
-            "conversation; a model would be asked in another form than it was trained in"
+            "chat template: the generation prompt differs from the tokens before a reply in a whole conversation, so "
+            "a model would be prompted in another format than in training"
         )

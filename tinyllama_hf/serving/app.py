@@ -1,9 +1,13 @@
-"""`transformers serve` for one of our models: the endpoints of OpenAI's interface, with our tokens and limits.
+"""Serves one model through OpenAI's API, with the handlers of `transformers serve`.
 
-The library's handlers do the work. Its own command (5.23) would take the tokenizer that stock transformers makes of a folder,
-look for control tokens in what people wrote, drop the space between a prompt and its continuation, ignore a temperature unless
-the model's folder says that it samples, seed when a request comes and not when it is generated, ignore what it does not support,
-generate beyond the context, and load or drop models for whoever asks; tests/serving/test_library.py shows it.
+The command of transformers (5.23) is not used as it is, for these reasons (tests/serving/test_library.py shows them):
+
+- it loads the tokenizer with stock transformers, and finds control tokens in the text of messages;
+- it drops the space between a prompt and its continuation;
+- it ignores the temperature unless the generation settings of the model enable sampling;
+- it seeds when a request arrives, not when it is generated;
+- it ignores unsupported fields, and generates beyond the context;
+- it loads and unloads models for any client.
 """
 
 import copy
@@ -21,7 +25,7 @@ from transformers.cli.serving.utils import BaseHandler
 
 from ..errors import InputError, require
 from ..inference.generation import Sampling, stop_tokens_of
-from .request_answers import BodyLimit, UnknownModel, in_form, stream_in_form
+from .request_answers import BodyLimit, UnknownModel, error_body, openai_stream
 from .request_fields import Limits, check_fields, prompt_ids
 from .request_queue import Busy, Ending, OneQueue
 
@@ -29,33 +33,35 @@ from .request_queue import Busy, Ending, OneQueue
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-# The library's app has others, for models that this is none of, to load and drop models, and pages from another server.
+# The app of transformers has more: for other kinds of models, for loading and unloading models, and pages of another
+# server.
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health")
 MAX_BODY_BYTES = 4 * 2**20
 _LENGTHS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
-_SECONDS_TO_END = 5  # that connections get after Ctrl-C
+_SECONDS_TO_END = 5  # for open connections after Ctrl-C
 _PROMPT: ContextVar[list[int]] = ContextVar("prompt")  # tokens of the request that the current task handles
 
 
 def check_installed() -> None:
-    """Refuses to go on without the packages of the server.
+    """Checks that the packages of the server are installed.
 
     Raises:
-        InputError: naming the extra that has them.
+        InputError: naming the extra to install.
     """
     for package in ("fastapi", "uvicorn", "openai"):
         require(package, "serving", "serve")
 
 
 def build_app(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> "FastAPI":
-    """The server's application, with [`PATHS`] alone.
+    """Builds the application of the server, with the endpoints of [`PATHS`].
 
-    Sampling defaults to that of `generate`; requests replace it. Bad requests are answered with status 400.
+    Sampling defaults to that of `generate`, and requests may change it. The answer to an invalid request has status
+    400.
 
     Args:
-        name (`str`): that requests call the model by, or leave out.
-        model (`PreTrainedModel`): from `load`; its generation settings are changed.
-        tokenizer (`PreTrainedTokenizerFast`): its tokenizer, with a template for the chat endpoints.
+        name (`str`): name of the model in requests, which may omit it.
+        model (`PreTrainedModel`): from `load`; its generation settings are modified.
+        tokenizer (`PreTrainedTokenizerFast`): its tokenizer; the chat endpoints need its chat template.
     """
     from fastapi.exceptions import RequestValidationError
     from starlette.exceptions import HTTPException
@@ -65,7 +71,7 @@ def build_app(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerF
     from transformers.cli.serving.response import ResponseHandler
     from transformers.cli.serving.server import build_server
 
-    # It warns of each request, which the server's own log has.
+    # Its warning for each request repeats the log of the server.
     logging.getLogger("transformers.cli.serving").setLevel(logging.ERROR)
     model.generation_config.update(
         **Sampling().arguments(),
@@ -87,30 +93,31 @@ def build_app(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerF
     app.router.routes[:] = [route for route in app.router.routes if route.path in PATHS]
     app.add_api_route("/v1/models/{asked:path}", chat.get_model)
     app.router.redirect_slashes = False
-    # Innermost: the library's middleware would wrap its exception in a group, which FastAPI reports as bad JSON.
+    # Innermost, or the middleware of transformers would wrap its exception in a group, which FastAPI reports as bad
+    # JSON.
     app.user_middleware.append(Middleware(BodyLimit, num_bytes=MAX_BODY_BYTES))
     for kind in (InputError, HTTPException, RequestValidationError, UnknownModel, Busy, Ending, Exception):
-        app.add_exception_handler(kind, _say)
+        app.add_exception_handler(kind, _error_response)
     app.state.ending = state.manager.ending
     return app
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Takes an address before a model is loaded; connections are refused until [`run`].
+    """Binds a socket before the model is loaded; connections are refused until it listens.
 
     Args:
         host (`str`): name or address of this machine.
-        port (`int`): 0 takes a free one.
+        port (`int`): 0 chooses a free one.
 
     Raises:
-        InputError: if it is taken, or not to be had.
+        InputError: if the address is invalid or not available.
     """
     if not 0 <= port < 2**16:
-        raise InputError(f"--port {port}: must lie between 0, for any that is free, and {2**16 - 1}")
+        raise InputError(f"--port {port}: must be between 0 (any free port) and {2**16 - 1}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
-        raise InputError(f"--host {host}: no address of this machine ({error.strerror})") from error
+        raise InputError(f"--host {host}: not an address of this machine ({error.strerror})") from error
     bound = socket.socket(family, kind, protocol)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -118,13 +125,13 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         bound.close()
         raise InputError(
-            f"--host {host} --port {port}: cannot be had ({error.strerror}); choose another port, or 0 for any that is free"
+            f"--host {host} --port {port}: not available ({error.strerror}). Choose another port, or 0 for a free one"
         ) from error
     return bound
 
 
 def run(app: "FastAPI", bound: socket.socket) -> None:
-    """Serves until Ctrl-C or SIGTERM; what is being generated then ends with an error."""
+    """Serves until Ctrl-C or SIGTERM, which end running generations with an error."""
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -135,8 +142,8 @@ def run(app: "FastAPI", bound: socket.socket) -> None:
     Server(uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=_SECONDS_TO_END)).run(sockets=[bound])
 
 
-async def _say(request: Any, error: Exception) -> Any:
-    """An error in the form that OpenAI's clients show."""
+async def _error_response(request: Any, error: Exception) -> Any:
+    """Returns an error in the format of OpenAI's API, so that its clients show the message."""
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
     from starlette.exceptions import HTTPException
@@ -146,22 +153,22 @@ async def _say(request: Any, error: Exception) -> Any:
     if isinstance(error, RequestValidationError):
         message = "body: must be a JSON object, sent with Content-Type: application/json"
         if reasons := [found["ctx"]["error"] for found in error.errors() if found["type"] == "json_invalid"]:
-            message = f"body: is no JSON ({reasons[0]})"
+            message = f"body: not valid JSON ({reasons[0]})"
     elif isinstance(error, HTTPException) and status in (404, 405):
-        message = f"{request.method} {request.url.path}: {message}; this server has {', '.join(PATHS)}"
+        message = f"{request.method} {request.url.path}: {message}; the endpoints are {', '.join(PATHS)}"
     elif status == 500:
-        message = f"{type(error).__name__}: {message}"  # its traceback is in the server's log
-    status = 400 if status == 422 else status  # the library's for fields and forms that it does not know
+        message = f"{type(error).__name__}: {message}"  # the traceback is in the log of the server
+    status = 400 if status == 422 else status  # transformers answers 422 to unknown fields and types
     code, headers = getattr(error, "code", None), getattr(error, "headers", None)
-    return JSONResponse(in_form(message, status, code), status_code=status, headers=headers)
+    return JSONResponse(error_body(message, status, code), status_code=status, headers=headers)
 
 
 def _strict(
     handler: type[BaseHandler], needed: str, tokenizer: PreTrainedTokenizerFast, limits: Limits
 ) -> type[BaseHandler]:
-    """A handler that refuses what the library's (5.23) ignores, or fails at, and streams only when asked.
+    """Returns a subclass of a handler of transformers that refuses what the handler (5.23) ignores or fails on.
 
-    (That of `/v1/responses` streams unless it is told not to.)
+    It also streams only on request; the handler of `/v1/responses` streams by default.
     """
     from fastapi.responses import StreamingResponse
 
@@ -170,28 +177,31 @@ def _strict(
             checked, ids = await self.generation_state.manager.prepare(self._prepare, body)
             _PROMPT.set(ids)
             response = await super().handle_request(checked, request_id)
-            if isinstance(response, StreamingResponse) and needed != "input":  # /v1/responses streams in another form
+            if (
+                isinstance(response, StreamingResponse) and needed != "input"
+            ):  # /v1/responses streams in another format
                 with_usage = checked.get("stream_options", {}).get("include_usage", False)
-                response.body_iterator = stream_in_form(response.body_iterator, with_usage)
+                response.body_iterator = openai_stream(response.body_iterator, with_usage)
             return response
 
         def _prepare(self, body: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
-            """Returns the body that the library's handler reads, without its prompt, and the tokens of the prompt."""
+            """Returns the body for the handler of transformers, without its prompt, and the tokens of the prompt."""
             self._validate_request(body)
             try:
                 checked = check_fields(body, needed, limits)
                 self.model_manager.check_name(checked.get("model"))
                 ids = prompt_ids(body, needed, checked.get("instructions"), tokenizer, limits)
             except RecursionError as error:
-                raise InputError("body: is nested too deeply") from error
+                raise InputError("body: nested too deeply") from error
             return {"stream": False, **checked, needed: [] if needed == "messages" else ""}, ids
 
         def _build_generation_config(
             self, body: dict[str, Any], model_generation_config: GenerationConfig, use_cb: bool = False
         ) -> GenerationConfig:
-            """The library's leaves the model's settings out where a request has its own, and a bias out of completions.
+            """Combines the settings of model and request.
 
-            It would seed here, while others generate.
+            The method of transformers drops the model's settings if a request has its own, and `logit_bias` in
+            completions. It would also seed here, while other requests are generated.
             """
             settings = dict(body.get("generation_config", {}))
             length = settings.pop("max_new_tokens", None)
@@ -211,7 +221,7 @@ def _strict(
 
 
 class OneModel(ModelManager):
-    """What the handlers ask for a model: always the same one, which is neither looked for nor unloaded."""
+    """The model manager of the handlers; it returns the same model for every request, and never unloads it."""
 
     def __init__(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast):
         self._name, self._model, self._tokenizer = name, model, tokenizer
@@ -220,20 +230,20 @@ class OneModel(ModelManager):
 
     @staticmethod
     def process_model_name(model_id: str) -> str:
-        """A name is a name; the library appends `@main`."""
+        """Returns the name unchanged; transformers appends `@main`."""
         return model_id
 
     def check_name(self, asked: str | None) -> None:
-        """Refuses another model's name; a request may leave it out."""
+        """Checks the model's name in a request, which may omit it."""
         if asked not in (None, self._name):
             raise UnknownModel(asked, self._name)
 
     def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
-        """The model alone; the library lists the Hub's cache, and fails where there is none."""
+        """Lists the served model; transformers lists the Hub cache, and fails if there is none."""
         return [self._description]
 
     def get_model(self, asked: str) -> dict[str, Any]:
-        """The model by its name, for a path that the library does not have."""
+        """Describes the served model, for an endpoint that transformers lacks."""
         self.check_name(asked)
         return self._description
 
@@ -251,9 +261,9 @@ def _for_chat(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 
 
 def _for_text(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Decodes what comes after a prompt: with the space that a Llama text begins with."""
+    """Returns a tokenizer that decodes continuations, and so keeps the space that a Llama text begins with."""
     served = copy.deepcopy(tokenizer)
-    served.tokenizer = _prompt  # what the library's handler looks for in a processor
+    served.tokenizer = _prompt  # the attribute of a processor that the handler calls
     state = json.loads(served.backend_tokenizer.to_str())
     if parts := (state["decoder"] or {}).get("decoders"):
         state["decoder"]["decoders"] = [part for part in parts if part["type"] != "Strip"]
@@ -262,6 +272,6 @@ def _for_text(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 
 
 def _prompt(*_: Any, **__: Any) -> BatchEncoding:
-    """Returns the tokens of the current request, where the library's handlers would tokenize on the event loop."""
+    """Returns the tokens of the current request; the handlers would tokenize again, on the event loop."""
     ids = _PROMPT.get()
     return BatchEncoding({"input_ids": [ids], "attention_mask": [[1] * len(ids)]}, tensor_type="pt")

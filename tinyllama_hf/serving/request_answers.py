@@ -1,4 +1,4 @@
-"""A server's answers in the form of OpenAI's interface: errors, streams, and the limit of a body."""
+"""Answers in the format of OpenAI's API: errors and streams; and the limit on the size of a request."""
 
 import json
 import re
@@ -8,27 +8,27 @@ from typing import Any
 
 
 _STREAM_ERROR = re.compile(r'^data: {"error": "(.*)"}\n\n\Z', re.MULTILINE | re.DOTALL)
-_LONGEST_MESSAGE = 1000  # characters of an error, which quotes what was sent
-_DISCARDED = 8  # limits of a body, after which the connection is closed instead
+_LONGEST_MESSAGE = 1000  # characters; messages quote parts of the request
+_DISCARDED = 8  # an oversized body is read up to this multiple of the limit; then the connection is closed
 _TYPES = {429: "rate_limit_error"}
 
 
 class UnknownModel(Exception):
-    """A request names a model that the server does not have."""
+    """A request names another model than the served one."""
 
     status_code, code = 404, "model_not_found"
 
     def __init__(self, asked: str, served: str):
-        super().__init__(f"model {asked!r}: this server has only {served!r}")
+        super().__init__(f"model {asked!r}: not served here; the only model is {served!r}")
 
 
-def in_form(message: str, status: int, code: str | None = None) -> dict[str, Any]:
-    """Returns an error as OpenAI's interface has it.
+def error_body(message: str, status: int, code: str | None = None) -> dict[str, Any]:
+    """Returns an error in the format of OpenAI's API.
 
     Args:
-        message (`str`): a long one is shortened in the middle.
-        status (`int`): of the answer; 500 within a stream.
-        code (`str`, *optional*): OpenAI's name of the error.
+        message (`str`): the message; a long one is shortened in the middle.
+        status (`int`): HTTP status of the answer, or 500 within a stream.
+        code (`str`, *optional*): OpenAI's code for the error.
     """
     if len(message) > _LONGEST_MESSAGE:
         message = f"{message[: _LONGEST_MESSAGE // 2]} ... {message[-_LONGEST_MESSAGE // 2 :]}"
@@ -36,29 +36,29 @@ def in_form(message: str, status: int, code: str | None = None) -> dict[str, Any
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
-async def stream_in_form(parts: AsyncGenerator[str, None], with_usage: bool) -> AsyncGenerator[str, None]:
-    """Yields the stream of a completion with the errors, usage and end of OpenAI's interface.
+async def openai_stream(parts: AsyncGenerator[str, None], with_usage: bool) -> AsyncGenerator[str, None]:
+    """Yields the stream of a completion in the format of OpenAI's API.
 
-    transformers' server (5.23) sends an error as a bare text, which clients do not show, sends the usage unasked, and sends no
-    `[DONE]`.
+    The server of transformers (5.23) sends errors as plain text, which clients do not show; it always sends the usage,
+    and no `[DONE]`.
 
     Args:
-        parts (`AsyncGenerator`): of the library's handler; each holds whole events.
-        with_usage (`bool`): whether the request asks for it.
+        parts (`AsyncGenerator`): stream of a handler of transformers; each part contains complete events.
+        with_usage (`bool`): whether the request asks for the usage.
     """
-    async with aclosing(parts):  # it ends the generation when the client is gone
+    async with aclosing(parts):  # stops the generation when the client disconnects
         async for part in parts:
             error = _STREAM_ERROR.search(part)
             events = part[: error.start()] if error else part
             chunks = (json.loads(event.removeprefix("data: ")) for event in events.split("\n\n")[:-1])
-            in_order = [whole for chunk in chunks for whole in _chunks_in_form(chunk, with_usage)]
+            in_order = [whole for chunk in chunks for whole in _openai_chunks(chunk, with_usage)]
             if error:
-                in_order.append(in_form(error[1], 500))
+                in_order.append(error_body(error[1], 500))
             yield "".join(f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n" for chunk in in_order)
     yield "data: [DONE]\n\n"
 
 
-def _chunks_in_form(chunk: dict[str, Any], with_usage: bool) -> Iterator[dict[str, Any]]:
+def _openai_chunks(chunk: dict[str, Any], with_usage: bool) -> Iterator[dict[str, Any]]:
     usage = chunk.pop("usage", None)
     for choice in chunk["choices"]:
         choice.setdefault("finish_reason", None)
@@ -68,13 +68,14 @@ def _chunks_in_form(chunk: dict[str, Any], with_usage: bool) -> Iterator[dict[st
 
 
 class BodyLimit:
-    """ASGI middleware that refuses bodies above a size, declared by `Content-Length` or counted as they arrive.
+    """ASGI middleware that limits the size of request bodies, by `Content-Length` and by counting what arrives.
 
-    Starlette's own limit (1.10) answers a declared size in plain text, which OpenAI's clients do not show.
+    The limit of Starlette (1.10) answers in plain text if `Content-Length` is too large; OpenAI's clients do not show
+    that.
 
     Args:
         app (`Callable`): the ASGI application.
-        num_bytes (`int`): size of the largest body.
+        num_bytes (`int`): the maximum size.
     """
 
     def __init__(self, app: Any, num_bytes: int):
@@ -94,11 +95,11 @@ class BodyLimit:
             taken += len(message.get("body", b""))
             if is_refused or max(declared, taken) <= self.num_bytes:
                 return message
-            # The rest is read and discarded, since most clients read no answer before they have sent everything.
+            # Read and discard the rest, since most clients read the answer only after they have sent the whole body.
             while message.get("more_body") and taken <= _DISCARDED * self.num_bytes:
                 message = await receive()
                 taken += len(message.get("body", b""))
             is_refused = True
-            raise HTTPException(413, f"body: must have at most {self.num_bytes} bytes; shorten it")
+            raise HTTPException(413, f"body: larger than {self.num_bytes} bytes; shorten it")
 
         await self.app(scope, receive_within_limit, send)

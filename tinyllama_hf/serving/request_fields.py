@@ -1,7 +1,7 @@
-"""The requests of a server: the fields that decide what is generated, and the prompt as tokens, from each form that OpenAI has.
+"""Reads requests of OpenAI's API: checks their fields, and encodes the prompt in each of its forms.
 
-They are checked before transformers' handlers (5.23) read them, which convert what they are given, and answer with status 500
-where that fails.
+The fields are checked before the handlers of transformers (5.23) read them: these convert values without a check, and
+answer with status 500 if that fails.
 """
 
 import functools
@@ -18,7 +18,7 @@ from ..chat.messages import TEXT_PARTS, content_text
 from ..errors import InputError, check_seed, did_you_mean
 
 
-# They do not change the answer.
+# These fields do not change the answer.
 _HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier"}
 _HARMLESS |= {"prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"}
 # Unsupported fields, with the values that request the default behavior; `null` and empty values do so too.
@@ -36,24 +36,27 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
 }
-# `name` does not reach the template; `type`, `id` and `status` come from answers that clients send back.
+# `name` is not given to the template; `type`, `id` and `status` come from answers that clients send back.
 _MESSAGE_FIELDS = {"role", "content", "name", "type", "id", "status"}
 _FORM = 'must be a list of {"role": "...", "content": "..."}'
 
-# Before each request the library compares the stop strings with the whole vocabulary: seconds at these limits.
+# For each request transformers compares the stop strings with the whole vocabulary, which takes seconds at these
+# limits.
 _STOPS, _STOP_LENGTH = 4, 100
-_LEAST = 1e-6  # of what logits are divided by, which have to stay finite
+_LEAST = 1e-6  # smallest divisor of logits that keeps them finite
 _Count = Annotated[int, Field(ge=1)]
 _Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Limits(NamedTuple):
-    """What a request has to keep to.
+    """Limits on a request.
 
     Attributes:
-        vocab_size (`int`): of the model.
-        context (`int`): of the model, in tokens.
-        characters (`int`): that the context can hold; to make tokens of megabytes takes half a minute.
+        vocab_size (`int`): size of the model's vocabulary.
+        context (`int`): the model's context in tokens.
+        characters (`int`): most characters that fit the context. Longer prompts are refused before they are encoded,
+        since
+            encoding megabytes takes half a minute.
     """
 
     vocab_size: int
@@ -62,7 +65,7 @@ class Limits(NamedTuple):
 
     @classmethod
     def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> "Limits":
-        """Those of a model and its tokenizer."""
+        """Returns the limits of a model and its tokenizer."""
         context = model.config.max_position_embeddings
         return cls(model.config.vocab_size, context, context * max(map(len, tokenizer.get_vocab())))
 
@@ -82,7 +85,7 @@ class _Sampling(BaseModel):
 
 
 class _GenerationConfig(_Sampling):
-    """What `generation_config` may hold: transformers' settings of sampling that OpenAI has no field for, and those it has."""
+    """The supported settings of `generation_config`, which transformers adds to the fields of OpenAI's API."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -94,7 +97,7 @@ class _GenerationConfig(_Sampling):
     no_repeat_ngram_size: Annotated[int, Field(ge=0)] | None = None
     min_new_tokens: Annotated[int, Field(ge=0)] | None = None
     max_new_tokens: _Count | None = None
-    transformers_version: str | None = Field(None, exclude=True)  # which `GenerationConfig.to_json_string` writes
+    transformers_version: str | None = Field(None, exclude=True)  # written by `GenerationConfig.to_json_string`
 
 
 class _StreamOptions(BaseModel):
@@ -115,7 +118,7 @@ class _Fields(_Sampling):
     max_output_tokens: _Count | None = None
     parallel_tool_calls: bool | None = None
     seed: Annotated[int, AfterValidator(functools.partial(check_seed, name=""))] | None = None
-    # The repetition penalty is 1 more, and has to be above 0; OpenAI's upper limit.
+    # transformers adds 1 to get its repetition penalty, which must be positive; the upper limit is OpenAI's.
     frequency_penalty: Annotated[float, Field(gt=-1, le=2)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     stop: Any = None
@@ -124,7 +127,7 @@ class _Fields(_Sampling):
     @field_validator("generation_config", mode="before")
     @classmethod
     def _object(cls, value: Any) -> Any:
-        """transformers' server takes JSON in a text; an object is accepted too."""
+        """Accepts an object, and JSON in a string as the server of transformers does."""
         return from_json(value) if isinstance(value, str) else value
 
     @field_validator("logit_bias")
@@ -132,7 +135,7 @@ class _Fields(_Sampling):
     def _ids(cls, value: dict[str, float] | None, info: ValidationInfo) -> dict[str, float] | None:
         size = info.context.vocab_size
         if bad := [key for key in value or () if not (key.isdecimal() and int(key) < size)]:
-            raise ValueError(f"{bad[0]!r} must be the id of a token, 0 to {size - 1}")
+            raise ValueError(f"{bad[0]!r} must be a token id from 0 to {size - 1}")
         return value
 
     @field_validator("stop")
@@ -140,43 +143,46 @@ class _Fields(_Sampling):
     def _texts(cls, value: Any) -> Any:
         texts = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(text, str) and text for text in texts):
-            raise ValueError("must be a text or a list of texts, none of them empty")
+            raise ValueError("must be a non-empty string or a list of non-empty strings")
         if len(texts) > _STOPS or any(len(text) > _STOP_LENGTH for text in texts):
-            raise ValueError(f"must be up to {_STOPS} texts of up to {_STOP_LENGTH} characters")
+            raise ValueError(f"must be at most {_STOPS} strings of at most {_STOP_LENGTH} characters")
         return value
 
 
 def check_fields(body: dict[str, Any], needed: str, limits: Limits) -> dict[str, Any]:
-    """Checks which fields there are, and their values by type and range.
+    """Checks the names, types and ranges of the fields of a request.
 
     Args:
-        body (`dict`): of a request, with fields that OpenAI's interface has.
-        needed (`str`): the field that holds the prompt, which is not checked here.
-        limits (`Limits`): of the model.
+        body (`dict`): the request, with fields of OpenAI's API only.
+        needed (`str`): name of the field with the prompt, which is not checked here.
+        limits (`Limits`): limits of the model.
 
     Returns:
-        The fields that decide what is generated, without what is `null` or empty, and `generation_config` as a dictionary.
+        The fields that affect the generation, without those that are `null` or empty; `generation_config` is a
+        dictionary.
 
     Raises:
         InputError: naming the field, its value and the rule.
     """
     for name in sorted(body.keys() - _Fields.model_fields.keys() - _HARMLESS - {needed}):
         if not _is_default(name, body[name]):
-            raise InputError(f"{name}: is not supported by this server; leave it out")
+            raise InputError(f"{name}: not supported by this server; leave it out")
     try:
         json.dumps(body, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"body: holds half of a surrogate pair, which is no text ({error.reason})") from error
+        raise InputError(
+            f"body: contains half of a surrogate pair, which is not valid text ({error.reason})"
+        ) from error
     try:
         known = _Fields.model_validate(body, context=limits)
     except ValidationError as error:
-        raise InputError(_in_words(error)) from error
+        raise InputError(_describe(error)) from error
     checked = {name: value for name, value in known.model_dump(exclude_none=True).items() if value not in ([], {})}
     if checked.keys() >= {"max_tokens", "max_completion_tokens"}:
-        raise InputError("max_tokens, max_completion_tokens: both limit the reply; give one of them")
+        raise InputError("max_tokens, max_completion_tokens: both limit the reply; give only one")
     if "stream_options" in checked and not checked.get("stream"):
         raise InputError(
-            f"stream_options {checked['stream_options']}: require stream: true; leave them out, or stream"
+            f"stream_options {checked['stream_options']}: only valid with stream: true; set it or leave them out"
         )
     return checked
 
@@ -188,14 +194,14 @@ def _is_default(name: str, value: Any) -> bool:
     return value in _DEFAULTS.get(name, ()) or (not value and not isinstance(value, (int, float)))
 
 
-def _in_words(error: ValidationError) -> str:
+def _describe(error: ValidationError) -> str:
     first = error.errors()[0]
     name = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
         section, key = first["loc"]
         known = {"generation_config": _GenerationConfig, "stream_options": _StreamOptions}[section].model_fields
         valid = did_you_mean(str(key), known.keys() - {"transformers_version"})
-        return f"{name} {first['input']!r}: is not supported by this server{valid}"
+        return f"{name} {first['input']!r}: not supported by this server{valid}"
     rule = first["msg"].removeprefix("Value error, ").replace("input should", "must").replace("Input should", "must")
     return f"{name} {first['input']!r}: {rule}"
 
@@ -203,21 +209,21 @@ def _in_words(error: ValidationError) -> str:
 def prompt_ids(
     body: dict[str, Any], field: str, instructions: str | None, tokenizer: PreTrainedTokenizerFast, limits: Limits
 ) -> list[int]:
-    """Returns the tokens that a request asks to continue; text that spells a control token stays text.
+    """Returns the tokens of the prompt of a request; control tokens that are spelled out in its text stay text.
 
     Args:
         body (`dict`): the request.
-        field (`str`): that holds the prompt: `"prompt"`, `"messages"` or `"input"`.
-        instructions (`str`, *optional*): become the system message.
+        field (`str`): name of the field with the prompt: `"prompt"`, `"messages"` or `"input"`.
+        instructions (`str`, *optional*): the system message.
         tokenizer (`PreTrainedTokenizerFast`): the model's tokenizer.
-        limits (`Limits`): of the model.
+        limits (`Limits`): limits of the model.
 
     Raises:
-        InputError: if the field is missing, has another form, or more than the context can hold.
+        InputError: if the field is missing, malformed, or longer than the context.
     """
     given = body.get(field)
     if given is None:
-        raise InputError(f"{field}: is missing")
+        raise InputError(f"{field}: missing")
     if field == "prompt":
         return _ids_of_text(given, tokenizer, limits)
     if isinstance(given, str) and field == "input":
@@ -238,8 +244,8 @@ def _ids_of_text(prompt: Any, tokenizer: PreTrainedTokenizerFast, limits: Limits
         return tokenizer(prompt, split_special_tokens=True, verbose=False)["input_ids"]
     if not prompt or not isinstance(prompt, list) or not all(_is_id(item, limits) for item in prompt):
         raise InputError(
-            f"prompt: must be one text, or the ids of its tokens, 0 to {limits.vocab_size - 1}; send several prompts one by "
-            "one"
+            f"prompt: must be a string or a list of token ids from 0 to {limits.vocab_size - 1}. Send one request "
+            "per prompt"
         )
     return prompt
 
@@ -249,16 +255,16 @@ def _is_id(value: Any, limits: Limits) -> bool:
 
 
 def _check_length(texts: Iterable[str], limits: Limits) -> None:
-    """Refuses what cannot fit the context, before its tokens are read."""
+    """Refuses text that cannot fit the context, before it is encoded."""
     if (length := sum(map(len, texts))) > limits.characters:
         raise InputError(
-            f"a prompt of {length} characters; must be at most {limits.characters}, as the model's context of "
-            f"{limits.context} tokens holds no more"
+            f"prompt: {length} characters; must be at most {limits.characters}, since the model's context has "
+            f"{limits.context} tokens. Shorten it"
         )
 
 
 def _conversation(given: Any, field: str, limits: Limits) -> list[dict[str, Any]]:
-    """Messages with only role and text; roles are checked when the conversation is rendered."""
+    """Returns messages with role and text only; roles are checked when the conversation is rendered."""
     if not isinstance(given, list) or not all(isinstance(item, dict) for item in given):
         raise InputError(f"{field}: {_FORM}")
     if len(given) > limits.context:  # each message has at least one token
@@ -272,10 +278,10 @@ def _conversation(given: Any, field: str, limits: Limits) -> list[dict[str, Any]
 
 def _message(item: dict[str, Any], where: str) -> dict[str, Any]:
     if item.get("type", "message") != "message":
-        raise InputError(f"{where}: type {item['type']!r} is not supported by this server; leave it out")
+        raise InputError(f"{where}: type {item['type']!r} not supported by this server; leave it out")
     if unknown := sorted(key for key, value in item.items() if value and key not in _MESSAGE_FIELDS):
-        raise InputError(f"{where}: {unknown[0]} is not supported by this server; leave it out")
+        raise InputError(f"{where}: {unknown[0]} not supported by this server; leave it out")
     if "role" not in item:
         raise InputError(f"{where}: has no role; {_FORM}")
-    role = "system" if item["role"] == "developer" else item["role"]  # its newer name at OpenAI
+    role = "system" if item["role"] == "developer" else item["role"]  # OpenAI's newer name of the role
     return {"role": role, "content": content_text(item.get("content"), where)}

@@ -1,6 +1,7 @@
-"""Generating for the requests of a server: one at a time, within the model's context, and no longer than the server runs.
+"""Generates for the requests of a server, one at a time, within the model's context.
 
-All of them draw from torch's one generator, in the one thread that generates; it is seeded there, before each of them.
+A single thread generates, since sampling uses torch's global random generator. It is seeded in that thread before each
+request.
 """
 
 import asyncio
@@ -17,13 +18,13 @@ from transformers.cli.serving.utils import GenerateManager, GenerationState, _St
 from ..inference.generation import Context, ExactTextStreamer
 
 
-MAX_WAITING = 64  # requests, not counting the one that is generated
+MAX_WAITING = 64  # requests in the queue, without the one that is being generated
 _RETRY_SECONDS = 5
 _Prepared = TypeVar("_Prepared")
 
 
 class OneQueue(GenerationState):
-    """Generates for one request at a time, whichever endpoint it came through."""
+    """Generates for one request at a time, across all endpoints."""
 
     def __init__(self):
         super().__init__()
@@ -34,20 +35,21 @@ class OneQueue(GenerationState):
 
 
 class Generation(GenerateManager):
-    """Generates within the model's context, streams exactly what the whole text would be, and stops when the server does.
+    """Generates within the model's context, streams the exact text, and stops when the server shuts down.
 
-    A `GenerationConfig` comes with a `seed` of ours, or `None`. With `MAX_WAITING` requests waiting, new ones are refused.
+    Each `GenerationConfig` has an additional attribute `seed`, which may be `None`. New requests are refused while
+    `MAX_WAITING` others are waiting.
     """
 
     def __init__(self):
         super().__init__()
         self.ending = threading.Event()
         self._places = threading.Semaphore(1 + MAX_WAITING)
-        # One thread, since calls of a tokenizer change its settings.
+        # One thread, since calling a tokenizer changes its settings.
         self._preparing = ThreadPoolExecutor(1, "prepare")
 
     async def prepare(self, function: Callable[..., _Prepared], *arguments: Any) -> _Prepared:
-        """Runs the checks and the tokenization of a request in a thread, while the event loop answers others.
+        """Checks and encodes a request in a thread, so that the event loop can answer others.
 
         Raises:
             Busy: if the queue is full.
@@ -71,7 +73,7 @@ class Generation(GenerateManager):
                 self._generate(model, streamer=streamer, **arguments)
             except _Cancelled:
                 put(None)
-            except Exception as error:  # whatever it is, somebody waits for the end of the stream
+            except Exception as error:  # of any kind: the client waits for the end of the stream
                 put(_StreamError(str(getattr(error, "detail", error))))
 
         self.submit(self._in_place(generate))
@@ -90,7 +92,7 @@ class Generation(GenerateManager):
             raise Busy
 
     def _in_place(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Wraps a function so that it holds a place in the queue until it has run."""
+        """Wraps a function so that it occupies a place in the queue until it has finished."""
         self._enter()
 
         def run(*arguments: Any, **options: Any) -> Any:
@@ -103,17 +105,22 @@ class Generation(GenerateManager):
 
     def _arguments(self, model: Any, processor: Any, inputs: Any, gen_config: Any) -> dict[str, Any]:
         _limit(model, inputs, gen_config)
-        return {**inputs, "generation_config": gen_config, "tokenizer": processor, "stopping_criteria": [self._go_on]}
+        return {
+            **inputs,
+            "generation_config": gen_config,
+            "tokenizer": processor,
+            "stopping_criteria": [self._check_shutdown],
+        }
 
     def _generate(self, model: Any, generation_config: GenerationConfig, **arguments: Any) -> torch.Tensor:
         self._check_ending()
         if generation_config.seed is None:
-            torch.seed()  # what was seeded before would go on, and repeat
+            torch.seed()  # or the sequence of the last seed would continue, and repeat earlier answers
         else:
             torch.manual_seed(generation_config.seed)
         return model.generate(generation_config=generation_config, **arguments)
 
-    def _go_on(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+    def _check_shutdown(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         self._check_ending()
         return torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
 
@@ -123,11 +130,11 @@ class Generation(GenerateManager):
 
 
 class _Cancelled(Exception):
-    """Nobody listens to the stream any more."""
+    """The client has closed the stream."""
 
 
 class Ending(Exception):
-    """The server was asked to end."""
+    """The server is shutting down."""
 
     status_code, detail = 503, "the server is shutting down"
 
@@ -141,9 +148,9 @@ class Busy(Exception):
 
 
 class _QueueStreamer(ExactTextStreamer):
-    """Puts pieces of the text into a queue, and `None` at its end.
+    """Puts parts of the text into a queue, and `None` at the end.
 
-    The library's streamer (5.23) raises at bytes that are no UTF-8.
+    The streamer of transformers (5.23) raises an error for bytes that are not valid UTF-8.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, put: Callable[[Any], Any]):
@@ -151,26 +158,26 @@ class _QueueStreamer(ExactTextStreamer):
         self.total_tokens, self._cancelled = 0, threading.Event()
 
     def put(self, value: torch.Tensor) -> None:
-        """Takes the ids of the prompt, then of each new token."""
+        """Receives the ids of the prompt, then each new token."""
         if self._cancelled.is_set():
             raise _Cancelled
         self.total_tokens += 0 if self.next_tokens_are_prompt else value.numel()
         super().put(value)
 
     def end(self) -> None:
-        """Shows what was held back."""
+        """Writes the text that was held back."""
         super().end()
         self._write(None)
 
     def cancel(self) -> None:
-        """Stops the generation at its next token."""
+        """Stops the generation at the next token."""
         self._cancelled.set()
 
 
 def _limit(model: PreTrainedModel, inputs: Mapping[str, Any], config: GenerationConfig) -> None:
-    """Checks the length of a prompt, and lowers its number of new tokens to what there is room for."""
+    """Checks the length of a prompt, and limits the number of new tokens to the rest of the context."""
     length, context = inputs["input_ids"].shape[-1], Context.of(model)
     context.new_tokens(length)
     config.max_new_tokens = min(config.max_new_tokens or context.tokens, context.tokens - length)
     if not config.do_sample:
-        config.update(temperature=1.0, top_p=1.0, top_k=50)  # the library's defaults; of others it warns
+        config.update(temperature=1.0, top_p=1.0, top_k=50)  # defaults; transformers warns about other values
