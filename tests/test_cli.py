@@ -145,7 +145,7 @@ BAD = {
     "folder without a model": ("generate empty", "holds no config.json"),
     "no GPU": ("generate model --device cuda", "has no GPU that torch can use; use cpu or auto"),
     "no device": ("generate model --device gpu", "--device 'gpu': not a device"),
-    "too many tokens": ("generate model --max-new-tokens 64", "longer than the model's context of 64"),
+    "too many tokens": ("generate model --max-new-tokens 64", "the model's context of 64"),
     "temperature": ("generate model --temperature -1", "--temperature -1.0: must be 0"),
     "missing source": ("prepare nowhere --tokenizer {tokenizer} --output out", "source nowhere: no such file or folder"),
     "missing tokenizer": ("prepare {corpus} --tokenizer nowhere --output out", "model 'nowhere': no such folder"),
@@ -210,7 +210,7 @@ BAD = {
         "sft.py sft.yaml data.conversations=long-reply.jsonl",
         "conversations are longer than data.max_length 64; the longest is long-reply.jsonl, row"),
     "longer conversations than the context": (
-        "sft.py sft.yaml data.max_length=65", "data.max_length: 65 is longer than the model's context of 64"),
+        "sft.py sft.yaml data.max_length=65", "data.max_length: 65 is the model's context of 64"),
     "a template without markers": (
         "sft.py sft.yaml chat.template=plain.jinja", "chat template, conversation of 2 messages, message 1: "),
     "an unknown key of fine-tuning": ("sft.py sft.yaml adapter.rnk=8", "adapter.rnk: unknown key; did you mean 'rank'?"),

@@ -12,9 +12,9 @@ from .loading import ADAPTER, DEVICE, DTYPE, MODEL, QUANTIZATION, load_model, no
 
 
 def list_released() -> None:
-    """List the released checkpoints by the names that every command takes in place of a model folder.
+    """List the released checkpoints; every command accepts these names in place of a model folder.
 
-    pythia-1b, of another family, is the peer of the published table and is not loaded.
+    pythia-1b is listed only as the baseline of the published table: it is not a Llama and cannot be loaded.
 
     Example: tinyllama-hf list
     """
@@ -28,42 +28,42 @@ def list_released() -> None:
         average = "" if model.average is None else f"{model.average:.2f}"
         tokens = f"{model.tokens / 1e9:,.0f}B" if model.kind != "chat" else "chat"
         table.add_row(model.name, tokens, model.hub, model.revision, average)
-    # Wide enough for its contents where the output is no terminal, so that it can be searched line by line.
+    # Not wrapped unless the output is a terminal, so that it can be searched line by line.
     console = Console()
     (console if console.is_terminal else Console(width=160)).print(table)
     print("average: unweighted mean of the seven published commonsense scores, in percent")
     print(
-        "Between them is one checkpoint every 5k steps, by names like step-715k-token-1499B (steps x 2,097,152 tokens)"
+        "There is also a checkpoint every 5k steps, with names like step-715k-token-1499B (steps x 2,097,152 tokens)"
     )
 
 
-_TEMPERATURE = Annotated[float, typer.Option(help="0 takes the most likely token each time.")]
-_TOP_P = Annotated[float, typer.Option(help="Draw from the smallest set of tokens with this probability.")]
-_MAX_NEW_TOKENS = Annotated[int | None, typer.Option(help="Default: 256, or what is left of the context.")]
-_SEED = Annotated[int | None, typer.Option(help="Makes the draws repeatable; 0 to 2**64 - 1.")]
+_TEMPERATURE = Annotated[float, typer.Option(help="0 always takes the most likely token.")]
+_TOP_P = Annotated[float, typer.Option(help="Sample from the smallest set of tokens with this total probability.")]
+_MAX_NEW_TOKENS = Annotated[int | None, typer.Option(help="Default: 256, or less if the context is nearly full.")]
+_SEED = Annotated[int | None, typer.Option(help="Makes sampling repeatable; 0 to 2**64 - 1.")]
 _DRAFT = Annotated[
     str | None,
     typer.Option(
-        help="Proposes tokens: a smaller model with the same tokenizer, lookup (the text so far), or layers:N (the "
-        "model's own first ones)."
+        help="Speculative decoding: a smaller model with the same tokenizer, lookup (proposes from the text so far), "
+        "or layers:N (the first N layers of the model)."
     ),
 ]
 _INPUT = Annotated[
     Path | None,
     typer.Option(
         "--input",
-        help='JSON lines in place of one prompt: {"prompt": "..."}, or {"messages": [...]} for a chat model; other '
-        "fields are kept.",
+        help='File of JSON lines in place of one prompt: {"prompt": "..."}, or {"messages": [...]} for a chat model; '
+        "other fields are kept.",
     ),
 ]
-_OUTPUT = Annotated[Path | None, typer.Option(help="With --input, JSON lines to write, in the same order.")]
-_BATCH_SIZE = Annotated[int | None, typer.Option(help="With --input, prompts at a time; default: 8.")]
-_ENGINE = Annotated[str | None, typer.Option(hidden=True, help="Removed; ends in a message.")]
+_OUTPUT = Annotated[Path | None, typer.Option(help="With --input: file of JSON lines to write, in the same order.")]
+_BATCH_SIZE = Annotated[int | None, typer.Option(help="With --input: number of prompts at a time; default: 8.")]
+_ENGINE = Annotated[str | None, typer.Option(hidden=True, help="Removed; prints an error.")]
 
 
 def generate(
     model: MODEL,
-    prompt: Annotated[str, typer.Argument(help="Text to continue; empty begins a new one.")] = "",
+    prompt: Annotated[str, typer.Argument(help="Text to continue; without it, a new text is generated.")] = "",
     input_file: _INPUT = None,
     output: _OUTPUT = None,
     batch_size: _BATCH_SIZE = None,
@@ -78,10 +78,10 @@ def generate(
     adapter: ADAPTER = None,
     draft: _DRAFT = None,
 ) -> None:
-    """Continue a prompt, shown as it appears, or the prompts of a file. Measurements go to standard error.
+    """Continue a prompt, streamed to standard output, or the prompts of a file. Measurements go to standard error.
 
-    With --input: what is done stays when it is interrupted, and the same command goes on. A line that cannot be continued
-    gets an error in its row, and the exit status is 2 when the others are done.
+    With --input, results are kept when the command is interrupted; run it again to resume. An invalid line gets an
+    error in its row, and the exit status is 2 after the other lines are finished.
 
     Example: tinyllama-hf generate step-1431k-3T "The capital of France is" --temperature 0 --max-new-tokens 20
     """
@@ -99,13 +99,13 @@ def generate(
     load = functools.partial(load_model, model, dtype, device, quantization, draft, adapter)
     if input_file is not None:
         if prompt:
-            raise InputError(f"PROMPT {prompt!r}: cannot be given with --input; write it into {input_file}")
+            raise InputError(f"PROMPT {prompt!r}: not valid with --input; write it into {input_file}")
         weights = {"dtype": dtype, "quantization": quantization}
         generate_file(model, input_file, output, batch_size, sampling, seed, draft, adapter, weights, load)
         return
     for option, value in (("--output", output), ("--batch-size", batch_size)):
         if value is not None:
-            raise InputError(f"{option} {value}: belongs to --input; leave it out, or name a file of prompts")
+            raise InputError(f"{option} {value}: only valid with --input; leave it out, or give a file of prompts")
     loaded, tokenizer, helper = load()
     streamer = ExactTextStreamer(tokenizer)
     generate_text(loaded, tokenizer, prompt, max_new_tokens, temperature, top_p, seed, streamer, helper)
@@ -127,9 +127,9 @@ def chat(
     adapter: ADAPTER = None,
     draft: _DRAFT = None,
 ) -> None:
-    """Talk to a chat model; each line is a message. /system TEXT, /reset, /help, /exit. Ctrl-C stops a reply.
+    """Chat with a model; each line is a message. Commands: /system TEXT, /reset, /help, /exit. Ctrl-C stops a reply.
 
-    Lines may also come from a file or a pipe. Messages are text: a control token typed in them stays text.
+    Lines can also come from a file or a pipe. Control tokens that are typed in a message stay text.
 
     Example: tinyllama-hf chat chat-v1.0 --system "Answer in one sentence." --quantization nf4
     """
@@ -147,13 +147,13 @@ def chat(
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # not on Windows
             import readline  # noqa: F401  gives input() line editing
-        note("Type a message; /help shows the commands, /exit leaves.")
+        note("Type a message. /help shows the commands, /exit quits.")
     while (line := _read_line()) is not None and _turn(session, line):
         pass
 
 
 def _turn(session: Any, line: str) -> bool:
-    """One line of a conversation; on a terminal nothing but /exit ends it."""
+    """Handles one line; on a terminal, errors and Ctrl-C do not end the conversation."""
     from tinyllama_hf.errors import InputError
 
     try:
@@ -167,12 +167,12 @@ def _turn(session: Any, line: str) -> bool:
         if not sys.stdin.isatty():
             raise
         print(flush=True)
-        note("(stopped; this exchange is forgotten)")
+        note("(stopped; this exchange is not kept)")
         return True
 
 
 def _read_line() -> str | None:
-    """The next line of standard input, `None` at its end; on a terminal Ctrl-C drops what was typed."""
+    """Returns the next line of standard input, `None` at its end; on a terminal, Ctrl-C discards the line."""
     try:
         return input("> " if sys.stdin.isatty() else "")
     except EOFError:
@@ -183,5 +183,5 @@ def _read_line() -> str | None:
         if not sys.stdin.isatty():
             raise
         print(flush=True)
-        note("(/exit leaves)")
+        note("(/exit quits)")
         return ""

@@ -1,4 +1,4 @@
-"""What the commands that load a model have in common."""
+"""Options and loading, shared by the commands that load a model."""
 
 import sys
 from typing import Annotated, Any
@@ -8,18 +8,20 @@ import typer
 
 MODEL = Annotated[str, typer.Argument(help="Model folder, released name or Hub id.")]
 DEVICE = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-DTYPE = Annotated[str, typer.Option(help="Of the weights: auto (the file's), fp32 or bf16.")]
-QUANTIZATION = Annotated[str, typer.Option(help="none, int8 or nf4 (4 bit). A folder saved quantised stays as it is.")]
+DTYPE = Annotated[str, typer.Option(help="Dtype of the weights: auto (as saved), fp32 or bf16.")]
+QUANTIZATION = Annotated[
+    str, typer.Option(help="none, int8 or nf4 (4 bit). A folder that was saved quantized stays so.")
+]
 ADAPTER = Annotated[
     str | None,
-    typer.Option(help="PEFT adapter to put on top of the model, with its tokenizer and template: folder or Hub id."),
+    typer.Option(help="Folder or Hub id of a PEFT adapter to load on top, with its tokenizer and chat template."),
 ]
 
 
 def load_model(
     model: str, dtype: str, device: str, quantization: str, draft: str | None, adapter: str | None
 ) -> tuple[Any, Any, Any]:
-    """(model, tokenizer, draft or None), with the memory of a quantised model on standard error."""
+    """Returns model, tokenizer, and draft or `None`; prints the memory of a quantized model to standard error."""
     from tinyllama_hf.devices import find_dtype
     from tinyllama_hf.inference.drafts import load_draft
     from tinyllama_hf.inference.load import load
@@ -35,5 +37,5 @@ def load_model(
 
 
 def note(line: str) -> None:
-    """Prints a line to standard error, where measurements go."""
+    """Prints a line to standard error, where measurements and remarks go."""
     print(line, file=sys.stderr, flush=True)

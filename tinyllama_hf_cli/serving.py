@@ -11,9 +11,9 @@ from .loading import ADAPTER, DEVICE, DTYPE, MODEL, QUANTIZATION, load_model
 def serve(
     model: MODEL,
     host: Annotated[
-        str, typer.Option(help="Address to listen at; 0.0.0.0 is every one of this machine.")
+        str, typer.Option(help="Address to listen on; 0.0.0.0 means all addresses of this machine.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(help="0 chooses a free one.")] = 8000,
     template: Annotated[
         str | None, typer.Option(help="Chat template in place of the folder's: llama2, or a .jinja file.")
     ] = None,
@@ -22,10 +22,10 @@ def serve(
     quantization: QUANTIZATION = "none",
     adapter: ADAPTER = None,
 ) -> None:
-    """Serve a model through OpenAI's interface: chat completions, completions, responses. Ctrl-C ends it.
+    """Serve a model through OpenAI's API: chat completions, completions, responses. Ctrl-C stops the server.
 
-    It is transformers' server, with our tokenizer and `generate`'s sampling, which requests may change. Nobody is asked for a
-    key: whoever reaches the address may use it.
+    Sampling defaults to that of `generate`, and requests can change it. There is no authentication: any client that
+    reaches the address can use the server.
 
     Example: tinyllama-hf serve chat-v1.0 --quantization nf4
     """
@@ -40,12 +40,12 @@ def serve(
         tokenizer.chat_template = chosen
     name = Path(model).resolve().name if Path(model).exists() else model
     app = build_app(name, loaded, tokenizer)
-    bound.listen()  # from here on connections wait
+    bound.listen()  # from now on connections are queued
     shown = f"[{host}]" if ":" in host else host
     print(_greeting(name, f"http://{shown}:{bound.getsockname()[1]}/v1", bool(tokenizer.chat_template)), flush=True)
     try:
         run(app, bound)
-    except KeyboardInterrupt:  # how the server passes on Ctrl-C once it has ended
+    except KeyboardInterrupt:  # uvicorn raises it again after shutdown
         pass
 
 
@@ -56,7 +56,7 @@ def _greeting(name: str, url: str, is_chat: bool) -> str:
         path, body = ("/chat/completions", '"messages": [{"role": "user", "content": "Hello"}]')
         call = "client.chat.completions.create(model=..., messages=[...])"
     return (
-        f"serving {name} at {url}; Ctrl-C ends it\n"
+        f"serving {name} at {url}; Ctrl-C stops the server\n"
         f"  curl {url}{path} -H 'Content-Type: application/json' -d '{{\"model\": \"{name}\", {body}}}'\n"
         f'  client = openai.OpenAI(base_url="{url}", api_key="none"); {call}'
     )

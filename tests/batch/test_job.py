@@ -64,7 +64,7 @@ BAD = {
     "neither": ({"text": "x"}, "must have 'prompt' or 'messages', and has ['text']"),
     "both": ({"prompt": "x", "messages": []}, "must have 'prompt' or 'messages'"),
     "another type": ({"prompt": ["x"]}, "prompt is of type list; must be a text"),
-    "too long": ({"prompt": "word " * 200}, "new ones are longer than the model's context of 96; shorten it or lower"),
+    "too long": ({"prompt": "word " * 200}, "new tokens exceed the model's context of 96; shorten it or lower"),
     "no list": ({"messages": "x"}, "messages: 'messages' is not a list of objects"),
     "a key that would be dropped": (
         {"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, "messages, message 0: key 'name'"),
@@ -360,9 +360,9 @@ class TestCommand:
         ("words", "message"),
         [
             (["--input", "in.jsonl"], "--output: is needed with --input in.jsonl"),
-            (["text", "--input", "in.jsonl", "--output", "o"], "PROMPT 'text': cannot be given with --input"),
-            (["--output", "o"], "--output o: belongs to --input"),
-            (["--batch-size", 4], "--batch-size 4: belongs to --input"),
+            (["text", "--input", "in.jsonl", "--output", "o"], "PROMPT 'text': not valid with --input"),
+            (["--output", "o"], "--output o: only valid with --input"),
+            (["--batch-size", 4], "--batch-size 4: only valid with --input"),
             (["--input", "in.jsonl", "--output", "o", "--batch-size", 0], "--batch-size 0: must be at least 1"),
             (["--input", "in.jsonl", "--output", "o", "--engine", "batch"], "--engine batch: this option was removed"),
             (["text", "--engine", "continuous"], "--engine continuous: this option was removed"),

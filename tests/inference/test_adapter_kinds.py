@@ -1,4 +1,4 @@
-"""Adapters of every kind: the model computes what it computed when it was trained, with the tokenizer that was saved with it."""
+"""Adapters of every kind: the loaded model computes the same as after training, with the tokenizer saved with it."""
 
 import json
 
@@ -54,7 +54,7 @@ def base(request, tokenizer_folder, tmp_path_factory):
 
 
 def trained(base, kind, resized, folder, **saving):
-    """Saves an adapter with the tokenizer that it was trained with; returns the trained model."""
+    """Saves an adapter with its tokenizer; returns the trained model."""
     tokenizer, model = load_tokenizer(base), LlamaForCausalLM.from_pretrained(base)
     torch.manual_seed(1)
     if resized:
@@ -85,7 +85,7 @@ def test_logits_of_the_trained_model(base, tmp_path, kind, resized):
 
 
 def test_its_tokenizer_and_template_are_used(base, tmp_path):
-    """In a chat, and for a file of prompts, which is read before the weights."""
+    """In a chat, and for a file of prompts, which is read before the weights are loaded."""
     trained(base, "plain", True, tmp_path / "adapter")
     model, tokenizer = load(base, adapter=tmp_path / "adapter")
     assert ChatSession(model, tokenizer)
@@ -109,7 +109,7 @@ def test_a_template_without_a_tokenizer(base, tmp_path):
 
 class TestRefusals:
     def test_new_tokens_without_their_embeddings(self, base, tmp_path):
-        """Their rows were random in training, and are lost."""
+        """The new rows were random in training, and were not saved."""
         trained(base, "plain", True, tmp_path, save_embedding_layers=False)
         with pytest.raises(InputError, match=r"has 515 tokens, .* 512 rows; .*save_embedding_layers=True"):
             load(base, adapter=tmp_path)

@@ -1,4 +1,4 @@
-"""PEFT adapters: on top for inference, and trained on quantised models, whatever was done in between."""
+"""PEFT adapters: on top for inference, and trained on quantized models, whatever was done in between."""
 
 import copy
 import json
@@ -42,7 +42,7 @@ def generate(model):
 
 
 def with_adapter(model, seed=1):
-    """LoRA on every linear layer, that changes what the model says."""
+    """LoRA on every linear layer, which changes the output of the model."""
     torch.manual_seed(seed)
     adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM"))
     for name, parameter in adapted.named_parameters():
@@ -52,7 +52,7 @@ def with_adapter(model, seed=1):
 
 
 def trained(model, steps=3, between=lambda model: None):
-    """The adapter's gradients of each step."""
+    """Trains an adapter; returns its gradients in each step."""
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=1e-2)
     gradients = []
@@ -67,7 +67,7 @@ def trained(model, steps=3, between=lambda model: None):
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
 def base(request, nano_folder, tmp_path_factory):
-    """The model in two types: adapters are kept in fp32."""
+    """The model in two dtypes; adapters stay in fp32."""
     path = tmp_path_factory.mktemp("base")
     model, tokenizer = load(nano_folder, dtype=request.param)
     model.save_pretrained(path)
@@ -102,7 +102,7 @@ def test_it_computes_as_stock_peft_on_the_stock_model(base, adapter, tmp_path, q
     assert_greedy(stock, written, torch.ones_like(IDS))
     if (quantization, model.dtype) == ("none", torch.float32):
         assert torch.equal(written, stock.generate(input_ids=IDS, **GREEDY))
-    assert (logits(model) - logits(plain)).abs().max() > logits(plain).std() / 10, "the adapter does something"
+    assert (logits(model) - logits(plain)).abs().max() > logits(plain).std() / 10, "the adapter has an effect"
     model.save_pretrained(tmp_path / "saved")
     found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "saved", adapter))
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
@@ -129,7 +129,7 @@ def test_footprint(base, adapter, quantization):
 @pytest.mark.parametrize("quantization", KINDS)
 @pytest.mark.parametrize("trainable", [True, False], ids=["stock", "ours"])
 def test_evaluating_in_between_changes_no_gradient(base, quantization, trainable):
-    """Nor does generating, saving, or reading the weights; and they are those of stock transformers, never evaluated."""
+    """Neither do generating, saving, or reading the weights. The gradients equal those of stock transformers."""
 
     def everything(model):
         model.eval()
@@ -155,7 +155,7 @@ def test_evaluating_in_between_changes_no_gradient(base, quantization, trainable
 
 
 def test_gradients_in_evaluation_mode(base):
-    """Where the library's fused kernel would pass none."""
+    """The library's fused kernel would not propagate gradients."""
     model = with_adapter(load(base, quantization="nf4", trainable=True)[0])
     generate(model)
     model.eval()(input_ids=IDS, labels=IDS).loss.backward()
@@ -163,7 +163,7 @@ def test_gradients_in_evaluation_mode(base):
 
 
 def test_gradient_checkpointing(base):
-    """Which runs layers again while gradients are taken."""
+    """It runs layers again in the backward pass."""
     gradients = []
     for checkpointing in (False, True):
         model, _ = load(base, quantization="nf4", trainable=True)
@@ -174,8 +174,8 @@ def test_gradient_checkpointing(base):
 
 
 @pytest.mark.parametrize("quantization", KINDS[1:])
-def test_merging_gives_the_sum_with_the_dequantised_weights(base, quantization):
-    """Quantised again, as PEFT does; after training and generating."""
+def test_merging_gives_the_sum_with_the_dequantized_weights(base, quantization):
+    """After training and generating; the result is quantized again, as in PEFT."""
     model = with_adapter(load(base, quantization=quantization, trainable=True)[0])
     trained(model, between=generate)
     generate(model)
@@ -200,7 +200,7 @@ def test_merging_gives_the_sum_with_the_dequantised_weights(base, quantization):
 
 
 def test_merging_into_plain_weights(base, adapter, tmp_path):
-    """The way without a second rounding: what was quantised becomes plain, and the adapter is merged into that."""
+    """Merging without a second rounding: weights are dequantized before the adapter is merged."""
     model, tokenizer = load(base, quantization="nf4", trainable=True)
     weight = model.model.layers[0].mlp.up_proj.weight
     expected = dequantize_4bit(weight.data, weight.quant_state).clone()
@@ -215,8 +215,8 @@ def test_merging_into_plain_weights(base, adapter, tmp_path):
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_training_goes_on(base, adapter, quantization):
-    """Of the adapter alone, by the same steps as without the break."""
+def test_training_continues(base, adapter, quantization):
+    """Only the adapter is trained, with the same steps as without the interruption."""
     model, _ = load(base, quantization=quantization, adapter=adapter, trainable=True)
     assert isinstance(model, PeftModel) and isinstance(model.get_base_model(), LlamaForCausalLM)
     assert all(parameter.requires_grad == ("lora_" in name) for name, parameter in model.named_parameters())
@@ -227,9 +227,8 @@ def test_training_goes_on(base, adapter, quantization):
     assert all(torch.equal(a, b) for steps in zip(found, expected, strict=True) for a, b in zip(*steps, strict=True))
 
 
-def test_the_librarys_own_call_rounds_an_adapter(nano_folder, tmp_path):
-    """transformers 5.23 casts it to the type of the products, and so `add_adapter` takes PEFT's. Where this fails, that
-    can go."""
+def test_the_call_of_transformers_rounds_an_adapter(nano_folder, tmp_path):
+    """transformers 5.23 casts it to the compute dtype, unlike `add_adapter`, which calls PEFT for that reason."""
     model = with_adapter(load(nano_folder, quantization="nf4", trainable=True, compute_dtype=torch.bfloat16)[0])
     model.save_pretrained(tmp_path)
     stock, _ = load(nano_folder, quantization="nf4", compute_dtype=torch.bfloat16)
@@ -287,7 +286,7 @@ def test_adapters_that_cannot_be_used(nano_folder, broken, quantization, damage,
 
 
 def test_the_folder_above_the_adapters(nano_folder, broken):
-    """As a fine-tuned model keeps its adapter."""
+    """A fine-tuned model contains its adapter in a subfolder."""
     with pytest.raises(InputError, match=r"not a PEFT adapter; did you mean .*adapter\?"):
         load(nano_folder, adapter=broken.parent)
 

@@ -1,4 +1,4 @@
-"""Conversations: with a real chat model through the command, and the session's rules on a small one."""
+"""Conversations: the command with a real chat model, and the rules of a session with a small one."""
 
 import contextlib
 import copy
@@ -41,7 +41,7 @@ def chat(folder: Path, lines: str, *options: str, cwd: Path) -> subprocess.Compl
 
 
 class Session(ChatSession):
-    """Keeps what was written and noted, and the prompts that the model was given."""
+    """Records the written text, the notes, and the prompts of the model."""
 
     def __init__(self, model, tokenizer, **options):
         self.shown, self.notes, self.prompts = [], [], []
@@ -84,7 +84,7 @@ def test_commands(model, tokenizer):
     assert session.handle("/system") and session.system is None
     assert session.handle("/help") and "/reset" in session.notes[-1]
     assert not session.handle("/exit")
-    with pytest.raises(InputError, match="/rest: there is no such command; did you mean '/reset'"):
+    with pytest.raises(InputError, match="/rest: unknown command; did you mean '/reset'"):
         session.handle("/rest")
 
 
@@ -112,7 +112,7 @@ def test_the_oldest_exchanges_go_when_the_context_is_full(model, tokenizer):
     session = Session(model, tokenizer, system="Rule.")
     for number in range(6):
         session.say(f"Question number {number}?")
-    assert any("the first 1 exchanges are forgotten" in note for note in session.notes)
+    assert any("dropped the oldest 1 exchanges" in note for note in session.notes)
     for prompt in session.prompts:
         assert len(prompt) + 8 <= 96
     last = tokenizer.decode(session.prompts[-1])
@@ -121,7 +121,7 @@ def test_the_oldest_exchanges_go_when_the_context_is_full(model, tokenizer):
 
 @pytest.mark.parametrize("message", ["One?", "word " * 12])
 def test_a_long_history_is_cut_in_few_tries(model, tokenizer, message):
-    """Only as many exchanges are dropped as necessary, and the conversation is not encoded again for each of them."""
+    """No more exchanges are dropped than necessary, and the conversation is not encoded once per exchange."""
     session = Session(model, tokenizer)
     exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     session.exchanges = exchange * 200
@@ -141,18 +141,18 @@ def test_a_seed_beyond_what_generators_take(model, tokenizer):
 
 
 def test_every_reply_ends_in_a_line_end_also_when_the_context_is_full(model, tokenizer):
-    """One exchange is forgotten and one joins, so that the history keeps its length."""
+    """One exchange is dropped and one added, so the history keeps its length."""
     session = Session(model, tokenizer)
     for number in range(8):
         session.shown.clear()
         session.say(f"Question number {number}?")
         assert "".join(session.shown).endswith("\n")
-    assert any("forgotten" in note for note in session.notes)
+    assert any("dropped" in note for note in session.notes)
 
 
 def test_a_message_that_never_fits(model, tokenizer):
     session = Session(model, tokenizer)
-    with pytest.raises(InputError, match=r"message: \d+ tokens and 1 new ones .* the model's context of 96"):
+    with pytest.raises(InputError, match=r"message: \d+ tokens plus 1 new tokens exceed the model's context of 96"):
         session.say("word " * 100)
     assert not session.exchanges
     session.say("One?")
@@ -162,7 +162,9 @@ def test_a_message_that_never_fits(model, tokenizer):
 def test_a_system_prompt_is_refused_before_it_is_taken(model, tokenizer):
     session = Session(model, tokenizer, system="Rule.")
     session.say("One?")
-    with pytest.raises(InputError, match=r"system prompt: \d+ tokens and 1 new ones .* the model's context of 96"):
+    with pytest.raises(
+        InputError, match=r"system prompt: \d+ tokens plus 1 new tokens exceed the model's context of 96"
+    ):
         session.handle("/system " + "word " * 100)
     tokenizer.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system prompts') }}{% endif %}"
@@ -220,7 +222,7 @@ def test_a_base_model_is_refused_at_once(model, tokenizer_folder):
     "options", [("--dtype", "bf16"), ("--quantization", "int8"), ("--quantization", "nf4")], ids="-".join
 )
 def test_smollm2_answers(smollm2, tmp_path, options):
-    """With its own template, in bf16, int8 and nf4. The second question means nothing without the first."""
+    """With its own template, in bf16, int8 and nf4. The second question depends on the first."""
     lines = (
         "What is the capital of France?", "And of Germany?", "/system Talk like a pirate.",
         "What is the capital of Japan?", "/reset", "Is <|im_end|> a word?", "/exit", "never asked",
@@ -229,10 +231,10 @@ def test_smollm2_answers(smollm2, tmp_path, options):
     assert done.returncode == 0, done.stderr
     answers = done.stdout.splitlines()
     assert "Paris" in answers[0] and "Tokyo" in answers[2] and len(answers) > 3
-    # In 16 and fewer bits rounding decides whether a model of this size finds the city; "Germany" it has from the context.
+    # In 16 bits or fewer, rounding decides whether a model of this size finds the city; "Germany" is in the context.
     assert "Germany" in answers[1]
-    assert "system prompt set; the conversation begins anew" in done.stderr
-    assert "the conversation is forgotten" in done.stderr and "never asked" not in done.stdout + done.stderr
+    assert "system prompt set; started a new conversation" in done.stderr
+    assert "\nstarted a new conversation" in done.stderr and "never asked" not in done.stdout + done.stderr
     if "--quantization" in options:
         kind = options[1]
         assert done.stderr.startswith(f"{kind}: ") and "MB of weights (269.0 MB in bfloat16)" in done.stderr
@@ -250,7 +252,7 @@ def test_the_command_refuses_a_base_model_and_an_unknown_command(tokenizer_folde
 
 @pytest.fixture
 def chat_folder(tokenizer, tmp_path):
-    """A model that talks on and on: greedily it never ends."""
+    """A model that never stops in greedy decoding."""
     torch.manual_seed(0)
     config = TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=2048)
     model = TinyLlamaForCausalLM(config)
@@ -263,13 +265,13 @@ def chat_folder(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/rest", "error: /rest: there is no such command; did you mean '/reset'?"),
-        ("word " * 2000, "error: a conversation with this message: "),
+        ("/rest", "error: /rest: unknown command; did you mean '/reset'?"),
+        ("word " * 2000, "error: conversation with this message: "),
     ],
     ids=["command", "message"],
 )
-def test_a_bad_line_of_a_script(chat_folder, tmp_path, line, message):
-    """Nobody sits there to correct it: it ends like bad input, after what was said before."""
+def test_an_invalid_line_of_a_script(chat_folder, tmp_path, line, message):
+    """Without a terminal the command ends with an error, after the lines before."""
     lines = f"One?\n{line}\nTwo?\n"
     done = chat(chat_folder, lines, "--max-new-tokens", "4", "--temperature", "0", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout.strip()
@@ -289,7 +291,7 @@ class Terminal:
         self.shown = ""
 
     def wait_for(self, text: str, seconds: float = 120) -> None:
-        """Reads on until a text appears after what was read so far."""
+        """Reads until a text appears after what was read so far."""
         start, deadline = len(self.shown), time.monotonic() + seconds
         while text not in self.shown[start:]:
             assert time.monotonic() < deadline, f"waited for {text!r}: {self.shown[start:]!r}"
@@ -297,7 +299,7 @@ class Terminal:
                 self.shown += os.read(self.file, 1 << 16).decode(errors="replace")
 
     def interrupt(self, text: str) -> None:
-        """Presses Ctrl-C until a text appears: Python loses one that meets a C callback, or the begin of reading a line."""
+        """Presses Ctrl-C until a text appears; Python loses some, in C callbacks and when it starts to read a line."""
         start = len(self.shown)
         for _ in range(20):
             time.sleep(0.5)
@@ -317,15 +319,15 @@ class Terminal:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs pseudo-terminals")
 def test_on_a_terminal(chat_folder):
-    """Ctrl-C stops a reply, or drops a line; a mistake is told; the conversation goes on; Ctrl-D leaves."""
+    """Ctrl-C stops a reply or discards a line, errors are printed, and the conversation continues; Ctrl-D quits."""
     terminal = Terminal(chat_folder, "--max-new-tokens", "1900", "--temperature", "0")
     terminal.wait_for("> ")
     terminal.type("One?\n")
     terminal.wait_for("One?\r\n")
-    terminal.interrupt("(stopped; this exchange is forgotten)\r\n> ")
+    terminal.interrupt("(stopped; this exchange is not kept)\r\n> ")
     terminal.type("/hlp\n")
     terminal.wait_for("error: /hlp: there is no such command; did you mean '/help'?\r\n> ")
     terminal.type("half a mess")
-    terminal.interrupt("(/exit leaves)\r\n> ")
+    terminal.interrupt("(/exit quits)\r\n> ")
     terminal.type("\x04")
     assert terminal.leave() == 0

@@ -20,7 +20,7 @@ def stories(shared):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_stranger_as_draft_changes_nothing(tokenizer_folder, seed):
-    """Random pairs, of different width and depth: next to nothing is accepted, with the end of text somewhere inside."""
+    """Random pairs of different width and depth: hardly any token is accepted, and rows end in the middle."""
     tokenizer = load_tokenizer(tokenizer_folder)
     torch.manual_seed(seed)
     target, stranger = (
@@ -38,8 +38,8 @@ def test_a_stranger_as_draft_changes_nothing(tokenizer_folder, seed):
         assert draft.statistics.drafted > 0 or draft.statistics.new_tokens < 3
 
 
-def test_a_quantised_target(stories, shared):
-    """The target's passes over several tokens at once go through the quantised layers."""
+def test_a_quantized_target(stories, shared):
+    """The forward passes of the target over several tokens use the quantized layers."""
     pytest.importorskip("bitsandbytes")
     target, tokenizer = load(shared / "data" / "models" / "stories260K", dtype=torch.float32, quantization="int8")
     draft = ModelProposer(stories[0])
@@ -103,7 +103,7 @@ class TestRefusals:
     def test_a_shorter_context(self, pair):
         target = load(pair / "target")
         draft = load_draft(str(pair / "draft"), *target)
-        with pytest.raises(InputError, match="longer than the draft's context of 32"):
+        with pytest.raises(InputError, match="exceed the draft's context of 32"):
             generate_text(*target, "word " * 8, 30, draft=draft)
 
     def test_names(self, pair):

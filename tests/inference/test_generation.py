@@ -1,4 +1,4 @@
-"""Generation from a real trained checkpoint, and streaming that shows exactly what was generated."""
+"""Generation from a real checkpoint, and exact streaming."""
 
 import random
 
@@ -67,7 +67,7 @@ class TestStreaming:
         assert len(recorder.pieces) > 10, "it must be shown as it appears"
 
     def test_indentation_after_a_line_break(self, tokenizer_folder):
-        """transformers' own streamer loses a space there; when it no longer does, ours can go."""
+        """The streamer of transformers loses a space there. If this test fails, `ExactTextStreamer` can go."""
         tokenizer = load_tokenizer(tokenizer_folder)
         text = "class A:\n    x = 1\n    y = 2\n"
         shown = {}
@@ -84,12 +84,15 @@ class TestStreaming:
         assert shown[TextStreamer] != text
 
 
-WRITTEN = "\U0001f680\U0001f469\u200d\U0001f4bb caf\u00e9 \u4e2d\u6587\u5b57\n\n    def f(x):\n\treturn  x \ufffd\ufffd a</s>b  "
+WRITTEN = (
+    "\U0001f680\U0001f469\u200d\U0001f4bb caf\u00e9 \u4e2d\u6587\u5b57\n\n    def f(x):\n\t"
+    "return  x \ufffd\ufffd a</s>b  "
+)
 
 
 @pytest.fixture(scope="module", params=["llama", "byte-level"])
 def vocabulary(request, tokenizer_folder, documents):
-    """A tokenizer that has bytes as pieces for rare characters, and one in which every piece is bytes."""
+    """A tokenizer with byte tokens for rare characters, and a byte-level one."""
     if request.param == "llama":
         return load_tokenizer(tokenizer_folder)
     trained = ByteLevelBPETokenizer()
@@ -100,7 +103,7 @@ def vocabulary(request, tokenizer_folder, documents):
 
 
 class Counting:
-    """A tokenizer, with the number of ids that were decoded."""
+    """A tokenizer that counts the decoded ids."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.num_decoded = tokenizer, 0
@@ -114,7 +117,7 @@ class Counting:
 
 
 def kinds_of_ids(tokenizer, draw):
-    """Texts with characters of several tokens, and arbitrary draws: broken characters, control tokens, ids beyond the vocabulary."""
+    """Text with characters of several tokens, and random ids: broken characters, control tokens, unknown ids."""
     written = tokenizer(WRITTEN * 3, add_special_tokens=False)["input_ids"]
     size = len(tokenizer)
     bytes_alone = [i for i, piece in enumerate(tokenizer.convert_ids_to_tokens(range(size))) if len(piece) in (1, 6)]
@@ -130,7 +133,7 @@ def kinds_of_ids(tokenizer, draw):
 
 
 class TestEveryText:
-    """The streamed text equals that of all tokens at once, and the work grows linearly."""
+    """The streamed text equals the text of all tokens at once, and the work grows linearly."""
 
     @pytest.mark.parametrize("with_prompt", [False, True])
     def test_however_the_tokens_come(self, vocabulary, with_prompt):
@@ -139,7 +142,7 @@ class TestEveryText:
         for ids in kinds_of_ids(vocabulary, draw):
             recorder = Recorder()
             streamer = ExactTextStreamer(vocabulary, recorder, skip_prompt=not with_prompt, hidden=[hidden])
-            for _ in range(2):  # after its end it starts over
+            for _ in range(2):  # it is reusable after `end`
                 recorder.pieces.clear()
                 streamer.put(torch.tensor([ids[:20]]))
                 position = 20
@@ -152,7 +155,7 @@ class TestEveryText:
                 assert "".join(recorder.pieces) == vocabulary.decode(shown, skip_special_tokens=True), ids
 
     def test_each_token_is_shown_when_it_comes(self, vocabulary):
-        """Except what the next token may change: an open run of bytes, or the beginning of a character."""
+        """Except for text that the next token may change: an unfinished run of bytes, or the start of a character."""
         ids = vocabulary(WRITTEN.replace("\ufffd", "") * 2, add_special_tokens=False)["input_ids"]
         recorder = Recorder()
         streamer = ExactTextStreamer(vocabulary, recorder)
@@ -189,8 +192,8 @@ class TestRefusals:
             ({"max_new_tokens": 0}, "--max-new-tokens 0"),
             ({"seed": -1}, "--seed -1"),
             ({"seed": 2**64}, "--seed 18446744073709551616"),
-            ({"max_new_tokens": 100}, "longer than the model's context of 64"),
-            ({"prompt": "word " * 200}, "longer than the model's context of 64"),
+            ({"max_new_tokens": 100}, "exceed the model's context of 64"),
+            ({"prompt": "word " * 200}, "exceed the model's context of 64"),
         ],
     )
     def test_values(self, random_model, options, message):

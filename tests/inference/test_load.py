@@ -1,4 +1,4 @@
-"""Folders that are damaged or incomplete: one message, never a model with random weights."""
+"""Damaged and incomplete folders end in one error, never in a model with random weights."""
 
 import json
 import subprocess
@@ -64,7 +64,7 @@ def test_both_loaders_agree(folder):
 
 
 def test_code_in_a_folder_is_never_run(tmp_path):
-    """Even where somebody would say yes to the library's question."""
+    """Even if a user would answer yes to the question of transformers."""
     fields = {
         "model_type": "evil",
         "architectures": ["Evil"],
@@ -73,7 +73,10 @@ def test_code_in_a_folder_is_never_run(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(fields))
     (tmp_path / "evil.py").write_text("open('canary', 'w').close()\nclass Evil: pass\n")
     for call in ("load.load_stock(pathlib.Path('.'))", "TinyLlamaForCausalLM.from_pretrained('.')"):
-        script = f"import pathlib\nfrom tinyllama_hf import TinyLlamaForCausalLM\nfrom tinyllama_hf.inference import load\n{call}"
+        imports = (
+            "import pathlib\nfrom tinyllama_hf import TinyLlamaForCausalLM\nfrom tinyllama_hf.inference import load"
+        )
+        script = f"{imports}\n{call}"
         done = subprocess.run(
             [sys.executable, "-c", script], cwd=tmp_path, input="y\n" * 5, capture_output=True, text=True
         )
@@ -102,7 +105,7 @@ LOADERS = {
 
 @pytest.mark.parametrize("loader", LOADERS.values(), ids=LOADERS)
 def test_no_field_chooses_code(folder, loader):
-    """Kernels and classes of a repository on the Hub, which transformers would fetch and run."""
+    """Kernels and classes of a Hub repository, which transformers would download and run."""
     ids = torch.arange(3, 20)[None]
     expected = loader(folder)[0](ids).logits
     for name in ("config.json", "generation_config.json"):
@@ -115,7 +118,7 @@ def test_no_field_chooses_code(folder, loader):
 
 @pytest.mark.parametrize("loader", LOADERS.values(), ids=LOADERS)
 def test_a_model_folder_with_an_adapters_configuration(folder, loader):
-    """transformers would load the base that it names."""
+    """transformers would load the base model that it names."""
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "evil-org/evil"}))
     with pytest.raises(InputError, match=r"adapter_config\.json, an adapter for 'evil-org/evil'"):
         loader(folder)

@@ -87,7 +87,7 @@ def test_the_same_kernel_as_the_librarys(kind, bias):
                 assert torch.equal(stock(x), ours(x)) and ours(x).dtype == dtype
     with torch.inference_mode():
         slow = dequantize_4bit(ours.weight.data, ours.weight.quant_state) @ x.float().T
-    assert is_repacked(ours) is False, "whoever reads the scales finds the library's layout"
+    assert is_repacked(ours) is False, "reading the scales restores the library's layout"
     bias_value = ours.bias.float() if bias else 0
     assert (stock(x).float() - slow.T - bias_value).norm() < 0.02 * slow.norm()
 

@@ -114,9 +114,9 @@ def test_stop_strings(client, local):
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (lambda c: complete(c, "x " * 500), f"longer than the model's context of {CONTEXT}"),
-        (lambda c: complete(c, "x " * 500, stream=True), f"longer than the model's context of {CONTEXT}"),
-        (lambda c: chat(c, "x " * 500), f"longer than the model's context of {CONTEXT}"),
+        (lambda c: complete(c, "x " * 500), f"exceed the model's context of {CONTEXT}"),
+        (lambda c: complete(c, "x " * 500, stream=True), f"exceed the model's context of {CONTEXT}"),
+        (lambda c: chat(c, "x " * 500), f"exceed the model's context of {CONTEXT}"),
         (lambda c: complete(c, "x", max_tokens=0), "max_tokens 0: must be greater than or equal to 1"),
         (lambda c: complete(c, "x", temperature=-1), "temperature -1: must be greater than or equal to 0"),
         (lambda c: complete(c, "x", temperature=1, top_p=-1), "top_p -1: "),

@@ -131,6 +131,7 @@ def _resize(model: PreTrainedModel, weights: dict[str, torch.Tensor], num_tokens
         model.eval()
     if num_tokens > model.config.vocab_size:
         raise InputError(
-            f"adapter {folder}: its tokenizer has {num_tokens} tokens, but the embeddings have {model.config.vocab_size} "
-            "rows. Save the adapter with its embeddings: model.save_pretrained(FOLDER, save_embedding_layers=True)"
+            f"adapter {folder}: its tokenizer has {num_tokens} tokens, but the embeddings have "
+            f"{model.config.vocab_size} rows. Save the adapter with its embeddings: model.save_pretrained(FOLDER, "
+            "save_embedding_layers=True)"
         )

@@ -1,4 +1,4 @@
-"""A conversation with a model: history, commands, and what to do when it no longer fits the context."""
+"""A conversation with a model: history, commands, and dropping old exchanges when the context is full."""
 
 import bisect
 import sys
@@ -15,10 +15,10 @@ from .generation import DEFAULT_NEW_TOKENS, Context, ExactTextStreamer, Sampling
 
 
 COMMANDS = {
-    "/system": "TEXT  set the system prompt and begin anew",
-    "/reset": "forget the conversation",
+    "/system": "TEXT  set the system prompt and start over",
+    "/reset": "start a new conversation",
     "/help": "show these commands",
-    "/exit": "leave; so does the end of input",
+    "/exit": "quit; so does the end of the input",
 }
 
 
@@ -29,15 +29,16 @@ class ChatSession:
         model (`PreTrainedModel`): a chat model.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer, with a chat template.
         system (`str`, *optional*): the system prompt.
-        sampling (`Sampling`, *optional*): how tokens are drawn.
-        seed (`int`, *optional*): of the draws.
+        sampling (`Sampling`, *optional*): sampling settings.
+        seed (`int`, *optional*): seed of the random generator.
         draft (`Proposer`, *optional*): proposes tokens.
-        write (`Callable`): is given the pieces of a reply as they appear, and a line end after it.
-        note (`Callable`): is given lines about the conversation, and what the draft was worth.
+        write (`Callable`): called with the parts of a reply as they are generated, and a line end after it.
+        note (`Callable`): called with messages about the conversation, and with the statistics of the draft.
 
     Raises:
-        InputError: if the tokenizer has no chat template, the template refuses a system prompt, the system prompt does
-            not fit the context, or a value is out of range.
+        InputError: if the tokenizer has no chat template, if the template refuses a system prompt, if the system
+        prompt does
+            not fit the context, or if the seed is out of range.
     """
 
     def __init__(
@@ -60,21 +61,21 @@ class ChatSession:
         self.begin(system)
 
     def begin(self, system: str | None = None) -> None:
-        """Begins a conversation with a system prompt, or without one.
+        """Starts a conversation, with or without a system prompt.
 
         Raises:
             InputError: if the template refuses it, or it does not fit the context.
         """
-        # With an empty message, so that a base model and a bad system prompt are refused now, not at the first message.
+        # With an empty message, to refuse a base model and an invalid system prompt now, not with the first message.
         ids = self._ids([{"role": "user", "content": ""}], system)
-        self.context.new_tokens(len(ids), name="a conversation with this system prompt")
+        self.context.new_tokens(len(ids), name="conversation with this system prompt")
         self.system, self.exchanges = system, []
 
     def handle(self, line: str) -> bool:
-        """Takes a line that the user typed, a message or a command; returns whether the conversation goes on.
+        """Handles a line of input, a message or a command; returns `False` if it ends the conversation.
 
         Raises:
-            InputError: for an unknown command, a system prompt that is refused, and a message that does not fit the context.
+            InputError: for an unknown command, an invalid system prompt, or a message that does not fit the context.
         """
         line = line.strip()
         if not line.startswith("/"):
@@ -88,16 +89,16 @@ class ChatSession:
             self.note("\n".join(f"{command:<8} {what}" for command, what in COMMANDS.items()))
         elif name == "/reset":
             self.begin(self.system)
-            self.note("the conversation is forgotten")
+            self.note("started a new conversation")
         elif name == "/system":
             self.begin(text.strip() or None)
-            self.note(f"system prompt {'set' if self.system else 'removed'}; the conversation begins anew")
+            self.note(f"system prompt {'set' if self.system else 'removed'}; started a new conversation")
         else:
-            raise InputError(f"{name}: there is no such command{did_you_mean(name, COMMANDS)}")
+            raise InputError(f"{name}: unknown command{did_you_mean(name, COMMANDS)}")
         return True
 
     def say(self, text: str) -> str:
-        """Puts a message of the user, streams the reply, and returns it; both join the history.
+        """Streams the reply to a message and returns it; both are added to the history.
 
         Raises:
             InputError: if the message does not fit the context.
@@ -121,7 +122,7 @@ class ChatSession:
         return render(self.tokenizer, [*first, *turns], add_generation_prompt=True).input_ids
 
     def _fit(self, text: str) -> list[int]:
-        """The ids of the conversation with a new message; the oldest exchanges go where it leaves too little room."""
+        """Returns the ids of the conversation with a new message; drops old exchanges that leave too little room."""
         context = self.context.tokens
         wanted = min(self._max_new_tokens, context // 4)
         message = {"role": "user", "content": text}
@@ -131,14 +132,14 @@ class ChatSession:
 
         ids, dropped = ids_without(0), 0
         if self.exchanges and len(ids) + wanted > context:
-            # The fewest that have to go are found by halving, since each try encodes the whole conversation.
+            # Binary search for the smallest number to drop, since each try encodes the whole conversation.
             tries = range(1, len(self.exchanges) // 2)
             dropped = 1 + bisect.bisect_left(tries, True, key=lambda n: len(ids_without(n)) + wanted <= context)
             ids = ids_without(dropped)
         self.context.new_tokens(
-            len(ids), name=f"a conversation with this message{' and the system prompt' if self.system else ''}"
+            len(ids), name=f"conversation with this message{' and the system prompt' if self.system else ''}"
         )
         if dropped:
-            self.note(f"the context of {context} tokens is full: the first {dropped} exchanges are forgotten")
+            self.note(f"the context of {context} tokens is full; dropped the oldest {dropped} exchanges")
             self.exchanges = self.exchanges[2 * dropped :]
         return ids

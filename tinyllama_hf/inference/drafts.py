@@ -25,7 +25,7 @@ def load_draft(
     """Loads what `--draft` names: a model, `lookup`, or `layers:N`, the target's own first layers.
 
     Raises:
-        InputError: if there is none of this name, or it does not fit the target.
+        InputError: if the name is unknown, or the draft does not fit the target.
     """
     if name == LOOKUP:
         return PromptLookup()
@@ -53,6 +53,6 @@ def check_vocabulary(
     check_vocabulary_size(target, model, "--draft")
     if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(target_tokenizer):
         raise InputError(
-            f"--draft: its vocabulary has {model.config.vocab_size} entries as the target's, but other ones; a draft must "
-            "have been trained with the target's own tokenizer"
+            f"--draft: its vocabulary has {model.config.vocab_size} entries as the target's, but other ones; a draft "
+            "must have been trained with the target's own tokenizer"
         )

@@ -1,4 +1,4 @@
-"""Generating text from one prompt, shown as it appears."""
+"""Generates text from one prompt, and streams it."""
 
 import math
 import re
@@ -19,22 +19,24 @@ from .drafts import SEEDED_DRAFT_LENGTH
 
 DEFAULT_NEW_TOKENS = 256
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
-_UNFINISHED = "\ufffd"  # what a byte-level vocabulary makes of a character's first bytes, at the end of a text
-_KEPT_TOKENS = 7  # up to 3 with a character's first bytes, and up to 4 with the whole character before it
+_UNFINISHED = (
+    "\ufffd"  # decoded from the first bytes of a character at the end of a text, with a byte-level vocabulary
+)
+_KEPT_TOKENS = 7  # up to 3 for the first bytes of a character, and up to 4 for the complete character before it
 
 
 class ExactTextStreamer(TextStreamer):
-    """Streams exactly the text that decoding all tokens at once would give.
+    """Streams exactly the text that decoding all tokens at once gives.
 
-    transformers' `TextStreamer` (5.23) forgets the tokens before each line break; decoding the rest by itself then
-    strips the space that a Llama text begins with, so that every line loses one column of indentation. Here each token is
-    decoded with the few before it, so that a text of N tokens costs N short calls.
+    `TextStreamer` of transformers (5.23) discards the tokens before each line break. Decoding the rest separately
+    strips the space that a Llama text begins with, so every line loses one column of indentation. Here each token is
+    decoded together with the few tokens before it, which takes N short calls for a text of N tokens.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
-        write (`Callable`): is given the pieces of the text.
-        skip_prompt (`bool`, *optional*, defaults to `False`): show only what is generated.
-        hidden (`Collection[int]`, *optional*): ids that are not shown, beside those of control tokens.
+        write (`Callable`): called with each part of the text.
+        skip_prompt (`bool`, *optional*, defaults to `False`): stream only the generated text.
+        hidden (`Collection[int]`, *optional*): ids of tokens to skip, in addition to control tokens.
     """
 
     def __init__(
@@ -46,12 +48,12 @@ class ExactTextStreamer(TextStreamer):
     ):
         super().__init__(tokenizer, skip_prompt, skip_special_tokens=True)
         self._write = write
-        # Control tokens too: they have no text, and bytes on both sides of one are decoded as one run.
+        # Includes control tokens: they have no text, and byte tokens on both sides of one are decoded as one run.
         self._hidden = {*hidden, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
         self._begin()
 
     def put(self, value: torch.Tensor) -> None:
-        """Takes the ids of the prompt, then of each new token; `[1, num_tokens]` or `[num_tokens]`."""
+        """Receives the ids of the prompt, then each new token; `[1, num_tokens]` or `[num_tokens]`."""
         if self.skip_prompt and self.next_tokens_are_prompt:
             self.next_tokens_are_prompt = False
             return
@@ -60,27 +62,27 @@ class ExactTextStreamer(TextStreamer):
         self._show_closed()
 
     def end(self) -> None:
-        """Shows what was held back."""
+        """Writes the text that was held back."""
         self._show(self._decode(self._window))
         self._begin()
         self.next_tokens_are_prompt = True
 
     def _begin(self) -> None:
-        self._window: list[int] = []  # the last tokens of the text shown, then those that are not shown yet
-        self._num_shown = 0  # characters of the window's text
-        self._num_closed = 0  # tokens of the window before an unfinished run of byte pieces
+        self._window: list[int] = []  # the last tokens of the written text, then those that are not written yet
+        self._num_shown = 0  # characters of the window's text that are written
+        self._num_closed = 0  # tokens of the window before an unfinished run of byte tokens
 
     def _take(self, token: int) -> None:
-        piece = self.tokenizer.convert_ids_to_tokens(token)  # None for an id beyond the vocabulary
+        piece = self.tokenizer.convert_ids_to_tokens(token)  # `None` for an id beyond the vocabulary
         if piece is None or token in self._hidden:
             return
         self._window.append(token)
-        # A run of byte pieces becomes text only as a whole: one bad byte spoils its neighbors.
+        # A run of byte tokens is decoded as a whole: an invalid byte changes the text of its neighbors.
         if _BYTE_PIECE.fullmatch(piece) is None:
             self._num_closed = len(self._window)
 
     def _show_closed(self) -> None:
-        """Shows the text up to an open run of bytes, and keeps the tokens that decide how the next ones are decoded."""
+        """Writes the text before an unfinished run of bytes; keeps the tokens that affect how the next are decoded."""
         closed = self._window[: self._num_closed]
         self._show(self._decode(closed).removesuffix(_UNFINISHED))
         kept = closed[-_KEPT_TOKENS:]
@@ -101,15 +103,15 @@ class ExactTextStreamer(TextStreamer):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; the fields are the commands' options.
+    """Sampling settings; the fields are options of the commands.
 
     Attributes:
-        temperature (`float`): 0 takes the most likely token each time.
-        top_p (`float`): the smallest set of tokens with this probability is drawn from.
-        max_new_tokens (`int`, *optional*): defaults to 256, or what is left of the context.
+        temperature (`float`, *optional*, defaults to 0.8): 0 always takes the most likely token.
+        top_p (`float`, *optional*, defaults to 0.95): sample from the smallest set of tokens with this total
+        probability. max_new_tokens (`int`, *optional*): defaults to 256, or less if the context is nearly full.
 
     Raises:
-        InputError: for a value out of range, by the name of the command's option.
+        InputError: if a value is out of range, with the name of the command's option.
     """
 
     temperature: float = 0.8
@@ -119,15 +121,15 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
             raise InputError(
-                f"--temperature {self.temperature}: must be 0 (always the most likely token) or above, and finite"
+                f"--temperature {self.temperature}: must be finite, and 0 (always the most likely token) or larger"
             )
         if not 0 < self.top_p <= 1:
-            raise InputError(f"--top-p {self.top_p}: must lie above 0 and up to 1")
+            raise InputError(f"--top-p {self.top_p}: must be above 0 and at most 1")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise InputError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")
 
     def arguments(self) -> dict[str, Any]:
-        """As `generate` takes them."""
+        """Returns the arguments of `generate` in transformers."""
         if self.temperature == 0:
             return {"do_sample": False}
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
@@ -135,11 +137,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Context:
-    """The tokens that a prompt and its continuation may have together.
+    """The maximum length of a prompt and its continuation together.
 
     Attributes:
-        tokens (`int`): the limit.
-        owner (`str`): has that limit: `"model"`, or `"draft"` where its context is shorter.
+        tokens (`int`): the length in tokens.
+        owner (`str`, *optional*, defaults to `"model"`): `"model"`, or `"draft"` if the draft has the shorter context.
     """
 
     tokens: int
@@ -147,36 +149,36 @@ class Context:
 
     @classmethod
     def of(cls, model: PreTrainedModel, draft: Proposer | None = None) -> "Context":
-        """The context of a model that generates, with a draft or without."""
+        """Returns the context of a model, or of a model and its draft."""
         tokens = model.config.max_position_embeddings
         return cls(draft.context, "draft") if draft and draft.context < tokens else cls(tokens)
 
     def new_tokens(self, length: int, max_new_tokens: int | None = None, name: str = "prompt") -> int:
-        """The number of tokens to generate: `max_new_tokens`, or by default 256 or what is left.
+        """Returns the number of tokens to generate, after checking that they fit.
 
         Args:
-            length (`int`): tokens of the prompt.
+            length (`int`): length of the prompt in tokens.
             max_new_tokens (`int`, *optional*): as in [`Sampling`].
-            name (`str`, *optional*, defaults to `"prompt"`): begins the message.
+            name (`str`, *optional*, defaults to `"prompt"`): name of the prompt in error messages.
 
         Raises:
-            InputError: if the prompt is empty, or does not fit with the new tokens, or with one.
+            InputError: if the prompt is empty, or too long for `max_new_tokens`, or for one new token by default.
         """
         if not length:
             raise InputError(
-                f"{name}: is empty, and this tokenizer has no begin-of-sequence to begin with; give a prompt"
+                f"{name}: empty, and this tokenizer has no begin-of-sequence token to start with; give a prompt"
             )
         room = self.tokens - length
         if room < (max_new_tokens or 1):
             raise InputError(
-                f"{name}: {length} tokens and {max_new_tokens or 1} new ones are longer than the {self.owner}'s context of "
+                f"{name}: {length} tokens plus {max_new_tokens or 1} new tokens exceed the {self.owner}'s context of "
                 f"{self.tokens}; shorten it{' or lower --max-new-tokens' if max_new_tokens else ''}"
             )
         return max_new_tokens or min(DEFAULT_NEW_TOKENS, room)
 
 
 def stop_tokens_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The end-of-sequence of the tokenizer and those that the model's folder names."""
+    """Returns the end-of-sequence tokens of the tokenizer and of the model's generation settings."""
     named = model.generation_config.eos_token_id
     named = named if isinstance(named, list) else [named]
     return sorted({tokenizer.eos_token_id, *named} - {None})
@@ -193,21 +195,22 @@ def generate_text(
     streamer: TextStreamer | None = None,
     draft: Proposer | None = None,
 ) -> str:
-    """Continues a prompt and returns prompt and continuation.
+    """Generates a continuation; returns the prompt with it.
 
     Args:
         model (`PreTrainedModel`): a causal language model.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
-        prompt (`str`): plain text; empty starts from begin-of-sequence.
+        prompt (`str`, *optional*, defaults to `""`): plain text; with an empty one, generation starts from the
+            begin-of-sequence token.
         max_new_tokens (`int`, *optional*): see [`Sampling`].
-        temperature (`float`): see [`Sampling`].
-        top_p (`float`): see [`Sampling`].
-        seed (`int`, *optional*): of the draws.
-        streamer (`TextStreamer`, *optional*): shown the tokens as they appear.
-        draft (`Proposer`, *optional*): proposes tokens; its `statistics` tell what that was worth.
+        temperature (`float`, *optional*, defaults to 0.8): see [`Sampling`].
+        top_p (`float`, *optional*, defaults to 0.95): see [`Sampling`].
+        seed (`int`, *optional*): seed of the random generator.
+        streamer (`TextStreamer`, *optional*): receives the tokens as they are generated.
+        draft (`Proposer`, *optional*): proposes tokens; its `statistics` are set.
 
     Raises:
-        InputError: for values out of range, and a prompt that is not text or does not fit the context.
+        InputError: if a value is out of range, or the prompt is not valid text or does not fit the context.
     """
     sampling = Sampling(temperature, top_p, max_new_tokens)
     check_text(prompt, "prompt")
@@ -230,9 +233,9 @@ def generate_ids(
     seeded: bool = False,
     **options: Any,
 ) -> list[int]:
-    """Continues the ids of one prompt and returns the new ones; `options` go to `generate`.
+    """Generates from the token ids of one prompt; returns the new ids. `options` are passed to `generate`.
 
-    With a draft, `seeded` makes the draws depend on the seed alone, and not on how long passes take.
+    With a draft, `seeded` fixes the draft length, so that the samples depend only on the seed, not on measured times.
     """
     inputs = torch.tensor([ids], device=model.device)
     arguments = {

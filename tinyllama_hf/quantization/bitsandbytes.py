@@ -112,8 +112,8 @@ def check_name(quantization: str) -> None:
     """
     if quantization == "fp4":
         raise InputError(
-            "--quantization 'fp4': no longer supported. Use 'nf4', which has the same size and a smaller error. Folders "
-            "that were saved as fp4 load without the option"
+            "--quantization 'fp4': no longer supported. Use 'nf4', which has the same size and a smaller error. "
+            "Folders that were saved as fp4 load without the option"
         )
     if quantization not in QUANTIZATIONS:
         raise InputError(
@@ -181,7 +181,7 @@ def quantization_of(fields: Mapping[str, Any], where: str) -> str:
         where (`str`): name of the folder, for the error message.
 
     Raises:
-        InputError: if they were not quantized by bitsandbytes; the message says what can read them.
+        InputError: if they were not quantized by bitsandbytes; the message names what can read them.
     """
     saved = fields.get("quantization_config")
     if saved is None:
@@ -211,7 +211,7 @@ def make_safe(model: PreTrainedModel, where: str) -> None:
         where (`str`): name of the model's folder, for the error message.
 
     Raises:
-        InputError: naming the first layer whose weights and scales do not match.
+        InputError: naming the first layer in which weights and scales do not match.
     """
     from .repacking import make_reversible
 
