@@ -1,4 +1,4 @@
-"""Bits per byte of models or of a run's milestones on held-out documents; the script behind `tinyllama-hf eval text`.
+"""Bits per byte of models, or of the milestones of a run, on held-out documents. The same as `tinyllama-hf eval text`.
 
 python eval/bits_per_byte.py RUN_OR_MODEL... [--data FOLDER] [--baselines] [--quantization nf4] [--output scores.json]
 """

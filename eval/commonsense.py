@@ -1,4 +1,4 @@
-"""The seven commonsense tasks of TinyLlama's table, by lm-eval; the script behind `tinyllama-hf eval tasks`.
+"""The seven commonsense tasks of TinyLlama's table, with lm-eval. The same as `tinyllama-hf eval tasks`.
 
 python eval/commonsense.py RUN_OR_MODEL... [--data FOLDER] [--limit N] [--published NAME] [--quantization nf4]
     [--output FILE] [--samples FILE]

@@ -160,24 +160,24 @@ BAD = {
     "tokenizer exists": ("tokenizer train {corpus} --output model", "--output model: exists already"),
     "vocabulary too small": ("tokenizer train {corpus} --output out --vocab-size 100", "must be above 259"),
     "nothing to compare with": ("tokenizer verify empty", "no SentencePiece model to compare with"),
-    "no data to score on": ("eval text model", "--data: needed to score model folders"),
+    "no data to score on": ("eval text model", "--data is required to score model folders"),
     "no such data": ("eval text model --data nowhere", "nowhere does not exist; make it with `tinyllama-hf prepare"),
     "missing evaluation data": (
-        "eval tasks model --data empty", "--data empty: holds no hellaswag/validation.jsonl, openbookqa/test"),
-    "evaluation data without a Hub": ("eval tasks model", "or name local files with --data"),
-    "unknown task": ("eval model --task commonsens", "--task 'commonsens': there is no such task; did you mean 'comm"),
+        "eval tasks model --data empty", "--data empty has no hellaswag/validation.jsonl, openbookqa/test"),
+    "evaluation data without a Hub": ("eval tasks model", "or pass local files with --data"),
+    "unknown task": ("eval model --task commonsens", "--task 'commonsens': unknown task; did you mean 'comm"),
     "no published row": (
-        "eval tasks model --published step-50k-105", "--published 'step-50k-105': no row of the published"),
+        "eval tasks model --published step-50k-105", "--published 'step-50k-105' is not in the published"),
     "nothing was published": (
-        "eval tasks model --published chat-v1.0", "--published 'chat-v1.0': no scores were published"),
+        "eval tasks model --published chat-v1.0", "--published 'chat-v1.0' has no published scores"),
     "one item": ("eval tasks model --limit 1", "--limit 1: must be at least 2"),
     "no batch": ("eval tasks model --batch-size 0", "--batch-size 0: must be at least 1"),
     "two folders of tasks": (
-        "eval tasks model --data empty --data model", "--data empty model: commonsense reads one folder"),
+        "eval tasks model --data empty --data model", "--data empty model: pass one folder"),
     "scores over something else": (
         "eval tasks model --data embedded:sample --output small.jsonl",
         "--output small.jsonl: is not a file of commonsense scores"),
-    "baselines of a folder": ("eval text model --baselines", "--baselines: needs one run"),
+    "baselines of a folder": ("eval text model --baselines", "--baselines needs one run"),
     "no repository": ("publish model --repo micro", "--repo 'micro': it must be USER/NAME"),
     "nothing to publish": ("publish empty --repo me/x --dry-run", "empty: holds neither milestones nor a model"),
     "publish offline": ("publish model --repo me/x", "HF_HUB_OFFLINE is set"),
@@ -208,7 +208,7 @@ BAD = {
         "sft.py sft.yaml data.conversations=empty-reply.jsonl", "empty-reply.jsonl, row 1, message 1: the reply is empty"),
     "a reply longer than the context": (
         "sft.py sft.yaml data.conversations=long-reply.jsonl",
-        "conversations are longer than data.max_length 64; the longest is long-reply.jsonl, row"),
+        "conversations are longer than data.max_length 64. The longest is long-reply.jsonl, row"),
     "longer conversations than the context": (
         "sft.py sft.yaml data.max_length=65", "data.max_length: 65 is the model's context of 64"),
     "a template without markers": (
@@ -313,12 +313,12 @@ def test_recipes_copy_and_list(call, tmp_path):
         ("run --help", "text run --help"),
     ],
 )
-def test_eval_without_a_sub_command_still_works_and_says_the_new_spelling(old, new, capsys):
+def test_eval_without_a_sub_command_still_works_and_prints_the_new_spelling(old, new, capsys):
     """The arguments that the sub-command gets, and one line on standard error."""
     group = typer.main.get_command(tinyllama_hf_cli.app).commands["eval"]
     context = group.make_context("eval", old.split())
     assert [*context._protected_args, *context.args] == new.split()
-    assert capsys.readouterr().err == f"note: this is now spelled: tinyllama-hf eval {new}\n"
+    assert capsys.readouterr().err == f"note: this spelling is deprecated. Use: tinyllama-hf eval {new}\n"
     assert [*group.make_context("eval", new.split()).args] == context.args
     assert capsys.readouterr().err == ""
 

@@ -76,7 +76,7 @@ CASES = {
         "tinyllama_hf.evaluation.table.table_lines": (None, {"scores": "scores", "published.name": "v1.1"}),
     },
     "eval replies m --data x --limit 5 --max-new-tokens 7 --output o --quantization nf4 --device cpu": {
-        "tinyllama_hf.finetune.replies.score": (None, {
+        "tinyllama_hf.finetune.replies.score_replies": (None, {
             "models": ["m"], "data": "x", "limit": 5, "max_new_tokens": 7, "output": Path("o"), "quantization": "nf4",
             "device": "cpu",
         }),

@@ -11,19 +11,22 @@ from .loading import DEVICE, QUANTIZATION
 
 
 class _EvalGroup(TyperGroup):
-    """Also takes the spelling of version 0.1, `eval MODEL... --task TASK`; to be removed in the next version."""
+    """Also accepts the spelling of version 0.1, `eval MODEL... [--task TASK]`, which the next version removes."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
         if args and args[0] not in {*self.commands, "--help"}:
             import shlex
 
             args = _new_spelling(args)
-            print(f"note: this is now spelled: {shlex.join(['tinyllama-hf', 'eval', *args])}", file=sys.stderr)
+            print(
+                f"note: this spelling is deprecated. Use: {shlex.join(['tinyllama-hf', 'eval', *args])}",
+                file=sys.stderr,
+            )
         return super().parse_args(ctx, args)
 
 
 def _new_spelling(args: list[str]) -> list[str]:
-    """The arguments with a sub-command in place of `--task TASK`, which was bits_per_byte by default."""
+    """Returns the arguments with a sub-command in place of `--task TASK`, which defaulted to bits_per_byte."""
     from tinyllama_hf.errors import InputError, did_you_mean
 
     tasks = {"bits_per_byte": "text", "commonsense": "tasks", "replies": "replies"}
@@ -35,19 +38,19 @@ def _new_spelling(args: list[str]) -> list[str]:
         else:
             others.append(word)
     if task not in tasks:
-        raise InputError(f"--task {task!r}: there is no such task{did_you_mean(task, tasks)}")
+        raise InputError(f"--task {task!r}: unknown task{did_you_mean(task, tasks)}")
     return [tasks[task], *others]
 
 
 app = typer.Typer(
     cls=_EvalGroup,
-    help="Score models by stock transformers on the exported folders: held-out text, commonsense tasks, replies.\n\n"
+    help="Score models with stock transformers: bits per byte of held-out text, commonsense tasks, replies of chat models.\n\n"
     "Example: tinyllama-hf eval text runs/demo/pretrain --baselines",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
 MODELS = Annotated[list[str], typer.Argument(help="Model folders or names; or one run, for all its milestones.")]
-OUTPUT = "JSON file to write; default for {}. With --quantization nf4 {}-nf4.json, and so on."
+OUTPUT = "JSON file to write; default for {}. With --quantization nf4: {}-nf4.json."
 
 
 @app.command()
@@ -55,24 +58,24 @@ def text(
     models: MODELS,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Prepared data whose held-out text is scored, repeatable; default: the run's."),
+        typer.Option(help="Prepared data set with held-out text, repeatable; default for a run: its training data."),
     ] = None,
     baselines: Annotated[
         bool,
-        typer.Option("--baselines", help="Also fit a unigram and a 5-gram model on the text each milestone read."),
+        typer.Option(
+            "--baselines", help="Also fit a unigram and a 5-gram model on the training text of each milestone."
+        ),
     ] = False,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Score the milestones of a run as they appear, until the last.")
+        bool, typer.Option("--watch", help="Score the milestones of a run as they appear, until the last one.")
     ] = False,
-    every: Annotated[float, typer.Option(help="With --watch, seconds between two looks.")] = 60,
-    rescore: Annotated[
-        bool, typer.Option("--rescore", help="Forget what the output file has, and score all again.")
-    ] = False,
+    every: Annotated[float, typer.Option(help="With --watch, seconds between two checks for new milestones.")] = 60,
+    rescore: Annotated[bool, typer.Option("--rescore", help="Score models in the output file again.")] = False,
     output: Annotated[Path | None, typer.Option(help=OUTPUT.format("a run: RUN/scores.json", "scores"))] = None,
     quantization: QUANTIZATION = "none",
     device: DEVICE = "auto",
 ) -> None:
-    """Bits per byte of held-out documents. What the output file has already is not scored again.
+    """Bits per byte of held-out documents. Models in the output file are not scored again.
 
     Example: tinyllama-hf eval text runs/demo/pretrain --baselines
 
@@ -80,13 +83,15 @@ def text(
     """
     from tinyllama_hf.errors import InputError
     from tinyllama_hf.evaluation import series
-    from tinyllama_hf.evaluation.models import the_run
+    from tinyllama_hf.evaluation.models import find_run
     from tinyllama_hf.progress import quiet_library_bars
 
     quiet_library_bars()
     if watch:
         if len(models) != 1 or data or baselines:
-            raise InputError("--watch: takes one run and its own data; leave out other models, --data and --baselines")
+            raise InputError(
+                "--watch takes one run and scores it on its own data. Remove other models, --data and --baselines"
+            )
         if every <= 0:
             raise InputError(f"--every {every}: must be above 0")
         run = Path(models[0])
@@ -94,7 +99,7 @@ def text(
         series.watch(run, device, target, every, lambda line: print(line, flush=True), rescore, quantization)
         print(f"wrote {target}")
         return
-    target = _target(output, the_run(models), "scores", quantization)
+    target = _target(output, find_run(models), "scores", quantization)
     scores = series.score(models, data or [], baselines, device, target, rescore, quantization=quantization)
     print(f"{'bits per byte':>13}  {'tokens':>12}  model")
     for row in sorted([*scores["baselines"], *scores["models"]], key=lambda row: row.get("tokens", 0)):
@@ -109,15 +114,16 @@ def tasks(
     models: MODELS,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Folder with the tasks' rows, or embedded:sample, no benchmark; default: the Hub."),
+        typer.Option(help="Folder with the tasks' rows, or embedded:sample (not a benchmark); default: the Hub."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Items of each task, the first ones.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Number of items per task, from the first; default: all.")] = None,
     published: Annotated[
-        str | None, typer.Option(help="Row of TinyLlama's table to compare with, see `tinyllama-hf list`.")
+        str | None, typer.Option(help="Row of TinyLlama's table to compare with; see `tinyllama-hf list`.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows of a forward pass.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 8,
     samples: Annotated[
-        Path | None, typer.Option(help="JSON lines file to write, with every item and its choices.")
+        Path | None,
+        typer.Option(help="JSON lines file to write, with all items and the log-likelihoods of their choices."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help=OUTPUT.format("a run: RUN/commonsense.json", "commonsense"))
@@ -125,25 +131,25 @@ def tasks(
     quantization: QUANTIZATION = "none",
     device: DEVICE = "auto",
 ) -> None:
-    """The seven commonsense tasks of TinyLlama's table, by lm-eval.
+    """The seven commonsense tasks of TinyLlama's table, with lm-eval.
 
-    They are scored under the published protocol: fp32, zero-shot, no begin-of-sequence. The output file is read first,
-    and models that it has are not scored again.
+    The protocol is the published one: fp32, zero-shot, no begin-of-sequence. Models in the output file are not scored
+    again.
 
     Example: tinyllama-hf eval tasks my-model --data embedded:sample
 
     Example: tinyllama-hf eval tasks step-50k-105b --published step-50k-105b
     """
     from tinyllama_hf.evaluation.commonsense import score_commonsense
-    from tinyllama_hf.evaluation.models import the_run
+    from tinyllama_hf.evaluation.models import find_run
     from tinyllama_hf.evaluation.protocol import published_row
     from tinyllama_hf.evaluation.table import table_lines
     from tinyllama_hf.progress import quiet_library_bars
 
     quiet_library_bars()
-    folder = _one(data, "commonsense reads one folder")
+    folder = _one(data, "pass one folder")
     row = published_row(published) if published is not None else None
-    target = _target(output, the_run(models), "commonsense", quantization)
+    target = _target(output, find_run(models), "commonsense", quantization)
     scores = score_commonsense(models, folder, limit, batch_size, device, target, samples, print, quantization)
     for line in table_lines(scores, row):
         print(line)
@@ -157,28 +163,28 @@ def replies(
     data: Annotated[
         list[str] | None, typer.Option(help="JSON lines of conversations; default: MODEL/validation.jsonl.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Conversations, the first ones.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Budget of a reply.")] = 64,
+    limit: Annotated[int | None, typer.Option(help="Number of conversations, from the first; default: all.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens of a reply.")] = 64,
     output: Annotated[
         Path | None, typer.Option(help=OUTPUT.format("one folder: MODEL/replies.json", "replies"))
     ] = None,
     quantization: QUANTIZATION = "none",
     device: DEVICE = "auto",
 ) -> None:
-    """Replies of chat models: whether they end, and how likely the true ones are.
+    """Replies of chat models: the share that ends in time, and the loss of the true replies.
 
     Example: tinyllama-hf eval replies runs/demo/chat --limit 100
 
     Example: tinyllama-hf eval replies my-chat other-chat --data conversations.jsonl --output replies.json
     """
-    from tinyllama_hf.finetune.replies import score
+    from tinyllama_hf.finetune.replies import score_replies
     from tinyllama_hf.progress import quiet_library_bars
 
     quiet_library_bars()
-    file = _one(data, "replies reads one file")
+    file = _one(data, "pass one file")
     folder = Path(models[0]) if len(models) == 1 and Path(models[0]).is_dir() else None
     target = _target(output, folder, "replies", quantization)
-    scores = score(models, file, limit, max_new_tokens, device, quantization, target)
+    scores = score_replies(models, file, limit, max_new_tokens, device, quantization, target)
     print(f"{'replies':>7}  {'end in time':>11}  {'median length':>13}  {'loss of true replies':>20}  model")
     for row in scores["models"]:
         figures = f"{row['replies']:>7}  {row['stop_rate']:>11.1%}  {row['median_length']:>13g}  {row['loss']:>20.4f}"
@@ -192,7 +198,7 @@ def _target(output: Path | None, folder: Path | None, name: str, quantization: s
 
 
 def _file_name(name: str, quantization: str) -> str:
-    """Name of the score file if none is given; report and card read the plain one as scores of the plain model."""
+    """Returns the default name. `report` and `publish` read the name without a suffix as scores of the plain model."""
     return f"{name}.json" if quantization == "none" else f"{name}-{quantization}.json"
 
 
@@ -200,22 +206,20 @@ def _one(data: list[str] | None, rule: str) -> str | None:
     from tinyllama_hf.errors import InputError
 
     if data and len(data) > 1:
-        raise InputError(f"--data {' '.join(data)}: {rule}; name one")
+        raise InputError(f"--data {' '.join(data)}: {rule}")
     return data[0] if data else None
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="Folder of a pretraining run, with scores.json from `eval text`.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a pretraining run with scores.json from `eval text`.")],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
-    prompt: Annotated[list[str] | None, typer.Option(help="Continued by every milestone, repeatable.")] = None,
-    stages: Annotated[
-        Path | None, typer.Option(help="File of stage names and seconds, as the demo writes it.")
-    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Prompt that each milestone continues, repeatable.")] = None,
+    stages: Annotated[Path | None, typer.Option(help="File with the names and seconds of the demo's stages.")] = None,
     chat: Annotated[
-        Path | None, typer.Option(help="Model fine-tuned from the run, scored with `eval replies`.")
+        Path | None, typer.Option(help="Model fine-tuned from the run and scored with `eval replies`.")
     ] = None,
 ) -> None:
-    """Tell the story of a run in pictures: one page that opens in any browser, and the pictures beside it.
+    """Write the report of a run: one HTML page, with its figures as PNG files in the same folder.
 
     Example: tinyllama-hf report runs/demo/pretrain --output runs/demo/report --prompt "def main():"
     """
@@ -225,6 +229,6 @@ def report(
     from tinyllama_hf.report.page import write_report
 
     quiet_library_bars()
-    with Console().status("Drawing, and continuing the prompts"):
+    with Console().status("Drawing figures and continuing the prompts"):
         page = write_report(run, output, prompt or (), stages, chat)
     print(f"wrote {page}")

@@ -13,7 +13,7 @@ from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
 from tinyllama_hf.data.mixture import Mixture
 from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.evaluation.bits_per_byte import HeldOut, bits_per_byte, held_out_documents, summarise, windows
+from tinyllama_hf.evaluation.bits_per_byte import HeldOut, held_out_documents, score_documents, summarize, windows
 from tinyllama_hf.evaluation.series import _baselines, score
 from tinyllama_hf.pretrain.config import load_config
 from tinyllama_hf.pretrain.loop import pretrain
@@ -74,32 +74,34 @@ def score_texts(folder, texts):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    return bits_per_byte(model, AutoTokenizer.from_pretrained(folder), [HeldOut("a", "", tuple(texts))], batch_size=4)
+    return score_documents(
+        model, AutoTokenizer.from_pretrained(folder), [HeldOut("a", "", tuple(texts))], batch_size=4
+    )
 
 
 def test_a_uniform_model_costs_its_vocabulary(tokenizer_folder, tmp_path):
-    """A model that knows nothing spends log2(512) bits on each token."""
+    """A model with equal logits spends log2(512) bits per token."""
     config = TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=32)
     model = TinyLlamaForCausalLM(config).eval()
     torch.nn.init.zeros_(model.lm_head.weight)
     tokenizer, text = load_tokenizer(tokenizer_folder), "some words to count " * 9
-    result = bits_per_byte(model, tokenizer, [HeldOut("a", "", (text,))])
+    result = score_documents(model, tokenizer, [HeldOut("a", "", (text,))])
     tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
     assert result["bits_per_byte"] == pytest.approx(9 * tokens / len(text), rel=1e-6)
 
 
 def test_bytes_are_those_of_utf8(tokenizer_folder, tmp_path):
-    """é has 2 bytes, an emoji 4, a Chinese character 3: stated, in the score file and as what bits are divided by."""
+    """é has 2 bytes, an emoji 4, a Chinese character 3, both in the score file and in the figure."""
     texts = ("é", "🚀", "中文 a")
     sizes = {"é": 2, "🚀": 4, "中文 a": 8}
     nats = [math.log(2) * sizes[text] * bits for text, bits in zip(texts, (1, 2, 3), strict=True)]
-    found = summarise(nats, [HeldOut("one", "", texts[:2]), HeldOut("two", "", texts[2:])])
+    found = summarize(nats, [HeldOut("one", "", texts[:2]), HeldOut("two", "", texts[2:])])
     assert found["by_source"] == pytest.approx({"one": (2 + 8) / 6, "two": 3.0})
     assert found["bits_per_byte"] == pytest.approx((2 + 8 + 24) / 14)
     config = TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=32)
     TinyLlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     load_tokenizer(tokenizer_folder).save_pretrained(tmp_path / "model")
-    # By their hashes (0.67 and 0.79; 0.20, 0.36 and 0.01) the first two are trained on, the others held out.
+    # By their hashes (0.67 and 0.79; 0.20, 0.36 and 0.01) the first two are for training, the others held out.
     rows = [json.dumps({"text": text}) + "\n" for text in ("some words", "é", "éé", "🚀🚀", "中文")]
     (tmp_path / "a.jsonl").write_text("".join(rows))
     folder = tmp_path / "data"
@@ -110,7 +112,7 @@ def test_bytes_are_those_of_utf8(tokenizer_folder, tmp_path):
     assert (data["documents"], data["bytes"]) == (3, 18)
 
 
-def test_a_run_beside_counting_models(recipe):
+def test_a_run_with_baselines(recipe):
     config = load_config(recipe)
     pretrain(config)
     scores = score([config.output_dir], baselines=True)
@@ -126,8 +128,8 @@ def test_a_run_beside_counting_models(recipe):
     assert again["models"][0]["bits_per_byte"] == scores["models"][1]["bits_per_byte"]
 
 
-def test_counting_models_read_each_block_once(documents, tokenizer_folder, tmp_path):
-    """However often the run had read it: three epochs count as one."""
+def test_baselines_are_fitted_on_each_block_once(documents, tokenizer_folder, tmp_path):
+    """Three epochs count as one."""
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": documents[0]}) + "\n")
     prepare(
         [str(tmp_path / "a.jsonl")],
@@ -156,16 +158,16 @@ def test_counting_models_read_each_block_once(documents, tokenizer_folder, tmp_p
 
 
 def test_refusals(prepared, tmp_path, corpus, tokenizer_folder):
-    with pytest.raises(InputError, match="--data: needed"):
+    with pytest.raises(InputError, match="--data is required"):
         score([str(tmp_path)])
-    with pytest.raises(InputError, match="named twice"):
+    with pytest.raises(InputError, match=r"--data .*data set twice"):
         score([str(tmp_path)], [str(prepared), f"{prepared}/."])
-    with pytest.raises(InputError, match="needs one run"):
+    with pytest.raises(InputError, match="--baselines needs one run"):
         score([str(tmp_path)], [str(prepared)], baselines=True)
     with pytest.raises(InputError, match=r"holds no config\.json"):
         score([str(tmp_path)], [str(prepared)])
     prepare([str(corpus)], tokenizer_folder, tmp_path / "all", validation_fraction=0, workers=1, progress=False)
-    with pytest.raises(InputError, match="holds out no document"):
+    with pytest.raises(InputError, match="all has no held-out documents"):
         held_out_documents(tmp_path / "all")
 
 

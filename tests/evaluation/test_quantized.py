@@ -1,5 +1,4 @@
-"""Scores of quantised models: of a folder that was saved quantised digit for digit those of the plain one quantised while it
-is loaded, and recorded as such."""
+"""Scores of quantized models: a folder saved quantized and the plain one quantized while loading have equal scores."""
 
 import json
 import shutil
@@ -15,7 +14,7 @@ from tinyllama_hf.chat.templates import load_template
 from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.evaluation import commonsense, series
-from tinyllama_hf.evaluation.models import evaluated, load_evaluated
+from tinyllama_hf.evaluation.models import describe_model, load_eval_model
 from tinyllama_hf.finetune import replies
 from tinyllama_hf.pretrain.config import load_config
 from tinyllama_hf.pretrain.loop import pretrain
@@ -28,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 TASKS = ("bits_per_byte", "commonsense", "replies")
 
 
-def save_quantised(plain, kind, folder):
+def save_quantized(plain, kind, folder):
     model, tokenizer = load(plain, quantization=kind)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -54,7 +53,7 @@ def folders(tokenizer_folder, tmp_path_factory):
         tokenizer.save_pretrained(plain)
         (plain / "validation.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
         for kind in KINDS:
-            made[dtype, kind] = save_quantised(plain, kind, plain.with_name(f"saved-{kind}"))
+            made[dtype, kind] = save_quantized(plain, kind, plain.with_name(f"saved-{kind}"))
             shutil.copy(plain / "validation.jsonl", made[dtype, kind])
     return made
 
@@ -80,7 +79,7 @@ def score(few):
             return series.score(models, [str(few)], **how)["models"]
         if task == "commonsense":
             return commonsense.score_commonsense(models, "embedded:sample", limit=2, **how)["models"]
-        return replies.score(models, max_new_tokens=4, **how)["models"]
+        return replies.score_replies(models, max_new_tokens=4, **how)["models"]
 
     return run
 
@@ -106,7 +105,7 @@ def test_a_saved_folder_scores_as_the_option_does(folders, score, task, kind, dt
         *score(task, [saved, plain]),
     )
     assert figures(here) == figures(given) == figures(alone)
-    assert figures(without) != figures(here), "quantisation moves something"
+    assert figures(without) != figures(here), "quantization changes the scores"
     assert [(row["name"], row["quantization"]) for row in (here, given, alone, without)] == [
         (f"plain ({kind})", kind), (f"saved-{kind} ({kind})", kind), (f"saved-{kind} ({kind})", kind), ("plain", "none"),
     ]  # fmt: skip
@@ -114,13 +113,13 @@ def test_a_saved_folder_scores_as_the_option_does(folders, score, task, kind, dt
 
 
 def test_a_model_that_was_trained(shared, score, tmp_path):
-    """stories260K, whose widths do not fit the kernel; with its tokenizer as stock transformers reads it rightly."""
+    """stories260K has widths that the kernel does not support. Its tokenizer is saved in a form that stock reads correctly."""
     plain = shared / "data" / "models" / "stories260K"
     load_tokenizer(plain).save_pretrained(tmp_path / "plain")
     for name in ("config.json", "model.safetensors"):
         shutil.copy(plain / name, tmp_path / "plain")
     plain = tmp_path / "plain"
-    saved = save_quantised(plain, "nf4", tmp_path / "saved")
+    saved = save_quantized(plain, "nf4", tmp_path / "saved")
     for task in ("bits_per_byte", "commonsense"):
         here, given = score(task, [plain, saved], "nf4")
         assert figures(here) == figures(given)
@@ -131,7 +130,7 @@ def test_a_model_that_was_trained(shared, score, tmp_path):
 def test_all_that_is_plain_is_fp32(folders, dtype, quantization):
     """As the protocols say, whatever the folder has."""
     for folder in (folders[dtype], folders[dtype, "nf4"]):
-        model, _ = load_evaluated(evaluated(folder, quantization))
+        model, _ = load_eval_model(describe_model(folder, quantization))
         assert {p.dtype for p in model.parameters()} <= {torch.float32, torch.uint8} and model.dtype == torch.float32
 
 
@@ -144,15 +143,15 @@ def test_refusals(folders, score, monkeypatch, task):
     with pytest.raises(InputError) as refused:
         score(task, [plain, saved], "int8")
     assert str(refused.value) == str(of_load.value)
-    with pytest.raises(InputError, match=r"quantization 'nf5': .*did you mean 'nf4'\?"):
+    with pytest.raises(InputError, match=r"quantization 'nf5'.*'nf4'"):
         score(task, [plain], "nf5")
 
 
-def test_other_quantisations_are_refused(folders, score, tmp_path):
+def test_other_quantizations_are_refused(folders, score, tmp_path):
     fields = json.loads((folders[torch.float32] / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(fields | {"quantization_config": {"quant_method": "awq"}}))
     for task in TASKS:
-        with pytest.raises(InputError, match=r"quantized by awq, .* vLLM reads it"):
+        with pytest.raises(InputError, match=r"quanti[sz]ed by awq, .* vLLM reads it"):
             score(task, [tmp_path])
 
 
@@ -194,7 +193,7 @@ def test_the_tables_name_it(folders, call, few):
     assert printed.splitlines()[1].endswith("  saved-nf4 (nf4)") and (saved / "replies.json").is_file()
 
 
-def test_scores_of_a_quantised_run_do_not_stand_for_the_run(few, tokenizer_folder, call, tmp_path, monkeypatch):
+def test_scores_of_a_quantized_run_have_a_file_of_their_own(few, tokenizer_folder, call, tmp_path, monkeypatch):
     """They go to a file of their own, which a second call reads, and no call for the plain run does."""
     pretrain(load_config(write_recipe(tmp_path, few, tokenizer_folder)))
     run = tmp_path / "run"

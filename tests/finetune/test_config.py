@@ -1,4 +1,4 @@
-"""Recipes of fine-tuning: every problem at once, and every recipe that comes along."""
+"""Fine-tuning recipes: all problems are reported at once, and all bundled recipes are valid."""
 
 import pytest
 import yaml
@@ -41,9 +41,7 @@ def test_all_problems_at_once(tmp_path):
 
 
 def test_a_micro_batch_that_does_not_divide():
-    with pytest.raises(
-        InputError, match=r"3 does not divide training.sequences_per_step 16; sizes that do: 1, 2, 4, 8, 16"
-    ):
+    with pytest.raises(InputError, match=r"micro_batch_size: 3 .*sequences_per_step 16\b.* 1, 2, 4, 8, 16"):
         load_config(RECIPES[0], ["training.micro_batch_size=3"])
 
 

@@ -1,4 +1,4 @@
-"""Conversations: the embedded questions, files, and what cannot be learned from."""
+"""Conversations: the embedded questions, files, and rows that are refused."""
 
 import json
 
@@ -10,7 +10,13 @@ from tinyllama_hf.chat.templates import load_template
 from tinyllama_hf.data import embedded
 from tinyllama_hf.data.questions import questions
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.finetune.conversations import EMBEDDED, read_conversations, render_all, split, write_rows
+from tinyllama_hf.finetune.conversations import (
+    EMBEDDED,
+    read_conversations,
+    render_all,
+    split_conversations,
+    write_rows,
+)
 
 
 GOOD = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
@@ -33,16 +39,16 @@ def test_questions_come_from_modules_that_the_corpus_leaves_out():
         assert pair.name in pair.question and 20 <= len(pair.answer) <= 200
 
 
-def test_the_split_is_disjoint_and_a_row_stays_on_its_side():
+def test_the_split_is_disjoint_and_stable_when_rows_are_removed():
     conversations = read_conversations(EMBEDDED)
-    train, held_out = split(conversations, 0.1)
+    train, held_out = split_conversations(conversations, 0.1)
     assert 0.07 < len(held_out) / len(conversations) < 0.13 and len(train) + len(held_out) == len(conversations)
-    fewer_train, fewer_held_out = split(conversations[::2], 0.1)
+    fewer_train, fewer_held_out = split_conversations(conversations[::2], 0.1)
     assert {c.name for c in fewer_train} <= {c.name for c in train}
     assert {c.name for c in fewer_held_out} <= {c.name for c in held_out}
 
 
-def test_what_is_written_is_read_again(tmp_path):
+def test_written_conversations_are_read_back(tmp_path):
     conversations = read_conversations(EMBEDDED)[:50]
     (tmp_path / "held_out.jsonl").write_text(write_rows(conversations))
     assert [c.messages for c in read_conversations(str(tmp_path / "held_out.jsonl"))] == [
@@ -51,27 +57,27 @@ def test_what_is_written_is_read_again(tmp_path):
 
 
 def test_the_split_is_that_of_the_written_rule(tmp_path):
-    """Places by `printf '[{"content": "Red?", "role": "user"}, ...]' | sha256sum`: 16 hex digits over 2**64; below is held out."""
+    """Hashes from `printf '[{"content": "Red?", "role": "user"}, ...]' | sha256sum`: 16 hex digits over 2**64."""
     places = {"Red": 0.44205, "Green": 0.00921, "Blue": 0.47474, "White": 0.57582, "Black": 0.13361}
     talks = [[{"role": "user", "content": f"{w}?"}, {"role": "assistant", "content": f"{w}."}] for w in places]
     conversations = read_conversations(rows(tmp_path / "a.jsonl", *talks))
     for fraction in (0.00922, 0.1336, 0.1337, 0.44204, 0.44206, 0.5, 0.5758):
-        train, held_out = split(conversations, fraction)
+        train, held_out = split_conversations(conversations, fraction)
         assert [c.messages[1]["content"] for c in held_out] == [f"{w}." for w in places if places[w] < fraction]
         assert [c.messages[1]["content"] for c in train] == [f"{w}." for w in places if places[w] >= fraction]
 
 
-def test_a_weight_does_not_move_a_conversation_to_the_other_side(tmp_path):
+def test_a_weight_does_not_change_the_split(tmp_path):
     talk = [GOOD[0], GOOD[1], {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "Bye."}]
     weighted = [GOOD[0], {**GOOD[1], "weight": 0}, *talk[2:]]
     conversations = read_conversations(rows(tmp_path / "a.jsonl", *[[*talk[:3], {**talk[3], "content": str(i)}] for i in range(40)],
                                             *[[*weighted[:3], {**talk[3], "content": str(i)}] for i in range(40)]))  # fmt: skip
-    train, _ = split(conversations, 0.5)
+    train, _ = split_conversations(conversations, 0.5)
     sides = [conversation in train for conversation in conversations]
     assert sides[:40] == sides[40:] and 0 < sum(sides[:40]) < 40
 
 
-def test_replies_of_weight_0_are_read_written_and_not_learned(tmp_path, tokenizer_folder):
+def test_replies_of_weight_0_are_read_and_written_and_have_no_loss(tmp_path, tokenizer_folder):
     tokenizer = load_tokenizer(tokenizer_folder)
     tokenizer.chat_template = load_template("llama2")
     talk = [GOOD[0], {"role": "assistant", "content": "Bad.", "weight": 0}, {"role": "user", "content": "No"}, GOOD[1]]
@@ -83,8 +89,8 @@ def test_replies_of_weight_0_are_read_written_and_not_learned(tmp_path, tokenize
         (tmp_path / "a.jsonl").write_text(write_rows([conversation]))
 
 
-def test_rows_as_others_write_them(shared):
-    """What failed: weights that were dropped, and parts of text that were refused."""
+def test_rows_of_other_tools(shared):
+    """Regressions: weights that were dropped, and lists of text parts that were refused."""
     weighted = read_conversations(str(shared / "cases" / "weight0.jsonl"))
     for number, conversation in enumerate(weighted):
         assert [(m["content"], m.get("weight")) for m in conversation.messages if m["role"] == "assistant"] == [
@@ -102,7 +108,7 @@ def test_rows_as_others_write_them(shared):
     ("field", "value"), [("tools", [{"type": "function"}]), ("weight", 0), ("system", "Be brief.")]
 )
 def test_fields_of_a_row(tmp_path, field, value):
-    """One that would change what is learned is refused by name; others are notes."""
+    """A field that would change the loss is refused by name; others are ignored."""
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": GOOD, "id": 7, "source": "x", field: None}) + "\n")
     assert read_conversations(str(tmp_path / "a.jsonl"))[0].messages == GOOD
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": GOOD, field: value}) + "\n")
@@ -119,10 +125,10 @@ def test_real_data(shared):
 BAD = {
     "starts with the assistant": ([GOOD[1]], "row 1: starts with the assistant"),
     "empty reply": ([GOOD[0], {"role": "assistant", "content": " \n"}], "row 1, message 1: the reply is empty"),
-    "no reply": ([GOOD[0]], "row 1: has no reply of the assistant"),
+    "no reply": ([GOOD[0]], "row 1 has no reply of the assistant"),
     "no reply to learn": (
         [GOOD[0], {**GOOD[1], "train": False}],
-        "row 1: has no reply of the assistant that is learned",
+        "row 1 has no reply of the assistant .*weight 0",
     ),
 }
 
@@ -134,10 +140,10 @@ def test_bad_conversations(tmp_path, messages, message):
 
 
 def test_bad_files(tmp_path):
-    with pytest.raises(InputError, match="no such file of JSON lines"):
+    with pytest.raises(InputError, match=r"conversations .*a\.jsonl: no such file"):
         read_conversations(str(tmp_path / "a.jsonl"))
     (tmp_path / "a.jsonl").write_text("")
-    with pytest.raises(InputError, match="holds no row"):
+    with pytest.raises(InputError, match=r"conversations .*a\.jsonl: .* no rows"):
         read_conversations(str(tmp_path / "a.jsonl"))
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(InputError, match="row 1: no list of messages under 'messages', only: text"):
@@ -147,9 +153,9 @@ def test_bad_files(tmp_path):
         read_conversations(str(tmp_path / "a.jsonl"))
 
 
-def test_a_split_that_leaves_nothing(tmp_path):
-    with pytest.raises(InputError, match="both are needed"):
-        split(read_conversations(rows(tmp_path / "a.jsonl", GOOD)), 0.5)
+def test_a_split_with_an_empty_part(tmp_path):
+    with pytest.raises(InputError, match=r"data.validation_fraction: 0.5 of 1 conversations"):
+        split_conversations(read_conversations(rows(tmp_path / "a.jsonl", GOOD)), 0.5)
 
 
 def test_longer_than_the_context(tmp_path, tokenizer_folder):
@@ -159,13 +165,13 @@ def test_longer_than_the_context(tmp_path, tokenizer_folder):
     conversations = read_conversations(rows(tmp_path / "a.jsonl", GOOD, long))
     with pytest.raises(
         InputError,
-        match=r"1 of 2 conversations are longer than data.max_length 64; the longest is .*row 2: \d+ tokens",
+        match=r"1 of 2 conversations .*data.max_length 64\b.*row 2: \d+ tokens",
     ):
         render_all(tokenizer, conversations, 64)
     assert len(render_all(tokenizer, conversations, 64, drop_overlong=True)) == 1
 
 
-def test_a_conversation_of_exactly_the_longest_length_stays(tmp_path, tokenizer_folder):
+def test_a_conversation_of_exactly_the_maximum_length_is_kept(tmp_path, tokenizer_folder):
     tokenizer = load_tokenizer(tokenizer_folder)
     tokenizer.chat_template = load_template("llama2")
     conversations = read_conversations(rows(tmp_path / "a.jsonl", GOOD))

@@ -1,4 +1,4 @@
-"""Fine-tuning: what is learned, what is written, and that TRL sees exactly our tokens."""
+"""Fine-tuning: what is trained and written, and that TRL gets exactly our tokens."""
 
 import hashlib
 import json
@@ -16,11 +16,11 @@ from tinyllama_hf.errors import InputError
 from tinyllama_hf.finetune import sft
 from tinyllama_hf.finetune.config import load_config
 from tinyllama_hf.finetune.conversations import HELD_OUT_FILE, read_conversations, render_all
-from tinyllama_hf.finetune.replies import generate_replies, reply_loss, score_replies
+from tinyllama_hf.finetune.replies import generate_replies, reply_loss, score_model_replies
 from tinyllama_hf.inference.load import load_stock
 
 
-COLOURS = ("red", "green", "blue", "white")
+COLORS = ("red", "green", "blue", "white")
 THINGS = ("sky", "sea", "sun", "car", "cat", "hat", "box", "bag", "cup", "pen")
 
 
@@ -39,10 +39,10 @@ def recipe(base, tmp_path):
     rows = [
         [
             {"role": "user", "content": f"Which {thing} is number {i}?"},
-            {"role": "assistant", "content": f"The {colour} one."},
+            {"role": "assistant", "content": f"The {color} one."},
         ]
         for thing in THINGS
-        for i, colour in enumerate(COLOURS)
+        for i, color in enumerate(COLORS)
     ]
     (tmp_path / "talk.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in rows))
     values = yaml.safe_load((ROOT / "recipes" / "sft" / "full.yaml").read_text())
@@ -78,14 +78,14 @@ def test_full_fine_tuning_leaves_a_plain_folder_that_replies_and_stops(recipe, b
         and losses["after"] < losses["before"] / 2
     )
     assert losses["before"] == pytest.approx(reply_loss(load_stock(base)[0], rendered), abs=1e-6)
-    scores = score_replies(model, load_tokenizer(folder), [c.messages for c in conversations], 24)
+    scores = score_model_replies(model, load_tokenizer(folder), [c.messages for c in conversations], 24)
     assert scores["stop_rate"] == 1.0 and scores["median_length"] > 3
-    assert all(sample["reply"].startswith("The ") for sample in scores["samples"])
+    assert all(sample.reply.startswith("The ") for sample in scores["samples"])
     asked = stock_tokenizer.apply_chat_template(
         conversations[0].messages[:1], return_tensors="pt", return_dict=True, add_generation_prompt=True
     )
     reply = model.generate(**asked, max_new_tokens=24, do_sample=False)[0, asked["input_ids"].shape[1] :]
-    assert stock_tokenizer.decode(reply, skip_special_tokens=True).strip() == scores["samples"][0]["reply"]
+    assert stock_tokenizer.decode(reply, skip_special_tokens=True).strip() == scores["samples"][0].reply
     assert load_config(folder / "training.yaml").model_dump() == load_config(recipe).model_dump()
 
 
@@ -103,7 +103,7 @@ def test_the_reply_loss_is_that_of_a_plain_loop(recipe, base):
 
 
 def test_trl_trains_on_exactly_our_tokens(recipe, base, monkeypatch):
-    """The first batch that reaches the model: ids and labels are our rendering, and one step equals a hand-written one."""
+    """The ids and labels of the first batch are our rendering, and one step equals a hand-written one."""
     import trl
 
     seen = []
@@ -163,7 +163,7 @@ def test_the_same_recipe_gives_the_same_weights(recipe):
 
 
 def test_micro_batches_change_nothing(recipe):
-    """The loss is summed over the learned tokens of the whole step, however they are shared out: 1 x 8 equals 4 x 2."""
+    """The loss is summed over the tokens with loss of the whole step, so 1 x 8 equals 4 x 2."""
     options = ("training.epochs=1", "training.learning_rate=1e-3")
     whole = load_file(tuned(recipe, *options) / "model.safetensors")
     sft.finetune(load_config(recipe, [*options, "training.micro_batch_size=2"]), overwrite=True)
@@ -187,7 +187,7 @@ class Stopped(Exception):
 
 @pytest.fixture
 def trainer_of(monkeypatch):
-    """The trainer that a recipe makes, with the first batch of each step of its optimizer, before the first of them."""
+    """Returns the trainer of a recipe, before its first step."""
     import trl
 
     def stop(self):
@@ -203,7 +203,7 @@ def trainer_of(monkeypatch):
     return made
 
 
-# Every key of the sections that decide the training: a value unlike that of the recipe, and where the trainer has it.
+# Every key of the training sections: a value that differs from the recipe, and the attribute of the trainer.
 REACHES = {
     "adapter.kind": ("lora", lambda t: "none" if t.model.__class__.__name__ == "TinyLlamaForCausalLM" else "lora"),
     "adapter.rank": (3, lambda t: t.model.peft_config["default"].r),
@@ -237,7 +237,7 @@ def test_every_key_reaches_the_trainer(recipe, trainer_of):
 
 
 def test_the_data_section_reaches_the_run(recipe):
-    """What is held out by the hash of the messages, written out here; how many are longer than half of them."""
+    """The held-out conversations by the hash of their messages, and the number of overlong ones."""
     talks = [json.loads(line)["messages"] for line in (recipe.parent / "talk.jsonl").read_text().splitlines()]
     digests = [hashlib.sha256(json.dumps(talk, sort_keys=True).encode()).hexdigest() for talk in talks]
     run = sft.open_run(load_config(recipe, ["data.validation_fraction=0.5"]))
@@ -269,7 +269,7 @@ def test_the_optimizer_follows_the_recipe(recipe):
 
 
 def test_no_held_out_conversation_is_trained_on(recipe, monkeypatch):
-    """In an epoch the model meets every other conversation once, and none of those in validation.jsonl."""
+    """One epoch trains on each other conversation once, and on none of those in validation.jsonl."""
     import trl
 
     seen, stock_step = [], trl.SFTTrainer.training_step
@@ -316,7 +316,7 @@ def test_a_model_with_a_template_is_trained_in_it(recipe, chatml_base, trainer_o
     for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
         text = tokenizer.decode(ids)
         assert text.startswith("<|im_start|> user") and "[INST]" not in text
-        assert tokenizer.decode(labels[labels != -100]) in [f"The {colour} one.<|im_end|>" for colour in COLOURS]
+        assert tokenizer.decode(labels[labels != -100]) in [f"The {color} one.<|im_end|>" for color in COLORS]
 
 
 def test_its_template_is_replaced_only_if_the_recipe_says_so(recipe, chatml_base, capsys):
@@ -354,7 +354,7 @@ def test_a_template_without_markers(recipe, base, tmp_path):
         sft.finetune(load_config(recipe, [f"chat.template={tmp_path / 'plain.jinja'}"]))
 
 
-def test_training_that_diverged_writes_nothing_and_keeps_what_lay_there(recipe):
+def test_training_that_diverged_keeps_the_earlier_folder(recipe):
     folder = tuned(recipe, "training.epochs=1")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     diverging = ["training.learning_rate=1e30", "training.schedule=constant", "training.warmup_steps=0"]
@@ -366,7 +366,7 @@ def test_training_that_diverged_writes_nothing_and_keeps_what_lay_there(recipe):
 
 @pytest.mark.slow
 def test_two_processes_equal_one(recipe, run_command):
-    """With steps that the conversations fill: accelerate fills the last batch of an epoch by repeating the first ones."""
+    """With full steps only, since accelerate fills the last batch of an epoch by repeating the first samples."""
     options = ("training.epochs=5", "training.learning_rate=1e-3", "training.sequences_per_step=34")
     one = load_file(tuned(recipe, *options, "training.micro_batch_size=34") / "model.safetensors")
     command = ("torchrun", "--nproc_per_node", "2", ROOT / "recipes" / "sft.py", recipe, *options,
@@ -374,7 +374,7 @@ def test_two_processes_equal_one(recipe, run_command):
     environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = run_command(*command, cwd=recipe.parent, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "34 to train on" in done.stdout and "2 processes x 17 x 1" in done.stdout
+    assert "34 for training" in done.stdout and "2 processes x 17 x 1" in done.stdout
     assert done.stdout.count("wrote ") == 1
     two = load_file(recipe.parent / "chat" / "model.safetensors")
     for name in one:
@@ -385,14 +385,14 @@ def test_an_output_that_is_something_else(recipe):
     (recipe.parent / "chat").mkdir()
     (recipe.parent / "chat" / "thesis.txt").write_text("precious")
     for overwrite in (False, True):
-        with pytest.raises(InputError, match=r"is not empty; choose another folder .it is no fine-tuned model"):
+        with pytest.raises(InputError, match=r"output_dir .* is not empty.*not a fine-tuned model"):
             sft.finetune(load_config(recipe), overwrite)
     assert (recipe.parent / "chat" / "thesis.txt").exists()
 
 
 @pytest.mark.slow
 def test_the_script(recipe, run_command):
-    """As a user starts it: dry run with a decoded sample, then a short training, then a refusal to write over it."""
+    """Through accelerate: a dry run, a short training, then a refusal to overwrite it."""
     env = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
     launch = ("accelerate", "launch", "--quiet", "--config_file", ROOT / "recipes" / "accelerate" / "cpu.yaml",
               ROOT / "recipes" / "sft.py", recipe)  # fmt: skip

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.evaluation.models import evaluated, load_evaluated
+from tinyllama_hf.evaluation.models import describe_model, load_eval_model
 from tinyllama_hf.inference.load import load_stock
 
 
@@ -99,7 +99,7 @@ LOADERS = {
     "load": load,
     "training": lambda folder: load(folder, trainable=True),
     "stock": load_stock,
-    "evaluation": lambda folder: load_evaluated(evaluated(folder)),
+    "evaluation": lambda folder: load_eval_model(describe_model(folder)),
 }
 
 

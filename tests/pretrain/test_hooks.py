@@ -210,9 +210,7 @@ class TestIncremental:
         output = tmp_path / "scores.json"
         score([str(run)], output=output)
         before = output.read_text()
-        with pytest.raises(
-            InputError, match=r"has scores on other text.*--rescore, or write elsewhere with --output\n  there"
-        ):
+        with pytest.raises(InputError, match=r"has scores on other text(?s:.*)--rescore"):
             score([str(run)], [str(tmp_path / "other")], output=output)
         assert output.read_text() == before
         score([str(run)], [str(tmp_path / "other")], output=output, rescore=True)
@@ -222,7 +220,7 @@ class TestIncremental:
     def test_a_file_of_another_task_is_refused(self, finished, tmp_path):
         run, _ = finished
         (tmp_path / "commonsense.json").write_text('{"task": "commonsense"}')
-        with pytest.raises(InputError, match="is not a file of bits_per_byte scores"):
+        with pytest.raises(InputError, match="bits_per_byte scores"):
             score([str(run)], output=tmp_path / "commonsense.json")
 
     def test_another_protocol_is_refused(self, finished, tmp_path):
@@ -232,7 +230,7 @@ class TestIncremental:
         scores["models"] = scores["models"][:1]
         scores["models"][0]["protocol"] |= {"dtype": "bfloat16"}
         write_json(output, scores)
-        with pytest.raises(InputError, match=r"'bfloat16'.*'float32'.*two protocols are not joined"):
+        with pytest.raises(InputError, match=r"'bfloat16'.*'float32'"):
             score([str(run)], output=output)
         assert json.loads(output.read_text()) == scores
 
@@ -317,7 +315,7 @@ def test_watch_refuses_at_once_what_it_could_not_score(recipe, tmp_path):
         update={"data": config.data.model_copy(update={"sources": [SourceSection(path="gone", weight=1)]})}
     )
     (run / "training.yaml").write_text(training_yaml(values))
-    with pytest.raises(InputError, match="data folder gone does not exist here"):
+    with pytest.raises(InputError, match="data folder gone does not exist"):
         watch(run, "cpu", run / "scores.json", 1, print)
 
 

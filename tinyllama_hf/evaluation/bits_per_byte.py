@@ -1,8 +1,8 @@
-"""Bits per byte on held-out documents: comparable between tokenizers, and with counting models.
+"""Bits per byte on held-out documents: comparable between tokenizers, and with n-gram models.
 
-Stock transformers computes it on the exported folder. Each document is read alone, begin-of-sequence first; every token
-of its text is scored once, with at least half a context before it where the document has that much. Neither separator
-is scored. Bits of all documents are summed and divided by their UTF-8 bytes.
+Each document is scored by itself, starting with the begin-of-sequence token. Every token of its text is scored once, with
+at least half a context before it where the document is long enough. Begin- and end-of-sequence are not scored. The bits of
+all documents are summed and divided by their UTF-8 bytes.
 """
 
 import gzip
@@ -23,7 +23,7 @@ from . import score_metrics
 
 
 class HeldOut(NamedTuple):
-    """Held-out documents of one prepared data set."""
+    """The held-out documents of a prepared data set."""
 
     name: str
     fingerprint: str
@@ -31,12 +31,12 @@ class HeldOut(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """UTF-8 bytes of all documents."""
+        """Number of UTF-8 bytes of all documents."""
         return sum(len(text.encode()) for text in self.texts)
 
 
 class Window(NamedTuple):
-    """A stretch of a document that one forward pass reads: tokens, and how many of the last are scored."""
+    """The tokens of a document that one forward pass reads. The last `num_scored` of them are scored."""
 
     document: int
     tokens: np.ndarray
@@ -44,10 +44,10 @@ class Window(NamedTuple):
 
 
 def held_out_documents(folder: str | Path) -> HeldOut:
-    """Reads the text that `tinyllama-hf prepare` held out.
+    """Reads the documents that `tinyllama-hf prepare` held out.
 
     Raises:
-        InputError: if the folder is no data set, or holds out nothing.
+        InputError: if the folder is not a prepared data set, or has no held-out documents.
     """
     folder = Path(folder)
     metadata = read_metadata(folder)
@@ -56,18 +56,18 @@ def held_out_documents(folder: str | Path) -> HeldOut:
         with gzip.open(file, "rt", encoding="utf-8") as lines:
             texts += [json.loads(line)["text"] for line in lines]
     if not texts:
-        raise InputError(f"{folder}: holds out no document; prepare it again with a larger --validation-fraction")
+        raise InputError(f"{folder} has no held-out documents. Prepare it again with a larger --validation-fraction")
     return HeldOut(str(folder), metadata["fingerprint"], tuple(texts))
 
 
 def windows(document: int, tokens: np.ndarray, context: int, stride: int) -> Iterator[Window]:
-    """Cuts a document so that every token after the first is scored once.
+    """Splits a document into overlapping windows, so that every token after the first is scored once.
 
     Args:
-        document (`int`): number of the document.
+        document (`int`): index of the document.
         tokens (`np.ndarray`): `[num_tokens]`, begin-of-sequence first.
-        context (`int`): tokens that a pass reads.
-        stride (`int`): new tokens of each pass after the first.
+        context (`int`): number of tokens that a forward pass reads.
+        stride (`int`): number of scored tokens in each window after the first.
     """
     done, predicted = 0, len(tokens) - 1
     while done < predicted:
@@ -81,9 +81,9 @@ def windows(document: int, tokens: np.ndarray, context: int, stride: int) -> Ite
 def log_probabilities(
     model: PreTrainedModel, batches: Iterable[Sequence[Window]], advance: Callable[[int], Any] = lambda n: None
 ) -> Iterator[tuple[int, float]]:
-    """Yields, for each window, its document and the natural logarithm of the probability of its scored tokens."""
+    """Yields the document and the log-probability (in nats) of the scored tokens of each window."""
     for batch in batches:
-        # Padding stands on the right, where causal attention lets no scored token see it.
+        # Padded on the right: with causal attention, no scored token attends to padding.
         tokens = pad_sequence([torch.from_numpy(window.tokens) for window in batch], batch_first=True).to(model.device)
         logits = model(input_ids=tokens[:, :-1], use_cache=False).logits.float()
         scores = logits.gather(2, tokens[:, 1:, None]).squeeze(2) - logits.logsumexp(2)  # [batch, longest - 1]
@@ -93,7 +93,7 @@ def log_probabilities(
             advance(window.num_scored)
 
 
-def bits_per_byte(
+def score_documents(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     held_out: Sequence[HeldOut],
@@ -103,42 +103,45 @@ def bits_per_byte(
     """Scores a model on held-out documents.
 
     Args:
-        model (`PreTrainedModel`): a causal language model, stock or ours.
+        model (`PreTrainedModel`): a causal language model.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
-        held_out (`Sequence[HeldOut]`): the documents, by source.
-        batch_size (`int`): windows of a forward pass.
-        advance (`Callable`): called with the number of tokens scored, for a progress bar.
+        held_out (`Sequence[HeldOut]`): the documents, by data set.
+        batch_size (`int`): windows per forward pass.
+        advance (`Callable`): called with the number of scored tokens, for a progress bar.
 
     Returns:
-        `dict`: `bits_per_byte` over all documents, `by_source`, and the `protocol` that decides the figure.
+        `dict`: `bits_per_byte` over all documents, `by_source` for each data set, and the `protocol`, the settings that
+        affect them.
 
     Raises:
-        InputError: if the tokenizer has no begin-of-sequence.
+        InputError: if the tokenizer has no begin-of-sequence token.
     """
     if tokenizer.bos_token_id is None:
-        raise InputError("bits per byte: the tokenizer has no begin-of-sequence, which each document starts with here")
+        raise InputError(
+            "the tokenizer has no begin-of-sequence token. Bits per byte needs one at the start of each document"
+        )
     context = model.config.max_position_embeddings
     stride = max(context // 2, 1)
     documents = [text for source in held_out for text in source.texts]
-    pieces = []
+    all_windows: list[Window] = []
     for number, text in enumerate(documents):
-        pieces += windows(number, document_tokens(tokenizer, text), context, stride)
-    pieces.sort(key=lambda window: len(window.tokens))  # alike in length, so that little is padded
-    batches = (pieces[i : i + batch_size] for i in range(0, len(pieces), batch_size))
+        all_windows += windows(number, document_tokens(tokenizer, text), context, stride)
+    all_windows.sort(key=lambda window: len(window.tokens))  # little padding in a batch
+    batches = (all_windows[i : i + batch_size] for i in range(0, len(all_windows), batch_size))
     nats = [0.0] * len(documents)
     for number, log_probability in log_probabilities(model, batches, advance):
         nats[number] -= log_probability
     protocol = {"context": context, "stride": stride, "bos": True, "dtype": str(model.dtype).removeprefix("torch.")}
-    return {**summarise(nats, held_out), "protocol": protocol}
+    return {**summarize(nats, held_out), "protocol": protocol}
 
 
 def document_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
-    """The tokens of a document, `[num_tokens]`, begin-of-sequence first."""
+    """Returns the tokens of a document, `[num_tokens]`, begin-of-sequence first."""
     return np.array([tokenizer.bos_token_id, *encode_text(tokenizer, text)])
 
 
-def summarise(nats: Sequence[float], held_out: Sequence[HeldOut]) -> dict[str, Any]:
-    """Turns the negative log-probability of each document, source after source, into bits per byte."""
+def summarize(nats: Sequence[float], held_out: Sequence[HeldOut]) -> dict[str, Any]:
+    """Returns bits per byte over all documents and by data set, from the negative log-probability of each document."""
     by_source, done = {}, 0
     for source in held_out:
         own = nats[done : done + len(source.texts)]

@@ -1,4 +1,4 @@
-"""Scoring models, or every milestone of a run, on the commonsense tasks, into one file under one protocol."""
+"""Scores models, or all milestones of a run, on the commonsense tasks, and writes the score file."""
 
 import dataclasses
 import json
@@ -17,14 +17,14 @@ from ..files import read_json, write_text
 from ..inference.load import choose_device
 from ..released import tables
 from .harness import BATCH_SIZE, run_suite
-from .models import Evaluated, load_evaluated, models_to_score
+from .models import EvalModel, list_eval_models, load_eval_model
 from .protocol import TASKS, Protocol
 from .score_files import CommonsenseRow, ScoreFile
 from .score_metrics import commonsense_average
 from .suite import Suite, open_suite
 
 
-# What decides the scores of a model folder; stock transformers loads no more.
+# The files that affect scores: stock transformers loads no others.
 MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
@@ -39,30 +39,31 @@ def score_commonsense(
     note: Callable[[str], Any] = lambda line: None,
     quantization: str = "none",
 ) -> dict[str, Any]:
-    """Scores models under the published protocol. Nothing is scored twice: the output file is read first.
+    """Scores models under the published protocol. Models that are in the output file are not scored again.
 
     Args:
         models (`Sequence[str]`): model folders or names; or one run, for all its milestones.
-        data (`str`, *optional*): folder with the tasks' rows, or `"embedded:sample"`; without it they come from the Hub.
-        limit (`int`, *optional*): items of each task; all by default.
-        batch_size (`int`, *optional*, defaults to 8): rows of a forward pass.
-        device (`str`, *optional*, defaults to `"auto"`): where the models run.
-        output (`Path`, *optional*): JSON file, written after each model. Models that it already has under an equal
-            protocol keep their scores.
-        samples (`Path`, *optional*): JSON lines of every item, also written after each model; makes all be scored anew.
-        note (`Callable`): called with a line for the user about a model that is left out, or cut requests.
-        quantization (`str`, *optional*, defaults to `"none"`): to quantise the models to while they are loaded; folders
-            that were saved quantised have their own.
+        data (`str`, *optional*): folder with the tasks' rows, or `"embedded:sample"`. By default they are downloaded from
+            the Hub.
+        limit (`int`, *optional*): number of items per task; by default all.
+        batch_size (`int`, *optional*, defaults to 8): rows per forward pass.
+        device (`str`, *optional*, defaults to `"auto"`): the device to run on.
+        output (`Path`, *optional*): JSON file, written after each model. Other models in it keep their scores.
+        samples (`Path`, *optional*): JSON lines file for all items, written after each model. With it, models in the output
+            file are scored again.
+        note (`Callable`): called with a message about a model that is skipped, or about truncated requests.
+        quantization (`str`, *optional*, defaults to `"none"`): quantization to apply while loading. Folders that were saved
+            quantized keep their own.
 
     Returns:
-        `dict`: contents of the output file, with the models asked for in their order.
+        `dict`: contents of the output file, with the given models in their order.
 
     Raises:
-        InputError: for anything missing or contradictory, before the first model is loaded.
+        InputError: for missing or contradictory input, before the first model is loaded.
     """
     _check_options(limit, batch_size, output, samples)
     device = choose_device(device)
-    chosen = models_to_score(models, quantization)
+    chosen = list_eval_models(models, quantization)
     context = _common_context([model.folder for model in chosen])
     with open_suite(data) as suite:
         protocol = _published_protocol(suite, context, limit)
@@ -72,7 +73,7 @@ def score_commonsense(
             known = {**model.record(), "fingerprint": _fingerprint(model.folder)}
             before = file.find(("fingerprint", known["fingerprint"], model.quantization))
             if before and not samples:
-                note(f"{model.name}: scored before under this protocol, with these weights")
+                note(f"{model.name}: already scored under this protocol, with the same weights")
                 rows.append(dataclasses.replace(before, **known))
             else:
                 row, items = _score_folder(model, known, suite, protocol, batch_size, device, note)
@@ -88,28 +89,28 @@ def score_commonsense(
 
 def _check_options(limit: int | None, batch_size: int, output: Path | None, samples: Path | None) -> None:
     if limit is not None and limit < 2:
-        raise InputError(f"--limit {limit}: must be at least 2, since one item has no standard error")
+        raise InputError(f"--limit {limit}: must be at least 2, to have a standard error")
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size}: must be at least 1")
     if samples and samples.is_dir():
-        raise InputError(f"--samples {samples}: is a folder; name a file")
+        raise InputError(f"--samples {samples} is a folder. Name a file")
     if output and output == samples:
-        raise InputError(f"--samples {samples}: is also the output; name two files")
+        raise InputError(f"--samples {samples} is also the output. Name two files")
 
 
 def _common_context(folders: Sequence[Path]) -> int:
-    """Tokens that the models read; they decide what is cut from a long request, so all must agree."""
+    """Returns the context that all models share. Longer requests are truncated to it, so it is part of the protocol."""
     contexts = {f: read_json(f / "config.json").get("max_position_embeddings") for f in folders}
     if len(set(contexts.values())) > 1:
         raise InputError(
-            f"the models' contexts differ ({', '.join(f'{f}: {c}' for f, c in contexts.items())}), and a protocol has "
-            "one; score them one at a time, each into a file of its own"
+            f"the contexts of the models differ ({', '.join(f'{f}: {c}' for f, c in contexts.items())}). A protocol has one "
+            "context; score the models one at a time, each with its own --output"
         )
     return contexts[folders[0]]
 
 
 def _published_protocol(suite: Suite, context: int, limit: int | None) -> Protocol:
-    """The protocol of TinyLlama's table, with what it leaves open."""
+    """Returns the protocol of TinyLlama's table, completed with the fields that it does not define."""
     table = tables()["protocol"]
     fixed = {key: table[key] for key in ("dtype", "num_fewshot", "add_bos_token", "apply_chat_template")}
     return Protocol(
@@ -125,13 +126,13 @@ def _published_protocol(suite: Suite, context: int, limit: int | None) -> Protoc
 
 
 def _open_file(output: Path | None, protocol: Protocol) -> ScoreFile[CommonsenseRow]:
-    """The score file. A quantized model is another than the plain one of the same path and files."""
+    """Opens the score file. Models are told apart by path, files and quantization."""
 
     def check_protocol(before: dict[str, Any]) -> None:
         if differences := protocol.differences(before.get("protocol", {})):
             raise InputError(
-                f"--output {output}: holds scores of another protocol (different: {'; '.join(differences)}), and scores of "
-                "two protocols do not belong together; name another file, or remove this one"
+                f"--output {output} has scores of another protocol (different: {'; '.join(differences)}). A file has one "
+                "protocol; name another file, or remove this one"
             )
 
     return ScoreFile(
@@ -150,7 +151,7 @@ def _fingerprint(folder: Path) -> str:
 
 
 def _score_folder(
-    model: Evaluated,
+    model: EvalModel,
     known: dict[str, Any],
     suite: Suite,
     protocol: Protocol,
@@ -158,9 +159,9 @@ def _score_folder(
     device: str,
     note: Callable[[str], Any],
 ) -> tuple[CommonsenseRow, list[dict[str, Any]]]:
-    """A model's entry of the score file, and all its items."""
+    """Returns the row of a model for the score file, and its items."""
     began = time.perf_counter()
-    loaded, tokenizer = load_evaluated(model, device, getattr(torch, protocol.dtype))
+    loaded, tokenizer = load_eval_model(model, device, getattr(torch, protocol.dtype))
     with Progress(transient=True, disable=not Console().is_terminal) as bar:
         task = bar.add_task(f"Scoring {known['name']}", total=None)
         outcome = run_suite(
@@ -172,8 +173,10 @@ def _score_folder(
             lambda done, total: bar.update(task, completed=done, total=total),
         )
     if outcome.num_cut:
-        note(f"{known['name']}: {outcome.num_cut} requests are longer than its context of {protocol.context_length} tokens; "
-             "their beginnings were cut")  # fmt: skip
+        note(
+            f"{known['name']}: {outcome.num_cut} requests are longer than the context of {protocol.context_length} tokens and "
+            "were truncated from the left"
+        )
     results = [outcome.results[name] for name in TASKS]
     average = commonsense_average([r.score for r in results], TASKS, [r.standard_error for r in results])
     row = CommonsenseRow(

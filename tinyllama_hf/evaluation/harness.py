@@ -1,7 +1,7 @@
-"""The seven commonsense tasks through lm-eval's Python API.
+"""Scores a model on the commonsense tasks through lm-eval's Python API.
 
-lm-eval owns prompts, choices, tokenisation and likelihoods. This module hands it a loaded model under a [`Protocol`], and
-reads the result.
+lm-eval defines prompts, choices, tokenization and log-likelihoods. This module passes it a loaded model and a [`Protocol`],
+and reads the results.
 """
 
 import math
@@ -21,7 +21,7 @@ BATCH_SIZE = 8
 
 
 class Outcome(NamedTuple):
-    """What a model scored: `results` by task, every item, and how many requests were cut to the context."""
+    """The result of a model: `results` by task, all items, and the number of requests truncated to the context."""
 
     results: dict[str, TaskResult]
     items: list[dict[str, Any]]
@@ -42,18 +42,18 @@ def run_suite(
         model (`PreTrainedModel`): a causal language model in the dtype of the protocol.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
         suite (`Suite`): the opened tasks.
-        protocol (`Protocol`): how they are asked.
-        batch_size (`int`): rows of a forward pass; does not move a score in fp32.
-        progress (`Callable`): called with the requests that are answered, and all of them.
+        protocol (`Protocol`): the settings of the evaluation.
+        batch_size (`int`): rows per forward pass. Does not change scores in fp32.
+        progress (`Callable`): called with the number of finished requests and the total.
 
     Returns:
         `Outcome`: scores and standard errors in percent; for each item the log-likelihood of every choice in nats, the
-        chosen one and the right one.
+        chosen and the right choice.
 
     Raises:
-        InputError: if a likelihood is not a number, or the context is too short for a choice.
+        InputError: if a log-likelihood is not finite, or a choice is longer than the context.
     """
-    # Not `simple_evaluate`: it adds a record of the machine, for which it runs git and nvidia-smi, and seeds everything.
+    # Not `simple_evaluate`, which runs git and nvidia-smi to describe the machine, and sets all seeds.
     from lm_eval import evaluate
 
     harness_model = _harness_model(model, tokenizer, protocol, batch_size, progress)
@@ -89,7 +89,7 @@ def _harness_model(
     batch_size: int,
     progress: Callable[[int, int], Any],
 ) -> Any:
-    """lm-eval's own `hf` model around a loaded one, with checks of what goes in and comes out."""
+    """Wraps a loaded model in lm-eval's own `hf` model, with checks of requests and log-likelihoods."""
     from lm_eval.models.huggingface import HFLM
 
     class CheckedHFLM(HFLM):
@@ -104,10 +104,10 @@ def _harness_model(
             longest = max(len(continuation) for _, _, continuation in requests)
             if longest > self.max_length:
                 raise InputError(
-                    f"the model's context of {self.max_length} tokens is too short: a choice alone has {longest}; "
-                    "score a model with a longer context"
+                    f"the model's context of {self.max_length} tokens is too short for a choice of {longest} tokens. Score a "
+                    "model with a longer context"
                 )
-            # A request that fits has at most one token more than the context: the last is predicted, not read.
+            # A request may have one token more than the context, since the last token is predicted but not read.
             self.num_cut = sum(len(c) + len(k) > self.max_length + 1 for _, c, k in requests)
             self.set_cache_hook(_Counter(len(requests), progress))
             answers = super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)
@@ -115,8 +115,8 @@ def _harness_model(
                 request for request, answer in zip(requests, answers, strict=True) if not math.isfinite(answer[0])
             ]:
                 raise InputError(
-                    f"{len(bad)} of {len(requests)} log-likelihoods are not finite, that of {bad[0][0][1]!r} first: the "
-                    "weights are damaged or training diverged; score another checkpoint"
+                    f"{len(bad)} of {len(requests)} log-likelihoods are not finite, first that of {bad[0][0][1]!r}. The weights "
+                    "are damaged or the training diverged; score another checkpoint"
                 )
             return answers
 
@@ -131,7 +131,7 @@ def _harness_model(
 
 
 class _Counter:
-    """Counts answers: lm-eval tells a model's cache hook about each, for a cache that is not used here."""
+    """Counts finished requests, in place of lm-eval's cache hook, which is called after each request."""
 
     def __init__(self, total: int, progress: Callable[[int, int], Any]):
         self.done, self.total, self.progress = 0, total, progress
@@ -142,7 +142,7 @@ class _Counter:
 
 
 def _item(name: str, task: Any, metric: str, sample: dict[str, Any]) -> dict[str, Any]:
-    """One item as it stands in a samples file."""
+    """Returns an item as it is written to a samples file."""
     likelihoods = [likelihood for likelihood, _ in sample["filtered_resps"]]
     lengths = [len(choice) if metric == "acc_norm" else 1 for choice in task.doc_to_choice(sample["doc"])]
     return {

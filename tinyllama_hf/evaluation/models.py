@@ -1,4 +1,4 @@
-"""The models that are evaluated: folders or a run's milestones, quantised as they were saved or as is asked for."""
+"""Models to evaluate: model folders or the milestones of a run, plain or quantized."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +14,13 @@ from ..pretrain.milestones import CONFIG_FILE, MILESTONES_FOLDER, list_milestone
 from ..quantization.bitsandbytes import cast_plain, check_quantization, chosen_quantization, quantization_of
 
 
-class Evaluated(NamedTuple):
+class EvalModel(NamedTuple):
     """A model to evaluate.
 
     Attributes:
-        folder (`Path`): where it lies.
-        name (`str`): with the quantisation behind it, `"my-model (nf4)"`, so that no reader takes its scores for the plain
-            model's.
+        folder (`Path`): the model folder.
+        name (`str`): the model's name; of a quantized model with the kind, `"my-model (nf4)"`, so that its scores cannot be
+            mistaken for those of the plain model.
         quantization (`str`): one of `QUANTIZATIONS`.
     """
 
@@ -29,55 +29,58 @@ class Evaluated(NamedTuple):
     quantization: str
 
     def record(self) -> dict[str, Any]:
-        """As it stands in a score file, a milestone with its `step` and `tokens`."""
+        """The fields of a score file row that identify the model; milestones add `step` and `tokens`."""
         is_milestone = (self.folder / "provenance.json").is_file() and (self.folder / CONFIG_FILE).is_file()
         made = read_record(self.folder) if is_milestone else {}
         place = {key: made[key] for key in ("step", "tokens") if key in made}
         return {"name": self.name, "path": str(self.folder), "quantization": self.quantization, **place}
 
 
-def evaluated(folder: Path, quantization: str = "none", name: str = "") -> Evaluated:
-    """What is evaluated of a folder; loads nothing.
+def describe_model(folder: Path, quantization: str = "none", name: str = "") -> EvalModel:
+    """Returns the description of a model folder. Loads no weights.
 
     Args:
         folder (`Path`): a model folder.
-        quantization (`str`, *optional*, defaults to `"none"`): to quantise it while it is loaded; a folder that was saved
-            quantised has its own.
-        name (`str`, *optional*): defaults to the folder's.
+        quantization (`str`, *optional*, defaults to `"none"`): quantization to apply while loading. A folder that was saved
+            quantized keeps its own.
+        name (`str`, *optional*): defaults to the name of the folder.
 
     Raises:
-        InputError: if the folder has another quantisation already, or the backend is missing.
+        InputError: if the folder was saved with another quantization, or the backend is not installed.
     """
     config = folder / "config.json"
     kind = chosen_quantization(quantization, quantization_of(read_json(config), str(config)), str(folder))
     check_quantization(kind)
     name = name or folder.name
-    return Evaluated(folder, name if kind == "none" else f"{name} ({kind})", kind)
+    return EvalModel(folder, name if kind == "none" else f"{name} ({kind})", kind)
 
 
-def models_to_score(models: Sequence[str], quantization: str = "none") -> list[Evaluated]:
-    """The models of an evaluation: the milestones of a run if one is named, else each folder or name; loads nothing.
+def list_eval_models(models: Sequence[str], quantization: str = "none") -> list[EvalModel]:
+    """Returns the models to evaluate: all milestones if `models` is one run, else each folder or name. Loads no weights.
 
     Raises:
-        InputError: as [`evaluated`]; if a model does not exist, or a run has no milestone yet.
+        InputError: as [`describe_model`]; if a model does not exist, or a run has no milestone yet.
     """
-    if run := the_run(models):
-        return [evaluated(folder, quantization) for folder in milestones_of(run)]
+    if run := find_run(models):
+        return [describe_model(folder, quantization) for folder in require_milestones(run)]
     folders = {name: model_folder(name, quantized=True) for name in models}
-    return [evaluated(folder, quantization, "" if Path(name).is_dir() else name) for name, folder in folders.items()]
+    return [
+        describe_model(folder, quantization, "" if Path(name).is_dir() else name) for name, folder in folders.items()
+    ]
 
 
-def load_evaluated(
-    model: Evaluated, device: str = "auto", dtype: torch.dtype = torch.float32
+def load_eval_model(
+    model: EvalModel, device: str = "auto", dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads model and tokenizer as stock classes.
+    """Loads model and tokenizer as stock transformers classes.
 
-    A model that is quantised here computes bit for bit what its folder does, saved after `load(..., quantization=...)`.
+    A model that is quantized here gives the same outputs, bit for bit, as a folder that was saved after
+    `load(..., quantization=...)`.
 
     Args:
-        model (`Evaluated`): what is evaluated.
-        device (`str`, *optional*, defaults to `"auto"`): where it is to run.
-        dtype (`torch.dtype`, *optional*, defaults to fp32): of all that is not quantised.
+        model (`EvalModel`): the model to load.
+        device (`str`, *optional*, defaults to `"auto"`): the device to run on.
+        dtype (`torch.dtype`, *optional*, defaults to fp32): dtype of all weights that are not quantized.
 
     Raises:
         InputError: as [`load_stock`].
@@ -88,22 +91,22 @@ def load_evaluated(
     else:
         loaded, _ = load(folder, device=device, quantization=kind, trainable=True)
         tokenizer = stock_tokenizer(folder)
-    cast_plain(loaded, dtype)  # a model is quantised in its file's type
+    cast_plain(loaded, dtype)  # after quantization, which starts from the dtype of the file
     return loaded, tokenizer
 
 
-def the_run(models: Sequence[str]) -> Path | None:
-    """The run that is meant, if one folder with milestones is named."""
+def find_run(models: Sequence[str]) -> Path | None:
+    """Returns the run if `models` is a single folder with milestones, else `None`."""
     return Path(models[0]) if len(models) == 1 and (Path(models[0]) / MILESTONES_FOLDER).is_dir() else None
 
 
-def milestones_of(run: Path) -> list[Path]:
-    """The milestones of a run, in the order of their steps.
+def require_milestones(run: Path) -> list[Path]:
+    """Returns the milestones of a run in the order of their steps.
 
     Raises:
-        InputError: if there is none yet.
+        InputError: if the run has no milestone yet.
     """
     folders = list_milestones(run)
     if not folders:
-        raise InputError(f"run {run}: has no milestone yet; wait for the first, or train it")
+        raise InputError(f"run {run}: has no milestone yet. Wait for the first one, or start the training")
     return folders

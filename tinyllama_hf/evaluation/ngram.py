@@ -1,7 +1,7 @@
-"""Counting language models over tokens: what a neural model must beat to have learned more than frequencies.
+"""N-gram language models over tokens, the baselines of a run: a model that beats them has learned more than frequencies.
 
-`NGramModel` is interpolated modified Kneser-Ney (Chen and Goodman 1998, "An Empirical Study of Smoothing Techniques for
-Language Modeling", equation 26), the strongest of the classical smoothings; order 1 is the plain unigram model.
+`NGramModel` uses interpolated modified Kneser-Ney smoothing (Chen and Goodman 1998, "An Empirical Study of Smoothing
+Techniques for Language Modeling", equation 26), the best of the classical methods. Order 1 is the unigram model.
 """
 
 from itertools import pairwise
@@ -13,19 +13,20 @@ class NGramModel:
     """An n-gram model fitted on one stream of token ids.
 
     Args:
-        tokens (`np.ndarray`): `[num_tokens]` ids, documents with their separators one after the other.
+        tokens (`np.ndarray`): `[num_tokens]` ids, the concatenated documents with their separators.
         vocab_size (`int`): number of ids.
-        order (`int`): tokens in an n-gram, the predicted one included.
+        order (`int`): number of tokens in an n-gram, including the predicted one.
 
     Raises:
-        ValueError: if the stream is shorter than one n-gram.
+        ValueError: if there are fewer tokens than `order`.
     """
 
     def __init__(self, tokens: np.ndarray, vocab_size: int, order: int = 5):
         if len(tokens) < order:
             raise ValueError(f"{len(tokens)} tokens are too few for an n-gram model of order {order}")
         self.vocab_size, self.order = vocab_size, order
-        # An n-gram is known by its index into the sorted keys of its order; a key is (index of its first n-1, last).
+        # An n-gram is identified by its index in the sorted keys of its order. Its key combines the index of its first n-1
+        # tokens with its last token.
         self._keys: list[np.ndarray] = []
         counts, ids = [], []
         previous = np.zeros(len(tokens) + 1, dtype=np.int64)  # the empty context
@@ -36,13 +37,13 @@ class NGramModel:
             ids.append((first, inverse))
             counts.append(count)
             previous = inverse
-        # Below the highest order a count is the number of different tokens seen before the n-gram.
+        # Below the highest order, Kneser-Ney counts the distinct tokens that precede the n-gram.
         for n, ((_, shorter), (first_longer, _)) in enumerate(pairwise(ids)):
             counts[n] = np.bincount(shorter[first_longer + 1], minlength=len(self._keys[n]))
         self._discounted, self._backoff = zip(*map(self._smooth, self._keys, counts), strict=True)
 
     def _smooth(self, keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Discounted probability per n-gram, and the weight that each context leaves to the shorter context."""
+        """Returns the discounted probability of each n-gram, and the weight of the shorter context for each context."""
         ones, twos, threes, fours = (max((counts == c).sum(), 1) for c in (1, 2, 3, 4))
         y = ones / (ones + 2 * twos)
         discounts = np.array([0, 1 - 2 * y * twos / ones, 2 - 3 * y * threes / twos, 3 - 4 * y * fours / threes])
@@ -53,17 +54,17 @@ class NGramModel:
         return (counts - discount) / total[context], np.bincount(context, weights=discount) / total
 
     def log_probabilities(self, tokens: np.ndarray) -> np.ndarray:
-        """Natural logarithm of the probability of each token after the first, given those before it.
+        """Returns the log-probability (in nats) of each token after the first, given the tokens before it.
 
         Args:
-            tokens (`np.ndarray`): `[num_tokens]` ids of one document, its begin-of-sequence included.
+            tokens (`np.ndarray`): `[num_tokens]` ids of one document, including begin-of-sequence.
 
         Returns:
             `np.ndarray`: `[num_tokens - 1]`.
         """
         num_predicted = len(tokens) - 1
         probability = np.full(num_predicted, 1 / self.vocab_size)
-        # Index of the context of length n-1 before each predicted token; -1 where it was never seen.
+        # Index of the context of length n-1 before each predicted token; -1 where it was not seen in training.
         context = np.zeros(num_predicted, dtype=np.int64)
         for n in range(1, self.order + 1):
             if n > 1:
@@ -72,7 +73,7 @@ class NGramModel:
             found = self._find(n, np.where(seen, context, 0) * self.vocab_size + tokens[1:])
             explicit = np.where(found >= 0, self._discounted[n - 1][found], 0)
             weight = self._backoff[n - 1][np.where(seen, context, 0)]
-            # A context that was seen only at the very end of the stream has no continuation and leaves everything.
+            # A context that was seen only at the end of the stream has no continuation: the shorter context decides.
             seen &= weight > 0
             probability = np.where(seen, explicit + weight * probability, probability)
         return np.log(probability)
@@ -82,11 +83,11 @@ class NGramModel:
         return np.where(self._keys[n - 1][place] == keys, place, -1)
 
     def _context(self, tokens: np.ndarray, length: int) -> np.ndarray:
-        """Index of the n-gram of the given length that ends before each predicted token, -1 if unseen or too short."""
+        """Returns the index of the n-gram that ends before each predicted token; -1 if it is unseen or too short."""
         index = np.zeros(len(tokens) - 1, dtype=np.int64)
         for n in range(1, length + 1):
             token = np.full(len(index), -1, dtype=np.int64)
-            offset = length - n  # this token stands `offset` places before the last of the context
+            offset = length - n  # distance from the end of the context
             token[offset:] = tokens[: len(index) - offset]
             valid = (index >= 0) & (token >= 0)
             index = np.where(valid, self._find(n, np.where(valid, index * self.vocab_size + token, 0)), -1)

@@ -1,4 +1,4 @@
-"""Everything that moves a commonsense score besides the model, and the published scores to compare with."""
+"""The protocol of the commonsense evaluation, and the published scores to compare with."""
 
 import dataclasses
 from typing import Any
@@ -12,21 +12,21 @@ TASKS = tuple(tables()["protocol"]["metric"])
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """How scores were made. Scores are comparable when their protocols are equal.
+    """Everything other than the model that changes a commonsense score. Scores are comparable if their protocols are equal.
 
     Attributes:
-        harness (`str`): name and version.
+        harness (`str`): name and version of the harness.
         task_versions (`dict`): the harness's version of each task.
-        metrics (`dict`): the metric that counts, by task: `"acc"` takes the likeliest choice, `"acc_norm"` the likeliest
-            by character.
-        dtype (`str`): of weights and arithmetic.
-        num_fewshot (`int`): solved examples before each question.
-        add_bos_token (`bool`): whether a begin-of-sequence comes first.
-        apply_chat_template (`bool`): whether questions are put as a user's turn.
-        context_length (`int`): tokens that the model reads; of a longer request the beginning is cut.
-        limit (`int`, *optional*): items of each task, from the first; all if `None`.
-        data (`dict`): by task the SHA-256 of the file that was read, or its place on the Hub.
-        sample (`bool`): whether the data are the made-up items that come with the package, and no benchmark.
+        metrics (`dict`): the reported metric of each task. `"acc"` picks the choice with the highest log-likelihood,
+            `"acc_norm"` the one with the highest log-likelihood per character.
+        dtype (`str`): dtype of weights and arithmetic.
+        num_fewshot (`int`): number of solved examples before each question.
+        add_bos_token (`bool`): whether each request starts with the begin-of-sequence token.
+        apply_chat_template (`bool`): whether each question is formatted as a user turn.
+        context_length (`int`): context of the model in tokens. Longer requests are truncated from the left.
+        limit (`int`, *optional*): number of items per task, from the first; `None` for all.
+        data (`dict`): for each task, the SHA-256 of the file that was read, or the location on the Hub.
+        sample (`bool`): whether the data are the made-up items that ship with the package.
     """
 
     harness: str
@@ -42,11 +42,11 @@ class Protocol:
     sample: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in a score file."""
+        """Returns the protocol as it is written to a score file."""
         return dataclasses.asdict(self)
 
     def differences(self, other: dict[str, Any]) -> list[str]:
-        """What another protocol, read from a score file, has otherwise: `"limit (100, not None)"`, `"data of piqa"`."""
+        """Lists the differences from a protocol read from a score file: `"limit (100, not None)"`, `"data of piqa"`."""
         own, found = self.to_dict(), []
         for key in (key for key in own | other if own.get(key) != other.get(key)):
             mine, theirs = own.get(key), other.get(key)
@@ -59,49 +59,49 @@ class Protocol:
 
 
 def published_row(name: str) -> Released:
-    """The row of the published table with this name, the peer's and those of the chat models included.
+    """Returns a row of the published table by its name. The table includes the peer and the chat models.
 
     Raises:
-        InputError: if there is no such row, or it has no scores.
+        InputError: if the table has no such row, or no scores for it.
     """
     rows = {model.name: model for model in released()}
     with_scores = [model.name for model in rows.values() if model.scores]
     if name not in rows:
-        raise InputError(f"--published {name!r}: no row of the published table{did_you_mean(name, with_scores)}")
+        raise InputError(f"--published {name!r} is not in the published table{did_you_mean(name, with_scores)}")
     if not rows[name].scores:
-        raise InputError(f"--published {name!r}: no scores were published for it; there are: {', '.join(with_scores)}")
+        raise InputError(f"--published {name!r} has no published scores. Use one of {', '.join(with_scores)}")
     return rows[name]
 
 
 def compare(row: dict[str, Any], published: Released) -> dict[str, Any]:
-    """Sets the scores of a model beside published ones.
+    """Compares the scores of a model with published ones.
 
     Args:
         row (`dict`): an entry of `models` in a score file.
-        published (`Released`): the row to compare with.
+        published (`Released`): the published row.
 
     Returns:
-        `dict`: `differences` (ours less the published) by task and of the `"average"`, in points, and `outside`: the
-        names of those that are beyond the tolerance of `released.yaml`.
+        `dict`: `differences` (score minus published score, in points) for each task and the `"average"`, and `outside`,
+        the names of the differences beyond the tolerance in `released.yaml`.
     """
     tolerance = tables()["protocol"]["tolerance"]
     differences = {task: row["results"][task]["score"] - published.scores[task] for task in TASKS}
     differences["average"] = row["average"] - published.average
     allowed = dict.fromkeys(TASKS, tolerance["per_task"]) | {"average": tolerance["average"]}
-    # 45.41 - 44.51 is 0.8999...: published scores have two decimals, so hundredths are compared.
+    # Published scores have two decimals, so differences are rounded to hundredths: 45.41 - 44.51 is 0.8999... in floats.
     outside = [name for name, difference in differences.items() if round(abs(difference), 2) > allowed[name]]
     return {"differences": differences, "outside": outside}
 
 
 def caveat(protocol: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:
-    """What commonsense scores were made on if that is no benchmark result, empty if they are one.
+    """Returns why scores are not a benchmark result (sample data or a subset of the items), or `""` if they are one.
 
     Args:
-        protocol (`dict`): of a score file.
-        results (`dict`): of one of its models, by task.
+        protocol (`dict`): the protocol of a score file.
+        results (`dict`): the results of one of its models, by task.
     """
     if protocol["sample"]:
-        return "a few made-up items that show that the pipeline runs; no benchmark, the scores mean nothing"
+        return "a few made-up items that test the pipeline; the scores have no meaning"
     official = tables()["protocol"]["items"]
     partial = [f"{r['items']} of {official[t]} items of {t}" for t, r in results.items() if r["items"] != official[t]]
     return f"{', '.join(partial)}; not comparable with scores on all items" if partial else ""

@@ -1,4 +1,4 @@
-"""Score files: the scores of one task under one protocol, one row per model, written after each model."""
+"""Score files: JSON files with one row per model, for one task under one protocol. Written after each model."""
 
 import dataclasses
 import itertools
@@ -15,14 +15,14 @@ from ..files import read_json, write_json
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoredModel:
-    """What every row has.
+    """The fields that all rows share.
 
     Attributes:
-        name (`str`): of the model, with its quantization behind it.
-        path (`str`): its folder.
-        quantization (`str`): early files do not have it; their models were not quantized.
-        step (`int`, *optional*): of a milestone.
-        tokens (`int`, *optional*): that a milestone was trained on.
+        name (`str`): name of the model, including its quantization.
+        path (`str`): the model folder.
+        quantization (`str`): one of `QUANTIZATIONS`. Files of early versions do not have it; their models are plain.
+        step (`int`, *optional*): training step, for milestones.
+        tokens (`int`, *optional*): number of training tokens, for milestones.
     """
 
     name: str
@@ -32,14 +32,14 @@ class ScoredModel:
     tokens: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The row of the file; `step` and `tokens` are left out where there are none."""
+        """Returns the row as it is written to the file, without `step` and `tokens` where they are `None`."""
         row = dataclasses.asdict(self)
         return {key: value for key, value in row.items() if value is not None or key not in ("step", "tokens")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextRow(ScoredModel):
-    """Bits per byte of a model; `created` is the time at which its folder was written, where that is known."""
+    """Bits per byte of a model. `created` is the time at which its folder was written, if known."""
 
     created: str | None = None
     bits_per_byte: float
@@ -51,7 +51,7 @@ class TextRow(ScoredModel):
 
 @dataclasses.dataclass(frozen=True)
 class CountingRow:
-    """Bits per byte of a counting model, fitted on what a milestone had read."""
+    """Bits per byte of an n-gram model, fitted on the text that a milestone was trained on."""
 
     name: str
     step: int
@@ -63,7 +63,7 @@ class CountingRow:
 
 @dataclasses.dataclass(frozen=True)
 class TextSource:
-    """Held-out text that was scored: a prepared data set, and the number and UTF-8 bytes of its documents."""
+    """The held-out text of a prepared data set: its path, fingerprint, number of documents and UTF-8 bytes."""
 
     path: str
     fingerprint: str
@@ -73,7 +73,7 @@ class TextSource:
 
 @dataclasses.dataclass(frozen=True)
 class TaskResult:
-    """Score and standard error of a commonsense task, in percent."""
+    """Score and standard error on a commonsense task, in percent."""
 
     metric: str
     score: float
@@ -84,7 +84,7 @@ class TaskResult:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CommonsenseRow(ScoredModel):
-    """Commonsense scores of a model; `fingerprint` is that of its files."""
+    """Commonsense scores of a model. `fingerprint` is the hash of its files."""
 
     fingerprint: str
     results: dict[str, TaskResult]
@@ -96,7 +96,7 @@ class CommonsenseRow(ScoredModel):
 
 @dataclasses.dataclass(frozen=True)
 class ReplySample:
-    """A question with the reply of the model and the true one."""
+    """A question, the reply of the model and the true reply."""
 
     question: str
     reply: str
@@ -106,7 +106,7 @@ class ReplySample:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReplyRow(ScoredModel):
-    """How a chat model replies; `data_sha256` is that of the file of conversations."""
+    """Scores of a chat model's replies. `data_sha256` is the hash of the file of conversations."""
 
     data_sha256: str
     replies: int
@@ -122,21 +122,21 @@ Record = TypeVar("Record")
 
 
 class ScoreFile(Generic[Row]):
-    """The rows of a task, in memory and, if it has a path, in a JSON file that is replaced after each change.
+    """The rows of one score file. Each change is written to disk at once, so an interrupted evaluation loses one model.
 
     Args:
-        path (`Path`, *optional*): JSON file; what it has already is read.
-        task (`str`): that is scored.
-        settings (`dict`): what all rows have in common; JSON-ready.
-        row_type (`type`): a kind of [`ScoredModel`].
-        identities (`Callable`): given a row, what tells its model from others. Rows that share an identity are of one
-            model.
-        check_settings (`Callable`): given the contents of the file, raises `InputError` if its settings differ.
-        extra (`Sequence[str]`, *optional*): names of further lists in the file, kept in `extra`.
-        rescore (`bool`, *optional*, defaults to `False`): begin without what the file has.
+        path (`Path`, *optional*): the JSON file. Existing rows are read from it. Without a path, rows are kept in memory
+            only.
+        task (`str`): name of the task.
+        settings (`dict`): what all rows share, JSON-ready.
+        row_type (`type`): the subclass of [`ScoredModel`] of the rows.
+        identities (`Callable`): returns the identities of a row. Two rows that share one belong to the same model.
+        check_settings (`Callable`): gets the contents of an existing file; raises `InputError` if its settings differ.
+        extra (`Sequence[str]`, *optional*): names of further lists in the file, available as `extra`.
+        rescore (`bool`, *optional*, defaults to `False`): ignore an existing file and replace it.
 
     Raises:
-        InputError: if the file is damaged, or its scores must not be mixed with these.
+        InputError: if an existing file is damaged, or has scores of another task or with other settings.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class ScoreFile(Generic[Row]):
         rescore: bool = False,
     ):
         if path and path.is_dir():
-            raise InputError(f"--output {path}: is a folder; name a file")
+            raise InputError(f"--output {path} is a folder. Name a file")
         self.path, self.settings, self._identities = path, {"task": task, **settings}, identities
         before = {} if rescore else read_score_file(path, task) or {}
         if before:
@@ -160,38 +160,38 @@ class ScoreFile(Generic[Row]):
         self.extra: dict[str, list[dict[str, Any]]] = {name: before.get(name, []) for name in extra}
 
     def find(self, identity: Hashable) -> Row | None:
-        """The row with this identity, if there is one."""
+        """Returns the row with this identity, or `None`."""
         return next((row for row in self.rows if identity in self._identities(row)), None)
 
     def add(self, row: Row) -> None:
-        """Adds a row, in place of those of the same model, and writes the file."""
+        """Adds a row, or replaces the rows of the same model, and writes the file."""
         is_other = [self._identities(other).isdisjoint(self._identities(row)) for other in self.rows]
         place = is_other.index(False) if False in is_other else len(self.rows)
         others = list(itertools.compress(self.rows, is_other))
         self.keep([*others[:place], row, *others[place:]])
 
     def keep(self, rows: Sequence[Row]) -> None:
-        """Keeps these rows and no others, and writes the file."""
+        """Replaces all rows and writes the file."""
         self.rows = list(rows)
         self.write()
 
     def contents(self, rows: Sequence[Row] | None = None) -> dict[str, Any]:
-        """The contents of the file, with all rows or only these."""
+        """Returns the contents of the file, with all rows or only the given ones."""
         models = [row.to_json() for row in (self.rows if rows is None else rows)]
         return {**self.settings, "models": models, **self.extra, "provenance": provenance.collect()}
 
     def write(self) -> None:
-        """Writes the file. A reader sees the old contents or the new ones, never a part."""
+        """Writes the file atomically: a reader sees the old contents or the new ones."""
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, self.contents())
 
 
 def read_score_file(path: Path | None, task: str) -> dict[str, Any] | None:
-    """The contents of a score file, `None` if it does not exist.
+    """Returns the contents of a score file, or `None` if it does not exist.
 
     Raises:
-        InputError: if it is damaged or has the scores of another task.
+        InputError: if the file is not valid JSON, or has the scores of another task.
     """
     if path is None or not path.is_file():
         return None
@@ -202,19 +202,19 @@ def read_score_file(path: Path | None, task: str) -> dict[str, Any] | None:
 
 
 def read_records(values: Any, record_type: type[Record], where: str) -> list[Record]:
-    """Rows or other records of a score file.
+    """Converts the JSON of a list in a score file to dataclasses.
 
     Args:
-        values (`Any`): from JSON.
-        record_type (`type`): one of the dataclasses of this module.
-        where (`str`): names file and key in errors.
+        values (`Any`): the list.
+        record_type (`type`): a dataclass of this module.
+        where (`str`): file and key, for error messages.
 
     Raises:
-        InputError: if a field is missing or of another type, naming it.
+        InputError: if a field is missing or has the wrong type; names the field.
     """
     try:
         return TypeAdapter(list[record_type]).validate_python(values)  # type: ignore[valid-type]
     except ValidationError as error:
         problem = error.errors()[0]
         field = ".".join(map(str, (where, *problem["loc"])))
-        raise InputError(f"{field}: {problem['msg']}; the file is damaged, remove it and score again") from error
+        raise InputError(f"{field}: {problem['msg']}. The file is damaged; remove it and score again") from error

@@ -1,4 +1,4 @@
-"""The three summaries of an evaluation. The modules in `eval/metrics/` offer them as `evaluate.Metric`."""
+"""The three summary metrics. The modules in `eval/metrics/` wrap them as `evaluate.Metric`."""
 
 import math
 import statistics
@@ -9,9 +9,10 @@ from .protocol import TASKS
 
 
 def bits_per_byte(nats: Sequence[float], texts: Sequence[str]) -> float:
-    """What a model spends on texts, in bits, divided by their UTF-8 bytes; lower is better, 8 is no knowledge at all.
+    """Returns the negative log-likelihood of texts in bits, divided by their UTF-8 bytes. Lower is better.
 
-    Bits are summed over all texts before the division, so that a long text weighs more than a short one.
+    Bits are summed over all texts before the division, so a long text has more weight than a short one. A model that
+    assigns equal probability to all bytes scores 8.
 
     Args:
         nats (`Sequence[float]`): negative log-likelihood of each text, in nats, summed over its tokens.
@@ -22,28 +23,28 @@ def bits_per_byte(nats: Sequence[float], texts: Sequence[str]) -> float:
     """
     num_bytes = sum(len(text.encode()) for text in texts)
     if not num_bytes:
-        raise InputError("bits_per_byte: the references hold no text; give at least one byte")
+        raise InputError("bits_per_byte: the references are empty. Pass at least one byte of text")
     return math.fsum(nats) / math.log(2) / num_bytes
 
 
 def stop_rate(replies: Sequence[Sequence[int]], eos_token_id: int) -> dict[str, float]:
-    """The share of replies that end by themselves, and how long they are.
+    """Returns the share of replies that end in the stop token, and their median length.
 
-    A chat model that never learned its stop token talks on until it is cut off; the median length tells a model that
-    answers from one that stops at once.
+    A chat model that has not learned its stop token generates until the token limit. The median length distinguishes a
+    model that answers from one that stops immediately.
 
     Args:
-        replies (`Sequence[Sequence[int]]`): the new token ids of each reply, the prompt left out.
+        replies (`Sequence[Sequence[int]]`): the generated token ids of each reply, without the prompt.
         eos_token_id (`int`): the stop token.
 
     Returns:
-        `dict`: `stop_rate` between 0 and 1, and `median_length` in tokens, a stop token at the end not counted.
+        `dict`: `stop_rate` between 0 and 1, and `median_length` in tokens without the stop token.
 
     Raises:
         InputError: if there is no reply.
     """
     if not replies:
-        raise InputError("stop_rate: got no reply; give at least one")
+        raise InputError("stop_rate: got 0 replies. Pass at least one")
     stopped = [bool(reply) and reply[-1] == eos_token_id for reply in replies]
     lengths = [len(reply) - stop for reply, stop in zip(replies, stopped, strict=True)]
     return {"stop_rate": sum(stopped) / len(replies), "median_length": float(statistics.median(lengths))}
@@ -52,32 +53,31 @@ def stop_rate(replies: Sequence[Sequence[int]], eos_token_id: int) -> dict[str, 
 def commonsense_average(
     scores: Sequence[float], tasks: Sequence[str], standard_errors: Sequence[float] | None = None
 ) -> dict[str, float | None]:
-    """The unweighted mean of the scores on TinyLlama's seven tasks, with its standard error.
+    """Returns the unweighted mean of the scores on TinyLlama's seven tasks, with its standard error.
 
     The tasks are independent samples, so the standard error of the mean is the root of the summed squares, divided by
     seven.
 
     Args:
-        scores (`Sequence[float]`): a score for each task, all in one unit.
-        tasks (`Sequence[str]`): the tasks that they belong to, each of the seven once, in any order.
-        standard_errors (`Sequence[float]`, *optional*): of the scores, in their order.
+        scores (`Sequence[float]`): one score per task, all in the same unit.
+        tasks (`Sequence[str]`): the names of the seven tasks, each once, in the order of the scores.
+        standard_errors (`Sequence[float]`, *optional*): standard errors, in the order of the scores.
 
     Returns:
         `dict`: `average`, and `standard_error` (`None` without `standard_errors`), in the unit of the scores.
 
     Raises:
-        InputError: if a task is missing or given twice, since the mean of six is another figure; or if a score is not a
-            number.
+        InputError: if a task is missing or duplicated, or if a value is not finite.
     """
     if sorted(tasks) != sorted(TASKS):
         raise InputError(
-            f"commonsense_average: got the tasks {', '.join(tasks)}; needs each of {', '.join(TASKS)} once"
+            f"commonsense_average: got the tasks {', '.join(tasks)}. It needs each of {', '.join(TASKS)} once"
         )
     if not all(map(math.isfinite, [*scores, *(standard_errors or ())])):
-        raise InputError("commonsense_average: a score or a standard error is not a number; score that task again")
+        raise InputError("commonsense_average: a score or standard error is not finite. Score that task again")
     if standard_errors is not None and len(standard_errors) != len(scores):
         raise InputError(
-            f"commonsense_average: {len(standard_errors)} standard errors for {len(scores)} scores; give one each"
+            f"commonsense_average: {len(standard_errors)} standard errors for {len(scores)} scores. Pass one per score"
         )
     error = None if standard_errors is None else math.hypot(*standard_errors) / len(TASKS)
     return {"average": math.fsum(scores) / len(TASKS), "standard_error": error}

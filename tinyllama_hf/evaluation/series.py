@@ -1,4 +1,4 @@
-"""Scoring the milestones of a run beside counting models that read the same text."""
+"""Scores a series of checkpoints in bits per byte, with n-gram models fitted on the same text as baselines."""
 
 import dataclasses
 import time
@@ -18,8 +18,8 @@ from ..pretrain.milestones import list_milestones, read_record
 from ..pretrain.run_record import RunRecord, open_mixture, read_run_record
 from ..quantization.bitsandbytes import check_name, check_quantization
 from ..tokenization_tinyllama import load_tokenizer, tokenizer_fingerprint
-from .bits_per_byte import HeldOut, bits_per_byte, document_tokens, held_out_documents, summarise
-from .models import Evaluated, evaluated, load_evaluated, models_to_score, the_run
+from .bits_per_byte import HeldOut, document_tokens, held_out_documents, score_documents, summarize
+from .models import EvalModel, describe_model, find_run, list_eval_models, load_eval_model
 from .ngram import NGramModel
 from .score_files import CountingRow, ScoreFile, TextRow, TextSource, read_records, read_score_file
 
@@ -30,7 +30,7 @@ BASELINES = {"unigram": 1, "5-gram": 5}
 
 
 class _Text(NamedTuple):
-    """What is scored on: a run if one is meant, its record, and the held-out documents."""
+    """The text to score on. `run` and `record` are set if the models are the milestones of a run."""
 
     run: Path | None
     record: RunRecord | None
@@ -47,30 +47,30 @@ def score(
     show_progress: bool = True,
     quantization: str = "none",
 ) -> dict[str, Any]:
-    """Bits per byte of models, or of every milestone of a run; what the output file has already is not scored again.
+    """Scores models, or all milestones of a run, in bits per byte. Models in the output file are not scored again.
 
     Args:
-        models (`Sequence[str]`): model folders or names; or one run.
-        data (`Sequence[str]`, *optional*): prepared data sets whose held-out documents are scored; of a run, by default
-            those that it trained on.
+        models (`Sequence[str]`): model folders or names; or one run, for all its milestones.
+        data (`Sequence[str]`, *optional*): prepared data sets with held-out documents. For a run, defaults to its training
+            data.
         baselines (`bool`, *optional*, defaults to `False`): for a run, also fit a unigram and a 5-gram model on the text
-            that each milestone had read.
-        device (`str`, *optional*, defaults to `"auto"`): where the models run.
+            that each milestone was trained on.
+        device (`str`, *optional*, defaults to `"auto"`): the device to run on.
         output (`Path`, *optional*): JSON file, written after each model.
-        rescore (`bool`, *optional*, defaults to `False`): forget what the output file has.
-        show_progress (`bool`, *optional*, defaults to `True`): bars on a terminal.
-        quantization (`str`, *optional*, defaults to `"none"`): to quantise the models to while they are loaded; folders
-            that were saved quantised have their own.
+        rescore (`bool`, *optional*, defaults to `False`): score all models again.
+        show_progress (`bool`, *optional*, defaults to `True`): show progress bars on a terminal.
+        quantization (`str`, *optional*, defaults to `"none"`): quantization to apply while loading. Folders that were saved
+            quantized keep their own.
 
     Returns:
-        `dict`: `models` and `baselines`, each a list of scores, and what decides them.
+        `dict`: contents of the score file.
 
     Raises:
-        InputError: for anything missing, and an output file with scores of another task or on other text, before the
-            first model is scored.
+        InputError: for missing input, or an output file with scores of another task or on other text, before the first
+            model is scored.
     """
     text = _open_text(models, data, baselines)
-    chosen = models_to_score(models, quantization)
+    chosen = list_eval_models(models, quantization)
     file = _open_file(output, text, rescore)
     opened = _open_mixture(text.record) if text.record and baselines else None
     before = list(file.rows)
@@ -91,46 +91,46 @@ def watch(
     device: str,
     output: Path,
     every_seconds: float,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     rescore: bool = False,
     quantization: str = "none",
 ) -> None:
-    """Scores milestones of a run as they appear, until the one that ends it.
+    """Scores the milestones of a run as they appear, and returns after the last one.
 
     Args:
-        run (`Path`): a run under way or finished.
-        device (`str`): where the models run.
+        run (`Path`): a running or finished run.
+        device (`str`): the device to run on.
         output (`Path`): JSON file, written after each milestone.
-        every_seconds (`float`): between two looks.
-        say (`Callable[[str], None]`): given a line for each milestone.
-        rescore (`bool`, *optional*, defaults to `False`): forget what the output file has.
-        quantization (`str`, *optional*, defaults to `"none"`): to quantise them to while they are loaded.
+        every_seconds (`float`): time between two checks for new milestones.
+        log (`Callable[[str], None]`): called with one line per milestone.
+        rescore (`bool`, *optional*, defaults to `False`): score all milestones again.
+        quantization (`str`, *optional*, defaults to `"none"`): quantization to apply while loading.
 
     Raises:
-        InputError: as [`score`], before the first look; or if the folder is no run.
+        InputError: as [`score`], before the first check; or if the folder is not a run.
     """
     last = read_run_record(run).num_steps
     check_name(quantization)
     check_quantization(quantization)
     text = _open_text([str(run)])
     file = _open_file(output, text, rescore)
-    said = set()
+    logged = set()
     while True:
         for folder in list_milestones(run):
-            row = _score(evaluated(folder, quantization), file, text, device)
-            if (folder, row.created) not in said:  # a resumed run may write one again
-                said.add((folder, row.created))
-                say(f"{row.bits_per_byte:.4f} bits per byte  {row.name}")
+            row = _score(describe_model(folder, quantization), file, text, device)
+            if (folder, row.created) not in logged:  # a resumed run may write a milestone again
+                logged.add((folder, row.created))
+                log(f"{row.bits_per_byte:.4f} bits per byte  {row.name}")
             if row.step == last:
                 return
         time.sleep(every_seconds)
 
 
 def check_can_score(run: Path | None, data: Sequence[str]) -> None:
-    """Refuses to begin a run whose milestones are to be scored and could not be; reads no document.
+    """Checks before a run starts that its milestones can be scored. Reads no documents.
 
     Raises:
-        InputError: if the run's score file is of another task or text.
+        InputError: if the score file of the run is of another task or text.
     """
     scores = read_score_file(run and run / SCORES_FILE, TASK)
     if scores:
@@ -140,28 +140,30 @@ def check_can_score(run: Path | None, data: Sequence[str]) -> None:
 
 
 def _open_text(models: Sequence[str], data: Sequence[str] = (), baselines: bool = False) -> _Text:
-    """Checks what is named, and reads the held-out documents."""
+    """Checks models and data, and reads the held-out documents."""
     if len({Path(folder).resolve() for folder in data}) < len(data):
-        raise InputError(f"--data: {', '.join(data)}: a data set is named twice; its documents count once")
-    run = the_run(models)
+        raise InputError(f"--data {', '.join(data)} has the same data set twice. Name each one once")
+    run = find_run(models)
     record = read_run_record(run) if run else None
     if record:
         data = data or [source.path for source in record.sources]
         if missing := [folder for folder in data if not Path(folder).is_dir()]:
             raise InputError(
-                f"data folder {missing[0]} does not exist here; a recipe names its data from the folder in which the run "
-                "was started: call from there, or name the data with --data"
+                f"data folder {missing[0]} does not exist. Paths of a run are relative to the folder in which it was "
+                "started: call from there, or pass the data with --data"
             )
     elif baselines:
-        raise InputError("--baselines: needs one run (a folder with milestones), to know which text was read")
+        raise InputError(
+            "--baselines needs one run (a folder with milestones), since they are fitted on its training text"
+        )
     elif not data:
-        raise InputError("--data: needed to score model folders; name prepared data sets")
+        raise InputError("--data is required to score model folders. Name prepared data sets")
     held_out = [held_out_documents(folder) for folder in data]
     return _Text(run, record, held_out)
 
 
 def _open_file(output: Path | None, text: _Text, rescore: bool) -> ScoreFile[TextRow]:
-    """The score file. The names of a run's milestones tell them apart, wherever the run is called from."""
+    """Opens the score file. Milestones of a run are identified by name, so that a moved run is not scored again."""
     data = [TextSource(h.name, h.fingerprint, len(h.texts), h.num_bytes) for h in text.held_out]
     return ScoreFile(
         output,
@@ -176,24 +178,24 @@ def _open_file(output: Path | None, text: _Text, rescore: bool) -> ScoreFile[Tex
 
 
 def _check_text(scores: dict[str, Any], text: Sequence[tuple[str, str]], file: Path | None) -> None:
-    """Refuses scores on other text than these pairs of path and fingerprint."""
+    """Raises `InputError` if scores are on other text than these pairs of path and fingerprint."""
     sources = read_records(scores.get("data"), TextSource, f"{file}: data")
     there = [(source.path, source.fingerprint) for source in sources]
     if there != list(text):
         lines = [
             f"  {name}: {', '.join(f'{path} ({print_[:12]})' for path, print_ in sources)}"
-            for name, sources in (("there", there), ("here", text))
+            for name, sources in (("file", there), ("now", text))
         ]
         raise InputError(
-            f"{file}: has scores on other text, and figures on two texts are not joined; replace them with --rescore, or "
-            "write elsewhere with --output\n" + "\n".join(lines)
+            f"{file} has scores on other text. A file has scores on one text: replace them with --rescore, or write to "
+            "another file with --output\n" + "\n".join(lines)
         )
 
 
 def _score(
-    model: Evaluated, file: ScoreFile[TextRow], text: _Text, device: str, show_progress: bool = True
+    model: EvalModel, file: ScoreFile[TextRow], text: _Text, device: str, show_progress: bool = True
 ) -> TextRow:
-    """The score of a model: that of the file if the folder is still the same one, else a new one, which is added."""
+    """Returns the score of a model: the one in the file if the folder was not written since, else a new one."""
     created = _created(model.folder)
     known = file.find((model.name if text.run else str(model.folder), model.quantization))
     if known and created is not None and known.created == created:
@@ -203,31 +205,31 @@ def _score(
         old, new = other.protocol, row.protocol
         if old["context"] == new["context"] and old != new and other is not known:
             raise InputError(
-                f"{file.path}: {other.name} was scored under {old}, {row.name} under {new}; figures of two protocols are "
-                "not joined: score all again with --rescore, or write elsewhere with --output"
+                f"{file.path}: {other.name} was scored under {old}, {row.name} under {new}. A file has one protocol: score "
+                "all models again with --rescore, or write to another file with --output"
             )
     file.add(row)
     return row
 
 
 def _created(folder: Path) -> str | None:
-    """When a folder of this package was made; one that is written again has another time."""
+    """Returns the time at which a folder of this package was written; `None` for other folders."""
     is_ours = (folder / "provenance.json").is_file()
     return read_record(folder).get("created") if is_ours else None
 
 
 def _score_folder(
-    model: Evaluated, held_out: Sequence[HeldOut], device: str, created: str | None, show_progress: bool
+    model: EvalModel, held_out: Sequence[HeldOut], device: str, created: str | None, show_progress: bool
 ) -> TextRow:
-    """Scores a folder with stock transformers: model and tokenizer as somebody without this package loads them."""
+    """Scores a model with stock transformers classes, as users without this package load it."""
     began = time.perf_counter()
-    loaded, tokenizer = load_evaluated(model, device)
+    loaded, tokenizer = load_eval_model(model, device)
     total = sum(h.num_bytes for h in held_out)
     columns = (*Progress.get_default_columns(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, transient=True, disable=not (show_progress and Console().is_terminal)) as bar:
-        estimate = total // 3  # tokens; the bar is for the eye
+        estimate = total // 3  # tokens; exact enough for the bar
         task = bar.add_task(f"Scoring {model.name}", total=estimate, note="")
-        result = bits_per_byte(loaded, tokenizer, held_out, advance=lambda n: bar.advance(task, n))
+        result = score_documents(loaded, tokenizer, held_out, advance=lambda n: bar.advance(task, n))
     libraries = provenance.collect()["libraries"]
     return TextRow(
         **model.record(),
@@ -239,7 +241,7 @@ def _score_folder(
 
 
 def _open_mixture(record: RunRecord) -> tuple[Mixture, PreTrainedTokenizerBase]:
-    """The training text of a run, and the tokenizer that it is in."""
+    """Opens the training text of a run and its tokenizer."""
     tokenizer = load_tokenizer(record.tokenizer)
     return open_mixture(record, tokenizer_fingerprint(tokenizer)), tokenizer
 
@@ -251,23 +253,23 @@ def _baselines(
     held_out: Sequence[HeldOut],
     known: Sequence[CountingRow] = (),
 ) -> Iterator[list[CountingRow]]:
-    """Fits counting models on what each milestone had read, each block once however often it was read.
+    """Fits n-gram models on the text that each milestone was trained on, without repeated epochs.
 
-    Yields the rows of all milestones so far; those that are known are not fitted again.
+    Yields the rows of all milestones so far. Rows in `known` are reused.
     """
     documents = [document_tokens(tokenizer, text) for h in held_out for text in h.texts]
     rows: list[CountingRow] = []
-    for folder in track(milestones, "Fitting counting models", transient=True, disable=not Console().is_terminal):
+    for folder in track(milestones, "Fitting n-gram models", transient=True, disable=not Console().is_terminal):
         record = read_record(folder)
         fitted = [row for row in known if (row.step, row.tokens) == (record["step"], record["tokens"])]
         if [row.name for row in fitted] != list(BASELINES):
             blocks = sorted(set(mixture.blocks(0, record["tokens"] // mixture.block_size)))
-            text = mixture.tokens(blocks)[:, :-1].reshape(-1)  # neighbouring blocks join without a seam
+            text = mixture.tokens(blocks)[:, :-1].reshape(-1)  # consecutive blocks are consecutive text
             fitted = []
             for name, order in BASELINES.items():
                 model = NGramModel(text, len(tokenizer), order)
                 nats = [-float(model.log_probabilities(tokens).sum()) for tokens in documents]
-                found = summarise(nats, held_out)
+                found = summarize(nats, held_out)
                 fitted.append(CountingRow(name, record["step"], record["tokens"], len(text), **found))
         rows += fitted
         yield rows

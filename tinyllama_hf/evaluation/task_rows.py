@@ -1,4 +1,4 @@
-"""Rows of the commonsense tasks, checked before they are asked: lm-eval writes a missing passage as the word "None"."""
+"""Checks the rows of the commonsense tasks, since lm-eval renders a missing passage as the word "None"."""
 
 import json
 from collections.abc import Iterable
@@ -10,15 +10,21 @@ from ..errors import InputError
 from ..text import check_text
 
 
-BAD_ROW = (UndefinedError, KeyError, ValueError, TypeError, AttributeError)  # what a task's definition makes of one
+BAD_ROW = (
+    UndefinedError,
+    KeyError,
+    ValueError,
+    TypeError,
+    AttributeError,
+)  # raised by a task definition for a malformed row
 
 
 def decisive_fields(task: Any, row: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a row that decide the question, its choices or its answer, found by leaving each out.
+    """Returns the fields of a row that affect the question, its choices or its answer, found by setting each to `None`.
 
     Args:
-        task (`Any`): lm-eval's.
-        row (`dict`): a good one, as the file has it.
+        task (`Any`): an lm-eval task.
+        row (`dict`): a valid row of its file.
     """
     whole = _asked(task, row)
     return {name: value for name, value in row.items() if _asked(task, {**row, name: None}) != whole}
@@ -37,16 +43,16 @@ def _asked(task: Any, row: dict[str, Any]) -> list[Any] | None:
 
 
 def check_rows(name: str, rows: Iterable[tuple[int, Any]], fields: dict[str, Any], source: str) -> None:
-    """Checks that rows have the fields that decide a task's questions.
+    """Checks that rows have all fields that affect the task's questions.
 
     Args:
-        name (`str`): of the task.
-        rows (`Iterable[tuple[int, Any]]`): (number, row).
-        fields (`dict`): from [`decisive_fields`]; the values show the types.
-        source (`str`): names the file in errors.
+        name (`str`): name of the task.
+        rows (`Iterable[tuple[int, Any]]`): pairs of row number and row.
+        fields (`dict`): from [`decisive_fields`]; the values are examples of the types.
+        source (`str`): the file, for error messages.
 
     Raises:
-        InputError: naming the row and the field that is missing, null or of another type.
+        InputError: if a field is missing, null or of another type; names the row and the field.
     """
     for number, row in rows:
         _check(row, fields, f"{source}, row {number}", f"{name} needs {', '.join(map(repr, fields))}")
@@ -55,11 +61,11 @@ def check_rows(name: str, rows: Iterable[tuple[int, Any]], fields: dict[str, Any
 def _check(value: Any, example: Any, where: str, rule: str) -> None:
     if type(value) is not type(example):
         shown = json.dumps(value, default=str)[:40]
-        raise InputError(f"{where}: is {shown}, not of type {type(example).__name__}; {rule}. Fix or remove the row")
+        raise InputError(f"{where} is {shown}, not of type {type(example).__name__}. {rule}. Fix or remove the row")
     if isinstance(example, dict):
         for key, part in example.items():
             if key not in value:
-                raise InputError(f"{where}: has no field {key!r}; {rule}. Fix or remove the row")
+                raise InputError(f"{where} has no field {key!r}. {rule}. Fix or remove the row")
             _check(value[key], part, f"{where}, field {key!r}", rule)
     elif isinstance(example, list):
         for number, part in enumerate(value):

@@ -1,4 +1,4 @@
-"""The recipe of supervised fine-tuning."""
+"""The schema of a fine-tuning recipe."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -10,19 +10,19 @@ from ..recipe import Section, read_recipe
 
 
 class ModelSection(Section):
-    """What is fine-tuned: a folder, a released name or a Hub id."""
+    """The base model: a folder, a released name or a Hub id."""
 
     path: str
 
 
 class ChatSection(Section):
-    """The chat template: `auto` for the model's own, or `llama2` where it has none; `own`; `llama2`; or a `.jinja` file."""
+    """The chat template: `own` is that of the model, `auto` falls back to `llama2`; or `llama2`, or a `.jinja` file."""
 
     template: str
 
 
 class DataSection(Section):
-    """Conversations: JSON lines with `messages`, or `embedded:questions`."""
+    """The conversations: JSON lines with `messages`, or `embedded:questions`."""
 
     conversations: str
     validation_fraction: float = Field(gt=0, lt=1)
@@ -31,7 +31,7 @@ class DataSection(Section):
 
 
 class AdapterSection(Section):
-    """`none` trains every weight; `lora` trains low-rank adapters on every linear layer but the head."""
+    """`none` trains all weights; `lora` trains low-rank adapters on all linear layers except the head."""
 
     kind: Literal["none", "lora"]
     rank: int = Field(gt=0)
@@ -40,7 +40,7 @@ class AdapterSection(Section):
 
 
 class TrainingSection(Section):
-    """How often, how fast, with what arithmetic."""
+    """Number of epochs, learning rate, batch size and precision."""
 
     epochs: float = Field(gt=0)
     learning_rate: float = Field(gt=0)
@@ -51,17 +51,17 @@ class TrainingSection(Section):
     weight_decay: float = Field(ge=0)
     gradient_clip: float = Field(gt=0)
     precision: Literal["fp32", "bf16"]
-    seed: int = Field(ge=0, lt=2**32)  # transformers.set_seed (5.23) seeds numpy, which takes 32 bits
+    seed: int = Field(ge=0, lt=2**32)  # transformers.set_seed (5.23) seeds numpy, which accepts 32 bits
 
 
 class LoggingSection(Section):
-    """A row of `metrics.jsonl`."""
+    """How often a row is written to `metrics.jsonl`."""
 
     every_steps: int = Field(gt=0)
 
 
 class FinetuneConfig(Section):
-    """A whole recipe."""
+    """A fine-tuning recipe."""
 
     output_dir: str
     model: ModelSection
@@ -73,17 +73,17 @@ class FinetuneConfig(Section):
 
 
 def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> FinetuneConfig:
-    """Reads a recipe and applies `section.key=value` overrides; see [`read_recipe`]."""
+    """Reads a recipe and applies `section.key=value` overrides. See [`read_recipe`]."""
     return read_recipe(FinetuneConfig, path, overrides, _contradictions)
 
 
 def _contradictions(sections: Mapping[str, Any]) -> list[str]:
-    """Broken rules between keys; each names the keys, the values and the fix."""
+    """Returns the violated rules between keys, each with the keys, the values and the fix."""
     training = sections.get("training")
     if training and training.sequences_per_step % training.micro_batch_size:
         sizes = [n for n in range(1, training.sequences_per_step + 1) if training.sequences_per_step % n == 0]
         return [
             f"training.micro_batch_size: {training.micro_batch_size} does not divide training.sequences_per_step "
-            f"{training.sequences_per_step}; sizes that do: {', '.join(map(str, sizes))}"
+            f"{training.sequences_per_step}. Use one of {', '.join(map(str, sizes))}"
         ]
     return []

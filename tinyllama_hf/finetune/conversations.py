@@ -1,4 +1,4 @@
-"""Conversations to fine-tune on: read, checked, split, and rendered to tokens with the mask of what is learned."""
+"""Conversations for fine-tuning: reads, checks and splits them, and renders them to tokens with loss masks."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from ..errors import InputError
 
 EMBEDDED = "embedded:questions"
 HELD_OUT_FILE = "validation.jsonl"  # in the folder of a fine-tuned model
-# Fields of a row that change what a template renders or what is learned; all others are taken as notes about the row.
+# Fields that change the rendering or the loss, and are not supported. All other fields are ignored.
 _DECISIVE = {
     "chat_template", "chat_template_kwargs", "documents", "function_call", "functions", "parallel_tool_calls", "system",
     "tool_choice", "tools", "train", "training", "weight",
@@ -26,7 +26,7 @@ _DECISIVE = {
 
 
 class Conversation(NamedTuple):
-    """A conversation and where it stands, for messages; a reply with `"weight": 0` is context only."""
+    """A conversation, and its file and row for error messages. A reply with `"weight": 0` has no loss."""
 
     name: str
     messages: list[dict[str, Any]]
@@ -36,12 +36,12 @@ def read_conversations(source: str) -> list[Conversation]:
     """Reads and checks conversations.
 
     Args:
-        source (`str`): JSON lines (plain, `.gz`, `.zst`) whose rows hold `messages`, a list of
-            `{"role": ..., "content": ...}`, see [`read_messages`]; or `"embedded:questions"`. Other fields of a row are
-            notes and are not read, but one that would change what is learned, such as `tools`, is refused.
+        source (`str`): JSON lines (plain, `.gz`, `.zst`) with the key `messages`, a list of
+            `{"role": ..., "content": ...}`, see [`read_messages`]; or `"embedded:questions"`. Other fields are ignored,
+            except those that would change the loss, such as `tools`: they are an error.
 
     Raises:
-        InputError: naming the file, the row and the rule that it breaks.
+        InputError: for an invalid row; names the file, the row and the rule.
     """
     if source == EMBEDDED:
         return [
@@ -54,7 +54,7 @@ def read_conversations(source: str) -> list[Conversation]:
     path = Path(source)
     if not path.is_file() or not path.name.endswith(JSON_LINES):
         raise InputError(
-            f"conversations {source}: no such file of JSON lines ({', '.join(JSON_LINES)}); or use {EMBEDDED}"
+            f"conversations {source}: no such file. Name a file of JSON lines ({', '.join(JSON_LINES)}), or use {EMBEDDED}"
         )
     found = []
     for number, row in read_rows(path):
@@ -62,40 +62,42 @@ def read_conversations(source: str) -> list[Conversation]:
         messages = read_messages(row, where)
         if decisive := sorted(key for key in _DECISIVE & row.keys() if row[key] not in (None, "", [], {})):
             raise InputError(
-                f"{where}: field {decisive[0]!r} would change what is learned and is not supported; write it into the "
+                f"{where}: field {decisive[0]!r} is not supported, since it would change the loss. Write it into the "
                 "messages, or remove it"
             )
         check_training_messages(messages, where)
         found.append(Conversation(where, messages))
     if not found:
-        raise InputError(f"conversations {source}: holds no row")
+        raise InputError(f"conversations {source}: the file has no rows")
     return found
 
 
 def check_training_messages(messages: Sequence[dict[str, Any]], where: str) -> None:
-    """Checks that a conversation can be learned from: one that `render` takes, with replies to learn, none of them empty.
+    """Checks that a conversation can be rendered and has replies with loss, none of them empty.
 
     Raises:
-        InputError: naming the rule that is broken.
+        InputError: if not; names the rule.
     """
     check_messages(messages, where)
     replies = [(i, message) for i, message in enumerate(messages) if is_learned(message)]
     if not replies:
         raise InputError(
-            f"{where}: has no reply of the assistant that is learned (none, or all of weight 0); remove the conversation"
+            f"{where} has no reply of the assistant with loss (no reply, or all with weight 0). Remove the conversation"
         )
     for number, reply in replies:
         if not reply["content"].strip():
-            raise InputError(
-                f"{where}, message {number}: the reply is empty; a model would learn to say nothing: fill or drop it"
-            )
+            raise InputError(f"{where}, message {number}: the reply is empty. Fill it in, or remove the conversation")
 
 
-def split(conversations: Sequence[Conversation], fraction: float) -> tuple[list[Conversation], list[Conversation]]:
-    """Splits into (train, held out) by the hash of roles and contents, so that more data never moves a row to the other side.
+def split_conversations(
+    conversations: Sequence[Conversation], fraction: float
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Splits conversations into training and held-out ones.
+
+    The split uses the hash of roles and contents, so a conversation stays in its part when others are added.
 
     Raises:
-        InputError: if one of the two would be empty.
+        InputError: if one part would be empty.
     """
     parts: tuple[list[Conversation], list[Conversation]] = ([], [])
     for conversation in conversations:
@@ -104,8 +106,8 @@ def split(conversations: Sequence[Conversation], fraction: float) -> tuple[list[
         parts[int.from_bytes(digest[:8], "big") < fraction * 2**64].append(conversation)
     if not parts[0] or not parts[1]:
         raise InputError(
-            f"data.validation_fraction: {fraction} of {len(conversations)} conversations leaves {len(parts[0])} to train on "
-            f"and {len(parts[1])} held out; both are needed: change it, or add conversations"
+            f"data.validation_fraction: {fraction} of {len(conversations)} conversations gives {len(parts[0])} for training and "
+            f"{len(parts[1])} held out. Both must be above 0: change the fraction, or add conversations"
         )
     return parts
 
@@ -119,24 +121,24 @@ def render_all(
     """Renders conversations for training.
 
     Raises:
-        InputError: for a conversation without a token to learn, and, unless they are dropped, for those longer than
-            `max_length` tokens.
+        InputError: for a conversation without a token with loss, and for those longer than `max_length` tokens unless they
+            are dropped.
     """
     rendered, overlong = [], []
     for conversation in conversations:
         name, messages = conversation
         rendering = render(tokenizer, messages, where=name)
-        # Before the replies are looked for, which can take a rendering for each of them.
+        # Checked first, since finding the replies can take one rendering per reply.
         if len(rendering.input_ids) > max_length:
             overlong.append((name, len(rendering.input_ids)))
             continue
         rendered.append(mask_replies(tokenizer, messages, rendering, name))
         if not any(rendered[-1].assistant_masks):
-            raise InputError(f"{name}: no token of it would be trained; is its template the right one?")
+            raise InputError(f"{name}: no token has loss. Check that the chat template fits the conversation")
     if overlong and not drop_overlong:
         name, length = max(overlong, key=lambda item: item[1])
         raise InputError(
-            f"{len(overlong)} of {len(conversations)} conversations are longer than data.max_length {max_length}; the longest "
+            f"{len(overlong)} of {len(conversations)} conversations are longer than data.max_length {max_length}. The longest "
             f"is {name}: {length} tokens. Raise data.max_length (up to the model's context), shorten them, or set "
             "data.overlong to drop"
         )
@@ -144,5 +146,5 @@ def render_all(
 
 
 def write_rows(conversations: Sequence[Conversation]) -> str:
-    """Conversations as JSON lines that [`read_conversations`] reads."""
+    """Returns conversations as JSON lines, in the format of [`read_conversations`]."""
     return "".join(json.dumps({"messages": c.messages}, ensure_ascii=False) + "\n" for c in conversations)

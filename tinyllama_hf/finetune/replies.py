@@ -1,4 +1,4 @@
-"""How well a chat model replies to conversations it has not seen: loss of the true replies, and whether it stops."""
+"""Scores a chat model on held-out conversations: the loss of the true replies, and whether its own replies end."""
 
 import functools
 import math
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..chat.masks import mask_replies
 from ..chat.render import Messages, Rendering, render
 from ..errors import InputError
-from ..evaluation.models import load_evaluated, models_to_score
+from ..evaluation.models import list_eval_models, load_eval_model
 from ..evaluation.score_files import ReplyRow, ReplySample, ScoreFile, read_score_file
 from ..evaluation.score_metrics import stop_rate
 from ..inference.generation import Context
@@ -27,7 +27,7 @@ from .conversations import HELD_OUT_FILE, read_conversations
 MAX_NEW_TOKENS = 64
 
 
-def score(
+def score_replies(
     models: Sequence[str],
     data: str | None = None,
     limit: int | None = None,
@@ -40,66 +40,65 @@ def score(
 
     Args:
         models (`Sequence[str]`): model folders or names.
-        data (`str`, *optional*): JSON lines of conversations; by default those that a fine-tuned folder held out.
-        limit (`int`, *optional*): conversations, from the first; all by default.
-        max_new_tokens (`int`, *optional*, defaults to 64): the budget of a reply.
-        device (`str`, *optional*, defaults to `"auto"`): where the models run.
-        quantization (`str`, *optional*, defaults to `"none"`): to quantise the models to while they are loaded; folders
-            that were saved quantised have their own.
-        output (`Path`, *optional*): JSON file, written after each model; what it has already is replaced.
+        data (`str`, *optional*): JSON lines of conversations. Defaults to the held-out ones of each fine-tuned folder.
+        limit (`int`, *optional*): number of conversations, from the first; by default all.
+        max_new_tokens (`int`, *optional*, defaults to 64): maximum number of tokens of a reply.
+        device (`str`, *optional*, defaults to `"auto"`): the device to run on.
+        quantization (`str`, *optional*, defaults to `"none"`): quantization to apply while loading. Folders that were saved
+            quantized keep their own.
+        output (`Path`, *optional*): JSON file, written after each model. Earlier scores in it are replaced.
 
     Returns:
-        `dict`: contents of the score file; see [`score_replies`] for each model's entry.
+        `dict`: contents of the score file. See [`score_model_replies`] for the entry of a model.
 
     Raises:
-        InputError: for anything missing, before the first model is scored.
+        InputError: for missing input, before the first model is scored.
     """
     for option, value in (("--limit", limit), ("--max-new-tokens", max_new_tokens)):
         if value is not None and value < 1:
             raise InputError(f"{option} {value}: must be at least 1")
-    chosen = models_to_score(models, quantization)
-    asked = [_read_asked(model.folder, data, limit) for model in chosen]
-    read_score_file(
-        output, "replies"
-    )  # refuses a file of another task; the weights of a row are not recorded, so all are
-    settings = {"decoding": "greedy"}  # scored again
+    chosen = list_eval_models(models, quantization)
+    held_out = [_read_held_out(model.folder, data, limit) for model in chosen]
+    read_score_file(output, "replies")  # raises for a file of another task
+    # Rows do not record the weights, so all models are scored again.
+    settings = {"decoding": "greedy"}
     file = ScoreFile(output, "replies", settings, ReplyRow, lambda row: {(row.path, row.quantization)}, rescore=True)
-    for model, (source, conversations) in zip(chosen, asked, strict=True):
-        (loaded, _), tokenizer = load_evaluated(model, device), load_tokenizer(model.folder)
+    for model, (source, conversations) in zip(chosen, held_out, strict=True):
+        (loaded, _), tokenizer = load_eval_model(model, device), load_tokenizer(model.folder)
         with Progress(transient=True, disable=not Console().is_terminal) as bar:
-            task = bar.add_task(f"Asking {model.name}", total=len(conversations))
+            task = bar.add_task(f"Scoring {model.name}", total=len(conversations))
             advance = functools.partial(bar.advance, task)
-            scores = score_replies(loaded, tokenizer, conversations, max_new_tokens, advance)
+            scores = score_model_replies(loaded, tokenizer, conversations, max_new_tokens, advance)
         file.add(ReplyRow(**model.record(), data_sha256=file_sha256(source), **scores))
     return file.contents()
 
 
-def _read_asked(folder: Path, data: str | None, limit: int | None) -> tuple[Path, list[Messages]]:
-    """The file of conversations that a model is asked, and those that are used."""
+def _read_held_out(folder: Path, data: str | None, limit: int | None) -> tuple[Path, list[Messages]]:
+    """Returns the file of conversations for a model, and the conversations."""
     file = Path(data) if data else folder / HELD_OUT_FILE
     if not file.is_file():
-        fix = "name another" if data else f"{folder} is no fine-tuned model with held-out conversations; name --data"
-        raise InputError(f"{file}: no such file; {fix}")
+        fix = "Name another" if data else f"{folder} has no held-out conversations of a fine-tuning; pass --data"
+        raise InputError(f"{file}: no such file. {fix}")
     conversations = [conversation.messages for conversation in read_conversations(str(file))][:limit]
     if unfinished := [messages for messages in conversations if messages[-1]["role"] != "assistant"]:
         raise InputError(
-            f"{file}: {len(unfinished)} conversations do not end with the assistant, whose reply is scored"
+            f"{file}: {len(unfinished)} conversations do not end with the assistant. The last reply is scored; remove them"
         )
     return file, conversations
 
 
 @torch.inference_mode()
 def reply_loss(model: PreTrainedModel, renderings: Sequence[Rendering], batch_size: int = 16) -> float:
-    """Mean negative log-likelihood of the assistant's tokens, stop tokens included, in nats per token.
+    """Returns the mean negative log-likelihood of the replies' tokens, including stop tokens, in nats per token.
 
     Args:
         model (`PreTrainedModel`): a causal language model in evaluation mode.
         renderings (`Sequence[Rendering]`): from [`mask_replies`].
-        batch_size (`int`, *optional*, defaults to 16): conversations of a forward pass.
+        batch_size (`int`, *optional*, defaults to 16): conversations per forward pass.
     """
     total, count = 0.0, 0
     for batch in _batches(sorted(renderings, key=lambda r: len(r.input_ids)), batch_size):
-        # Padding stands on the right, where causal attention lets no learned token see it.
+        # Padded on the right: with causal attention, no token with loss attends to padding.
         ids = pad_sequence([torch.tensor(rendering.input_ids) for rendering in batch], batch_first=True)
         learned = pad_sequence([torch.tensor(r.assistant_masks, dtype=torch.bool) for r in batch], batch_first=True)
         ids, learned = ids.to(model.device), learned[:, 1:].to(model.device)
@@ -118,20 +117,20 @@ def generate_replies(
     batch_size: int = 20,
     advance: Callable[[int], Any] = lambda n: None,
 ) -> list[list[int]]:
-    """Greedy replies to conversations that end with the user.
+    """Returns greedy replies to conversations that end with the user.
 
     Returns:
-        The ids of each reply, its stop token included where it ended in one within `max_new_tokens`.
+        The token ids of each reply, including the stop token if the reply ended within `max_new_tokens`.
 
     Raises:
-        InputError: if a prompt and its reply do not fit the context.
+        InputError: if a prompt and its reply do not fit into the context.
     """
     rendered = [render(tokenizer, messages, add_generation_prompt=True).input_ids for messages in prompts]
     Context.of(model).new_tokens(max(map(len, rendered)), max_new_tokens, "the longest question")
     replies: list[list[int]] = [[] for _ in rendered]
     order = sorted(range(len(rendered)), key=lambda i: len(rendered[i]))
     for numbers in _batches(order, batch_size):
-        # Padding stands on the left, since generation continues at the right.
+        # Padded on the left, since generation continues on the right.
         prompts_ids = [torch.tensor(rendered[i]) for i in numbers]
         pad = {"batch_first": True, "padding_side": "left"}
         ids = pad_sequence(prompts_ids, padding_value=tokenizer.pad_token_id, **pad)
@@ -152,7 +151,7 @@ def generate_replies(
     return replies
 
 
-def score_replies(
+def score_model_replies(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Messages],
@@ -163,18 +162,17 @@ def score_replies(
 
     Args:
         model (`PreTrainedModel`): a chat model.
-        tokenizer (`PreTrainedTokenizerBase`): its tokenizer, with a template that shows which tokens are replies, see
-            [`mask_replies`].
-        conversations (`Sequence[Messages]`): each ends with the assistant.
-        max_new_tokens (`int`, *optional*, defaults to 64): the budget of a reply.
-        advance (`Callable`, *optional*): called with the number of replies done.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer, with a chat template that [`mask_replies`] supports.
+        conversations (`Sequence[Messages]`): conversations that end with the assistant.
+        max_new_tokens (`int`, *optional*, defaults to 64): maximum number of tokens of a reply.
+        advance (`Callable`, *optional*): called with the number of finished replies.
 
     Returns:
-        `dict`: `stop_rate` and `median_length` (tokens without the stop token), by [`stop_rate`]; `loss` of the
-        true replies in nats per token; and each question with the model's reply and the true one.
+        `dict`: `stop_rate` and `median_length` from [`stop_rate`]; `loss` of the true replies in nats per token; and
+        `samples`, each question with the model's reply and the true one.
 
     Raises:
-        InputError: if the template does not show which tokens are replies, or a question does not fit the context.
+        InputError: if the template does not mark the replies, or a question does not fit into the context.
     """
     renderings = []
     for number, messages in enumerate(conversations, start=1):
@@ -184,7 +182,9 @@ def score_replies(
     stops = stop_rate(replies, tokenizer.eos_token_id)
     loss = reply_loss(model, renderings)
     if not math.isfinite(loss):
-        raise InputError("the loss of the replies is not finite; the model is broken")
+        raise InputError(
+            "the loss of the replies is not finite. The weights are damaged or the training diverged; score another model"
+        )
     samples = [
         ReplySample(
             question=messages[-2]["content"],

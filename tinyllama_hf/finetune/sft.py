@@ -1,4 +1,4 @@
-"""Supervised fine-tuning over TRL's `SFTTrainer`: our rendering in, a plain Llama folder out."""
+"""Supervised fine-tuning with TRL's `SFTTrainer`, on our rendering of conversations. Writes a plain Llama folder."""
 
 import json
 import math
@@ -25,7 +25,7 @@ from ..pretrain.milestones import CONFIG_FILE
 from ..progress import quiet_bitsandbytes
 from ..tokenization_tinyllama import load_tokenizer, tokenizer_fingerprint
 from .config import FinetuneConfig
-from .conversations import HELD_OUT_FILE, Conversation, read_conversations, render_all, split, write_rows
+from .conversations import HELD_OUT_FILE, Conversation, read_conversations, render_all, split_conversations, write_rows
 from .replies import reply_loss
 
 
@@ -33,7 +33,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Run(NamedTuple):
-    """A recipe with everything loaded that can be loaded before the first step."""
+    """A checked recipe, and what was loaded for it before the first step."""
 
     config: FinetuneConfig
     output: Path
@@ -49,15 +49,15 @@ class Run(NamedTuple):
 
 
 def finetune(config: FinetuneConfig, overwrite: bool = False, dry_run: bool = False) -> None:
-    """Fine-tunes as the recipe says and writes a plain Llama folder with chat template and provenance.
+    """Fine-tunes a model by a recipe, and writes a plain Llama folder with chat template and provenance.
 
     Args:
         config (`FinetuneConfig`): from [`load_config`].
-        overwrite (`bool`, *optional*, defaults to `False`): replace what an earlier run left in `output_dir`.
-        dry_run (`bool`, *optional*, defaults to `False`): check everything, say what would happen, and stop.
+        overwrite (`bool`, *optional*, defaults to `False`): replace an earlier fine-tuned model in `output_dir`.
+        dry_run (`bool`, *optional*, defaults to `False`): check the recipe and print the summary only.
 
     Raises:
-        InputError: before the first step, for anything that cannot work; and after the last, if training diverged.
+        InputError: for invalid input, before the first step; and after the last step, if the training diverged.
     """
     run = open_run(config, overwrite)
     print_summary(run, dry_run)
@@ -66,12 +66,12 @@ def finetune(config: FinetuneConfig, overwrite: bool = False, dry_run: bool = Fa
 
 
 def finetune_run(run: Run, overwrite: bool = False) -> None:
-    """Trains a run that [`open_run`] has checked, and writes its folder; otherwise as [`finetune`]."""
+    """Trains a run from [`open_run`] and writes its folder. See [`finetune`]."""
     processes = _processes()
     is_main = processes.is_main_process
     before = _held_out_loss(run, run.base) if is_main else math.nan
     if is_main:
-        print(f"held-out replies: loss {before:.3f} nats a token before", flush=True)
+        print(f"held-out replies: loss {before:.3f} nats per token before training", flush=True)
     model, history = _train(run)
     if is_main:
         with new_folder(run.output, overwrite) as temporary:
@@ -80,9 +80,9 @@ def finetune_run(run: Run, overwrite: bool = False) -> None:
             if not math.isfinite(after):
                 raise InputError(
                     f"training.learning_rate: {run.config.training.learning_rate}: training diverged, the loss of held-out "
-                    "replies is not finite; nothing was written, lower it"
+                    "replies is not finite. Nothing was written; lower the learning rate"
                 )
-            print(f"held-out replies: loss {after:.3f} nats a token after")
+            print(f"held-out replies: loss {after:.3f} nats per token after training")
             write_text(temporary / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in history))
             record = _record(run, {"before": before, "after": after})
             write_json(temporary / "provenance.json", provenance.collect(**record))
@@ -91,69 +91,71 @@ def finetune_run(run: Run, overwrite: bool = False) -> None:
 
 
 def open_run(config: FinetuneConfig, overwrite: bool = False) -> Run:
-    """Checks everything that the recipe names and opens it; writes nothing.
+    """Checks a recipe and loads tokenizer and conversations. Writes nothing.
 
     Raises:
-        InputError: for a model, template, conversations and output that cannot be used together, or a missing package.
+        InputError: if model, template, conversations or output cannot be used, or a package is not installed.
     """
     quiet_bitsandbytes()  # which peft imports
     require("trl", "finetune", "fine-tuning")
     require("peft", "finetune", "fine-tuning")
     output = Path(config.output_dir)
     if output.exists() and not output.is_dir():
-        raise InputError(f"output_dir {output}: is a file; choose a folder")
+        raise InputError(f"output_dir {output} is a file. Choose a folder")
     if output.exists() and any(output.iterdir()) and not (overwrite and (output / HELD_OUT_FILE).is_file()):
-        hint = "pass --overwrite to replace it" if (output / HELD_OUT_FILE).is_file() else "it is no fine-tuned model"
-        raise InputError(f"output_dir {output}: is not empty; choose another folder ({hint})")
+        hint = (
+            "pass --overwrite to replace it" if (output / HELD_OUT_FILE).is_file() else "it is not a fine-tuned model"
+        )
+        raise InputError(f"output_dir {output} is not empty. Choose another folder ({hint})")
     base = model_folder(config.model.path)
     tokenizer = load_tokenizer(base)
     template = choose_template(tokenizer, config.chat.template, config.model.path)
     context = AutoConfig.from_pretrained(base, trust_remote_code=False).max_position_embeddings
     if config.data.max_length > context:
         raise InputError(
-            f"data.max_length: {config.data.max_length} is longer than the model's context of {context}; lower it"
+            f"data.max_length: {config.data.max_length} is longer than the model's context of {context}. Lower it"
         )
     tokenizer.model_max_length = context  # saved with the model
     conversations = read_conversations(config.data.conversations)
-    train, held_out = split(conversations, config.data.validation_fraction)
+    train, held_out = split_conversations(conversations, config.data.validation_fraction)
     drop = config.data.overlong == "drop"
     rendered = [render_all(tokenizer, part, config.data.max_length, drop) for part in (train, held_out)]
     if not all(rendered):
-        raise InputError(f"data.max_length: {config.data.max_length} drops every conversation; raise it")
+        raise InputError(f"data.max_length: {config.data.max_length} drops all conversations. Raise it")
     dropped = len(conversations) - len(rendered[0]) - len(rendered[1])
     accumulation = _accumulation_steps(config, _processes().num_processes)
     return Run(config, output, base, tokenizer, template, context, *rendered, held_out, dropped, accumulation)
 
 
 def print_summary(run: Run, dry_run: bool = False) -> None:
-    """Prints what follows from the recipe, on the main process; for a dry run also the first conversation."""
+    """Prints the summary of a run on the main process; for a dry run also the first conversation."""
     processes = _processes()
     if processes.is_main_process:
-        print("\n".join(facts(run, processes.num_processes)), flush=True)
+        print("\n".join(summary_lines(run, processes.num_processes)), flush=True)
         if dry_run:
-            print(f"{sample(run)}\nwould write {run.output}/ (dry run: nothing was written)")
+            print(f"{first_conversation(run)}\nwould write {run.output}/ (dry run: nothing was written)")
 
 
-def facts(run: Run, num_processes: int) -> list[str]:
-    """What follows from the recipe, as lines to print."""
+def summary_lines(run: Run, num_processes: int) -> list[str]:
+    """Returns the summary: model, template, number of conversations, tokens and steps."""
     config, train = run.config, run.train
     learned = sum(sum(rendering.assistant_masks) for rendering in train)
     tokens = sum(len(rendering.input_ids) for rendering in train)
     steps = -(-len(train) // config.training.sequences_per_step) * config.training.epochs
-    adapter = "every weight" if config.adapter.kind == "none" else f"LoRA of rank {config.adapter.rank}"
+    adapter = "all weights" if config.adapter.kind == "none" else f"LoRA of rank {config.adapter.rank}"
     return [
         f"model         {run.base}, {adapter}",
         f"template      {run.template}",
-        f"conversations {len(train):,} to train on, {len(run.held_out):,} held out"
+        f"conversations {len(train):,} for training, {len(run.held_out):,} held out"
         + (f", {run.num_dropped:,} longer than {config.data.max_length} tokens dropped" if run.num_dropped else ""),
-        f"tokens        {tokens:,} an epoch, {learned:,} of them learned ({learned / tokens:.0%}: replies and stop tokens)",
+        f"tokens        {tokens:,} per epoch, {learned:,} with loss ({learned / tokens:.0%}: replies and stop tokens)",
         f"steps         {steps:.0f} of {config.training.sequences_per_step} conversations, {config.training.epochs:g} epochs; "
         f"{num_processes} process{'es' * (num_processes > 1)} x {config.training.micro_batch_size} x {run.accumulation_steps}",
     ]
 
 
-def sample(run: Run) -> str:
-    """The first conversation as it is trained, what is learned between brackets."""
+def first_conversation(run: Run) -> str:
+    """Returns the first conversation as text, with the tokens that have loss in brackets."""
     rendering, tokenizer = run.train[0], run.tokenizer
     parts, start = [], 0
     for end in range(1, len(rendering.input_ids) + 1):
@@ -161,11 +163,11 @@ def sample(run: Run) -> str:
             text = tokenizer.decode(rendering.input_ids[start:end])
             parts.append(f"⟦{text}⟧" if rendering.assistant_masks[start] else text)
             start = end
-    return f"first conversation, what is learned between ⟦ and ⟧:\n{' '.join(parts)}"
+    return f"first conversation, tokens with loss between ⟦ and ⟧:\n{' '.join(parts)}"
 
 
 def _processes() -> PartialState:
-    """The launched processes; on CPU `PartialState` (accelerate 1.15) sees one unless it is told, as Trainer tells it."""
+    """Returns the launched processes. On a CPU, `PartialState` (accelerate 1.15) needs `cpu=True`, as Trainer passes it."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
@@ -174,7 +176,7 @@ def _accumulation_steps(config: FinetuneConfig, num_processes: int) -> int:
     if sequences % (micro * num_processes):
         raise InputError(
             f"training.micro_batch_size: {micro} x {num_processes} processes does not divide the {sequences} sequences of a "
-            "step; change one of them"
+            "step. Change one of them"
         )
     return sequences // (micro * num_processes)
 
@@ -185,12 +187,12 @@ def _held_out_loss(run: Run, folder: Path) -> float:
 
 
 def _train(run: Run) -> tuple[Any, list[dict[str, Any]]]:
-    """Trains stock Llama with TRL; returns it, with an adapter on top where the recipe asks for one, and the logged rows."""
+    """Trains stock Llama with TRL. Returns the model (a `PeftModel` if the recipe has an adapter) and the logged rows."""
     from datasets import Dataset, disable_progress_bars
     from trl import SFTTrainer
 
     model, _ = load_stock(run.base, "cpu")
-    model.config.pad_token_id = run.tokenizer.pad_token_id  # TRL and Trainer want it there; `_save` takes it out again
+    model.config.pad_token_id = run.tokenizer.pad_token_id  # required by TRL and Trainer; `_save` removes it
     if not sys.stderr.isatty():
         disable_progress_bars()
     with tempfile.TemporaryDirectory() as scratch:
@@ -220,12 +222,12 @@ def _arguments(run: Run, scratch: str) -> Any:
         weight_decay=training.weight_decay,
         max_grad_norm=training.gradient_clip,
         bf16=training.precision == "bf16",
-        use_cpu=_processes().device.type == "cpu",  # bf16 on a CPU is refused unless it is asked for
+        use_cpu=_processes().device.type == "cpu",  # Trainer refuses bf16 on a CPU without it
         seed=training.seed,
         logging_steps=run.config.logging.every_steps,
         logging_nan_inf_filter=False,
-        max_length=None,  # nothing is cut: longer conversations were refused or dropped before
-        activation_checkpointing=False,  # TRL turns it on by default
+        max_length=None,  # no truncation: longer conversations were refused or dropped
+        activation_checkpointing=False,  # on by default in TRL
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=not sys.stderr.isatty(),
         save_strategy="no",
@@ -247,15 +249,15 @@ def _lora(config: FinetuneConfig) -> Any:
 
 
 def _save(run: Run, trained: Any, folder: Path) -> None:
-    """Writes the plain Llama folder: weights, config in both spellings, generation config, tokenizer, recipe, held-out rows.
+    """Writes the plain Llama folder: weights, configs, tokenizer, recipe and held-out conversations.
 
-    An adapter is written to `adapter/` and merged.
+    An adapter is saved to `adapter/` and merged into the weights.
     """
     if run.config.adapter.kind == "lora":
         trained.save_pretrained(folder / "adapter")
-        (folder / "adapter" / "README.md").unlink()  # peft's template of a card, with nothing filled in
+        (folder / "adapter" / "README.md").unlink()  # an empty template
         trained = trained.merge_and_unload()
-    trained.config.pad_token_id = None  # it would freeze and zero that row of the embedding at the next load
+    trained.config.pad_token_id = None  # or the next load would zero and freeze that row of the embedding
     plain = TinyLlamaForCausalLM(TinyLlamaConfig.from_llama(trained.config))
     plain.load_state_dict(trained.state_dict())
     plain.config.use_cache = True
@@ -268,7 +270,7 @@ def _save(run: Run, trained: Any, folder: Path) -> None:
 
 
 def _record(run: Run, losses: dict[str, float]) -> dict[str, Any]:
-    """What `provenance.json` says besides code, libraries and machine."""
+    """Returns the entries of `provenance.json` in addition to code, libraries and machine."""
     base_record = run.base / "provenance.json"
     return {
         "base_model": {

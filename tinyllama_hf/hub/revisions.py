@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from ..errors import InputError, require
-from ..evaluation.models import milestones_of
+from ..evaluation.models import require_milestones
 from ..files import read_json
 from ..portable import portable, portable_text
 from ..pretrain.metrics import METRICS_FILE
@@ -62,7 +62,7 @@ def plan_revisions(run: Path, repo: str, license: str | None = None, base_model:
     if (run / MILESTONES_FOLDER).is_dir():
         if base_model:
             raise InputError(f"--base-model {base_model}: is for a model folder, and {run} is a run; leave it out")
-        ladder = [open_trained_folder(folder) for folder in milestones_of(run)]
+        ladder = [open_trained_folder(folder) for folder in require_milestones(run)]
         models = [(model.name, model) for model in ladder] + [(MAIN, ladder[-1])]
     else:
         ladder, models = [], [(MAIN, open_folder(run, base_model))]

@@ -1,4 +1,4 @@
-"""Bits per byte of a language model on texts: comparable between tokenizers.
+"""Bits per byte of a language model on texts, comparable between tokenizers.
 
 metric = evaluate.load("eval/metrics/bits_per_byte")
 metric.compute(predictions=[812.3, ...], references=["a text", ...])

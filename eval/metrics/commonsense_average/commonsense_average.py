@@ -12,9 +12,9 @@ from tinyllama_hf.evaluation.score_metrics import commonsense_average
 
 _INPUTS = """
 Args:
-    predictions (`list[float]`): a score for each task, all in one unit.
-    references (`list[str]`): the tasks that they belong to, each of the seven once, in any order.
-    standard_errors (`list[float]`, *optional*): of the scores, in their order.
+    predictions (`list[float]`): one score per task, all in the same unit.
+    references (`list[str]`): the names of the seven tasks, each once, in the order of the scores.
+    standard_errors (`list[float]`, *optional*): standard errors, in the order of the scores.
 
 Returns:
     `dict`: `average`, and `standard_error` (`None` without `standard_errors`), in the unit of the scores.

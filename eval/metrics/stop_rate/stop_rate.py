@@ -1,4 +1,4 @@
-"""The share of replies that end by themselves, and how long they are.
+"""The share of replies that end in the stop token, and their median length.
 
 metric = evaluate.load("eval/metrics/stop_rate")
 metric.compute(predictions=[[306, 29889, 2], ...], eos_token_id=2)
@@ -12,11 +12,11 @@ from tinyllama_hf.evaluation.score_metrics import stop_rate
 
 _INPUTS = """
 Args:
-    predictions (`list[list[int]]`): the new token ids of each reply, the prompt left out.
+    predictions (`list[list[int]]`): the generated token ids of each reply, without the prompt.
     eos_token_id (`int`): the stop token.
 
 Returns:
-    `dict`: `stop_rate` between 0 and 1, and `median_length` in tokens, a stop token at the end not counted.
+    `dict`: `stop_rate` between 0 and 1, and `median_length` in tokens without the stop token.
 """
 
 
