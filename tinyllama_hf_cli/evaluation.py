@@ -44,7 +44,8 @@ def _new_spelling(args: list[str]) -> list[str]:
 
 app = typer.Typer(
     cls=_EvalGroup,
-    help="Score models with stock transformers: bits per byte of held-out text, commonsense tasks, replies of chat models.\n\n"
+    help="Score models with stock transformers: bits per byte of held-out text, commonsense tasks, replies of chat "
+    "models.\n\n"
     "Example: tinyllama-hf eval text runs/demo/pretrain --baselines",
     no_args_is_help=True,
     rich_markup_mode="markdown",

@@ -85,7 +85,7 @@ class Scorer:
 
     @torch.inference_mode()
     def log_likelihoods(self, pairs: list[tuple[str, str]]) -> list[float]:
-        """Sequences of one length are read together, without padding; the last hidden states alone meet the vocabulary."""
+        """Batches sequences of one length, without padding, and computes logits for the last positions only."""
         encoded = [self.encode(*pair) for pair in pairs]
         by_length = defaultdict(dict)
         for tokens, _ in encoded:

@@ -118,8 +118,11 @@ def test_a_run_with_baselines(recipe):
     scores = score([config.output_dir], baselines=True)
     assert [row["step"] for row in scores["models"]] == [6, 12]
     assert [(row["name"], row["step"]) for row in scores["baselines"]] == [
-        ("unigram", 6), ("5-gram", 6), ("unigram", 12), ("5-gram", 12),
-    ]  # fmt: skip
+        ("unigram", 6),
+        ("5-gram", 6),
+        ("unigram", 12),
+        ("5-gram", 12),
+    ]
     assert scores["baselines"][3]["distinct_tokens"] == 12 * 256
     assert scores["baselines"][1]["bits_per_byte"] > scores["baselines"][3]["bits_per_byte"], "more text, fewer bits"
     assert scores["models"][0]["protocol"] == {"context": 32, "stride": 16, "bos": True, "dtype": "float32"}

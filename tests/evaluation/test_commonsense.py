@@ -48,7 +48,7 @@ def read_items(path) -> list[dict]:
 
 
 def assert_same_items(ours: list[dict], theirs: list[dict]) -> int:
-    """Asserts equal likelihoods and choices. Prints and counts the items with two best choices that are almost equal."""
+    """Asserts equal likelihoods and choices. Returns the number of items with two almost equal best choices."""
     assert [(i["task"], i["index"], i["gold"]) for i in ours] == [(i["task"], i["index"], i["gold"]) for i in theirs]
     exempt = [item for item in theirs if item["lead"] < 1e-4]
     for own, other in zip(ours, theirs, strict=True):
@@ -90,9 +90,17 @@ def run(tokenizer_folder, tmp_path_factory):
 def scored(run, run_command, tmp_path_factory):
     """The finished script, for the run on the sample, with all items in items.jsonl."""
     done = run_command(
-        sys.executable, ROOT / "eval" / "commonsense.py", run, "--data", "embedded:sample",
-        "--samples", run / "items.jsonl", "--published", "step-50k-105b", cwd=tmp_path_factory.mktemp("elsewhere"),
-    )  # fmt: skip
+        sys.executable,
+        ROOT / "eval" / "commonsense.py",
+        run,
+        "--data",
+        "embedded:sample",
+        "--samples",
+        run / "items.jsonl",
+        "--published",
+        "step-50k-105b",
+        cwd=tmp_path_factory.mktemp("elsewhere"),
+    )
     assert done.returncode == 0, done.stderr
     return done
 
@@ -435,9 +443,19 @@ def test_a_real_model_on_real_data(smollm2, shared, run_command, tmp_path):
     """SmolLM2-135M-Instruct on 100 items per task equals the independent scorer."""
     data = shared / "data" / "eval"
     done = run_command(
-        sys.executable, ROOT / "eval" / "commonsense.py", smollm2, "--data", data, "--limit", 100,
-        "--samples", tmp_path / "items.jsonl", "--output", tmp_path / "scores.json", cwd=tmp_path,
-    )  # fmt: skip
+        sys.executable,
+        ROOT / "eval" / "commonsense.py",
+        smollm2,
+        "--data",
+        data,
+        "--limit",
+        100,
+        "--samples",
+        tmp_path / "items.jsonl",
+        "--output",
+        tmp_path / "scores.json",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("SUBSET: 100 of 10042 items of hellaswag, 100 of 500 items of openbookqa")
     items = read_items(tmp_path / "items.jsonl")

@@ -93,8 +93,13 @@ def figures(row):
     }
 
 
-CASES = [(task, kind, dtype) for task in TASKS for kind in KINDS for dtype in DTYPES
-         if task == "bits_per_byte" or kind == "nf4"]  # fmt: skip
+CASES = [
+    (task, kind, dtype)
+    for task in TASKS
+    for kind in KINDS
+    for dtype in DTYPES
+    if task == "bits_per_byte" or kind == "nf4"
+]
 
 
 @pytest.mark.parametrize(("task", "kind", "dtype"), CASES, ids=[" ".join(map(str, case)) for case in CASES])
@@ -107,13 +112,16 @@ def test_a_saved_folder_scores_as_the_option_does(folders, score, task, kind, dt
     assert figures(here) == figures(given) == figures(alone)
     assert figures(without) != figures(here), "quantization changes the scores"
     assert [(row["name"], row["quantization"]) for row in (here, given, alone, without)] == [
-        (f"plain ({kind})", kind), (f"saved-{kind} ({kind})", kind), (f"saved-{kind} ({kind})", kind), ("plain", "none"),
-    ]  # fmt: skip
+        (f"plain ({kind})", kind),
+        (f"saved-{kind} ({kind})", kind),
+        (f"saved-{kind} ({kind})", kind),
+        ("plain", "none"),
+    ]
     assert here["path"] == without["path"] == str(plain)
 
 
 def test_a_model_that_was_trained(shared, score, tmp_path):
-    """stories260K has widths that the kernel does not support. Its tokenizer is saved in a form that stock reads correctly."""
+    """stories260K has widths that the kernel does not support; its tokenizer is saved for stock transformers."""
     plain = shared / "data" / "models" / "stories260K"
     load_tokenizer(plain).save_pretrained(tmp_path / "plain")
     for name in ("config.json", "model.safetensors"):

@@ -98,10 +98,12 @@ def test_a_file_of_an_early_version_is_read_and_kept(tmp_path):
         ('{"task": "commonsense", "models": []}', r"scores\.json: is not a file of bits_per_byte scores"),
         ('{"task": "bits_per_byte"}', r"scores\.json: models: Input should be a valid list"),
         ('{"task": "bits_per_byte", "models": [{"name": "a"}]}', r"scores\.json: models\.0\.path: Field required"),
-        (json.dumps({"task": "bits_per_byte", "models": [EARLY_ROW | {"bits_per_byte": "two"}]}),
-         r"scores\.json: models\.0\.bits_per_byte: Input should be a valid number"),
+        (
+            json.dumps({"task": "bits_per_byte", "models": [EARLY_ROW | {"bits_per_byte": "two"}]}),
+            r"scores\.json: models\.0\.bits_per_byte: Input should be a valid number",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_file_or_one_of_another_task_is_left_as_it_is(tmp_path, text, message):
     path = tmp_path / "scores.json"
     path.write_text(text)

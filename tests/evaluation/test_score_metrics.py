@@ -1,4 +1,4 @@
-"""Our summaries: values computed by hand, refusals, and the `evaluate` modules that wrap them, loaded without a Hub."""
+"""The summary metrics: values computed by hand, errors, and the `evaluate` modules, loaded without a Hub."""
 
 import math
 import subprocess
@@ -73,7 +73,8 @@ socket.socket.connect = socket.getaddrinfo = refuse
 import evaluate
 folder = sys.argv[1]
 print(evaluate.load(f"{folder}/stop_rate").compute(predictions=[[1, 2], [3]], eos_token_id=2))
-print(evaluate.load(f"{folder}/bits_per_byte/bits_per_byte.py").compute(predictions=[9.5, 3.0], references=["a", "äö"]))
+bits = evaluate.load(f"{folder}/bits_per_byte/bits_per_byte.py")
+print(bits.compute(predictions=[9.5, 3.0], references=["a", "äö"]))
 average = evaluate.load(f"{folder}/commonsense_average")
 tasks = "hellaswag openbookqa winogrande arc_challenge arc_easy boolq piqa".split()
 print(average.compute(predictions=[50.0] * 6 + [29.0], references=tasks, standard_errors=[1.0] * 7))
@@ -84,7 +85,7 @@ print(average.compute(predictions=[50.0] * 7, references=tasks)["average"])
 
 
 def test_evaluate_loads_them_by_path_without_network(tmp_path):
-    """Also after a refusal. They are our functions, figure for figure."""
+    """Their results are those of our functions, also after an error."""
     done = subprocess.run(
         [sys.executable, "-c", OFFLINE, str(ROOT / "eval" / "metrics")], capture_output=True, text=True, cwd=tmp_path
     )

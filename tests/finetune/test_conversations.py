@@ -68,10 +68,10 @@ def test_the_split_is_that_of_the_written_rule(tmp_path):
 
 
 def test_a_weight_does_not_change_the_split(tmp_path):
-    talk = [GOOD[0], GOOD[1], {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "Bye."}]
-    weighted = [GOOD[0], {**GOOD[1], "weight": 0}, *talk[2:]]
-    conversations = read_conversations(rows(tmp_path / "a.jsonl", *[[*talk[:3], {**talk[3], "content": str(i)}] for i in range(40)],
-                                            *[[*weighted[:3], {**talk[3], "content": str(i)}] for i in range(40)]))  # fmt: skip
+    plain = [GOOD[0], GOOD[1], {"role": "user", "content": "Bye"}]
+    weighted = [GOOD[0], {**GOOD[1], "weight": 0}, plain[2]]
+    talks = [[*start, {"role": "assistant", "content": str(i)}] for start in (plain, weighted) for i in range(40)]
+    conversations = read_conversations(rows(tmp_path / "a.jsonl", *talks))
     train, _ = split_conversations(conversations, 0.5)
     sides = [conversation in train for conversation in conversations]
     assert sides[:40] == sides[40:] and 0 < sum(sides[:40]) < 40
@@ -94,8 +94,9 @@ def test_rows_of_other_tools(shared):
     weighted = read_conversations(str(shared / "cases" / "weight0.jsonl"))
     for number, conversation in enumerate(weighted):
         assert [(m["content"], m.get("weight")) for m in conversation.messages if m["role"] == "assistant"] == [
-            (f"bad {number}", 0), (f"good {number}", None)
-        ]  # fmt: skip
+            (f"bad {number}", 0),
+            (f"good {number}", None),
+        ]
     parts = read_conversations(str(shared / "cases" / "list_content.jsonl"))
     assert parts[1].messages == [{"role": "user", "content": "Q1"}, {"role": "assistant", "content": "A1"}]
     with pytest.raises(InputError, match=r"none_tool\.jsonl, row 21, message 1: key 'tool_calls'"):

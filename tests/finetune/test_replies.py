@@ -49,9 +49,17 @@ def test_refusals(folder, tmp_path):
     with pytest.raises(InputError, match=r"question.*90.*the model's context of 96"):
         score_replies([str(folder)], max_new_tokens=90)
     (tmp_path / "open.jsonl").write_text(
-        json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
-                                 {"role": "user", "content": "c"}]}) + "\n"
-    )  # fmt: skip
+        json.dumps(
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b"},
+                    {"role": "user", "content": "c"},
+                ]
+            }
+        )
+        + "\n"
+    )
     with pytest.raises(InputError, match="1 conversations do not end with the assistant"):
         score_replies([str(folder)], str(tmp_path / "open.jsonl"))
     (folder / "validation.jsonl").unlink()

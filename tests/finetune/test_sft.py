@@ -143,8 +143,14 @@ def test_lora_writes_the_merged_model_and_the_adapter(recipe, base):
     assert record["held_out_loss"]["after"] < record["held_out_loss"]["before"]
     adapter = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert adapter["r"] == 8 and {name.split(".")[-1] for name in adapter["target_modules"]} == {
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
-    }  # fmt: skip
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
     before, after = load_file(base / "model.safetensors"), load_file(folder / "model.safetensors")
     assert before.keys() == after.keys()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -252,9 +258,16 @@ def test_the_data_section_reaches_the_run(recipe):
 
 
 def test_the_optimizer_follows_the_recipe(recipe):
-    """Decay 0.5 and rate 0.01 shrink a weight without a gradient by 0.005; the rate rises over 2 of 5 steps, then falls."""
-    overrides = ("training.epochs=1", "training.warmup_steps=2", "training.schedule=linear", "training.learning_rate=0.01",
-                 "training.weight_decay=0.5", "logging.every_steps=1", "data.validation_fraction=0.2")  # fmt: skip
+    """Decay 0.5 at rate 0.01 shrinks a weight without gradient by 0.005. The rate rises for 2 of 5 steps."""
+    overrides = (
+        "training.epochs=1",
+        "training.warmup_steps=2",
+        "training.schedule=linear",
+        "training.learning_rate=0.01",
+        "training.weight_decay=0.5",
+        "logging.every_steps=1",
+        "data.validation_fraction=0.2",
+    )
     folder = tuned(recipe, *overrides)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rates = [row["learning_rate"] for row in rows if "learning_rate" in row]
@@ -306,7 +319,7 @@ def chatml_base(base, tokenizer_folder, tmp_path_factory):
 
 
 def test_a_model_with_a_template_is_trained_in_it(recipe, chatml_base, trainer_of, capsys):
-    """ChatML without generation markers: the labels of the first batch are reply and `<|im_end|>`, and nothing else."""
+    """ChatML without generation markers: the labels of the first batch are reply and `<|im_end|>` only."""
     trainer = trainer_of(recipe, f"model.path={chatml_base}")
     printed = capsys.readouterr().out
     assert [line.split(maxsplit=1)[1] for line in printed.splitlines() if line.startswith("template")] == [
@@ -369,8 +382,16 @@ def test_two_processes_equal_one(recipe, run_command):
     """With full steps only, since accelerate fills the last batch of an epoch by repeating the first samples."""
     options = ("training.epochs=5", "training.learning_rate=1e-3", "training.sequences_per_step=34")
     one = load_file(tuned(recipe, *options, "training.micro_batch_size=34") / "model.safetensors")
-    command = ("torchrun", "--nproc_per_node", "2", ROOT / "recipes" / "sft.py", recipe, *options,
-               "training.micro_batch_size=17", "--overwrite")  # fmt: skip
+    command = (
+        "torchrun",
+        "--nproc_per_node",
+        "2",
+        ROOT / "recipes" / "sft.py",
+        recipe,
+        *options,
+        "training.micro_batch_size=17",
+        "--overwrite",
+    )
     environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = run_command(*command, cwd=recipe.parent, env=environment)
     assert done.returncode == 0, done.stderr
@@ -394,8 +415,15 @@ def test_an_output_that_is_something_else(recipe):
 def test_the_script(recipe, run_command):
     """Through accelerate: a dry run, a short training, then a refusal to overwrite it."""
     env = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
-    launch = ("accelerate", "launch", "--quiet", "--config_file", ROOT / "recipes" / "accelerate" / "cpu.yaml",
-              ROOT / "recipes" / "sft.py", recipe)  # fmt: skip
+    launch = (
+        "accelerate",
+        "launch",
+        "--quiet",
+        "--config_file",
+        ROOT / "recipes" / "accelerate" / "cpu.yaml",
+        ROOT / "recipes" / "sft.py",
+        recipe,
+    )
     dry = run_command(*launch, "--dry-run", cwd=recipe.parent, env=env)
     assert dry.returncode == 0, dry.stderr
     assert "⟦The red one. </s>⟧" in dry.stdout and "dry run: nothing was written" in dry.stdout

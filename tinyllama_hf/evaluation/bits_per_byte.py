@@ -1,8 +1,8 @@
 """Bits per byte on held-out documents: comparable between tokenizers, and with n-gram models.
 
-Each document is scored by itself, starting with the begin-of-sequence token. Every token of its text is scored once, with
-at least half a context before it where the document is long enough. Begin- and end-of-sequence are not scored. The bits of
-all documents are summed and divided by their UTF-8 bytes.
+Each document is scored by itself, starting with the begin-of-sequence token. Every token of its text is scored once,
+with at least half a context before it where the document is long enough. Begin- and end-of-sequence are not scored.
+The bits of all documents are summed and divided by their UTF-8 bytes.
 """
 
 import gzip
@@ -110,8 +110,8 @@ def score_documents(
         advance (`Callable`): called with the number of scored tokens, for a progress bar.
 
     Returns:
-        `dict`: `bits_per_byte` over all documents, `by_source` for each data set, and the `protocol`, the settings that
-        affect them.
+        `dict`: `bits_per_byte` over all documents, `by_source` for each data set, and the `protocol`, the settings
+        that affect them.
 
     Raises:
         InputError: if the tokenizer has no begin-of-sequence token.

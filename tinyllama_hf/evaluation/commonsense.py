@@ -43,17 +43,17 @@ def score_commonsense(
 
     Args:
         models (`Sequence[str]`): model folders or names; or one run, for all its milestones.
-        data (`str`, *optional*): folder with the tasks' rows, or `"embedded:sample"`. By default they are downloaded from
-            the Hub.
+        data (`str`, *optional*): folder with the tasks' rows, or `"embedded:sample"`. By default they are downloaded
+            from the Hub.
         limit (`int`, *optional*): number of items per task; by default all.
         batch_size (`int`, *optional*, defaults to 8): rows per forward pass.
         device (`str`, *optional*, defaults to `"auto"`): the device to run on.
         output (`Path`, *optional*): JSON file, written after each model. Other models in it keep their scores.
-        samples (`Path`, *optional*): JSON lines file for all items, written after each model. With it, models in the output
-            file are scored again.
+        samples (`Path`, *optional*): JSON lines file for all items, written after each model. With it, models in the
+            output file are scored again.
         note (`Callable`): called with a message about a model that is skipped, or about truncated requests.
-        quantization (`str`, *optional*, defaults to `"none"`): quantization to apply while loading. Folders that were saved
-            quantized keep their own.
+        quantization (`str`, *optional*, defaults to `"none"`): quantization to apply while loading. Folders that were
+            saved quantized keep their own.
 
     Returns:
         `dict`: contents of the output file, with the given models in their order.
@@ -99,12 +99,12 @@ def _check_options(limit: int | None, batch_size: int, output: Path | None, samp
 
 
 def _common_context(folders: Sequence[Path]) -> int:
-    """Returns the context that all models share. Longer requests are truncated to it, so it is part of the protocol."""
+    """Returns the context that all models share. It is part of the protocol, since longer requests are truncated."""
     contexts = {f: read_json(f / "config.json").get("max_position_embeddings") for f in folders}
     if len(set(contexts.values())) > 1:
         raise InputError(
-            f"the contexts of the models differ ({', '.join(f'{f}: {c}' for f, c in contexts.items())}). A protocol has one "
-            "context; score the models one at a time, each with its own --output"
+            f"the contexts of the models differ ({', '.join(f'{f}: {c}' for f, c in contexts.items())}). A protocol "
+            "has one context; score the models one at a time, each with its own --output"
         )
     return contexts[folders[0]]
 
@@ -131,8 +131,8 @@ def _open_file(output: Path | None, protocol: Protocol) -> ScoreFile[Commonsense
     def check_protocol(before: dict[str, Any]) -> None:
         if differences := protocol.differences(before.get("protocol", {})):
             raise InputError(
-                f"--output {output} has scores of another protocol (different: {'; '.join(differences)}). A file has one "
-                "protocol; name another file, or remove this one"
+                f"--output {output} has scores of another protocol (different: {'; '.join(differences)}). A file has "
+                "one protocol; name another file, or remove this one"
             )
 
     return ScoreFile(
@@ -174,8 +174,8 @@ def _score_folder(
         )
     if outcome.num_cut:
         note(
-            f"{known['name']}: {outcome.num_cut} requests are longer than the context of {protocol.context_length} tokens and "
-            "were truncated from the left"
+            f"{known['name']}: {outcome.num_cut} requests are longer than the context of {protocol.context_length} "
+            "tokens and were truncated from the left"
         )
     results = [outcome.results[name] for name in TASKS]
     average = commonsense_average([r.score for r in results], TASKS, [r.standard_error for r in results])

@@ -1,7 +1,7 @@
 """Scores a model on the commonsense tasks through lm-eval's Python API.
 
-lm-eval defines prompts, choices, tokenization and log-likelihoods. This module passes it a loaded model and a [`Protocol`],
-and reads the results.
+lm-eval defines prompts, choices, tokenization and log-likelihoods. This module passes it a loaded model and a
+[`Protocol`], and reads the results.
 """
 
 import math
@@ -104,8 +104,8 @@ def _harness_model(
             longest = max(len(continuation) for _, _, continuation in requests)
             if longest > self.max_length:
                 raise InputError(
-                    f"the model's context of {self.max_length} tokens is too short for a choice of {longest} tokens. Score a "
-                    "model with a longer context"
+                    f"the model's context of {self.max_length} tokens is too short for a choice of {longest} tokens. "
+                    "Score a model with a longer context"
                 )
             # A request may have one token more than the context, since the last token is predicted but not read.
             self.num_cut = sum(len(c) + len(k) > self.max_length + 1 for _, c, k in requests)
@@ -115,8 +115,8 @@ def _harness_model(
                 request for request, answer in zip(requests, answers, strict=True) if not math.isfinite(answer[0])
             ]:
                 raise InputError(
-                    f"{len(bad)} of {len(requests)} log-likelihoods are not finite, first that of {bad[0][0][1]!r}. The weights "
-                    "are damaged or the training diverged; score another checkpoint"
+                    f"{len(bad)} of {len(requests)} log-likelihoods are not finite, first that of {bad[0][0][1]!r}. "
+                    "The weights are damaged or the training diverged; score another checkpoint"
                 )
             return answers
 

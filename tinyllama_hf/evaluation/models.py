@@ -19,8 +19,8 @@ class EvalModel(NamedTuple):
 
     Attributes:
         folder (`Path`): the model folder.
-        name (`str`): the model's name; of a quantized model with the kind, `"my-model (nf4)"`, so that its scores cannot be
-            mistaken for those of the plain model.
+        name (`str`): the model's name; of a quantized model with the kind, `"my-model (nf4)"`, so that its scores
+            cannot be mistaken for those of the plain model.
         quantization (`str`): one of `QUANTIZATIONS`.
     """
 
@@ -41,8 +41,8 @@ def describe_model(folder: Path, quantization: str = "none", name: str = "") -> 
 
     Args:
         folder (`Path`): a model folder.
-        quantization (`str`, *optional*, defaults to `"none"`): quantization to apply while loading. A folder that was saved
-            quantized keeps its own.
+        quantization (`str`, *optional*, defaults to `"none"`): quantization to apply while loading. A folder that was
+            saved quantized keeps its own.
         name (`str`, *optional*): defaults to the name of the folder.
 
     Raises:
@@ -56,7 +56,7 @@ def describe_model(folder: Path, quantization: str = "none", name: str = "") -> 
 
 
 def list_eval_models(models: Sequence[str], quantization: str = "none") -> list[EvalModel]:
-    """Returns the models to evaluate: all milestones if `models` is one run, else each folder or name. Loads no weights.
+    """Returns the models to evaluate: all milestones if `models` is one run, else each model. Loads no weights.
 
     Raises:
         InputError: as [`describe_model`]; if a model does not exist, or a run has no milestone yet.

@@ -1,4 +1,4 @@
-"""N-gram language models over tokens, the baselines of a run: a model that beats them has learned more than frequencies.
+"""N-gram language models over tokens, the baselines of a run.
 
 `NGramModel` uses interpolated modified Kneser-Ney smoothing (Chen and Goodman 1998, "An Empirical Study of Smoothing
 Techniques for Language Modeling", equation 26), the best of the classical methods. Order 1 is the unigram model.
@@ -25,8 +25,8 @@ class NGramModel:
         if len(tokens) < order:
             raise ValueError(f"{len(tokens)} tokens are too few for an n-gram model of order {order}")
         self.vocab_size, self.order = vocab_size, order
-        # An n-gram is identified by its index in the sorted keys of its order. Its key combines the index of its first n-1
-        # tokens with its last token.
+        # An n-gram is identified by its index in the sorted keys of its order. Its key combines the index of its first
+        # n-1 tokens with its last token.
         self._keys: list[np.ndarray] = []
         counts, ids = [], []
         previous = np.zeros(len(tokens) + 1, dtype=np.int64)  # the empty context
@@ -43,7 +43,7 @@ class NGramModel:
         self._discounted, self._backoff = zip(*map(self._smooth, self._keys, counts), strict=True)
 
     def _smooth(self, keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the discounted probability of each n-gram, and the weight of the shorter context for each context."""
+        """Returns the discounted probability of each n-gram, and for each context the weight of the shorter one."""
         ones, twos, threes, fours = (max((counts == c).sum(), 1) for c in (1, 2, 3, 4))
         y = ones / (ones + 2 * twos)
         discounts = np.array([0, 1 - 2 * y * twos / ones, 2 - 3 * y * threes / twos, 3 - 4 * y * fours / threes])

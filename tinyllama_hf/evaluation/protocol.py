@@ -12,7 +12,7 @@ TASKS = tuple(tables()["protocol"]["metric"])
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """Everything other than the model that changes a commonsense score. Scores are comparable if their protocols are equal.
+    """All settings that change a commonsense score. Scores are comparable if their protocols are equal.
 
     Attributes:
         harness (`str`): name and version of the harness.
@@ -46,7 +46,7 @@ class Protocol:
         return dataclasses.asdict(self)
 
     def differences(self, other: dict[str, Any]) -> list[str]:
-        """Lists the differences from a protocol read from a score file: `"limit (100, not None)"`, `"data of piqa"`."""
+        """Lists the differences from a protocol of a score file: `"limit (100, not None)"`, `"data of piqa"`."""
         own, found = self.to_dict(), []
         for key in (key for key in own | other if own.get(key) != other.get(key)):
             mine, theirs = own.get(key), other.get(key)
@@ -81,14 +81,15 @@ def compare(row: dict[str, Any], published: Released) -> dict[str, Any]:
         published (`Released`): the published row.
 
     Returns:
-        `dict`: `differences` (score minus published score, in points) for each task and the `"average"`, and `outside`,
-        the names of the differences beyond the tolerance in `released.yaml`.
+        `dict`: `differences` (score minus published score, in points) for each task and the `"average"`, and
+        `outside`, the names of the differences beyond the tolerance in `released.yaml`.
     """
     tolerance = tables()["protocol"]["tolerance"]
     differences = {task: row["results"][task]["score"] - published.scores[task] for task in TASKS}
     differences["average"] = row["average"] - published.average
     allowed = dict.fromkeys(TASKS, tolerance["per_task"]) | {"average": tolerance["average"]}
-    # Published scores have two decimals, so differences are rounded to hundredths: 45.41 - 44.51 is 0.8999... in floats.
+    # Published scores have two decimals, so differences are rounded to hundredths: 45.41 - 44.51 is 0.8999... in
+    # floats.
     outside = [name for name, difference in differences.items() if round(abs(difference), 2) > allowed[name]]
     return {"differences": differences, "outside": outside}
 

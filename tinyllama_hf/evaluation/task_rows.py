@@ -20,7 +20,7 @@ BAD_ROW = (
 
 
 def decisive_fields(task: Any, row: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a row that affect the question, its choices or its answer, found by setting each to `None`.
+    """Returns the fields of a row that affect question, choices or answer, found by setting each to `None`.
 
     Args:
         task (`Any`): an lm-eval task.

@@ -16,7 +16,7 @@ class ModelSection(Section):
 
 
 class ChatSection(Section):
-    """The chat template: `own` is that of the model, `auto` falls back to `llama2`; or `llama2`, or a `.jinja` file."""
+    """The chat template: `own` (of the model), `auto` (own, else `llama2`), `llama2`, or a `.jinja` file."""
 
     template: str
 

@@ -19,10 +19,10 @@ from ..errors import InputError
 EMBEDDED = "embedded:questions"
 HELD_OUT_FILE = "validation.jsonl"  # in the folder of a fine-tuned model
 # Fields that change the rendering or the loss, and are not supported. All other fields are ignored.
-_DECISIVE = {
-    "chat_template", "chat_template_kwargs", "documents", "function_call", "functions", "parallel_tool_calls", "system",
-    "tool_choice", "tools", "train", "training", "weight",
-}  # fmt: skip
+_UNSUPPORTED = frozenset(
+    "chat_template chat_template_kwargs documents function_call functions parallel_tool_calls system tool_choice "
+    "tools train training weight".split()
+)
 
 
 class Conversation(NamedTuple):
@@ -37,8 +37,8 @@ def read_conversations(source: str) -> list[Conversation]:
 
     Args:
         source (`str`): JSON lines (plain, `.gz`, `.zst`) with the key `messages`, a list of
-            `{"role": ..., "content": ...}`, see [`read_messages`]; or `"embedded:questions"`. Other fields are ignored,
-            except those that would change the loss, such as `tools`: they are an error.
+            `{"role": ..., "content": ...}`, see [`read_messages`]; or `"embedded:questions"`. Other fields are
+            ignored, except those that would change the loss, such as `tools`: they are an error.
 
     Raises:
         InputError: for an invalid row; names the file, the row and the rule.
@@ -54,16 +54,17 @@ def read_conversations(source: str) -> list[Conversation]:
     path = Path(source)
     if not path.is_file() or not path.name.endswith(JSON_LINES):
         raise InputError(
-            f"conversations {source}: no such file. Name a file of JSON lines ({', '.join(JSON_LINES)}), or use {EMBEDDED}"
+            f"conversations {source}: no such file. Name a file of JSON lines ({', '.join(JSON_LINES)}), or use "
+            f"{EMBEDDED}"
         )
     found = []
     for number, row in read_rows(path):
         where = f"{source}, row {number}"
         messages = read_messages(row, where)
-        if decisive := sorted(key for key in _DECISIVE & row.keys() if row[key] not in (None, "", [], {})):
+        if unsupported := sorted(key for key in _UNSUPPORTED & row.keys() if row[key] not in (None, "", [], {})):
             raise InputError(
-                f"{where}: field {decisive[0]!r} is not supported, since it would change the loss. Write it into the "
-                "messages, or remove it"
+                f"{where}: field {unsupported[0]!r} is not supported, since it would change the loss. Write it into "
+                "the messages, or remove it"
             )
         check_training_messages(messages, where)
         found.append(Conversation(where, messages))
@@ -82,7 +83,8 @@ def check_training_messages(messages: Sequence[dict[str, Any]], where: str) -> N
     replies = [(i, message) for i, message in enumerate(messages) if is_learned(message)]
     if not replies:
         raise InputError(
-            f"{where} has no reply of the assistant with loss (no reply, or all with weight 0). Remove the conversation"
+            f"{where} has no reply of the assistant with loss (no reply, or all with weight 0). Remove the "
+            "conversation"
         )
     for number, reply in replies:
         if not reply["content"].strip():
@@ -106,8 +108,8 @@ def split_conversations(
         parts[int.from_bytes(digest[:8], "big") < fraction * 2**64].append(conversation)
     if not parts[0] or not parts[1]:
         raise InputError(
-            f"data.validation_fraction: {fraction} of {len(conversations)} conversations gives {len(parts[0])} for training and "
-            f"{len(parts[1])} held out. Both must be above 0: change the fraction, or add conversations"
+            f"data.validation_fraction: {fraction} of {len(conversations)} conversations gives {len(parts[0])} for "
+            f"training and {len(parts[1])} held out. Both must be above 0: change the fraction, or add conversations"
         )
     return parts
 
@@ -121,8 +123,8 @@ def render_all(
     """Renders conversations for training.
 
     Raises:
-        InputError: for a conversation without a token with loss, and for those longer than `max_length` tokens unless they
-            are dropped.
+        InputError: for a conversation without a token with loss, and for those longer than `max_length` tokens unless
+            they are dropped.
     """
     rendered, overlong = [], []
     for conversation in conversations:
@@ -138,9 +140,9 @@ def render_all(
     if overlong and not drop_overlong:
         name, length = max(overlong, key=lambda item: item[1])
         raise InputError(
-            f"{len(overlong)} of {len(conversations)} conversations are longer than data.max_length {max_length}. The longest "
-            f"is {name}: {length} tokens. Raise data.max_length (up to the model's context), shorten them, or set "
-            "data.overlong to drop"
+            f"{len(overlong)} of {len(conversations)} conversations are longer than data.max_length {max_length}. The "
+            f"longest is {name}: {length} tokens. Raise data.max_length (up to the model's context), shorten them, or "
+            "set data.overlong to drop"
         )
     return rendered
 

@@ -44,8 +44,8 @@ def score_replies(
         limit (`int`, *optional*): number of conversations, from the first; by default all.
         max_new_tokens (`int`, *optional*, defaults to 64): maximum number of tokens of a reply.
         device (`str`, *optional*, defaults to `"auto"`): the device to run on.
-        quantization (`str`, *optional*, defaults to `"none"`): quantization to apply while loading. Folders that were saved
-            quantized keep their own.
+        quantization (`str`, *optional*, defaults to `"none"`): quantization to apply while loading. Folders that were
+            saved quantized keep their own.
         output (`Path`, *optional*): JSON file, written after each model. Earlier scores in it are replaced.
 
     Returns:
@@ -82,7 +82,8 @@ def _read_held_out(folder: Path, data: str | None, limit: int | None) -> tuple[P
     conversations = [conversation.messages for conversation in read_conversations(str(file))][:limit]
     if unfinished := [messages for messages in conversations if messages[-1]["role"] != "assistant"]:
         raise InputError(
-            f"{file}: {len(unfinished)} conversations do not end with the assistant. The last reply is scored; remove them"
+            f"{file}: {len(unfinished)} conversations do not end with the assistant. The last reply is scored; remove "
+            "them"
         )
     return file, conversations
 
@@ -183,7 +184,8 @@ def score_model_replies(
     loss = reply_loss(model, renderings)
     if not math.isfinite(loss):
         raise InputError(
-            "the loss of the replies is not finite. The weights are damaged or the training diverged; score another model"
+            "the loss of the replies is not finite. The weights are damaged or the training diverged; score another "
+            "model"
         )
     samples = [
         ReplySample(

@@ -79,8 +79,8 @@ def finetune_run(run: Run, overwrite: bool = False) -> None:
             after = _held_out_loss(run, temporary)
             if not math.isfinite(after):
                 raise InputError(
-                    f"training.learning_rate: {run.config.training.learning_rate}: training diverged, the loss of held-out "
-                    "replies is not finite. Nothing was written; lower the learning rate"
+                    f"training.learning_rate: {run.config.training.learning_rate}: training diverged, the loss of "
+                    "held-out replies is not finite. Nothing was written; lower the learning rate"
                 )
             print(f"held-out replies: loss {after:.3f} nats per token after training")
             write_text(temporary / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in history))
@@ -139,18 +139,21 @@ def print_summary(run: Run, dry_run: bool = False) -> None:
 def summary_lines(run: Run, num_processes: int) -> list[str]:
     """Returns the summary: model, template, number of conversations, tokens and steps."""
     config, train = run.config, run.train
-    learned = sum(sum(rendering.assistant_masks) for rendering in train)
+    with_loss = sum(sum(rendering.assistant_masks) for rendering in train)
     tokens = sum(len(rendering.input_ids) for rendering in train)
-    steps = -(-len(train) // config.training.sequences_per_step) * config.training.epochs
+    training = config.training
+    steps = -(-len(train) // training.sequences_per_step) * training.epochs
     adapter = "all weights" if config.adapter.kind == "none" else f"LoRA of rank {config.adapter.rank}"
+    dropped = f", {run.num_dropped:,} longer than {config.data.max_length} tokens dropped" if run.num_dropped else ""
+    share = f"{with_loss / tokens:.0%}: replies and stop tokens"
+    batch = f"{training.micro_batch_size} x {run.accumulation_steps}"
     return [
         f"model         {run.base}, {adapter}",
         f"template      {run.template}",
-        f"conversations {len(train):,} for training, {len(run.held_out):,} held out"
-        + (f", {run.num_dropped:,} longer than {config.data.max_length} tokens dropped" if run.num_dropped else ""),
-        f"tokens        {tokens:,} per epoch, {learned:,} with loss ({learned / tokens:.0%}: replies and stop tokens)",
-        f"steps         {steps:.0f} of {config.training.sequences_per_step} conversations, {config.training.epochs:g} epochs; "
-        f"{num_processes} process{'es' * (num_processes > 1)} x {config.training.micro_batch_size} x {run.accumulation_steps}",
+        f"conversations {len(train):,} for training, {len(run.held_out):,} held out{dropped}",
+        f"tokens        {tokens:,} per epoch, {with_loss:,} with loss ({share})",
+        f"steps         {steps:.0f} of {training.sequences_per_step} conversations, {training.epochs:g} epochs; "
+        f"{num_processes} process{'es' * (num_processes > 1)} x {batch}",
     ]
 
 
@@ -167,7 +170,7 @@ def first_conversation(run: Run) -> str:
 
 
 def _processes() -> PartialState:
-    """Returns the launched processes. On a CPU, `PartialState` (accelerate 1.15) needs `cpu=True`, as Trainer passes it."""
+    """Returns the launched processes. `PartialState` (accelerate 1.15) needs `cpu` on a CPU, as Trainer passes it."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
@@ -175,8 +178,8 @@ def _accumulation_steps(config: FinetuneConfig, num_processes: int) -> int:
     sequences, micro = config.training.sequences_per_step, config.training.micro_batch_size
     if sequences % (micro * num_processes):
         raise InputError(
-            f"training.micro_batch_size: {micro} x {num_processes} processes does not divide the {sequences} sequences of a "
-            "step. Change one of them"
+            f"training.micro_batch_size: {micro} x {num_processes} processes does not divide the {sequences} "
+            "sequences of a step. Change one of them"
         )
     return sequences // (micro * num_processes)
 
@@ -187,7 +190,7 @@ def _held_out_loss(run: Run, folder: Path) -> float:
 
 
 def _train(run: Run) -> tuple[Any, list[dict[str, Any]]]:
-    """Trains stock Llama with TRL. Returns the model (a `PeftModel` if the recipe has an adapter) and the logged rows."""
+    """Trains stock Llama with TRL. Returns the model (with an adapter, a `PeftModel`) and the logged rows."""
     from datasets import Dataset, disable_progress_bars
     from trl import SFTTrainer
 
