@@ -1,4 +1,4 @@
-"""The seven tasks once more, written from their definitions over plain forward passes: no lm-eval, none of our code.
+"""An independent scorer of the seven tasks: written from their definitions, without lm-eval and our code.
 
 Every task gives, for each row, (context, continuation) of every choice, the length in characters that acc_norm divides
 by, and the number of the right choice.
@@ -40,7 +40,7 @@ def without_wikihow_marks(text: str) -> str:
 
 
 def question(task: str, row: dict) -> tuple[list[tuple[str, str]], list[int], int]:
-    """((context, continuation) of each choice, its characters, number of the right one)."""
+    """Returns (context, continuation) and characters of each choice, and the index of the right one."""
     if task == "hellaswag":
         context = without_wikihow_marks(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
         choices = [without_wikihow_marks(ending) for ending in row["endings"]]
@@ -75,7 +75,7 @@ class Scorer:
         self.num_cut = 0
 
     def encode(self, context: str, continuation: str) -> tuple[tuple[int, ...], int]:
-        """All tokens, and how many of the last are the continuation's; blanks before it belong to it."""
+        """Returns all tokens, and the number of the continuation's. Spaces before it are part of it."""
         blanks = len(context) - len(context.rstrip())
         context, continuation = context[: len(context) - blanks], context[len(context) - blanks :] + continuation
         start = self.tokenizer(context, add_special_tokens=False)["input_ids"]
@@ -109,7 +109,7 @@ class Scorer:
         return found
 
     def items(self, folder: Path, limit: int | None = None) -> list[dict]:
-        """Every item of the seven tasks, with the lead of its best choice over the second by the task's rule."""
+        """Returns all items of the seven tasks, with the lead of the best choice over the second one."""
         questions = [
             (task, index, *question(task, row))
             for task in SPLITS

@@ -1,4 +1,4 @@
-"""Bits per byte against a script of stock transformers that reads one document at a time."""
+"""Bits per byte against a script with stock transformers that scores one document at a time."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The counting models against the formula of Chen and Goodman, written out with dictionaries."""
+"""The n-gram models against the formula of Chen and Goodman, implemented with dictionaries."""
 
 import collections
 import math
@@ -13,7 +13,7 @@ VOCABULARY = 7
 
 
 def stream(length: int, seed: int = 0) -> np.ndarray:
-    """Tokens that repeat themselves enough for all orders to count."""
+    """Tokens with enough repetitions for all orders."""
     rng = np.random.default_rng(seed)
     tokens = [0, 1]
     for _ in range(length - 2):
@@ -22,7 +22,7 @@ def stream(length: int, seed: int = 0) -> np.ndarray:
 
 
 def reference(tokens: list[int], order: int):
-    """Interpolated modified Kneser-Ney, token by token; returns p(word | context)."""
+    """Returns p(word | context) by interpolated modified Kneser-Ney, token by token."""
     grams = {
         n: collections.Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
         for n in range(1, order + 1)

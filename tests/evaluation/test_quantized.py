@@ -36,7 +36,7 @@ def save_quantized(plain, kind, folder):
 
 @pytest.fixture(scope="module")
 def folders(tokenizer_folder, tmp_path_factory):
-    """Untrained chat models by their type, and each saved in every kind by type and kind."""
+    """Untrained chat models by dtype, and each of them saved quantized, by dtype and kind."""
     made = {}
     tokenizer = load_tokenizer(tokenizer_folder)
     tokenizer.chat_template = load_template("llama2")
@@ -60,7 +60,7 @@ def folders(tokenizer_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def few(documents, tokenizer_folder, tmp_path_factory):
-    """Prepared data that hold out little text."""
+    """A prepared data set with little held-out text."""
     folder = tmp_path_factory.mktemp("few")
     lines = [json.dumps({"text": text[:300]}) + "\n" for text in documents[:20]]
     (folder / "few.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -71,7 +71,7 @@ def few(documents, tokenizer_folder, tmp_path_factory):
 
 @pytest.fixture
 def score(few):
-    """Scores models on a small part of a task; returns their rows."""
+    """Scores models on a small part of a task, and returns their rows."""
 
     def run(task, models, quantization="none", **options):
         models, how = [str(model) for model in models], {"quantization": quantization, **options}
@@ -85,7 +85,7 @@ def score(few):
 
 
 def figures(row):
-    """What is measured, without what tells of folder and hour."""
+    """The scores of a row, without model and time."""
     return {
         key: value
         for key, value in row.items()
@@ -136,7 +136,7 @@ def test_a_model_that_was_trained(shared, score, tmp_path):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_all_that_is_plain_is_fp32(folders, dtype, quantization):
-    """As the protocols say, whatever the folder has."""
+    """As the protocols require, for folders of any dtype."""
     for folder in (folders[dtype], folders[dtype, "nf4"]):
         model, _ = load_eval_model(describe_model(folder, quantization))
         assert {p.dtype for p in model.parameters()} <= {torch.float32, torch.uint8} and model.dtype == torch.float32
@@ -144,7 +144,7 @@ def test_all_that_is_plain_is_fp32(folders, dtype, quantization):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_refusals(folders, score, monkeypatch, task):
-    """Before anything is loaded, in the words of `load`."""
+    """Before a model is loaded, with the message of `load`."""
     plain, saved = folders[torch.float32], folders[torch.float32, "nf4"]
     with pytest.raises(InputError) as of_load:
         load(saved, quantization="int8")
@@ -202,7 +202,7 @@ def test_the_tables_name_it(folders, call, few):
 
 
 def test_scores_of_a_quantized_run_have_a_file_of_their_own(few, tokenizer_folder, call, tmp_path, monkeypatch):
-    """They go to a file of their own, which a second call reads, and no call for the plain run does."""
+    """They are written to scores-nf4.json, which a second call reads, and calls for the plain run do not."""
     pretrain(load_config(write_recipe(tmp_path, few, tokenizer_folder)))
     run = tmp_path / "run"
     printed = call("text", run, "--quantization", "nf4")

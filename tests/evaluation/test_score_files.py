@@ -1,11 +1,11 @@
-"""Score files: rows by model, what is refused, and that a file of an earlier version is read and kept."""
+"""Score files: one row per model, errors, and files of early versions."""
 
 import json
 
 import pytest
 
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.evaluation.score_files import CommonsenseRow, CountingRow, ScoreFile, TextRow, read_records
+from tinyllama_hf.evaluation.score_files import BaselineRow, CommonsenseRow, ScoreFile, TextRow, read_records
 from tinyllama_hf.files import write_json
 
 
@@ -87,7 +87,7 @@ def test_a_file_of_an_early_version_is_read_and_kept(tmp_path):
     file.add(row("other"))
     written = json.loads(path.read_text())
     assert written["models"][0].items() >= EARLY_ROW.items() and written["baselines"] == [counted]
-    assert read_records(written["baselines"], CountingRow, "") == [CountingRow(**counted)]
+    assert read_records(written["baselines"], BaselineRow, "") == [BaselineRow(**counted)]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def test_commonsense_average():
 
 
 def test_the_average_of_the_published_rows():
-    """Each row's printed average is the mean of its own scores, but for the one that released.yaml marks."""
+    """The printed average of each row is the mean of its scores, except for the row noted in released.yaml."""
     for section in ("base", "chat"):
         for row in tables()[section]["rows"]:
             if "scores" in row and row["name"] != "step-1431k-3T":
@@ -48,7 +48,7 @@ def test_commonsense_average_refuses_what_is_not_the_seven_tasks(given, message)
 
 
 def test_bits_per_byte():
-    """Three bits for two bytes, five for three characters of six bytes: eight bits for eight bytes."""
+    """Three bits for 2 bytes and five for 6 bytes (three characters): 8 bits for 8 bytes."""
     nats = [3 * math.log(2), 5 * math.log(2)]
     assert bits_per_byte(nats, ["ab", "äöü"]) == pytest.approx(1.0)
     with pytest.raises(InputError, match="hold no text"):

@@ -52,7 +52,7 @@ def test_a_seed_that_the_trainer_does_not_take(seed):
 
 
 def test_transformers_takes_no_larger_seed():
-    """The reason for the limit of 32 bits; when this fails, it can be that of pretraining."""
+    """The reason for the limit of 32 bits. If this fails, the limit can be that of pretraining."""
     with pytest.raises(ValueError, match="Seed must be between 0"):
         set_seed(2**32)
     set_seed(2**32 - 1)

@@ -109,7 +109,7 @@ def test_rows_of_other_tools(shared):
     ("field", "value"), [("tools", [{"type": "function"}]), ("weight", 0), ("system", "Be brief.")]
 )
 def test_fields_of_a_row(tmp_path, field, value):
-    """A field that would change the loss is refused by name; others are ignored."""
+    """A field that would change the loss is refused by name. Others are ignored."""
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": GOOD, "id": 7, "source": "x", field: None}) + "\n")
     assert read_conversations(str(tmp_path / "a.jsonl"))[0].messages == GOOD
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": GOOD, field: value}) + "\n")

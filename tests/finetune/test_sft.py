@@ -188,7 +188,7 @@ def test_replies_in_a_batch_equal_replies_alone(recipe):
 
 
 class Stopped(Exception):
-    """Raised in place of the training."""
+    """Raised in place of training."""
 
 
 @pytest.fixture
@@ -308,7 +308,7 @@ def test_no_held_out_conversation_is_trained_on(recipe, monkeypatch):
 
 @pytest.fixture(scope="module")
 def chatml_base(base, tokenizer_folder, tmp_path_factory):
-    """The base with a template of its own, ChatML, as its publisher would have trained it."""
+    """The base model with its own template, ChatML."""
     folder = tmp_path_factory.mktemp("chatml") / "model"
     tokenizer = chatml_of(tokenizer_folder)
     model, _ = load_stock(base)

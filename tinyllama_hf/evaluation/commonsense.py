@@ -126,7 +126,7 @@ def _published_protocol(suite: Suite, context: int, limit: int | None) -> Protoc
 
 
 def _open_file(output: Path | None, protocol: Protocol) -> ScoreFile[CommonsenseRow]:
-    """Opens the score file. Models are told apart by path, files and quantization."""
+    """Opens the score file. A model is identified by its path or its files, and its quantization."""
 
     def check_protocol(before: dict[str, Any]) -> None:
         if differences := protocol.differences(before.get("protocol", {})):

@@ -50,7 +50,7 @@ class TextRow(ScoredModel):
 
 
 @dataclasses.dataclass(frozen=True)
-class CountingRow:
+class BaselineRow:
     """Bits per byte of an n-gram model, fitted on the text that a milestone was trained on."""
 
     name: str

@@ -21,7 +21,7 @@ from ..tokenization_tinyllama import load_tokenizer, tokenizer_fingerprint
 from .bits_per_byte import HeldOut, document_tokens, held_out_documents, score_documents, summarize
 from .models import EvalModel, describe_model, find_run, list_eval_models, load_eval_model
 from .ngram import NGramModel
-from .score_files import CountingRow, ScoreFile, TextRow, TextSource, read_records, read_score_file
+from .score_files import BaselineRow, ScoreFile, TextRow, TextSource, read_records, read_score_file
 
 
 TASK = "bits_per_byte"
@@ -78,7 +78,7 @@ def score(
     file.keep(rows)
     if opened:
         kept = {row.step for row in rows if any(row is old for old in before)}
-        known = read_records(file.extra["baselines"], CountingRow, f"{output}: baselines")
+        known = read_records(file.extra["baselines"], BaselineRow, f"{output}: baselines")
         known = [row for row in known if row.step in kept]
         for fitted in _baselines(*opened, [model.folder for model in chosen], text.held_out, known):
             file.extra["baselines"] = [dataclasses.asdict(row) for row in fitted]
@@ -251,14 +251,14 @@ def _baselines(
     tokenizer: PreTrainedTokenizerBase,
     milestones: Sequence[Path],
     held_out: Sequence[HeldOut],
-    known: Sequence[CountingRow] = (),
-) -> Iterator[list[CountingRow]]:
+    known: Sequence[BaselineRow] = (),
+) -> Iterator[list[BaselineRow]]:
     """Fits n-gram models on the text that each milestone was trained on, without repeated epochs.
 
     Yields the rows of all milestones so far. Rows in `known` are reused.
     """
     documents = [document_tokens(tokenizer, text) for h in held_out for text in h.texts]
-    rows: list[CountingRow] = []
+    rows: list[BaselineRow] = []
     for folder in track(milestones, "Fitting n-gram models", transient=True, disable=not Console().is_terminal):
         record = read_record(folder)
         fitted = [row for row in known if (row.step, row.tokens) == (record["step"], record["tokens"])]
@@ -270,6 +270,6 @@ def _baselines(
                 model = NGramModel(text, len(tokenizer), order)
                 nats = [-float(model.log_probabilities(tokens).sum()) for tokens in documents]
                 found = summarize(nats, held_out)
-                fitted.append(CountingRow(name, record["step"], record["tokens"], len(text), **found))
+                fitted.append(BaselineRow(name, record["step"], record["tokens"], len(text), **found))
         rows += fitted
         yield rows

@@ -136,8 +136,8 @@ def _open_task(name: str, scratch: str, file: Path | None) -> Any:
             task = TaskManager(include_defaults=False).load([str(_definition(name, scratch, file))])["tasks"][name]
     except (DatasetsError, OSError, IndexError, *BAD_ROW) as error:
         if file:  # the cause has the reason; the error of `datasets` itself does not
-            told = one_line(error.__cause__ or error)
-            raise InputError(f"{file} does not have rows of {name} ({told}). {WHERE_DATA_COME_FROM}") from error
+            cause = one_line(error.__cause__ or error)
+            raise InputError(f"{file} does not have rows of {name} ({cause}). {WHERE_DATA_COME_FROM}") from error
         raise InputError(
             f"{name} cannot be downloaded from the Hub ({one_line(error)}). Check the connection, or pass local files "
             "with --data"

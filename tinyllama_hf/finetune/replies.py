@@ -101,11 +101,11 @@ def reply_loss(model: PreTrainedModel, renderings: Sequence[Rendering], batch_si
     for batch in _batches(sorted(renderings, key=lambda r: len(r.input_ids)), batch_size):
         # Padded on the right: with causal attention, no token with loss attends to padding.
         ids = pad_sequence([torch.tensor(rendering.input_ids) for rendering in batch], batch_first=True)
-        learned = pad_sequence([torch.tensor(r.assistant_masks, dtype=torch.bool) for r in batch], batch_first=True)
-        ids, learned = ids.to(model.device), learned[:, 1:].to(model.device)
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits[learned].float()
-        total += torch.nn.functional.cross_entropy(logits, ids[:, 1:][learned], reduction="sum").item()
-        count += int(learned.sum())
+        has_loss = pad_sequence([torch.tensor(r.assistant_masks, dtype=torch.bool) for r in batch], batch_first=True)
+        ids, has_loss = ids.to(model.device), has_loss[:, 1:].to(model.device)
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits[has_loss].float()
+        total += torch.nn.functional.cross_entropy(logits, ids[:, 1:][has_loss], reduction="sum").item()
+        count += int(has_loss.sum())
     return total / count
 
 
