@@ -226,7 +226,7 @@ def variants(shape: str, text: Text, peers: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"ours": Ours("ours", base, text)}
     from tinyllama_hf.pretrain import launch
 
-    compiles = launch.compiles("auto", torch.device("cuda"))[0]  # whether there is a compiler at all
+    compiles = launch.resolve_compile("auto", torch.device("cuda"))[0]  # whether there is a compiler at all
     if compiles:
         found["ours, layers compiled"] = Ours("ours, layers compiled", base | {"compile": "layers"}, text)
     found["HF Trainer"] = Turns("HF Trainer", trainer(architecture, text))

@@ -2,19 +2,23 @@
 
     accelerate launch recipes/pretrain.py RECIPE.yaml [section.key=value ...] [--overwrite] [--dry-run]
 
-In about a minute on a CPU, from a folder that holds recipes/ (`tinyllama-hf recipes copy recipes` writes it):
+A run of about a minute on a CPU, in a folder that contains recipes/ (from `tinyllama-hf recipes copy recipes`):
 
-    tinyllama-hf tokenizer train embedded:prose --vocab-size 1024 --output runs/micro/tokenizer
-    tinyllama-hf prepare embedded:prose --tokenizer runs/micro/tokenizer --output runs/micro/data --validation-fraction 0.05
-    accelerate launch recipes/pretrain.py recipes/pretrain/micro.yaml
+    tinyllama-hf tokenizer train embedded:prose --vocab-size 1024 --output runs/micro/tokenizer tinyllama-hf prepare
+    embedded:prose --tokenizer runs/micro/tokenizer --output runs/micro/data --validation-fraction 0.05 accelerate
+    launch recipes/pretrain.py recipes/pretrain/micro.yaml
 
-The same command goes on with a run that was stopped, killed or moved. Exit status: 0 finished, 2 bad input, 3 a loss that
-is not finite, 4 a file that could not be written, 75 stopped by SIGTERM or SIGINT after saving, which also leaves a
-stopped.json in output_dir until the run goes on. What arrives within 3 seconds of such a signal is the same request, since
-launchers pass on what a job was sent already; a second one after that stops at once (143 or 130).
-`accelerate launch` turns any of them into 1; `--quiet` keeps it from adding a traceback of its own. It passes no signal on
-to a single process (1.15): send it to this script, or to all processes as Ctrl-C and Slurm do. To several processes it does,
-and gives them 30 seconds, or TORCH_ELASTIC_SHUTDOWN_TIMEOUT: set it to more where a checkpoint takes longer.
+The same command resumes a run that was stopped, killed or moved.
+
+Exit status: 0 finished, 2 invalid input, 3 a loss that is not finite, 4 a failed write, 75 stopped by SIGTERM or
+SIGINT after a checkpoint, 143 or 130 stopped at once by a second signal. After status 75, output_dir contains
+stopped.json until the run resumes. Signals within 3 seconds of the first count as one request, since launchers forward
+what a job has received already.
+
+`accelerate launch` turns every failure into status 1; `--quiet` keeps it from printing a traceback of its own. With
+one process it forwards no signals (1.15): send them to this script, or to all processes as Ctrl-C and Slurm do. With
+several processes it forwards them and waits 30 seconds; set TORCH_ELASTIC_SHUTDOWN_TIMEOUT if a checkpoint takes
+longer.
 """
 
 import argparse
@@ -49,7 +53,7 @@ def main() -> int:
             check_can_score(run_folder, [source.path for source in config.data.sources])
         prepared = prepare_run(config, arguments.overwrite)
         prepared.print(*prepared.summary)
-        # Say what it would take and stop, or train.
+        # Print the plan, or train.
         if arguments.dry_run:
             planned = plan(
                 config, len(prepared.run.tokenizer), prepared.accelerator.num_processes, prepared.known_device()
@@ -70,7 +74,7 @@ def main() -> int:
         print(f"stopped: {error}", file=sys.stderr)
         return stops[type(error)]
     except KeyboardInterrupt:
-        after = "what was written is whole, the same command goes on after the last checkpoint"
+        after = "the same command resumes from the last checkpoint"
         print(f"interrupted; {after}", file=sys.stderr)
         return 130
     return 0
@@ -80,19 +84,21 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="YAML file; every key is explained in recipes/pretrain/micro.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the recipe")
-    parser.add_argument("--overwrite", action="store_true", help="remove the run that lies in output_dir")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, say what would happen, and stop")
-    share = "also log the share of the matrix rate that is measured at the start, in the recipe's precision"
+    parser.add_argument(
+        "--overwrite", action="store_true", help="remove the existing run in output_dir and start over"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, and exit")
+    share = "measure the rate of matrix products at the start, and also log the share of it that training reaches"
     parser.add_argument("--measure-peak", action="store_true", help=share)
     return parser.parse_intermixed_args()
 
 
-# Cards, scores and a picture are not essential: `tinyllama-hf publish`, `eval` and `report` make all of it from what the run
-# leaves. An error in one of them is printed, and training goes on.
+# Cards, scores and a picture are optional: `tinyllama-hf publish`, `eval` and `report` create them from a finished
+# run. An error in one of them is printed, and training continues.
 
 
 @contextlib.contextmanager
-def not_essential(failure: str, instead: str) -> Iterator[None]:
+def optional_output(failure: str, instead: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
@@ -102,40 +108,40 @@ def not_essential(failure: str, instead: str) -> Iterator[None]:
 
 
 def write_card(milestone: Path) -> None:
-    """Adds the card to a milestone that is being written, under a temporary name."""
+    """Adds the card to the folder of a milestone, which still has a temporary name."""
     from tinyllama_hf.files import read_json, write_text
     from tinyllama_hf.hub.card import milestone_card
 
     name, text = read_json(milestone / "provenance.json")["name"], None
-    with not_essential(f"{name}: no card", "`tinyllama-hf publish` writes one of its own"):
+    with optional_output(f"{name}: no card", "`tinyllama-hf publish` writes one"):
         text = milestone_card(milestone, name)
     if text is not None:
-        write_text(milestone / "README.md", text)  # without room for it, the milestone has none either
+        write_text(milestone / "README.md", text)  # outside of optional_output: a full disk ends the run
 
 
 def score_milestone(run: Path, milestone: Path) -> None:
-    """Scores a milestone in bits per byte, by stock transformers on its folder."""
+    """Scores a milestone in bits per byte."""
     from tinyllama_hf.evaluation.series import SCORES_FILE, score
 
-    with not_essential(f"{milestone.name}: not scored", f"score it: tinyllama-hf eval {run}"):
+    with optional_output(f"{milestone.name}: not scored", f"score it with `tinyllama-hf eval {run}`"):
         scores = score([str(run)], output=run / SCORES_FILE, show_progress=False)
         row = next(row for row in scores["models"] if row["name"] == milestone.name)
         print(f"{row['bits_per_byte']:.4f} bits per byte  {row['name']}", flush=True)
 
 
 class TrainingPicture:
-    """Draws `training.png` at each checkpoint; what it has read of the metrics it does not read again."""
+    """Draws `training.png` at each checkpoint. Keeps the metrics that it has read, so that each row is read once."""
 
     def __init__(self) -> None:
         self.curves = None
 
     def __call__(self, run: Path) -> None:
-        with not_essential("training.png: not drawn", "the next checkpoint draws it again"):
+        with optional_output("training.png: not drawn", "the next checkpoint draws it again"):
             from tinyllama_hf.pretrain.milestones import list_milestones, read_record
             from tinyllama_hf.report.plots import training_panels
             from tinyllama_hf.report.training import TrainingCurves
 
-            # Kept only once it is drawn: after an error, what was read may be half of a row.
+            # Dropped after an error, since the last row may have been read in part.
             curves, self.curves = self.curves or TrainingCurves(run), None
             curves.refresh()
             tokens = [read_record(folder)["tokens"] for folder in list_milestones(run)]

@@ -2,14 +2,14 @@
 
     accelerate launch recipes/sft.py RECIPE.yaml [section.key=value ...] [--overwrite] [--dry-run]
 
-Full fine-tuning and LoRA; the loss is taken on the assistant's replies and their stop token only. What it writes is a
-plain Llama folder with the chat template:
+Full fine-tuning and LoRA. The loss covers the replies of the assistant and their stop tokens only. The result is a
+plain Llama folder with a chat template:
 
     accelerate launch recipes/sft.py recipes/sft/full.yaml model.path=runs/demo/pretrain/milestones/NAME
     tinyllama-hf chat runs/sft/full
 
-Bad input ends with one message and exit status 2 (`accelerate launch` turns any failure into 1; `--quiet` keeps it from
-adding a traceback of its own).
+Invalid input ends with one message and exit status 2 (`accelerate launch` turns every failure into 1; `--quiet` keeps
+it from printing a traceback of its own).
 """
 
 import argparse
@@ -45,10 +45,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="YAML file; every key is explained in recipes/sft/full.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the recipe")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace the fine-tuned model that lies in output_dir"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="check everything, say what would happen, and stop")
+    parser.add_argument("--overwrite", action="store_true", help="replace the existing fine-tuned model in output_dir")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, and exit")
     return parser.parse_intermixed_args()
 
 

@@ -184,11 +184,11 @@ BAD = {
     "no run": ("report empty --output out", "holds no metrics.jsonl"),
     "plan for an unknown device": ("plan {recipe} --device h300", "--device 'h300': not listed; did you mean 'h"),
     "plan for no device": ("plan {recipe} --devices 0", "--devices 0: must be at least 1"),
-    "more than all of the peak": ("plan {recipe} --device h200 --mfu 56", "--mfu 56.0: must lie above 0 and up to 1"),
-    "a share of an unknown peak": ("plan {recipe} --mfu 0.5", "--mfu: is a share of a device's peak rate; name one"),
+    "more than all of the peak": ("plan {recipe} --device h200 --mfu 56", "--mfu 56.0: must be above 0 and at most 1"),
+    "a share of an unknown peak": ("plan {recipe} --mfu 0.5", "--mfu: needs --device"),
     "devices that do not divide the step": (
         "plan {recipe} --devices 999", "does not divide the"),
-    "copy over something": ("recipes copy empty", "empty: exists already"),
+    "copy over something": ("recipes copy empty", "empty: already exists"),
     "missing recipe": ("pretrain.py nowhere.yaml", "recipe nowhere.yaml does not exist"),
     "unknown keys": ("pretrain.py misspelt.yaml", "data.sequence_lenght: unknown key; did you mean 'sequence_length'?"),
     "other tokenizer than the data's": (
@@ -198,9 +198,9 @@ BAD = {
         "less than one block of 65536 + 1"),
     "longer than the context": (
         "pretrain.py {recipe} model.overrides.max_position_embeddings=16",
-        "data.sequence_length: 32 is longer than the model's context"),
+        "data.sequence_length: 32 is longer than the context"),
     "GPU-only attention": (
-        "pretrain.py {recipe} training.attention=flash_attention_2", "flash_attention_2 needs a GPU, and there is none"),
+        "pretrain.py {recipe} training.attention=flash_attention_2", "flash_attention_2 needs a GPU"),
     "a conversation that starts with the assistant": (
         "sft.py sft.yaml data.conversations=assistant-first.jsonl",
         "assistant-first.jsonl, row 1: starts with the assistant"),

@@ -11,17 +11,19 @@ def plan(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="section.key=value, replaces a value of the recipe.")
     ] = None,
-    devices: Annotated[int, typer.Option(help="How many, one process each.")] = 1,
+    devices: Annotated[int, typer.Option(help="Number of devices, one process per device.")] = 1,
     device: Annotated[
         str | None,
         typer.Option(help="Kind of device: h200, h100, a100-40g, a100-80g, a40, l40s, a6000, 3090, 4090, 5090, ..."),
     ] = None,
     mfu: Annotated[
         float | None,
-        typer.Option(help="Share of the device's peak rate that the run will reach, for the time; default: 0.4."),
+        typer.Option(
+            help="Expected MFU, the share of the device's peak rate; used to estimate the time. Default: 0.4."
+        ),
     ] = None,
 ) -> None:
-    """Work out what a pretraining recipe comes to: steps, milestones, memory, days, disk. Needs no data and no GPU.
+    """Estimate the steps, milestones, memory, time and disk space of a pretraining recipe. Needs no data and no GPU.
 
     Example: tinyllama-hf plan recipes/pretrain/tinyllama-1.1b.yaml --devices 16 --device a100-40g --mfu 0.56
     """
@@ -34,9 +36,9 @@ def plan(
     if devices < 1:
         raise InputError(f"--devices {devices}: must be at least 1")
     if mfu is not None and not 0 < mfu <= 1:
-        raise InputError(f"--mfu {mfu}: must lie above 0 and up to 1, the share of the peak rate")
+        raise InputError(f"--mfu {mfu}: must be above 0 and at most 1")
     if mfu is not None and device is None:
-        raise InputError("--mfu: is a share of a device's peak rate; name one with --device")
+        raise InputError("--mfu: needs --device, since it is a share of the device's peak rate")
     kind = find_device(device) if device is not None else None
     config = load_config(recipe, overrides or ())
     vocab_size, source = _vocabulary(config.data.tokenizer)
@@ -45,9 +47,9 @@ def plan(
 
 
 def _vocabulary(tokenizer: str) -> tuple[int, str]:
-    """Its size, and where that comes from."""
+    """The size of the vocabulary, and its source."""
     from tinyllama_hf.tokenization_tinyllama import load_tokenizer
 
     if Path(tokenizer).exists():
         return len(load_tokenizer(tokenizer)), f"of data.tokenizer {tokenizer}"
-    return 32000, f"32,000 as Llama 2's: data.tokenizer {tokenizer} is not there yet"
+    return 32000, f"32,000, as in Llama 2: data.tokenizer {tokenizer} does not exist yet"

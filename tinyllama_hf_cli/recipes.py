@@ -1,4 +1,4 @@
-"""`tinyllama-hf recipes`: the recipes and scripts that come with the package."""
+"""`tinyllama-hf recipes`: the bundled recipes and scripts."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,12 +6,12 @@ from typing import Annotated
 import typer
 
 
-app = typer.Typer(help="The training recipes and evaluation scripts that come along.", no_args_is_help=True)
+app = typer.Typer(help="List or copy the bundled training recipes and evaluation scripts.", no_args_is_help=True)
 
 
 @app.command("list")
 def list_recipes() -> None:
-    """List the files, each with its first line.
+    """List the files with their first lines.
 
     Example: tinyllama-hf recipes list
     """
@@ -23,16 +23,16 @@ def list_recipes() -> None:
 
 @app.command()
 def copy(
-    folder: Annotated[Path, typer.Argument(help="Where to; must not exist.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to create; must not exist.")],
 ) -> None:
-    """Write recipes and scripts into a folder, ready for `accelerate launch FOLDER/pretrain.py FOLDER/RECIPE.yaml`.
+    """Copy the recipes and scripts, for `accelerate launch FOLDER/pretrain.py FOLDER/RECIPE.yaml`.
 
     Example: tinyllama-hf recipes copy my-recipes
     """
     import shutil
 
     if folder.exists():
-        typer.echo(f"error: {folder}: exists already; choose another folder, or remove it", err=True)
+        typer.echo(f"error: {folder}: already exists. Choose another folder, or remove it.", err=True)
         raise typer.Exit(2)
     for name, file in _files():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -41,16 +41,16 @@ def copy(
 
 
 def _files() -> list[tuple[str, Path]]:
-    """(name under the copied folder, file) of everything that ships with the package."""
+    """The name in the copied folder, and the path, of every bundled file."""
     import importlib.util
 
     package = Path(importlib.util.find_spec("tinyllama_hf").origin).parent
     found = []
     for part, target in (("recipes", ""), ("eval", "eval/")):
-        # A wheel carries them inside the package, a clone beside it.
+        # In the package in a wheel, next to it in a clone.
         root = next(path for path in (package / part, package.parent / part) if path.is_dir())
         names = sorted(file.relative_to(root) for file in root.rglob("*") if file.is_file())
-        # Not what Python and editors leave in a clone.
+        # Without the caches of Python and editors in a clone.
         kept = [name for name in names if not any(entry == "__pycache__" or entry[0] == "." for entry in name.parts)]
         found += [(target + name.as_posix(), root / name) for name in kept]
     return found

@@ -91,7 +91,7 @@ def train(
     settings = settings_of(arguments, preset)
     config = config_of(settings)
     accelerator = launch.make_accelerator(config)
-    compiled, _ = launch.compiles("auto", accelerator.device)
+    compiled, _ = launch.resolve_compile("auto", accelerator.device)
     torch.manual_seed(0)
     shape = TinyLlamaConfig.preset(
         preset, vocab_size=len(tokenizer), max_position_embeddings=arguments.sequence_length,

@@ -92,7 +92,7 @@ def build(settings: dict[str, Any], tokens: Any = None) -> tuple[TrainStep, int]
     accelerator = launch.make_accelerator(config)
     launch.check_attention(config.training, False, accelerator.device)
     launch.check_kernels(config.training.kernels, accelerator.device)
-    compiled, _ = launch.compiles(config.training.compile, accelerator.device)
+    compiled, _ = launch.resolve_compile(config.training.compile, accelerator.device)
     losses.CHUNK_BYTES = settings["loss_chunk_megabytes"] * 2**20
     torch.manual_seed(0)
     fields = {"max_position_embeddings": settings["sequence_length"], **settings.get("architecture", {})}

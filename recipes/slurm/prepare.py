@@ -3,8 +3,9 @@
     python recipes/slurm/prepare.py recipes/data/slimpajama.yaml [key=value ...] --partition cpu --time 08:00:00 \\
         [--jobs 200] [--max-array-size 1001] [--cpus-per-task 2] [--env ". .venv/bin/activate"] [--dry-run]
 
-The same pipeline as `tinyllama-hf prepare`, through datatrove's Slurm executor; tasks that one has completed the other does
-not repeat. Sources and output must lie where every node sees them. If tasks fail, give the same command again.
+It runs the pipeline of `tinyllama-hf prepare` with datatrove's Slurm executor. Tasks that either of them has completed
+are not repeated. Sources and output must be on a file system that every node can reach. If tasks fail, run the same
+command again.
 """
 
 import argparse
@@ -18,17 +19,15 @@ def main() -> int:
     parser.add_argument("recipe", help="YAML file of recipes/data")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the recipe")
     parser.add_argument("--partition", required=True)
-    parser.add_argument("--time", required=True, help="limit of a task, as Slurm writes it")
+    parser.add_argument("--time", required=True, help="time limit of a task, in Slurm's format")
+    parser.add_argument("--jobs", type=int, default=-1, help="tasks that run at the same time; default: no limit")
     parser.add_argument(
-        "--jobs", type=int, default=-1, help="tasks that run at a time; default: as many as Slurm lets"
-    )
-    parser.add_argument(
-        "--max-array-size", type=int, default=1001, help="of the cluster, as `scontrol show config` says: MaxArraySize"
+        "--max-array-size", type=int, default=1001, help="MaxArraySize of the cluster, from `scontrol show config`"
     )
     parser.add_argument("--cpus-per-task", type=int, default=2)
     parser.add_argument("--env", default=":", help="shell command that makes `tinyllama-hf` available on a node")
     parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, say what would be submitted, and stop"
+        "--dry-run", action="store_true", help="check everything, print what would be submitted, and exit"
     )
     arguments = parser.parse_intermixed_args()
 
@@ -39,7 +38,7 @@ def main() -> int:
     try:
         request = plan(**load_config(arguments.recipe, arguments.overrides).model_dump())
         if request.is_finished:
-            print(f"{request.output}: was finished already")
+            print(f"{request.output}: is already finished")
             return 0
         print(f"{request.source.num_tasks} task(s) on partition {arguments.partition} -> {request.output}", flush=True)
         if not arguments.dry_run:
@@ -76,19 +75,25 @@ def submit(request, arguments: argparse.Namespace) -> None:
         workers=arguments.jobs,
         max_array_size=arguments.max_array_size,
         job_id_retriever=job_number,
-        sbatch_args={"kill-on-invalid-dep": "yes"},  # or what waits for a task that failed waits for ever
+        sbatch_args={"kill-on-invalid-dep": "yes"},  # otherwise jobs wait forever for a task that failed
         job_name="tinyllama-prepare",
         qos="",
         env_command=arguments.env,
         logging_dir=logging_folder(output),
     )
     executor.run()
-    # All tasks are complete then, and the command has only the counting left. An array begins after the one before it even
-    # if that failed, so the job waits for each; the last job that datatrove submits merges statistics, which nobody reads.
+    # After all tasks, the command only has to count. Every array starts even if the previous one failed, so this job
+    # depends on each of them, but not on the last job of datatrove, which merges statistics that are not used.
     finish = shlex.join(["tinyllama-hf", "prepare", arguments.recipe, *arguments.overrides])
     after = [f"--dependency=afterok:{':'.join(jobs[:-1])}", "--kill-on-invalid-dep=yes"] if jobs else []
-    command = ["sbatch", *after, f"--partition={arguments.partition}", f"--time={arguments.time}", "--job-name=tinyllama-finish",
-               f"--wrap={arguments.env}; {finish}"]  # fmt: skip
+    command = [
+        "sbatch",
+        *after,
+        f"--partition={arguments.partition}",
+        f"--time={arguments.time}",
+        "--job-name=tinyllama-finish",
+        f"--wrap={arguments.env}; {finish}",
+    ]
     subprocess.run(command, check=True)
 
 

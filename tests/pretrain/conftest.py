@@ -1,4 +1,4 @@
-"""A whole run that others are compared with."""
+"""A finished run, as a reference for others."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Runs to compare: in this process or launched as a user would, and what must be equal in two of them."""
+"""Helpers that run recipes, in this process or launched, and compare two runs."""
 
 import os
 import runpy
@@ -18,9 +18,19 @@ from tinyllama_hf.pretrain.metrics import read_metrics
 from tinyllama_hf.pretrain.milestones import list_milestones
 
 
-# What must repeat; times and rates of the machine need not.
-EXACT = ("step", "tokens", "loss", "learning_rate", "gradient_norm", "blocks", "block_ids", "validation_loss",
-         "validation_loss_by_source", "skipped_steps")  # fmt: skip
+# Values that must be equal in two runs, unlike times and rates.
+EXACT = (
+    "step",
+    "tokens",
+    "loss",
+    "learning_rate",
+    "gradient_norm",
+    "blocks",
+    "block_ids",
+    "validation_loss",
+    "validation_loss_by_source",
+    "skipped_steps",
+)
 
 
 def run(recipe: Path, *overrides: str, **options) -> Path:
@@ -57,7 +67,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 
 def run_launched(recipe: Path, folder: Path, *overrides: str, processes: int = 2) -> subprocess.Popen:
-    """Starts a run on several processes, or on one without a launcher; what it prints goes to log.txt."""
+    """Starts a run on several processes, or on one without a launcher, with its output in log.txt."""
     launcher = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", str(processes)]
     command = [*(launcher if processes > 1 else [sys.executable]), str(ROOT / "recipes" / "pretrain.py"), str(recipe)]
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -75,7 +85,7 @@ def wait_for(path: Path, seconds: float = 60) -> None:
 
 
 def signal_after(step: int, number: int):
-    """Hooks that send this process a signal while a checkpoint or milestone is being finished."""
+    """A hook that sends this process a signal at its `step`-th call."""
     state = {"calls": 0}
 
     def send(*_: Path) -> None:

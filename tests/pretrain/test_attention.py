@@ -1,4 +1,4 @@
-"""Documents kept apart without a dense mask, and without a value that travels to the host."""
+"""Document masking without a dense mask, and without synchronization with the host."""
 
 import itertools
 import re
@@ -11,10 +11,10 @@ from tests.pretrain.runs import run
 from tests.pretrain.test_regressions import ReadBacks
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.pretrain.launch import compiles
+from tinyllama_hf.pretrain.launch import resolve_compile
 
 
-# Two rows: documents of several lengths, of one token too, and one that goes through.
+# Two rows: one of documents of several lengths, down to one token, and one of a single document.
 POSITIONS = torch.tensor([[*range(9), 0, *range(119), *range(127)], [*range(5, 261)]])
 
 
@@ -47,7 +47,7 @@ def assert_near(found: tuple, expected: tuple) -> None:
     not torch.cuda.is_available(), reason="flex attention has a backward pass on a GPU only (torch 2.13)"
 )
 def test_flex_on_a_gpu_equals_the_dense_mask():
-    """In fp32, loss and gradients; and the step reads nothing back."""
+    """Loss and gradients in fp32; and the step does not wait for the device."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -63,8 +63,8 @@ def test_flex_on_a_gpu_equals_the_dense_mask():
 
 @pytest.mark.slow
 def test_flex_forward_equals_the_dense_mask():
-    """What of flex runs on a CPU."""
-    if not compiles("auto", torch.device("cuda"))[0]:
+    """The part of flex that runs on a CPU."""
+    if not resolve_compile("auto", torch.device("cuda"))[0]:
         pytest.skip("flex attention is compiled, and no compiler is found")
     with torch.no_grad():
         losses = [model(attention)(**inputs()).loss for attention in ("flex_attention", "eager")]
@@ -98,8 +98,13 @@ def test_the_mask_is_that_of_transformers_and_reads_nothing_back(attention):
         found = document_mask(config, POSITIONS)
     assert watch.found == Counter()
     with ReadBacks() as watch:
-        expected = create_causal_mask(config=config, inputs_embeds=torch.empty(2, 256, 0), attention_mask=None,
-                                      past_key_values=None, position_ids=POSITIONS)  # fmt: skip
+        expected = create_causal_mask(
+            config=config,
+            inputs_embeds=torch.empty(2, 256, 0),
+            attention_mask=None,
+            past_key_values=None,
+            position_ids=POSITIONS,
+        )
     assert watch.found, "when this fails, transformers reads nothing back either, and document_mask can go"
     if attention == "flex_attention":
         found, expected = found.to_dense(), expected.to_dense()
@@ -108,13 +113,13 @@ def test_the_mask_is_that_of_transformers_and_reads_nothing_back(attention):
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3"])
 def test_flash_attention_is_refused_before_anything_else(recipe, attention):
-    message = f"training.attention: {attention} does not keep documents apart here; use flex"
+    message = f"training.attention: {attention} does not support data.document_masking"
     with pytest.raises(InputError, match=re.escape(message)):
         run(recipe, f"training.attention={attention}", "data.document_masking=true")
 
 
 def test_transformers_still_joins_the_documents_of_several_rows_under_flash_attention():
-    """The reason for that refusal (transformers 5.23)."""
+    """The reason for this refusal (transformers 5.23)."""
     from transformers.modeling_flash_attention_utils import _is_packed_sequence
 
     assert _is_packed_sequence(POSITIONS[:1], 1) and not _is_packed_sequence(POSITIONS, 2)

@@ -1,4 +1,4 @@
-"""A run folder that others made runs nothing, whichever of its files asks for it. The reference is a command that would run."""
+"""An untrusted run folder cannot run code, from any of its files. The payload is a real command."""
 
 import io
 import json
@@ -17,12 +17,17 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from tests.conftest import write_recipe
 from tests.pretrain.runs import run
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.pretrain.checkpoints import damage
+from tinyllama_hf.pretrain.checkpoints import find_damage
 from tinyllama_hf.pretrain.milestones import list_milestones
 
 
-SHORT = ("training.total_tokens=768", "milestones.tokens=[512]", "milestones.keep_training_state=true",
-         "validation.every_tokens=768", "schedule.warmup_tokens=0")  # fmt: skip
+SHORT = (
+    "training.total_tokens=768",
+    "milestones.tokens=[512]",
+    "milestones.keep_training_state=true",
+    "validation.every_tokens=768",
+    "schedule.warmup_tokens=0",
+)
 SETTING, TENSOR = "optimizer.param_groups.0.lr", "guards.counted"
 
 
@@ -33,7 +38,7 @@ def base(prepared, tokenizer_folder, tmp_path_factory) -> Path:
 
 
 class Checkpoint:
-    """The checkpoint after step 2 of a copied run, which a resumed run and a branch begin with."""
+    """The checkpoint after step 2 of a copied run, from which a resumed run and a branch start."""
 
     def __init__(self, base: Path, folder: Path):
         self.run, self.mark = folder / "run", folder / "mark"
@@ -50,7 +55,7 @@ class Checkpoint:
         (self.path / ".metadata").write_bytes(pickle.dumps(metadata))
 
     def append(self, index: MetadataIndex, metadata: Metadata) -> None:
-        """Puts an entry that runs a command at the end of the data."""
+        """Appends an entry that runs a command to the data."""
         payload = io.BytesIO()
         torch.save(self, payload)
         offset = self.data.stat().st_size
@@ -63,13 +68,13 @@ class Checkpoint:
         return os.system, (f"touch {self.mark}",)
 
     def seal(self) -> None:
-        """Sizes and checksums as the record has them, here and where a branch begins."""
+        """Updates the sizes and checksums in the record, here and in the training state of the milestone."""
         record = json.loads((self.path / "checkpoint.json").read_text())
         for name in record["files"]:
             data = (self.path / name).read_bytes()
             record["files"][name] = [len(data), zlib.crc32(data)]
         (self.path / "checkpoint.json").write_text(json.dumps(record))
-        assert damage(self.path) is None
+        assert find_damage(self.path) is None
         state = self.run / "training_state" / list_milestones(self.run)[0].name
         shutil.rmtree(state)
         shutil.copytree(self.path, state)
@@ -102,7 +107,7 @@ def metadata_that_leads_out(checkpoint: Checkpoint) -> str:
 
 def no_metadata_at_all(checkpoint: Checkpoint) -> str:
     checkpoint.write([1])
-    return r"\.metadata: not the metadata"
+    return r"\.metadata: not valid checkpoint metadata"
 
 
 def entry_in_place_of_a_tensor(checkpoint: Checkpoint) -> str:
@@ -119,8 +124,14 @@ def tensor_that_is_a_call(checkpoint: Checkpoint) -> str:
     return r": cannot be loaded \(UnpicklingError"
 
 
-HARM = [metadata_that_calls, metadata_that_holds_a_call, metadata_that_leads_out, no_metadata_at_all,
-        entry_in_place_of_a_tensor, tensor_that_is_a_call]  # fmt: skip
+HARM = [
+    metadata_that_calls,
+    metadata_that_holds_a_call,
+    metadata_that_leads_out,
+    no_metadata_at_all,
+    entry_in_place_of_a_tensor,
+    tensor_that_is_a_call,
+]
 
 
 @pytest.mark.parametrize(
@@ -138,7 +149,7 @@ def test_nothing_runs(checkpoint, recipe, way, harm):
 
 
 def test_settings_in_the_file_are_not_read(checkpoint, recipe):
-    """Of the optimiser only the moments: its settings are the recipe's."""
+    """Only the moments of the optimizer are loaded; its settings are those of the recipe."""
     checkpoint.append(MetadataIndex(SETTING), checkpoint.metadata)
     checkpoint.seal()
     run(recipe, *SHORT, f"output_dir={checkpoint.run}")
@@ -148,7 +159,7 @@ def test_settings_in_the_file_are_not_read(checkpoint, recipe):
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("harm", [metadata_that_holds_a_call, entry_in_place_of_a_tensor])
 def test_torch_still_runs_what_a_checkpoint_names(checkpoint, harm):
-    """The reason for `reading.py` (torch 2.13); when this fails, it can go. And the harm of the tests above is harm."""
+    """Why `checkpoint_reader.py` exists (torch 2.13). Remove it when this fails. Also shows that the payload works."""
     harm(checkpoint)
     dcp.load({"guards": {"counted": torch.zeros((), dtype=torch.int64)}}, checkpoint_id=checkpoint.path, no_dist=True)
     assert checkpoint.mark.exists()
@@ -160,4 +171,4 @@ def test_torch_still_runs_what_a_checkpoint_names(checkpoint, harm):
 def test_a_record_of_another_shape_is_damaged(checkpoint, key, value):
     record = json.loads((checkpoint.path / "checkpoint.json").read_text())
     (checkpoint.path / "checkpoint.json").write_text(json.dumps(record | {key: value}))
-    assert "checkpoint.json" in damage(checkpoint.path)
+    assert "checkpoint.json" in find_damage(checkpoint.path)

@@ -1,4 +1,4 @@
-"""What decides about a run is on the disk before it has its name: a power cut leaves the old or the new."""
+"""Files and folders are on the disk before they get their names: a power cut leaves the old or the new ones."""
 
 import signal
 
@@ -11,8 +11,13 @@ from tinyllama_hf.pretrain.signals import Stopped
 
 
 def test_a_run_that_was_stopped_and_resumed(recipe, monkeypatch):
-    settings = ("training.total_tokens=1024", "checkpoints.every_tokens=256", "milestones.tokens=[]",
-                "milestones.keep_training_state=true", "schedule.warmup_tokens=0")  # fmt: skip
+    settings = (
+        "training.total_tokens=1024",
+        "checkpoints.every_tokens=256",
+        "milestones.tokens=[]",
+        "milestones.keep_training_state=true",
+        "schedule.warmup_tokens=0",
+    )
     disk = Disk(recipe.parent / "run", monkeypatch)
     with pytest.raises(Stopped):
         run(recipe, *settings, hooks=Hooks(after_checkpoint=signal_after(2, signal.SIGTERM)))

@@ -1,4 +1,4 @@
-"""What `recipes/pretrain.py` adds to a run: cards, scores, a picture. Through the script, in a process of its own."""
+"""What `recipes/pretrain.py` adds to a run: cards, scores, a picture. Runs the script in a separate process."""
 
 import json
 import os
@@ -80,7 +80,7 @@ def test_every_milestone_has_a_card(finished):
 
 
 def test_the_code_of_a_card_runs(finished):
-    """As it stands there, from the run's folder, without this package."""
+    """Unchanged, in the folder of the run, without this package."""
     run, _ = finished
     code = (list_milestones(run)[0] / "README.md").read_text().split("```python\n")[1].split("```")[0]
     done = subprocess.run(
@@ -93,7 +93,7 @@ def test_the_code_of_a_card_runs(finished):
 
 
 def test_a_published_card_is_another(finished):
-    """The card in the folder knows no address and no scores; publishing is not confused by it."""
+    """The card in the folder has no address and no scores; publishing replaces it."""
     from tinyllama_hf.hub.publish import plan_revisions
 
     run, _ = finished
@@ -134,6 +134,7 @@ def test_scores_on_other_text_are_known_before_the_first_step(prepared, finished
     run, _ = finished
     output = Path(load_config(recipe).output_dir)
     output.mkdir()
+    (output / "training.yaml").touch()  # which makes it the folder of a run
     scores = json.loads((run / "scores.json").read_text())
     scores["data"][0]["fingerprint"] = "0" * 64
     (output / "scores.json").write_text(json.dumps(scores))
@@ -143,7 +144,7 @@ def test_scores_on_other_text_are_known_before_the_first_step(prepared, finished
 
 
 def test_training_goes_on_where_a_score_or_a_picture_cannot_be_had(recipe, capsys, monkeypatch):
-    """Held-out text that is gone when the milestone comes, and a disk without room for a picture."""
+    """With held-out text that has disappeared by then, and a disk without space for a picture."""
     from tinyllama_hf.evaluation import series
     from tinyllama_hf.report import plots
 
@@ -158,14 +159,11 @@ def test_training_goes_on_where_a_score_or_a_picture_cannot_be_had(recipe, capsy
     assert len(names) == 2 and not (run / "scores.json").exists()
     for name in names:
         assert f"{name}: not scored (" in printed
-    assert (
-        f"score it: tinyllama-hf eval {run}" in printed
-        and "training.png: not drawn (No space left on device)" in printed
-    )
+    assert f"`tinyllama-hf eval {run}`" in printed and "training.png: not drawn (No space left on device)" in printed
 
 
 def test_training_goes_on_where_a_record_is_gone_or_a_card_cannot_be_written(recipe, capsys, monkeypatch):
-    """A milestone whose provenance.json was archived away, which the picture reads, and a card that fails."""
+    """With a milestone without provenance.json, which the picture needs, and a card that fails."""
     from tinyllama_hf.hub import card
 
     def fails(*_):
@@ -180,9 +178,9 @@ def test_training_goes_on_where_a_record_is_gone_or_a_card_cannot_be_written(rec
     pretrain(config, hooks=Hooks(SCRIPT.write_card, archive, SCRIPT.TrainingPicture()))
     printed = capsys.readouterr().out
     assert re.search(
-        r"training.png: not drawn \(milestone .*: holds no provenance.json;[^\n]*\); training goes on", printed
+        r"training.png: not drawn \(milestone .*: provenance.json is missing[^\n]*\); training continues", printed
     )
-    assert re.search(r"^step-2-token-[\d.]+M: no card \('preset'\); training goes on", printed, re.MULTILINE)
+    assert re.search(r"^step-2-token-[\d.]+M: no card \('preset'\); training continues", printed, re.MULTILINE)
     assert read_metrics(Path(config.output_dir))[-1]["step"] == 12
 
 
@@ -196,13 +194,13 @@ def test_the_measured_rate_is_that_of_the_runs_precision(recipe, capsys, monkeyp
         )
         rows = [row for row in read_metrics(recipe.parent / precision) if "loss" in row]
         assert {row["matmul_precision"] for row in rows} == {precision}
-        assert f"1.0 GFLOP/s, measured here, of products in {precision}" in capsys.readouterr().out
+        assert f"1.0 GFLOP/s, measured, of matrix products in {precision}" in capsys.readouterr().out
     assert dtypes == [torch.float32, torch.bfloat16]
 
 
 class TestIncremental:
     def test_other_text_is_refused(self, finished, tmp_path, corpus, tokenizer_folder):
-        """And the file stays as it is, unless it is asked for."""
+        """And the file stays unchanged without --rescore."""
         run, _ = finished
         prepare(
             [str(corpus)], tokenizer_folder, tmp_path / "other", validation_fraction=0.2, workers=1, progress=False
@@ -290,7 +288,7 @@ class TestIncremental:
 
 
 def test_watch_scores_as_they_appear(recipe):
-    """Training in this thread, watching in another, which ends by itself after the last milestone."""
+    """Training in this thread and watching in another, which ends after the last milestone."""
     config = load_config(recipe)
     run, lines = Path(config.output_dir), []
     watcher = threading.Thread(target=watch, args=(run, "cpu", run / "scores.json", 0.05, lines.append))
@@ -308,7 +306,7 @@ def test_watch_scores_as_they_appear(recipe):
 def test_watch_refuses_at_once_what_it_could_not_score(recipe, tmp_path):
     config = load_config(recipe)
     run = Path(config.output_dir)
-    with pytest.raises(InputError, match=r"is not a run .*training\.yaml"):
+    with pytest.raises(InputError, match=r"is not a run folder.*training\.yaml"):
         watch(run, "cpu", run / "scores.json", 1, print)
     (run / "milestones").mkdir(parents=True)
     values = config.model_copy(

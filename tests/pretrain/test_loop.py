@@ -1,4 +1,4 @@
-"""Pretraining runs, small and real: what they leave behind, that they repeat, and what stops them."""
+"""Small pretraining runs: their outputs, their exactness, and the errors that stop them."""
 
 import json
 import shutil
@@ -37,12 +37,15 @@ def weights(output: Path, which: int = -1) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def finished(prepared, tokenizer_folder, tmp_path_factory):
-    """One finished run, shared by the tests that only look."""
+    """One finished run, shared by the tests that only read it."""
     folder = tmp_path_factory.mktemp("finished")
     values = yaml.safe_load((ROOT / "recipes" / "pretrain" / "micro.yaml").read_text())
     values |= {"output_dir": str(folder / "run")}
-    values["data"] |= {"tokenizer": str(tokenizer_folder), "sequence_length": 64,
-                       "sources": [{"path": str(prepared), "weight": 1.0}]}  # fmt: skip
+    values["data"] |= {
+        "tokenizer": str(tokenizer_folder),
+        "sequence_length": 64,
+        "sources": [{"path": str(prepared), "weight": 1.0}],
+    }
     values["training"] |= {"total_tokens": 30 * 1024, "tokens_per_step": 1024, "micro_batch_size": 8}
     values["schedule"] |= {"warmup_tokens": 4096}
     values["milestones"]["tokens"] = [10_000, 20_000]
@@ -72,9 +75,15 @@ class TestWhatARunLeavesBehind:
         for milestone in milestones:
             files = {p.name for p in milestone.iterdir()}
             assert files == {
-                "config.json", "generation_config.json", "model.safetensors", "provenance.json", "tokenizer.json",
-                "tokenizer.model", "tokenizer_config.json", "training.yaml",
-            }  # fmt: skip
+                "config.json",
+                "generation_config.json",
+                "model.safetensors",
+                "provenance.json",
+                "tokenizer.json",
+                "tokenizer.model",
+                "tokenizer_config.json",
+                "training.yaml",
+            }
         record = json.loads((milestones[0] / "provenance.json").read_text())
         assert (record["step"], record["tokens"]) == (10, 10240)
         assert record["libraries"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
@@ -85,8 +94,10 @@ class TestWhatARunLeavesBehind:
 import sys
 sys.modules["tinyllama_hf"] = None
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model, tokenizer = (c.from_pretrained({str(list_milestones(finished)[-1])!r}) for c in (AutoModelForCausalLM, AutoTokenizer))
-print(type(model).__name__, tokenizer.decode(model.generate(**tokenizer("def ", return_tensors="pt"), max_new_tokens=3)[0])[:9])
+folder = {str(list_milestones(finished)[-1])!r}
+model, tokenizer = (auto.from_pretrained(folder) for auto in (AutoModelForCausalLM, AutoTokenizer))
+ids = model.generate(**tokenizer("def ", return_tensors="pt"), max_new_tokens=3)[0]
+print(type(model).__name__, tokenizer.decode(ids)[:9])
 """
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
         assert done.stdout.startswith("LlamaForCausalLM <s> def"), done.stderr
@@ -97,9 +108,9 @@ print(type(model).__name__, tokenizer.decode(model.generate(**tokenizer("def ", 
         assert_equal(weights(finished), weights(again))
 
     def test_the_last_rows_are_on_the_unwrapped_model(self, finished):
-        """The exported weights give the logged validation loss: what was measured is what was saved."""
+        """The exported weights have the logged validation loss."""
         config = load_config(finished / "training.yaml")
-        opened = setup.open_run(config.model_copy(update={"output_dir": "/nonexistent/folder"}))
+        opened = setup.open_pretrain_run(config.model_copy(update={"output_dir": "/nonexistent/folder"}))
         model = TinyLlamaForCausalLM.from_pretrained(list_milestones(finished)[-1]).train()
         tokens = torch.from_numpy(opened.validation[0])
         loss = model(input_ids=tokens[:, :-1], labels=tokens[:, 1:], shift_labels=tokens[:, 1:]).loss
@@ -129,14 +140,17 @@ class TestArithmetic:
         assert_equal(*map(weights, runs), tolerance=2e-4)
 
     def test_against_a_plain_loop_on_stock_llama(self, recipe):
-        """The whole loop, step by step, against torch and transformers alone; no setting of the optimizer is a usual one."""
+        """The loop, step by step, against torch and transformers alone, with unusual optimizer settings."""
         betas, eps, decay, clip = (0.8, 0.9), 1e-3, 0.5, 0.25
         output = run(
-            recipe, f"optimizer.betas={list(betas)}", f"optimizer.eps={eps}", f"optimizer.weight_decay={decay}",
+            recipe,
+            f"optimizer.betas={list(betas)}",
+            f"optimizer.eps={eps}",
+            f"optimizer.weight_decay={decay}",
             f"optimizer.gradient_clip={clip}",
-        )  # fmt: skip
+        )
         config = load_config(output / "training.yaml")
-        opened = setup.open_run(config.model_copy(update={"output_dir": "/nonexistent/folder"}))
+        opened = setup.open_pretrain_run(config.model_copy(update={"output_dir": "/nonexistent/folder"}))
         torch.manual_seed(config.training.seed)
         start = TinyLlamaForCausalLM(opened.model_config)
         model = LlamaForCausalLM(opened.model_config.to_llama())
@@ -157,7 +171,7 @@ class TestArithmetic:
         assert_equal(weights(output), {k: v.detach() for k, v in model.state_dict().items()}, tolerance=2e-4)
 
     def test_document_masking_changes_the_loss(self, recipe, documents, tokenizer_folder, tmp_path):
-        """On documents shorter than a sequence, so that every block holds a boundary."""
+        """On documents shorter than a sequence, so that every block contains a boundary."""
         corpus = tmp_path / "short.jsonl"
         lines = [text[i : i + 40] for text in documents for i in range(0, len(text), 40)]
         corpus.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
@@ -169,8 +183,8 @@ class TestArithmetic:
         losses = [[row["loss"] for row in read_metrics(x) if "loss" in row] for x in (on, off)]
         assert all(a != b for a, b in zip(*losses, strict=True))
         assert losses[0] == pytest.approx(losses[1], rel=0.2)
-        # The validation loss is that of each document alone: under the mask of transformers, by stock Llama.
-        opened = setup.open_run(load_config(on / "training.yaml", [f"output_dir={tmp_path / 'unused'}"]))
+        # The validation loss is that of each document alone, computed by stock Llama with the mask of transformers.
+        opened = setup.open_pretrain_run(load_config(on / "training.yaml", [f"output_dir={tmp_path / 'unused'}"]))
         tokens, positions = (torch.from_numpy(x[0]) for x in (opened.validation, opened.validation_positions))
         model = LlamaForCausalLM.from_pretrained(list_milestones(on)[-1])
         with torch.no_grad():
@@ -206,7 +220,7 @@ def setup_rate(step: int, config) -> float:
 
 
 class _LossOnly(torch.autograd.Function):
-    """A loss that is not a number, with the gradients of the one that was."""
+    """A loss that is NaN, with finite gradients."""
 
     @staticmethod
     def forward(ctx, loss):
@@ -218,7 +232,7 @@ class _LossOnly(torch.autograd.Function):
 
 
 class _GradientOnly(torch.autograd.Function):
-    """The loss as it was, with gradients that are not numbers."""
+    """A finite loss, with gradients that are NaN."""
 
     @staticmethod
     def forward(ctx, loss):
@@ -267,24 +281,30 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("overrides", "message"),
         [
-            (["training.micro_batch_size=3"], "3 x 1 processes does not divide the 8 sequences of a step; sizes that do: 1, 2, 4, 8"),
+            (
+                ["training.micro_batch_size=3"],
+                "3 x 1 processes does not divide the 8 sequences of a step; sizes that do: 1, 2, 4, 8",
+            ),
             (["model.preset=nanno"], "did you mean 'nano'"),
             (["model.overrides={hiden_size: 64}"], "did you mean 'hidden_size'"),
-            (["model.overrides={hidden_size: many}"], "model.overrides.hidden_size: 'many': must be a whole number"),
-            (["model.overrides={max_position_embeddings: 16}"], "32 is longer than the model's context"),
-            (["model.overrides={vocab_size: 1000}"], "vocab_size: follows from the tokenizer; leave it out"),
+            (["model.overrides={hidden_size: many}"], "model.overrides.hidden_size: 'many': must be an integer"),
+            (["model.overrides={max_position_embeddings: 16}"], "data.sequence_length: 32 is longer than the context"),
+            (["model.overrides={vocab_size: 1000}"], "vocab_size: is set by the tokenizer"),
             (["data.sources=[{path: /nowhere, weight: 1}]"], "/nowhere does not exist"),
             (["data.tokenizer=/nowhere"], "no such folder"),
-            (["model.overrides.num_hidden_layers=-1"], "num_hidden_layers: -1: must be a whole number above 0"),
-            (["model.overrides.num_key_value_heads=3"], "make no model"),
-            (["model.overrides.hidden_act=zilu"], "make no model"),
+            (["model.overrides.num_hidden_layers=-1"], "num_hidden_layers: -1: must be an integer above 0"),
+            (["model.overrides.num_key_value_heads=3"], "model.overrides: do not define a valid model"),
+            (["model.overrides.hidden_act=zilu"], "model.overrides: do not define a valid model"),
             (["model.overrides.pad_token_id=0"], "pad_token_id: would freeze an embedding row"),
-            (["model.overrides.attention_dropout=0.1"], "pretraining has no dropout"),
+            (["model.overrides.attention_dropout=0.1"], "attention_dropout: is not supported"),
             (["optimizer.betas=[0.9, 1.0]"], "optimizer.betas.1: 1.0: input should be less than 1"),
             (["schedule.peak=.inf"], "schedule.peak: inf: input should be a finite number"),
-            (["data.sequence_length=65536", "training.tokens_per_step=65536", "training.total_tokens=65536"], "less than one block"),
+            (
+                ["data.sequence_length=65536", "training.tokens_per_step=65536", "training.total_tokens=65536"],
+                "less than one block",
+            ),
         ],
-    )  # fmt: skip
+    )
     def test_before_the_first_step(self, recipe, overrides, message):
         with pytest.raises(InputError, match=message):
             run(recipe, *overrides)
@@ -298,9 +318,9 @@ class TestRefusals:
 
     def test_compilation_without_a_compiler(self, monkeypatch):
         monkeypatch.setattr(launch.shutil, "which", lambda name: None)
-        with pytest.raises(InputError, match=r"needs a compiler, and none of g\+\+"):
-            launch.compiles("layers", torch.device("cpu"))
-        assert launch.compiles("auto", torch.device("cuda")) == (False, "off (auto: no compiler found)")
+        with pytest.raises(InputError, match=r"training.compile: layers needs a compiler \(g\+\+"):
+            launch.resolve_compile("layers", torch.device("cpu"))
+        assert launch.resolve_compile("auto", torch.device("cuda")) == (False, "off (auto: no compiler found)")
 
     def test_other_tokenizer_than_the_data(self, recipe, shared):
         folder = shared / "data" / "models" / "stories260K"
@@ -326,7 +346,7 @@ class TestRefusals:
     def test_a_folder_that_is_no_run_is_never_removed(self, recipe, tmp_path):
         (tmp_path / "precious").mkdir()
         (tmp_path / "precious" / "file").write_text("x")
-        with pytest.raises(InputError, match="it is no run"):
+        with pytest.raises(InputError, match="is not a run folder"):
             loop.pretrain(load_config(recipe, [f"output_dir={tmp_path / 'precious'}"]), overwrite=True)
         assert (tmp_path / "precious" / "file").exists()
 
@@ -357,17 +377,20 @@ def test_micro_batches_are_said_in_the_order_of_the_steps(recipe, capsys):
 
 @pytest.mark.parametrize(("processes", "micro"), [(1, 8), (1, 2), (2, 2), (4, 2), (8, 1)])
 def test_regression_every_rank_reads_its_own_share(recipe, monkeypatch, processes, micro):
-    """The original's ranks shuffled with different seeds: files read twice, others never. Here any number of processes
-    reads, step by step, the rows that one process reads. Each opens the recipe by itself, and knows its rank by then."""
+    """The original's ranks shuffled with different seeds: some files were read twice, others never.
+
+    Here any number of processes reads, step by step, the rows that one process reads. Each opens the recipe itself,
+    after its rank is known.
+    """
     config = load_config(recipe, [f"training.micro_batch_size={micro}"])
-    opened = setup.open_run(config)
+    opened = setup.open_pretrain_run(config)
     model = TinyLlamaForCausalLM(opened.model_config)
     accelerator = Accelerator()
     monkeypatch.setattr(Accelerator, "num_processes", processes)
     mixtures = []
     for rank in range(processes):
         set_rank(monkeypatch, rank)
-        mixtures.append(setup.open_run(config).mixture)
+        mixtures.append(setup.open_pretrain_run(config).mixture)
     for step in (1, 2, 7):
         rows = []
         for rank, mixture in enumerate(mixtures):
@@ -379,7 +402,7 @@ def test_regression_every_rank_reads_its_own_share(recipe, monkeypatch, processe
 
 
 def set_rank(monkeypatch, rank: int) -> None:
-    """As accelerate and a launcher tell it to a process."""
+    """Sets the rank as accelerate and a launcher do."""
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, str(rank))
     for name in ("process_index", "local_process_index"):
@@ -389,15 +412,15 @@ def set_rank(monkeypatch, rank: int) -> None:
 
 @pytest.fixture
 def two_sources(prepared, tmp_path) -> str:
-    """The data set and its copy, at three to one."""
+    """The data set and its copy, weighted 3:1."""
     shutil.copytree(prepared, tmp_path / "copy")
     return f"data.sources=[{{path: {prepared}, weight: 0.75}}, {{path: {tmp_path / 'copy'}, weight: 0.25}}]"
 
 
 class TestSources:
     def test_validation_goes_by_their_weights(self, recipe, two_sources):
-        """In the number of held-out blocks, and in the mean."""
-        opened = setup.open_run(load_config(recipe, [two_sources]))
+        """Both the number of held-out blocks and the mean."""
+        opened = setup.open_pretrain_run(load_config(recipe, [two_sources]))
         assert [len(blocks) for blocks in opened.validation] == [12, 4], "of 512 tokens, 16 blocks"
         output = run(
             recipe, two_sources, "training.total_tokens=256", "milestones.tokens=[]", "schedule.warmup_tokens=0"
@@ -408,11 +431,13 @@ class TestSources:
         assert row["validation_loss"] == pytest.approx(0.75 * first + 0.25 * second, abs=1e-6)
 
     def test_a_ramp_of_the_recipe_is_linear(self, recipe, two_sources):
-        """All of the first until 1024 tokens (32 blocks), all of the second from 3072 on (96), linear in between: the second
-        has had the integral of its weight."""
+        """Only the first source until 1024 tokens (32 blocks), only the second from 3072 on (96), linear in between.
+
+        The share of the second source is the integral of its weight.
+        """
         change = "data.mixture_changes=[{from_tokens: 1024, ramp_tokens: 2048, weights: [0, 1]}]"
         sources = two_sources.replace("0.75", "1.0").replace("0.25", "0.0")
-        opened = setup.open_run(load_config(recipe, [sources, change, "training.total_tokens=5120"]))
+        opened = setup.open_pretrain_run(load_config(recipe, [sources, change, "training.total_tokens=5120"]))
         second = [opened.mixture.order.counts(place)[1] for place in (32, 64, 96, 128)]
         assert second == pytest.approx([0, 8, 32, 64], abs=1)
         assert opened.shares == pytest.approx([1 - 96 / 160, 96 / 160], abs=0.01), "of the 160 blocks of the whole run"

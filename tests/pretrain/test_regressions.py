@@ -1,6 +1,6 @@
 """The bugs of the original TinyLlama training, each by its name. Three more lie where what they are about is tested:
-`test_regression_floor_equal_to_peak` and `test_regression_rate_follows_tokens_not_steps` (the batch that meant "per node") in
-test_schedule.py, `test_regression_every_rank_reads_its_own_share` (files shuffled by rank) in test_loop.py.
+`test_regression_floor_equal_to_peak` and `test_regression_rate_follows_tokens_not_steps` (the batch that meant "per
+node") in test_schedule.py, `test_regression_every_rank_reads_its_own_share` (files shuffled by rank) in test_loop.py.
 """
 
 import itertools
@@ -29,7 +29,7 @@ from tinyllama_hf.tokenization_tinyllama import load_tokenizer, tokenizer_finger
 def prepared_from(
     texts: list[str], tokenizer: Path, folder: Path, files: int = 1, workers: int = 1, **options
 ) -> Path:
-    """The texts, spread over so many files, as a prepared data set."""
+    """The texts as a prepared data set of `num_files` files."""
     source = folder / "source"
     source.mkdir(parents=True)
     for number in range(files):
@@ -41,8 +41,10 @@ def prepared_from(
 
 
 def test_regression_last_chunk_padded_with_begin_of_sequence(documents, tokenizer_folder, tmp_path):
-    """Each process padded its last chunk with <s> and trained on it, up to 2.1M fillers. Here no token is added but one
-    <s> and one </s> a document, whatever the number of files and processes, and no block holds anything else."""
+    """Each process padded its last chunk with <s> and trained on it, up to 2.1M tokens.
+
+    Here one <s> and one </s> are added per document, for any number of files and processes, and nothing else.
+    """
     folder = prepared_from(documents, tokenizer_folder, tmp_path, files=5, workers=3)
     tokenizer, data = load_tokenizer(tokenizer_folder), TokenDataset(folder, 16)
     stream = data.tokens(0, data.num_tokens)
@@ -54,7 +56,7 @@ def test_regression_last_chunk_padded_with_begin_of_sequence(documents, tokenize
 
 
 class TestSeparatorPolicyChangedThreeTimes:
-    """The released models never learned to stop. The policy is recorded with the data, and checked when it is read."""
+    """The released models did not learn to stop. Here the separators are recorded with the data, and checked."""
 
     @pytest.mark.parametrize(("separator", "begins", "ends"), [("both", 1, 1), ("bos", 1, 0), ("eos", 0, 1)])
     def test_regression_the_policy_is_in_the_metadata_and_in_the_tokens(
@@ -89,8 +91,10 @@ class TestSeparatorPolicyChangedThreeTimes:
 
 @pytest.mark.parametrize("files", [1, 3, 9])
 def test_regression_fewer_than_eight_files_a_rank(documents, tokenizer_folder, tmp_path, files):
-    """IndexError, trailing files never read, iteration without end. Here one file and any number of processes work, and
-    one epoch reads every block once."""
+    """IndexError, trailing files that were never read, endless iteration.
+
+    Here one file and any number of processes work, and one epoch reads every block once.
+    """
     folder = prepared_from(documents, tokenizer_folder, tmp_path, files=files)
     fingerprint = tokenizer_fingerprint(load_tokenizer(tokenizer_folder))
     mixture = Mixture([folder], [1.0], 16, 7, fingerprint)
@@ -106,7 +110,7 @@ def test_regression_fewer_than_eight_files_a_rank(documents, tokenizer_folder, t
 
 
 class TestResumeReplaysTheDataLoader:
-    """Hours, and collective time-outs. Here going on at step 1 000 000 costs what it costs at step 10."""
+    """It took hours and ran into timeouts. Here resuming at step 1 000 000 costs as much as at step 10."""
 
     def test_regression_the_order_is_found_without_what_came_before(self, monkeypatch):
         blocks = BlockOrder([10**9, 10**8, 10**7], [0.6, 0.3, 0.1], seed=1)
@@ -134,7 +138,7 @@ class TestResumeReplaysTheDataLoader:
 
 
 class ReadBacks(TorchDispatchMode):
-    """Counts what makes the host wait for a device: reading a scalar, and shapes that depend on values."""
+    """Counts operations that make the host wait for the device: reading a scalar, and shapes that depend on values."""
 
     def __init__(self):
         super().__init__()
@@ -150,11 +154,18 @@ class ReadBacks(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
-@pytest.mark.parametrize("overrides", [[], ["training.skip_spikes_sigma=3.0"], ["training.micro_batch_size=1"],
-                                       ["data.document_masking=true"],
-                                       ["data.document_masking=true", "training.attention=eager"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["training.skip_spikes_sigma=3.0"],
+        ["training.micro_batch_size=1"],
+        ["data.document_masking=true"],
+        ["data.document_masking=true", "training.attention=eager"],
+    ],
+)
 def test_regression_loss_read_back_at_every_micro_step(recipe, monkeypatch, overrides):
-    """No synchronisation off the logging steps: within a step, no value travels to the host."""
+    """No synchronization between logging steps: within a step, no value is copied to the host."""
     found = []
     real = TrainStep.__call__
 
@@ -170,7 +181,7 @@ def test_regression_loss_read_back_at_every_micro_step(recipe, monkeypatch, over
 
 
 def test_transformers_still_looks_for_packed_documents_in_every_batch():
-    """The reason for `unpacked_sdpa` (transformers 5.23); when this fails, it can go."""
+    """The reason for `unpacked_sdpa` (transformers 5.23); when this fails, remove it."""
     model = TinyLlamaForCausalLM(TinyLlamaConfig.preset("micro", vocab_size=512)).train()
     tokens = torch.randint(0, 512, (2, 32))
     with ReadBacks() as watch:

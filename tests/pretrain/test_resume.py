@@ -1,4 +1,4 @@
-"""Going on: a run that was stopped or killed at any moment gives the numbers of the uninterrupted one, bit for bit."""
+"""Resuming: a run that was stopped or killed at any time has the numbers of an uninterrupted one, bit for bit."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ from tests.conftest import ROOT
 from tests.pretrain.runs import assert_same_run, exact_rows, run, signal_after
 from tinyllama_hf import TinyLlamaForCausalLM, load_tokenizer
 from tinyllama_hf.data.prepare import prepare
-from tinyllama_hf.data.shards import TokenDataset
+from tinyllama_hf.data.shards import TokenDataset, read_metadata
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.pretrain import checkpoints, setup
 from tinyllama_hf.pretrain.config import load_config
@@ -43,7 +43,7 @@ class TestGoingOn:
         output = run(recipe)
         before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
         run(recipe)
-        assert "finished: nothing is left to do" in capsys.readouterr().out
+        assert "the run is finished" in capsys.readouterr().out
         assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
 
     def test_rows_beyond_the_checkpoint_are_cut(self, recipe, uninterrupted):
@@ -78,14 +78,14 @@ class TestGoingOn:
         output = run(recipe)
         shutil.rmtree(output / "checkpoints" / "step-12")
         run(recipe, "training.micro_batch_size=2")
-        assert "within rounding only (micro_batch_size: was 4, is 2)" in capsys.readouterr().out
+        assert "only within rounding (micro_batch_size: was 4, is 2)" in capsys.readouterr().out
         rows = [[row["block_ids"] for row in read_metrics(x) if "loss" in row] for x in (output, uninterrupted)]
         assert rows[0] == rows[1]
         losses = [[row["loss"] for row in read_metrics(x) if "loss" in row] for x in (output, uninterrupted)]
         assert losses[0] == pytest.approx(losses[1], abs=2e-5)
 
     def test_over_the_end_of_an_epoch_and_through_spikes(self, recipe, corpus, tokenizer_folder, tmp_path):
-        """Three epochs of little data, at so low a rate that noise passes for spikes: the guard's own state is in use."""
+        """Three epochs of little data, at a rate so low that noise counts as spikes, so the guard has state."""
         data = tmp_path / "little"
         prepare(
             [str(corpus)],
@@ -96,9 +96,15 @@ class TestGoingOn:
             workers=1,
             progress=False,
         )
-        settings = ["training.total_tokens=51_200", "training.skip_spikes_sigma=0.5", "checkpoints.every_tokens=12_800",
-                    "validation.every_tokens=51_200", "schedule.peak=1e-6", "schedule.floor=0",
-                    f"data.sources=[{{path: {data}, weight: 1}}]"]  # fmt: skip
+        settings = [
+            "training.total_tokens=51_200",
+            "training.skip_spikes_sigma=0.5",
+            "checkpoints.every_tokens=12_800",
+            "validation.every_tokens=51_200",
+            "schedule.peak=1e-6",
+            "schedule.floor=0",
+            f"data.sources=[{{path: {data}, weight: 1}}]",
+        ]
         whole = run(recipe, *settings, f"output_dir={tmp_path / 'whole'}")
         with pytest.raises(Stopped):
             run(recipe, *settings, hooks=Hooks(after_checkpoint=signal_after(4, signal.SIGTERM)))
@@ -109,12 +115,15 @@ class TestGoingOn:
         assert epochs > 2
 
     def test_through_changes_of_mixture_and_batch(self, recipe, prepared, corpus, tokenizer_folder, tmp_path):
-        """The three stages of v1.1 in small: stopped within the ramp, gone on, equal; the batch grows where it should."""
+        """The three stages of v1.1, small: stopped within the ramp and resumed, equal; the batch grows on time."""
         other = tmp_path / "other"
         prepare([str(corpus)], tokenizer_folder, other, validation_fraction=0.2, workers=1, progress=False)
-        settings = [f"data.sources=[{{path: {prepared}, weight: 1.0}}, {{path: {other}, weight: 0.0}}]",
-                    "data.mixture_changes=[{from_tokens: 1024, ramp_tokens: 1024, weights: [0.25, 0.75]}]",
-                    "training.batch_changes=[{from_tokens: 2048, tokens_per_step: 512}]", "training.total_tokens=4096"]  # fmt: skip
+        settings = [
+            f"data.sources=[{{path: {prepared}, weight: 1.0}}, {{path: {other}, weight: 0.0}}]",
+            "data.mixture_changes=[{from_tokens: 1024, ramp_tokens: 1024, weights: [0.25, 0.75]}]",
+            "training.batch_changes=[{from_tokens: 2048, tokens_per_step: 512}]",
+            "training.total_tokens=4096",
+        ]
         whole = run(recipe, *settings, f"output_dir={tmp_path / 'whole'}")
         with pytest.raises(Stopped, match="after step 5"):
             run(recipe, *settings, hooks=Hooks(after_checkpoint=signal_after(1, signal.SIGTERM)))
@@ -146,26 +155,24 @@ class TestDamage:
             (newest / "checkpoint.json").write_text('{"files": {')
         assert_same_run(run(recipe), uninterrupted)
         printed = capsys.readouterr().out
-        assert "checkpoint step-12 is damaged" in printed and "checkpoints/step-8, step 8: going on" in printed
+        assert "checkpoint step-12 is damaged" in printed and "checkpoints/step-8, step 8: resuming" in printed
 
     def test_what_another_version_wrote_is_no_damage(self, recipe):
-        """It is refused, and removed neither now nor when it is the oldest of too many."""
+        """It is refused, and is not removed, even when it is the oldest of too many."""
         output = run(recipe)
         newest = output / "checkpoints" / "step-12"
         record = json.loads((newest / "checkpoint.json").read_text())
         (newest / "checkpoint.json").write_text(json.dumps({"format_version": 2, "parts": record["files"]}))
-        with pytest.raises(
-            InputError, match=r"step-12/checkpoint.json: has format_version 2, and this version .* reads 1"
-        ):
+        with pytest.raises(InputError, match=r"step-12/checkpoint.json: format_version 2 .*reads 1"):
             run(recipe)
-        checkpoints.prune(output, 1, 8)
+        checkpoints.prune_checkpoints(output, 1, 8)
         assert {path.name for path in (output / "checkpoints").iterdir()} == {"step-8", "step-12"}
         newest.rename(newest.with_name("step-2"))
         run(recipe)
         assert {path.name for path in (output / "checkpoints").iterdir()} == {"step-2", "step-8", "step-12"}
 
     def test_sorted_by_number(self, tmp_path):
-        """The original picked iter-960000 after iter-1000000, by text."""
+        """The original sorted names as text, and took iter-960000 as newer than iter-1000000."""
         for step in (960_000, 1_000_000, 5):
             (tmp_path / "checkpoints" / f"step-{step}").mkdir(parents=True)
         assert [p.name for p in checkpoints.list_checkpoints(tmp_path)] == ["step-5", "step-960000", "step-1000000"]
@@ -174,18 +181,19 @@ class TestDamage:
         output = run(recipe)
         for part in output.glob("checkpoints/*/*.distcp"):
             part.unlink()
-        with pytest.raises(InputError, match="cannot be gone on with"):
+        with pytest.raises(InputError, match="cannot be resumed"):
             run(recipe)
         assert len(list_milestones(output)) == 2
 
     def test_the_only_good_one_is_kept_when_fewer_are_to_stay(self, recipe, uninterrupted):
-        """Pruning by age alone would keep the damaged one and remove the one that the run goes on from."""
+        """Pruning by age alone would keep the damaged one and remove the one from which the run resumes."""
         output = run(recipe)
         next((output / "checkpoints" / "step-12").glob("*.distcp")).write_bytes(b"")
         assert_same_run(run(recipe, "checkpoints.keep=1"), uninterrupted)
         assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-12"]
 
-    # A limit on the size of files fails a write as a full disk does: of a milestone, or of a checkpoint, which is larger.
+    # A limit on the size of files makes a write fail as on a full disk: of a milestone, or of a checkpoint, which is
+    # larger.
     FULL = """
 import resource, signal, sys
 from tinyllama_hf.pretrain.config import load_config
@@ -214,7 +222,7 @@ except FullDiskError as error:
 
     @pytest.mark.slow
     def test_a_full_disk_of_one_of_two_processes(self, recipe, tmp_path):
-        """Both end with the message; neither waits for the other."""
+        """Both end with the message, and neither waits for the other."""
         (tmp_path / "full.py").write_text(
             self.FULL.format(limit=50_000, recipe=str(recipe), overrides=["milestones.tokens=[]"])
         )
@@ -251,16 +259,31 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "overrides",
         [
-            "model.preset=nano", "model.overrides.num_hidden_layers=1", "model.init_from=x",
-            "data.mixture_changes=[{from_tokens: 1024, ramp_tokens: 0, weights: [1.0]}]", "data.sequence_length=64",
-            "data.document_masking=true", "schedule.name=wsd; schedule.decay_tokens=512", "schedule.peak=1e-3",
-            "schedule.floor=1e-5", "schedule.warmup_tokens=256", "optimizer.betas=[0.8,0.95]", "optimizer.betas=[0.9,0.9]",
-            "optimizer.eps=1e-6", "optimizer.weight_decay=0.2", "optimizer.gradient_clip=0.5", "training.total_tokens=2560",
-            "training.tokens_per_step=128", "training.batch_changes=[{from_tokens: 1024, tokens_per_step: 512}]",
-            "training.precision=bf16", "training.skip_spikes_sigma=6", "training.seed=1", "validation.max_tokens=1024",
+            "model.preset=nano",
+            "model.overrides.num_hidden_layers=1",
+            "model.init_from=x",
+            "data.mixture_changes=[{from_tokens: 1024, ramp_tokens: 0, weights: [1.0]}]",
+            "data.sequence_length=64",
+            "data.document_masking=true",
+            "schedule.name=wsd; schedule.decay_tokens=512",
+            "schedule.peak=1e-3",
+            "schedule.floor=1e-5",
+            "schedule.warmup_tokens=256",
+            "optimizer.betas=[0.8,0.95]",
+            "optimizer.betas=[0.9,0.9]",
+            "optimizer.eps=1e-6",
+            "optimizer.weight_decay=0.2",
+            "optimizer.gradient_clip=0.5",
+            "training.total_tokens=2560",
+            "training.tokens_per_step=128",
+            "training.batch_changes=[{from_tokens: 1024, tokens_per_step: 512}]",
+            "training.precision=bf16",
+            "training.skip_spikes_sigma=6",
+            "training.seed=1",
+            "validation.max_tokens=1024",
             "branch={from: x, schedule: continue}",
         ],
-    )  # fmt: skip
+    )
     def test_every_setting_that_moves_a_number(self, recipe, overrides):
         config = load_config(recipe)
         before, after = (self.identity(c) for c in (config, load_config(recipe, overrides.split("; "))))
@@ -270,13 +293,23 @@ class TestRefusals:
             check_same_run(Path("checkpoint"), before, after)
 
     def test_and_no_other(self, recipe):
-        """How the work is shared out and what is written on the way may change."""
+        """The distribution of the work, and what is written during the run, may change."""
         others = (
-            "output_dir=x", "training.micro_batch_size=2", "training.compile=off", "training.attention=eager",
-            "training.activation_checkpointing=true", "training.deterministic=true", "milestones.tokens=[512]",
-            "milestones.steps=[3]", "milestones.keep_training_state=true", "evaluate_at_milestones=inline",
-            "checkpoints.every_tokens=512", "checkpoints.keep=1", "validation.every_tokens=512", "logging.every_steps=2",
-        )  # fmt: skip
+            "output_dir=x",
+            "training.micro_batch_size=2",
+            "training.compile=off",
+            "training.attention=eager",
+            "training.activation_checkpointing=true",
+            "training.deterministic=true",
+            "milestones.tokens=[512]",
+            "milestones.steps=[3]",
+            "milestones.keep_training_state=true",
+            "evaluate_at_milestones=inline",
+            "checkpoints.every_tokens=512",
+            "checkpoints.keep=1",
+            "validation.every_tokens=512",
+            "logging.every_steps=2",
+        )
         check_same_run(
             Path("checkpoint"), *(self.identity(c) for c in (load_config(recipe), load_config(recipe, others)))
         )
@@ -286,7 +319,10 @@ class TestRefusals:
         return identity(
             SimpleNamespace(
                 config=config,
-                record=record_of_recipe(config.model_dump(mode="json", by_alias=True)),
+                record=record_of_recipe(
+                    config.model_dump(mode="json", by_alias=True),
+                    {source.path: read_metadata(source.path)["fingerprint"] for source in config.data.sources},
+                ),
                 tokenizer_fingerprint=tokenizer_fingerprint(load_tokenizer(config.data.tokenizer)),
             )
         )
@@ -327,7 +363,7 @@ class TestBranch:
         assert not any("distcp" in p.name for p in milestone.rglob("*")), "outside the published folder"
 
     def test_a_branch_has_its_own_optimiser_settings(self, recipe, tmp_path):
-        """Against the moments of the milestone in an AdamW that is built by hand, for one step."""
+        """Compared with one step of an AdamW that is built from the moments of the milestone."""
         settings = {"betas": (0.5, 0.6), "weight_decay": 3.0, "eps": 1e-4}
         base = run(recipe, "milestones.keep_training_state=true")
         milestone = list_milestones(base)[0]
@@ -347,7 +383,7 @@ class TestBranch:
         assert all(group[key] == value for group in seen[0][1].param_groups for key, value in settings.items())
 
         config = load_config(recipe, [*overrides, f"output_dir={tmp_path / 'unused'}"])
-        opened = setup.open_run(config)
+        opened = setup.open_pretrain_run(config)
         model = TinyLlamaForCausalLM.from_pretrained(milestone)
         optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate(7, config), fused=True, **settings)
         by_hand = TrainStep(config, opened.mixture, Accelerator(), model, optimizer)
@@ -362,12 +398,19 @@ class TestBranch:
 
     def test_cooldown_resumes_too(self, recipe, tmp_path):
         base = run(recipe, "milestones.keep_training_state=true")
-        settings = [f"branch={{from: {list_milestones(base)[0]}, schedule: cooldown}}", "training.total_tokens=4096",
-                    "milestones.tokens=[]"]  # fmt: skip
+        settings = [
+            f"branch={{from: {list_milestones(base)[0]}, schedule: cooldown}}",
+            "training.total_tokens=4096",
+            "milestones.tokens=[]",
+        ]
         whole = run(recipe, *settings, f"output_dir={tmp_path / 'whole'}")
         with pytest.raises(Stopped):
-            run(recipe, *settings, f"output_dir={tmp_path / 'cut'}",
-                hooks=Hooks(after_checkpoint=signal_after(1, signal.SIGTERM)))  # fmt: skip
+            run(
+                recipe,
+                *settings,
+                f"output_dir={tmp_path / 'cut'}",
+                hooks=Hooks(after_checkpoint=signal_after(1, signal.SIGTERM)),
+            )
         cut = run(recipe, *settings, f"output_dir={tmp_path / 'cut'}")
         assert_same_run(cut, whole)
         rates = [row["learning_rate"] for row in read_metrics(whole) if "loss" in row]
@@ -377,9 +420,9 @@ class TestBranch:
         ("overrides", "message"),
         [
             ([], "has no training state"),
-            (["model.overrides.num_hidden_layers=3"], "a branch continues model, tokenizer and precision"),
-            (["training.tokens_per_step=512"], "keep training.tokens_per_step"),
-            (["training.total_tokens=1536", "milestones.tokens=[]"], "is reached already"),
+            (["model.overrides.num_hidden_layers=3"], "model.overrides: was"),
+            (["training.tokens_per_step=512"], "training.tokens_per_step"),
+            (["training.total_tokens=1536", "milestones.tokens=[]"], "training.total_tokens: 1,536"),
         ],
     )
     def test_refusals(self, recipe, tmp_path, overrides, message):
@@ -394,29 +437,51 @@ class TestBranch:
 class TestInitFrom:
     def test_begins_with_these_weights(self, recipe, uninterrupted, tmp_path):
         milestone = list_milestones(uninterrupted)[-1]
-        output = run(recipe, f"model.init_from={milestone}", f"output_dir={tmp_path / 'x'}", "schedule.peak=1e-12",
-                     "schedule.floor=0", "milestones.tokens=[]", "training.total_tokens=512", "schedule.warmup_tokens=0",
-                     "optimizer.weight_decay=0")  # fmt: skip
+        output = run(
+            recipe,
+            f"model.init_from={milestone}",
+            f"output_dir={tmp_path / 'x'}",
+            "schedule.peak=1e-12",
+            "schedule.floor=0",
+            "milestones.tokens=[]",
+            "training.total_tokens=512",
+            "schedule.warmup_tokens=0",
+            "optimizer.weight_decay=0",
+        )
         a, b = (load_file(list_milestones(x)[-1] / "model.safetensors") for x in (uninterrupted, output))
         assert all(torch.allclose(a[name], b[name], atol=1e-9) for name in a)
 
     def test_a_real_model(self, recipe, shared, tmp_path):
-        """stories260K: its own tokenizer, data prepared with it, and its loss stays what it was."""
+        """stories260K, with data prepared by its own tokenizer: its loss stays the same."""
         folder = shared / "data" / "models" / "stories260K"
         stories = shared / "data" / "corpora" / "stories" / "validation.jsonl.gz"
         data = tmp_path / "data"
         prepare([str(stories)], folder, data, validation_fraction=0.1, workers=1, progress=False)
         config = json.loads((folder / "config.json").read_text())
-        keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
-                "rms_norm_eps", "tie_word_embeddings")  # fmt: skip
+        keys = (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "intermediate_size",
+            "rms_norm_eps",
+            "tie_word_embeddings",
+        )
         overrides = yaml.safe_dump({key: config[key] for key in keys}, default_flow_style=True).strip()
-        output = run(recipe, f"model.init_from={folder}", f"model.overrides={overrides}", f"data.tokenizer={folder}",
-                     f"data.sources=[{{path: {data}, weight: 1}}]", "schedule.peak=1e-6", "schedule.floor=0")  # fmt: skip
+        output = run(
+            recipe,
+            f"model.init_from={folder}",
+            f"model.overrides={overrides}",
+            f"data.tokenizer={folder}",
+            f"data.sources=[{{path: {data}, weight: 1}}]",
+            "schedule.peak=1e-6",
+            "schedule.floor=0",
+        )
         losses = [row["loss"] for row in read_metrics(output) if "loss" in row]
         assert max(losses) < 3.0, "untrained it would be 6.2: a model that knows stories, from the first step on"
 
     def test_another_architecture(self, recipe, shared):
-        with pytest.raises(InputError, match=r"is another architecture than the recipe's(.|\n)*head_dim: 8 there"):
+        with pytest.raises(InputError, match=r"its architecture differs(.|\n)*head_dim: 8 there"):
             run(
                 recipe,
                 f"model.init_from={shared / 'data' / 'models' / 'stories260K'}",

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, what fits into it, what `--overwrite` must leave, and a disk that is full."""
+"""The folder of a run: its lock, the space that it needs, what `--overwrite` must not remove, and a full disk."""
 
 import errno
 import fcntl
@@ -54,24 +54,22 @@ class TestSpace:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
 
     def parameters(self, output: Path) -> int:
-        return (list_milestones(output)[0] / "model.safetensors").stat().st_size // 4  # and a few for the header
+        return (list_milestones(output)[0] / "model.safetensors").stat().st_size // 4  # plus a few for the header
 
     def test_too_little(self, recipe, monkeypatch):
         self.room(monkeypatch, 2_000_000)
-        with pytest.raises(
-            InputError, match=r"3 checkpoints and 2 milestones that are still to be written take \d MB, 2 MB are"
-        ):
+        with pytest.raises(InputError, match=r"3 checkpoints and 2 milestones need \d MB, and 2 MB are"):
             run(recipe)
         assert not (recipe.parent / "run").exists()
 
     def test_only_what_is_still_to_be_written_is_asked_for(self, recipe, uninterrupted, monkeypatch):
-        """A checkpoint and a milestone are to come: the last two checkpoints may lie there at once with a new one."""
+        """One checkpoint and one milestone remain; two old checkpoints and a new one must fit at the same time."""
         output = run(recipe)
         shutil.rmtree(output / "checkpoints" / "step-12")
         shutil.rmtree(list_milestones(output)[-1])
         one = self.parameters(output)
         self.room(monkeypatch, (2 * BYTES_PER_PARAMETER + 4 - 1) * one)
-        with pytest.raises(InputError, match="2 checkpoints and 1 milestones that are still"):
+        with pytest.raises(InputError, match="2 checkpoints and 1 milestones need"):
             run(recipe)
         self.room(monkeypatch, (2 * BYTES_PER_PARAMETER + 4) * one)
         assert_same_run(run(recipe), uninterrupted)
@@ -80,7 +78,7 @@ class TestSpace:
         run(recipe)
         self.room(monkeypatch, 0)
         run(recipe)
-        assert "finished: nothing is left to do" in capsys.readouterr().out
+        assert "the run is finished" in capsys.readouterr().out
 
     def test_what_overwrite_removes_counts_as_free(self, recipe, monkeypatch):
         output = run(recipe, "milestones.keep_training_state=true")
@@ -99,7 +97,7 @@ class TestOverwrite:
         before = sorted(base.rglob("*"))
         branch = f"branch={{from: {list_milestones(base)[0]}, schedule: continue}}"
         for overwrite in (True, False):
-            with pytest.raises(InputError, match=r"branch.from .*: lies in output_dir .* choose another output_dir"):
+            with pytest.raises(InputError, match=r"branch.from .*: is in output_dir .*another output_dir"):
                 run(recipe, branch, overwrite=overwrite)
         assert sorted(base.rglob("*")) == before
 
@@ -115,13 +113,13 @@ class TestOverwrite:
             "data.sources.0.path": f"data.sources=[{{path: {base / 'data'}, weight: 1}}]",
         }[key]
         before = sorted(base.rglob("*"))
-        with pytest.raises(InputError, match=rf"{key} .*: lies in output_dir .*, which --overwrite would remove"):
+        with pytest.raises(InputError, match=rf"{key} .*: is in output_dir .*, which --overwrite would remove"):
             run(recipe, override, overwrite=True)
         assert sorted(base.rglob("*")) == before
 
 
 def test_word_of_a_requested_stop(recipe, uninterrupted):
-    """While the run waits to go on, and no longer."""
+    """Present until the run resumes."""
     with pytest.raises(Stopped):
         run(recipe, hooks=Hooks(after_checkpoint=signal_after(1, signal.SIGTERM)))
     word = recipe.parent / "run" / STOPPED_FILE
@@ -132,7 +130,7 @@ def test_word_of_a_requested_stop(recipe, uninterrupted):
 
 class TestFullDisk:
     def test_of_the_metrics(self, recipe, uninterrupted):
-        """/dev/full refuses every write: one message, the status of a full disk, and the run can go on afterwards."""
+        """/dev/full refuses every write: one message, the exit status of a full disk, and the run can be resumed."""
         script = f"""
 import sys
 from tinyllama_hf.pretrain import metrics

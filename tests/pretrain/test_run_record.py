@@ -1,7 +1,7 @@
-"""`run.json`, and a run of commit 7775f20, which has none: its recipe would be refused today, and it is read all the same.
+"""`run.json`, and a run of commit 7775f20 without one, which can be used although its recipe is no longer valid.
 
-The run in data/run_7775f20 was trained by that commit's recipes/pretrain.py; the expected scores are what its own
-`tinyllama-hf eval` gave.
+The run in data/run_7775f20 was trained with that commit's recipes/pretrain.py. The expected scores are from that
+commit's evaluation.
 """
 
 import json
@@ -30,7 +30,7 @@ FINGERPRINT = "5c7718381b1aa4c8e479b5b6c92a6ac8bc6df4d07f74d0f5c1d354c04d12f6b8"
 
 @pytest.fixture
 def early_run(tmp_path, monkeypatch) -> Path:
-    """A copy of the run of 7775f20, seen from the folder in which it was started, as its recipe names its data."""
+    """A copy of the run of 7775f20; its recipe has paths relative to the working directory."""
     folder = shutil.copytree(Path(__file__).parent / "data" / "run_7775f20", tmp_path / "early")
     monkeypatch.chdir(folder)
     return Path("run")
@@ -63,8 +63,14 @@ def test_an_early_run_is_scored(early_run):
     assert [row["name"] for row in scores["models"]] == NAMES
     assert [row["bits_per_byte"] for row in scores["models"]] == pytest.approx([5.807368393255524, 5.640636664268547])
     counted = {(row["name"], row["step"]): row["bits_per_byte"] for row in scores["baselines"]}
-    assert counted == pytest.approx({("unigram", 6): 4.296213020720292, ("5-gram", 6): 3.4288782690963866,
-                                     ("unigram", 12): 4.271312810424004, ("5-gram", 12): 2.957762571368068})  # fmt: skip
+    assert counted == pytest.approx(
+        {
+            ("unigram", 6): 4.296213020720292,
+            ("5-gram", 6): 3.4288782690963866,
+            ("unigram", 12): 4.271312810424004,
+            ("5-gram", 12): 2.957762571368068,
+        }
+    )
     lines: list[str] = []
     watch(early_run, "cpu", early_run.parent / "scores.json", 0.1, lines.append)
     assert [line.split()[-1] for line in lines] == NAMES
@@ -91,7 +97,7 @@ def test_the_record_of_an_early_run(early_run):
 
 
 def test_an_early_run_without_milestones_or_optional_keys(early_run):
-    """What a recipe of another version may lack, it lacks."""
+    """Its recipe lacks keys that a recipe of another version may lack."""
     shutil.rmtree(early_run / "milestones")
     recipe = yaml.safe_load((early_run / "training.yaml").read_text())
     del recipe["data"]["mixture_changes"], recipe["training"]["batch_changes"], recipe["milestones"]["steps"]
@@ -103,8 +109,8 @@ def test_an_early_run_without_milestones_or_optional_keys(early_run):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, r"run\.json: has format_version 2"),
-        ({"format_version": None}, r"run\.json: has format_version None"),
+        ({"format_version": 2}, r"run\.json: format_version 2"),
+        ({"format_version": None}, r"run\.json: format_version None"),
         ({"milestones": [{"step": 1}]}, r"run\.json: damaged"),
         ({"sources": None}, r"run\.json: damaged"),
         ({"something": 1}, r"run\.json: damaged"),
@@ -123,5 +129,5 @@ def test_a_recipe_that_cannot_be_read(early_run, text):
     (early_run / "training.yaml").write_text(text)
     with pytest.raises(InputError, match=r"training\.yaml: damaged"):
         read_run_record(early_run)
-    with pytest.raises(InputError, match="is not a run"):
+    with pytest.raises(InputError, match="is not a run folder"):
         read_run_record(early_run / "milestones")

@@ -1,4 +1,4 @@
-"""The learning rate at the places that matter, and names and steps of milestones."""
+"""The learning rate at landmarks, and the names and steps of milestones."""
 
 import itertools
 from random import Random
@@ -21,12 +21,12 @@ def config(recipe):
 
 
 def rate_at(tokens: int, config) -> float:
-    """The rate of the step that begins after so many tokens."""
+    """The rate of the step that starts at `tokens`."""
     return learning_rate(config.steps.reaching(tokens) + 1, config)
 
 
 def test_regression_floor_equal_to_peak(config, recipe):
-    """The original's floor equalled its peak, and the rate stayed constant for 0.5T tokens."""
+    """The original's floor equaled its peak, so the rate was constant for 0.5T tokens."""
     step = config.training.tokens_per_step  # 256
     assert rate_at(0, config) == pytest.approx(4e-4 * step / 2560)
     assert rate_at(2560 - 2 * step, config) == pytest.approx(4e-4 * 0.9)
@@ -51,15 +51,32 @@ def test_regression_the_published_schedule():
 
 
 def test_regression_rate_follows_tokens_not_steps(config, recipe):
-    """The original's batch size meant "per node", so that other hardware had another schedule."""
-    other = load_config(recipe, ["training.total_tokens=102400", "schedule.warmup_tokens=2560", "schedule.peak=4e-4",
-                                 "schedule.floor=4e-5", "training.micro_batch_size=1"])  # fmt: skip
+    """The original's batch size was per node, so the schedule depended on the hardware."""
+    other = load_config(
+        recipe,
+        [
+            "training.total_tokens=102400",
+            "schedule.warmup_tokens=2560",
+            "schedule.peak=4e-4",
+            "schedule.floor=4e-5",
+            "training.micro_batch_size=1",
+        ],
+    )
     assert [learning_rate(n, config) for n in range(1, 401)] == [learning_rate(n, other) for n in range(1, 401)]
 
 
 def test_wsd_is_a_trapezoid(recipe):
-    config = load_config(recipe, ["training.total_tokens=102400", "schedule.name=wsd", "schedule.warmup_tokens=2560",
-                                  "schedule.peak=4e-4", "schedule.floor=0", "schedule.decay_tokens=25600"])  # fmt: skip
+    config = load_config(
+        recipe,
+        [
+            "training.total_tokens=102400",
+            "schedule.name=wsd",
+            "schedule.warmup_tokens=2560",
+            "schedule.peak=4e-4",
+            "schedule.floor=0",
+            "schedule.decay_tokens=25600",
+        ],
+    )
     assert rate_at(0, config) == pytest.approx(4e-5)
     assert {learning_rate(n, config) for n in range(10, 302)} == {4e-4}
     assert rate_at(102400 - 12800, config) == pytest.approx(2e-4)
@@ -75,8 +92,16 @@ def test_constant(recipe):
 def test_cooldown_begins_where_the_branch_does_and_ends_at_the_floor(recipe, name):
     floor = "null" if name == "constant" else "1e-4"
     decay = "512" if name == "wsd" else "null"
-    config = load_config(recipe, [f"schedule.name={name}", f"schedule.floor={floor}", f"schedule.decay_tokens={decay}",
-                                  "branch={from: x, schedule: cooldown}", "training.total_tokens=25600"])  # fmt: skip
+    config = load_config(
+        recipe,
+        [
+            f"schedule.name={name}",
+            f"schedule.floor={floor}",
+            f"schedule.decay_tokens={decay}",
+            "branch={from: x, schedule: cooldown}",
+            "training.total_tokens=25600",
+        ],
+    )
     first = learning_rate(51, config, branched_at=12800)
     assert first == learning_rate(51, config.model_copy(update={"branch": None}))
     assert learning_rate(76, config, branched_at=12800) == pytest.approx((first + (config.schedule.floor or 0)) / 2)
@@ -97,13 +122,13 @@ class TestSteps:
         assert Steps(1000, 10, [(100, 10), (1500, 20)]).sizes == [10], "what is not reached, or is no change, is none"
 
     def test_changes_within_one_step(self):
-        """The step of 100 passes both; the size of 10 is never used, and no step is counted backwards."""
+        """The step of 100 passes both changes: the size of 10 is never used, and step numbers do not decrease."""
         steps = Steps(1200, 100, [(1010, 10), (1060, 20)])
         assert [steps.tokens_after(n) for n in (10, 11, 12, 16)] == [1000, 1100, 1120, 1200]
         assert steps.number == 16 and steps.sizes == [100, 20]
 
     def test_any_changes_are_what_a_loop_over_the_steps_gives(self):
-        """Against the definition: each step takes the last change that its beginning has passed."""
+        """Compared with the definition: each step has the size of the last change at or before its start."""
         random = Random(0)
         for _ in range(100):
             total, size = random.randint(1, 400), random.randint(1, 120)
@@ -141,7 +166,7 @@ def test_names_are_tinyllamas():
 
 
 def test_steps_are_written_in_thousands_from_ten_thousand_on():
-    """Below, thousands would hide which step it was."""
+    """Below 10 000, thousands would not identify the step."""
     steps = Steps(20_000 * 1024, 1024)
     names = milestone_names([1_500, 9_999, 20_000], steps)
     assert list(names.values()) == ["step-1500-token-2M", "step-9999-token-10M", "step-20k-token-20M"]
@@ -150,7 +175,10 @@ def test_steps_are_written_in_thousands_from_ten_thousand_on():
 
 def test_small_names_keep_apart():
     assert list(milestone_names([147, 293, 440, 586], Steps(1_200_000, 2048)).values()) == [
-        "step-147-token-0.3M", "step-293-token-0.6M", "step-440-token-0.9M", "step-586-token-1.2M",
-    ]  # fmt: skip
+        "step-147-token-0.3M",
+        "step-293-token-0.6M",
+        "step-440-token-0.9M",
+        "step-586-token-1.2M",
+    ]
     names = milestone_names([1, 2], Steps(512, 256)).values()
     assert len(set(names)) == 2 and "step-1-token-0.0003M" in names

@@ -1,4 +1,4 @@
-"""Runs that are asked to stop, or killed without being asked."""
+"""Runs that are stopped by a signal, or killed."""
 
 import contextlib
 import random
@@ -23,7 +23,7 @@ class TestSignals:
     def test_saves_stops_and_goes_on(self, recipe, uninterrupted, number):
         hooks = Hooks(after_checkpoint=signal_after(1, number))
         with pytest.raises(
-            Stopped, match=rf"{signal.Signals(number).name} after step 5 \(1,280 tokens\).*step-5 is written"
+            Stopped, match=rf"{signal.Signals(number).name} after step 5 \(1,280 tokens\).*resumes from .*step-5"
         ):
             run(recipe, hooks=hooks)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "handlers are given back"
@@ -36,7 +36,7 @@ class TestSignals:
         process.send_signal(signal.SIGTERM)
         printed = process.communicate(timeout=60)[0]
         assert process.returncode == 75, printed
-        assert "the same command goes on from it" in printed
+        assert "The same command resumes from" in printed
 
     HANGS = {
         "in a step that never ends": "while True: time.sleep(1)",
@@ -46,7 +46,7 @@ class TestSignals:
 
     @pytest.mark.parametrize("hangs", HANGS.values(), ids=HANGS)
     def test_a_second_signal_ends_it_at_once(self, recipe, hangs):
-        """Wherever it is; but one request that arrives twice is one request."""
+        """At any point; but signals within 3 s count as one request."""
         script = f"""
 import threading, time
 import torch.distributed as dist
@@ -71,12 +71,12 @@ pretrain(load_config({str(recipe)!r}), hooks=Hooks(after_checkpoint=never_ends))
         time.sleep(3)
         process.send_signal(signal.SIGTERM)
         assert process.wait(5) == 128 + signal.SIGTERM
-        said = "SIGTERM: finishing the step and writing a checkpoint; a second one ends at once\n"
+        said = "SIGTERM: finishing the step and writing a checkpoint. A second signal ends the run at once.\n"
         assert process.stdout.read().count(said) == 1
 
     @pytest.mark.slow
     def test_through_torchs_launcher(self, recipe, tmp_path):
-        """SIGTERM to the launcher and to one of its processes too, as Slurm sends it: both processes save and go on."""
+        """SIGTERM to the launcher and to one of its processes, as Slurm sends it: both processes save, and resume."""
         settings = ["training.total_tokens=51_200", "milestones.tokens=[]", "training.micro_batch_size=2"]
         whole = run_launched(recipe, tmp_path, *settings, f"output_dir={tmp_path / 'whole'}")
         assert whole.wait(300) == 0
@@ -86,7 +86,7 @@ pretrain(load_config({str(recipe)!r}), hooks=Hooks(after_checkpoint=never_ends))
             member.send_signal(signal.SIGTERM)
         assert process.wait(60) != 0
         printed = (tmp_path / "log.txt").read_text()
-        assert "stopped: SIGTERM after step" in printed and "the same command goes on from it" in printed
+        assert "stopped: SIGTERM after step" in printed and "The same command resumes from" in printed
         assert run_launched(recipe, tmp_path, *settings).wait(300) == 0
         assert_same_run(recipe.parent / "run", tmp_path / "whole")
 
@@ -99,10 +99,15 @@ def start(recipe: Path, folder: Path, *overrides: str) -> subprocess.Popen:
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_kill_anywhere(recipe, tmp_path, processes):
-    """SIGKILL five times, once during a checkpoint's write and else at random; weights and metrics as if nothing had been."""
-    settings = ["training.total_tokens=102_400", "milestones.tokens=[30_000, 70_000]", "checkpoints.every_tokens=5120",
-                "validation.every_tokens=20_480", "model.overrides={hidden_size: 256, num_attention_heads: 4}",
-                "training.micro_batch_size=2"]  # fmt: skip
+    """SIGKILL five times, once during the write of a checkpoint: same weights and metrics as without."""
+    settings = [
+        "training.total_tokens=102_400",
+        "milestones.tokens=[30_000, 70_000]",
+        "checkpoints.every_tokens=5120",
+        "validation.every_tokens=20_480",
+        "model.overrides={hidden_size: 256, num_attention_heads: 4}",
+        "training.micro_batch_size=2",
+    ]
 
     def launch(output: Path) -> subprocess.Popen:
         return run_launched(recipe, tmp_path, *settings, f"output_dir={output}", processes=processes)
@@ -129,7 +134,7 @@ def test_kill_anywhere(recipe, tmp_path, processes):
 
 
 def kill_all(process: subprocess.Popen) -> None:
-    """SIGKILL to the launcher and its workers, which run in sessions of their own."""
+    """Sends SIGKILL to the launcher and its workers, which run in separate sessions."""
     family = psutil.Process(process.pid)
     for member in [family, *family.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -138,7 +143,7 @@ def kill_all(process: subprocess.Popen) -> None:
 
 
 def wait_until_it_moves(metrics: Path, process: subprocess.Popen) -> None:
-    """Until the resumed run has written a row of its own."""
+    """Waits until the resumed run has written a row."""
     before = metrics.stat().st_mtime_ns if metrics.exists() else 0
     while (metrics.stat().st_mtime_ns if metrics.exists() else 0) == before:
         assert process.poll() is None
@@ -146,7 +151,7 @@ def wait_until_it_moves(metrics: Path, process: subprocess.Popen) -> None:
 
 
 def wait_for_a_write(folder: Path, process: subprocess.Popen) -> int:
-    """Until a checkpoint lies under its temporary name with a part written."""
+    """Waits until a checkpoint is partly written, under its temporary name."""
     while process.poll() is None:
         if any(folder.glob(".step-*.tmp/*")):
             return 1

@@ -1,4 +1,4 @@
-"""`recipes/slurm/pretrain.sbatch` with stand-ins for Slurm's commands and the launcher: when the job is queued again."""
+"""`recipes/slurm/pretrain.sbatch` with fake Slurm commands and a fake launcher: when it requeues the job."""
 
 import os
 import subprocess
@@ -19,16 +19,23 @@ COMMANDS = {
 
 
 def submit(folder: Path, *arguments: str, run: str) -> subprocess.CompletedProcess:
-    """The batch script, where the launch is the shell command `run`."""
+    """Runs the batch script, with the shell command `run` as its launch."""
     bin_folder = folder / "venv" / "bin"
     bin_folder.mkdir(parents=True)
     for name, text in COMMANDS.items():
         (bin_folder / name).write_text(f"#!/bin/sh\n{text}\n")
         (bin_folder / name).chmod(0o755)
     (bin_folder / "activate").write_text(f'PATH="{bin_folder}:{Path(sys.executable).parent}:$PATH"\n')
-    variables = {"VENV": str(folder / "venv"), "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_ID": "7", "SLURM_NNODES": "1",
-                 "SLURM_NODEID": "0", "OUTPUT": str(folder / "elsewhere" / "run"), "RUN": run,
-                 "PYTHONPATH": str(ROOT)}  # fmt: skip
+    variables = {
+        "VENV": str(folder / "venv"),
+        "SLURM_JOB_NODELIST": "node1",
+        "SLURM_JOB_ID": "7",
+        "SLURM_NNODES": "1",
+        "SLURM_NODEID": "0",
+        "OUTPUT": str(folder / "elsewhere" / "run"),
+        "RUN": run,
+        "PYTHONPATH": str(ROOT),
+    }
     script = ROOT / "recipes" / "slurm" / "pretrain.sbatch"
     return subprocess.run(
         ["bash", str(script), *arguments], cwd=folder, env=os.environ | variables, capture_output=True, text=True
@@ -39,11 +46,11 @@ def submit(folder: Path, *arguments: str, run: str) -> subprocess.CompletedProce
     ("run", "status", "is_requeued"),
     [
         (f'touch "$OUTPUT/{STOPPED_FILE}"; exit 1', 1, True),
-        ("exit 1", 1, False),  # an error, beside what an earlier job left
-        (f'touch other/run/{STOPPED_FILE}; exit 1', 1, False),  # another run of the same folder
+        ("exit 1", 1, False),  # an error, after an earlier job was stopped
+        (f"touch other/run/{STOPPED_FILE}; exit 1", 1, False),  # another run of the same folder
         ("exit 0", 0, False),
     ],
-)  # fmt: skip
+)
 def test_queued_again_if_this_run_was_asked_to_stop(recipe, tmp_path, run, status, is_requeued):
     output = tmp_path / "elsewhere" / "run"
     for folder in (output, tmp_path / "other" / "run" / "checkpoints" / "step-9"):

@@ -1,4 +1,4 @@
-"""An optimiser step and the state that it leaves: which steps count, and what a checkpoint brings back."""
+"""An optimizer step and its state: which steps are skipped, and what a checkpoint restores."""
 
 import math
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from tinyllama_hf.pretrain.step import SPIKE_WINDOW, TrainStep
 
 
 def train_step(recipe, make_model, *overrides: str) -> TrainStep:
-    opened = setup.open_run(load_config(recipe, ["training.micro_batch_size=8", *overrides]))
+    opened = setup.open_pretrain_run(load_config(recipe, ["training.micro_batch_size=8", *overrides]))
     model = make_model(opened.model_config)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     return TrainStep(opened.config, opened.mixture, Accelerator(), model, optimizer)
@@ -40,7 +40,7 @@ class Scripted(torch.nn.Module):
 
 
 class TestSpikes:
-    """Losses of 1 and 3 in turns: mean 2, standard deviation 1, so that three deviations end at 5."""
+    """Losses alternate between 1 and 3: mean 2, standard deviation 1, so three deviations end at 5."""
 
     USUAL = torch.tensor([1.0, 3.0]).repeat(SPIKE_WINDOW // 2)
 
@@ -65,8 +65,10 @@ class TestSpikes:
         assert step.losses[:4].tolist() == pytest.approx([2.0, 2.0, 4.95, 3.0]), "the spike is no usual loss"
         assert step.counted == SPIKE_WINDOW + 3
 
-    @pytest.mark.parametrize(("sigma", "loss", "is_left_out"), [("3.0", 4.9, False), ("3.0", 5.1, True), ("6.0", 7.9, False),
-                                                                 ("6.0", 8.1, True), ("null", 1000.0, False)])  # fmt: skip
+    @pytest.mark.parametrize(
+        ("sigma", "loss", "is_left_out"),
+        [("3.0", 4.9, False), ("3.0", 5.1, True), ("6.0", 7.9, False), ("6.0", 8.1, True), ("null", 1000.0, False)],
+    )
     def test_the_limit_is_so_many_deviations_above_the_mean(self, recipe, sigma, loss, is_left_out):
         moved, step = self.steps(recipe, [loss], sigma)
         assert moved == [not is_left_out] and step.skipped == is_left_out
@@ -77,8 +79,8 @@ class TestSpikes:
 
 
 @pytest.mark.parametrize("has_trained", [False, True], ids=["fresh", "trained"])
-def test_a_checkpoint_brings_back_all_that_decides_later_steps(recipe, tmp_path, has_trained):
-    """Into a model with other weights, and moments and guards of its own or none."""
+def test_a_checkpoint_restores_the_whole_state(recipe, tmp_path, has_trained):
+    """Into a model with other weights, with or without moments and guards."""
     sigma = "training.skip_spikes_sigma=0.5"
     saved, other = (train_step(recipe, TinyLlamaForCausalLM, sigma) for _ in range(2))
     for number in (1, 2, 3):

@@ -1,7 +1,7 @@
-"""Model FLOPs utilisation, the table of devices, the times of a run, and what is measured on the spot.
+"""Model FLOPs utilization, the table of devices, the times of a run, and measured rates.
 
-The table is checked against TinyLlama's published speed and against relations that hold between the devices; times against
-a clock that the tests move.
+The table is checked against TinyLlama's published speed and against relations that hold between the devices; times
+against a clock that the tests move.
 """
 
 import pytest
@@ -18,13 +18,13 @@ from tinyllama_hf.pretrain.metrics import read_metrics
 from tinyllama_hf.pretrain.throughput import measure_matmul_flops, model_flops_utilization, peak_memory_bytes
 
 
-# GFLOP a token of the 1.1b model at 2048: without the input embedding, and counting every parameter.
+# GFLOP per token of the 1.1b model at 2048: without the input embedding, and counting every parameter.
 WITHOUT_EMBEDDING, ALL = 7.314e9, 7.708e9
 
 
 class TestUtilization:
     def test_tinyllamas_published_figure(self):
-        """24 000 tokens/s on an A100 are 56 % in the one convention and 59 % in the other."""
+        """24 000 tokens/s on an A100 are 56 % by one convention and 59 % by the other."""
         assert model_flops_utilization(24_000, WITHOUT_EMBEDDING, "NVIDIA A100-SXM4-40GB") == pytest.approx(
             0.56, abs=0.005
         )
@@ -43,7 +43,7 @@ class TestUtilization:
 
     @pytest.mark.parametrize("name", [None, "", "NVIDIA H300", "NVIDIA H200 MIG 1g.18gb", "AMD Instinct MI300X"])
     def test_unknown_device(self, name):
-        """A slice of a device, too, is another device."""
+        """A slice of a device is a different device."""
         assert model_flops_utilization(1e4, ALL, name) is None
 
 
@@ -59,7 +59,7 @@ class TestDevices:
             assert known_device(device.name) is device
 
     def test_rates_are_dense_with_fp32_accumulation(self):
-        """Twice and four times as much is printed on the boxes of GeForce: with fp16 accumulation, and with sparsity."""
+        """Boxes of GeForce cards state two and four times this rate: with fp16 accumulation, and with sparsity."""
         assert DEVICES["3090"].flops == pytest.approx(142e12 / 2)
         assert DEVICES["4090"].flops == pytest.approx(660.6e12 / 4, rel=1e-3)
         assert DEVICES["5090"].flops == pytest.approx(838e12 / 4, rel=1e-3)
@@ -84,7 +84,7 @@ class TestDevices:
 
 
 class Clock:
-    """Stands for `time`, and moves only when told to."""
+    """Replaces `time`, and advances only on request."""
 
     now = 0.0
 
@@ -94,7 +94,7 @@ class Clock:
 
 class TestTimeOfARun:
     def test_pauses_are_no_training_and_waiting_for_data_is_counted(self, recipe, monkeypatch):
-        """A step is two micro-batches of 3 ticks for the data and 5 for the model; all else takes hundreds."""
+        """A step is two micro-batches of 3 ticks for the data and 5 for the model; everything else takes hundreds."""
         clock = Clock()
         for module in (loop, step):
             monkeypatch.setattr(module, "time", clock)
@@ -122,7 +122,7 @@ class TestTimeOfARun:
 class TestMeasured:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_matmul_rate_is_that_of_the_best_product(self, monkeypatch, dtype):
-        """On a clock by which products of 2048 run at 80 GFLOP/s, the others at 20, and the first of a size at half of that."""
+        """On a fake clock: products of 2048 run at 80 GFLOP/s, others at 20, the first of a size at half of that."""
         clock, products = Clock(), []
 
         def mm(left, right, out):

@@ -1,4 +1,4 @@
-"""Trackers through accelerate: what is logged can be read back, also across a resume."""
+"""Trackers through accelerate: logged values can be read back, also after a resume."""
 
 import importlib.util
 import json
@@ -23,7 +23,7 @@ from tinyllama_hf.pretrain.signals import Stopped
 
 
 def scalars(run: Path, name: str) -> list[tuple[int, float]]:
-    """Steps and values that tensorboard shows, in its order."""
+    """The steps and values that tensorboard shows, in its order."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run / "tinyllama_hf"))
@@ -32,7 +32,7 @@ def scalars(run: Path, name: str) -> list[tuple[int, float]]:
 
 
 def train_and_resume(recipe: Path, tracker: str, folder: Path) -> Path:
-    """A run that is stopped and goes on, each in a process of its own; `-c` so that the first one is sent its signal."""
+    """A stopped and resumed run, in two processes; the first one, with `-c`, sends itself a signal."""
     code = (
         "import sys, signal; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path\n"
@@ -87,7 +87,7 @@ def test_tensorboard_shows_a_step_once_that_a_killed_process_had_logged(recipe, 
 
 @pytest.mark.slow
 def test_wandb_goes_on_in_the_same_run(recipe, tmp_path):
-    """Offline, two folders of one id, which `wandb sync` joins; in the run's folder, not where the command was given."""
+    """Offline: two folders with one id, which `wandb sync` joins, in the folder of the run."""
     pytest.importorskip("wandb")
     run = train_and_resume(recipe, "wandb", tmp_path)
     run_id = json.loads((run / RUN_ID_FILE).read_text())["id"]
@@ -146,7 +146,7 @@ def test_wandb_without_a_login_is_bad_input(recipe, tmp_path):
 
 
 def test_a_run_that_is_overwritten_begins_another(recipe):
-    """By wandb's id: within the old run it would throw the new rows away, whose steps it has."""
+    """By another id: wandb discards rows of steps that the old run already has."""
     pytest.importorskip("tensorboard")
     config = load_config(recipe, ["logging.trackers=[tensorboard]"])
     file = Path(config.output_dir) / RUN_ID_FILE
@@ -160,7 +160,7 @@ def test_a_run_that_is_overwritten_begins_another(recipe):
 
 
 def test_settings_name_no_place_of_this_machine(recipe, tmp_path, monkeypatch):
-    """Some trackers send them elsewhere."""
+    """Some trackers upload them."""
     sent = {}
     monkeypatch.setattr(Accelerator, "init_trackers", lambda self, project, settings, **_: sent.update(settings))
     config = load_config(recipe, ["logging.trackers=[tensorboard]"])

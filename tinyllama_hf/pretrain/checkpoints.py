@@ -1,9 +1,9 @@
-"""Rolling checkpoints: what a stopped run goes on from, bit for bit.
+"""Rolling checkpoints, from which a stopped run resumes bit for bit.
 
-A checkpoint is a folder `checkpoints/step-N` of files from torch.distributed.checkpoint (model and optimiser, in whatever
-parts the processes hold, loadable by any other number of processes) and `checkpoint.json`, which says what they are and
-lists their sizes and checksums. It is written under a temporary name, synchronised to the disk and renamed: whatever bears
-the name is complete.
+A checkpoint is a folder `checkpoints/step-N`. It holds the files of torch.distributed.checkpoint (model and optimizer,
+sharded as the processes hold them, loadable by any other number of processes) and `checkpoint.json`, which describes
+them and lists their sizes and checksums. It is written under a temporary name, synced to the disk and renamed, so a
+folder with the final name is complete.
 """
 
 import contextlib
@@ -28,62 +28,57 @@ from .step import TrainStep
 
 
 CHECKPOINTS_FOLDER = "checkpoints"
-TRAINING_STATE_FOLDER = "training_state"  # beside the milestones: what a branch begins with
+TRAINING_STATE_FOLDER = "training_state"  # next to the milestones: the state that a branch starts from
 RECORD_FILE = "checkpoint.json"
 FORMAT_VERSION = 1
-_RECORD = {"files": dict, "step": int, "tokens": int, "identity": dict, "arithmetic": dict}  # what a reader relies on
+_RECORD = {"files": dict, "step": int, "tokens": int, "identity": dict, "arithmetic": dict}  # required keys
 BYTES_PER_PARAMETER = 12  # weight and two moments, all fp32
 
 
 class FullDiskError(RuntimeError):
-    """Something of a run could not be written, as a rule because the disk is full; the checkpoints before it are whole."""
+    """A file of a run could not be written, usually because the disk is full. Earlier checkpoints are intact."""
 
     def __init__(self, path: Path, reason: str):
         super().__init__(
-            f"{path}: could not be written ({reason}); the checkpoints before it are whole. On a full disk make room, or "
-            "lower checkpoints.keep; then give the same command again"
+            f"{path}: could not be written ({reason}). Earlier checkpoints are intact. If the disk is full, free "
+            "space or lower checkpoints.keep, then run the same command again."
         )
 
 
 @contextlib.contextmanager
-def full_disk_says(path: Path) -> Iterator[None]:
-    """Turns what a failed write raises into a [`FullDiskError`]."""
+def translate_write_errors(path: Path) -> Iterator[None]:
+    """Turns the error of a failed write into a [`FullDiskError`]."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise FullDiskError(path, reason(error)) from error
-
-
-def reason(problem: BaseException) -> str:
-    """The cause of a failed write in a line."""
-    return " ".join(f"{type(problem).__name__}: {problem}".split())[:300]
+        raise FullDiskError(path, one_line(error)) from error
 
 
 class AnotherVersionError(InputError):
-    """A checkpoint of a format that this version does not know. It is not damaged, and never removed."""
+    """A checkpoint in a format of another version. It is not damaged, and is never removed."""
 
 
 def write_checkpoint(folder: Path, train_step: TrainStep, record: dict[str, Any]) -> None:
-    """Writes a checkpoint; to be called by all processes.
+    """Writes a checkpoint; a collective call of all processes.
 
     Args:
-        folder (`Path`): where it is to lie; what lies there is replaced.
-        train_step (`TrainStep`): whose model, optimiser and guards are saved.
-        record (`dict`): what `checkpoint.json` says besides the files.
+        folder (`Path`): of the checkpoint; an existing one is replaced.
+        train_step (`TrainStep`): has the model, the optimizer and the guards.
+        record (`dict`): added to `checkpoint.json`.
 
     Raises:
-        FullDiskError: if the disk is full; nothing is left of the new checkpoint then.
+        FullDiskError: if a file cannot be written; the incomplete checkpoint is removed.
     """
     accelerator = train_step.accelerator
     temporary = folder.with_name(f".{folder.name}.tmp")  # the same for all processes; other runs are locked out
     if accelerator.is_main_process:
-        with full_disk_says(folder):
+        with translate_write_errors(folder):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
     problem: BaseException | None = None
     try:
-        with _alone(accelerator) as no_dist:  # synchronises its files, and raises on every process
+        with _no_dist(accelerator) as no_dist:  # syncs its files, and raises on every process
             dcp.save(_state(train_step), checkpoint_id=temporary, no_dist=no_dist)
         if accelerator.is_main_process:
             _complete(temporary, folder, record)
@@ -91,7 +86,7 @@ def write_checkpoint(folder: Path, train_step: TrainStep, record: dict[str, Any]
         problem = _cause(error)
     except OSError as error:
         problem = error
-    failed = [None if problem is None else one_line(problem)]  # of the main process, which the others follow
+    failed = [None if problem is None else one_line(problem)]  # the other processes follow the main one
     if accelerator.num_processes > 1:
         broadcast_object_list(failed)
     if failed[0] is not None:
@@ -107,22 +102,22 @@ def _complete(temporary: Path, folder: Path, record: dict[str, Any]) -> None:
 
 
 def read_checkpoint(folder: Path, train_step: TrainStep) -> None:
-    """Loads a checkpoint into the model, the optimiser and the guards; to be called by all processes.
+    """Loads a checkpoint into the model, the optimizer and the guards; a collective call of all processes.
 
-    The optimiser keeps its settings, which a branch may have changed: only tensors are read.
+    Only tensors are read. The optimizer keeps its settings, which a branch may have changed.
 
     Raises:
-        InputError: if the files are not a checkpoint of this model. Nothing that they name is run.
+        InputError: if the files are not a checkpoint of this model. No code that they name is run.
     """
     state = _state(train_step)
     settings = state["optimizer"].pop("param_groups")
     reader = CheckpointReader(folder)
     try:
-        with _alone(train_step.accelerator) as no_dist:  # fills every tensor in place, also those of the guards
+        with _no_dist(train_step.accelerator) as no_dist:  # fills all tensors in place, including the guards
             dcp.load(state, storage_reader=reader, planner=TensorPlanner(), no_dist=no_dist)
     except CheckpointException as error:
         raise InputError(
-            f"{folder}: cannot be loaded ({one_line(_cause(error))}); it is not a checkpoint that this run can resume from"
+            f"{folder}: cannot be loaded ({one_line(_cause(error))}). The run cannot resume from this checkpoint."
         ) from error
     set_state_dict(
         train_step.model,
@@ -133,13 +128,13 @@ def read_checkpoint(folder: Path, train_step: TrainStep) -> None:
 
 
 def _cause(error: CheckpointException) -> BaseException:
-    """What happened on the first process that failed; the exception itself is not an `Exception`."""
+    """The error of the first process that failed. (torch's `CheckpointException` is not an `Exception`.)"""
     return next(iter(error.failures.values()))[0]
 
 
 @contextlib.contextmanager
-def _alone(accelerator: Accelerator) -> Iterator[bool]:
-    """Whether there is one process, without torch's warning that there is."""
+def _no_dist(accelerator: Accelerator) -> Iterator[bool]:
+    """Gives `no_dist`, which is true for a single process, and hides torch's warning about it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield accelerator.num_processes == 1
@@ -150,11 +145,16 @@ def _state(train_step: TrainStep) -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer, "guards": train_step.state()}
 
 
-def prune(run: Path, keep: int, step: int) -> None:
-    """Removes all but the newest checkpoints up to a step, and what a killed process left under temporary names.
+def prune_checkpoints(run: Path, keep: int, step: int) -> None:
+    """Removes all but the newest checkpoints up to a step, and temporary folders of killed processes.
 
-    What lies beyond the step of a run that goes on is damaged, and must not count among those that are kept. What another
-    version of this package wrote is whole, and not for this one to remove.
+    Checkpoints after the step from which a run resumes are damaged, and do not count among those that are kept.
+    Checkpoints of another version of this package are intact, and are not removed.
+
+    Args:
+        run (`Path`): folder of the run.
+        keep (`int`): checkpoints to keep.
+        step (`int`): the last good one.
     """
     folder = run / CHECKPOINTS_FOLDER
     by_age = [*reversed(list_checkpoints(run))]
@@ -167,26 +167,26 @@ def prune(run: Path, keep: int, step: int) -> None:
         shutil.rmtree(path)
 
 
-def newest_complete(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint of a run whose files are all as they were written, and what is wrong with newer ones.
+def newest_intact_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest undamaged checkpoint of a run, and one message per damaged newer one.
 
     Raises:
-        AnotherVersionError: if a newer one was written by another version: the run is further than this one can see.
+        AnotherVersionError: if another version wrote a newer checkpoint, which this one cannot read.
     """
     complaints = []
     for path in reversed(list_checkpoints(run)):
-        problem = damage(path)
+        problem = find_damage(path)
         if problem is None:
             return path, complaints
-        complaints.append(f"checkpoint {path.name} is damaged ({problem}), taking the one before it")
+        complaints.append(f"checkpoint {path.name} is damaged ({problem}); using the previous one")
     return None, complaints
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, `None` if nothing is.
+def find_damage(checkpoint: Path) -> str | None:
+    """Describes the damage of a checkpoint, or returns `None` if all files are as they were written.
 
     Raises:
-        AnotherVersionError: if another version wrote it, which is no damage.
+        AnotherVersionError: if another version wrote it.
     """
     try:
         record = read_record(checkpoint)
@@ -199,7 +199,7 @@ def damage(checkpoint: Path) -> str | None:
         if not path.is_file():
             return f"{name} is missing"
         if _size_and_checksum(path) != expected:
-            return f"{name} has other contents than were written"
+            return f"{name} has changed since it was written"
     return None
 
 
@@ -217,13 +217,13 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
     version = record.get("format_version") if isinstance(record, dict) else None
     if isinstance(version, int) and version != FORMAT_VERSION:
         raise AnotherVersionError(
-            f"{path}: has format_version {version}, and this version of tinyllama_hf reads {FORMAT_VERSION}; go on with the "
-            "version that wrote it, or choose another output_dir"
+            f"{path}: format_version {version} is not supported; this version of tinyllama_hf reads {FORMAT_VERSION}. "
+            "Resume with the version that wrote it, or choose another output_dir."
         )
     if version != FORMAT_VERSION or any(not isinstance(record.get(key), kind) for key, kind in _RECORD.items()):
-        raise InputError(f"{path}: damaged, it lacks one of {', '.join(_RECORD)}")
+        raise InputError(f"{path}: damaged; it must have the keys {', '.join(_RECORD)}")
     if outside := [name for name in record["files"] if Path(name).name != name]:
-        raise InputError(f"{path}: names {outside[0]!r}, which is outside of the checkpoint")
+        raise InputError(f"{path}: names {outside[0]!r}, which is outside the checkpoint")
     return record
 
 
@@ -238,7 +238,7 @@ def _is_of_another_version(checkpoint: Path) -> bool:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run, whole or not, by number: as text, step-960000 would come after step-1000000."""
+    """The checkpoints of a run, damaged ones included, in the order of their steps (a number, not a string)."""
     found = [path for path in (run / CHECKPOINTS_FOLDER).glob("step-*") if path.name[5:].isdigit()]
     return sorted(found, key=_step)
 
@@ -248,7 +248,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def _size_and_checksum(path: Path) -> list[int]:
-    """Guards against damage, not against malice."""
+    """Detects damage, not manipulation."""
     checksum, size = 0, 0
     with path.open("rb") as stream:
         while block := stream.read(1 << 22):
@@ -257,5 +257,5 @@ def _size_and_checksum(path: Path) -> list[int]:
 
 
 def size_in_words(num_bytes: float) -> str:
-    """`13.2 GB`, and below one GB `45 MB`."""
+    """Formats a size: `13.2 GB`, or below one GB `45 MB`."""
     return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.0f} MB"

@@ -1,4 +1,4 @@
-"""The recipe of a pretraining run. Every quantity of data is in tokens; the rules between keys are in `rules.py`."""
+"""The schema of a pretraining recipe. Amounts of data are in tokens; rules between keys are in `rules.py`."""
 
 import os
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class ModelSection(Section):
 
     preset: str
     overrides: dict[str, Any] = Field(default_factory=dict)
-    init_from: str | None = None  # a Llama whose weights the run begins with; the token count begins at 0
+    init_from: str | None = None  # a Llama that provides the initial weights; the token count starts at 0
 
 
 class SourceSection(Section):
@@ -38,7 +38,7 @@ class SourceSection(Section):
 
 
 class MixtureChange(Section):
-    """New shares of the sources, reached linearly over `ramp_tokens` from `from_tokens` on."""
+    """New weights of the sources, reached linearly over `ramp_tokens` tokens from `from_tokens` on."""
 
     from_tokens: int = Field(gt=0)
     ramp_tokens: int = Field(ge=0)
@@ -46,7 +46,7 @@ class MixtureChange(Section):
 
 
 class DataSection(Section):
-    """What is read, in what shape."""
+    """The training data and the length of its sequences."""
 
     tokenizer: str
     sources: list[SourceSection] = Field(min_length=1)
@@ -56,10 +56,10 @@ class DataSection(Section):
 
 
 class ScheduleSection(Section):
-    """Learning rate: linear warm-up to `peak`, then by name.
+    """Learning rate: linear warm-up to `peak`, then one of three shapes.
 
-    `cosine` falls to `floor` at the last token; `wsd` stays and falls linearly to `floor` over the last `decay_tokens`;
-    `constant` stays.
+    `cosine` decays to `floor` at the last token; `wsd` stays at `peak` and decays linearly to `floor` over the last
+    `decay_tokens`; `constant` stays at `peak`.
     """
 
     name: Literal["cosine", "wsd", "constant"]
@@ -70,7 +70,7 @@ class ScheduleSection(Section):
 
 
 class OptimizerSection(Section):
-    """AdamW on every parameter, norms and embeddings included, as TinyLlama."""
+    """AdamW with weight decay on every parameter, including norms and embeddings, as in TinyLlama."""
 
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
     eps: float = Field(gt=0)
@@ -79,14 +79,14 @@ class OptimizerSection(Section):
 
 
 class BatchChange(Section):
-    """Another batch from the first step on that begins with `from_tokens` seen; of several that one step passes, the last."""
+    """A new batch size, from the first step that starts at or after `from_tokens`; the last one if several apply."""
 
     from_tokens: int = Field(gt=0)
     tokens_per_step: int = Field(gt=0)
 
 
 class TrainingSection(Section):
-    """How long, in what batches, with what arithmetic."""
+    """Length, batch size and numerics of the run."""
 
     total_tokens: int = Field(gt=0)
     tokens_per_step: int = Field(gt=0)
@@ -97,51 +97,51 @@ class TrainingSection(Section):
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex"] = "sdpa"
     kernels: Literal["none", "liger"] = "none"
     activation_checkpointing: bool = False
-    deterministic: bool = False  # CUDA: algorithms that give the same bits each time
+    deterministic: bool = False  # CUDA: use deterministic algorithms
     skip_spikes_sigma: float | None = Field(default=None, gt=0)
     seed: Seed
 
 
 class MilestonesSection(Section):
-    """Where a complete model folder is written: at the first step that reaches each count, and at the last step."""
+    """When a complete model folder is written: at the first step that reaches each count, and at the last step."""
 
     tokens: list[int] = Field(default_factory=list)
     steps: list[int] = Field(default_factory=list)
-    keep_training_state: bool = False  # keeps the optimiser beside each, for `branch`
+    keep_training_state: bool = False  # also keep the optimizer state of each, for `branch`
 
 
 class CheckpointsSection(Section):
-    """What a run that was stopped goes on from; the last `keep` stay."""
+    """Rolling checkpoints, from which a stopped run resumes; the last `keep` are kept."""
 
     every_tokens: int = Field(gt=0)
     keep: int = Field(ge=1)
 
 
 class BranchSection(Section):
-    """A fork of another run at one of its milestones that kept its training state."""
+    """Starts from a milestone of another run that kept its training state."""
 
     model_config = ConfigDict(populate_by_name=True)
 
-    from_: str = Field(alias="from")  # the milestone's folder
+    from_: str = Field(alias="from")  # folder of the milestone
     schedule: Literal["cooldown", "continue"]
 
 
 class ValidationSection(Section):
-    """Loss on held-out blocks, every so many tokens and at the end."""
+    """Loss on held-out blocks, every `every_tokens` tokens and at milestones."""
 
     every_tokens: int = Field(gt=0)
     max_tokens: int = Field(gt=0)
 
 
 class LoggingSection(Section):
-    """A row of `metrics.jsonl` and a move of the progress bar; the same rows to trackers."""
+    """How often a row is written to `metrics.jsonl` and the trackers, and the progress bar moves."""
 
     every_steps: int = Field(gt=0)
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
 
 
 class PretrainConfig(Section):
-    """A whole recipe."""
+    """A complete recipe."""
 
     output_dir: str
     resume: Literal["auto", "never"] = "auto"
@@ -161,13 +161,13 @@ class PretrainConfig(Section):
 
     @cached_property
     def steps(self) -> Steps:
-        """Which optimiser step begins with how many tokens seen."""
+        """The optimizer steps, and the tokens seen before and after each."""
         training = self.training
         changes = [(change.from_tokens, change.tokens_per_step) for change in training.batch_changes]
         return Steps(training.total_tokens, training.tokens_per_step, changes)
 
     def sequences(self, step: int) -> int:
-        """Blocks of an optimiser step, all processes together."""
+        """Sequences per optimizer step, all processes together."""
         return self.steps.tokens_of(step) // self.data.sequence_length
 
 

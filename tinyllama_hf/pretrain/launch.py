@@ -1,6 +1,6 @@
-"""How a run meets its devices: accelerate, sharding, attention, kernels, compilation.
+"""Sets up a run on its devices: accelerate, sharding, attention, kernels, compilation.
 
-What a recipe asks for and the machine cannot do is an error, never another way of doing it.
+A setting that the machine does not support is an error; there is no fallback.
 """
 
 import datetime
@@ -26,31 +26,31 @@ if TYPE_CHECKING:  # benchmarks/gpu runs this where pydantic is not installed
     from .config import PretrainConfig, TrainingSection
 
 
-# transformers' names for our attention setting, where they differ.
+# The name in transformers of an attention setting, if it differs.
 _ATTENTION = {"flex": "flex_attention"}
-# sdpa for sequences that are not packed. transformers (5.23) looks at the positions of every batch for packed documents:
-# that waits for the device at each micro-batch, and makes a dense mask where the whole model is compiled. It makes no mask
-# for an attention that it does not know, and sdpa without one is causal.
+# sdpa for sequences that are not packed. transformers (5.23) searches the positions of every batch for packed
+# documents, which waits for the device at each micro-batch, and creates a dense mask if the whole model is compiled.
+# It creates no mask for an attention implementation that it does not know, and sdpa without a mask is causal.
 _UNPACKED_SDPA = "unpacked_sdpa"
 AttentionInterface.register(_UNPACKED_SDPA, sdpa_attention_forward)
-# A milestone that the main process writes or scores keeps the others waiting.
+# The other processes wait while the main process writes or scores a milestone.
 _TIMEOUT = datetime.timedelta(hours=2)
 
 
 def make_accelerator(config: "PretrainConfig") -> Accelerator:
-    """The accelerator of a run, checked against the recipe.
+    """Creates the accelerator of a run, and checks the launch settings against the recipe.
 
     Raises:
-        InputError: for launch settings under which the recipe would not mean what it says.
+        InputError: for launch settings that would change the meaning of the recipe.
     """
     if config.training.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; or cuBLAS refuses
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; cuBLAS requires it
         torch.use_deterministic_algorithms(True)
     precision = "no" if config.training.precision == "fp32" else config.training.precision
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("ACCELERATE_USE_CPU") == "true":
         _shard_on_cpus(precision)
     elif AcceleratorState._shared_state:
-        AcceleratorState._reset_state()  # accelerate keeps the precision of the first run of a process
+        AcceleratorState._reset_state()  # otherwise accelerate keeps the precision of the first run
     accelerator = Accelerator(
         mixed_precision=precision,
         log_with=config.logging.trackers or None,
@@ -59,19 +59,19 @@ def make_accelerator(config: "PretrainConfig") -> Accelerator:
     )
     _check_launch(accelerator)
     if accelerator.is_fsdp2 and precision == "bf16":
-        # accelerate's own policy would also sum the gradients of micro-batches and processes in bf16.
+        # accelerate's own policy would also reduce gradients in bf16.
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     return accelerator
 
 
 def device_name(device: torch.device) -> str | None:
-    """As CUDA names it; `None` for a CPU."""
+    """The name of a CUDA device, `None` for a CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
 def _shard_on_cpus(precision: str) -> None:
-    """Makes accelerate shard over CPU processes: 1.15 ignores its own settings there and trains unsharded, silently."""
+    """Makes accelerate shard over CPU processes; 1.15 silently ignores its own settings there and trains unsharded."""
     asks_for_mesh = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true"
     state = AcceleratorState(
         mixed_precision=precision,
@@ -80,7 +80,7 @@ def _shard_on_cpus(precision: str) -> None:
         _from_accelerator=True,
         timeout=_TIMEOUT,
     )
-    # Both, as accelerate does itself: the accelerator copies the one over the other.
+    # Both, as accelerate does itself: the accelerator copies one over the other.
     PartialState._shared_state["distributed_type"] = state.distributed_type = DistributedType.FSDP
     state.fsdp_plugin = FullyShardedDataParallelPlugin()
 
@@ -89,27 +89,27 @@ def _check_launch(accelerator: Accelerator) -> None:
     kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
     if accelerator.distributed_type not in kinds:
         raise InputError(
-            f"accelerate launches {accelerator.distributed_type}; pretraining runs on one process, with "
-            "DistributedDataParallel, or sharded by FSDP2: see recipes/accelerate"
+            f"accelerate launches {accelerator.distributed_type}. Pretraining supports one process, "
+            "DistributedDataParallel and FSDP2; see recipes/accelerate."
         )
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise InputError(
-            "accelerate launches FSDP version 1; set fsdp_version: 2, as recipes/accelerate/fsdp2.yaml does"
+            "accelerate launches FSDP version 1. Set fsdp_version: 2, as in recipes/accelerate/fsdp2.yaml."
         )
     if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.activation_checkpointing:
         raise InputError(
-            "accelerate's fsdp_activation_checkpointing is on; it belongs to the recipe: set "
-            "training.activation_checkpointing there and leave it out of the launch settings"
+            "accelerate's fsdp_activation_checkpointing is on. Remove it from the launch settings, and set "
+            "training.activation_checkpointing in the recipe."
         )
     if accelerator.gradient_accumulation_steps != 1:
         raise InputError(
-            f"accelerate's gradient_accumulation_steps is {accelerator.gradient_accumulation_steps}; accumulation follows "
-            "from training.tokens_per_step and training.micro_batch_size: leave it out of the launch command"
+            f"accelerate's gradient_accumulation_steps is {accelerator.gradient_accumulation_steps}. Remove it from "
+            "the launch settings; accumulation follows from training.tokens_per_step and training.micro_batch_size."
         )
 
 
 def check_attention(training: "TrainingSection", document_masking: bool, device: torch.device) -> None:
-    """Refuses an attention implementation that this machine cannot train with."""
+    """Checks that this machine can train with the attention implementation."""
     from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
     name, on_gpu = training.attention, device.type == "cuda"
@@ -119,7 +119,7 @@ def check_attention(training: "TrainingSection", document_masking: bool, device:
     }
     if name in packages:
         if not on_gpu:
-            raise InputError(f"training.attention: {name} needs a GPU, and there is none; use sdpa")
+            raise InputError(f"training.attention: {name} needs a GPU, and none was found; use sdpa")
         package, is_available = packages[name]
         if not is_available():
             raise InputError(
@@ -127,22 +127,22 @@ def check_attention(training: "TrainingSection", document_masking: bool, device:
             )
         if training.precision != "bf16":
             raise InputError(
-                f"training.attention: {name} computes in bf16 only; set training.precision: bf16, or use sdpa"
+                f"training.attention: {name} supports bf16 only; set training.precision: bf16, or use sdpa"
             )
     if name == "flex" and not on_gpu:
         raise InputError("training.attention: flex has no backward pass on a CPU (torch 2.13); use sdpa")
     if document_masking and on_gpu and name in ("sdpa", "eager"):
         raise InputError(
-            f"training.attention: {name} keeps documents apart with a mask of sequence_length x sequence_length for each "
-            "sequence; on a GPU use flex, or set data.document_masking: false"
+            f"training.attention: {name} with data.document_masking needs a mask of sequence_length x sequence_length "
+            "per sequence. On a GPU use flex, or set data.document_masking: false."
         )
 
 
 def check_kernels(kernels: str, device: torch.device) -> None:
-    """Refuses kernels that this machine cannot run."""
+    """Checks that this machine can run the kernels."""
     if kernels == "liger":
         if device.type != "cuda":
-            raise InputError("training.kernels: liger needs a GPU, and there is none; use none")
+            raise InputError("training.kernels: liger needs a GPU, and none was found; use none")
         require("liger_kernel", "gpu", "training.kernels: liger")
 
 
@@ -151,10 +151,11 @@ def prepare_layers(model: TinyLlamaForCausalLM, training: "TrainingSection", com
     if training.kernels == "liger":
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
-        # The loss stays ours: its memory is bounded already.
+        # Not the loss: ours already bounds its memory.
         apply_liger_kernel_to_llama(cross_entropy=False, fused_linear_cross_entropy=False, model=model)
     if training.activation_checkpointing:
-        # Called activation_checkpointing_enable from transformers 5.23 on, which warns of this name; 5.17 has only this.
+        # transformers 5.23 renames it to activation_checkpointing_enable and warns about this name; 5.17 has only this
+        # one.
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if compiled and training.compile == "model":
         model.compile()
@@ -164,17 +165,17 @@ def prepare_layers(model: TinyLlamaForCausalLM, training: "TrainingSection", com
 
 
 def attention_implementation(training: "TrainingSection", document_masking: bool) -> str:
-    """The name that transformers has for the recipe's attention."""
+    """The name in transformers of the attention implementation."""
     if training.attention == "sdpa" and not document_masking:
         return _UNPACKED_SDPA
     return _ATTENTION.get(training.attention, training.attention)
 
 
-def compiles(setting: str, device: torch.device) -> tuple[bool, str]:
-    """Whether something is compiled, and the sentence that says so.
+def resolve_compile(setting: str, device: torch.device) -> tuple[bool, str]:
+    """Whether to compile, and a phrase that explains it.
 
     Raises:
-        InputError: if compilation is asked for and no compiler is found.
+        InputError: if the recipe requires compilation and no compiler is found.
     """
     # What inductor calls: a C++ compiler for CPU kernels, a C compiler for triton's launchers.
     variable, names = ("CC", ("gcc", "cc", "clang")) if device.type == "cuda" else ("CXX", ("g++", "clang++"))
@@ -184,7 +185,7 @@ def compiles(setting: str, device: torch.device) -> tuple[bool, str]:
     if compiler is None:
         if setting != "auto":
             raise InputError(
-                f"training.compile: {setting} needs a compiler, and none of {', '.join(names)} is found; use off"
+                f"training.compile: {setting} needs a compiler ({', '.join(names)}), and none was found; use off"
             )
         return False, "off (auto: no compiler found)"
     if setting == "auto" and device.type != "cuda":
@@ -193,7 +194,7 @@ def compiles(setting: str, device: torch.device) -> tuple[bool, str]:
 
 
 def adamw_settings(config: "PretrainConfig") -> dict[str, Any]:
-    """The recipe's settings of AdamW but the learning rate, which each step sets."""
+    """The settings of AdamW except the learning rate, which every step sets."""
     optimizer = config.optimizer
     return {"betas": optimizer.betas, "eps": optimizer.eps, "weight_decay": optimizer.weight_decay}
 
@@ -201,7 +202,7 @@ def adamw_settings(config: "PretrainConfig") -> dict[str, Any]:
 def wrap(
     accelerator: Accelerator, model: TinyLlamaForCausalLM, config: "PretrainConfig"
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """The model as the launch settings wrap or shard it, and its optimiser: AdamW on every parameter."""
+    """Wraps or shards the model by the launch settings, and creates its optimizer, AdamW on every parameter."""
     optimizer = torch.optim.AdamW(
         model.to(accelerator.device).parameters(),
         lr=config.schedule.peak,
@@ -211,5 +212,5 @@ def wrap(
     model, wrapped = accelerator.prepare(model, optimizer)
     if accelerator.is_fsdp2 and not all(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise RuntimeError("accelerate was asked to shard the model and has not")
-    # accelerate's wrapper would skip steps by its own count of accumulation, and hides `found_inf`.
+    # Unwrapped: accelerate's wrapper skips steps by its own count of accumulation, and hides `found_inf`.
     return model, wrapped.optimizer

@@ -1,6 +1,6 @@
-"""The pretraining loop: steps, validation, milestones, checkpoints, and going on where a stopped run was.
+"""The pretraining loop: steps, validation, milestones and checkpoints.
 
-Every process computes the numbers of its blocks from the step alone, so there is no loader and no state of one.
+Every process computes the numbers of its blocks from the step alone, so there is no data loader, and no loader state.
 """
 
 import contextlib
@@ -22,16 +22,16 @@ from . import launch, setup
 from .checkpoints import (
     CHECKPOINTS_FOLDER,
     TRAINING_STATE_FOLDER,
-    full_disk_says,
-    prune,
+    prune_checkpoints,
     read_checkpoint,
+    translate_write_errors,
     write_checkpoint,
 )
 from .config import PretrainConfig
 from .metrics import Metrics, check_trackers, row_values, start_trackers
 from .milestones import MILESTONES_FOLDER, export_weights, write_milestone
 from .resume import Start, arithmetic, changed_arithmetic, check_space, find_start, identity
-from .run_folder import folder_of_one, mark_stopped
+from .run_folder import lock_run_folder, mark_stopped
 from .signals import Stopped, StopRequests
 from .step import StepResult, TrainStep, validation_losses
 from .throughput import measure_matmul_flops, model_flops_utilization, peak_memory_bytes
@@ -43,13 +43,14 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True)
 class Hooks:
-    """Functions of the caller, called on the main process while the others wait.
+    """Functions of the caller, called on the main process while the other processes wait.
 
     Args:
-        complete_milestone (`Callable[[Path], None]`, *optional*): given the folder of a milestone before it gets its name;
-            adds files.
-        after_milestone (`Callable[[Path, Path], None]`, *optional*): given the folders of the run and the milestone.
-        after_checkpoint (`Callable[[Path], None]`, *optional*): given the folder of the run.
+        complete_milestone (`Callable[[Path], None]`, *optional*): called with the temporary folder of a milestone, to
+            add files.
+        after_milestone (`Callable[[Path, Path], None]`, *optional*): called with the folders of the run and the
+            milestone.
+        after_checkpoint (`Callable[[Path], None]`, *optional*): called with the folder of the run.
     """
 
     complete_milestone: Callable[[Path], None] | None = None
@@ -59,9 +60,9 @@ class Hooks:
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """Everything that the first step needs, checked; nothing of it is written yet."""
+    """A run that is checked and ready for its first step; nothing is written yet."""
 
-    run: setup.Run
+    run: setup.PretrainRun
     accelerator: Accelerator
     model: TinyLlamaForCausalLM
     start: Start
@@ -70,7 +71,7 @@ class PreparedRun:
     summary: list[str]
 
     def known_device(self) -> Device | None:
-        """The accelerator that each process runs on, `None` if it is not in the table of devices."""
+        """The GPU of this process, `None` for a CPU or a GPU that is not in the table of devices."""
         return known_device(launch.device_name(self.accelerator.device))
 
     def print(self, *lines: str) -> None:
@@ -79,84 +80,84 @@ class PreparedRun:
             print("\n".join(lines), flush=True)
 
     def dry_run_lines(self) -> list[str]:
-        """The beginning of the first block, and what training would write."""
+        """The beginning of the first block, and the folder that training would write."""
         return [
-            f"first block {setup.sample(self.run)!r}",
+            f"first block {setup.first_block_text(self.run)!r}",
             f"would write {self.run.output}/ (dry run: nothing was written)",
         ]
 
 
 def prepare_run(config: PretrainConfig, overwrite: bool = False) -> PreparedRun:
-    """Checks a recipe against its data, the machine and what is in `output_dir`, and builds the model; writes nothing.
+    """Checks a recipe against its data, the machine and `output_dir`, and builds the model; writes nothing.
 
     Args:
         config (`PretrainConfig`): from [`load_config`].
         overwrite (`bool`, *optional*, defaults to `False`): remove the run in `output_dir` and start over.
 
     Raises:
-        InputError: for anything that cannot work.
+        InputError: for anything that would fail later.
     """
     check_trackers(config)
     accelerator = launch.make_accelerator(config)
-    run = setup.open_run(config)
+    run = setup.open_pretrain_run(config)
     setup.check_batches(config, accelerator.num_processes)
     launch.check_attention(config.training, config.data.document_masking, accelerator.device)
     launch.check_kernels(config.training.kernels, accelerator.device)
-    compiles_layers, compilation = launch.compiles(config.training.compile, accelerator.device)
+    compiles_layers, compilation = launch.resolve_compile(config.training.compile, accelerator.device)
     start = find_start(run, accelerator, overwrite)
     model = setup.build_model(run)
     check_space(run, start, sum(p.numel() for p in model.parameters()), overwrite)
-    summary = [*setup.facts(run, model, accelerator.num_processes, compilation), *start.says]
+    summary = [*setup.summary_lines(run, model, accelerator.num_processes, compilation), *start.summary]
     return PreparedRun(run, accelerator, model, start, compiles_layers, overwrite, summary)
 
 
 def train_run(prepared: PreparedRun, measure_peak: bool = False, hooks: Hooks | None = None) -> None:
-    """Trains until the last step: writes metrics, checkpoints and milestones, and resumes where a run was stopped.
+    """Trains until the last step, and writes metrics, checkpoints and milestones.
 
     Args:
         prepared (`PreparedRun`): from [`prepare_run`].
-        measure_peak (`bool`, *optional*, defaults to `False`): log the share of the matrix rate measured on the spot.
-        hooks (`Hooks`, *optional*): what the caller does at milestones and checkpoints.
+        measure_peak (`bool`, *optional*, defaults to `False`): also log the share of the measured matrix rate.
+        hooks (`Hooks`, *optional*): called at milestones and checkpoints.
 
     Raises:
-        InputError: if another process trains in the folder.
+        InputError: if another process is training in the folder, or a tracker cannot be started.
         NonFiniteError: at the logging step after a loss or gradient that is not finite.
-        Stopped: after SIGTERM or SIGINT, once the step is done and a checkpoint written.
-        FullDiskError: if something of the run cannot be written; the checkpoints before it are whole.
+        Stopped: after SIGTERM or SIGINT, once the step is finished and a checkpoint written.
+        FullDiskError: if a file cannot be written; earlier checkpoints are intact.
     """
     run, accelerator, start, config = prepared.run, prepared.accelerator, prepared.start, prepared.run.config
     if start.is_finished:
         return
     launch.prepare_layers(prepared.model, config.training, prepared.compiles_layers)
-    accelerator.wait_for_everyone()  # nobody is still looking at the folder
-    with folder_of_one(run, accelerator, prepared.overwrite, start.step):
+    accelerator.wait_for_everyone()  # until no process is checking the folder
+    with lock_run_folder(run, accelerator, prepared.overwrite, start.step):
         trainer = _Trainer(
             run, accelerator, *launch.wrap(accelerator, prepared.model, config), start, hooks or Hooks()
         )
         if measure_peak:
             trainer.measure_peak()
-        with full_disk_says(run.output):  # the trackers' own files
+        with translate_write_errors(run.output):  # the trackers' own files
             start_trackers(accelerator, config, run.output, start.step)
         trainer.train()
-        with full_disk_says(run.output):
+        with translate_write_errors(run.output):
             accelerator.end_training()
 
 
 def pretrain(
     config: PretrainConfig, overwrite: bool = False, measure_peak: bool = False, hooks: Hooks | None = None
 ) -> None:
-    """Trains a model as the recipe says: [`prepare_run`], its summary printed, and [`train_run`]."""
+    """Trains a model by a recipe: [`prepare_run`], prints the summary, [`train_run`]."""
     prepared = prepare_run(config, overwrite)
     prepared.print(*prepared.summary)
     train_run(prepared, measure_peak, hooks)
 
 
 class _Trainer:
-    """A run under way."""
+    """The state of a running run, and what is done at its steps."""
 
     def __init__(
         self,
-        run: setup.Run,
+        run: setup.PretrainRun,
         accelerator: Accelerator,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
@@ -176,7 +177,7 @@ class _Trainer:
         self.validation_loss: float | None = None
 
     def train(self) -> None:
-        """Runs the steps that are left."""
+        """Runs the remaining steps."""
         config, run, steps = self.config, self.run, self.config.steps
         total = steps.tokens_after(steps.number)
         with (
@@ -193,56 +194,55 @@ class _Trainer:
                     self.validate(step)
                 if is_milestone:
                     self.milestone(step)
-                asked = requests.agreed()
+                asked = requests.requested_signal()
                 if is_milestone or asked or self.is_due(step, config.checkpoints.every_tokens):
                     self.checkpoint(step)
                 if asked and not is_last:
                     self.stop(step, signal.Signals(asked).name)
 
     def stop(self, step: int, request: str) -> None:
-        """Ends the run after a step whose checkpoint is written, because it was asked to."""
+        """Ends the run on request, after a checkpoint of this step."""
         tokens = self.config.steps.tokens_after(step)
         if self.accelerator.is_main_process:
             mark_stopped(self.run.output, {"step": step, "tokens": tokens, "request": request})
-        self.accelerator.wait_for_everyone()  # a launcher ends the others when the first one ends
+        self.accelerator.wait_for_everyone()  # a launcher ends the other processes when the first one exits
         raise Stopped(
-            f"{request} after step {step:,} ({tokens:,} tokens); {self.last_checkpoint} is written, the same command goes "
-            "on from it"
+            f"{request} after step {step:,} ({tokens:,} tokens). The same command resumes from {self.last_checkpoint}."
         )
 
     def measure_peak(self) -> None:
-        """Measures the rate of matrix products that the run's share is logged of, in its own precision."""
+        """Measures the rate of matrix products in the precision of the run, for `matmul_share` in the metrics."""
         precision = self.config.training.precision
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.matmul_flops = measure_matmul_flops(self.accelerator.device, dtype)
         self.accelerator.print(
-            f"peak        {self.matmul_flops / 1e9:,.1f} GFLOP/s, measured here, of products in {precision}"
+            f"peak        {self.matmul_flops / 1e9:,.1f} GFLOP/s, measured, of matrix products in {precision}"
         )
 
     def is_due(self, step: int, every_tokens: int) -> bool:
-        """Whether the step crosses a multiple of so many tokens."""
+        """Whether the step reaches or crosses a multiple of `every_tokens`."""
         steps = self.config.steps
         return steps.tokens_after(step) // every_tokens > steps.tokens_after(step - 1) // every_tokens
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Time that is not training's, left out of tokens per second."""
+        """Excludes the time of the context from tokens per second."""
         began = time.perf_counter()
         yield
         self.paused += time.perf_counter() - began
 
     def check_finite(self) -> None:
-        """Stops the run if a step since the last look was not finite."""
+        """Stops the run if a step since the last check was not finite."""
         if (bad_step := int(self.train_step.bad_step.item())) < 0:
             return
         names = [source.path for source in self.config.data.sources]
         counts = Counter(names[block.source] for block in self.train_step.blocks(bad_step))
         raise NonFiniteError(
-            f"step {bad_step} ({self.config.steps.tokens_after(bad_step):,} tokens): the loss or the gradient was not finite. "
-            "The parameters were not moved by it; nothing was saved after it. Its blocks: "
+            f"step {bad_step} ({self.config.steps.tokens_after(bad_step):,} tokens): the loss or the gradient was not "
+            "finite. It did not change the parameters, and nothing was saved after it. Its blocks: "
             f"{', '.join(f'{count} of {name}' for name, count in sorted(counts.items()))}. Last checkpoint: "
-            f"{self.last_checkpoint or 'none'}. Lower schedule.peak, lengthen schedule.warmup_tokens, or look at the data "
-            "of that step"
+            f"{self.last_checkpoint or 'none'}. Lower schedule.peak, raise schedule.warmup_tokens, or inspect the "
+            "data of that step."
         )
 
     def report(self, step: int, result: StepResult) -> None:
@@ -277,14 +277,14 @@ class _Trainer:
         self.log(row)
 
     def log(self, row: dict[str, Any]) -> None:
-        """A row of the metrics, to the file and the trackers."""
+        """Writes a row of metrics to the file and the trackers."""
         self.metrics.log(row)
         if self.config.logging.trackers:
-            with full_disk_says(self.run.output):
+            with translate_write_errors(self.run.output):
                 self.accelerator.log(row_values(row), step=row["step"])
 
     def validate(self, step: int) -> None:
-        """Loss on the held-out blocks of each source, and their mean by share."""
+        """Logs the loss on the held-out blocks of each source, and their mean weighted by share."""
         self.check_finite()
         with self.pause():
             losses = validation_losses(self.run, self.accelerator, self.model)
@@ -300,7 +300,7 @@ class _Trainer:
             )
 
     def milestone(self, step: int) -> None:
-        """Writes the model folder of a step."""
+        """Writes the milestone of a step."""
         with self.pause():
             run, name = self.run, self.run.milestones[step]
             folder = run.output / MILESTONES_FOLDER / name
@@ -315,9 +315,9 @@ class _Trainer:
                 }
                 model = self.accelerator.unwrap_model(self.model)
                 text = setup.training_yaml(self.config)
-                with full_disk_says(folder):
+                with translate_write_errors(folder):
                     write_milestone(folder, model, run.tokenizer, text, record, weights, self.hooks.complete_milestone)
-                self.metrics.say(f"step {step:>6}  wrote {folder}")
+                self.metrics.print_line(f"step {step:>6}  wrote {folder}")
                 if self.hooks.after_milestone:
                     self.hooks.after_milestone(run.output, folder)
             self.accelerator.wait_for_everyone()
@@ -325,21 +325,21 @@ class _Trainer:
                 write_checkpoint(run.output / TRAINING_STATE_FOLDER / name, self.train_step, self.record(step))
 
     def checkpoint(self, step: int) -> None:
-        """Writes what the run can go on from."""
+        """Writes a checkpoint, and removes old ones."""
         self.check_finite()
         with self.pause():
-            self.metrics.synchronise()
+            self.metrics.sync()
             folder = self.run.output / CHECKPOINTS_FOLDER / f"step-{step}"
             write_checkpoint(folder, self.train_step, self.record(step))
             self.last_checkpoint = folder
             if self.accelerator.is_main_process:
-                prune(self.run.output, self.config.checkpoints.keep, step)
+                prune_checkpoints(self.run.output, self.config.checkpoints.keep, step)
                 if self.hooks.after_checkpoint:
                     self.hooks.after_checkpoint(self.run.output)
             self.accelerator.wait_for_everyone()
 
     def record(self, step: int) -> dict[str, Any]:
-        """What a checkpoint says of itself."""
+        """The record of a checkpoint, `checkpoint.json`."""
         return {
             "step": step,
             "tokens": self.config.steps.tokens_after(step),

@@ -1,4 +1,4 @@
-"""What a run says of itself while it goes on: rows of `metrics.jsonl`, and a progress bar or lines."""
+"""What a run logs: rows of `metrics.jsonl`, a progress bar or lines, and trackers (tensorboard, wandb, trackio)."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from ..errors import InputError, require
 from ..files import new_file, read_json, write_json
 from ..portable import portable
-from .checkpoints import FullDiskError, full_disk_says
+from .checkpoints import FullDiskError, translate_write_errors
 from .config import PretrainConfig
 
 
@@ -24,15 +24,13 @@ RUN_ID_FILE = "trackers.json"
 
 
 class Metrics:
-    """Writes metrics and shows progress; does nothing on other processes than the first.
-
-    Every write raises a [`FullDiskError`] if it fails.
+    """Writes metrics and shows progress, on the main process only. A failed write raises a [`FullDiskError`].
 
     Args:
         run (`Path`): folder of the run.
         total_tokens (`int`): of all steps together.
-        enabled (`bool`): whether this is the process that reports.
-        step (`int`): after which the run goes on; rows of later steps are cut, those steps come again.
+        enabled (`bool`): whether this is the main process.
+        step (`int`): the last finished step. Rows of later steps are removed, since a resumed run repeats those steps.
     """
 
     def __init__(self, run: Path, total_tokens: int, enabled: bool, step: int = 0):
@@ -48,9 +46,9 @@ class Metrics:
         )
         self._task = self._bar.add_task("", total=total_tokens, step=0, summary="")
         self._path = run / METRICS_FILE
-        with full_disk_says(self._path):
+        with translate_write_errors(self._path):
             if enabled:
-                _cut(run, step)
+                _remove_later_rows(run, step)
             self._file = self._path.open("a", encoding="utf-8") if enabled else None
 
     def __enter__(self) -> "Metrics":
@@ -59,8 +57,11 @@ class Metrics:
 
     def __exit__(self, kind: type[BaseException] | None = None, *exception: object) -> None:
         self._bar.stop()
-        # A row that could not be written is tried again here; what ended the run must not be hidden by that.
-        with contextlib.suppress(FullDiskError) if kind else contextlib.nullcontext(), full_disk_says(self._path):
+        # Closing retries a failed write. A second failure must not hide the error that ended the run.
+        with (
+            contextlib.suppress(FullDiskError) if kind else contextlib.nullcontext(),
+            translate_write_errors(self._path),
+        ):
             if self._file:
                 self._file.close()
 
@@ -68,12 +69,12 @@ class Metrics:
         """Appends a row; rows with a training loss move the bar."""
         if not self._file:
             return
-        with full_disk_says(self._path):
+        with translate_write_errors(self._path):
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
         if "loss" not in row:
             summary = f"validation loss {row['validation_loss']:.3f}"
-            self.say(f"step {row['step']:>6}  {row['tokens']:>12,} tokens  {summary}")
+            self.print_line(f"step {row['step']:>6}  {row['tokens']:>12,} tokens  {summary}")
             return
         rate = row["tokens_per_second"]
         mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}"
@@ -81,22 +82,22 @@ class Metrics:
         self._bar.update(self._task, completed=row["tokens"], step=row["step"], summary=summary)
         if not self._console.is_terminal:
             left = duration((self.total_tokens - row["tokens"]) / rate)
-            self.say(f"step {row['step']:>6}  {row['tokens']:>12,} tokens  {summary}  {left} left")
+            self.print_line(f"step {row['step']:>6}  {row['tokens']:>12,} tokens  {summary}  {left} left")
 
-    def synchronise(self) -> None:
-        """Puts all rows on the disk: a checkpoint must not be newer than the rows before it."""
+    def sync(self) -> None:
+        """Syncs all rows to the disk, before a checkpoint that relies on them."""
         if self._file:
-            with full_disk_says(self._path):
+            with translate_write_errors(self._path):
                 os.fsync(self._file.fileno())
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """Prints a line above the bar."""
         if self.enabled:
             self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
-    """A time in the two units that one would say it in: `42 s`, `7 min`, `3 h 20 min`, `89 d 23 h`."""
+    """Formats a duration in its one or two largest units: `42 s`, `7 min`, `3 h 20 min`, `89 d 23 h`."""
     minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
     if days >= 1:
         return f"{int(days)} d {int(hours % 24)} h"
@@ -106,13 +107,13 @@ def duration(seconds: float) -> str:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run's `metrics.jsonl`; a last line that a killed process left half-written is no row."""
+    """The rows of `metrics.jsonl`; an incomplete last line, left by a killed process, is ignored."""
     with (run / METRICS_FILE).open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _cut(run: Path, step: int) -> None:
-    """Drops the rows after a step; of those before it only the last few are parsed."""
+def _remove_later_rows(run: Path, step: int) -> None:
+    """Removes the rows after a step. Parses only the last rows, so that a long file costs no more than a short one."""
     path = run / METRICS_FILE
     with new_file(path) as kept:
         if step and path.is_file():
@@ -124,11 +125,11 @@ def _cut(run: Path, step: int) -> None:
 
 
 def _end_of_step(rows: BinaryIO, step: int) -> int:
-    """Where the rows of a step end, found from the end of the file."""
+    """The offset at which the rows of a step end, searched backwards from the end of the file."""
     size, window = rows.seek(0, os.SEEK_END), 1 << 16
     while True:
         begin = rows.seek(max(size - window, 0))
-        end = begin + (len(rows.readline()) if begin else 0)  # the first row may have begun before
+        end = begin + (len(rows.readline()) if begin else 0)  # skip the row in which the window starts
         rows.seek(end)
         found = end if not begin else None
         for line in rows:
@@ -142,30 +143,28 @@ def _end_of_step(rows: BinaryIO, step: int) -> int:
 
 
 def check_trackers(config: PretrainConfig) -> None:
-    """Refuses a tracker whose package is missing; accelerate would only warn.
+    """Checks that the packages of the trackers are installed; accelerate would only warn.
 
     Raises:
-        InputError: naming the package and the extra that has it.
+        InputError: naming the missing package and the extra to install.
     """
     for name in config.logging.trackers:
         require(name, "trackers", f"logging.trackers: {name}")
 
 
 def start_trackers(accelerator: Accelerator, config: PretrainConfig, output: Path, step: int | None = None) -> None:
-    """Opens the trackers that the recipe names; a run that goes on goes on in the same wandb and trackio run and
-    tensorboard folder.
+    """Starts the trackers of the recipe. A resumed run continues in the same tracker run or folder.
 
     Args:
-        accelerator (`Accelerator`): made with these trackers, and the run's folder as its project.
-        config (`PretrainConfig`): shown by the trackers as the run's settings, without absolute paths and the names of
-            user and host, as some of them send it elsewhere. (wandb records user and host itself.)
-        output (`Path`): folder of the run, which exists.
-        step (`int`, *optional*): after which the run goes on. What tensorboard has of later steps, which a killed
-            process logged and which come again, is then no longer shown. wandb keeps the first rows of such steps,
-            trackio both.
+        accelerator (`Accelerator`): created with these trackers.
+        config (`PretrainConfig`): shown as the settings of the run, without absolute paths, user name and host name,
+            since trackers may upload it. (wandb records user and host itself.)
+        output (`Path`): folder of the run; must exist.
+        step (`int`, *optional*): the last finished step of a resumed run, which repeats later steps. tensorboard then
+            hides the earlier rows of those steps, wandb keeps the earlier rows, and trackio shows both.
 
     Raises:
-        InputError: if a tracker refuses to start, as wandb does without a login.
+        InputError: if a tracker cannot be started, for example wandb without a login.
     """
     if not config.logging.trackers:
         return
@@ -181,18 +180,18 @@ def start_trackers(accelerator: Accelerator, config: PretrainConfig, output: Pat
     settings = flat(portable(config.model_dump(mode="json", by_alias=True)))
     try:
         accelerator.init_trackers("tinyllama_hf", settings, init_kwargs=options)
-    except Exception as error:  # each tracker has errors of its own
+    except Exception as error:  # each tracker has its own exceptions
         raise InputError(
-            f"logging.trackers: {', '.join(options)}: cannot be started ({type(error).__name__}: {error}); wandb wants "
-            "`wandb login` or WANDB_MODE=offline; or leave the tracker out"
+            f"logging.trackers: {', '.join(options)}: cannot be started ({type(error).__name__}: {error}). wandb "
+            "needs `wandb login` or WANDB_MODE=offline. Otherwise remove the tracker."
         ) from error
 
 
 def _run_id(output: Path) -> str:
-    """What wandb and trackio know the run by: drawn once and kept in its folder.
+    """The id of the run in wandb and trackio: random, stored in the folder of the run.
 
-    So it survives a folder that is moved, and `--overwrite` begins another; an id made from the path would do neither,
-    and two machines with equal paths would log into one run.
+    It stays the same when the folder is moved, and changes with `--overwrite`. An id derived from the path would do
+    neither, and runs with equal paths on two machines would share one.
     """
     file = output / RUN_ID_FILE
     if not file.is_file():
@@ -201,12 +200,12 @@ def _run_id(output: Path) -> str:
 
 
 def row_values(row: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a row of metrics under flat names, without its step."""
+    """The numbers of a row of metrics under flat names, without `step`."""
     return {name: value for name, value in flat(row).items() if isinstance(value, (int, float)) and name != "step"}
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as `section.key`; what tensorboard cannot hold becomes text."""
+    """Flattens nested mappings to `section.key`; values that tensorboard cannot store become text."""
     result: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):

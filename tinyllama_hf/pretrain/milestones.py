@@ -1,4 +1,4 @@
-"""Milestones: complete plain Llama folders that a run leaves behind and never removes."""
+"""Milestones: complete plain Llama folders that a run writes and never removes."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -21,15 +21,15 @@ CONFIG_FILE = "training.yaml"
 
 
 def milestone_steps(tokens: Sequence[int], numbers: Sequence[int], steps: Steps) -> list[int]:
-    """The steps after which a milestone is written: the first to reach each count of tokens, those given, and the last."""
+    """The steps that write a milestone: the first to reach each count of tokens, the given ones, and the last step."""
     return sorted({steps.reaching(count) for count in tokens} | set(numbers) | {steps.number})
 
 
 def milestone_names(numbers: Sequence[int], steps: Steps) -> dict[int, str]:
-    """Names like TinyLlama's, `step-480k-token-1007B`, one for each step.
+    """Names in the style of TinyLlama, `step-480k-token-1007B`, by step.
 
-    Steps are written in k from 10 000 on. Tokens are written in B from 1e9 on, else in M, all with as few decimals as
-    keep them apart.
+    Steps are in k from 10 000 on. Tokens are in B from 1e9 on, otherwise in M, with the fewest decimals that keep all
+    names distinct.
     """
 
     def tokens_name(step: int, decimals: int) -> str:
@@ -54,16 +54,16 @@ def write_milestone(
     state_dict: dict[str, torch.Tensor] | None = None,
     complete: Callable[[Path], None] | None = None,
 ) -> None:
-    """Writes a complete model folder under a temporary name and renames it; what lay under the name is replaced.
+    """Writes a complete model folder under a temporary name and renames it; an existing folder is replaced.
 
     Args:
-        folder (`Path`): where it is to lie.
+        folder (`Path`): of the milestone.
         model (`TinyLlamaForCausalLM`): unwrapped.
-        tokenizer (`PreTrainedTokenizerFast`): saved beside it.
+        tokenizer (`PreTrainedTokenizerFast`): saved in the same folder.
         training_yaml (`str`): the exact configuration of the run.
-        record (`dict`): what `provenance.json` says besides code, libraries and machine.
-        state_dict (`dict`, *optional*): the weights, where those in the model are sharded.
-        complete (`Callable`, *optional*): given the folder before it gets its name, to add files.
+        record (`dict`): added to `provenance.json`, next to code, libraries and machine.
+        state_dict (`dict`, *optional*): the full weights, if the model is sharded.
+        complete (`Callable[[Path], None]`, *optional*): called with the temporary folder, to add files.
     """
     with new_folder(folder, overwrite=True) as temporary:
         model.save_pretrained(temporary, state_dict=state_dict)
@@ -75,9 +75,9 @@ def write_milestone(
 
 
 def export_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The whole weights of a model, however it is wrapped, sharded or compiled; on all processes but the first, nothing.
+    """The full weights of a wrapped, sharded or compiled model, on the main process; empty on the others.
 
-    To be called by all processes.
+    A collective call of all processes.
     """
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
@@ -86,12 +86,12 @@ def list_milestones(run: Path) -> list[Path]:
     """The milestone folders of a run, in the order of their steps.
 
     Raises:
-        InputError: if one has no record of its step.
+        InputError: if the record of one has no step.
     """
     folders = [path for path in (run / MILESTONES_FOLDER).glob("step-*") if path.is_dir()]
     steps = {path: read_record(path).get("step") for path in folders}
     if unknown := [path for path in folders if not isinstance(steps[path], int)]:
-        raise InputError(f"{unknown[0] / 'provenance.json'}: names no step; copy the milestone again, or remove it")
+        raise InputError(f"{unknown[0] / 'provenance.json'}: has no step. Copy the milestone again, or remove it.")
     return sorted(folders, key=lambda path: steps[path])
 
 
@@ -103,8 +103,8 @@ def read_record(milestone: Path) -> dict[str, Any]:
     """
     file = milestone / "provenance.json"
     if not file.is_file():
-        raise InputError(f"milestone {milestone}: holds no provenance.json; copy the milestone again, or remove it")
+        raise InputError(f"milestone {milestone}: provenance.json is missing. Copy the milestone again, or remove it.")
     record = read_json(file)
     if not isinstance(record, dict):
-        raise InputError(f"{file}: damaged, no JSON object; copy the milestone again, or remove it")
+        raise InputError(f"{file}: damaged, not a JSON object. Copy the milestone again, or remove it.")
     return record

@@ -1,4 +1,4 @@
-"""Where a launch begins: at the first step, at a checkpoint of its own, or at a milestone of another run."""
+"""Where a launch starts: at the first step, at a checkpoint of its own run, or at a milestone of another run."""
 
 import shutil
 from pathlib import Path
@@ -15,54 +15,63 @@ from .checkpoints import (
     BYTES_PER_PARAMETER,
     CHECKPOINTS_FOLDER,
     TRAINING_STATE_FOLDER,
-    damage,
+    find_damage,
     list_checkpoints,
-    newest_complete,
+    newest_intact_checkpoint,
     read_record,
     size_in_words,
 )
 from .config import PretrainConfig
 from .launch import device_name
 from .milestones import CONFIG_FILE, MILESTONES_FOLDER
-from .setup import Run
+from .setup import PretrainRun
 
 
-# Sections and keys of the recipe that decide which numbers a run computes and reports; paths count by what lies there.
+# The keys of the recipe that decide the numbers of a run. Paths are compared by the fingerprints of their contents.
 _DECISIVE = {
     "model": ("preset", "overrides"),
     "data": ("mixture_changes", "sequence_length", "document_masking"),
     "schedule": ("name", "peak", "floor", "warmup_tokens", "decay_tokens"),
     "optimizer": ("betas", "eps", "weight_decay", "gradient_clip"),
     "training": ("total_tokens", "tokens_per_step", "batch_changes", "precision", "skip_spikes_sigma", "seed"),
-    "validation": ("max_tokens",),  # moves no weight, but the losses before and after would not compare
+    "validation": ("max_tokens",),  # changes no weight, but the losses before and after would not be comparable
 }
-# A branch may change the rest; it continues these.
+# A branch may change all settings but these.
 _INHERITED = ("model", "tokenizer", "training.precision")
 
 
 class Start(NamedTuple):
-    """Steps that are done, the state to load, what it was computed with, and the lines that say so."""
+    """Where a launch starts.
+
+    Attributes:
+        step (`int`): the last finished step.
+        checkpoint (`Path`): to load.
+        branched_at (`int`): tokens seen at the milestone from which the run was branched.
+        arithmetic (`dict`): numerical settings of the checkpoint.
+        is_finished (`bool`): whether no step is left.
+        summary (`list[str]`): lines to print.
+    """
 
     step: int = 0
     checkpoint: Path | None = None
     branched_at: int | None = None
     arithmetic: dict[str, Any] | None = None
     is_finished: bool = False
-    says: list[str] = []
+    summary: list[str] = []
 
 
-def find_start(run: Run, accelerator: Accelerator, overwrite: bool) -> Start:
-    """Decides where to begin, on the main process for all; writes nothing.
+def find_start(run: PretrainRun, accelerator: Accelerator, overwrite: bool) -> Start:
+    """Decides where to start, on the main process for all; writes nothing.
 
     Raises:
-        InputError: if the folder holds something that this recipe cannot go on with.
+        InputError: if the folder has contents from which this recipe cannot resume.
     """
     found: list[Any] = [None]
     if accelerator.is_main_process:
         try:
             found = [_find(run, overwrite)]
         except InputError as error:
-            found = [error]  # raised on every process, so that none waits for the others
+            found = [error]  # raised on every process below, so that none waits for the others
     if accelerator.num_processes > 1:
         broadcast_object_list(found)
     if isinstance(found[0], InputError):
@@ -70,122 +79,127 @@ def find_start(run: Run, accelerator: Accelerator, overwrite: bool) -> Start:
     return found[0]
 
 
-def _find(run: Run, overwrite: bool) -> Start:
+def _find(run: PretrainRun, overwrite: bool) -> Start:
     output, is_run = run.output, (run.output / CONFIG_FILE).is_file()
     _check_nothing_needed_is_removed(run, overwrite)
-    # A lock and files under temporary names are all that a launch leaves that was killed at once.
+    # A launch that was killed early leaves only a lock and temporary files.
     is_empty = not output.exists() or all(path.name.startswith(".") for path in output.iterdir())
     if not is_empty and not is_run:
-        raise InputError(f"output_dir {output}: is not empty, and it is no run; choose another folder")
+        raise InputError(f"output_dir {output}: is not empty, and is not a run folder. Choose another folder.")
     if is_empty or overwrite:
         return _first(run)
     if run.config.resume == "never":
         raise InputError(
-            f"output_dir {output}: holds a run; choose another folder, go on with it by resume: auto, or pass --overwrite "
-            "to start it anew"
+            f"output_dir {output}: contains a run. Choose another folder, set resume: auto to resume it, or pass "
+            "--overwrite to start over."
         )
-    checkpoint, complaints = newest_complete(output)
+    checkpoint, complaints = newest_intact_checkpoint(output)
     if checkpoint is None:
         _check_nothing_is_lost(run, complaints)
         return _first(run)
     record = read_record(checkpoint)
     check_same_run(checkpoint, record["identity"], identity(run))
     is_finished = record["step"] >= run.config.steps.number
-    words = "finished: nothing is left to do" if is_finished else "going on after it"
+    state = "the run is finished" if is_finished else "resuming after it"
     return Start(
         record["step"],
         checkpoint,
         record.get("branched_at"),
         record["arithmetic"],
         is_finished,
-        [*complaints, f"resume      {checkpoint}, step {record['step']:,}: {words}"],
+        [*complaints, f"resume      {checkpoint}, step {record['step']:,}: {state}"],
     )
 
 
-def _check_nothing_needed_is_removed(run: Run, overwrite: bool) -> None:
-    """A branch never lies in the folder of the run that it leaves, and `--overwrite` removes nothing that the run reads."""
+def _check_nothing_needed_is_removed(run: PretrainRun, overwrite: bool) -> None:
+    """A branch must not be in the folder of its base run, and `--overwrite` must not remove what the run reads."""
     config, output = run.config, run.output.resolve()
     if config.branch and Path(config.branch.from_).resolve().is_relative_to(output):
         raise InputError(
-            f"branch.from {config.branch.from_}: lies in output_dir {run.output}; a branch is a run of its own, and "
-            "--overwrite would remove what it begins with: choose another output_dir"
+            f"branch.from {config.branch.from_}: is in output_dir {run.output}. A branch is a new run, and "
+            "--overwrite would remove the state that it starts from. Choose another output_dir."
         )
     reads = {"model.init_from": config.model.init_from, "data.tokenizer": config.data.tokenizer}
     reads |= {f"data.sources.{place}.path": source.path for place, source in enumerate(config.data.sources)}
     for key, path in reads.items():
         if overwrite and path and Path(path).exists() and Path(path).resolve().is_relative_to(output):
             raise InputError(
-                f"{key} {path}: lies in output_dir {run.output}, which --overwrite would remove; move it, or choose another "
-                "output_dir"
+                f"{key} {path}: is in output_dir {run.output}, which --overwrite would remove. Move it, or choose "
+                "another output_dir."
             )
 
 
-def _check_nothing_is_lost(run: Run, complaints: list[str]) -> None:
-    """A run that was killed before its first checkpoint begins again; one whose checkpoints are gone does not."""
+def _check_nothing_is_lost(run: PretrainRun, complaints: list[str]) -> None:
+    """Only a run that was killed before its first checkpoint may start over; not one that has lost its checkpoints."""
     milestones = list((run.output / MILESTONES_FOLDER).glob("step-*"))
     if complaints or len(milestones) > 1:
-        reason = complaints[-1] if complaints else f"its {CHECKPOINTS_FOLDER} are gone"
+        reason = complaints[-1] if complaints else f"its {CHECKPOINTS_FOLDER} are missing"
         raise InputError(
-            f"output_dir {run.output}: holds a run that cannot be gone on with ({reason}); choose another folder, or pass "
-            "--overwrite to start it anew"
+            f"output_dir {run.output}: contains a run that cannot be resumed ({reason}). Choose another folder, or "
+            "pass --overwrite to start over."
         )
     found = yaml.safe_load((run.output / CONFIG_FILE).read_text(encoding="utf-8"))
     if milestones and found != run.config.model_dump(mode="json", by_alias=True):
         raise InputError(
-            f"output_dir {run.output}: holds {milestones[0].name} of another recipe (see its {CONFIG_FILE}) and no "
-            "checkpoint; choose another folder, or pass --overwrite"
+            f"output_dir {run.output}: contains {milestones[0].name} of another recipe (see its {CONFIG_FILE}) and no "
+            "checkpoint. Choose another folder, or pass --overwrite."
         )
 
 
-def _first(run: Run) -> Start:
+def _first(run: PretrainRun) -> Start:
     branch = run.config.branch
     if branch is None:
         return Start()
     milestone = Path(branch.from_)
     state = milestone.parent.parent / TRAINING_STATE_FOLDER / milestone.name
     if not state.is_dir():
-        hint = "train it with milestones.keep_training_state: true" if milestone.is_dir() else "no such folder"
-        raise InputError(f"branch.from {milestone}: has no training state at {state}; {hint}")
-    if problem := damage(state):
+        hint = (
+            "Train the base run with milestones.keep_training_state: true."
+            if milestone.is_dir()
+            else "No such folder."
+        )
+        raise InputError(f"branch.from {milestone}: has no training state at {state}. {hint}")
+    if problem := find_damage(state):
         raise InputError(f"branch.from {milestone}: its training state {state} is damaged ({problem})")
     record = read_record(state)
     check_branch(milestone, record["identity"], identity(run))
     steps, tokens = run.config.steps, record["tokens"]
     if steps.tokens_after(record["step"]) != tokens:
         raise InputError(
-            f"branch.from {milestone}: {tokens:,} tokens after step {record['step']:,}, in this recipe "
-            f"{steps.tokens_after(record['step']):,}; keep training.tokens_per_step and batch_changes of the run that is "
-            "left, and change the batch later by batch_changes"
+            f"branch.from {milestone}: {tokens:,} tokens after step {record['step']:,}, but "
+            f"{steps.tokens_after(record['step']):,} in this recipe. Keep training.tokens_per_step and batch_changes "
+            "of the base run, and change the batch size later by batch_changes."
         )
     if tokens >= run.config.training.total_tokens:
         raise InputError(
-            f"training.total_tokens: {run.config.training.total_tokens:,} is reached already at branch.from {milestone} "
-            f"({tokens:,} tokens); raise it"
+            f"training.total_tokens: {run.config.training.total_tokens:,} must be above the {tokens:,} tokens of "
+            f"branch.from {milestone}. Raise it."
         )
-    says = f"branch      {milestone}, step {record['step']:,}, {tokens:,} tokens, schedule {branch.schedule}"
-    return Start(record["step"], state, tokens, record["arithmetic"], False, [says])
+    line = f"branch      {milestone}, step {record['step']:,}, {tokens:,} tokens, schedule {branch.schedule}"
+    return Start(record["step"], state, tokens, record["arithmetic"], False, [line])
 
 
-def check_space(run: Run, start: Start, num_parameters: int, overwrite: bool) -> None:
-    """Refuses a run if what it is still to write cannot lie on its disk.
+def check_space(run: PretrainRun, start: Start, num_parameters: int, overwrite: bool) -> None:
+    """Checks that the remaining checkpoints and milestones fit on the disk.
 
     Args:
-        run (`Run`): whose checkpoints and milestones are counted.
-        start (`Start`): what is done already.
+        run (`PretrainRun`): the run.
+        start (`Start`): where it starts.
         num_parameters (`int`): of the model.
-        overwrite (`bool`): whether what lies in the folder goes first.
+        overwrite (`bool`): whether the contents of the folder are removed first.
 
     Raises:
-        InputError: naming what is needed and what is free.
+        InputError: with the space that is needed and the space that is free.
     """
     if start.is_finished:
         return
     config = run.config
     state = BYTES_PER_PARAMETER * num_parameters
     milestone = 4 * num_parameters + (state if config.milestones.keep_training_state else 0)
-    lying = [] if overwrite else list_checkpoints(run.output)
-    # A new checkpoint lies there before an old one goes. Its room also serves a milestone that is written again.
-    checkpoints = max(config.checkpoints.keep + 1 - len(lying), 0)
+    existing_checkpoints = [] if overwrite else list_checkpoints(run.output)
+    # A new checkpoint is written before an old one is removed. Its space also serves a milestone that is written
+    # again.
+    checkpoints = max(config.checkpoints.keep + 1 - len(existing_checkpoints), 0)
     milestones = [name for step, name in run.milestones.items() if step > start.step]
     if not overwrite:
         milestones = [name for name in milestones if not (run.output / MILESTONES_FOLDER / name).is_dir()]
@@ -196,14 +210,14 @@ def check_space(run: Run, start: Start, num_parameters: int, overwrite: bool) ->
         free += sum(path.stat().st_size for path in run.output.rglob("*") if path.is_file() and not path.is_symlink())
     if needed > free:
         raise InputError(
-            f"output_dir {run.output}: {checkpoints} checkpoints and {len(milestones)} milestones that are still to be "
-            f"written take {size_in_words(needed)}, {size_in_words(free)} are free; make room, lower checkpoints.keep, or "
-            "choose another disk"
+            f"output_dir {run.output}: the remaining {checkpoints} checkpoints and {len(milestones)} milestones need "
+            f"{size_in_words(needed)}, and {size_in_words(free)} are free. Free space, lower checkpoints.keep, or "
+            "choose another disk."
         )
 
 
-def identity(run: Run) -> dict[str, Any]:
-    """The decisive settings, flat, with the fingerprints of data and tokenizer."""
+def identity(run: PretrainRun) -> dict[str, Any]:
+    """The settings that decide the numbers of a run, flat, with the fingerprints of data and tokenizer."""
     values = run.config.model_dump(mode="json", by_alias=True)
     settings = {f"{section}.{key}": values[section][key] for section, keys in _DECISIVE.items() for key in keys}
     settings["data.sources"] = [
@@ -218,7 +232,7 @@ def identity(run: Run) -> dict[str, Any]:
 
 
 def arithmetic(config: PretrainConfig, accelerator: Accelerator) -> dict[str, Any]:
-    """What moves results within rounding: with all of it equal, a run repeats bit for bit on a CPU."""
+    """The settings that change results by rounding only. If all are equal, a run on a CPU repeats bit for bit."""
     training, machine = config.training, provenance.machine()
     device = device_name(accelerator.device) or machine["cpu_capability"]
     libraries = provenance.collect()["libraries"]
@@ -238,31 +252,31 @@ def arithmetic(config: PretrainConfig, accelerator: Accelerator) -> dict[str, An
 
 
 def check_same_run(checkpoint: Path, recorded: dict[str, Any], current: dict[str, Any]) -> None:
-    """Refuses to go on with a run under other settings.
+    """Checks that a checkpoint has the settings and data of this recipe.
 
     Raises:
-        InputError: naming each setting with its value then and now.
+        InputError: listing each setting that differs, with both values.
     """
     lines = _differences(recorded, current)
     if lines:
         raise InputError(
-            f"{checkpoint}: was trained with other settings or data, so going on would be no run of this recipe; restore "
-            "them, choose another output_dir, start anew with --overwrite, or fork the run with `branch`\n"
-            + "\n".join(lines)
+            f"{checkpoint}: was trained with other settings or data, so the run cannot be resumed with this recipe. "
+            "Restore them, choose another output_dir, start over with --overwrite, or use "
+            "`branch`.\n" + "\n".join(lines)
         )
 
 
 def check_branch(milestone: Path, recorded: dict[str, Any], current: dict[str, Any]) -> None:
-    """Refuses a branch whose model or tokenizer is not that of the run it leaves.
+    """Checks that a branch has the model, the tokenizer and the precision of its base run.
 
     Raises:
-        InputError: naming each setting with its value there and here.
+        InputError: listing each setting that differs, with both values.
     """
     names = [name for name in current if name.startswith(_INHERITED) and name != "model.init_from"]
     lines = _differences({name: recorded.get(name) for name in names}, {name: current[name] for name in names})
     if lines:
         raise InputError(
-            f"branch.from {milestone}: a branch continues model, tokenizer and precision of the run it leaves\n"
+            f"branch.from {milestone}: a branch must keep model, tokenizer and precision of its base run\n"
             + "\n".join(lines)
         )
 
@@ -276,8 +290,9 @@ def _differences(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]
 
 
 def changed_arithmetic(recorded: dict[str, Any], current: dict[str, Any]) -> str | None:
-    """One sentence on what moves the results within rounding since the checkpoint, `None` if nothing does."""
+    """A warning that lists the changed numerical settings, `None` if there are none."""
     lines = [line.strip() for line in _differences(recorded, current)]
     if not lines:
         return None
-    return f"warning: from here on equal to the uninterrupted run within rounding only ({'; '.join(lines)})"
+    changes = "; ".join(lines)
+    return f"warning: from here on the results equal those of an uninterrupted run only within rounding ({changes})"

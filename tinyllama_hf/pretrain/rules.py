@@ -1,4 +1,4 @@
-"""The rules between the keys of a pretraining recipe. Each problem names the keys, the values and the fix."""
+"""The rules between the keys of a pretraining recipe. Each message has the keys, the values and the fix."""
 
 import math
 import os
@@ -10,19 +10,19 @@ from ..errors import did_you_mean
 from .schedule import Steps
 
 
-# Fields of a Llama that a recipe does not decide, and what does.
+# Fields of a Llama that a recipe may not override, and why.
 _NOT_OVERRIDDEN = {
-    "vocab_size": "follows from the tokenizer",
-    "bos_token_id": "follows from the tokenizer",
-    "eos_token_id": "follows from the tokenizer",
-    "pad_token_id": "would freeze an embedding row; padding is <unk>, in the tokenizer and the generation config",
-    "attention_dropout": "pretraining has no dropout, and validation relies on it",
-    "model_type": "is llama",
+    "vocab_size": "is set by the tokenizer",
+    "bos_token_id": "is set by the tokenizer",
+    "eos_token_id": "is set by the tokenizer",
+    "pad_token_id": "would freeze an embedding row; tokenizer and generation config use <unk> for padding",
+    "attention_dropout": "is not supported: validation runs in training mode and relies on the absence of dropout",
+    "model_type": "is always llama",
 }
 
 
 def contradictions(sections: Mapping[str, Any]) -> list[str]:
-    """Broken rules between keys, of the sections that could be read."""
+    """One message per broken rule, checked on the sections that could be read."""
     data, schedule, training, branch = (sections.get(name) for name in ("data", "schedule", "training", "branch"))
     problems = _model_problems(sections["model"]) if "model" in sections else []
     if data:
@@ -34,10 +34,10 @@ def contradictions(sections: Mapping[str, Any]) -> list[str]:
     problems += _training_problems(training)
     if data:
         if data.document_masking and training.attention.startswith("flash"):
-            # transformers (5.23) finds documents in a single row only; with more it joins them without a word. And flash
-            # has no fp32, in which alone it could be shown to equal the dense mask.
+            # transformers (5.23) detects documents only in a batch of one row, and silently joins them in a larger
+            # one. Flash attention has no fp32, which a test of equality with the dense mask would need.
             problems.append(
-                f"training.attention: {training.attention} does not keep documents apart here; use flex, or set "
+                f"training.attention: {training.attention} does not support data.document_masking; use flex, or set "
                 "data.document_masking: false"
             )
         problems += _batch_problems(training, data.sequence_length)
@@ -46,13 +46,13 @@ def contradictions(sections: Mapping[str, Any]) -> list[str]:
         spent = schedule.warmup_tokens + (schedule.decay_tokens or 0)
         if spent >= training.total_tokens:
             problems.append(
-                f"schedule.warmup_tokens: {schedule.warmup_tokens} and schedule.decay_tokens {schedule.decay_tokens or 0} "
-                f"together must be below training.total_tokens {training.total_tokens}"
+                f"schedule.warmup_tokens: {schedule.warmup_tokens} and schedule.decay_tokens "
+                f"{schedule.decay_tokens or 0} together must be below training.total_tokens {training.total_tokens}"
             )
     if "milestones" in sections:
         problems += _milestone_problems(sections["milestones"], training)
     if branch and "model" in sections and sections["model"].init_from:
-        problems.append("branch: takes its weights from the milestone; leave out model.init_from")
+        problems.append("branch: takes its weights from the milestone; remove model.init_from")
     return problems
 
 
@@ -63,24 +63,25 @@ def _data_problems(data: Any) -> list[str]:
     for key, values in weights.items():
         if len(values) != len(data.sources):
             problems.append(
-                f"{key}: {len(values)} weights for {len(data.sources)} sources; give one each, in their order"
+                f"{key}: {len(values)} weights for {len(data.sources)} sources; give one weight per source, in the "
+                "same order"
             )
         elif abs(math.fsum(values) - 1) > 1e-6:
             problems.append(f"{key}: the weights sum to {math.fsum(values):.6g}; they must sum to 1")
     for place, source in enumerate(data.sources):
         if not any(values[place] for values in weights.values() if len(values) == len(data.sources)):
             problems.append(
-                f"data.sources.{place}.weight: 0 and never changed, so nothing is read of {source.path}; remove it"
+                f"data.sources.{place}.weight: 0 and never changed, so {source.path} is not used; remove it"
             )
     paths = [os.path.abspath(source.path) for source in data.sources]
     if repeated := sorted({path for path in paths if paths.count(path) > 1}):
-        problems.append(f"data.sources: {repeated[0]} is named twice; name it once, with the sum of the weights")
+        problems.append(f"data.sources: {repeated[0]} appears twice; list it once, with the sum of the weights")
     ends = [change.from_tokens + change.ramp_tokens for change in data.mixture_changes]
     for place, change in enumerate(data.mixture_changes[1:]):
         if ends[place] > change.from_tokens:
             problems.append(
-                f"data.mixture_changes.{place + 1}.from_tokens: {change.from_tokens} lies before the end of the ramp "
-                f"before it, {ends[place]}; shorten that ramp or begin later"
+                f"data.mixture_changes.{place + 1}.from_tokens: {change.from_tokens} is before the end of the "
+                f"previous ramp, {ends[place]}; shorten that ramp or start later"
             )
     return problems
 
@@ -89,20 +90,18 @@ def _schedule_problems(schedule: Any, branch: Any) -> list[str]:
     problems, name = [], schedule.name
     is_cooldown = branch is not None and branch.schedule == "cooldown"
     if name == "constant" and schedule.floor is not None and not is_cooldown:
-        problems.append(f"schedule.floor: {schedule.floor} is never reached by a constant schedule; use null")
+        problems.append(f"schedule.floor: {schedule.floor} has no effect on a constant schedule; use null")
     if name != "constant" and schedule.floor is None:
-        problems.append(f"schedule.floor: is required by {name}; the published recipe has a tenth of the peak")
+        problems.append(f"schedule.floor: is required by {name}; the published recipe uses a tenth of the peak")
     if schedule.floor is not None and schedule.floor > schedule.peak:
         problems.append(f"schedule.floor: {schedule.floor} is above schedule.peak {schedule.peak}")
     if schedule.floor == schedule.peak:
-        # TinyLlama's first 0.5T tokens were trained at a constant rate by such a slip.
+        # TinyLlama trained its first 0.5T tokens at a constant rate by this mistake.
         problems.append(
             f"schedule.floor: {schedule.floor} equals schedule.peak, so {name} is constant; use name: constant"
         )
     if (schedule.decay_tokens is None) == (name == "wsd"):
-        rule = (
-            "is required by wsd" if name == "wsd" else f"{schedule.decay_tokens} has no meaning for {name}; use null"
-        )
+        rule = "is required by wsd" if name == "wsd" else f"{schedule.decay_tokens} has no effect on {name}; use null"
         problems.append(f"schedule.decay_tokens: {rule}")
     return problems
 
@@ -115,7 +114,7 @@ def _training_problems(training: Any) -> list[str]:
         )
     if training.deterministic and training.attention == "flash_attention_3":
         problems.append(
-            "training.deterministic: flash_attention_3 gives other bits each time; use sdpa or flash_attention_2"
+            "training.deterministic: flash_attention_3 is not deterministic; use sdpa or flash_attention_2"
         )
     return problems + _order_problems("training.batch_changes", training.batch_changes, training.total_tokens)
 
@@ -128,18 +127,20 @@ def _batch_problems(training: Any, sequence_length: int) -> list[str]:
     for key, size in sizes.items():
         if size % sequence_length:
             nearest = size // sequence_length * sequence_length or sequence_length
-            problems.append(f"{key}: {size} is no multiple of data.sequence_length {sequence_length}; use {nearest}")
+            problems.append(
+                f"{key}: {size} is not a multiple of data.sequence_length {sequence_length}; use {nearest}"
+            )
     return problems
 
 
 def _order_problems(key: str, changes: Sequence[Any], total: int) -> list[str]:
-    """Changes must come one after the other and before the end."""
+    """Changes must be in increasing order and before the end of the run."""
     starts = [change.from_tokens for change in changes]
     problems = []
     if sorted(set(starts)) != starts:
         problems.append(f"{key}: from_tokens {starts} must increase")
     if beyond := [start for start in starts if start >= total]:
-        problems.append(f"{key}: from_tokens {beyond} must lie below training.total_tokens {total}")
+        problems.append(f"{key}: from_tokens {beyond} must be below training.total_tokens {total}")
     return problems
 
 
@@ -147,7 +148,7 @@ def _milestone_problems(milestones: Any, training: Any) -> list[str]:
     problems = []
     total = training.total_tokens
     if beyond := [count for count in milestones.tokens if not 0 < count <= total]:
-        problems.append(f"milestones.tokens: {beyond} must lie above 0 and up to training.total_tokens {total}")
+        problems.append(f"milestones.tokens: {beyond} must be above 0 and at most training.total_tokens {total}")
     for name in ("tokens", "steps"):
         values = getattr(milestones, name)
         if sorted(set(values)) != values:
@@ -156,7 +157,7 @@ def _milestone_problems(milestones: Any, training: Any) -> list[str]:
     number = Steps(total, training.tokens_per_step, changes).number
     if beyond := [step for step in milestones.steps if not 0 < step <= number]:
         problems.append(
-            f"milestones.steps: {beyond} must lie above 0 and up to {number}, the step that reaches "
+            f"milestones.steps: {beyond} must be above 0 and at most {number}, the step that reaches "
             f"training.total_tokens {total}"
         )
     return problems
@@ -166,12 +167,12 @@ def _model_problems(model: Any) -> list[str]:
     known = TinyLlamaConfig().to_dict()
     problems = []
     if model.preset not in PRESETS:
-        problems.append(f"model.preset: {model.preset!r} does not exist{did_you_mean(model.preset, PRESETS)}")
+        problems.append(f"model.preset: unknown preset {model.preset!r}{did_you_mean(model.preset, PRESETS)}")
     for name, value in model.overrides.items():
         if name not in known:
-            problems.append(f"model.overrides.{name}: no field of a Llama{did_you_mean(name, known)}")
+            problems.append(f"model.overrides.{name}: unknown field of a Llama config{did_you_mean(name, known)}")
         elif name in _NOT_OVERRIDDEN:
-            problems.append(f"model.overrides.{name}: {_NOT_OVERRIDDEN[name]}; leave it out")
+            problems.append(f"model.overrides.{name}: {_NOT_OVERRIDDEN[name]}; remove it")
         elif name in PRESETS["1.1b"] and (not isinstance(value, int) or value < 1):
-            problems.append(f"model.overrides.{name}: {value!r}: must be a whole number above 0")
+            problems.append(f"model.overrides.{name}: {value!r}: must be an integer above 0")
     return problems

@@ -1,4 +1,4 @@
-"""`run.json`: the facts of a run that other parts of the package read, in a form that outlives changes of the recipe's keys."""
+"""`run.json`: the facts of a run that other parts of the package need, independent of the recipe's schema."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,7 +10,6 @@ import yaml
 
 from ..data.mixture import Mixture
 from ..data.order import WeightChange
-from ..data.shards import read_metadata
 from ..errors import InputError
 from ..files import read_json, write_json
 from .milestones import CONFIG_FILE, MILESTONES_FOLDER, milestone_names, milestone_steps
@@ -23,7 +22,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """A data set that a run reads; `fingerprint` is `None` for a run of an early version that left no milestone."""
+    """A data set of a run. `fingerprint` is `None` for a run of an early version without milestones."""
 
     path: str
     weight: float
@@ -50,10 +49,10 @@ class MilestoneRecord:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run reads, how far it goes, and where it writes milestones.
+    """The data of a run, its length and its milestones.
 
     Attributes:
-        tokenizer (`str`): path, as the recipe has it.
+        tokenizer (`str`): path, as in the recipe.
         sources (`list[SourceRecord]`): in the order of the recipe.
         mixture_changes (`list[MixtureChangeRecord]`): later weights of the sources.
         sequence_length (`int`): tokens of a block.
@@ -73,27 +72,21 @@ class RunRecord:
     milestones: list[MilestoneRecord]
 
 
-def record_of_recipe(recipe: Mapping[str, Any], fingerprints: Mapping[str, str] | None = None) -> RunRecord:
-    """The record that follows from a recipe; reads the keys that it needs and checks no others.
+def record_of_recipe(recipe: Mapping[str, Any], fingerprints: Mapping[str, str]) -> RunRecord:
+    """Derives the record from a recipe. Reads the keys that it needs, and ignores all others.
 
     Args:
-        recipe (`Mapping`): sections as `training.yaml` has them.
-        fingerprints (`Mapping`, *optional*): of the data sets by path; by default they are read from the folders.
-
-    Raises:
-        InputError: if a folder is not a data set.
+        recipe (`Mapping`): the sections of `training.yaml`.
+        fingerprints (`Mapping`): of the data sets, by path.
     """
     data, training, milestones = recipe["data"], recipe["training"], recipe["milestones"]
     batches = [(change["from_tokens"], change["tokens_per_step"]) for change in training.get("batch_changes") or ()]
     steps = Steps(training["total_tokens"], training["tokens_per_step"], batches)
     numbers = milestone_steps(milestones.get("tokens", ()), milestones.get("steps", ()), steps)
 
-    def fingerprint(path: str) -> str | None:
-        return read_metadata(Path(path))["fingerprint"] if fingerprints is None else fingerprints.get(path)
-
     return RunRecord(
         tokenizer=data["tokenizer"],
-        sources=[SourceRecord(s["path"], s["weight"], fingerprint(s["path"])) for s in data["sources"]],
+        sources=[SourceRecord(s["path"], s["weight"], fingerprints.get(s["path"])) for s in data["sources"]],
         mixture_changes=[MixtureChangeRecord(**change) for change in data.get("mixture_changes") or ()],
         sequence_length=data["sequence_length"],
         seed=training["seed"],
@@ -111,9 +104,9 @@ def write_run_record(run: Path, record: RunRecord) -> None:
 
 
 def read_run_record(run: Path) -> RunRecord:
-    """The record of a run; where an early version wrote no `run.json`, from `training.yaml` and the milestones.
+    """Reads the record of a run; if an early version wrote no `run.json`, from `training.yaml` and the milestones.
 
-    A recipe is not validated: a run of another version is read although its recipe would not be accepted today.
+    The recipe is not validated, so a run of another version can be read although its recipe is no longer accepted.
 
     Raises:
         InputError: if the folder is not a run, or its record is damaged or of an unknown version.
@@ -125,31 +118,31 @@ def read_run_record(run: Path) -> RunRecord:
     version = values.pop("format_version", None) if isinstance(values, dict) else None
     if version != FORMAT_VERSION:
         raise InputError(
-            f"{file}: has format_version {version}, and this version of tinyllama_hf reads {FORMAT_VERSION}; update "
-            "tinyllama_hf, or use the version that wrote the run"
+            f"{file}: format_version {version} is not supported; this version of tinyllama_hf reads {FORMAT_VERSION}. "
+            "Update tinyllama_hf, or use the version that wrote the run."
         )
     try:
         kinds = {"sources": SourceRecord, "mixture_changes": MixtureChangeRecord, "milestones": MilestoneRecord}
         return RunRecord(**values | {name: [kind(**value) for value in values[name]] for name, kind in kinds.items()})
     except (KeyError, TypeError) as error:
-        raise InputError(f"{file}: damaged ({type(error).__name__}: {error}); copy the run again") from error
+        raise InputError(f"{file}: damaged ({type(error).__name__}: {error}). Copy the run again.") from error
 
 
 def _record_of_early_run(run: Path) -> RunRecord:
     file = run / CONFIG_FILE
     if not file.is_file():
-        raise InputError(f"{run}: is not a run (it holds neither {RUN_FILE} nor {CONFIG_FILE})")
+        raise InputError(f"{run}: is not a run folder; it has neither {RUN_FILE} nor {CONFIG_FILE}")
     records = sorted((run / MILESTONES_FOLDER).glob("step-*/provenance.json"))
     try:
         fingerprints = read_json(records[0])["data"] if records else {}
         return record_of_recipe(yaml.safe_load(file.read_text(encoding="utf-8")), fingerprints)
     except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
         cause = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{file}: damaged, it is not the recipe of a run ({cause}); copy the run again") from error
+        raise InputError(f"{file}: damaged, not the recipe of a run ({cause}). Copy the run again.") from error
 
 
 def open_mixture(record: RunRecord, tokenizer_fingerprint: str) -> Mixture:
-    """The training stream of a run; arguments in tokens become blocks.
+    """The training stream of a run. Converts amounts in tokens to blocks.
 
     Raises:
         InputError: as [`Mixture`].

@@ -1,4 +1,4 @@
-"""Steps and learning rate as functions of the tokens seen, and nothing else."""
+"""Steps and learning rate as functions of the number of tokens seen alone."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class _Stage(NamedTuple):
-    """Steps of one size: how many steps and tokens stand before them."""
+    """Consecutive steps of one size, and the steps and tokens before them."""
 
     steps_before: int
     tokens_before: int
@@ -19,20 +19,20 @@ class _Stage(NamedTuple):
 
 
 class Steps:
-    """Optimiser steps, numbered from 1, and the tokens that each begins and ends with.
+    """Optimizer steps, numbered from 1, and the tokens seen before and after each.
 
     Args:
         total_tokens (`int`): the last step is the first to reach it.
         tokens_per_step (`int`): of all processes together.
-        changes (`Sequence[tuple[int, int]]`, *optional*): (tokens, tokens per step): from the first step on that begins
-            with at least this many tokens seen. Increasing; of several that one step passes, the last one counts.
+        changes (`Sequence[tuple[int, int]]`, *optional*): (from_tokens, tokens_per_step), increasing: a new size from
+            the first step that starts at or after `from_tokens`. If several apply at once, the last one does.
     """
 
     def __init__(self, total_tokens: int, tokens_per_step: int, changes: Sequence[tuple[int, int]] = ()):
         self._stages = [_Stage(0, 0, tokens_per_step)]
         for from_tokens, size in changes:
             last = self._stages[-1]
-            # 0 where the stage before begins past this change already: both fall within one of the steps before them.
+            # 0 if the previous stage already starts after this change: one earlier step passes both.
             number = max(-(-(from_tokens - last.tokens_before) // last.tokens_per_step), 0)
             tokens = last.tokens_before + number * last.tokens_per_step
             self._stages.append(_Stage(last.steps_before + number, tokens, size))
@@ -41,14 +41,17 @@ class Steps:
 
     @property
     def sizes(self) -> list[int]:
-        """The sizes of a step in tokens, one after the other as the run comes to them."""
+        """The step sizes in tokens that the run has, in order."""
         stages = itertools.pairwise([*self._stages, _Stage(self.number, 0, 0)])
-        reached = [stage.tokens_per_step for stage, following in stages
-                   if stage.steps_before < min(following.steps_before, self.number)]  # fmt: skip
+        reached = [
+            stage.tokens_per_step
+            for stage, following in stages
+            if stage.steps_before < min(following.steps_before, self.number)
+        ]
         return [size for size, _ in itertools.groupby(reached)]
 
     def tokens_after(self, step: int) -> int:
-        """Tokens seen once `step` steps are done."""
+        """Tokens seen after `step` steps."""
         stage = next(stage for stage in reversed(self._stages) if stage.steps_before <= step)
         return stage.tokens_before + (step - stage.steps_before) * stage.tokens_per_step
 
@@ -57,7 +60,7 @@ class Steps:
         return next(stage for stage in reversed(self._stages) if stage.steps_before < step).tokens_per_step
 
     def reaching(self, tokens: int) -> int:
-        """The first step after which at least so many tokens have been seen."""
+        """The first step after which at least this many tokens have been seen."""
         stage = next(
             stage for stage in reversed(self._stages) if stage.tokens_before < tokens or not stage.steps_before
         )
@@ -65,20 +68,21 @@ class Steps:
 
 
 def learning_rate(step: int, config: "PretrainConfig", branched_at: int | None = None) -> float:
-    """The learning rate of a step. It follows from tokens alone, never from the number of processes.
+    """The learning rate of a step. It depends on tokens alone, not on the number of processes.
 
-    Linear from 0 to `schedule.peak` over `schedule.warmup_tokens`; then, with u going from 0 to 1 until
-    `training.total_tokens`,
+    Linear from 0 to `schedule.peak` over `schedule.warmup_tokens`. Then, where u rises from 0 to 1 at
+    `training.total_tokens`:
 
     - `cosine`: `floor + (peak - floor) (1 + cos(pi u)) / 2`, as published;
-    - `wsd`: `peak`, and linear to `floor` over the last `schedule.decay_tokens` (a trapezoid);
+    - `wsd`: `peak`, then linear to `floor` over the last `schedule.decay_tokens` (a trapezoid);
     - `constant`: `peak`;
-    - in a branch with `schedule: cooldown`: linear from the rate of its first step to `floor`, 0 where there is none.
+    - in a branch with `schedule: cooldown`: linear from the rate of its first step to `floor`, or to 0 if `floor` is
+      null.
 
     Args:
         step (`int`): from 1 on.
         config (`PretrainConfig`): the recipe.
-        branched_at (`int`, *optional*): tokens seen where the run left another one.
+        branched_at (`int`, *optional*): tokens seen at the milestone from which the run was branched.
     """
     tokens = config.steps.tokens_after(step - 1)
     if branched_at is None or config.branch.schedule == "continue":
@@ -91,7 +95,7 @@ def learning_rate(step: int, config: "PretrainConfig", branched_at: int | None =
 
 def _scheduled(tokens: int, reached: int, config: "PretrainConfig") -> float:
     schedule, total = config.schedule, config.training.total_tokens
-    # The first step would have rate 0 and be lost: warm-up counts the step's own tokens.
+    # Warm-up counts the tokens of the step itself; otherwise the first step would have rate 0 and no effect.
     if reached < schedule.warmup_tokens:
         return schedule.peak * reached / schedule.warmup_tokens
     if schedule.name == "constant":

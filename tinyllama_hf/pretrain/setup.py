@@ -1,4 +1,4 @@
-"""From a checked recipe to the things that a run works with, and the facts that follow from it."""
+"""Opens what a recipe names (data, tokenizer, model) and derives the facts of the run."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from ..configuration_tinyllama import PRESETS, TinyLlamaConfig
 from ..data.mixture import Mixture
-from ..data.shards import TokenDataset
+from ..data.shards import TokenDataset, read_metadata
 from ..errors import InputError
 from ..inference.load import load, model_folder
 from ..modeling_tinyllama import TinyLlamaForCausalLM
@@ -21,8 +21,8 @@ from .launch import attention_implementation
 from .run_record import RunRecord, open_mixture, record_of_recipe
 
 
-class Run(NamedTuple):
-    """A recipe with everything loaded that can be loaded before the first step."""
+class PretrainRun(NamedTuple):
+    """A recipe, and everything that is loaded before the first step."""
 
     config: PretrainConfig
     output: Path
@@ -32,20 +32,21 @@ class Run(NamedTuple):
     mixture: Mixture
     model_config: TinyLlamaConfig
     validation: list  # per source, `[num_blocks, sequence_length + 1]` tokens
-    shares: list[float]  # of the sources in all tokens of the run
+    shares: list[float]  # of each source in the tokens of the run
     milestones: dict[int, str]  # step -> name
-    validation_positions: list | None  # per source, `[num_blocks, sequence_length]`, where documents are kept apart
+    validation_positions: list | None  # per source, `[num_blocks, sequence_length]`, with document masking
 
 
-def open_run(config: PretrainConfig) -> Run:
-    """Checks everything that the recipe names and opens it; writes nothing.
+def open_pretrain_run(config: PretrainConfig) -> PretrainRun:
+    """Opens and checks everything that the recipe names; writes nothing.
 
     Raises:
-        InputError: for data, tokenizer, model and output that cannot be used together.
+        InputError: if data, tokenizer, model or output folder cannot be used, or do not fit together.
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
     fingerprint = tokenizer_fingerprint(tokenizer)
-    record = record_of_recipe(config.model_dump(mode="json", by_alias=True))
+    fingerprints = {source.path: read_metadata(source.path)["fingerprint"] for source in config.data.sources}
+    record = record_of_recipe(config.model_dump(mode="json", by_alias=True), fingerprints)
     mixture = open_mixture(record, fingerprint)
     total_blocks = config.steps.tokens_after(config.steps.number) // config.data.sequence_length
     shares = mixture.shares(total_blocks) if config.data.mixture_changes else mixture.weights
@@ -60,11 +61,13 @@ def open_run(config: PretrainConfig) -> Run:
         check_initial_model(config.model.init_from, built)
     tokenizer.model_max_length = built.max_position_embeddings  # saved with every milestone
     positions = _validation_positions(mixture, validation) if config.data.document_masking else None
-    return Run(config, output, record, tokenizer, fingerprint, mixture, built, validation, shares, names, positions)
+    return PretrainRun(
+        config, output, record, tokenizer, fingerprint, mixture, built, validation, shares, names, positions
+    )
 
 
 def _validation_positions(mixture: Mixture, validation: list) -> list:
-    """Positions of the held-out blocks: what is trained on documents kept apart is measured on them kept apart."""
+    """Positions in the held-out blocks, so that validation masks documents as training does."""
     sources = [TokenDataset(source.folder, mixture.block_size, "validation") for source in mixture.sources]
     return [
         np.stack([source.position_ids(index) for index in range(len(blocks))])
@@ -73,32 +76,43 @@ def _validation_positions(mixture: Mixture, validation: list) -> list:
 
 
 def check_initial_model(name: str, expected: TinyLlamaConfig) -> None:
-    """Refuses `model.init_from` if its architecture is not that of the recipe; reads its config only.
+    """Checks that the architecture of `model.init_from` is that of the recipe; reads its config only.
 
     Raises:
-        InputError: naming each field that differs.
+        InputError: listing each field that differs.
     """
     folder = model_folder(name)
     found = TinyLlamaConfig.from_llama(AutoConfig.from_pretrained(folder, trust_remote_code=False)).to_dict()
     wanted = expected.to_dict()
-    # The context may differ: rotary positions have no weights.
-    decisive = {*PRESETS["1.1b"], "vocab_size", "head_dim", "tie_word_embeddings", "rms_norm_eps", "rope_parameters",
-                "hidden_act", "attention_bias", "mlp_bias"}  # fmt: skip
+    # The context may differ, since rotary positions have no weights.
+    decisive = {
+        *PRESETS["1.1b"],
+        "vocab_size",
+        "head_dim",
+        "tie_word_embeddings",
+        "rms_norm_eps",
+        "rope_parameters",
+        "hidden_act",
+        "attention_bias",
+        "mlp_bias",
+    }
     if different := sorted(field for field in decisive if found.get(field) != wanted.get(field)):
-        lines = "\n".join(f"  {field}: {found.get(field)} there, {wanted.get(field)} here" for field in different)
-        raise InputError(f"model.init_from {name}: is another architecture than the recipe's\n{lines}")
+        lines = "\n".join(
+            f"  {field}: {found.get(field)} there, {wanted.get(field)} in the recipe" for field in different
+        )
+        raise InputError(f"model.init_from {name}: its architecture differs from that of the recipe\n{lines}")
 
 
 def architecture(config: PretrainConfig, vocab_size: int, **special_tokens: Any) -> TinyLlamaConfig:
-    """The model's configuration: preset and overrides, with the vocabulary given.
+    """The configuration of the model: preset and overrides, with the vocabulary size of the tokenizer.
 
     Args:
         config (`PretrainConfig`): the recipe.
-        vocab_size (`int`): pieces of the tokenizer.
+        vocab_size (`int`): of the tokenizer.
         **special_tokens: `bos_token_id` and `eos_token_id`.
 
     Raises:
-        InputError: for fields that together make no model, and a sequence longer than the context.
+        InputError: if the fields do not define a valid model, or a sequence is longer than the context.
     """
     fields = {
         "max_position_embeddings": config.data.sequence_length,
@@ -112,23 +126,24 @@ def architecture(config: PretrainConfig, vocab_size: int, **special_tokens: Any)
             input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta")
         )  # they must make one that runs
     except (StrictDataclassError, ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
-        raise InputError(f"model.overrides: make no model: {' '.join(str(error).split())}") from error
+        raise InputError(f"model.overrides: do not define a valid model: {' '.join(str(error).split())}") from error
     if config.data.sequence_length > built.max_position_embeddings:
         raise InputError(
-            f"data.sequence_length: {config.data.sequence_length} is longer than the model's context, "
-            f"model.overrides.max_position_embeddings {built.max_position_embeddings}; shorten the one or raise the other"
+            f"data.sequence_length: {config.data.sequence_length} is longer than the context of the model, "
+            f"model.overrides.max_position_embeddings {built.max_position_embeddings}. Lower the former or raise the "
+            "latter."
         )
     return built
 
 
 def shapes_only(config: TinyLlamaConfig) -> TinyLlamaForCausalLM:
-    """The model on the meta device: it takes no memory, and counts."""
+    """The model on the meta device, which needs no memory for its weights."""
     with torch.device("meta"):
         return TinyLlamaForCausalLM(config)
 
 
-def build_model(run: Run) -> TinyLlamaForCausalLM:
-    """The model at its first step: freshly initialized by the seed, or with the weights of `model.init_from`."""
+def build_model(run: PretrainRun) -> TinyLlamaForCausalLM:
+    """The model before the first step: initialized by the seed, or with the weights of `model.init_from`."""
     training = run.config.training
     torch.manual_seed(training.seed)
     implementation = attention_implementation(training, run.config.data.document_masking)
@@ -141,10 +156,10 @@ def build_model(run: Run) -> TinyLlamaForCausalLM:
 
 
 def check_batches(config: PretrainConfig, num_processes: int) -> None:
-    """Refuses batches that do not divide.
+    """Checks that processes x micro-batch divides every step.
 
     Raises:
-        InputError: if processes x micro-batch does not divide a step, listing the sizes that do.
+        InputError: if not, listing the sizes that do.
     """
     micro = config.training.micro_batch_size
     for tokens in config.steps.sizes:
@@ -152,15 +167,15 @@ def check_batches(config: PretrainConfig, num_processes: int) -> None:
         if sequences % (num_processes * micro):
             per_process, rest = divmod(sequences, num_processes)
             sizes = [size for size in range(1, per_process + 1) if not rest and per_process % size == 0]
-            fix = f"sizes that do: {', '.join(map(str, sizes))}" if sizes else "change training.tokens_per_step"
+            fix = f"Use {', '.join(map(str, sizes))}." if sizes else "Change training.tokens_per_step."
             raise InputError(
                 f"training.micro_batch_size: {micro} x {num_processes} processes does not divide the "
-                f"{sequences} sequences of a step; {fix}"
+                f"{sequences} sequences of a step. {fix}"
             )
 
 
-def facts(run: Run, model: TinyLlamaForCausalLM, num_processes: int, compile_says: str) -> list[str]:
-    """The quantities that follow from a recipe, one line each."""
+def summary_lines(run: PretrainRun, model: TinyLlamaForCausalLM, num_processes: int, compilation: str) -> list[str]:
+    """The quantities that follow from a recipe, one per line."""
     config, training, steps = run.config, run.config.training, run.config.steps
     total, length = steps.tokens_after(steps.number), run.config.data.sequence_length
     parameters = sum(p.numel() for p in model.parameters())
@@ -170,32 +185,32 @@ def facts(run: Run, model: TinyLlamaForCausalLM, num_processes: int, compile_say
         str(size // length // (num_processes * training.micro_batch_size)) for size in steps.sizes
     )
     lines = [
-        f"model       {config.model.preset}: {parameters:,} parameters, {len(run.tokenizer):,} tokens in the vocabulary, "
-        f"context {run.model_config.max_position_embeddings}",
+        f"model       {config.model.preset}: {parameters:,} parameters, {len(run.tokenizer):,} tokens in the "
+        f"vocabulary, context {run.model_config.max_position_embeddings}",
         f"tokens      {total:,} in {steps.number:,} steps of {sizes} ({config.sequences(1)} sequences of "
         f"{length}); {total / parameters:.2f} per parameter",
         f"a step      {num_processes} process(es) x {micro_batches} micro-batches of "
         f"{training.micro_batch_size} sequences, {training.precision}, attention {training.attention}, compile "
-        f"{compile_says}",
-        f"arithmetic  {model.flops_per_token(config.data.sequence_length) / 1e9:.4g} GFLOP a token (6 x parameters without "
-        "the input embedding + attention, not halved)",
+        f"{compilation}",
+        f"arithmetic  {model.flops_per_token(config.data.sequence_length) / 1e9:.4g} GFLOP a token (6 x parameters "
+        "without the input embedding + attention, not halved)",
     ]
     for source, spec, share, epoch in zip(run.mixture.sources, config.data.sources, run.shares, epochs, strict=True):
         lines.append(
             f"data        {share:.1%} {spec.path}: {len(source):,} blocks, {source.num_tail_tokens} tokens left "
-            f"over, read {epoch:.2f} times"
+            f"over, {epoch:.2f} epochs"
         )
     for step, name in run.milestones.items():
         lines.append(f"milestone   step {step:,} -> {name}")
     return lines
 
 
-def sample(run: Run, num_tokens: int = 48) -> str:
-    """The beginning of the first training block, as the model will see it."""
+def first_block_text(run: PretrainRun, num_tokens: int = 48) -> str:
+    """The text of the first tokens of the first training block."""
     tokens = run.mixture.tokens(run.mixture.blocks(0, 1))[0][:num_tokens]
     return run.tokenizer.decode(tokens)
 
 
 def training_yaml(config: PretrainConfig) -> str:
-    """The configuration as it was used, overrides applied: a recipe that repeats the run."""
+    """The recipe with its overrides applied, as YAML."""
     return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False)

@@ -1,6 +1,6 @@
-"""SIGTERM and SIGINT: the step is finished, a checkpoint written, and the run ends.
+"""Stops a run on SIGTERM or SIGINT: it finishes the step, writes a checkpoint and exits.
 
-A second one ends it at once; what arrives within 3 s of the first is the first, arriving again.
+A second signal ends it at once. Signals within 3 s of the first count as the same request.
 """
 
 import contextlib
@@ -16,21 +16,21 @@ import torch.distributed as dist
 
 
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: "the user is invited to try again later"
-# One request may arrive several times: Slurm and Ctrl-C reach every process of a job, and torch's launcher, which is one of
-# them, passes what it got on to the others.
+# One request may arrive several times: Slurm and Ctrl-C signal every process of a job, and torch's launcher, which is
+# one of them, forwards the signal to the others.
 _ONE_REQUEST_SECONDS = 3.0
 
 
 class Stopped(RuntimeError):
-    """The run was asked to stop and has saved; the same command goes on with it."""
+    """The run was stopped by a signal after writing a checkpoint; the same command resumes it."""
 
 
 class StopRequests:
-    """Whether any process of the run was asked to stop. A context manager: outside, signals mean what they meant before.
+    """Records requests to stop. A context manager, which restores the previous signal handlers at its end.
 
-    Every process learns of it after the same step, through a process group of the CPUs, so that the accelerator's queue
-    is never waited for. A second request is heeded by a thread of its own: Python calls a handler only where the main
-    thread comes back from C code, which may be never if it waits for another process there.
+    All processes agree after the same step, through a process group on the CPU, so that the queue of the accelerator
+    is not waited for. A thread handles the second request, since Python calls a signal handler only when the main
+    thread returns from C code, which may never happen if it waits for another process there.
     """
 
     def __init__(self) -> None:
@@ -41,8 +41,8 @@ class StopRequests:
 
     def __enter__(self) -> "StopRequests":
         if threading.current_thread() is not threading.main_thread():
-            return self  # Python lets only the main thread listen
-        # The C part of Python's handlers, which runs at once, writes the number of each signal here.
+            return self  # Python allows signal handlers in the main thread only
+        # Python's C-level handler runs at once, and writes the number of each signal here.
         self._numbers, self._written = socket.socketpair()
         self._written.setblocking(False)
         self._wakeup_before = signal.set_wakeup_fd(self._written.fileno(), warn_on_full_buffer=False)
@@ -58,7 +58,9 @@ class StopRequests:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup_before)
-        self._written.shutdown(socket.SHUT_RDWR)  # ends the watcher, even if a forked process holds a copy
+        self._written.shutdown(
+            socket.SHUT_RDWR
+        )  # ends the watcher, even if a forked process holds a copy of the socket
         self._watcher.join()
         self._written.close()
         self._numbers.close()
@@ -67,7 +69,7 @@ class StopRequests:
         self._asked = self._asked or number
 
     def _watch(self) -> None:
-        """Announces the first request, and ends the process at a later one."""
+        """Prints a message at the first request, and ends the process at a later one."""
         first_at = None
         while received := self._numbers.recv(1):
             if (number := received[0]) not in (signal.SIGTERM, signal.SIGINT):
@@ -76,19 +78,18 @@ class StopRequests:
                 first_at = time.monotonic()
                 self._announce(number)
             elif time.monotonic() - first_at > _ONE_REQUEST_SECONDS:
-                os._exit(128 + number)  # as a shell names the death by a signal
+                os._exit(128 + number)  # the exit status of a process ended by a signal
 
     def _announce(self, number: int) -> None:
         if self._is_distributed and dist.get_rank() > 0:
             return
-        line = (
-            f"{signal.Signals(number).name}: finishing the step and writing a checkpoint; a second one ends at once\n"
-        )
-        with contextlib.suppress(OSError):  # nobody may be left who reads
+        name = signal.Signals(number).name
+        line = f"{name}: finishing the step and writing a checkpoint. A second signal ends the run at once.\n"
+        with contextlib.suppress(OSError):  # the reader may be gone
             os.write(2, line.encode())
 
-    def agreed(self) -> int:
-        """The number of the signal that some process got, 0 for none; to be called after each step by all."""
+    def requested_signal(self) -> int:
+        """The number of the signal that any process received, 0 for none; a collective call after each step."""
         if not self._is_distributed:
             return self._asked
         asked = torch.tensor(self._asked)

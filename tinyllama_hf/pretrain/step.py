@@ -1,4 +1,4 @@
-"""One optimiser step: accumulation over micro-batches, and the guards that decide on the device whether it counts."""
+"""One optimizer step, with guards on the device that skip a bad one; and the validation loss."""
 
 import contextlib
 import time
@@ -15,16 +15,19 @@ from .schedule import learning_rate
 
 if TYPE_CHECKING:  # benchmarks/gpu runs this where pydantic is not installed
     from .config import PretrainConfig
-    from .setup import Run
+    from .setup import PretrainRun
 
 
-SPIKE_WINDOW = 128  # steps whose losses say what is usual, as in OLMo-core's SkipStepAdamW
+SPIKE_WINDOW = 128  # steps that a loss is compared with, as in OLMo-core's SkipStepAdamW
 
 
 class StepResult(NamedTuple):
-    """What a step leaves for the log; tensors stay on the device until somebody asks.
+    """The quantities of a step that are logged. The tensors stay on the device until they are read.
 
-    `loss` is the mean over the step's tokens of all processes, `gradient_norm` the norm before clipping.
+    Attributes:
+        loss (`torch.Tensor`): mean over the tokens of the step, all processes together.
+        gradient_norm (`torch.Tensor`): before clipping.
+        learning_rate (`float`): of the step.
     """
 
     loss: torch.Tensor
@@ -33,15 +36,15 @@ class StepResult(NamedTuple):
 
 
 class TrainStep:
-    """The optimiser steps of a run.
+    """The optimizer steps of a run.
 
     Args:
         config (`PretrainConfig`): the recipe.
-        mixture (`Mixture`): where the blocks come from.
+        mixture (`Mixture`): provides the training blocks.
         accelerator (`Accelerator`): the processes.
         model (`torch.nn.Module`): as accelerate wrapped it.
         optimizer (`torch.optim.Optimizer`): fused AdamW over its parameters.
-        branched_at (`int`, *optional*): tokens seen where the run left another one.
+        branched_at (`int`, *optional*): tokens seen at the milestone from which the run was branched.
     """
 
     def __init__(
@@ -56,24 +59,25 @@ class TrainStep:
         self.config, self.mixture, self.accelerator = config, mixture, accelerator
         self.model, self.optimizer, self.branched_at = model, optimizer, branched_at
         self.device = accelerator.device
-        # First step whose loss or gradient was not finite, -1 for none; read only where the run reports anyway.
+        # The first step with a loss or gradient that is not finite, -1 for none. Read only at logging steps, since
+        # reading it waits for the device.
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
-        # The last losses that counted, for spikes: a ring that is full once `counted` has passed its length.
+        # Ring buffer of the last accepted losses, for spike detection; full once `counted` has passed its length.
         self.losses = torch.zeros(SPIKE_WINDOW, device=self.device)
         self.counted = torch.zeros((), dtype=torch.int64, device=self.device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.wait_seconds = 0.0  # spent on fetching data since somebody last took it
+        self.wait_seconds = 0.0  # spent on fetching data since the last logged step
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What decides later steps besides model and optimiser: the tensors themselves, to be saved or filled."""
+        """The state besides model and optimizer: the tensors themselves, to be saved or filled in place."""
         return {"losses": self.losses, "counted": self.counted, "skipped": self.skipped}
 
     def accumulation(self, step: int) -> int:
-        """Micro-batches of a process in a step."""
+        """Micro-batches per process in a step."""
         return self.config.sequences(step) // (self.accelerator.num_processes * self.config.training.micro_batch_size)
 
     def __call__(self, step: int) -> StepResult:
-        """Runs the step with this number. Nothing in it waits for the device."""
+        """Runs the step with this number (from 1 on). Nothing in it waits for the device."""
         rate = learning_rate(step, self.config, self.branched_at)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -81,10 +85,11 @@ class TrainStep:
         total = torch.zeros((), device=self.device)
         for micro_step in range(accumulation):
             inputs = self.micro_batch(step, micro_step)
-            with contextlib.nullcontext() if self._synchronises(micro_step, accumulation) else self._unsynchronised():
-                # Sum over this micro-batch / tokens of the whole step: parts add up over micro-batches and processes.
+            with contextlib.nullcontext() if self._reduces_gradients(micro_step, accumulation) else self._no_sync():
+                # Sum over this micro-batch / tokens of the whole step, so that the parts add up to the mean over the
+                # step.
                 loss = self.model(**inputs, num_items_in_batch=tokens).loss
-                # Gradients are averaged over processes, a sum is wanted.
+                # DDP and FSDP average gradients over processes; the sum is needed.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.gradient_clip)
@@ -94,10 +99,10 @@ class TrainStep:
         return StepResult(loss, norm, rate)
 
     def _apply(self, step: int, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        """Moves the parameters unless the step is bad, which every process sees in the same two numbers."""
+        """Updates the parameters unless the step is bad. Every process decides the same, from the same two numbers."""
         bad = ~(torch.isfinite(norm) & torch.isfinite(loss))
         spike = self._is_spike(loss) & ~bad
-        # The fused optimiser leaves the parameters alone where this is 1, without a word to the host.
+        # The fused optimizer skips the update on the device where this is 1, without a synchronization with the host.
         self.optimizer.found_inf = (bad | spike).float()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -111,28 +116,28 @@ class TrainStep:
         self.counted = self.counted + counts
 
     def _is_spike(self, loss: torch.Tensor) -> torch.Tensor:
-        """Whether the loss lies past so many standard deviations above the mean of the last ones."""
+        """Whether the loss is `training.skip_spikes_sigma` standard deviations above the mean of the last losses."""
         sigma = self.config.training.skip_spikes_sigma
         if sigma is None:
             return torch.zeros((), dtype=torch.bool, device=self.device)
         return (self.counted >= SPIKE_WINDOW) & (loss > self.losses.mean() + sigma * self.losses.std())
 
-    def _synchronises(self, micro_step: int, accumulation: int) -> bool:
-        # Sharded gradients are summed at once, in fp32: kept whole until the last micro-batch they would need the memory
+    def _reduces_gradients(self, micro_step: int, accumulation: int) -> bool:
+        # FSDP reduces after every micro-batch, in fp32: unreduced gradients of the whole model would take the memory
         # that sharding saves.
         return self.accelerator.is_fsdp2 or micro_step == accumulation - 1
 
-    def _unsynchronised(self) -> contextlib.AbstractContextManager:
+    def _no_sync(self) -> contextlib.AbstractContextManager:
         return self.accelerator.no_sync(self.model)
 
     def blocks(self, step: int) -> list[Block]:
-        """All blocks of a step, whatever the number of processes."""
+        """All blocks of a step; independent of the number of processes."""
         sequences = self.config.sequences(step)
         first = self.config.steps.tokens_after(step - 1) // self.config.data.sequence_length
         return self.mixture.blocks(first, sequences)
 
     def micro_batch(self, step: int, micro_step: int) -> dict[str, torch.Tensor]:
-        """The inputs of one forward pass: a slice of the step's blocks, the same whatever the number of processes."""
+        """The inputs of one forward pass: this process's slice of the blocks of the step."""
         began = time.perf_counter()
         micro = self.config.training.micro_batch_size
         first = self.config.steps.tokens_after(step - 1) // self.config.data.sequence_length
@@ -143,7 +148,7 @@ class TrainStep:
         inputs = {"input_ids": tokens[:, :-1].contiguous(), "labels": labels, "shift_labels": labels}
         if self.config.data.document_masking:
             inputs["position_ids"] = torch.from_numpy(self.mixture.position_ids(blocks))
-        if self.device.type == "cuda":  # only from pinned memory does the copy go on beside the computation
+        if self.device.type == "cuda":  # a copy overlaps computation only from pinned memory
             inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
         inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
         self.wait_seconds += time.perf_counter() - began
@@ -151,19 +156,19 @@ class TrainStep:
 
 
 @torch.no_grad()
-def validation_losses(run: "Run", accelerator: Accelerator, model: torch.nn.Module) -> list[float]:
-    """Mean loss per token on the held-out blocks of each source; to be called by all processes.
+def validation_losses(run: "PretrainRun", accelerator: Accelerator, model: torch.nn.Module) -> list[float]:
+    """Mean loss per token on the held-out blocks of each source; a collective call of all processes.
 
-    Micro-batches go round the processes. A sharded model computes on all processes together, so that one without a
-    micro-batch computes the first again, which does not count.
+    Micro-batches are distributed round-robin. The processes of a sharded model run every forward pass together, so a
+    process without a micro-batch of its own repeats the first one and discards the result.
 
     Args:
-        run (`Run`): whose `validation` blocks are read.
+        run (`PretrainRun`): has the `validation` blocks.
         accelerator (`Accelerator`): the processes.
         model (`torch.nn.Module`): as accelerate wrapped it.
     """
-    # In training mode (there is no dropout) the logits are never held as a whole. DistributedDataParallel is passed by:
-    # there is nothing to synchronise.
+    # In training mode the loss never holds all logits; there is no dropout. DistributedDataParallel is bypassed, since
+    # there are no gradients to reduce.
     inner = accelerator.unwrap_model(model)
     micro, processes = run.config.training.micro_batch_size, accelerator.num_processes
     losses = []

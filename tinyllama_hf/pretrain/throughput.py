@@ -1,4 +1,4 @@
-"""How fast a run is, against what its device could do, and how much memory it took."""
+"""The speed of a run compared with the peak of its device, and its peak memory."""
 
 import time
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from ..devices import known_device
 
 
-# Sides of the square products of `measure_matmul_flops`: what this library's step multiplies lies between them.
+# Sides of the square matrices of `measure_matmul_flops`; the products of a training step are of sizes in between.
 _MATMUL_SIDES = (1024, 2048, 4096, 8192)
 _MATMUL_SECONDS = 0.5  # per side
 
@@ -16,27 +16,27 @@ _MATMUL_SECONDS = 0.5  # per side
 def model_flops_utilization(
     tokens_per_second: float, flops_per_token: int, device_name: str | None, num_devices: int = 1
 ) -> float | None:
-    """Share of the devices' peak rate that the model's own arithmetic takes (MFU), or `None` for an unknown device.
+    """Model FLOPs utilization (MFU): share of the devices' peak rate, or `None` for an unknown device.
 
     Args:
         tokens_per_second (`float`): of the whole run.
-        flops_per_token (`int`): from `TinyLlamaForCausalLM.flops_per_token`, whose convention it inherits.
-        device_name (`str`, *optional*): as `torch.cuda.get_device_name` gives it; `None` for a CPU.
-        num_devices (`int`): devices of the run.
+        flops_per_token (`int`): from `TinyLlamaForCausalLM.flops_per_token`, which sets the convention.
+        device_name (`str`, *optional*): from `torch.cuda.get_device_name`; `None` for a CPU.
+        num_devices (`int`): of the run.
     """
     device = known_device(device_name)
     return None if device is None else tokens_per_second * flops_per_token / (device.flops * num_devices)
 
 
 def measure_matmul_flops(device: torch.device | str, dtype: torch.dtype) -> float:
-    """The rate in FLOP/s that products of square matrices reach here and now: the best single product of several sizes.
+    """Measures the rate of matrix products in FLOP/s: the fastest single product of square matrices of several sizes.
 
-    The roof for a step on this machine, whatever else runs on it. Takes about two seconds; a size whose first product
-    is slower than that is the last one tried.
+    An upper bound for a training step on this machine under its present load. Takes about two seconds; no larger size
+    is tried after one with a slow first product.
 
     Args:
-        device (`torch.device` or `str`): where.
-        dtype (`torch.dtype`): of both factors; the products of a bf16 run are bf16.
+        device (`torch.device` or `str`): to measure.
+        dtype (`torch.dtype`): of both factors, as in the run.
     """
     device, best = torch.device(device), 0.0
     for side in _MATMUL_SIDES:
@@ -55,7 +55,7 @@ def measure_matmul_flops(device: torch.device | str, dtype: torch.dtype) -> floa
 
 
 def _seconds(call, device: torch.device) -> float:
-    """Wall-clock time of a call, the device's work included."""
+    """Wall-clock time of a call, including the work on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     began = time.perf_counter()
@@ -66,9 +66,9 @@ def _seconds(call, device: torch.device) -> float:
 
 
 def peak_memory_bytes(device: torch.device | str) -> int | None:
-    """The most memory that this process has taken so far.
+    """Peak memory of this process so far.
 
-    On CUDA what torch's allocator gave out, on a CPU the peak of the resident set; `None` where neither can be read.
+    On CUDA, memory allocated by torch; on a CPU, the peak resident set size; `None` if neither is available.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -76,5 +76,5 @@ def peak_memory_bytes(device: torch.device | str) -> int | None:
     status = Path("/proc/self/status")
     if device.type != "cpu" or not status.is_file():
         return None
-    # Not getrusage: its peak begins at that of the process that started this one.
+    # getrusage would include the peak of the parent process.
     return int(status.read_text(encoding="ascii", errors="replace").split("VmHWM:")[1].split()[0]) * 1024
