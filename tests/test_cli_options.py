@@ -50,7 +50,7 @@ CASES = {
             "sample_fraction": 0.2, "text_column": "body", "where": "a==1", "workers": 3,
         }),
     },
-    "prepare x --tokenizer t --output o --dry-run": {"tinyllama_hf.data.prepare.plan": (None, {"tokenizer": "t"})},
+    "prepare x --tokenizer t --output o --dry-run": {"tinyllama_hf.data.prepare.plan_preparation": (None, {"tokenizer": "t"})},
     "prepare --check c": {"tinyllama_hf.data.shards.check_contents": (None, {"folder": Path("c")})},
     "plan {recipe} training.seed=77 --devices 2 --device h100 --mfu 0.3": {
         "tinyllama_hf.planning.run_plan.plan": (None, {"config.training.seed": 77, "num_devices": 2,

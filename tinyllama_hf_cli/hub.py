@@ -11,31 +11,33 @@ def publish(
     run: Annotated[
         Path,
         typer.Argument(
-            help="Folder of a pretraining run, or of one model: fine-tuned, converted, quantized, an adapter."
+            help="Folder of a pretraining run, or of one model: fine-tuned, converted, quantized or an adapter."
         ),
     ],
-    repo: Annotated[str, typer.Option(help="USER/NAME on the Hub; made if it does not exist.")],
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    repo: Annotated[str, typer.Option(help="USER/NAME on the Hub; created if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
     license: Annotated[
         str | None,
         typer.Option(
-            help="License of the weights, as the Hub names it: apache-2.0, mit, ...; default: what the card on the Hub has."
+            help="License identifier of the Hub: apache-2.0, mit, ...; default: that of the card on the Hub."
         ),
     ] = None,
     base_model: Annotated[
         str | None,
-        typer.Option(help="USER/NAME of the model that a folder was made from, where the folder does not have it."),
+        typer.Option(help="USER/NAME of the base model, if the folder does not record it."),
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Check everything and say what would go where; needs neither Hub nor token."),
+        typer.Option(
+            "--dry-run", help="Check everything and print what would be uploaded; needs neither network nor token."
+        ),
     ] = False,
 ) -> None:
-    """Publish a run: each milestone a revision of its name, the newest on main, with a card made from the run's files.
+    """Publish a run on the Hub: each milestone as a revision, the newest on main, with generated model cards.
 
-    What the Hub has already is not sent again, so an interrupted upload resumes with the next call. License, text and files
-    that were added on the Hub stay. No absolute path and no name of user or host is sent. Needs a token that may write, in
-    HF_TOKEN or from `hf auth login`.
+    Files that the Hub already has are not uploaded again, so an interrupted upload resumes with the next call.
+    License, text and files that were added on the Hub are kept. Absolute paths and the names of the user and the host
+    are removed. Needs a token with write permission, in HF_TOKEN or from `hf auth login`.
 
     Example: tinyllama-hf publish runs/demo/pretrain --repo me/my-model --private --dry-run
     """

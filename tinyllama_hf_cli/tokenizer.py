@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 
-app = typer.Typer(help="Train a small tokenizer of Llama 2's kind, and prove that one is exact.", no_args_is_help=True)
+app = typer.Typer(help="Train a small tokenizer like that of Llama 2, or verify a tokenizer.", no_args_is_help=True)
 
 EMBEDDED = ("embedded:prose", "embedded:code")
 _SOURCES_HELP = "embedded:prose, embedded:code; or files and folders of JSON lines or text."
@@ -16,11 +16,13 @@ _SOURCES_HELP = "embedded:prose, embedded:code; or files and folders of JSON lin
 def train(
     sources: Annotated[list[str], typer.Argument(help=_SOURCES_HELP)],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
-    vocab_size: Annotated[int, typer.Option(help="Ids, the 256 bytes and three control tokens included.")] = 4096,
-    text_column: Annotated[str, typer.Option(help="Column of JSON lines that holds the text.")] = "text",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the tokenizer that lies there.")] = False,
+    vocab_size: Annotated[
+        int, typer.Option(help="Number of ids, including 256 bytes and three control tokens.")
+    ] = 4096,
+    text_column: Annotated[str, typer.Option(help="Column of JSON lines with the text.")] = "text",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing tokenizer.")] = False,
 ) -> None:
-    """Train a SentencePiece BPE tokenizer with byte fallback and dummy prefix, as Llama 2's.
+    """Train a SentencePiece BPE tokenizer with byte fallback and dummy prefix, like that of Llama 2.
 
     Example: tinyllama-hf tokenizer train embedded:prose embedded:code --vocab-size 2048 --output my-tokenizer
     """
@@ -40,19 +42,21 @@ def train(
 
 @app.command()
 def verify(
-    folder: Annotated[str, typer.Argument(help="Tokenizer folder or file, or a released name.")],
-    files: Annotated[list[str] | None, typer.Argument(help="More of what --text takes.")] = None,
+    folder: Annotated[str, typer.Argument(help="Tokenizer folder or file, or the name of a released model.")],
+    files: Annotated[list[str] | None, typer.Argument(help="More files or folders, as for --text.")] = None,
     against: Annotated[Path | None, typer.Option(help="SentencePiece model; default: FOLDER/tokenizer.model.")] = None,
     text: Annotated[
         list[str] | None,
         typer.Option(help="File or folder of text or JSON lines, repeatable; default: the embedded corpus."),
     ] = None,
-    text_column: Annotated[str, typer.Option(help="Column of JSON lines that holds the text.")] = "text",
-    stock: Annotated[bool, typer.Option("--stock", help="Test what stock AutoTokenizer makes of the folder.")] = False,
+    text_column: Annotated[str, typer.Option(help="Column of JSON lines with the text.")] = "text",
+    stock: Annotated[
+        bool, typer.Option("--stock", help="Verify the tokenizer that stock AutoTokenizer loads.")
+    ] = False,
 ) -> None:
-    """Compare a tokenizer with SentencePiece, token for token, and check that every text comes back.
+    """Compare a tokenizer with SentencePiece, token for token, and check that decoding restores every text.
 
-    Exit status 1 at the first difference, which is printed.
+    The first difference is printed, with exit status 1.
 
     Example: tinyllama-hf tokenizer verify my-model --against tokenizer.model --text README.md CHANGELOG.md
     """
@@ -72,7 +76,7 @@ def verify(
     reference = against or (path if path.suffix == ".model" else path / "tokenizer.model")
     if not reference.is_file():
         raise InputError(
-            f"{reference}: no SentencePiece model to compare with; name one with --against tokenizer.model"
+            f"{reference}: the SentencePiece model to compare with is missing. Give one with --against tokenizer.model"
         )
     if stock:
         from transformers import AutoTokenizer
@@ -84,13 +88,13 @@ def verify(
     texts = track(texts, "Comparing", transient=True, disable=not Console().is_terminal)
     result = verify_tokenizer(tokenizer, reference, texts)
     if not result.characters:
-        raise InputError("--text: holds no character to compare; name other files")
+        raise InputError("--text: the files contain no text. Give other files")
     counted = f"{result.texts:,} texts, {result.characters:,} characters, {result.tokens:,} tokens"
     if result.difference is None:
-        print(f"equal: {counted}; every text came back from its tokens")
+        print(f"equal: {counted}; decoding restored every text")
         return
     where = result.difference
-    what = "tokens differ" if where.kind == "ids" else "the text does not come back"
+    what = "tokens differ" if where.kind == "ids" else "decoding does not restore the text"
     print(f"{what} in text {where.text_number} at character {where.character}: {where.context!r}")
-    print(f"  here      {where.ours}\n  reference {where.reference}\nafter {counted}")
+    print(f"  actual    {where.ours}\n  reference {where.reference}\nafter {counted}")
     raise typer.Exit(1)

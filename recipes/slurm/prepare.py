@@ -31,12 +31,12 @@ def main() -> int:
     )
     arguments = parser.parse_intermixed_args()
 
-    from tinyllama_hf.data.config import load_config
-    from tinyllama_hf.data.prepare import plan
+    from tinyllama_hf.data.config import load_prepare_config
+    from tinyllama_hf.data.prepare import plan_preparation
     from tinyllama_hf.errors import InputError
 
     try:
-        request = plan(**load_config(arguments.recipe, arguments.overrides).model_dump())
+        request = plan_preparation(**load_prepare_config(arguments.recipe, arguments.overrides).model_dump())
         if request.is_finished:
             print(f"{request.output}: is already finished")
             return 0
@@ -54,11 +54,11 @@ def submit(request, arguments: argparse.Namespace) -> None:
     from datatrove.executor import SlurmPipelineExecutor
 
     from tinyllama_hf.data.pipeline import steps
-    from tinyllama_hf.data.prepare import begin, writing
+    from tinyllama_hf.data.prepare import translate_write_errors, write_request
     from tinyllama_hf.data.tasks import logging_folder
 
-    with writing(request.output):
-        begin(request)
+    with translate_write_errors(request.output):
+        write_request(request)
     output = request.output.absolute()
     jobs: list[str] = []
 

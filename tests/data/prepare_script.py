@@ -1,4 +1,4 @@
-"""Prepares data in a process that a test kills."""
+"""Prepares data in a process, which a test kills."""
 
 import sys
 

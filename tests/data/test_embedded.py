@@ -1,4 +1,4 @@
-"""The embedded corpus: real, disjoint between its kinds, the same each time."""
+"""The embedded corpus: real text, no overlap between its kinds, and the same documents in every call."""
 
 import ast
 
@@ -63,7 +63,7 @@ async def g():
 
 
 def test_without_docstrings_counts_lines_as_the_parser_does():
-    """Form feeds, which str.splitlines takes for line ends, stand in several modules of the standard library."""
+    """Several modules of the standard library contain form feeds, at which str.splitlines would split."""
     source = "a = 1\n\f\ndef f():\n    '''doc'''\n    return a\n"
     expected = "a = 1\ndef f():\n    return a\n"
     assert ast.dump(ast.parse(embedded.without_docstrings(source))) == ast.dump(ast.parse(expected))

@@ -1,4 +1,4 @@
-"""The data order: a pure function, a permutation within each epoch, and a mixture within its stated bound."""
+"""The data order: a pure function, a permutation in each epoch, and a mixture within the documented bound."""
 
 import itertools
 from fractions import Fraction
@@ -6,32 +6,32 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from tinyllama_hf.data.order import BlockOrder, WeightChange, permuted
+from tinyllama_hf.data.order import BlockOrder, WeightChange, permute
 
 
 class TestPermutation:
     @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 15, 16, 17, 1000, 4097])
     def test_is_a_permutation(self, size):
-        values = permuted(np.arange(size), size, (3407, 0, 0))
+        values = permute(np.arange(size), size, (3407, 0, 0))
         assert sorted(values) == list(range(size))
 
     def test_place_by_place_equals_all_at_once(self):
-        together = permuted(np.arange(500), 500, (1, 2, 3))
-        assert [permuted(np.array([i]), 500, (1, 2, 3))[0] for i in range(500)] == list(together)
+        together = permute(np.arange(500), 500, (1, 2, 3))
+        assert [permute(np.array([i]), 500, (1, 2, 3))[0] for i in range(500)] == list(together)
 
     def test_key_decides(self):
-        orders = {tuple(permuted(np.arange(100), 100, key)) for key in ((1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1))}
+        orders = {tuple(permute(np.arange(100), 100, key)) for key in ((1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1))}
         assert len(orders) == 4
 
     def test_huge_size_costs_nothing(self):
         size = 10**15
-        values = permuted(np.arange(1000), size, (0,))
+        values = permute(np.arange(1000), size, (0,))
         assert len(set(values.tolist())) == 1000 and values.max() < size
 
     def test_looks_random(self):
-        """Mean displacement of a random permutation is a third of its length; neighbours are no neighbours."""
+        """The mean displacement of a random permutation is a third of its length, and neighbors are separated."""
         size = 10_000
-        values = permuted(np.arange(size), size, (7,))
+        values = permute(np.arange(size), size, (7,))
         assert abs(np.abs(values - np.arange(size)).mean() / size - 1 / 3) < 0.02
         assert (np.abs(np.diff(values)) == 1).sum() < 10
 
@@ -76,7 +76,7 @@ class TestMixture:
                 assert epochs[0] != epochs[1], "epochs must differ in order"
 
     def test_far_into_a_run(self):
-        """Block 1.5 billion, the last of 3T tokens, costs what block 10 costs, and counts are exact there."""
+        """Block 1.5 billion, the last of 3T tokens, is as fast as block 10, with exact counts."""
         order = BlockOrder([10**9, 10**8], [0.693584, 0.306416], seed=1)
         position = 1_464_844_288
         counts = order.counts(position)
@@ -89,7 +89,7 @@ class TestMixture:
         assert a != b and [x.source for x in a] == [x.source for x in b]
 
     def test_weights_that_are_no_short_decimals(self):
-        """Thirds sum to a little less than 1; they are taken as equal shares."""
+        """Three rounded thirds, which sum to less than 1, are equal shares."""
         order = BlockOrder([9, 9, 9], [0.3333333333333333] * 3, seed=0)
         assert order.counts(300) == [100, 100, 100]
 
@@ -114,7 +114,8 @@ RAMPED = [
 
 
 class TestRamps:
-    """Weights that change linearly: the same guarantees, with the integral of the weight for weight x position."""
+    """Weights that change linearly have the same guarantees, with the integral of the weight instead of weight x
+    position."""
 
     @staticmethod
     def order(num_blocks, weights, changes, seed=1):
@@ -134,7 +135,7 @@ class TestRamps:
         return value
 
     def integral(self, weights, changes, source: int, time: int) -> Fraction:
-        """Exact: the weight is linear between these bounds."""
+        """The exact integral: the weight is linear between these bounds."""
         bounds = sorted(
             {Fraction(0), Fraction(time)}
             | {min(Fraction(x), Fraction(time)) for a, b, _ in changes for x in (a, a + b)}
@@ -177,7 +178,7 @@ class TestRamps:
         assert [block.source for block in blocks] == [0] * 100 + [1] * 100
 
     def test_the_place_of_v1_1(self):
-        """The published change: 1.5T tokens, ramp of 6B, in blocks of 2048."""
+        """The published change: after 1.5T tokens, with a ramp of 6B, in blocks of 2048."""
         start, ramp = Fraction(1_500_000_000_000, 2048), Fraction(6_000_000_000, 2048)
         order = BlockOrder([10**9] * 3, [1.0, 0.0, 0.0], 1, [WeightChange(start, ramp, [0.75, 0.15, 0.10])])
         before, after = (order.counts(int(x)) for x in (start - 10, start + ramp))

@@ -1,4 +1,5 @@
-"""Preparing data: every token of every document is in one split once, nothing is padded, and it can be interrupted."""
+"""Preparing data: every token of every document is in exactly one split, without padding, also after an
+interruption."""
 
 import gzip
 import hashlib
@@ -24,13 +25,15 @@ from tinyllama_hf.errors import InputError
 from tinyllama_hf.tokenization_tinyllama import encode_text, tokenizer_fingerprint
 
 
-# The place of a text, in [0, 1): `printf TEXT | b2sum -l 64`, over 2**64.
-PLACES = {"中文": 0.00742, "e": 0.06581, "f": 0.18198, "c": 0.21581, "a": 0.25379, "🚀": 0.50877, "b": 0.51738, "hello world": 0.52939,
-          "d": 0.70956, "é": 0.79338}  # fmt: skip
+# The hash of a text as a number in [0, 1): `printf TEXT | b2sum -l 64`, divided by 2**64.
+PLACES = {
+    "中文": 0.00742, "e": 0.06581, "f": 0.18198, "c": 0.21581, "a": 0.25379, "🚀": 0.50877, "b": 0.51738,
+    "hello world": 0.52939, "d": 0.70956, "é": 0.79338,
+}  # fmt: skip
 
 
 def expected_split(text: str, validation: float, sample: float = 1.0) -> str | None:
-    """The rule as the documentation has it: the first part is held out, of what follows the first share is trained on."""
+    """The documented rule: hashes up to the first fraction are held out, and those up to the second are trained on."""
     place = int(hashlib.blake2b(text.encode("utf-8"), digest_size=8).hexdigest(), 16) / 16**16
     if place < validation:
         return "validation"
@@ -70,7 +73,7 @@ def test_tokens_are_those_of_the_documents(documents, corpus, tokenizer_folder, 
 
 
 def test_regression_nothing_is_padded_and_a_literal_end_of_sequence_is_text(tokenizer_folder, tmp_path):
-    """The original's preparation padded with `<s>`; here separators are as many as documents."""
+    """There is one separator per document. The original TinyLlama preparation padded with `<s>`."""
     texts = [f"document {i} with </s> and <s> spelled out\n" for i in range(50)]
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -126,7 +129,7 @@ def test_every_form_of_source(documents, tokenizer_folder, tmp_path, form):
 
 
 def test_bytes_are_those_of_utf8_and_empty_texts_are_counted(tokenizer_folder, tmp_path):
-    """é has 2 bytes, an emoji 4, each of the two Chinese characters 3; see PLACES for where they go."""
+    """é has 2 bytes, an emoji 4, and each of the two Chinese characters 3. PLACES gives their splits."""
     texts = ["", "é", "🚀", "e", "hello world", "", "中文", ""]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     metadata, _ = run([tmp_path / "a.jsonl"], tokenizer_folder, tmp_path / "out", validation_fraction=0.52)
@@ -198,7 +201,7 @@ def test_killed_it_goes_on_with_what_is_missing(documents, tokenizer_folder, tmp
     assert 3 <= len(done) < 24, "killed too late to show anything"
     with pytest.raises(InputError, match="interrupted"):
         read_metadata(out)
-    # A killed process leaves a lock's worth of nothing: the same call goes on.
+    # The lock of a killed process is released, and the same call resumes.
     metadata, _ = run([folder], tokenizer_folder, out, validation_fraction=0.1)
     reference, _ = run([folder], tokenizer_folder, tmp_path / "reference", validation_fraction=0.1)
     assert metadata["fingerprint"] == reference["fingerprint"]
@@ -206,7 +209,7 @@ def test_killed_it_goes_on_with_what_is_missing(documents, tokenizer_folder, tmp
 
 
 def test_truncation_of_a_stock_tokenizer_is_not_obeyed(documents, corpus, tokenizer_folder, tmp_path):
-    """A folder may carry truncation and padding from somebody's fine-tuning."""
+    """A tokenizer folder may have truncation and padding settings from fine-tuning."""
     folder = tmp_path / "tokenizer"
     shutil.copytree(tokenizer_folder, folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -220,7 +223,7 @@ def test_truncation_of_a_stock_tokenizer_is_not_obeyed(documents, corpus, tokeni
 
 
 def word_tokenizer(folder, size, truncation=None):
-    """A stock tokenizer of one token a word: `<unk>`, `<s>`, `</s>`, `w3`, `w4`, ..."""
+    """A stock tokenizer with one token per word: `<unk>`, `<s>`, `</s>`, `w3`, `w4`, ..."""
     vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, size))])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -245,7 +248,7 @@ def test_neither_is_that_of_a_tokenizer_of_another_kind(tmp_path):
 
 @pytest.mark.parametrize(("size", "dtype"), [(65536, "<u2"), (65537, "<u4")])
 def test_every_id_has_room(tmp_path, size, dtype):
-    """The largest of 65536 ids is the last that two bytes hold."""
+    """The largest of 65536 ids is the last one that fits into two bytes."""
     (tmp_path / "a.txt").write_text(f"w{size - 1} w3 w256 w{size - 1}")
     folder = word_tokenizer(tmp_path / "tokenizer", size)
     metadata, _ = run([tmp_path / "a.txt"], folder, tmp_path / "out", validation_fraction=0)
@@ -304,15 +307,15 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("sources", "options", "message"),
         [
-            (["nowhere"], {}, "no such file or folder"),
+            (["nowhere"], {}, "nowhere does not exist"),
             (["embedded:poetry"], {}, "embedded:poetry .*prose"),
             (["a.csv"], {}, r"a\.csv: .*\.jsonl"),
-            (["a.jsonl"], {"text_column": "body"}, "'body', but: text"),
-            (["broken.jsonl"], {}, "row 1: no JSON"),
-            (["empty.jsonl"], {}, "holds no row"),
+            (["a.jsonl"], {"text_column": "body"}, "'body'; available: text"),
+            (["broken.jsonl"], {}, "row 1: not valid JSON"),
+            (["empty.jsonl"], {}, "contains no rows"),
             (["half.jsonl"], {"validation_fraction": 0.0}, r"row 2, 'text': character 1 is '.ud83d'"),
-            (["a.jsonl"], {"workers_": 0}, "--workers 0: must be at least 1"),
-            (["late.jsonl"], {"validation_fraction": 0.0}, "row 2: no JSON"),
+            (["a.jsonl"], {"workers_": 0}, "--workers 0 must be at least 1"),
+            (["late.jsonl"], {"validation_fraction": 0.0}, "row 2: not valid JSON"),
             (["cut.jsonl.gz"], {"validation_fraction": 0.0}, "damaged after row [0-9]+ .*end-of-stream"),
             (["cut.jsonl.zst"], {"validation_fraction": 0.0}, "damaged after row [0-9]+ .*end-of-stream"),
             (["a.jsonl", "b.txt"], {}, "mixed"),
@@ -320,7 +323,7 @@ class TestRefusals:
             (["a.jsonl"], {"validation_fraction": 1.0}, "below 1"),
             (["a.jsonl"], {"sample_fraction": 0.0}, "above 0"),
             (["latin.txt"], {"validation_fraction": 0.0}, "not UTF-8"),
-            (["second.jsonl"], {"validation_fraction": 0.0}, "row 2: no text: nothing under 'text', but: other"),
+            (["second.jsonl"], {"validation_fraction": 0.0}, "row 2: no text: no value at 'text'; available: other"),
             (["a.jsonl"], {"sample_fraction": 1e-9, "validation_fraction": 0.0}, "no text to train on"),
         ],
     )

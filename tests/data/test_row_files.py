@@ -1,4 +1,4 @@
-"""Rows of real schemas: filters and columns by expression, Parquet, data sets of the Hub, and the data recipes that ship."""
+"""Rows with real schemas: row filters, text columns, Parquet, data sets of the Hub, and the bundled data recipes."""
 
 import json
 import os
@@ -46,22 +46,35 @@ class TestExpressions:
     @pytest.mark.parametrize(
         "text",
         [
-            "__import__('os').system('true')", "meta.n + 1 == 4", "text.lower() == 'x'", "[x for x in meta.tags]", "lambda: 1",
-            "meta['n'] == 3", "text is None", "f'{text}' == 'x'", "(text := 1) == 1", "b'x' == text", "1 if text else 2", "*text", "-'x' == text",
+            "__import__('os').system('true')",
+            "meta.n + 1 == 4",
+            "text.lower() == 'x'",
+            "[x for x in meta.tags]",
+            "lambda: 1",
+            "meta['n'] == 3",
+            "text is None",
+            "f'{text}' == 'x'",
+            "(text := 1) == 1",
+            "b'x' == text",
+            "1 if text else 2",
+            "*text",
+            "-'x' == text",
+            "-true == text",
+            "text.upper().lower == 'x'",
         ],
-    )  # fmt: skip
+    )
     def test_nothing_else_is_of_the_language(self, text):
         with pytest.raises(InputError, match="--where"):
             Expression(text)
 
     @pytest.mark.parametrize("text", ["", "meta.n ==", "a b", "('x'"])
     def test_no_expression(self, text):
-        with pytest.raises(InputError, match="no expression"):
+        with pytest.raises(InputError, match="not a valid expression"):
             Expression(text)
 
     def test_missing_and_incomparable(self):
         with pytest.raises(
-            MissingColumn, match=r"nothing under 'meta.name', but: a.b, meta.n, meta.redpajama_set_name"
+            MissingColumn, match=r"no value at 'meta.name'; available: a.b, meta.n, meta.redpajama_set_name"
         ):
             Expression("meta.name == 'x'")(ROW)
         with pytest.raises(InputError, match="cannot be compared"):
@@ -72,7 +85,7 @@ class TestExpressions:
 
 
 def slimpajama_rows(documents: list[str]) -> list[dict]:
-    """Rows of the real schema, two of five from GitHub."""
+    """Rows with the real schema; two of five are from GitHub."""
     return [{"text": text, "meta": {"redpajama_set_name": SETS[i % 5]}} for i, text in enumerate(documents)]
 
 
@@ -113,7 +126,7 @@ class TestShippedRecipes:
             1,
         )
         dry = cli(*arguments, "--dry-run", cwd=tmp_path)
-        assert 'rows where meta.redpajama_set_name != "RedPajamaGithub"' in dry and "first document kept" in dry
+        assert 'rows selected by meta.redpajama_set_name != "RedPajamaGithub"' in dry and "first document, " in dry
         assert not (tmp_path / "data").exists()
         printed = cli(*arguments, cwd=tmp_path)
         kept = [row["text"] for row in rows if row["meta"]["redpajama_set_name"] != "RedPajamaGithub"]
@@ -124,18 +137,24 @@ class TestShippedRecipes:
         assert splits["train"]["documents"] + splits["validation"]["documents"] == len(kept)
         assert splits["train"]["bytes"] + splits["validation"]["bytes"] == sum(len(text.encode()) for text in kept)
         assert metadata["separator"] == "both" and metadata["request"]["where"] in (recipe.read_text())
-        assert "was finished already" in cli(*arguments, cwd=tmp_path)
+        assert "is already finished" in cli(*arguments, cwd=tmp_path)
 
     def test_starcoderdata(self, documents, tokenizer_folder, tmp_path):
         rows = [
-            {"max_stars_repo_path": f"f{i}.py", "max_stars_repo_name": "o/r", "max_stars_count": i % 4, "id": str(i), "content": text}
+            {
+                "max_stars_repo_path": f"f{i}.py",
+                "max_stars_repo_name": "o/r",
+                "max_stars_count": i % 4,
+                "id": str(i),
+                "content": text,
+            }
             for i, text in enumerate(documents)
-        ]  # fmt: skip
+        ]
         write_parquet(rows[:30], tmp_path / "code" / "python" / "train-00000.parquet")
         write_parquet(rows[30:], tmp_path / "code" / "java" / "train-00000.parquet")
         recipe = ROOT / "recipes" / "data" / "starcoderdata.yaml"
-        cli(recipe, f"sources=[{tmp_path / 'code'}]", "where=max_stars_count >= 1", f"tokenizer={tokenizer_folder}", "output=data",
-            "--workers", 2, cwd=tmp_path)  # fmt: skip
+        overrides = [f"sources=[{tmp_path / 'code'}]", "where=max_stars_count >= 1", f"tokenizer={tokenizer_folder}"]
+        cli(recipe, *overrides, "output=data", "--workers", 2, cwd=tmp_path)
         metadata = json.loads((tmp_path / "data" / "dataset.json").read_text())
         assert metadata["rows"] == {
             "read": len(rows),
@@ -147,12 +166,15 @@ class TestShippedRecipes:
         assert any(text[10:100] in row["content"] for row in rows)
 
     def test_the_mixture_is_seven_to_three(self):
-        from tinyllama_hf.data.config import load_config as data_config
+        from tinyllama_hf.data.config import load_prepare_config
         from tinyllama_hf.pretrain.config import load_config
 
         config = load_config(ROOT / "recipes" / "pretrain" / "tinyllama-1.1b.yaml")
         assert [source.weight for source in config.data.sources] == [0.693584, 0.306416]
-        recipes = {data_config(path).output: data_config(path) for path in (ROOT / "recipes" / "data").glob("*.yaml")}
+        recipes = {
+            load_prepare_config(path).output: load_prepare_config(path)
+            for path in (ROOT / "recipes" / "data").glob("*.yaml")
+        }
         assert {source.path for source in config.data.sources} == set(recipes)
         assert {recipe.separator for recipe in recipes.values()} == {"both"}
 
@@ -199,13 +221,13 @@ class TestJsonLines:
     @pytest.mark.parametrize("row", ["[" * 100_000, "1" * 5000, "{", "nul"])
     def test_no_json(self, tmp_path, row):
         (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' + row + "\n")
-        with pytest.raises(InputError, match="row 2: no JSON"):
+        with pytest.raises(InputError, match="row 2: not valid JSON"):
             list(read_rows(tmp_path / "a.jsonl"))
 
     def test_what_the_system_refuses_is_no_damage(self, tmp_path):
-        """It used to say: damaged, fetch it again."""
+        """A system error is not reported as damage."""
         (tmp_path / "a.jsonl").mkdir()
-        with pytest.raises(InputError, match=r"cannot be read after row 0 .Is a directory.; see its permissions"):
+        with pytest.raises(InputError, match=r"cannot be read after row 0 .Is a directory.\. Check its permissions"):
             list(read_rows(tmp_path / "a.jsonl"))
 
 
@@ -214,7 +236,7 @@ class TestHub:
 
     @pytest.fixture
     def cache(self, documents, tmp_path, monkeypatch) -> Path:
-        """The Hub's cache as a download leaves it, for a machine without a network."""
+        """A Hub cache as after a download, for use without a network."""
         from huggingface_hub import constants
 
         folder = tmp_path / "cache" / "datasets--me--corpus"
@@ -244,9 +266,9 @@ class TestHub:
     @pytest.mark.parametrize(
         ("name", "message"),
         [
-            ("hub:corpus", "write hub:OWNER/NAME"),
-            ("hub:me/corpus/*.csv", r"holds no file of \*\.csv"),
-            ("hub:me/nothing", "cannot be fetched"),
+            ("hub:corpus", "hub:OWNER/NAME/PATTERN"),
+            ("hub:me/corpus/*.csv", r"no file matches \*\.csv"),
+            ("hub:me/nothing", "cannot be downloaded"),
         ],
     )
     def test_refusals(self, cache, name, message):
@@ -260,11 +282,11 @@ class TestRefusals:
         [
             (
                 {"where": "meta.name == 'x'"},
-                r"row 1: nothing under 'meta.name', but: meta.redpajama_set_name, text; see --where",
+                r"row 1: no value at 'meta.name'; available: meta.redpajama_set_name, text. Check --where",
             ),
-            ({"where": "text <"}, "no expression"),
+            ({"where": "text <"}, "not a valid expression"),
             ({"where": "text < 3"}, "cannot be compared"),
-            ({"text_column": "meta"}, "'meta' is {\"redpajama_set_name\".*no string"),
+            ({"text_column": "meta"}, "'meta' is {\"redpajama_set_name\".*not a string"),
             ({"where": "text == 'none of them'"}, r"of \d+ rows --where .* kept 0"),
         ],
     )

@@ -1,4 +1,4 @@
-"""Shards: more of them than a process may have files open, and contents that can be checked."""
+"""Shards: more of them than a process may open files, and checks of their contents."""
 
 import gzip
 import json
@@ -23,7 +23,7 @@ DOCUMENTS = (5, 30, 7)  # tokens of each, in every shard
 
 
 def write_many(folder: Path) -> np.ndarray:
-    """A data set of many shards, every token another; returns its tokens."""
+    """Writes a data set of many shards with distinct tokens, and returns the tokens."""
     (folder / "train").mkdir(parents=True)
     size, shards = sum(DOCUMENTS), []
     stream = np.arange(MANY * size)
@@ -38,7 +38,7 @@ def write_many(folder: Path) -> np.ndarray:
 
 
 def check_many(folder: str) -> None:
-    """Reads all blocks of that data set in random order, and their positions; also in a copy and in a fork."""
+    """Reads all blocks of that data set and their positions in random order, also in a copy and in a fork."""
     dataset = TokenDataset(folder, 50)
     os.chdir("/")
     position_in_document = np.tile(np.concatenate([np.arange(n) for n in DOCUMENTS]), MANY)
@@ -56,10 +56,10 @@ def check_many(folder: str) -> None:
 
 
 def test_more_shards_than_descriptors(tmp_path):
-    """Every shard used to hold a descriptor: SlimPajama, of 59 166 files, could not be opened."""
+    """Shards are opened on demand. SlimPajama has 59 166 of them."""
     stream = write_many(tmp_path / "data")
     assert np.array_equal(TokenDataset(tmp_path / "data", 50).tokens(0, len(stream)), stream)
-    # A relative path, which must go on to mean what it meant at the opening.
+    # A relative path, which must stay valid if the working directory changes.
     script = "from tests.data.test_shards import check_many; check_many('data')"
     subprocess.run(
         [sys.executable, "-c", script],
@@ -85,7 +85,7 @@ def test_gone_while_it_is_read(tmp_path):
     write_many(tmp_path / "data")
     dataset = TokenDataset(tmp_path / "data", 10)
     (tmp_path / "data" / "train" / "00149.tokens").unlink()
-    with pytest.raises(InputError, match=r"00149\.tokens: was there when the data set was opened"):
+    with pytest.raises(InputError, match=r"00149\.tokens cannot be read"):
         dataset[len(dataset) - 1]
 
 
@@ -109,7 +109,7 @@ class TestContents:
         ],
     )
     def test_a_change_of_equal_size_is_found(self, data, name, message):
-        """Opening compares sizes only, and does not see it."""
+        """Opening a data set compares sizes only, and does not detect it."""
         contents = bytearray((data / name).read_bytes())
         contents[len(contents) // 2 - 1] ^= 0xFF
         (data / name).write_bytes(contents)
@@ -145,11 +145,11 @@ class TestContents:
             return ended.value.code
 
         assert command("--check", data) == 0
-        assert "2 shards are as they were prepared" in capsys.readouterr().out
+        assert "2 shards match their checksums" in capsys.readouterr().out
         assert command("--check", data, "--tokenizer", "x") == 2
-        assert "reads a finished data set and nothing else; leave out --tokenizer" in capsys.readouterr().err
+        assert "takes no other arguments. Leave out --tokenizer" in capsys.readouterr().err
         (data / "train" / "00000.tokens").unlink()
         assert command("--check", data) == 2
         assert "is missing" in capsys.readouterr().err
         assert command() == 2
-        assert "no source given" in capsys.readouterr().err
+        assert "No source was given" in capsys.readouterr().err

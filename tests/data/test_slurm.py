@@ -1,4 +1,4 @@
-"""Preparing on Slurm. There is none here: a `sbatch` of ours really runs the scripts that datatrove submits, task by task."""
+"""Preparing on Slurm. A fake `sbatch` runs the scripts that datatrove submits, task by task."""
 
 import os
 import subprocess
@@ -31,7 +31,8 @@ with open({log!r}, "a") as log:
         script = open(sys.argv[-1]).read()
         first, last = map(int, re.search(r"--array=(\\d+)-(\\d+)", script).groups())
         for task in range(first, last + 1) if "launch_pickled_pipeline" in script else ():
-            subprocess.run(["bash", sys.argv[-1]], check=True, env=env | {{"SLURM_ARRAY_TASK_ID": str(task)}}, stdout=log, stderr=log)
+            env["SLURM_ARRAY_TASK_ID"] = str(task)
+            subprocess.run(["bash", sys.argv[-1]], check=True, env=env, stdout=log, stderr=log)
 print("Submitted batch job", number)
 """
 SRUN = """#!/bin/bash
@@ -45,7 +46,7 @@ echo localhost  # show hostnames
 
 @pytest.fixture
 def cluster(tmp_path) -> dict[str, str]:
-    """The environment in which `sbatch` and `srun` are ours."""
+    """An environment with a fake `sbatch` and `srun`."""
     folder = tmp_path / "slurm"
     folder.mkdir()
     sbatch = SBATCH.format(python=sys.executable, log=str(tmp_path / "log"))
@@ -79,12 +80,13 @@ def run(*command: object, env: dict[str, str], cwd: Path) -> str:
 def test_equals_the_local_executor(cluster, data_recipe, tmp_path):
     script = ROOT / "recipes" / "slurm" / "prepare.py"
     options = ("--partition", "cpu", "--time", "01:00:00", "--max-array-size", 2)
-    assert "3 task(s) on partition cpu" in run(sys.executable, script, data_recipe, "output=there", *options, "--dry-run",
-                                               env=cluster, cwd=tmp_path)  # fmt: skip
+    assert "3 task(s) on partition cpu" in run(
+        sys.executable, script, data_recipe, "output=there", *options, "--dry-run", env=cluster, cwd=tmp_path
+    )
     assert not (tmp_path / "log").exists(), "a dry run submits nothing"
     run(sys.executable, script, data_recipe, "output=there", *options, env=cluster, cwd=tmp_path)
     submitted = (tmp_path / "log").read_text()
-    # Two arrays, the second of which begins even if the first failed, so both are waited for; 19 merges statistics.
+    # Two arrays. The second starts even if the first fails, so the last job waits for both; 19 merges statistics.
     assert "--export=ALL,RUN_OFFSET=1 --dependency=afterany:17" in submitted
     assert "--dependency=afterok:17:18 --kill-on-invalid-dep=yes" in submitted
     assert "--wrap=:; tinyllama-hf prepare" in submitted

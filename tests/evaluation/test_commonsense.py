@@ -250,7 +250,7 @@ def test_bad_data_is_refused_before_a_model_is_loaded(tokenizer_folder, tmp_path
     with pytest.raises(InputError, match=r"hellaswag/validation\.jsonl, row 1 has no field 'activity_label'"):
         score_commonsense([folder], str(data))
     (data / "hellaswag" / "validation.jsonl").write_text("{not json\n")
-    with pytest.raises(InputError, match=r"hellaswag/validation\.jsonl, row 1: no JSON"):
+    with pytest.raises(InputError, match=r"hellaswag/validation\.jsonl, row 1: not valid JSON"):
         score_commonsense([folder], str(data))
     with pytest.raises(InputError, match=r"cannot be downloaded from the Hub .*--data"):
         score_commonsense([folder])

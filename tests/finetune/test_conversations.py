@@ -150,7 +150,7 @@ def test_bad_files(tmp_path):
     with pytest.raises(InputError, match="row 1: no list of messages under 'messages', only: text"):
         read_conversations(str(tmp_path / "a.jsonl"))
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": GOOD}) + "\n{\n")
-    with pytest.raises(InputError, match="row 2: no JSON"):
+    with pytest.raises(InputError, match="row 2: not valid JSON"):
         read_conversations(str(tmp_path / "a.jsonl"))
 
 

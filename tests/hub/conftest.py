@@ -1,4 +1,4 @@
-"""A published run needs a run, and a Hub."""
+"""Fixtures for publishing: runs, model folders of each kind, and a local Hub."""
 
 import base64
 import hashlib
@@ -18,11 +18,25 @@ from tests.local_hub.accounts import WRITE_TOKEN
 from tests.local_hub.server import LocalHub
 
 
-TASK_ITEMS = {"hellaswag": 10042, "openbookqa": 500, "winogrande": 1267, "arc_challenge": 1172, "arc_easy": 2376, "boolq": 3270,
-              "piqa": 1838}  # fmt: skip
+TASK_ITEMS = {
+    "hellaswag": 10042,
+    "openbookqa": 500,
+    "winogrande": 1267,
+    "arc_challenge": 1172,
+    "arc_easy": 2376,
+    "boolq": 3270,
+    "piqa": 1838,
+}
 
-SIZES = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "vocab_size": 512, "max_position_embeddings": 64}  # fmt: skip
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 64,
+}
 
 
 @pytest.fixture
@@ -33,13 +47,18 @@ def hub(tmp_path):
 
 @pytest.fixture
 def online(hub, tmp_path, monkeypatch) -> LocalHub:
-    """The local Hub, for the client in this process: much faster than another one, which would import torch."""
+    """The local Hub, used by the client in this process. A separate process would have to import torch."""
     from huggingface_hub import constants, hf_api
 
     cache = str(tmp_path / "hf-home" / "hub")
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.endpoint)
-    settings = {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_CACHE": cache, "ENDPOINT": hub.endpoint,
-                "HUGGINGFACE_CO_URL_TEMPLATE": template}  # fmt: skip
+    settings = {
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": cache,
+        "ENDPOINT": hub.endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": template,
+    }
     for name, value in settings.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(hf_api.api, "endpoint", hub.endpoint)  # of the functions that are no methods
@@ -48,7 +67,7 @@ def online(hub, tmp_path, monkeypatch) -> LocalHub:
 
 
 def files_on_hub(hub: LocalHub, repo: str) -> dict[str, dict[str, bytes]]:
-    """Every file on every branch, `.gitattributes` aside."""
+    """Every file on every branch except `.gitattributes`."""
     stored = hub.storage.repo("models", repo)
     return {
         branch: {
@@ -63,7 +82,7 @@ def files_on_hub(hub: LocalHub, repo: str) -> dict[str, dict[str, bytes]]:
 def put_on_hub(
     hub: LocalHub, repo: str, files: dict[str, bytes], branch: str = "main", title: str = "by hand"
 ) -> None:
-    """A commit of somebody else."""
+    """Commits files as another client would."""
     stored = hub.storage.repo("models", repo)
     there, changes = stored["commits"][stored["branches"][branch]]["files"], []
     for path, content in files.items():
@@ -76,7 +95,7 @@ def put_on_hub(
     hub.storage.commit("models", repo, branch, title, changes, "")
 
 
-# Runs several commands in one process, since each would import torch anew: what it prints is a JSON list of results.
+# Runs several commands in one process, so that torch is imported once. Prints a JSON list of results.
 COMMANDS = """
 import contextlib, io, json, os, sys
 import tinyllama_hf_cli
@@ -97,7 +116,7 @@ print(json.dumps(results))
 
 
 class Result(NamedTuple):
-    """What became of a command."""
+    """Result of a command."""
 
     status: int
     out: str
@@ -106,8 +125,8 @@ class Result(NamedTuple):
 
 @pytest.fixture
 def python(hub, tmp_path) -> Callable[..., str]:
-    """Runs code in a process whose Hub is the local one (the client reads its settings when it is imported), and returns
-    what it prints."""
+    """Runs code in a new process that uses the local Hub, and returns its output. The client reads its settings when
+    it is imported."""
 
     def run(code: str, *arguments: str, token: str = WRITE_TOKEN, **environment: str) -> str:
         known = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
@@ -128,7 +147,7 @@ def python(hub, tmp_path) -> Callable[..., str]:
 
 @pytest.fixture
 def commands(python) -> Callable[..., list[Result]]:
-    """Runs commands, each given as (token, *words), one after the other in one process."""
+    """Runs commands, each given as (token, *words), in one process."""
 
     def run(*calls: tuple, **environment: str) -> list[Result]:
         words = json.dumps([[token, *map(str, rest)] for token, *rest in calls])
@@ -139,7 +158,7 @@ def commands(python) -> Callable[..., list[Result]]:
 
 @pytest.fixture(scope="session")
 def trained(request, tmp_path_factory) -> Path:
-    """A micro run with two milestones, bits per byte and commonsense scores with figures that can be recognised."""
+    """A micro run with two milestones, bits per byte and commonsense scores with recognizable values."""
     from tests.conftest import write_recipe
     from tinyllama_hf.pretrain.config import load_config
     from tinyllama_hf.pretrain.loop import pretrain
@@ -155,13 +174,13 @@ def trained(request, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(trained, tmp_path) -> Path:
-    """A copy of the run, to be changed."""
+    """A copy of the run that a test may change."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 @pytest.fixture
 def chat(trained, tmp_path) -> Path:
-    """A fine-tuned model, of which one revision without pictures is made."""
+    """A fine-tuned model, which is published as one revision without pictures."""
     folder = Path(shutil.copytree(sorted((trained / "milestones").iterdir())[0], tmp_path / "chat"))
     record = json.loads((folder / "provenance.json").read_text())
     for key in ("step", "tokens", "validation_loss", "data"):
@@ -177,7 +196,8 @@ def chat(trained, tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def folders(tokenizer_folder, tmp_path_factory) -> Path:
-    """A plain Llama without a record, `base`, and what the commands and libraries make of it, each under its kind's name."""
+    """A plain Llama without provenance, `base`, and its conversions, quantized copies and adapter, each named by its
+    kind."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -203,18 +223,19 @@ def folders(tokenizer_folder, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(folders, request, tmp_path) -> Path:
-    """A copy of one of them, to be changed."""
+    """A copy of one of them that a test may change."""
     return Path(shutil.copytree(folders / request.param, tmp_path / request.param))
 
 
 @pytest.fixture
 def no_pictures(monkeypatch) -> None:
-    """Publishing a run without the second that its pictures take."""
-    monkeypatch.setattr("tinyllama_hf.hub.revisions._pictures", lambda *_: {})
+    """Skips drawing pictures, which takes a second per run."""
+    monkeypatch.setattr("tinyllama_hf.hub.revisions._draw_pictures", lambda *_: {})
 
 
 def bits_per_byte_scores(names: list[str], data: str) -> dict:
-    """Scores as `tinyllama-hf eval RUN --baselines` writes them: 2.5 bits for the first milestone, 2.25 for the next."""
+    """Scores as `tinyllama-hf eval RUN --baselines` writes them: 2.5 bits for the first milestone, 2.25 for the
+    next."""
     tokens = [1536, 3072]
     rows = [
         {
@@ -243,9 +264,19 @@ def bits_per_byte_scores(names: list[str], data: str) -> dict:
 
 def commonsense_scores(names: list[str], limit: int | None, sample: bool = False) -> dict:
     """Scores as `tinyllama-hf eval RUN --task commonsense` writes them: 30, 31, ... percent, each 2 more later."""
-    protocol = {"harness": "lm_eval 0.4.13", "task_versions": dict.fromkeys(TASK_ITEMS, 1), "metrics": metrics(), "dtype": "float32",
-                "num_fewshot": 0, "add_bos_token": False, "apply_chat_template": False, "context_length": 512, "limit": limit,
-                "data": dict.fromkeys(TASK_ITEMS, "0" * 64), "sample": sample}  # fmt: skip
+    protocol = {
+        "harness": "lm_eval 0.4.13",
+        "task_versions": dict.fromkeys(TASK_ITEMS, 1),
+        "metrics": metrics(),
+        "dtype": "float32",
+        "num_fewshot": 0,
+        "add_bos_token": False,
+        "apply_chat_template": False,
+        "context_length": 512,
+        "limit": limit,
+        "data": dict.fromkeys(TASK_ITEMS, "0" * 64),
+        "sample": sample,
+    }
     rows = []
     for i, name in enumerate(names):
         results = {

@@ -1,4 +1,4 @@
-"""The card says what the files say: in its text, in its metadata, and nothing of the machine that wrote it."""
+"""The text and metadata of a card match the files of the run, and contain nothing about this machine."""
 
 import json
 from pathlib import Path
@@ -28,9 +28,10 @@ def test_what_it_says(run, names):
     assert main.data.license == "apache-2.0" and main.data.to_dict()["model-index"][0]["name"] == "my-model"
     record = json.loads((run / "milestones" / names[1] / "provenance.json").read_text())
     for fact in (
-        "A Llama of 139,584 parameters, pretrained from scratch; `step-12-token-0.003M` has read 3,072 tokens in 12 steps, of 3,072 planned.",
+        "A Llama of 139,584 parameters, pretrained from scratch; `step-12-token-0.003M` was trained on 3,072 tokens "
+        "in 12 steps, of 3,072 planned tokens.",
         "| prepared | 100.00% |",
-        "The learning rate rises to 0.005 over 512 tokens, then falls as a cosine to 0.0002 at the last token.",
+        "The learning rate rises to 0.005 over 512 tokens, then follows a cosine to 0.0002 at the last token.",
         "steps of 256 tokens in sequences of 32; fp32.",
         "| 2 | 64 | 4 | 2 | 128 | 512 | 32 |",
         'AutoModelForCausalLM.from_pretrained("me/my-model")',
@@ -40,7 +41,7 @@ def test_what_it_says(run, names):
         "![loss](loss.png)",
         "![trajectory](trajectory.png)",
         "**2.2500** over all documents",
-        "Scored by stock transformers 5.23.0.",
+        "Scored with stock transformers 5.23.0.",
         "| prepared | 2.2500 | 6 | 31,415 | `ffffffffffff` |",
         record["created"],
         f"torch {record['libraries']['torch']}",
@@ -60,14 +61,14 @@ def test_its_pictures_show_the_run(run, names, drawn):
     plan_revisions(run, "me/my-model")
     [[loss], [trajectory]] = [figure.axes for figure in drawn]
     assert_draws(loss, run, "loss", "training")
-    assert_draws(loss, run, "validation_loss", "validation, unseen text")
+    assert_draws(loss, run, "validation_loss", "validation, held-out text")
     assert [line.get_xdata()[0] for line in loss.lines if line.get_color() == "#cccccc"] == [1536, 3072]
     assert series(trajectory, "model") == ([1536, 3072], [2.5, 2.25])
     assert series(trajectory, "5-gram, same text") == ([1536, 3072], [3.0, 3.0])
 
 
 def test_nothing_of_the_machine_or_the_hour(run):
-    """No absolute path, and the same bytes at every call: else publishing again would upload again."""
+    """No absolute path, and the same bytes for every call. Otherwise a second call would upload again."""
     once, again = plan_revisions(run, "me/my-model"), plan_revisions(run, "me/my-model")
     assert once == again
     for revision in once:
@@ -85,7 +86,7 @@ def test_without_scores_and_license(run, names):
 
 
 def test_commonsense_on_every_item(run, names):
-    """Into the text and the index; the average by the metric, not as the file has it."""
+    """Scores appear in text and `model-index`. The average is computed, not copied from the file."""
     (run / "commonsense.json").write_text(json.dumps(commonsense_scores(names, limit=None)))
     plain = cards(run)
     results = {r.dataset_type: r for r in plain["main"].data.eval_results if r.metric_type != "bits_per_byte"}
@@ -95,15 +96,15 @@ def test_commonsense_on_every_item(run, names):
     # Seven errors of 0.7: 0.7 * sqrt(7) / 7 = 0.26.
     assert "| **average** |  | **35.00 ± 0.26** |  |" in plain["main"].text and "99.0" not in plain["main"].text
     assert "| hellaswag | acc_norm | 32.00 ± 0.70 | 10,042 |" in plain["main"].text
-    assert "lm_eval 0.4.13, float32, 0 examples, without begin-of-sequence, context 512" in plain["main"].text
+    assert "lm_eval 0.4.13, float32, 0 examples, without begin-of-sequence token, context 512" in plain["main"].text
     assert "| 2.500 | 33.00 |" in plain["main"].text and "| 2.250 | 35.00 |" in plain["main"].text
-    assert "no benchmark" not in plain["main"].text
+    assert "not a benchmark" not in plain["main"].text
     older = {r.dataset_type: r.metric_value for r in plain[names[0]].data.eval_results}
     assert older["piqa"] == 36.0
 
 
 def test_commonsense_on_less_than_that(run, names):
-    """Said with the figures, and left out of the index, which leaderboards read."""
+    """Marked in the text, and left out of `model-index`, which leaderboards read."""
     (run / "commonsense.json").write_text(json.dumps(commonsense_scores(names, limit=100)))
     for name, card in cards(run).items():
         assert "; not comparable with scores on all items" in card.text
@@ -112,7 +113,7 @@ def test_commonsense_on_less_than_that(run, names):
 
 
 def test_commonsense_on_made_up_items(run, names):
-    """Said nowhere, the table of milestones included."""
+    """They appear nowhere, including the table of revisions."""
     (run / "commonsense.json").write_text(json.dumps(commonsense_scores(names, limit=None, sample=True)))
     for card in cards(run).values():
         assert "ommonsense" not in card.text and "35.00" not in card.text and "\\*" not in card.text
@@ -120,7 +121,7 @@ def test_commonsense_on_made_up_items(run, names):
 
 
 def test_the_base_of_a_fine_tuned_model(run, names, tmp_path):
-    """A Hub id or a released name is linked, a folder is only named."""
+    """A Hub id or a released name becomes `base_model`; a local folder does not."""
     from tinyllama_hf.released import released
 
     folder, record = run / "milestones" / names[1], None

@@ -1,4 +1,4 @@
-"""What of a repository on the Hub is downloaded: the files that transformers would read, and no others."""
+"""Only the files of a repository that transformers would read are downloaded."""
 
 import json
 
@@ -22,9 +22,12 @@ OTHER = (
 )
 SHARDS = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
 BIN_SHARDS = {"a": "pytorch_model-00001-of-00002.bin", "b": "pytorch_model-00002-of-00002.bin"}
-# Each repository's weights, and which of its files are fetched next to the small ones.
+# The weights of each repository, and the files that are downloaded in addition to the small ones.
 REPOSITORIES = {
-    "whole": (("model.safetensors", "pytorch_model.bin", "model.fp16.safetensors", "lit_model.pth"), ("model.safetensors",)),
+    "whole": (
+        ("model.safetensors", "pytorch_model.bin", "model.fp16.safetensors", "lit_model.pth"),
+        ("model.safetensors",),
+    ),
     "shards": (
         ("model.safetensors.index.json", *SHARDS.values(), "model-00003-of-00003.safetensors", "pytorch_model.bin"),
         ("model.safetensors.index.json", *SHARDS.values()),
@@ -37,7 +40,7 @@ REPOSITORIES = {
     ),
     "meta": (("consolidated.00.pth", "params.json"), ("consolidated.00.pth", "params.json")),
     "gguf": (("model-q8_0.gguf",), ()),
-}  # fmt: skip
+}
 ADAPTERS = {
     "adapter": (("adapter_model.safetensors", "adapter_model.bin"), ("adapter_model.safetensors",)),
     "old-adapter": (("adapter_model.bin",), ("adapter_model.bin",)),

@@ -1,4 +1,4 @@
-"""Publishing again on a real small Hub: what people added there stays, what is ours is renewed."""
+"""Publishing again to a local Hub: additions to the card are kept, and the generated text is updated."""
 
 import json
 import socket
@@ -22,7 +22,7 @@ def card_on_hub(hub, branch: str = "main") -> str:
 
 
 def test_license_metadata_text_and_files_of_others_stay(run, online, no_pictures):
-    """The license of the first call and what was edited on the Hub, on main and on the branch of a milestone."""
+    """The license of the first call and edits on the Hub are kept, on main and on the branch of a milestone."""
     publish(run, REPO, license="apache-2.0")
     name = next((run / "milestones").iterdir()).name
     for branch in ("main", name):
@@ -65,7 +65,7 @@ def test_a_new_milestone_has_the_license_of_the_repository(run, online, no_pictu
 
 @pytest.mark.parametrize("touched", [False, True])
 def test_a_card_without_comments(chat, online, touched):
-    """One that an older version wrote is replaced; one that anybody edited since, or wrote, stays whole above ours."""
+    """One from an older version is replaced. One that was edited since is kept, followed by the generated text."""
     publish(chat, REPO)
     old = (
         card_on_hub(online).replace(f"{BEGIN}\n", "").replace(f"{END}\n", "").replace("A Llama of", "An old Llama of")
@@ -83,7 +83,7 @@ def test_a_card_without_comments(chat, online, touched):
 
 
 def test_a_card_that_was_there_before_the_first_model(chat, online):
-    """As the Hub's web page makes one with a license; a license that is asked for wins."""
+    """The web page of the Hub creates one with a license. An explicit license takes precedence."""
     online.storage.create("models", REPO, private=False)
     put_on_hub(online, REPO, {"README.md": b"---\nlicense: mit\n---\n"})
     publish(chat, REPO)
@@ -102,7 +102,7 @@ def test_metadata_that_cannot_be_read(chat, online):
 
 @pytest.mark.slow  # the client waits longer before each of its tries
 def test_a_card_that_cannot_be_fetched_is_not_taken_for_none(hub, online):
-    """As one that is not there it would be written anew."""
+    """It would be overwritten if it was treated as missing."""
     api = HfApi()
     online.storage.create("models", REPO, private=False)
     commit = online.storage.repo("models", REPO)["branches"]["main"]
@@ -115,7 +115,7 @@ def test_a_card_that_cannot_be_fetched_is_not_taken_for_none(hub, online):
 
 
 def test_scores_that_are_gone_leave_the_metadata(chat, online):
-    """Also made-up items that an older version put there."""
+    """This includes scores on sample items that an older version published."""
     (chat / "scores.json").write_text(json.dumps(bits_per_byte_scores(["chat"], "data")))
     publish(chat, REPO)
     assert ModelCard(card_on_hub(online)).data.eval_results
@@ -127,7 +127,7 @@ def test_scores_that_are_gone_leave_the_metadata(chat, online):
 @pytest.mark.parametrize("limit", [None, 5])
 @pytest.mark.parametrize("told", [True, False], ids=["by-the-file", "by-one-task"])
 def test_made_up_items_are_no_scores(chat, told, limit):
-    """Neither in the text nor in the metadata; also where one task alone read the sample."""
+    """They appear in neither text nor metadata, even if only one task used the sample."""
     from tinyllama_hf.evaluation.suite import SAMPLE, task_files
     from tinyllama_hf.provenance import file_sha256
 
@@ -142,13 +142,13 @@ def test_made_up_items_are_no_scores(chat, told, limit):
 
 
 class TestMerge:
-    """Cards as text, without a Hub."""
+    """Merging of cards as text, without a Hub."""
 
     def card(self, text: str = "# new", **metadata) -> str:
         return write_card(metadata, text)
 
     def test_the_block_of_metadata_stays_as_it_is_written(self):
-        """A comment and the order of fields, where no field changes."""
+        """Comments and order are kept if no field changes."""
         before = self.card("# old", tags=["llama"]).replace("tags:", "license: mit  # asked\ntags:")
         after = merge_card(self.card(tags=["llama"]), before)
         assert after == before.replace("# old", "# new")

@@ -1,4 +1,4 @@
-"""Converted and quantized folders and adapters on a real small Hub: the code on their card loads them, and is right."""
+"""Converted and quantized folders and adapters on a local Hub: the code on their cards loads them correctly."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def code_of(card: str) -> str:
 
 
 def test_the_code_on_the_card_loads_what_was_saved(folders, online, capsys):
-    """From the Hub alone, with stock libraries, to the same logits."""
+    """Loaded from the Hub with stock libraries, the models give the same logits."""
     inputs = torch.arange(3, 40)[None]
     for kind in ("base", "nf4", "adapter"):
         publish(folders / kind, f"demo/{kind}", base_model=None if kind == "base" else "demo/base")
@@ -37,7 +37,7 @@ def test_the_code_on_the_card_loads_what_was_saved(folders, online, capsys):
 
 
 def test_the_command_on_the_card_makes_plain_weights_again(folders, online, tmp_path):
-    """Of AWQ and GGUF, which are for other programs: from the Hub, to what conversion makes of the folder here."""
+    """For AWQ and GGUF folders, the command gives the same weights from the Hub as from the local folder."""
     for kind, file in (("awq", "model.safetensors"), ("gguf-q8_0", "model-q8_0.gguf")):
         publish(folders / kind, f"demo/{kind}")
         source = "demo/awq" if kind == "awq" else f"demo/{kind}/{file}"
@@ -103,8 +103,13 @@ def test_what_the_card_of_an_adapter_says(folders):
     parameters = sum(
         tensor.numel() for tensor in load_file(folders / "adapter" / "adapter_model.safetensors").values()
     )
-    for fact in (f"An adapter (LORA) of {parameters:,} parameters", 'from_pretrained("me/base", revision="step-3")',
-                 'PeftModel.from_pretrained(model, "me/x")', "| 2 | 8 |", "down_proj, gate_proj"):  # fmt: skip
+    for fact in (
+        f"An adapter (LORA) of {parameters:,} parameters",
+        'from_pretrained("me/base", revision="step-3")',
+        'PeftModel.from_pretrained(model, "me/x")',
+        "| 2 | 8 |",
+        "down_proj, gate_proj",
+    ):
         assert fact in card.text, fact
     config = json.loads(revision.files["adapter_config.json"])
     assert (config["base_model_name_or_path"], config["revision"]) == ("me/base", "step-3")
@@ -113,7 +118,7 @@ def test_what_the_card_of_an_adapter_says(folders):
 
 @pytest.mark.parametrize("folder", ["adapter"], indirect=True)
 class TestTheBaseOfAnAdapter:
-    """Without it the adapter is of no use to others."""
+    """Others cannot use an adapter without its base model."""
 
     @pytest.mark.parametrize(
         ("given", "base", "revision"),
@@ -155,12 +160,12 @@ class TestTheBaseOfAnAdapter:
 
 
 BROKEN = [
-    ("llama", "tokenizer.json", None, "holds no tokenizer.json"),
-    ("nf4", "tokenizer_config.json", None, r"holds no tokenizer_config\.json"),
+    ("llama", "tokenizer.json", None, "tokenizer.json is missing"),
+    ("nf4", "tokenizer_config.json", None, r"tokenizer_config\.json is missing"),
     ("nf4", "model.safetensors", b"", r"model\.safetensors: damaged"),
-    ("awq", "model.safetensors", None, r"holds no model\.safetensors"),
+    ("awq", "model.safetensors", None, r"model\.safetensors is missing"),
     ("gguf-q8_0", "model-q8_0.gguf", b"GGUF", r"model-q8_0\.gguf"),
-    ("adapter", "adapter_model.safetensors", None, r"holds no adapter_model\.safetensors"),
+    ("adapter", "adapter_model.safetensors", None, r"adapter_model\.safetensors is missing"),
     ("adapter", "adapter_model.safetensors", b"", r"adapter_model\.safetensors: damaged"),
     ("adapter", "adapter_config.json", b"{}", "peft_type"),
     ("adapter", "adapter_config.json", b"[]", r"adapter_config\.json: damaged"),
@@ -188,7 +193,7 @@ def test_a_quantized_folder_without_a_tensor(folder, lost):
 
 
 def test_publishing_again(folders, online):
-    """Of folders without a record too, in whose repository other files could be anybody's."""
+    """A second call recognizes its own repository, also if the folder has no provenance."""
     for kind in ("nf4", "adapter", "gguf-q8_0"):
         first, again = (publish(folders / kind, f"demo/{kind}", base_model="demo/base") for _ in range(2))
         assert first[0].changed and not again[0].changed

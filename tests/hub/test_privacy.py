@@ -1,4 +1,4 @@
-"""Everything that reaches the Hub, file by file: nothing of the machine, its user and its folders."""
+"""No published file contains paths of this machine, or the names of its user and host."""
 
 import json
 import re
@@ -14,8 +14,16 @@ from tinyllama_hf.hub.publish import publish
 
 
 REPO = "demo/micro"
-PLANTED = ["/home/zaphod/corpora/poems", "data.train=/srv/zaphod/poems", "--config=~/poems", "file:///srv/poems", "C:\\Users\\zaphod\\poems",
-           "[{path: /srv/poems, weight: 1}]", "betelgeuse:29500", "zaphod@betelgeuse"]  # fmt: skip
+PLANTED = [
+    "/home/zaphod/corpora/poems",
+    "data.train=/srv/zaphod/poems",
+    "--config=~/poems",
+    "file:///srv/poems",
+    "C:\\Users\\zaphod\\poems",
+    "[{path: /srv/poems, weight: 1}]",
+    "betelgeuse:29500",
+    "zaphod@betelgeuse",
+]
 # Any path from the root of a file system, whatever the function that cuts them thinks of it.
 ABSOLUTE = re.compile(
     rb"(?<![\w.:/<\\-])/(?:home|root|srv|tmp|var|usr|mnt|Users|private)\b|[A-Z]:\\\\?Users|file:/|~/"
@@ -24,7 +32,7 @@ ABSOLUTE = re.compile(
 
 @pytest.fixture(autouse=True)
 def names(monkeypatch):
-    """The user and host of this test, whose names no vocabulary holds."""
+    """Sets user and host names that occur in no vocabulary."""
     monkeypatch.setattr("socket.gethostname", lambda: "betelgeuse")
     monkeypatch.setenv("LOGNAME", "zaphod")
     portable._own_names.cache_clear()
@@ -33,7 +41,7 @@ def names(monkeypatch):
 
 
 def plant(file: Path, **fields) -> None:
-    """Puts what a machine may write into a JSON file, the whole command line of a record included."""
+    """Adds paths and names to a JSON file, including the command line of a provenance record."""
     value = json.loads(file.read_text())
     if "command" in value:
         fields["command"] = ["pretrain.py", *PLANTED]
@@ -55,7 +63,7 @@ def assert_private(files: dict[str, dict[str, bytes]], tmp_path: Path) -> None:
 
 
 def test_every_file_of_every_revision(run, online, tmp_path, no_pictures):
-    """Of a run as it is, in a folder of this machine, with more of the kind in each file that could have it."""
+    """Paths and names are added to every file of a run that could contain them."""
     names = [folder.name for folder in (run / "milestones").iterdir()]
     (run / "commonsense.json").write_text(json.dumps(commonsense_scores(names, 100)))
     scores = (run / "scores.json").read_text()
@@ -67,8 +75,13 @@ def test_every_file_of_every_revision(run, online, tmp_path, no_pictures):
             milestone / "provenance.json", data={"/srv/a/poems": "a" * 64, "/srv/b/poems": "b" * 64, **record["data"]}
         )
         plant(milestone / "config.json", _name_or_path="/srv/zaphod/base")
-        plant(milestone / "tokenizer_config.json", name_or_path="/srv/base", tokenizer_file="/srv/base/tokenizer.json",
-              extra_special_tokens=["/think"], chat_template="{{ '/srv' if a else '[/INST]' }}")  # fmt: skip
+        plant(
+            milestone / "tokenizer_config.json",
+            name_or_path="/srv/base",
+            tokenizer_file="/srv/base/tokenizer.json",
+            extra_special_tokens=["/think"],
+            chat_template="{{ '/srv' if a else '[/INST]' }}",
+        )
         settings = yaml.safe_load((milestone / "training.yaml").read_text())
         settings["data"]["sources"][0]["path"] = "/srv/zaphod/poems"
         text = f"# by zaphod, in /srv\n{yaml.safe_dump(settings)}\nmore: {json.dumps(PLANTED)}\n"
@@ -83,8 +96,17 @@ def test_every_file_of_every_revision(run, online, tmp_path, no_pictures):
     assert not any(published.changed for published in publish(run, REPO)), "and the same is not sent twice"
     for contents in files.values():
         record = json.loads(contents["provenance.json"])
-        assert record["command"] == ["pretrain.py", "poems", "data.train=poems", "--config=poems", "poems", "poems",
-                                     "[{path: poems, weight: 1}]", "host:29500", "user@host"]  # fmt: skip
+        assert record["command"] == [
+            "pretrain.py",
+            "poems",
+            "data.train=poems",
+            "--config=poems",
+            "poems",
+            "poems",
+            "[{path: poems, weight: 1}]",
+            "host:29500",
+            "user@host",
+        ]
         assert (record["data"]["poems"], record["data"]["poems (2)"]) == ("a" * 64, "b" * 64)
         assert yaml.safe_load(contents["training.yaml"])["data"]["sources"][0]["path"] == "poems"
         assert json.loads(contents["config.json"])["_name_or_path"] == "base"
@@ -96,7 +118,7 @@ def test_every_file_of_every_revision(run, online, tmp_path, no_pictures):
 
 
 def test_titles_of_commits(chat, online, tmp_path):
-    """Which tell the name of a folder."""
+    """The titles contain the name of the folder."""
     publish(chat.rename(tmp_path / "zaphod-chat"), REPO)
     titles = [commit["title"] for commit in online.storage.repo("models", REPO)["commits"].values()]
     assert "Publish user-chat" in titles

@@ -1,1 +1,2 @@
-"""A small Hub for tests and the demo: storage, accounts and endpoints. Imports nothing but the standard library and YAML."""
+"""A small Hub for tests and the demo: storage, accounts and endpoints. Imports nothing but the standard library and
+YAML."""

@@ -1,4 +1,4 @@
-"""Who may do what on the local Hub: one user, two organisations, and a token of each kind that the Hub has."""
+"""Accounts and permissions of the local Hub: one user, two organizations, and a token of each kind of the Hub."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ from .storage import HubError
 
 
 USER = "demo"
-ORGANISATION = "demo-lab"
-READ_ORGANISATION = "demo-readers"  # the user is in it and may only read
-# Nothing is secret about them: the server listens on this machine only.
+ORGANIZATION = "demo-lab"
+READ_ORGANIZATION = "demo-readers"  # the user has read permission in it
+# These are not secrets: the server listens on localhost only.
 WRITE_TOKEN = "hf_local_write"
 READ_TOKEN = "hf_local_read"
-# Fine-grained: writes to one repository of the user, and nowhere else.
+# Fine-grained: may write to one repository of the user only.
 FINE_TOKEN = "hf_local_fine_grained"
 FINE_REPOSITORY = f"{USER}/only-this"
 
@@ -36,7 +36,7 @@ def authenticate(authorization: str | None) -> str | None:
     """The token of a request, `None` for an anonymous one.
 
     Raises:
-        HubError: if there is no such token.
+        HubError: if the token is unknown.
     """
     if authorization is None:
         return None
@@ -47,7 +47,7 @@ def authenticate(authorization: str | None) -> str | None:
 
 
 def whoami(token: str | None) -> dict[str, Any]:
-    """The Hub's answer to the question who one is."""
+    """The account of a token, as the endpoint `whoami` returns it."""
     if token is None:
         raise HubError(401, "Invalid username or password.")
     return {
@@ -55,27 +55,28 @@ def whoami(token: str | None) -> dict[str, Any]:
         "id": "0",
         "name": USER,
         "orgs": [
-            {"type": "org", "name": ORGANISATION, "roleInOrg": "write"},
-            {"type": "org", "name": READ_ORGANISATION, "roleInOrg": "read"},
+            {"type": "org", "name": ORGANIZATION, "roleInOrg": "write"},
+            {"type": "org", "name": READ_ORGANIZATION, "roleInOrg": "read"},
         ],
         "auth": {"type": "access_token", "accessToken": _TOKENS[token]},
     }
 
 
 def check_write(token: str | None, repository: str) -> None:
-    """Refuses, as the Hub does, a token that may not write to a repository."""
+    """Checks that a token may write to a repository, with the errors of the Hub."""
     if token is None:
         raise HubError(401, "Invalid username or password.")
     namespace = repository.split("/")[0]
     known = _TOKENS[token]
-    if known["role"] == "read" or namespace not in (USER, ORGANISATION):
+    if known["role"] == "read" or namespace not in (USER, ORGANIZATION):
         raise HubError(403, f"You don't have the rights to create or change a model under the namespace {namespace!r}")
     if known["role"] == "fineGrained" and repository != FINE_REPOSITORY:
         raise HubError(403, "This token does not have the permission repo.write for this repository")
 
 
 def check_read(token: str | None, private: bool) -> None:
-    """Hides a private repository from anonymous requests; every token is of the one user, who sees all."""
+    """Hides a private repository from anonymous requests. All tokens belong to the one user, who may read
+    everything."""
     if private and token is None:
-        # By the status alone the client tells a hidden repository only at addresses with https.
+        # The client recognizes a hidden repository by the status alone only at https URLs.
         raise HubError(401, "Invalid username or password.", "RepoNotFound")

@@ -51,16 +51,16 @@ def _route(method: str, path: str) -> Callable[[Callable], Callable]:
 
 
 class LocalHub:
-    """A Hub on a free port of this machine.
+    """A Hub server on a free local port.
 
     Args:
-        storage (`Path`): folder that it keeps everything in.
+        storage (`Path`): folder for repositories and objects.
 
     Attributes:
-        endpoint (`str`): its address, for `HF_ENDPOINT`.
-        counts (`Counter`): of `"commit"` and `"put"`: commits made, objects uploaded.
-        puts_left (`int`, *optional*): how many more uploads succeed; all if `None`. The others are refused, as one whose
-            address has expired.
+        endpoint (`str`): URL of the server, for `HF_ENDPOINT`.
+        counts (`Counter`): number of commits (`"commit"`) and of uploaded objects (`"put"`).
+        puts_left (`int`, *optional*): number of uploads that still succeed; all if `None`. Further ones fail as if the
+            upload URL had expired.
     """
 
     def __init__(self, storage: Path):
@@ -74,7 +74,7 @@ class LocalHub:
 
     @contextlib.contextmanager
     def serving(self) -> Iterator["LocalHub"]:
-        """Answers requests in a thread until the block ends."""
+        """Serves requests in a thread until the block ends."""
         thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
         try:
@@ -85,7 +85,7 @@ class LocalHub:
             thread.join()
 
     def signature(self, sha256: str) -> str:
-        """What makes the address of an object valid without a token."""
+        """The signature that makes the URL of an object valid without a token."""
         return hmac.new(self.secret, sha256.encode(), hashlib.sha256).hexdigest()
 
     def object_url(self, sha256: str) -> str:
@@ -96,13 +96,13 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Stays silent about a client that was killed between two requests."""
+        """Ignores connection errors of a client that was killed between two requests."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One request. Methods that are routed return what is sent as JSON, or `None` if they answered themselves."""
+    """Handles one request. Routed methods return the JSON response, or `None` if they have sent a response."""
 
     protocol_version = "HTTP/1.1"
     server_version = "LocalHub"
@@ -112,7 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.server.hub  # type: ignore[attr-defined]
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Stays silent: what the client makes of an answer is what counts."""
+        """Logs nothing: tests look at the client."""
 
     def _answer(self) -> None:
         raw, _, query = self.path.partition("?")
@@ -144,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
         if not self.body.is_read:
-            self.close_connection = True  # what is left of the body would be read as the next request
+            self.close_connection = True  # the rest of the body would be read as the next request
         self.send_response(status)
         for name, text in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, text)
@@ -153,7 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def _readable(self, kind: str, name: str) -> dict[str, Any]:
-        """A repository that the token may see; a missing one looks like a private one to an anonymous request."""
+        """A repository that the token may read. To anonymous requests a missing one looks like a private one."""
         try:
             repo = self.hub.storage.repo(kind, name)
         except HubError:
@@ -368,8 +368,8 @@ class _Handler(BaseHTTPRequestHandler):
         file = repo["commits"][sha]["files"][path]
         headers = {"X-Repo-Commit": sha, "ETag": f'"{file["oid"]}"'}
         if file["sha256"]:
-            # The Hub also redirects to its storage, on another host. A redirect on one host the client follows by itself,
-            # and then misses these headers.
+            # The Hub also redirects to its storage, on another host. A redirect on one host the client follows by
+            # itself, and then misses these headers.
             headers |= {"X-Linked-Etag": f'"{file["sha256"]}"', "X-Linked-Size": str(file["size"])}
         self._send_file(self.hub.storage.content(file), headers)
 
@@ -399,7 +399,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class _Body(io.RawIOBase):
-    """The body of a request, read no further than it goes."""
+    """The body of a request, with reads limited to its length."""
 
     def __init__(self, stream: BinaryIO, headers: Any):
         self._stream = stream
@@ -420,7 +420,7 @@ class _Body(io.RawIOBase):
 
 
 def _byte_range(header: str | None, size: int) -> tuple[int, int]:
-    """First byte and the one after the last of a `Range` header, the whole file without one."""
+    """The start and end of a `Range` header, or of the whole file without one."""
     if not header:
         return 0, size
     match = re.fullmatch(r"bytes=(\d*)-(\d*)", header)
@@ -436,7 +436,7 @@ def _byte_range(header: str | None, size: int) -> tuple[int, int]:
 
 
 def _known_oid(file: File | None) -> str | None:
-    """What the client compares its own file with, to leave an unchanged one out."""
+    """The hash that the client compares with its own file, to skip an unchanged one."""
     return file and (file["sha256"] or file["oid"])
 
 

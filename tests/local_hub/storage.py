@@ -1,6 +1,6 @@
-"""What a Hub keeps: repositories whose commits are snapshots, and the objects that their files point to.
+"""Storage of a Hub: repositories with commits as snapshots, and the objects that their files point to.
 
-Everything lies in one folder, so that a server that starts again has it all:
+Everything is in one folder, which a restarted server reads again:
 
     blobs/<git blob id>              contents of small files
     lfs/<sha256>                     contents of large files
@@ -20,12 +20,23 @@ from typing import Any, BinaryIO
 
 
 KINDS = ("models", "datasets")
-# What the Hub writes into a new repository, shortened to the patterns that a model needs.
+# Content of `.gitattributes` in a new repository, reduced to the patterns that models need.
 GIT_ATTRIBUTES = "".join(
     f"{pattern} filter=lfs diff=lfs merge=lfs -text\n"
-    for pattern in ("*.bin", "*.gguf", "*.model", "*.npz", "*.onnx", "*.parquet", "*.png", "*.pt", "*.safetensors", "*.zip")
-)  # fmt: skip
-LFS_BEYOND = 10 * 1024 * 1024  # bytes; larger files are never kept in git itself
+    for pattern in (
+        "*.bin",
+        "*.gguf",
+        "*.model",
+        "*.npz",
+        "*.onnx",
+        "*.parquet",
+        "*.png",
+        "*.pt",
+        "*.safetensors",
+        "*.zip",
+    )
+)
+LFS_BEYOND = 10 * 1024 * 1024  # bytes; larger files are always LFS files
 
 File = dict[
     str, Any
@@ -33,13 +44,13 @@ File = dict[
 
 
 class HubError(Exception):
-    """A request that the Hub refuses.
+    """An error response of the Hub.
 
     Args:
-        status (`int`): of HTTP.
-        message (`str`): for people.
-        code (`str`, *optional*): the Hub's `X-Error-Code`, which the client turns into a class of exception.
-        headers (`dict`, *optional*): further ones of the answer.
+        status (`int`): HTTP status.
+        message (`str`): error message.
+        code (`str`, *optional*): value of `X-Error-Code`, which selects the exception class of the client.
+        headers (`dict`, *optional*): additional headers.
     """
 
     def __init__(self, status: int, message: str, code: str = "", headers: dict[str, str] | None = None):
@@ -48,12 +59,12 @@ class HubError(Exception):
 
 
 def git_blob_id(content: bytes) -> str:
-    """The id that git gives to a file with this content."""
+    """The git blob id of a file with this content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def lfs_pointer(sha256: str, size: int) -> bytes:
-    """What git keeps in place of an LFS file."""
+    """The pointer file that git stores for an LFS file."""
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
 
 
@@ -61,14 +72,14 @@ class Storage:
     """The repositories and objects in a folder.
 
     Args:
-        folder (`Path`): made if it does not exist.
+        folder (`Path`): created if it does not exist.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         for name in ("blobs", "lfs", *(f"repos/{kind}" for kind in KINDS)):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        # Serialises what reads a repository and writes it back.
+        # Held while a repository is read, changed and written.
         self.lock = threading.RLock()
 
     # Objects
@@ -80,7 +91,7 @@ class Storage:
         return self.folder / "lfs" / sha256
 
     def content(self, file: File) -> Path:
-        """Where the contents of a file lie."""
+        """Path of the contents of a file."""
         return self.lfs(file["sha256"]) if file["sha256"] else self.blob(file["oid"])
 
     def add_blob(self, content: bytes) -> File:
@@ -89,10 +100,10 @@ class Storage:
         return {"oid": oid, "size": len(content), "sha256": None}
 
     def add_lfs(self, sha256: str, stream: BinaryIO, size: int) -> None:
-        """Stores an LFS object if it is what its name says; a part of one is never seen.
+        """Stores an LFS object atomically.
 
         Raises:
-            HubError: if it is not.
+            HubError: if its hash is not its name.
         """
         digest, left = hashlib.sha256(), size
         with tempfile.NamedTemporaryFile(dir=self.folder / "lfs", prefix=".", delete=False) as temporary:
@@ -102,7 +113,7 @@ class Storage:
                     temporary.write(chunk)
                     left -= len(chunk)
                 if left or digest.hexdigest() != sha256:
-                    raise HubError(400, f"the object is not the one of SHA-256 {sha256}")
+                    raise HubError(400, f"the object does not have the SHA-256 {sha256}")
                 os.replace(temporary.name, self.lfs(sha256))
             finally:
                 Path(temporary.name).unlink(missing_ok=True)
@@ -110,10 +121,10 @@ class Storage:
     # Repositories
 
     def create(self, kind: str, name: str, private: bool) -> None:
-        """Makes a repository with the Hub's first commit.
+        """Creates a repository with the initial commit of the Hub.
 
         Raises:
-            HubError: if there is one of this name.
+            HubError: if it exists.
         """
         with self.lock:
             if self._path(kind, name).exists():
@@ -126,10 +137,10 @@ class Storage:
             self._save(kind, repo)
 
     def repo(self, kind: str, name: str) -> dict[str, Any]:
-        """A repository as it is now.
+        """Returns a repository.
 
         Raises:
-            HubError: if there is none.
+            HubError: if it does not exist.
         """
         try:
             return json.loads(self._path(kind, name).read_text(encoding="utf-8"))
@@ -137,11 +148,11 @@ class Storage:
             raise HubError(404, "Repository not found", "RepoNotFound") from None
 
     def commit(self, kind: str, name: str, branch: str, title: str, changes: list[dict[str, Any]], parent: str) -> str:
-        """Adds a snapshot to a branch, all of its changes or none.
+        """Adds a commit to a branch, with all of its changes or none.
 
         Args:
-            changes (`list[dict]`): the lines of the client after the header: `{"key": ..., "value": ...}`.
-            parent (`str`): what the client saw at the branch, `""` if it does not care.
+            changes (`list[dict]`): operations of the client: `{"key": ..., "value": ...}`.
+            parent (`str`): expected head of the branch, `""` to skip the check.
 
         Returns:
             The commit.
@@ -162,7 +173,7 @@ class Storage:
             return repo["branches"][branch]
 
     def create_ref(self, kind: str, name: str, refs: str, new: str, start: str) -> None:
-        """Makes a branch or tag (`refs` is `"branches"` or `"tags"`) that points to a commit."""
+        """Creates a branch or tag (`refs` is `"branches"` or `"tags"`) at a commit."""
         with self.lock:
             repo = self.repo(kind, name)
             if new in repo[refs]:
@@ -171,7 +182,7 @@ class Storage:
             self._save(kind, repo)
 
     def delete_ref(self, kind: str, name: str, refs: str, old: str) -> None:
-        """Removes a branch other than main, or a tag."""
+        """Deletes a branch other than main, or a tag."""
         with self.lock:
             repo = self.repo(kind, name)
             if old not in repo[refs]:
@@ -182,7 +193,7 @@ class Storage:
             self._save(kind, repo)
 
     def upload_mode(self, files: dict[str, File], path: str, size: int, sample: bytes) -> str:
-        """Whether a file goes to LFS, as `.gitattributes`, its size and its first bytes decide."""
+        """`"lfs"` or `"regular"`, decided by `.gitattributes`, the size and the first bytes of a file."""
         attributes = files.get(".gitattributes")
         lines = self.content(attributes).read_text(encoding="utf-8").splitlines() if attributes else []
         patterns = [line.split()[0] for line in lines if "filter=lfs" in line]
@@ -218,10 +229,10 @@ class Storage:
 
 
 def resolve(repo: dict[str, Any], revision: str) -> str:
-    """The commit that a branch, a tag or a commit's own name means.
+    """Returns the commit of a branch, a tag or a commit id.
 
     Raises:
-        HubError: if it is none of them.
+        HubError: if there is no such revision.
     """
     found = {**{commit: commit for commit in repo["commits"]}, **repo["tags"], **repo["branches"]}.get(revision)
     if found is None:
@@ -230,7 +241,7 @@ def resolve(repo: dict[str, Any], revision: str) -> str:
 
 
 def history(repo: dict[str, Any], commit: str) -> list[str]:
-    """A commit and those before it, the newest first."""
+    """A commit and its ancestors, newest first."""
     found = [commit]
     while parents := repo["commits"][found[-1]]["parents"]:
         found += parents

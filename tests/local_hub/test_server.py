@@ -1,4 +1,4 @@
-"""The local Hub as huggingface_hub's own client sees it."""
+"""The local Hub, tested with the client of huggingface_hub."""
 
 import http.client
 import json
@@ -22,8 +22,11 @@ def hub(tmp_path):
 
 
 def client(hub: LocalHub, token: str | None, tmp_path: Path, code: str) -> str:
-    """Runs code in a process of its own, whose Hub this is; `api` is the client. Returns what it prints."""
-    head = "from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download\napi = HfApi()\n"
+    """Runs code in a new process that uses this Hub, with the client as `api`. Returns its output."""
+    head = (
+        "from huggingface_hub import CommitOperationAdd, HfApi, errors, hf_hub_download, snapshot_download\n"
+        "api = HfApi()\n"
+    )
     environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
     environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf-home")}
     environment |= {"HF_TOKEN": token} if token else {}
@@ -33,8 +36,12 @@ def client(hub: LocalHub, token: str | None, tmp_path: Path, code: str) -> str:
 
 
 def test_files_go_up_and_come_down(hub, tmp_path):
-    """Small and large files, a folder, branches, tags, history, deletion; each commit is a snapshot that stays."""
-    out = client(hub, WRITE_TOKEN, tmp_path, """
+    """Small and large files, a folder, branches, tags, history and deletion. Each commit is an immutable snapshot."""
+    out = client(
+        hub,
+        WRITE_TOKEN,
+        tmp_path,
+        """
 import json, os
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 repo = "demo/some-model"
@@ -61,12 +68,14 @@ operations = [CommitOperationDelete("a/", is_folder=True), CommitOperationAdd("b
 api.create_commit(repo, operations, commit_message="replace", parent_commit=second.oid)
 assert sorted(api.list_repo_files(repo)) == [".gitattributes", "b.txt", "model.safetensors"]
 assert sorted(os.listdir(snapshot_download(repo, revision="v1"))) == [".gitattributes", "a", "model.safetensors"]
-assert api.upload_file(path_or_fileobj=large, path_in_repo="model.safetensors", repo_id=repo).oid == api.model_info(repo).sha
+commit = api.upload_file(path_or_fileobj=large, path_in_repo="model.safetensors", repo_id=repo)
+assert commit.oid == api.model_info(repo).sha
 api.create_repo("demo/rows", repo_type="dataset")
 api.upload_file(path_or_fileobj=small, path_in_repo="rows.txt", repo_id="demo/rows", repo_type="dataset")
 assert open(hf_hub_download("demo/rows", "rows.txt", repo_type="dataset"), "rb").read() == small
 print(json.dumps([second.oid, len(large)]))
-""")  # fmt: skip
+""",
+    )
     assert hub.counts == {"commit": 4, "put": 1}, "what was there was not sent again"
     commit, size = json.loads(out)
     # A later start of the server has it all, and answers ranges.
@@ -93,8 +102,12 @@ print(json.dumps([second.oid, len(large)]))
 
 
 def test_what_is_not_there(hub, tmp_path):
-    """The client raises what it raises against the real Hub."""
-    client(hub, WRITE_TOKEN, tmp_path, """
+    """The client raises the same errors as with the real Hub."""
+    client(
+        hub,
+        WRITE_TOKEN,
+        tmp_path,
+        """
 def refused(kind, status, call, *args, **kwargs):
     try:
         call(*args, **kwargs)
@@ -109,16 +122,18 @@ refused(errors.RevisionNotFoundError, 404, api.model_info, repo, revision="nowhe
 refused(errors.RemoteEntryNotFoundError, 404, hf_hub_download, repo, "nowhere.txt")
 refused(errors.HfHubHTTPError, 409, api.create_repo, repo)
 refused(errors.HfHubHTTPError, 409, api.create_branch, repo, branch="main")
-refused(errors.HfHubHTTPError, 404, api.upload_file, path_or_fileobj=b"x", path_in_repo="x", repo_id=repo, revision="nowhere")
-refused(errors.HfHubHTTPError, 412, api.create_commit, repo, [__import__("huggingface_hub").CommitOperationAdd("x", b"y")],
+refused(errors.HfHubHTTPError, 404, api.upload_file, path_or_fileobj=b"x", path_in_repo="x", repo_id=repo,
+        revision="nowhere")
+refused(errors.HfHubHTTPError, 412, api.create_commit, repo, [CommitOperationAdd("x", b"y")],
         commit_message="late", parent_commit="0" * 40)
-refused(errors.HfHubHTTPError, 403, api.create_repo, "somebody/some-model")
-""")  # fmt: skip
+refused(errors.HfHubHTTPError, 403, api.create_repo, "stranger/some-model")
+""",
+    )
     assert not hub.counts
 
 
 def test_who_may_do_what(hub, tmp_path):
-    """A reading token, a fine-grained one, an anonymous request, and a token that is none."""
+    """A read-only token, a fine-grained one, an anonymous request, and an unknown token."""
     client(
         hub,
         WRITE_TOKEN,
@@ -139,7 +154,12 @@ for status, repo in {cases}:
         raise AssertionError(f"{{repo}} was written")
 """
     client(hub, READ_TOKEN, tmp_path, refused.format(cases=[(403, "demo/shown"), (403, "demo/hidden")]))
-    client(hub, None, tmp_path, refused.format(cases=[(401, "demo/shown")]) + """
+    client(
+        hub,
+        None,
+        tmp_path,
+        refused.format(cases=[(401, "demo/shown")])
+        + """
 api.model_info("demo/shown")
 try:
     api.model_info("demo/hidden")
@@ -147,7 +167,8 @@ except errors.RepositoryNotFoundError as error:
     assert error.response.status_code == 401
 else:
     raise AssertionError("a private repository was shown")
-""")  # fmt: skip
+""",
+    )
     client(hub, "hf_no_such_token", tmp_path, refused.format(cases=[(401, "demo/shown")]))
     client(
         hub,
@@ -163,7 +184,7 @@ api.upload_file(path_or_fileobj=b"x", path_in_repo="x.txt", repo_id="{FINE_REPOS
 
 
 def test_the_command_runs_another_against_it(tmp_path):
-    """Which finds it in its environment, and whose status it passes on."""
+    """The command gets the Hub in its environment, and its exit status is returned."""
     code = (
         "import os, sys; from huggingface_hub import HfApi\n"
         "assert os.environ['DEMO_HUB'] == os.environ['HF_ENDPOINT'] and 'HF_HUB_OFFLINE' not in os.environ\n"
@@ -186,6 +207,9 @@ def test_the_command_runs_another_against_it(tmp_path):
 
 
 def test_it_imports_nothing_heavy():
-    code = "import sys, tests.local_hub.__main__; print([m for m in ('torch', 'numpy', 'tinyllama_hf', 'pytest') if m in sys.modules])"
+    code = (
+        "import sys, tests.local_hub.__main__; heavy = ('torch', 'numpy', 'tinyllama_hf', 'pytest'); "
+        "print([name for name in heavy if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr

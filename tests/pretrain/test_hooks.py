@@ -62,7 +62,7 @@ def test_the_picture_shows_what_was_logged(finished, recipe, drawn):
     names = ("loss", "learning_rate", "gradient_norm", "tokens_per_second")
     for axes, name in zip(figure.axes, names, strict=True):
         assert_draws(axes, run, name, "training" if name == "loss" else None)
-    assert_draws(figure.axes[0], run, "validation_loss", "validation, unseen text")
+    assert_draws(figure.axes[0], run, "validation_loss", "validation, held-out text")
     marks = [line.get_xdata()[0] for line in figure.axes[0].lines if line.get_color() == "#cccccc"]
     assert marks == [json.loads((folder / "provenance.json").read_text())["tokens"] for folder in list_milestones(run)]
 
@@ -72,9 +72,9 @@ def test_every_milestone_has_a_card(finished):
     for folder in list_milestones(run):
         card = ModelCard.load(folder / "README.md")
         assert card.data.library_name == "transformers"
-        assert f"# {folder.name}\n" in card.text and f"`{folder.name}` has read" in card.text
+        assert f"# {folder.name}\n" in card.text and f"`{folder.name}` was trained on" in card.text
         record = json.loads((folder / "provenance.json").read_text())
-        assert f"{record['validation_loss']:.4f} nats a token" in card.text
+        assert f"{record['validation_loss']:.4f} nats per token" in card.text
         assert f"{record['tokens']:,} tokens in {record['step']:,} steps" in card.text
         assert str(run.parent) not in card.text, "no path of this machine"
 

@@ -1,4 +1,4 @@
-"""Pictures show the run: every line, its data, labels and legend, and its color in the file that is written."""
+"""The plots of a run: lines, data, labels, legends, and colors in the written file."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ QUANTITIES = {"loss": 4.0, "learning_rate": 1e-3, "gradient_norm": 0.5, "tokens_
 
 
 def row(step: int) -> dict:
-    """Every quantity another curve."""
+    """A row of metrics. Each quantity has a different curve."""
     values = {
         name: scale * (1 + np.sin(step + place)) for place, (name, scale) in enumerate(QUANTITIES.items(), start=2)
     }
@@ -34,13 +34,13 @@ def curves(tmp_path) -> TrainingCurves:
 
 
 def expected(name: str) -> tuple[list[int], list[float]]:
-    """Tokens and values of a quantity, as they were logged."""
+    """Tokens and values of a quantity as logged."""
     rows = [row(step) for step in range(1, STEPS + 1)]
     return [r["tokens"] for r in rows], [r[name] for r in rows]
 
 
 def series(axes, label: str | None = None) -> tuple[list[float], list[float]]:
-    """The data of the line with this label; without one, of the only line without a label."""
+    """The data of the line with this label, or of the only unlabeled line."""
     found = [
         line
         for line in axes.lines
@@ -55,7 +55,7 @@ def legend(axes) -> list[str]:
 
 
 def assert_shows(axes, name: str, label: str | None = None) -> None:
-    """That axes have the line of a quantity, and the band around it."""
+    """Asserts that axes show the line of a quantity and its band."""
     tokens, values = series(axes, label)
     assert tokens == expected(name)[0] and values == pytest.approx(expected(name)[1])
     [band] = axes.collections
@@ -65,15 +65,15 @@ def assert_shows(axes, name: str, label: str | None = None) -> None:
 
 def assert_loss(axes) -> None:
     assert_shows(axes, "loss", "training")
-    assert series(axes, "validation, unseen text") == ([1000, 2000, 4000], [8.0, 7.0, 5.0])
+    assert series(axes, "validation, held-out text") == ([1000, 2000, 4000], [8.0, 7.0, 5.0])
     marks = [line for line in axes.lines if line.get_xdata()[0] == line.get_xdata()[-1]]
     assert [line.get_xdata()[0] for line in marks] == MILESTONES
-    assert legend(axes) == ["milestone", "training", "validation, unseen text"]
+    assert legend(axes) == ["milestone", "training", "validation, held-out text"]
     assert axes.get_yscale() == "log" and "Loss" in axes.get_title()
 
 
 def assert_colors(path: Path, *colors: str) -> None:
-    """That a file has each color at some hundred pixels: a line across it has more, an empty frame none."""
+    """Asserts that a file has more than 150 pixels of each color. A line has more, an empty frame has none."""
     with Image.open(path) as picture:
         pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3).astype(int)
     for color in colors:
@@ -82,7 +82,7 @@ def assert_colors(path: Path, *colors: str) -> None:
 
 
 def assert_draws(axes, run: Path, name: str, label: str | None = None) -> None:
-    """That axes have the line of what a run has logged."""
+    """Asserts that axes show the values that a run has logged."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     tokens, values = series(axes, label)
     assert tokens == [r["tokens"] for r in rows if name in r] and len(tokens) > 1
@@ -94,7 +94,7 @@ def test_loss_curve(curves, drawn, tmp_path):
     [[axes]] = [figure.axes for figure in drawn]
     assert_loss(axes)
     assert axes.get_xlabel() == "tokens"
-    assert_colors(tmp_path / "loss.png", plots._COLOURS["model"], plots._COLOURS["validation"], "#cccccc")
+    assert_colors(tmp_path / "loss.png", plots._COLORS["model"], plots._COLORS["validation"], "#cccccc")
 
 
 def test_learning_rate_curve(curves, drawn, tmp_path):
@@ -108,7 +108,7 @@ def test_learning_rate_curve(curves, drawn, tmp_path):
         and below.get_xlabel() == "tokens"
     )
     assert above.get_ylim()[0] == 0 and below.get_yscale() == "log"
-    assert_colors(tmp_path / "rate.png", plots._COLOURS["model"], plots._COLOURS["validation"])
+    assert_colors(tmp_path / "rate.png", plots._COLORS["model"], plots._COLORS["validation"])
 
 
 def test_training_panels(curves, drawn, tmp_path):
@@ -116,16 +116,19 @@ def test_training_panels(curves, drawn, tmp_path):
     [figure] = drawn
     loss, rate, norm, speed = figure.axes
     assert_loss(loss)
-    for axes, name, title in ((rate, "learning_rate", "Learning rate"), (norm, "gradient_norm", "Gradient norm"),
-                              (speed, "tokens_per_second", "Throughput")):  # fmt: skip
+    for axes, name, title in (
+        (rate, "learning_rate", "Learning rate"),
+        (norm, "gradient_norm", "Gradient norm"),
+        (speed, "tokens_per_second", "Throughput"),
+    ):
         assert_shows(axes, name)
         assert title in axes.get_title()
     assert figure.get_suptitle() == "my run" and norm.get_xlabel() == speed.get_xlabel() == "tokens"
-    assert_colors(tmp_path / "training.png", *(plots._COLOURS[name] for name in ("model", "validation", "5-gram")))
+    assert_colors(tmp_path / "training.png", *(plots._COLORS[name] for name in ("model", "validation", "5-gram")))
 
 
 def test_trajectory(drawn, tmp_path):
-    """Every milestone with its figure, next to both counting models."""
+    """Shows every milestone with its value, and both n-gram models."""
     models = [{"tokens": 1000 * i, "bits_per_byte": 3 - i / 8} for i in range(1, 5)]
     baselines = [
         {"name": name, "tokens": 1000 * i, "bits_per_byte": bits - i / 100}
@@ -142,7 +145,7 @@ def test_trajectory(drawn, tmp_path):
     shown = {text.xy: text.get_text() for text in axes.texts}
     assert shown == {(1000, 2.875): "2.88", (2000, 2.75): "2.75", (3000, 2.625): "2.62", (4000, 2.5): "2.50"}
     assert axes.get_xlabel() == "tokens" and "bits per byte" in axes.get_ylabel()
-    assert_colors(tmp_path / "trajectory.png", *(plots._COLOURS[name] for name in ("model", "unigram", "5-gram")))
+    assert_colors(tmp_path / "trajectory.png", *(plots._COLORS[name] for name in ("model", "unigram", "5-gram")))
 
 
 def test_trajectory_without_counting_models(drawn, tmp_path):
@@ -153,7 +156,7 @@ def test_trajectory_without_counting_models(drawn, tmp_path):
 
 @pytest.mark.parametrize("validations", [100, 101])
 def test_many_validations_have_no_markers(drawn, tmp_path, validations):
-    """Which would hide the line."""
+    """Markers would hide the line."""
     write(tmp_path, [training_row(1), *({"step": i, "tokens": i, "validation_loss": 2.0} for i in range(validations))])
     plots.loss_curve(TrainingCurves(tmp_path), [], tmp_path / "loss.png")
     [line] = [line for line in drawn[0].axes[0].lines if line.get_label().startswith("validation")]
@@ -163,7 +166,7 @@ def test_many_validations_have_no_markers(drawn, tmp_path, validations):
 
 
 def test_a_thinned_curve_keeps_its_spike(drawn, tmp_path):
-    """In the band, where the mean of a stretch hides it."""
+    """The band shows it, although the mean of the interval hides it."""
     losses = np.full(3000, 2.0)
     losses[1000] = 40.0
     write(tmp_path, [training_row(step, loss) for step, loss in enumerate(losses.tolist(), start=1)])

@@ -1,4 +1,4 @@
-"""Curves read from the metrics: every row once, spikes kept, also while the run goes on."""
+"""Curves are read from the metrics: every row once, with spikes, also while the run continues."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from tinyllama_hf.report.training import QUANTITIES, TrainingCurves
 
 
 def training_row(step: int, loss: float = 3.0) -> dict:
-    """A row as the loop logs it."""
+    """A row as the training loop logs it."""
     values = {"learning_rate": 1e-3, "gradient_norm": 0.5, "tokens_per_second": 2000.0}
     return {"step": step, "tokens": step * 100, "loss": loss, **values}
 
@@ -69,7 +69,7 @@ def test_a_row_that_is_being_written_is_read_when_it_is_whole(tmp_path):
 
 
 def test_rows_that_a_resume_cuts_are_forgotten(tmp_path):
-    """The loop replaces the file; the new one may be longer than what had been read of the old."""
+    """The loop replaces the file. The new one may be longer than the part of the old one that was read."""
     write(tmp_path, [training_row(step, 9.0) for step in range(1, 11)])
     curves = TrainingCurves(tmp_path)
     (tmp_path / "cut").mkdir()
@@ -102,7 +102,7 @@ def test_a_picture_that_cannot_be_written_leaves_the_one_before(tmp_path, monkey
 
 @pytest.mark.parametrize("high", [0.6, 2.0, 20.0, 300.0, 1e6])
 def test_a_logarithmic_axis_has_plain_numbers(high):
-    """After a spike the axis spans decades, and matplotlib's own labels between them are powers of ten."""
+    """A spike makes the axis span decades, for which matplotlib would label powers of ten."""
     figure, axes = plots.plt.subplots()
     axes.plot([0.4, high])
     plots._logarithmic(axes)

@@ -1,4 +1,4 @@
-"""The recipe of a data set: the arguments of `prepare` as a YAML file."""
+"""The recipe of a data set: the arguments of `prepare` in a YAML file."""
 
 import os
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from ..recipe import Section, read_recipe
 
 
 class PrepareConfig(Section):
-    """A whole recipe; keys as the arguments of [`prepare`]."""
+    """A complete recipe. The keys are the arguments of [`prepare`]."""
 
     sources: list[str] = Field(min_length=1)
     tokenizer: str
@@ -22,6 +22,6 @@ class PrepareConfig(Section):
     sample_fraction: float = Field(gt=0, le=1)
 
 
-def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> PrepareConfig:
-    """Reads a recipe and applies `key=value` overrides; see [`read_recipe`]."""
+def load_prepare_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> PrepareConfig:
+    """Reads a recipe and applies `key=value` overrides, see [`read_recipe`]."""
     return read_recipe(PrepareConfig, path, overrides, lambda sections: [])

@@ -1,15 +1,16 @@
-"""The corpus that every Python installation carries: its own standard library.
+"""The embedded corpus: the Python standard library.
 
-Two kinds of documents, disjoint in content so that a text held out of one never reappears in the other:
+It has two kinds of documents without common content, so that held-out text of one kind never appears in the other:
 
-- `prose`: the docstrings of each module, the language reference behind `help()`, the docstrings of the modules written
-  in C, and the text files that lie beside the sources;
-- `code`: the sources without their docstrings.
+- `prose`: the docstrings of each module, the language reference of `help()`, the docstrings of modules written in C,
+and
+  the text files among the sources;
+- `code`: the sources without docstrings.
 
-Some packages appear in neither: data/questions.py makes the conversations for fine-tuning from their docstrings.
+Some packages are in neither: data/questions.py makes conversations for fine-tuning from their docstrings.
 
-The same Python version gives the same documents. Tests and generated tables are left out: some distributions do not
-ship the first, and nothing can be learned from the second.
+The same Python version gives the same documents. Tests are left out because some distributions do not ship them, and
+generated tables because they have no content to learn.
 """
 
 import ast
@@ -25,45 +26,50 @@ from ..errors import InputError, did_you_mean
 
 
 KINDS = ("prose", "code")
-# Tests, vendored packages, build data that names this machine, and tables of numbers.
+# Tests, vendored packages, build data of this machine, and tables of numbers.
 _EXCLUDED_FOLDERS = {
-    "site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "_bundled", "encodings", "turtledemo",
+    "site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "_bundled", "encodings",
+    "turtledemo",
 }  # fmt: skip
 _EXCLUDED_FILES = {"pydoc_data/topics.py", "this.py", "antigravity.py", "__phello__.foo.py", "sitecustomize.py"}
-# Top-level modules and packages that every build of Python 3.11 to 3.14 has; data/questions.py reads them.
+# Top-level modules and packages in every build of Python 3.11 to 3.14. data/questions.py reads them.
 _CONVERSATIONS = {
     "asyncio", "email", "http", "ipaddress.py", "logging", "mailbox.py", "multiprocessing", "tarfile.py", "unittest",
     "urllib", "wsgiref", "xml", "xmlrpc",
 }  # fmt: skip
-# Modules written in C that every build has, whether linked in or as a file.
+# Modules written in C that are in every build, built in or as files.
 _C_MODULES = ("builtins", "sys", "time", "itertools", "math", "gc", "marshal", "errno", "_io", "_thread", "_functools",
               "_operator", "_codecs", "_signal", "_struct", "_random", "_datetime", "_socket")  # fmt: skip
 _EXCLUDED_PREFIXES = ("_sysconfigdata", "config-")
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-_MIN_CHARACTERS = 200  # shorter documents are headings, not text
+_MIN_CHARACTERS = 200  # shorter documents are mostly headings
 
 
 class EmbeddedDocument(NamedTuple):
-    """A document of the embedded corpus: a stable name and its text."""
+    """A document of the embedded corpus, with a stable name."""
 
     name: str
     text: str
 
 
 def check_kind(kind: str) -> None:
-    """Refuses a name that is not of a part of the corpus."""
+    """Checks that a part of the corpus exists.
+
+    Raises:
+        InputError: if it does not.
+    """
     if kind not in KINDS:
         raise InputError(f"embedded:{kind} is not part of the embedded corpus{did_you_mean(kind, KINDS)}")
 
 
 def documents(kind: str) -> Iterator[EmbeddedDocument]:
-    """Yields the documents of one kind, in the order of their names.
+    """Yields the documents of one kind, ordered by name.
 
     Args:
         kind (`str`): `"prose"` or `"code"`.
 
     Raises:
-        InputError: if `kind` is neither.
+        InputError: if `kind` is unknown.
     """
     check_kind(kind)
     found = _code() if kind == "code" else _prose()
@@ -74,13 +80,13 @@ def documents(kind: str) -> Iterator[EmbeddedDocument]:
             yield document
 
 
-def sources(pattern: str = "*.py", for_conversations: bool = False) -> Iterator[tuple[str, str]]:
-    """Yields (path relative to the standard library, text) of its files, UTF-8 ones only.
+def stdlib_files(pattern: str = "*.py", for_conversations: bool = False) -> Iterator[tuple[str, str]]:
+    """Yields (path, text) of the UTF-8 files of the standard library, with relative paths.
 
     Args:
-        pattern (`str`, *optional*, defaults to `"*.py"`): of the file names.
-        for_conversations (`bool`, *optional*, defaults to `False`): the files that the corpus leaves out for
-            conversations, instead of those that it reads.
+        pattern (`str`, *optional*, defaults to `"*.py"`): pattern of file names.
+        for_conversations (`bool`, *optional*, defaults to `False`): yield the files that are reserved for
+            conversations instead of those of the corpus.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob(pattern)):
@@ -94,21 +100,21 @@ def sources(pattern: str = "*.py", for_conversations: bool = False) -> Iterator[
         try:
             yield name, path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            continue  # a handful of sources declare another encoding, to be test subjects
+            continue  # a few sources declare another encoding, for tests
 
 
 def _code() -> Iterator[EmbeddedDocument]:
-    for name, source in sources():
+    for name, source in stdlib_files():
         yield EmbeddedDocument(name, without_docstrings(source))
 
 
 def _prose() -> Iterator[EmbeddedDocument]:
-    for name, source in sources():
+    for name, source in stdlib_files():
         yield EmbeddedDocument(name, _docstrings(name, source))
     for pattern in ("*.rst", "*.txt"):
-        for name, text in sources(pattern):
+        for name, text in stdlib_files(pattern):
             if name.endswith("Grammar.txt"):
-                continue  # a table
+                continue  # a grammar table, not prose
             yield EmbeddedDocument(name, text)
     from pydoc_data.topics import topics
 
@@ -119,28 +125,28 @@ def _prose() -> Iterator[EmbeddedDocument]:
 
 
 def without_docstrings(source: str) -> str:
-    """Returns Python source with every docstring cut out; a body that was only a docstring becomes `...`."""
-    lines = re.findall(r".*\n|.+$", source)  # str.splitlines would also break at form feeds, where ast does not
+    """Returns Python source without docstrings. A body with only a docstring becomes `...`."""
+    lines = re.findall(r".*\n|.+$", source)  # str.splitlines also splits at form feeds, ast does not
     tree = ast.parse(source)
     for node in [n for n in ast.walk(tree) if isinstance(n, _DOCUMENTED) and ast.get_docstring(n, clean=False)]:
         docstring = node.body[0]
         first, last = docstring.lineno - 1, docstring.end_lineno - 1
-        # Columns are offsets into the UTF-8 bytes.
+        # Column offsets of ast count UTF-8 bytes.
         before = lines[first].encode()[: docstring.col_offset].decode()
         after = lines[last].encode()[docstring.end_col_offset :].decode()
         keep = before + "..." + after if len(node.body) == 1 else before + after.lstrip("; ")
-        # Blanked lines stay in the list, so that the positions of the other docstrings hold.
+        # Blank lines stay in the list, so that the line numbers of other docstrings remain valid.
         lines[first : last + 1] = [keep if keep.strip() else ""] + [""] * (last - first)
     return "".join(lines).strip() + "\n"
 
 
 def dotted_name(path: str) -> str:
-    """The dotted name of a module of the standard library."""
+    """The dotted name of a standard library module."""
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
 def _docstrings(name: str, source: str) -> str:
-    """The docstrings of a module, each under the dotted name and signature of what it documents."""
+    """The docstrings of a module, each after the dotted name and signature of its object."""
     module = dotted_name(name)
     parts: list[str] = []
 
@@ -158,7 +164,7 @@ def _docstrings(name: str, source: str) -> str:
 
 
 def _builtin_docstrings(module_name: str) -> str:
-    """The docstrings of a module written in C, its classes and their methods."""
+    """The docstrings of a module written in C, with its classes and methods."""
     module = importlib.import_module(module_name)
     parts = [f"{module_name}\n\n{inspect.cleandoc(module.__doc__)}\n"] if module.__doc__ else []
     for name, value in sorted(vars(module).items()):

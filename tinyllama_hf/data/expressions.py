@@ -1,8 +1,8 @@
-"""A small language to choose rows: `meta.redpajama_set_name != "RedPajamaGithub" and max_stars_count >= 2`.
+"""A small language to select rows: `meta.redpajama_set_name != "RedPajamaGithub" and max_stars_count >= 2`.
 
-Dotted paths into a row; strings, numbers, `true`, `false`, `null` and lists of them; `== != < <= > >=`, `in`, `not in`; `and`,
-`or`, `not`, parentheses. Nothing else: no calls, no arithmetic, no code. (pyarrow's expressions know columns of tables only,
-jmespath knows no comparison of strings by order and no error for a missing key.)
+It has dotted paths into a row; strings, numbers, `true`, `false`, `null` and lists of them; `== != < <= > >=`, `in`,
+`not in`; `and`, `or`, `not`, parentheses. It has no calls and no arithmetic. (Expressions of pyarrow only apply to
+columns of tables; jmespath does not order strings, and gives no error for a missing key.)
 """
 
 import ast
@@ -27,14 +27,14 @@ _NAMED = {"true": True, "false": False, "null": None}
 
 
 class MissingColumn(KeyError):
-    """A row has no value under a path; the message names what it has."""
+    """A row has no value at a path. The message lists its paths."""
 
 
 def value_at(row: Any, path: str) -> Any:
-    """The value of a row under a dotted path; a key that itself holds dots is found too.
+    """Returns the value of a row at a dotted path, or of a key that contains dots.
 
     Raises:
-        MissingColumn: if there is none.
+        MissingColumn: if there is no such value.
     """
     value = row
     if isinstance(row, Mapping) and path in row:
@@ -42,7 +42,7 @@ def value_at(row: Any, path: str) -> Any:
     for name in path.split("."):
         if not isinstance(value, Mapping) or name not in value:
             columns = ", ".join(sorted(_paths(row))) if isinstance(row, Mapping) else type(row).__name__
-            raise MissingColumn(f"nothing under {path!r}, but: {columns}")
+            raise MissingColumn(f"no value at {path!r}; available: {columns}")
         value = value[name]
     return value
 
@@ -55,13 +55,13 @@ def _paths(row: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 class Expression:
-    """A compiled expression; call it with a row.
+    """A compiled expression, which is called with a row.
 
     Args:
-        text (`str`): in the language above.
+        text (`str`): the expression.
 
     Raises:
-        InputError: naming the part that is not of the language.
+        InputError: if a part of it is not supported.
     """
 
     def __init__(self, text: str):
@@ -70,21 +70,21 @@ class Expression:
             tree = ast.parse(text.strip(), mode="eval")
         except (SyntaxError, ValueError) as error:
             raise InputError(
-                f'--where {text!r}: no expression ({error}); for example: meta.source != "GitHub"'
+                f'--where {text!r}: not a valid expression ({error}). An example: meta.source != "GitHub"'
             ) from error
         self._value = self._compile(tree.body)
 
     def __call__(self, row: Any) -> bool:
-        """Whether the row is chosen.
+        """Whether the row is selected.
 
         Raises:
             MissingColumn: if the row lacks a path of the expression.
-            InputError: if values cannot be compared, as a number with a string.
+            InputError: if values cannot be compared, such as a number with a string.
         """
         return bool(self._value(row))
 
     def _compile(self, node: ast.AST) -> Callable[[Any], Any]:
-        """A function from a row to the value of a part of the expression."""
+        """Compiles a node of the expression to a function of a row."""
         match node:
             case ast.Constant(value=str() | int() | float() | None as value):
                 return lambda row: value
@@ -110,12 +110,12 @@ class Expression:
                 sides = [self._compile(side) for side in (left, *others)]
                 return lambda row: self._compare([type(op) for op in ops], sides, row)
         raise InputError(
-            f"--where {self.text!r}: {ast.unparse(node)!r} is not of the language: paths, values, == != < <= > >=, in, "
+            f"--where {self.text!r}: {ast.unparse(node)!r} is not supported. Use paths, values, == != < <= > >=, in, "
             "not in, and, or, not, parentheses"
         )
 
     def _compare(self, ops: Sequence[type], sides: Sequence[Callable[[Any], Any]], row: Any) -> bool:
-        """A chain of comparisons, of which Python computes no more than it needs."""
+        """Evaluates a chain of comparisons up to the first false one."""
         left = sides[0](row)
         for op, side in zip(ops, sides[1:], strict=True):
             right = side(row)
@@ -124,12 +124,12 @@ class Expression:
                     return False
             except TypeError as error:
                 raise InputError(
-                    f"--where {self.text!r}: {left!r} and {right!r} cannot be compared so ({error})"
+                    f"--where {self.text!r}: {left!r} and {right!r} cannot be compared ({error})"
                 ) from error
             left = right
         return True
 
 
 def _is_path(node: ast.AST) -> bool:
-    """Whether a node is a name, or a name with others after dots."""
+    """Whether a node is a dotted path."""
     return isinstance(node, ast.Name) or (isinstance(node, ast.Attribute) and _is_path(node.value))

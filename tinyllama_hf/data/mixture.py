@@ -1,4 +1,4 @@
-"""Several prepared data sets, mixed by weight: the training stream of a run."""
+"""A weighted mixture of prepared data sets: the training data of a run."""
 
 import os
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ class Mixture:
 
     Args:
         folders (`Sequence[str]`): prepared data sets.
-        weights (`Sequence[float]`): share of the training tokens that each gives.
-        block_size (`int`): tokens that a sequence feeds to the model.
-        seed (`int`): of the order.
-        tokenizer_fingerprint (`str`): of the tokenizer that the model is to have.
+        weights (`Sequence[float]`): share of the training tokens from each data set.
+        block_size (`int`): input tokens of a sequence.
+        seed (`int`): seed of the order.
+        tokenizer_fingerprint (`str`): fingerprint of the tokenizer of the model.
         changes (`Sequence[WeightChange]`, *optional*): later weights, in blocks.
 
     Raises:
-        InputError: if a folder is no data set, holds too little, was prepared with another tokenizer, or puts other
-            separators around documents than the first.
+        InputError: if a folder is not a data set, has less than a block, or was prepared with another tokenizer or
+            other separators.
     """
 
     def __init__(
@@ -40,46 +40,48 @@ class Mixture:
             found = source.metadata["tokenizer"]["fingerprint"]
             if found != tokenizer_fingerprint:
                 raise InputError(
-                    f"{source.folder}: was prepared with a tokenizer of fingerprint {found[:12]}, data.tokenizer has "
-                    f"{tokenizer_fingerprint[:12]}, so its ids would mean other text; use {source.folder}/tokenizer, or "
-                    "prepare the data again"
+                    f"{source.folder} was prepared with a tokenizer of fingerprint {found[:12]}, but data.tokenizer "
+                    f"has {tokenizer_fingerprint[:12]}, so its ids stand for other text. Use "
+                    f"{source.folder}/tokenizer, or prepare the data again"
                 )
             first = self.sources[0]
             if source.metadata["separator"] != first.metadata["separator"]:
-                # TinyLlama's policy changed between runs, and the released models never learned to stop.
+                # The released TinyLlama models never learned to stop, since their separators changed between runs.
                 raise InputError(
-                    f"{source.folder}: was prepared with --separator {source.metadata['separator']}, {first.folder} with "
-                    f"{first.metadata['separator']}; documents of one run must begin and end alike: prepare one again"
+                    f"{source.folder} was prepared with --separator {source.metadata['separator']}, {first.folder} "
+                    f"with {first.metadata['separator']}. All data of a run need the same separators. Prepare one of "
+                    "them again"
                 )
         self.block_size, self.weights = block_size, list(weights)
         self.order = BlockOrder([len(source) for source in self.sources], weights, seed, changes)
 
     def blocks(self, start: int, count: int) -> list[Block]:
-        """The blocks at some places of the run."""
+        """The blocks at positions `start` to `start + count - 1` of the run."""
         return self.order.blocks(start, count)
 
     def tokens(self, blocks: Sequence[Block]) -> np.ndarray:
-        """The `[len(blocks), block_size + 1]` tokens of some blocks, as int64."""
+        """The tokens of blocks, `[len(blocks), block_size + 1]`, as int64."""
         return np.stack([self.sources[block.source][block.index] for block in blocks])
 
     def position_ids(self, blocks: Sequence[Block]) -> np.ndarray:
-        """The `[len(blocks), block_size]` positions of their inputs, restarting at each document."""
+        """The positions of the inputs of blocks, `[len(blocks), block_size]`, restarting at each document."""
         return np.stack([self.sources[block.source].position_ids(block.index) for block in blocks])
 
     def epochs(self, num_blocks: int) -> list[float]:
-        """How often each source has been read after so many blocks."""
+        """The number of epochs of each source in the first `num_blocks` blocks."""
         counts = self.order.counts(num_blocks)
         return [count / len(source) for count, source in zip(counts, self.sources, strict=True)]
 
     def shares(self, num_blocks: int) -> list[float]:
-        """Share of each source in the first so many blocks: its weight, or the mean of its changing weights."""
+        """The share of each source in the first `num_blocks` blocks: its weight, or the mean of changing weights."""
         return [count / num_blocks for count in self.order.counts(num_blocks)]
 
     def validation_blocks(self, max_tokens: int, shares: Sequence[float]) -> list[np.ndarray]:
-        """Per source, `[num_blocks, block_size + 1]` held-out tokens: the first of the split, by its share.
+        """The first held-out tokens of each source, in proportion to its share: `[num_blocks, block_size + 1]` per
+        source.
 
         Raises:
-            InputError: if a source holds out less than a block.
+            InputError: if a source has less than one held-out block.
         """
         chosen = []
         for source, share in zip(self.sources, shares, strict=True):

@@ -1,9 +1,13 @@
 """The order of the training data as a pure function of (seed, sources, weights, block number).
 
-Block k of a run is found in two steps, neither of which has a state. Among the sources, W_i(t) is the integral of source
-i's weight up to time t, in blocks; its m-th block (m = 1, 2, ...) is due when W_i(t) = m - 1/2, and blocks are taken in the
-order of their due times. Within a source, draw m is block `permutation(epoch)[m % n]` of epoch m // n: each epoch reads
-every block once, in an order of its own.
+Block k of a run is found in two steps without state:
+
+1. Among sources: W_i(t) is the integral of the weight of source i up to time t, in blocks. Its m-th block (m = 1, 2,
+...)
+   is due when W_i(t) = m - 1/2, and blocks are taken in the order of their due times.
+2. Within a source: draw m is block `permutation(epoch)[m % n]` of epoch m // n. Each epoch reads every block once, in
+a
+   different order.
 """
 
 import heapq
@@ -16,21 +20,20 @@ from typing import NamedTuple
 import numpy as np
 
 
-_ROUNDS = 6  # of the Feistel network; four already pass for random (Luby and Rackoff 1988)
-_GRID = (
-    1 << 32
-)  # due times are whole numbers of 1 / 2^32 block, so that they compare exactly: those of a ramp are roots
+_ROUNDS = 6  # of the Feistel network; four give a pseudo-random permutation (Luby and Rackoff 1988)
+# Due times are multiples of 1 / 2^32 block. Those within a ramp are square roots, which could not be compared exactly.
+_GRID = 1 << 32
 
 
 class Block(NamedTuple):
-    """A training block: number of the source in the recipe, and number of the block in that source."""
+    """A training block: index of the source in the recipe, and index of the block in that source."""
 
     source: int
     index: int
 
 
 class WeightChange(NamedTuple):
-    """New weights, reached linearly over `ramp` blocks from block `start` on."""
+    """New weights, reached linearly over `ramp` blocks from block `start`."""
 
     start: Fraction
     ramp: Fraction
@@ -38,16 +41,16 @@ class WeightChange(NamedTuple):
 
 
 class BlockOrder:
-    """Which block of which source stands at each place of a run.
+    """The block at each position of a run.
 
-    After any k blocks, the number of source i's is within 1/2 + n w_i / 2 of W_i(k), with n sources and w_i the largest of
-    its weights within n / 2 blocks of k: below one block for two sources of constant weight.
+    After any k blocks, the number of blocks from source i is within 1/2 + n w_i / 2 of W_i(k), with n sources and w_i
+    the largest of its weights within n / 2 blocks of k. This is below one block for two sources of constant weight.
 
     Args:
-        num_blocks (`Sequence[int]`): blocks of each source.
-        weights (`Sequence[float]`): share of each source; divided by their sum.
-        seed (`int`): of the permutations.
-        changes (`Sequence[WeightChange]`, *optional*): later weights, one ramp after the other.
+        num_blocks (`Sequence[int]`): number of blocks of each source.
+        weights (`Sequence[float]`): share of each source; normalized by their sum.
+        seed (`int`): seed of the permutations.
+        changes (`Sequence[WeightChange]`, *optional*): later weights, with consecutive ramps.
 
     Raises:
         ValueError: if a source has no block, or a weight is negative or missing.
@@ -62,16 +65,18 @@ class BlockOrder:
     ):
         for shares in (weights, *(change.weights for change in changes)):
             if len(shares) != len(num_blocks) or min(num_blocks) < 1:
-                raise ValueError(f"every source needs a weight and at least one block, got {num_blocks} and {shares}")
+                raise ValueError(
+                    f"every source needs a weight and at least one block, got {num_blocks} blocks and weights {shares}"
+                )
             if min(shares) < 0 or not sum(shares):
-                raise ValueError(f"weights must not be negative and must not all be 0, got {list(shares)}")
+                raise ValueError(f"weights must be non-negative and not all 0, got {list(shares)}")
         self.num_blocks, self.seed = list(num_blocks), seed
         self._due = [_DueTimes(pieces) for pieces in _pieces(weights, changes)]
 
     def counts(self, position: int) -> list[int]:
-        """How many blocks of each source stand before a place of the run."""
-        # At time t, source i has had round(W_i(t)) blocks, which sum to t give or take half a block per source. Start
-        # surely too early and take the few missing ones.
+        """The number of blocks of each source before a position of the run."""
+        # At time t, source i has had round(W_i(t)) blocks. Their sum differs from t by at most half a block per
+        # source, so this time is early enough, and at most a few blocks are missing.
         time = max(position - len(self._due), 0) * _GRID
         counts = [due.count(time) for due in self._due]
         for source, _ in self._merge(counts, position - sum(counts)):
@@ -79,21 +84,22 @@ class BlockOrder:
         return counts
 
     def blocks(self, start: int, count: int) -> list[Block]:
-        """The blocks at the places `start` to `start + count - 1` of the run."""
+        """The blocks at positions `start` to `start + count - 1` of the run."""
         taken = self._merge(self.counts(start), count)
-        draws: dict[tuple[int, int], list[int]] = {}  # (source, epoch) -> places in its permutation
+        draws: dict[tuple[int, int], list[int]] = {}  # (source, epoch) -> positions in its permutation
         for source, m in taken:
-            epoch, place = divmod(m, self.num_blocks[source])
-            draws.setdefault((source, epoch), []).append(place)
+            epoch, position = divmod(m, self.num_blocks[source])
+            draws.setdefault((source, epoch), []).append(position)
         indices = {
             (source, epoch): iter(
-                permuted(np.array(places), self.num_blocks[source], (self.seed, source, epoch)).tolist()
+                permute(np.array(positions), self.num_blocks[source], (self.seed, source, epoch)).tolist()
             )
-            for (source, epoch), places in draws.items()
+            for (source, epoch), positions in draws.items()
         }
         return [Block(source, next(indices[source, m // self.num_blocks[source]])) for source, m in taken]
 
     def _merge(self, counts: list[int], number: int) -> list[tuple[int, int]]:
+        """The next (source, draw) pairs in the order of their due times, after `counts` draws of each source."""
         due = [(self._due[source].time(m), source, m) for source, m in enumerate(counts)]
         heapq.heapify(due)
         taken = []
@@ -105,9 +111,10 @@ class BlockOrder:
 
 
 class _Piece(NamedTuple):
-    """A stretch of time on which 2 W = c + 2 a x + b x^2, times `scale`, x the grid units since `start`; all integers.
+    """A time interval with constant or linearly changing weight: 2 scale W = c + 2 a x + b x^2, where x is the time
+    since `start` in grid units. All coefficients are integers, so that W is exact.
 
-    The last piece has no end (`math.inf`) and b = 0.
+    The last interval has no end (`math.inf`) and b = 0.
     """
 
     start: int
@@ -122,18 +129,18 @@ class _Piece(NamedTuple):
 
 
 class _DueTimes:
-    """When the blocks of one source are due, in grid units."""
+    """The due times of the blocks of one source, in grid units."""
 
     def __init__(self, pieces: list[_Piece]):
         self.pieces = pieces
 
     def count(self, time: int) -> int:
-        """Blocks due until a time: round(W(time))."""
+        """The number of blocks due up to a time: round(W(time))."""
         piece = next(piece for piece in reversed(self.pieces) if piece.start <= time)
         return (piece.twice_integral(time - piece.start) + piece.scale) // (2 * piece.scale)
 
     def time(self, m: int) -> float:
-        """The first grid unit at which W is at least m + 1/2, for m = 0, 1, ...; infinite if that never comes."""
+        """The first grid unit at which W is at least m + 1/2, for m = 0, 1, ...; infinite if there is none."""
         for piece in self.pieces:
             target = (2 * m + 1) * piece.scale
             if piece.end == math.inf or piece.twice_integral(int(piece.end) - piece.start) >= target:
@@ -149,8 +156,8 @@ class _DueTimes:
             return math.inf
         if piece.b == 0:
             return piece.start - (-missing // (2 * piece.a))
-        # x = (sqrt(a^2 + b missing) - a) / b, in the form without a difference of near numbers. The root is rounded
-        # down to a whole number; what that loses is made up for below.
+        # x = (sqrt(a^2 + b missing) - a) / b, written without a difference of nearly equal numbers. The root is
+        # rounded down to an integer, and the loops below correct x.
         x = missing // (piece.a + math.isqrt(max(piece.a * piece.a + piece.b * missing, 0)) or 1)
         while piece.twice_integral(x) < target:
             x += 1
@@ -160,9 +167,9 @@ class _DueTimes:
 
 
 def _pieces(weights: Sequence[float], changes: Sequence[WeightChange]) -> list[list[_Piece]]:
-    """For each source its pieces: constant, ramp, constant, ramp, ..., constant."""
-    # Decimal fractions are taken as written: 0.7 is 7/10.
-    levels = [_normalised(shares) for shares in (weights, *(change.weights for change in changes))]
+    """The intervals of each source: constant, ramp, constant, ramp, ..., constant."""
+    # Decimal fractions are exact: 0.7 is 7/10.
+    levels = [_normalize(shares) for shares in (weights, *(change.weights for change in changes))]
     starts = [int(change.start * _GRID) for change in changes]
     ends = [start + int(change.ramp * _GRID) for start, change in zip(starts, changes, strict=True)]
     found = []
@@ -172,7 +179,7 @@ def _pieces(weights: Sequence[float], changes: Sequence[WeightChange]) -> list[l
         for number, (start, end) in enumerate(itertools.pairwise(bounds)):
             before, after = levels[number // 2][source], levels[(number + 1) // 2][source]
             if start == end:
-                continue  # a change without a ramp
+                continue  # no interval before the first change, or a change without a ramp
             piece = _piece(start, end, integral, before, after)
             pieces.append(piece)
             if end != math.inf:
@@ -188,25 +195,25 @@ def _piece(start: int, end: float, integral: Fraction, before: Fraction, after: 
     return _Piece(start, end, scale, int(2 * integral * scale), int(per_unit * scale), int(slope * scale))
 
 
-def _normalised(weights: Sequence[float]) -> list[Fraction]:
+def _normalize(weights: Sequence[float]) -> list[Fraction]:
     shares = [Fraction(str(weight)) for weight in weights]
     return [share / sum(shares) for share in shares]
 
 
-def permuted(places: np.ndarray, size: int, key: Sequence[int]) -> np.ndarray:
-    """A pseudo-random permutation of 0 .. size-1, evaluated at some places, in constant memory.
+def permute(positions: np.ndarray, size: int, key: Sequence[int]) -> np.ndarray:
+    """Evaluates a pseudo-random permutation of 0 .. size-1 at given positions, in constant memory.
 
-    A Feistel network permutes the numbers below the next power of four; a value beyond `size` is sent through again
-    until it falls below ("cycle walking", Black and Rogaway 2002), at most four times on average.
+    A Feistel network permutes the numbers below the next power of four. It is applied again to results of at least
+    `size` until they are smaller ("cycle walking", Black and Rogaway 2002), on average at most four times.
 
     Args:
-        places (`np.ndarray`): numbers in 0 .. size-1.
+        positions (`np.ndarray`): numbers in 0 .. size-1.
         size (`int`): length of the permutation.
-        key (`Sequence[int]`): numbers that name the permutation.
+        key (`Sequence[int]`): numbers that select the permutation.
     """
     half = max((int(size - 1).bit_length() + 1) // 2, 1)
     keys = np.random.SeedSequence(list(key)).generate_state(_ROUNDS, dtype=np.uint64)
-    values = _feistel(places.astype(np.uint64), keys, np.uint64(half))
+    values = _feistel(positions.astype(np.uint64), keys, np.uint64(half))
     while (outside := values >= size).any():
         values[outside] = _feistel(values[outside], keys, np.uint64(half))
     return values.astype(np.int64)
@@ -221,7 +228,7 @@ def _feistel(values: np.ndarray, keys: np.ndarray, half: np.uint64) -> np.ndarra
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): every input bit moves every output bit."""
+    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014), in which every input bit affects every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""The datatrove pipeline behind `prepare`: one step, which reads, tokenises, splits and writes."""
+"""The datatrove pipeline of `prepare`: one step that reads, tokenizes, splits and writes documents."""
 
 import contextlib
 import hashlib
@@ -28,27 +28,27 @@ from ..errors import InputError
 from ..files import write_json
 from .shards import SPLITS
 from .sources import Source, SourceDocument, read_documents
-from .tasks import completions_folder, counts_file, forget_task, logging_folder, shard_name
+from .tasks import completions_folder, counts_file, logging_folder, remove_task_files, shard_name
 
 
 _BATCH_DOCUMENTS = 256
 
 
 def run_pipeline(source: Source, output: Path, record: dict[str, Any], workers: int, show_progress: bool) -> None:
-    """Runs the tasks that are not complete yet; each leaves its shards and a file of counts.
+    """Runs the incomplete tasks. Each writes its shards and a file of counts.
 
     Raises:
-        InputError: at a bad source, and if a worker was killed.
+        InputError: if a source is bad, or a worker was killed.
         OSError: if the output cannot be written.
     """
-    output = output.absolute()  # fsspec (2026.9) remembers what a relative path meant before a change of directory
+    output = output.absolute()  # fsspec (2026.9) caches the working directory for relative paths
     executor = _QuietExecutor(
         pipeline=steps(source, output, record),
         tasks=source.num_tasks,
         workers=min(workers, source.num_tasks),
         logging_dir=logging_folder(output),
     )
-    logger.remove()  # the parent's copy; each task logs into its file
+    logger.remove()  # of this process; each task logs to a file
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -58,7 +58,7 @@ def run_pipeline(source: Source, output: Path, record: dict[str, Any], workers: 
             errors.append(error)
 
     if threading.current_thread() is threading.main_thread():
-        # Worker processes inherit this: an interrupt ends the command, which ends them; they need not each report it.
+        # Inherited by the workers: an interrupt ends this process, which ends them without a traceback from each.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         forkserver.ensure_running()
         signal.signal(signal.SIGINT, handler)
@@ -71,11 +71,17 @@ def run_pipeline(source: Source, output: Path, record: dict[str, Any], workers: 
 
 
 def _show(thread: threading.Thread, output: Path, num_tasks: int, token_bytes: int, show_progress: bool) -> None:
-    """Shows how far a thread has come, until it ends."""
+    """Shows the progress of a thread until it ends."""
     if not show_progress:
         return
-    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), "files,",
-               TextColumn("{task.fields[tokens]:.1f}M tokens"), TimeElapsedColumn())  # fmt: skip
+    columns = (
+        "[progress.description]{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        "files,",
+        TextColumn("{task.fields[tokens]:.1f}M tokens"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns) as bar:
         task, pause = bar.add_task("Preparing", total=num_tasks, tokens=0.0), 0.2
         while thread.is_alive():
@@ -84,23 +90,23 @@ def _show(thread: threading.Thread, output: Path, num_tasks: int, token_bytes: i
             written = sum(file.stat().st_size for file in output.glob("*/*.tokens"))
             done = sum(1 for _ in completions_folder(output).glob("*"))
             bar.update(task, completed=done, tokens=written / token_bytes / 1e6)
-            # Looking at a hundred thousand shards takes a while itself.
+            # Listing a hundred thousand shards takes a while; spend at most a twentieth of the time on it.
             pause = max(0.2, 20 * (time.monotonic() - began))
 
 
 def steps(source: Source, output: Path, record: dict[str, Any]) -> list[PipelineStep]:
-    """The pipeline, for any of datatrove's executors; tasks as `source.num_tasks` says."""
+    """The pipeline for any datatrove executor, with `source.num_tasks` tasks."""
     return [PrepareTask(source, output, record)]
 
 
 class _QuietExecutor(LocalPipelineExecutor):
-    """Logs to files only: datatrove's logger writes to the terminal too, and an error with pages of source."""
+    """Logs to files only. datatrove also logs to the terminal, and prints long tracebacks."""
 
     def run(self) -> None:
-        """Runs the incomplete tasks, on one worker in this process.
+        """Runs the incomplete tasks; with one worker in this process.
 
-        datatrove's own (0.10.1) waits for ever if a worker is killed, as by a machine out of memory, and sends the whole
-        pipeline, with the names of all files, once per task.
+        The method of datatrove (0.10.1) waits forever if a worker is killed, as when memory runs out, and sends the
+        whole pipeline, including the names of all files, once per task.
         """
         ranks = self.get_incomplete_ranks()
         if self.workers == 1:
@@ -108,7 +114,7 @@ class _QuietExecutor(LocalPipelineExecutor):
                 _run_task(rank, self)
             return
         with get_context(self.start_method).Pool(self.workers, initializer=_keep, initargs=(self,)) as pool:
-            processes = list(pool._pool)  # the pool itself replaces those that die, and forgets what they did
+            processes = list(pool._pool)  # the pool replaces processes that die, and loses their tasks
             results = pool.imap_unordered(_run_task, ranks)
             waiting = len(ranks)
             while waiting:
@@ -118,8 +124,8 @@ class _QuietExecutor(LocalPipelineExecutor):
                     continue
                 if died := [process.exitcode for process in processes if process.exitcode is not None]:
                     raise InputError(
-                        f"--workers {self.workers}: a process ended by itself (exit code {died[0]}; -9 is mostly a machine "
-                        "out of memory); use fewer"
+                        f"--workers {self.workers}: a worker process died (exit code {died[0]}; -9 usually means out "
+                        "of memory). Use fewer workers"
                     )
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1):
@@ -143,24 +149,24 @@ def _run_task(rank: int, executor: _QuietExecutor | None = None) -> None:
 
 
 class PrepareTask(PipelineStep):
-    """Reads the documents of a task, tokenises them as text, and writes each to the split that its hash decides.
+    """Reads the documents of a task, tokenizes them as text, and writes each to the split that its hash selects.
 
-    Control tokens that a document spells out stay text; the separators are added as ids. datatrove's own readers are not
-    used: they skip rows that they cannot parse, with a line in a log.
+    Control tokens in a document are encoded as text; only the separators are added as ids. The readers of datatrove
+    are not used, since they skip rows that they cannot parse.
     """
 
-    name, type = "Read, tokenise and split", "TOKENIZER"
+    name, type = "Read, tokenize and split", "TOKENIZER"
 
     def __init__(self, source: Source, output: Path, record: dict[str, Any]):
         super().__init__()
         self.source, self.output, self.record = source, output, record
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        # What an earlier attempt left would outlive a mended file that holds out nothing.
-        forget_task(self.output, rank)
+        # Otherwise held-out text of an earlier attempt would remain if the file now has none.
+        remove_task_files(self.output, rank)
         tokenizer = Tokenizer.from_file(str(self.output / "tokenizer" / "tokenizer.json"))
         tokenizer.encode_special_tokens = True
-        tokenizer.no_truncation()  # a stock folder may carry either, and would cut documents without a word
+        tokenizer.no_truncation()  # a tokenizer file may enable both; truncation would silently cut documents
         tokenizer.no_padding()
         rows = Counter(read=0, kept=0, empty=0)
         counts: dict[str, dict[str, Any]] = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
@@ -182,14 +188,14 @@ class PrepareTask(PipelineStep):
                         held_out.write(Document(text=document.text, id=document.name), rank=rank)
         for split, file in files.items():
             file.close()
-            # Here, where it lies in memory and many tasks do it at a time.
+            # In the task: the file is cached, and tasks run in parallel.
             counts[split]["sha256"] = provenance.file_sha256(self.output / shard_name(split, rank))
         result = {"rank": rank, "input": self.source.identity(rank), "rows": rows, **counts}
         write_json(counts_file(self.output, rank), result)
         yield from ()
 
     def _chosen(self, rank: int, world_size: int, rows: Counter) -> Iterator[tuple[str, SourceDocument]]:
-        """The documents of a task that are kept, each with its split."""
+        """The documents of a task that are not left out, with their splits."""
         for document in read_documents(self.source, rank, world_size, rows):
             rows["empty"] += not document.text
             split = split_of(document.text, self.record["validation_fraction"], self.record["sample_fraction"])
@@ -198,9 +204,9 @@ class PrepareTask(PipelineStep):
 
 
 def split_of(text: str, validation_fraction: float, sample_fraction: float) -> str | None:
-    """The split of a document, `None` if it is left out: decided by its hash alone, as a number in [0, 1)."""
+    """The split of a document, selected by its hash as a number in [0, 1); `None` if it is left out."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    place = int.from_bytes(digest, "big") / 2**64
-    if place < validation_fraction:
+    position = int.from_bytes(digest, "big") / 2**64
+    if position < validation_fraction:
         return "validation"
-    return "train" if place < validation_fraction + sample_fraction * (1 - validation_fraction) else None
+    return "train" if position < validation_fraction + sample_fraction * (1 - validation_fraction) else None

@@ -1,7 +1,7 @@
-"""Questions and answers from docstrings, of modules that the embedded corpus leaves out.
+"""Questions and answers from docstrings of standard library modules that are not in the embedded corpus.
 
-What a function or class does is asked in one of a few ways; the answer is the first sentence of its docstring. The same
-Python version gives the same pairs, in the same order.
+Each question asks what a function or class does, and the answer is the first sentence of its docstring. The same
+Python version gives the same pairs in the same order.
 """
 
 import ast
@@ -10,20 +10,20 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .embedded import dotted_name, sources
+from .embedded import dotted_name, stdlib_files
 
 
 _MAX_ANSWER, _MIN_ANSWER = 200, 20  # characters
-_MAX_SIGNATURE = 60  # characters; longer ones are left out of the question
+_MAX_SIGNATURE = 60  # characters; longer signatures are left out
 _FUNCTION_QUESTIONS = ("What does {} do?", "What is {} for?", "Explain {}.", "Tell me what {} does.")
 _CLASS_QUESTIONS = ("What is {}?", "What is the class {} for?", "Explain the class {}.", "Tell me about {}.")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
-# Abbreviations, lists and examples make no sentence that could stand alone.
+# Docstrings with abbreviations, lists or examples in the first paragraph, which give no complete sentence.
 _UNFIT = re.compile(r">>>|::|\n\s*[-*]|e\.g\.$|i\.e\.$|etc\.$")
 
 
 class Question(NamedTuple):
-    """A question about `name`, and its answer."""
+    """A question about the object `name`, and its answer."""
 
     name: str
     question: str
@@ -31,9 +31,9 @@ class Question(NamedTuple):
 
 
 def questions() -> Iterator[Question]:
-    """Yields the pairs, each answer once."""
+    """Yields the questions with distinct answers."""
     seen: set[str] = set()
-    for path, source in sources(for_conversations=True):
+    for path, source in stdlib_files(for_conversations=True):
         for node, name in _documented(ast.parse(source), dotted_name(path)):
             answer = _first_sentence(ast.get_docstring(node))
             if answer is None or answer in seen:
@@ -43,7 +43,7 @@ def questions() -> Iterator[Question]:
 
 
 def _documented(node: ast.AST, qualified: str) -> Iterator[tuple[ast.AST, str]]:
-    """Functions and classes with a docstring, each with its dotted name."""
+    """Yields functions and classes with a docstring, with their dotted names."""
     for child in getattr(node, "body", []):
         if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             name = f"{qualified}.{child.name}"
@@ -53,13 +53,13 @@ def _documented(node: ast.AST, qualified: str) -> Iterator[tuple[ast.AST, str]]:
 
 
 def _question(node: ast.AST, name: str) -> str:
-    """One of the ways to ask, decided by the name."""
+    """A question in one of several phrasings, selected by the name."""
     is_class = isinstance(node, ast.ClassDef)
     if not is_class:
         signature = ast.unparse(node.args)
         name += f"({signature})" if len(signature) <= _MAX_SIGNATURE else "()"
-    ways = _CLASS_QUESTIONS if is_class else _FUNCTION_QUESTIONS
-    return ways[hashlib.sha256(name.encode()).digest()[0] % len(ways)].format(name)
+    phrasings = _CLASS_QUESTIONS if is_class else _FUNCTION_QUESTIONS
+    return phrasings[hashlib.sha256(name.encode()).digest()[0] % len(phrasings)].format(name)
 
 
 def _first_sentence(docstring: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Rows of JSON lines and Parquet files, one after the other, in bounded memory."""
+"""Reads the rows of JSON lines and Parquet files in bounded memory."""
 
 import gzip
 import json
@@ -13,14 +13,14 @@ from ..text import ENCODING
 
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 PARQUET = (".parquet",)
-_PARQUET_ROWS = 1024  # read at a time
+_PARQUET_ROWS = 1024  # per batch
 
 
 def read_rows(file: Path) -> Iterator[tuple[int, Any]]:
-    """Yields (number, value) of the rows of a file: the number of the line, or of the row from 1.
+    """Yields (number, value) of the rows of a file, numbered from 1 (JSON lines by line).
 
     Raises:
-        InputError: at a file that is damaged, and a row that is no JSON.
+        InputError: if the file is damaged, or a row is not valid JSON.
     """
     return _read_parquet(file) if file.name.endswith(PARQUET) else _read_json_lines(file)
 
@@ -37,9 +37,9 @@ def _read_json_lines(file: Path) -> Iterator[tuple[int, Any]]:
                     yield number, json.loads(line)
     except damage as error:
         raise _unreadable(file, number, error) from error
-    # Besides syntax: numbers of more than 4300 digits, and brackets deeper than Python's stack.
+    # Invalid syntax, numbers of more than 4300 digits, and nesting deeper than Python's stack.
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}, row {number}: no JSON ({error}); repair or remove it") from error
+        raise InputError(f"{file}, row {number}: not valid JSON ({error}). Fix or remove it") from error
 
 
 def _read_parquet(file: Path) -> Iterator[tuple[int, Any]]:
@@ -59,11 +59,11 @@ def _read_parquet(file: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _unreadable(file: Path, number: int, error: Exception) -> InputError:
-    if getattr(error, "errno", None):  # the system's word; libraries raise OSError for damage, without a number
+    if getattr(error, "errno", None):  # a system error; libraries raise OSError without errno for damage
         return InputError(
-            f"{file}: cannot be read after row {number} ({error.strerror}); see its permissions and its disk"
+            f"{file} cannot be read after row {number} ({error.strerror}). Check its permissions and the disk"
         )
-    return InputError(f"{file}: damaged after row {number} ({error}); fetch it again")
+    return InputError(f"{file}: damaged after row {number} ({error}). Download it again")
 
 
 def _open_lines(file: Path):
@@ -75,7 +75,8 @@ def _open_lines(file: Path):
 
 
 def zstd_library():
-    """Python 3.14's module or its backport. The package zstandard (0.25) reads a truncated file without a word."""
+    """The module of Python 3.14 or its backport. The package zstandard (0.25) reads truncated files without an
+    error."""
     try:
         from compression import zstd
     except ImportError:

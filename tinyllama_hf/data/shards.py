@@ -1,8 +1,9 @@
-"""Reading prepared data: memory-mapped token shards as one stream, cut into blocks.
+"""Reads prepared data: memory-mapped token shards as one stream of blocks.
 
-A corpus may have more shards than a process may have files: SlimPajama has 59 166. They are mapped when they are read, and
-the least recently used one is closed for the next. Opening a data set compares the sizes of its files with what
-`dataset.json` announces, and nothing more; [`check_contents`] reads every byte.
+A corpus may have more shards than a process may have open files: SlimPajama has 59 166. Shards are mapped when they
+    are
+read, and the least recently used one is closed. Opening a data set compares only the sizes of its files with
+`dataset.json`; [`check_contents`] reads every byte.
 """
 
 import gzip
@@ -27,19 +28,19 @@ _INDEX_DTYPE = np.dtype("<u8")
 
 
 class TokenDataset:
-    """One split of a folder that `tinyllama-hf prepare` wrote.
+    """One split of a data set from `tinyllama-hf prepare`.
 
-    Block i is the tokens `i T .. i T + T` of all documents one after the other: T inputs and, shifted by one, T labels.
-    The last token of a block is the first of the next. Blocks cross documents and files; what is left after the last
-    whole block is not read and never padded.
+    Block i consists of tokens `i T .. i T + T` of the concatenated documents: T inputs and, shifted by one, T labels.
+    The last token of a block is the first of the next. Blocks cross documents and files; a tail of less than a block
+    is not read, and never padded.
 
     Args:
-        folder (`str` or `os.PathLike`): holds `dataset.json`.
-        block_size (`int`): T, the tokens that a sequence feeds to the model.
+        folder (`str` or `os.PathLike`): folder with `dataset.json`.
+        block_size (`int`): T, the number of input tokens of a sequence.
         split (`str`, *optional*, defaults to `"train"`): `"train"` or `"validation"`.
 
     Raises:
-        InputError: if the folder is no finished data set, or holds less than one block.
+        InputError: if the folder is not a finished data set, or has less than one block.
     """
 
     def __init__(self, folder: str | os.PathLike, block_size: int, split: str = "train"):
@@ -48,31 +49,31 @@ class TokenDataset:
         self._dtype = np.dtype(self.metadata["token_dtype"])
         self._shards = [shard for shard in self.metadata["splits"][split]["shards"] if shard["tokens"]]
         self._starts = np.cumsum([0, *(shard["tokens"] for shard in self._shards)])
-        # Absolute, since files are opened later, perhaps from another working directory.
+        # Absolute, since the working directory may change before files are opened.
         self._root = os.path.abspath(self.folder)
         for shard in self._shards:
             check_sizes(self._root, shard, self._dtype.itemsize)
         if len(self) < 1:
             raise InputError(
-                f"{self.folder}: its {split} split holds {self.num_tokens} tokens, less than one block of "
-                f"{block_size} + 1; prepare more text or shorten data.sequence_length"
+                f"{self.folder}: the {split} split has {self.num_tokens} tokens, less than one block of "
+                f"{block_size} + 1. Prepare more text or reduce data.sequence_length"
             )
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the split, the unread tail included."""
+        """Tokens of the split, including the unread tail."""
         return int(self._starts[-1])
 
     @property
     def num_tail_tokens(self) -> int:
-        """Tokens after the last whole block."""
+        """Tokens after the last complete block."""
         return self.num_tokens - len(self) * self.block_size
 
     def __len__(self) -> int:
         return max(self.num_tokens - 1, 0) // self.block_size
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """The `[block_size + 1]` tokens of a block, as int64."""
+        """The tokens of a block, `[block_size + 1]`, as int64."""
         if not 0 <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
         return self.tokens(index * self.block_size, index * self.block_size + self.block_size + 1)
@@ -86,19 +87,20 @@ class TokenDataset:
         return np.concatenate(pieces)
 
     def position_ids(self, index: int) -> np.ndarray:
-        """The `[block_size]` positions of a block's inputs, restarting at 0 where a document starts inside it."""
+        """The positions of the inputs of a block, `[block_size]`, restarting at 0 at each document that starts inside
+        it."""
         block_start = index * self.block_size
         found = []
         for number, first, last in self._pieces(block_start, block_start + self.block_size):
             ends = self._map(number, "index")
             inside = ends[np.searchsorted(ends, first, "right") : np.searchsorted(ends, last - 1, "right")]
-            starts = np.concatenate([[first], inside.astype(np.int64)])  # a shard begins with a document
-            places = np.arange(first, last)
-            found.append(places - starts[np.searchsorted(starts, places, side="right") - 1])
+            starts = np.concatenate([[first], inside.astype(np.int64)])  # a shard starts with a document
+            positions = np.arange(first, last)
+            found.append(positions - starts[np.searchsorted(starts, positions, side="right") - 1])
         return np.concatenate(found)
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """(number of the shard, first, last + 1 in it) of a stretch of the split."""
+        """Yields (shard number, start, stop) for each part of a range of tokens."""
         number = int(np.searchsorted(self._starts, start, side="right")) - 1
         while start < stop:
             begin, end = self._starts[number], self._starts[number + 1]
@@ -113,10 +115,8 @@ class TokenDataset:
         return _mapped(path, self._dtype, shard["tokens"], shard["sha256"])
 
 
-# One cache for all data sets of the process, since its limits are the process's. The digest says what the file holds, so
-# that a map outlives nothing but equal contents.
 def _max_open_maps() -> int:
-    """A quarter of the files that this process may have; at most 4096, since the kernel allows 65 530 maps."""
+    """A quarter of the limit on open files, and at most 4096, since the kernel allows 65 530 maps."""
     try:
         import resource  # not on Windows
     except ImportError:
@@ -125,19 +125,23 @@ def _max_open_maps() -> int:
     return 4096 if limit == resource.RLIM_INFINITY else min(max(limit // 4, 1), 4096)
 
 
+# One cache for all data sets, since the limits are per process. The digest is part of the key, so that a cached map is
+# not used for a file with other contents.
 @lru_cache(maxsize=_max_open_maps())
 def _mapped(path: str, dtype: np.dtype, length: int, sha256: str) -> np.ndarray:
     try:
         return np.memmap(path, dtype=dtype, mode="r", shape=(length,))
-    except (OSError, ValueError) as error:  # a file that has become too short is a ValueError
-        raise InputError(f"{path}: was there when the data set was opened, cannot be read now ({error})") from error
+    except (OSError, ValueError) as error:  # ValueError if the file became shorter
+        raise InputError(
+            f"{path} cannot be read ({error}), although it existed when the data set was opened. Restore the file"
+        ) from error
 
 
 def check_sizes(root: str | os.PathLike, shard: dict, token_bytes: int) -> None:
-    """Compares the sizes of a shard and of its index with what is announced, without opening them.
+    """Compares the sizes of a shard and its index with `dataset.json`, without opening them.
 
     Raises:
-        InputError: if one is missing or has another size.
+        InputError: if a file is missing or has another size.
     """
     path = f"{os.fspath(root)}/{shard['file']}"
     expected = (
@@ -151,23 +155,23 @@ def check_sizes(root: str | os.PathLike, shard: dict, token_bytes: int) -> None:
             problem = "is missing"
         if problem:
             raise InputError(
-                f"{name}: {METADATA_FILE} announces {shard['tokens']} tokens in {shard['documents']} documents, the file "
-                f"{problem}; prepare the data again"
+                f"{name}: the file {problem}; {METADATA_FILE} lists {shard['tokens']} tokens in {shard['documents']} "
+                "documents. Prepare the data again"
             )
 
 
 def check_contents(folder: str | os.PathLike, progress: bool = True) -> int:
-    """Reads a whole data set and compares it with `dataset.json`; returns the number of shards.
+    """Reads all files of a data set, compares them with `dataset.json`, and returns the number of shards.
 
-    Tokens by their SHA-256, document ends by their order, number and last one, held-out text by the checksum inside its
-    gzip file and its number of documents, and `dataset.json` by its own fingerprint.
+    Tokens are compared by SHA-256, document ends by order, number and last value, held-out text by the checksum of the
+    gzip file and the number of documents, and `dataset.json` by its fingerprint.
 
     Raises:
-        InputError: naming the files that differ.
+        InputError: if files differ.
     """
     folder, metadata = Path(folder), read_metadata(folder)
-    decisive = [metadata["tokenizer"]["fingerprint"], metadata["separator"], metadata["splits"]]
-    problems = [] if fingerprint(decisive) == metadata["fingerprint"] else [f"{METADATA_FILE}: fingerprint"]
+    identity = [metadata["tokenizer"]["fingerprint"], metadata["separator"], metadata["splits"]]
+    problems = [] if fingerprint(identity) == metadata["fingerprint"] else [f"{METADATA_FILE}: fingerprint"]
     shards = [(split, shard) for split, values in metadata["splits"].items() for shard in values["shards"]]
     token_bytes = np.dtype(metadata["token_dtype"]).itemsize
     for split, shard in track(shards, "Checking", disable=not progress):
@@ -175,7 +179,7 @@ def check_contents(folder: str | os.PathLike, progress: bool = True) -> int:
     if problems:
         shown = "\n".join(f"  {problem}" for problem in problems[:10])
         raise InputError(
-            f"{folder}: {len(problems)} file(s) differ from what was prepared; fetch them again, or prepare the data "
+            f"{folder}: {len(problems)} file(s) differ from {METADATA_FILE}. Copy them again, or prepare the data "
             f"again\n{shown}"
         )
     return len(shards)
@@ -205,25 +209,26 @@ def _problems(folder: Path, split: str, shard: dict, token_bytes: int) -> list[s
 
 
 def read_metadata(folder: str | os.PathLike) -> dict:
-    """Returns the contents of a data set's `dataset.json`.
+    """Returns the contents of `dataset.json` of a data set.
 
     Raises:
-        InputError: if the folder does not exist, was not finished, or has another format.
+        InputError: if the folder does not exist, is not finished, or has another format.
     """
     folder = Path(folder)
     path = folder / METADATA_FILE
     if not folder.is_dir():
         raise InputError(
-            f"data folder {folder} does not exist; make it with `tinyllama-hf prepare ... --output {folder}`"
+            f"data folder {folder} does not exist. Create it with `tinyllama-hf prepare ... --output {folder}`"
         )
     if not path.is_file():
         raise InputError(
-            f"{folder}: no {METADATA_FILE}, so it is no prepared data set or its preparation was interrupted; run "
-            "`tinyllama-hf prepare` again with the same arguments, it goes on where it stopped"
+            f"{folder}: {METADATA_FILE} is missing, so this is not a data set, or its preparation was interrupted. "
+            "Run `tinyllama-hf prepare` with the same arguments to resume"
         )
     metadata = read_json(path)
     if metadata.get("format_version") != FORMAT_VERSION:
         raise InputError(
-            f"{path}: format_version {metadata.get('format_version')!r}, this version reads {FORMAT_VERSION}; prepare again"
+            f"{path}: format_version is {metadata.get('format_version')!r}; only {FORMAT_VERSION} is supported. "
+            "Prepare the data again"
         )
     return metadata

@@ -1,4 +1,4 @@
-"""Where documents come from: rows of JSON lines or Parquet, text files, a data set of the Hub, or the embedded corpus."""
+"""Sources of documents: JSON lines, Parquet, text files, data sets of the Hub, and the embedded corpus."""
 
 import fnmatch
 import hashlib
@@ -21,26 +21,31 @@ from .row_files import JSON_LINES, PARQUET, read_rows
 
 TEXT = (".txt", ".md", ".rst", ".py")
 ROWS = JSON_LINES + PARQUET
-_EMBEDDED_TASKS = 2  # each task walks the whole standard library to find its share
-# Above this, files are told apart by size and samples: reading terabytes twice would cost a day.
+_EMBEDDED_TASKS = 2  # each task reads the whole standard library to find its share
+# Larger sources are identified by sizes and samples: hashing terabytes would take a day.
 _HASHED_WHOLE_BYTES = 4 * 2**30
 _SAMPLES, _SAMPLE_BYTES = 16, 2**16
 _HUB_SOURCE = re.compile(r"hub:(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<pattern>.+))?")
 
 
 class SourceDocument(NamedTuple):
-    """A document and where it stands, for messages."""
+    """A document, with its place as `name` for messages."""
 
     name: str
     text: str
 
 
 class Source(NamedTuple):
-    """Checked sources of one kind.
+    """Validated sources of one kind.
 
-    `kind` is `"json lines"`, `"parquet"`, `"text"` or `"embedded"`; `files` are paths, or the name of the embedded part;
-    `where` chooses rows; `record` identifies the contents; `num_tasks` is in how many parts they are read; `stamps` are size
-    and time of the files when `record` was made.
+    Attributes:
+        kind (`str`): `"json lines"`, `"parquet"`, `"text"` or `"embedded"`.
+        files (`tuple[str, ...]`): paths, or the names of the embedded parts.
+        text_column (`str`): column of rows with the text, as a dotted path.
+        where (`str`, *optional*): expression that selects rows.
+        record (`dict`): identifies the contents.
+        num_tasks (`int`): number of tasks that read the sources in parallel.
+        stamps (`tuple`): size and modification time of the files when `record` was made.
     """
 
     kind: str
@@ -52,23 +57,29 @@ class Source(NamedTuple):
     stamps: tuple[tuple[int, int], ...] = ()
 
     def identity(self, task: int) -> dict[str, Any]:
-        """What tells the input of a task from others: the record of its file, where tasks are files."""
+        """What identifies the input of a task: the record of its file, or of the whole source if tasks are not
+        files."""
         return self.record["files"][task] if "files" in self.record else self.record
 
 
 def open_sources(sources: Sequence[str], text_column: str = "text", where: str | None = None) -> Source:
-    """Finds and checks what `sources` name; data sets of the Hub are fetched first.
+    """Finds and validates sources. Data sets of the Hub are downloaded first.
+
+    Args:
+        sources (`Sequence[str]`): as for [`prepare`].
+        text_column (`str`, *optional*, defaults to `"text"`): column of rows with the text, as a dotted path.
+        where (`str`, *optional*): expression that selects rows.
 
     Raises:
-        InputError: if something does not exist, is of no known kind, the kinds differ, or the first row of a file lacks
-            the text column or a path of `where`.
+        InputError: if a source does not exist or has an unknown kind, kinds are mixed, or the first row of a file
+            lacks the text column or a path of `where`.
     """
     if not sources:
-        raise InputError("no source given: name files, folders, hub:OWNER/NAME, embedded:prose or embedded:code")
+        raise InputError("No source was given. Give files, folders, hub:OWNER/NAME, embedded:prose or embedded:code")
     chosen = Expression(where) if where is not None else None
     if any(source.startswith("embedded:") for source in sources):
         if chosen:
-            raise InputError(f"--where {where!r}: the embedded corpus has no columns to choose by; leave it out")
+            raise InputError(f"--where {where!r}: the embedded corpus has no columns to select rows by. Leave it out")
         return _embedded(sources, text_column)
     found = [_hub_files(source) if source.startswith("hub:") else (_files(source), None) for source in sources]
     files = [file for part, _ in found for file in part]
@@ -77,22 +88,22 @@ def open_sources(sources: Sequence[str], text_column: str = "text", where: str |
     kinds = {_kind(file) for file in files}
     if len(kinds) > 1:
         raise InputError(
-            f"{', '.join(sources)}: {' and '.join(sorted(kinds))} files mixed; prepare them as two data sets"
+            f"{', '.join(sources)}: {' and '.join(sorted(kinds))} files are mixed. Prepare them as separate data sets"
         )
     kind = kinds.pop()
     if kind == "text" and chosen:
-        raise InputError(f"--where {where!r}: text files have no columns to choose by; leave it out")
+        raise InputError(f"--where {where!r}: text files have no columns to select rows by. Leave it out")
     if kind != "text":
-        for file in files:  # a wrong column or format is found now, not after hours
+        for file in files:  # find a wrong column or format now, not after hours
             row = next(_read_rows(file), None)
             if row is None:
-                raise InputError(f"{file}: holds no row; remove it, or fetch it again")
+                raise InputError(f"{file} contains no rows. Remove it, or download it again")
             _text_of(row, text_column)
             _is_chosen(row, chosen)
     try:
-        record: dict[str, Any] = {"kind": kind, "files": _identified(files)}
+        record: dict[str, Any] = {"kind": kind, "files": _identify(files)}
     except OSError as error:
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); see its permissions") from error
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror}). Check its permissions") from error
     if hubs := [hub for _, hub in found if hub]:
         record["hub"] = hubs
     return Source(kind, tuple(str(file.absolute()) for file in files), text_column, where, record, len(files), stamps)
@@ -101,14 +112,17 @@ def open_sources(sources: Sequence[str], text_column: str = "text", where: str |
 def read_documents(
     source: Source, task: int = 0, num_tasks: int = 1, counts: Counter | None = None
 ) -> Iterator[SourceDocument]:
-    """Yields the documents of a task, in order: every `num_tasks`-th file, or document of the embedded corpus.
+    """Yields the documents of a task in order: every `num_tasks`-th file, or every `num_tasks`-th embedded document.
 
     Args:
-        counts (`Counter`, *optional*): counts `read` rows or documents, and those `kept` by `where`.
+        source (`Source`): from [`open_sources`].
+        task (`int`, *optional*, defaults to 0): number of the task.
+        num_tasks (`int`, *optional*, defaults to 1): number of tasks.
+        counts (`Counter`, *optional*): incremented: `read` rows or documents, and those `kept` by `where`.
 
     Raises:
-        InputError: at a file that is damaged, a row that is no JSON object with a text, text that is not UTF-8, and a
-            file that was changed since `open_sources`.
+        InputError: if a file is damaged or not UTF-8, a row is not a JSON object with a text, or a file was changed
+            since `open_sources`.
     """
     counts = Counter() if counts is None else counts
     if source.kind == "embedded":
@@ -129,18 +143,18 @@ def read_documents(
                 if _is_chosen(row, where):
                     counts["kept"] += 1
                     yield SourceDocument(f"{file}/{row.number}", _text_of(row, source.text_column))
-        if _stamp(file) != source.stamps[number]:  # what was read is not what `record` tells from others
-            raise InputError(f"{file}: was changed since this command looked at it first; give the command again")
+        if _stamp(file) != source.stamps[number]:  # `record` does not identify what was read
+            raise InputError(f"{file} was changed while this command was running. Run the command again")
 
 
 def read_texts(source: Source) -> Iterator[str]:
-    """Yields the text of every document, in order: for training and checking tokenizers."""
+    """Yields the texts of all documents in order, to train or verify a tokenizer."""
     return (document.text for document in read_documents(source))
 
 
 def _check_distinct(names: Sequence[str]) -> None:
     if repeated := [name for name, number in Counter(names).items() if number > 1]:
-        raise InputError(f"{repeated[0]}: is named twice, and would be read twice; name it once")
+        raise InputError(f"{repeated[0]} is named twice and would be read twice. Name it once")
 
 
 def _kind(file: Path) -> str:
@@ -150,7 +164,7 @@ def _kind(file: Path) -> str:
 
 
 class _Row(NamedTuple):
-    """A row of a file: its number and value, and its place for messages."""
+    """A row of a file, with its place for messages."""
 
     number: int
     value: Any
@@ -165,7 +179,7 @@ def _is_chosen(row: _Row, where: Expression | None) -> bool:
     try:
         return where is None or where(row.value)
     except MissingColumn as error:
-        raise InputError(f"{row.place}: {error.args[0]}; see --where {where.text!r}") from error
+        raise InputError(f"{row.place}: {error.args[0]}. Check --where {where.text!r}") from error
     except InputError as error:
         raise InputError(f"{row.place}: {error}") from error
 
@@ -174,10 +188,10 @@ def _text_of(row: _Row, text_column: str) -> str:
     try:
         text = value_at(row.value, text_column)
     except MissingColumn as error:
-        raise InputError(f"{row.place}: no text: {error.args[0]}; see --text-column") from error
+        raise InputError(f"{row.place}: no text: {error.args[0]}. Check --text-column") from error
     if not isinstance(text, str):
         shown = json.dumps(text, default=str)[:40]
-        raise InputError(f"{row.place}: {text_column!r} is {shown}, no string; repair or drop the row")
+        raise InputError(f"{row.place}: {text_column!r} is {shown}, not a string. Fix or remove the row")
     check_text(text, f"{row.place}, {text_column!r}")
     return text
 
@@ -190,8 +204,9 @@ def _stamp(file: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _identified(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """What tells the files from others: SHA-256, of all their bytes or, of very many, of samples and the size."""
+def _identify(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """What identifies the files: SHA-256 of their contents or, if they are very large, their sizes and SHA-256 of
+    samples."""
     if sum(file.stat().st_size for file in files) <= _HASHED_WHOLE_BYTES:
         return [{"name": file.name, "sha256": file_sha256(file)} for file in files]
     return [
@@ -210,7 +225,9 @@ def _sampled_sha256(file: Path) -> str:
 
 def _embedded(sources: Sequence[str], text_column: str) -> Source:
     if not all(source.startswith("embedded:") for source in sources):
-        raise InputError(f"{', '.join(sources)}: the embedded corpus and files mixed; prepare them as two data sets")
+        raise InputError(
+            f"{', '.join(sources)}: the embedded corpus and files are mixed. Prepare them as separate data sets"
+        )
     names = [source.removeprefix("embedded:") for source in sources]
     for name in names:
         embedded.check_kind(name)
@@ -222,32 +239,34 @@ def _embedded(sources: Sequence[str], text_column: str) -> Source:
 def _files(source: str) -> list[Path]:
     path = Path(source)
     if not path.exists():
-        raise InputError(f"source {source}: no such file or folder")
+        raise InputError(f"source {source} does not exist")
     inside = path.rglob("*") if path.is_dir() else [path]
     found = sorted(file for file in inside if file.is_file() and file.name.endswith(ROWS + TEXT))
     if not found:
-        raise InputError(f"source {source}: is or holds no file of {', '.join(ROWS + TEXT)}")
+        raise InputError(f"source {source}: no file of type {', '.join(ROWS + TEXT)}")
     return found
 
 
 def _hub_files(source: str) -> tuple[list[Path], dict[str, str]]:
-    """The files of `hub:OWNER/NAME[@REVISION][/PATTERN]`, fetched into the Hub's cache, and the commit they are of."""
+    """The files of `hub:OWNER/NAME[@REVISION][/PATTERN]` in the Hub cache, and their repository and commit."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     match = _HUB_SOURCE.fullmatch(source)
     if not match:
-        raise InputError(f"source {source}: write hub:OWNER/NAME, hub:OWNER/NAME@REVISION or hub:OWNER/NAME/PATTERN")
+        raise InputError(
+            f"source {source}: the form is hub:OWNER/NAME, hub:OWNER/NAME@REVISION or hub:OWNER/NAME/PATTERN"
+        )
     repo, revision, pattern = match["repo"], match["revision"], match["pattern"]
     wanted = [pattern] if pattern else [f"*{ending}" for ending in ROWS]
     try:
         folder = Path(snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=wanted))
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise InputError(
-            f"source {source}: cannot be fetched ({one_line(error)}); check name, access and network"
+            f"source {source} cannot be downloaded ({one_line(error)}). Check name, access and network"
         ) from error
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name.endswith(ROWS))
     files = [path for path in files if any(fnmatch.fnmatch(path.relative_to(folder).as_posix(), w) for w in wanted)]
     if not files:
-        raise InputError(f"source {source}: holds no file of {', '.join(wanted)} that is of {', '.join(ROWS)}")
-    return files, {"repo": repo, "revision": folder.name}  # the cache names a snapshot by its commit
+        raise InputError(f"source {source}: no file matches {', '.join(wanted)} and is of type {', '.join(ROWS)}")
+    return files, {"repo": repo, "revision": folder.name}  # the name of a snapshot folder is its commit

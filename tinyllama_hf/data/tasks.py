@@ -1,7 +1,6 @@
-"""What the tasks of a preparation leave behind, one per input file, and which of them are complete.
+"""The files that the tasks of a preparation write, one task per input file, and which tasks are complete.
 
-A task is complete for the input that it read: its counts, written last, say which that was. So one mended file is read
-again alone.
+The file of counts is written last and identifies the input. If an input file changes, only its task runs again.
 """
 
 import os
@@ -15,38 +14,38 @@ from .sources import Source
 
 
 def shard_name(split: str, rank: int) -> str:
-    """The tokens of a task in a split, relative to the output."""
+    """Path of the tokens of a task in a split, relative to the output."""
     return f"{split}/{rank:05d}.tokens"
 
 
 def counts_file(output: Path, rank: int) -> Path:
-    """Where a task notes what it wrote, when all of it is written."""
+    """The file of counts, which a task writes last."""
     return output / "work" / f"counts_{rank:05d}.json"
 
 
 def logging_folder(output: Path) -> str:
-    """Where executors note which tasks are complete, so that one goes on with what another has begun."""
+    """The logging folder of the executors, where they mark complete tasks. Any of them can resume the work of
+    another."""
     return str(output / "work" / "logs")
 
 
 def completions_folder(output: Path) -> Path:
-    """Where executors leave an empty file for each complete task, named by its number."""
+    """The folder with an empty file for each complete task, named by its number."""
     return Path(logging_folder(output)) / "completions"
 
 
-def forget_task(output: Path, rank: int) -> None:
-    """Removes what an earlier attempt at a task left and the next might not write over."""
+def remove_task_files(output: Path, rank: int) -> None:
+    """Deletes files of an earlier attempt at a task that the next one may not overwrite."""
     for file in (counts_file(output, rank), output / "validation" / f"{rank:05d}.jsonl.gz"):
         file.unlink(missing_ok=True)
 
 
-def task_result(output: Path, source: Source, rank: int, token_bytes: int) -> dict[str, Any] | None:
-    """The shards that a task made of its present input by split, and its `rows`; `None` if it is not complete."""
+def read_task_result(output: Path, source: Source, rank: int, token_bytes: int) -> dict[str, Any] | None:
+    """The shard of each split and the counts of `rows` of a task; `None` if it is not complete for its current
+    input."""
     try:
         counts = read_json(counts_file(output, rank))
-        if (
-            counts.get("input") != source.identity(rank) or "rows" not in counts
-        ):  # an older version wrote them elsewhere
+        if counts.get("input") != source.identity(rank) or "rows" not in counts:  # written by an older version
             return None
         result = {"rows": counts["rows"]}
         for split in SPLITS:
@@ -57,12 +56,12 @@ def task_result(output: Path, source: Source, rank: int, token_bytes: int) -> di
     return result
 
 
-def keep_complete(output: Path, source: Source, token_bytes: int) -> list[int]:
-    """Returns the complete tasks; executors are made to repeat those whose input or output has changed since."""
+def complete_tasks(output: Path, source: Source, token_bytes: int) -> list[int]:
+    """Returns the complete tasks. Those with changed input or output are marked as incomplete for the executors."""
     complete, folder = [], completions_folder(output)
     for mark in sorted(folder.glob("*")) if folder.is_dir() else ():
         rank = int(mark.name)
-        if rank < source.num_tasks and task_result(output, source, rank, token_bytes):
+        if rank < source.num_tasks and read_task_result(output, source, rank, token_bytes):
             complete.append(rank)
         else:
             os.unlink(mark)

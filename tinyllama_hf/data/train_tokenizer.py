@@ -1,4 +1,4 @@
-"""Training a small tokenizer of Llama 2's kind, and proving that a tokenizer is exact."""
+"""Trains small tokenizers like that of Llama 2, and verifies tokenizers against SentencePiece."""
 
 import io
 import itertools
@@ -16,10 +16,14 @@ from ..files import new_folder
 from ..tokenization_tinyllama import DUMMY_PREFIX, TinyLlamaTokenizer, encode_text, load_sentencepiece, load_tokenizer
 
 
-# The 256 bytes and the three control tokens come before any learned piece.
-_FIXED_PIECES = 259
+# 256 bytes and three control tokens, in addition to the learned tokens.
+_FIXED_TOKENS = 259
 _MAX_LINE_BYTES = 1 << 16
-_FILES = {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"}  # what training writes and may replace
+_FILES = {
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}  # the files that training writes and may replace
 
 
 def train_tokenizer(
@@ -27,33 +31,30 @@ def train_tokenizer(
 ) -> TinyLlamaTokenizer:
     """Trains a SentencePiece BPE tokenizer with Llama 2's settings and saves it as a stock tokenizer folder.
 
-    Byte fallback, dummy prefix, digits split, no normalisation; `<unk>`, `<s>`, `</s>` are 0, 1, 2. The same texts give
-    the same tokenizer.
+    It has byte fallback, a dummy prefix, split digits and no normalization; `<unk>`, `<s>`, `</s>` are 0, 1, 2. The
+    same texts give the same tokenizer.
 
     Args:
-        texts (`Iterable[str]`): to learn the pieces from.
-        vocab_size (`int`): ids, the 256 bytes and three control tokens included.
+        texts (`Iterable[str]`): training texts.
+        vocab_size (`int`): number of ids, including 256 bytes and three control tokens.
         output (`str` or `os.PathLike`): folder to write.
-        overwrite (`bool`, *optional*, defaults to `False`): replace the tokenizer that lies there.
+        overwrite (`bool`, *optional*, defaults to `False`): replace an existing tokenizer.
 
     Raises:
-        InputError: if the folder exists and is not to be replaced, the vocabulary is too small, or the texts do not fill it.
+        InputError: if the folder exists and may not be replaced, or the vocabulary is too small or too large for the
+            texts.
     """
     output = Path(output)
     found = {path.name for path in output.iterdir()} if output.is_dir() else set()
     replaces = overwrite and bool(found) and found <= _FILES
     if output.is_file():
-        raise InputError(f"--output {output}: is a file; name a folder")
+        raise InputError(f"--output {output} is a file. Choose a folder")
     if output.exists() and not replaces:
-        fix = (
-            f"it holds more than a tokenizer ({sorted(found - _FILES)[0]})"
-            if found - _FILES
-            else "or pass --overwrite"
-        )
-        raise InputError(f"--output {output}: exists already; choose another folder, {fix}")
-    if vocab_size <= _FIXED_PIECES:
+        fix = f"since it holds other files ({sorted(found - _FILES)[0]})" if found - _FILES else "or pass --overwrite"
+        raise InputError(f"--output {output} exists already. Choose another folder, {fix}")
+    if vocab_size <= _FIXED_TOKENS:
         raise InputError(
-            f"--vocab-size {vocab_size}: must be above {_FIXED_PIECES}, which bytes and control tokens take"
+            f"--vocab-size {vocab_size} must be above {_FIXED_TOKENS}, the number of bytes and control tokens"
         )
     model = io.BytesIO()
     try:
@@ -77,10 +78,10 @@ def train_tokenizer(
         )
     except RuntimeError as error:
         if "sentences_.empty()" in str(error):
-            raise InputError("the sources hold no text to learn from; name others") from error
+            raise InputError("The sources contain no text. Give other sources") from error
         limit = re.search(r"value <= (\d+)", str(error))
-        fix = f"they suffice for {limit[1]}" if limit else str(error).strip()
-        raise InputError(f"--vocab-size {vocab_size}: the texts do not suffice for it; {fix}") from error
+        fix = f"Use at most {limit[1]}" if limit else str(error).strip()
+        raise InputError(f"--vocab-size {vocab_size} is too large for the texts. {fix}") from error
     with new_folder(output, overwrite=replaces) as temporary:
         (temporary / "tokenizer.model").write_bytes(model.getvalue())
         load_tokenizer(temporary / "tokenizer.model").save_pretrained(temporary)
@@ -88,7 +89,7 @@ def train_tokenizer(
 
 
 class Difference(NamedTuple):
-    """Where two tokenisations of a text part, or a text does not come back."""
+    """The first difference between two tokenizations, or between a text and its decoded tokens."""
 
     text_number: int
     kind: str  # "ids" or "decode"
@@ -99,7 +100,7 @@ class Difference(NamedTuple):
 
 
 class Verification(NamedTuple):
-    """What was compared, and the first difference, if any."""
+    """Result of a verification: counts, and the first difference, if any."""
 
     texts: int
     characters: int
@@ -110,18 +111,17 @@ class Verification(NamedTuple):
 def verify_tokenizer(
     tokenizer: PreTrainedTokenizerBase, reference: str | os.PathLike, texts: Iterable[str]
 ) -> Verification:
-    """Compares a tokenizer with a SentencePiece model on texts, and checks that every text comes back.
+    """Compares a tokenizer with a SentencePiece model on texts, and checks that decoding restores every text.
 
-    Texts are encoded as text: control tokens spelled out in them are no control tokens. U+2581 is exempt from coming
-    back, as SentencePiece itself turns it into a space.
+    Control tokens in a text are encoded as text. U+2581 may decode to a space, as in SentencePiece.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): any transformers tokenizer.
         reference (`str` or `os.PathLike`): a `tokenizer.model`.
-        texts (`Iterable[str]`): what to compare on.
+        texts (`Iterable[str]`): texts to compare.
 
     Returns:
-        The counts up to and including the first text that differs.
+        `Verification`: the counts up to the first text that differs, inclusive.
     """
     processor = load_sentencepiece(reference)
     number = characters = tokens = 0
@@ -146,5 +146,5 @@ def verify_tokenizer(
 
 
 def _first_difference(a: Sequence, b: Sequence) -> int:
-    """The first place at which two sequences differ: the end of the shorter one, if that begins the other."""
+    """The first index at which two sequences differ, or the length of the shorter one."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

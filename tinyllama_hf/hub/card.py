@@ -1,4 +1,4 @@
-"""The card of a model folder: what it is, from its configuration, provenance and score files alone."""
+"""The card of a model folder, generated from its configuration, provenance and score files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,31 +18,31 @@ from .scores import NO_SCORES, Scores, average_of, eval_results, row_of
 
 
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
-_ORIGIN = {"code", "machine", "created", "python", "libraries"}  # of a record that this package wrote
+_PROVENANCE_FIELDS = {"code", "machine", "created", "python", "libraries"}
 
 
 def model_card(
     repo: str,
     revision: str,
     model: ModelFolder,
-    ladder: Sequence[ModelFolder] = (),
+    milestones: Sequence[ModelFolder] = (),
     scores: Scores = NO_SCORES,
     license: str | None = None,
     pictures: Sequence[str] = (),
 ) -> str:
-    """Writes the card of one revision. Equal inputs give equal text: nothing of the machine or the hour is in it.
+    """Returns the card of a revision. Equal inputs give equal text, without paths or dates of the call.
 
     Args:
         repo (`str`): `USER/NAME`.
         revision (`str`): `"main"` or the name of a milestone.
-        model (`ModelFolder`): what lies in this revision.
-        ladder (`Sequence[ModelFolder]`): the milestones of the run in their order; none for a model folder.
-        scores (`Scores`): of the run or the model.
-        license (`str`, *optional*): an identifier that the Hub knows.
-        pictures (`Sequence[str]`, *optional*): PNG files in this revision.
+        model (`ModelFolder`): the model of this revision.
+        milestones (`Sequence[ModelFolder]`): all milestones of the run in order; none for a single model.
+        scores (`Scores`): scores of the run or the model.
+        license (`str`, *optional*): license identifier of the Hub.
+        pictures (`Sequence[str]`, *optional*): PNG files of this revision.
 
     Returns:
-        Markdown with metadata, which `huggingface_hub.ModelCard` reads.
+        Markdown with metadata, as `huggingface_hub.ModelCard` reads it.
     """
     from huggingface_hub.repocard_data import eval_results_to_model_index
 
@@ -54,20 +54,20 @@ def model_card(
         title=title,
         repo=repo,
         revision="" if revision == "main" else revision,
-        ladder=_ladder(ladder, scores),
+        milestones=_milestone_rows(milestones, scores),
         pictures=pictures,
-        **(_sections(model, scores) if model.kind == "trained" else {}),
+        **(_score_sections(model, scores) if model.kind == "trained" else {}),
     )
     return write_card(metadata, text)
 
 
 def milestone_card(folder: Path, name: str) -> str:
-    """Writes the card that lies in a milestone's folder from the start. It stays there: publishing makes another, with
-    scores and pictures.
+    """Returns the card of a milestone as training writes it. Publishing generates another one, with scores and
+    pictures.
 
     Args:
-        folder (`Path`): holds the whole milestone already.
-        name (`str`): that the folder is to have.
+        folder (`Path`): the complete milestone.
+        name (`str`): final name of the folder.
     """
     model = open_trained_folder(folder)._replace(given_name=name)
     text = _text(model, title=name, repo=f"milestones/{name}", loss=model.record["validation_loss"])
@@ -75,11 +75,11 @@ def milestone_card(folder: Path, name: str) -> str:
 
 
 def _text(model: ModelFolder, **values: Any) -> str:
-    """The text of a card; `values` replace the defaults of the template's names."""
+    """The text of a card. `values` override the default values of the template."""
     defaults = {
         "revision": "",
         "loss": None,
-        "ladder": [],
+        "milestones": [],
         "pictures": [],
         "bits": None,
         "commonsense": None,
@@ -100,19 +100,19 @@ def _text(model: ModelFolder, **values: Any) -> str:
         quantization=quantization_of(model.config, str(model.path)) if model.kind == "quantized" else None,
         adapter=_adapter_settings(model.config) if model.kind == "adapter" else {},
         embedding_rows=_embedding_rows(model.path) if model.kind == "adapter" else None,
-        origin=model.kind == "trained" or model.record.keys() >= _ORIGIN,
+        has_provenance=model.kind == "trained" or model.record.keys() >= _PROVENANCE_FIELDS,
         **defaults | values,
     )
 
 
 def _metadata(model: ModelFolder, license: str | None = None) -> dict[str, Any]:
-    """The metadata of a card, in the order of the Hub's own."""
+    """The metadata of a card, in the order that the Hub uses."""
     is_quantized = model.kind in ("quantized", "awq", "gguf")
     method = {"quantized": "bitsandbytes", "adapter": model.config.get("peft_type", "").lower()}.get(
         model.kind, model.kind
     )
     fields = {
-        # Of a GGUF file the Hub would show code for transformers.
+        # For a GGUF file the Hub would show code for transformers.
         "library_name": {"gguf": None, "adapter": "peft"}.get(model.kind, "transformers"),
         "license": license,
         "pipeline_tag": "text-generation",
@@ -124,10 +124,10 @@ def _metadata(model: ModelFolder, license: str | None = None) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value}
 
 
-def _ladder(ladder: Sequence[ModelFolder], scores: Scores) -> list[dict[str, Any]]:
-    """A row of the table of revisions for each milestone."""
+def _milestone_rows(milestones: Sequence[ModelFolder], scores: Scores) -> list[dict[str, Any]]:
+    """The rows of the table of revisions, one per milestone."""
     rows = []
-    for model in ladder:
+    for model in milestones:
         bits, answered = row_of(model.name, scores.bits_per_byte), row_of(model.name, scores.commonsense)
         rows.append(
             {
@@ -141,8 +141,8 @@ def _ladder(ladder: Sequence[ModelFolder], scores: Scores) -> list[dict[str, Any
     return rows
 
 
-def _sections(model: ModelFolder, scores: Scores) -> dict[str, Any]:
-    """What the sections on scores tell of a model; `None` for those that it has none for."""
+def _score_sections(model: ModelFolder, scores: Scores) -> dict[str, Any]:
+    """The values of the sections with scores; `None` for a section without scores of this model."""
     bits, answered = row_of(model.name, scores.bits_per_byte), row_of(model.name, scores.commonsense)
     return {
         "bits": bits
@@ -151,7 +151,7 @@ def _sections(model: ModelFolder, scores: Scores) -> dict[str, Any]:
             "texts": scores.bits_per_byte["data"],
             "scored_with": bits.get(
                 "scored_with", scores.bits_per_byte["provenance"]["libraries"]
-            ),  # old rows lack it
+            ),  # missing in early rows
         },
         "commonsense": answered
         and {
@@ -178,6 +178,6 @@ def _adapter_settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _embedding_rows(folder: Path) -> int | None:
-    """Rows of an embedding that is saved whole: the base may have another number, and PEFT does not change it."""
+    """Rows of an embedding that the adapter saved in full. PEFT does not resize that of the base model."""
     tensors = open_safetensors(folder / ADAPTER_WEIGHTS)
     return next((tensor.shape[0] for name, tensor in tensors.items() if name.endswith("embed_tokens.weight")), None)

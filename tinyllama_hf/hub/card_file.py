@@ -1,5 +1,5 @@
-"""A card as a file: metadata, and a marked region of generated text, around which people may write and which publishing
-again replaces."""
+"""The file of a card, README.md: metadata and a marked region of generated text. Text outside the region is kept when
+the card is published again."""
 
 import re
 from collections.abc import Sequence
@@ -15,30 +15,31 @@ CARD_FILE = "README.md"
 COMMIT_PREFIX = "Publish "
 BEGIN = "<!-- tinyllama_hf: generated. Text outside these two comments is kept, text between them is replaced. -->"
 END = "<!-- tinyllama_hf: end of the generated text -->"
-# The last begin before an end, so that a comment that lost its partner does not swallow what people wrote.
+# The last BEGIN before an END: a comment without its counterpart must not swallow text that was added around it.
 _REGION = re.compile(rf"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)}).)*?{re.escape(END)}", re.DOTALL)
 
 
 def write_card(metadata: dict[str, Any], text: str) -> str:
-    """A whole card: metadata, and the text between the two comments."""
+    """The content of a card: metadata, and the text between the two comments."""
     return f"---\n{_dump(metadata)}---\n\n{BEGIN}\n{text.strip()}\n{END}\n"
 
 
 def is_marked(card: str) -> bool:
-    """Whether a card has a region that this package wrote."""
+    """Whether a card has a region of generated text."""
     return _REGION.search(card) is not None
 
 
 def merge_with_existing(
     api: Any, repo: str, generated: str, head: str | None, main_head: str | None, computed: Sequence[str]
 ) -> str:
-    """Returns the card to publish: the generated one, and what people added to that of the branch.
+    """Returns the card to publish: the generated one, merged with the card of the branch on the Hub.
 
     Args:
-        api (`HfApi`): of the Hub in question.
+        api (`HfApi`): client of the Hub.
         repo (`str`): `USER/NAME`.
-        generated (`str`): the card from the folder's files.
-        head (`str`, *optional*): commit of the branch; `None` for a new one, which gets the metadata of the main branch.
+        generated (`str`): the card generated from the folder.
+        head (`str`, *optional*): commit of the branch; `None` for a new one, which gets the metadata of the main
+            branch.
         main_head (`str`, *optional*): commit of the main branch.
         computed (`Sequence[str]`): see [`merge_card`].
     """
@@ -47,42 +48,44 @@ def merge_with_existing(
         replace = not is_marked(existing) and existing == _last_published(api, repo, head)
         return merge_card(generated, existing, computed, replace)
     main = main_head and read_card(api, repo, main_head)
-    return merge_card(generated, _split(main)[0], computed) if main else generated  # its metadata, not its text
+    return merge_card(generated, _split(main)[0], computed) if main else generated  # the metadata only
 
 
 def read_card(api: Any, repo: str, commit: str) -> str | None:
-    """The card at a commit, `None` if it has none."""
+    """The card at a commit, `None` if there is none."""
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
     try:
         path = api.hf_hub_download(repo, CARD_FILE, revision=commit)
-    except RemoteEntryNotFoundError:  # not its parent, which a broken connection raises too
+    except RemoteEntryNotFoundError:  # its parent class also covers connection errors
         return None
     return Path(path).read_text(encoding="utf-8-sig")
 
 
 def _last_published(api: Any, repo: str, head: str) -> str | None:
-    """The card of this package's last commit, `None` if there is none; a card equal to it has not been edited since."""
+    """The card of the last commit by this package, `None` if there is none. A card equal to it was not edited
+    since."""
     commits = api.list_repo_commits(repo, revision=head)
     ours = next((commit.commit_id for commit in commits if commit.title.startswith(COMMIT_PREFIX)), None)
     return ours and read_card(api, repo, ours)
 
 
 def merge_card(generated: str, existing: str, computed: Sequence[str] = (), replace: bool = False) -> str:
-    """Puts a generated card in the place of an earlier one, and keeps what people added to that.
+    """Merges a generated card into an existing one, and keeps text and metadata that were added to that.
 
     Args:
         generated (`str`): from [`write_card`].
         existing (`str`): the card on the Hub.
-        computed (`Sequence[str]`, *optional*): fields of the metadata that the earlier card may have from us: without a
-            value in the generated card they are removed. Of all others the earlier value stays where we have none.
-        replace (`bool`, *optional*, defaults to `False`): the earlier text is ours, although no comments mark it.
+        computed (`Sequence[str]`, *optional*): fields of the metadata that are computed. They are removed if the
+            generated card has no value for them; other fields keep the existing value if the generated card has none.
+        replace (`bool`, *optional*, defaults to `False`): the existing text was generated too, although not marked.
 
     Returns:
-        The card to publish. A card without comments keeps its whole text, and gets ours at the end.
+        The card to publish. An existing card without the two comments keeps its whole text, followed by the generated
+        one.
 
     Raises:
-        InputError: if the metadata of the earlier card cannot be read.
+        InputError: if the metadata of the existing card cannot be read.
     """
     front, theirs, text = _split(existing)
     _, ours, body = _split(generated)
@@ -101,7 +104,7 @@ def merge_card(generated: str, existing: str, computed: Sequence[str] = (), repl
 
 
 def _split(card: str) -> tuple[str, dict[str, Any], str]:
-    """The block of metadata as it is written, its fields, and the text after it."""
+    """The metadata block as written, its fields, and the text after it."""
     from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
     match = REGEX_YAML_BLOCK.search(card)
@@ -111,10 +114,10 @@ def _split(card: str) -> tuple[str, dict[str, Any], str]:
         fields = yaml.safe_load(match[2]) or {}
     except yaml.YAMLError as error:
         raise InputError(
-            f"README.md on the Hub: its metadata is not valid YAML ({error}); correct it there"
+            f"README.md on the Hub: the metadata is not valid YAML ({error}). Correct it on the Hub"
         ) from error
     if not isinstance(fields, dict):
-        raise InputError("README.md on the Hub: its metadata is not a mapping of fields; correct it there")
+        raise InputError("README.md on the Hub: the metadata is not a YAML mapping. Correct it on the Hub")
     return card[: match.end()], fields, card[match.end() :]
 
 

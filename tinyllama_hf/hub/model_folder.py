@@ -1,4 +1,4 @@
-"""A model folder as it is published: of which kind it is, which files belong to it, and whether all of it is there."""
+"""Model folders to publish: their kind, their files, and checks that they are complete."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +21,8 @@ from ..released import released
 PROVENANCE_FILE = "provenance.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# What may lie in a folder and is published; anything else in it (logs, held-out rows, temporary files) stays here.
-_AROUND = (
+# Files to publish besides the weights. All others (logs, held-out rows, temporary files) are not published.
+_OTHER_FILES = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer.model",
@@ -34,15 +34,15 @@ _AROUND = (
 )
 _WEIGHTS = ("model.safetensors", SAFETENSORS_INDEX, "model-*-of-*.safetensors")
 _FILES = {
-    "trained": ("config.json", *_WEIGHTS, *_AROUND, CONFIG_FILE),
-    "llama": ("config.json", *_WEIGHTS, *_AROUND),
-    "awq": ("config.json", *_WEIGHTS, *_AROUND),
-    "quantized": ("config.json", *_WEIGHTS, *_AROUND),
-    "gguf": ("*.gguf", *_AROUND),
-    "adapter": (ADAPTER_CONFIG, ADAPTER_WEIGHTS, *_AROUND),
+    "trained": ("config.json", *_WEIGHTS, *_OTHER_FILES, CONFIG_FILE),
+    "llama": ("config.json", *_WEIGHTS, *_OTHER_FILES),
+    "awq": ("config.json", *_WEIGHTS, *_OTHER_FILES),
+    "quantized": ("config.json", *_WEIGHTS, *_OTHER_FILES),
+    "gguf": ("*.gguf", *_OTHER_FILES),
+    "adapter": (ADAPTER_CONFIG, ADAPTER_WEIGHTS, *_OTHER_FILES),
 }
-# All that this package may have published before, in a folder of another kind too: it goes where it is no longer part of it.
-# Of GGUF files only those with names that `convert` gives.
+# Files that an earlier version of a revision may have had, also as a folder of another kind: deleted if they are no
+# longer part of it. Of GGUF files only those named as by `convert`.
 OUTDATED = tuple(
     {pattern.replace("*.gguf", "model-*.gguf") for patterns in _FILES.values() for pattern in patterns}
     | {"loss.png", "trajectory.png"}
@@ -51,18 +51,18 @@ _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
 class ModelFolder(NamedTuple):
-    """A whole folder of one of the kinds that are published.
+    """A complete model folder.
 
     Attributes:
-        path (`Path`): where it lies.
-        kind (`str`): `"trained"` (by this package), `"llama"` (plain, of other origin), `"quantized"` (by bitsandbytes),
-            `"awq"`, `"gguf"`, or `"adapter"` (of PEFT).
-        files (`list[Path]`): what belongs to it.
-        config (`dict`): its `config.json`, or `adapter_config.json`.
-        record (`dict`): its `provenance.json` as it may leave the machine; empty where there is none.
-        num_parameters (`int`): as the headers of the weights have them, a shared one counted once.
-        base (`str`, *optional*): Hub id, with a revision if not main, of the model that it was made from.
-        given_name (`str`): where the folder does not bear its name yet.
+        path (`Path`): the folder.
+        kind (`str`): `"trained"` (by this package), `"llama"` (plain, of other origin), `"quantized"` (by
+            bitsandbytes), `"awq"`, `"gguf"`, or `"adapter"` (of PEFT).
+        files (`list[Path]`): the files to publish.
+        config (`dict`): content of `config.json` or `adapter_config.json`.
+        record (`dict`): content of `provenance.json` without paths and names of this machine; empty if there is none.
+        num_parameters (`int`): counted from the headers of the weights, shared weights once.
+        base (`str`, *optional*): Hub id of the base model, with `@REVISION` if it is not main.
+        given_name (`str`): name of the model if the folder has a temporary one.
     """
 
     path: Path
@@ -76,39 +76,42 @@ class ModelFolder(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the folder, which is that of the model in score files."""
+        """Name of the model in score files, which is that of the folder."""
         return self.given_name or self.path.resolve().name
 
 
 def open_trained_folder(folder: Path, base: str | None = None) -> ModelFolder:
-    """Opens a milestone or a fine-tuned model; looks at every file that a stock loader reads, of the weights at headers.
+    """Opens a milestone or a fine-tuned model, and checks every file that a stock loader reads (of weights the
+    headers).
 
     Args:
-        base (`str`, *optional*): Hub id of the model that was fine-tuned, where the record does not have it.
+        folder (`Path`): the model folder.
+        base (`str`, *optional*): Hub id of the base model of fine-tuning, if the record does not have it.
 
     Raises:
-        InputError: if it is no plain Llama folder with provenance, or a part is missing or damaged.
+        InputError: if it is not a plain Llama folder with provenance, or a file is missing or damaged.
     """
-    _require(folder, ("config.json", *_TOKENIZER, CONFIG_FILE, PROVENANCE_FILE), "make it again with recipes/pretrain.py or "
-             "recipes/sft.py, which write all of it")  # fmt: skip
+    needed = ("config.json", *_TOKENIZER, CONFIG_FILE, PROVENANCE_FILE)
+    _require(folder, needed, "recreate the folder with recipes/pretrain.py or recipes/sft.py")
     try:
         yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{folder / CONFIG_FILE}: damaged, not valid YAML; copy the model again") from error
+        raise InputError(f"{folder / CONFIG_FILE}: damaged, not valid YAML. Copy the model again") from error
     model = _plain(folder, "trained")
     if not is_trained(model.record):
         raise InputError(
-            f"{folder / PROVENANCE_FILE}: tells neither of pretraining nor of fine-tuning, and the card is made from it; "
-            "copy the milestone again"
+            f"{folder / PROVENANCE_FILE}: has neither `tokens` (pretraining) nor `base_model` (fine-tuning), which "
+            "the card needs. Copy the model again"
         )
     return model._replace(base=base or _hub_name(model.record.get("base_model", {}).get("path")))
 
 
 def open_folder(folder: Path, base: str | None = None) -> ModelFolder:
-    """Opens a folder of any kind; otherwise as [`open_trained_folder`].
+    """Opens a model folder of any kind; otherwise as [`open_trained_folder`].
 
     Args:
-        base (`str`, *optional*): Hub id of the model that it was made from, where the folder does not have it.
+        folder (`Path`): the model folder.
+        base (`str`, *optional*): Hub id of the base model, if the folder does not record it.
     """
     if (folder / ADAPTER_CONFIG).is_file():
         return _adapter(folder, base)
@@ -123,53 +126,55 @@ def open_folder(folder: Path, base: str | None = None) -> ModelFolder:
         model = _model(folder, "gguf", checkpoint.config.to_dict(), checkpoint.tensors)
     else:
         raise InputError(
-            f"{folder}: holds neither milestones nor a model (config.json, {ADAPTER_CONFIG} or one GGUF file); name the "
-            "output_dir of a run, or a model folder. Of litgpt's files make plain weights first: "
+            f"{folder}: holds neither milestones nor a model (config.json, {ADAPTER_CONFIG} or one GGUF file). Give "
+            "the output_dir of a run, or a model folder. Convert litgpt checkpoints first: "
             f"tinyllama-hf convert {folder} --to llama --output NEW"
         )
     return model._replace(base=base or _hub_name(model.record.get("conversion", {}).get("source")))
 
 
 def is_trained(record: dict[str, Any]) -> bool:
-    """Whether a record is of pretraining or fine-tuning; a converted folder has such a record inside its own."""
+    """Whether a record is of pretraining or fine-tuning. A converted folder has such a record nested in its own."""
     return bool(record.keys() & {"tokens", "base_model"})
 
 
 def _plain(folder: Path, kind: str) -> ModelFolder:
-    """A folder that holds all tensors of its configuration, plain or in AWQ's layout."""
+    """Opens a folder with plain or AWQ weights; all tensors of the configuration must be present."""
     config = _llama_fields(folder)
     return _model(folder, kind, config, open_checkpoint(folder).tensors)
 
 
 def _quantized(folder: Path) -> ModelFolder:
-    """A folder that bitsandbytes saved: the weights have other shapes than the configuration says, under the same names."""
+    """Opens a folder that bitsandbytes saved: weights have the usual names, and packed shapes."""
     config = _llama_fields(folder)
     quantization_of(config, str(folder))
     tensors = _stored(folder)
     shapes = expected_shapes(read_llama_config(folder / "config.json", quantized=True))
     for name, shape in shapes.items():
-        # A matrix of a layer may be packed; everything else is stored as it is.
+        # Only the matrices of the layers are packed.
         is_packed = name in tensors and tensors[name].dtype in (torch.int8, torch.uint8)
         if name not in tensors or not (is_packed or tensors[name].shape == shape):
             found = f"has shape {list(tensors[name].shape)}" if name in tensors else "is missing"
-            raise InputError(f"{folder}: {name} {found}, and config.json says {list(shape)}; fetch or make it again")
+            raise InputError(
+                f"{folder}: {name} {found}; config.json requires {list(shape)}. Download or recreate the folder"
+            )
     return _model(folder, "quantized", config, {name: tensors[name]._replace(shape=s) for name, s in shapes.items()})
 
 
 def _adapter(folder: Path, base: str | None) -> ModelFolder:
-    """An adapter; it cannot be used without its base model."""
+    """Opens an adapter, which needs a base model that others can load."""
     config, weights = read_fields(folder / ADAPTER_CONFIG), folder / ADAPTER_WEIGHTS
     if not isinstance(config.get("peft_type"), str):
-        raise InputError(f"{folder / ADAPTER_CONFIG}: names no peft_type; fetch or make it again")
+        raise InputError(f"{folder / ADAPTER_CONFIG}: peft_type is missing. Download or recreate the adapter")
     _require(folder, (ADAPTER_WEIGHTS,), "save the adapter again with save_pretrained")
     tensors = open_safetensors(weights)
     if not tensors:
-        raise InputError(f"{weights}: holds no tensors; save the adapter again")
+        raise InputError(f"{weights}: holds no tensors. Save the adapter again")
     given = config.get("base_model_name_or_path")
     if not (base := base or _hub_name(given, config.get("revision"))):
         raise InputError(
-            f"{folder / ADAPTER_CONFIG}: the base model {given!r} is a folder of this machine, without which the adapter "
-            "cannot be loaded elsewhere; publish it first, and name it with --base-model USER/NAME"
+            f"{folder / ADAPTER_CONFIG}: the base model {given!r} is not on the Hub, and the adapter cannot be loaded "
+            "without it. Publish the base model first, and name it with --base-model USER/NAME"
         )
     return _model(folder, "adapter", config, tensors)._replace(base=base)
 
@@ -184,17 +189,17 @@ def _model(folder: Path, kind: str, config: dict[str, Any], tensors: dict[str, L
 
 
 def _llama_fields(folder: Path) -> dict[str, Any]:
-    """The configuration of a folder that has all that a stock loader needs, and says that it is a Llama."""
-    _require(folder, ("config.json", *_TOKENIZER), "copy or make it again; `load_tokenizer(SOURCE).save_pretrained(FOLDER)` "
-             "writes a tokenizer")  # fmt: skip
+    """The configuration of a folder, which must be a Llama with all the files that a stock loader needs."""
+    fix = "copy or recreate it; `load_tokenizer(SOURCE).save_pretrained(FOLDER)` writes a tokenizer"
+    _require(folder, ("config.json", *_TOKENIZER), fix)
     config = read_fields(folder / "config.json")
     if config.get("model_type") != "llama":
         raise InputError(
-            f"{folder / 'config.json'}: model_type {config.get('model_type')!r}, and only plain Llama folders (model_type "
-            "'llama') are published, which everyone loads; save it with save_as_llama"
+            f"{folder / 'config.json'}: model_type is {config.get('model_type')!r}; only plain Llama folders "
+            "(model_type 'llama') are published, since any client can load them. Save the model with save_as_llama"
         )
     if not any((folder / name).is_file() for name in _WEIGHTS[:2]):
-        raise InputError(f"{folder}: holds no model.safetensors, so it is not whole; fetch or make it again")
+        raise InputError(f"{folder}: model.safetensors is missing. Download or recreate the folder")
     return config
 
 
@@ -205,7 +210,7 @@ def _stored(folder: Path) -> dict[str, LazyTensor]:
 
 def _require(folder: Path, names: Sequence[str], fix: str) -> None:
     if missing := [name for name in names if not (folder / name).is_file()]:
-        raise InputError(f"model {folder}: holds no {missing[0]}, so it is not whole; {fix}")
+        raise InputError(f"model {folder}: {missing[0]} is missing; {fix}")
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -213,7 +218,7 @@ def _record(folder: Path) -> dict[str, Any]:
 
 
 def _hub_name(given: Any, revision: str | None = None) -> str | None:
-    """The Hub id that others find a model by, `None` if it was a folder."""
+    """The Hub id of a model, `None` if it was a local folder."""
     if not isinstance(given, str):
         return None
     if fetched := hub_id(given):

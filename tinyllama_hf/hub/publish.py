@@ -1,4 +1,4 @@
-"""Publishing: each milestone of a run a revision on the Hub, the newest on main, each with a card; or one model folder."""
+"""Publishing to the Hub: the milestones of a run as revisions, with the newest on main; or a single model folder."""
 
 import fnmatch
 import io
@@ -18,7 +18,7 @@ _GIT_FILE = ".gitattributes"  # the Hub writes it into every repository
 
 
 class Published(NamedTuple):
-    """What became of a revision: its address, and the paths that were sent or taken away (of a dry run: would be)."""
+    """The result for one revision: its URL, and the paths that were uploaded or deleted (in a dry run: would be)."""
 
     revision: str
     url: str
@@ -34,26 +34,28 @@ def publish(
     note: Callable[[str], Any] = lambda line: None,
     base_model: str | None = None,
 ) -> list[Published]:
-    """Publishes the milestones of a run, or one model folder on main alone: fine-tuned, converted, quantized, an adapter.
+    """Publishes the milestones of a run, or one model folder on main: fine-tuned, converted, quantized or an adapter.
 
-    Each revision is one commit, so nobody sees half of one. What the Hub has already is not sent again: repeated, it
-    uploads nothing; interrupted, it resumes. Files, text and metadata that people added on the Hub stay. Nothing that is
-    sent has an absolute path or the name of the user or the host.
+    Each revision is uploaded in one commit, so a revision is never visible in part. Files that the Hub already has are
+    not uploaded again: a second call uploads nothing, and an interrupted one resumes. Files, text and metadata that
+        were added
+    on the Hub are kept. No uploaded file contains an absolute path or the name of the user or the host.
 
     Args:
         run (`str` or `Path`): folder of a run, or a model folder.
         repo (`str`): `USER/NAME`; created if it does not exist.
-        private (`bool`, *optional*, defaults to `False`): make the repository private.
-        license (`str`, *optional*): an identifier that the Hub knows, for the card; by default the one that the card has.
-        dry_run (`bool`, *optional*, defaults to `False`): check everything, say what would go where, and stop.
-        note (`Callable`): called with lines for the user.
-        base_model (`str`, *optional*): Hub id of the model that a folder was made from, where the folder has no id of it.
+        private (`bool`, *optional*, defaults to `False`): create a private repository.
+        license (`str`, *optional*): license identifier of the Hub, for the card; by default that of the card on the
+            Hub.
+        dry_run (`bool`, *optional*, defaults to `False`): check everything, print what would be uploaded, and stop.
+        note (`Callable`): called with each line for the user.
+        base_model (`str`, *optional*): Hub id of the base model, if the folder does not record it.
 
     Returns:
         `list[Published]`: in the order of upload.
 
     Raises:
-        InputError: for anything that cannot work; before the first byte is sent, unless the connection breaks.
+        InputError: if something cannot be published. Raised before the first upload, except for connection errors.
     """
     from huggingface_hub import HfApi
 
@@ -68,28 +70,28 @@ def publish(
     with explain_errors(api, repo):
         heads = _heads(api, repo, private)
         check_may_write(api, repo)
-        revisions = _keep_cards(api, repo, heads or {}, revisions)
+        revisions = _merge_cards(api, repo, heads or {}, revisions)
         _check_card(revisions[-1])
         if heads is None:
-            api.create_repo(repo, private=private or None)  # else as the account has it by default
+            api.create_repo(repo, private=private or None)  # None: the default of the account
             heads = _heads(api, repo, private)
         return [_upload(api, repo, heads, revision, note) for revision in revisions]
 
 
 def _check_card(revision: Revision) -> None:
-    """Lets the Hub check the metadata, before anything else of a commit."""
+    """Has the Hub validate the metadata of a card before anything is uploaded."""
     from huggingface_hub import ModelCard
 
     try:
         ModelCard(revision.files[CARD_FILE].decode()).validate()
     except ValueError as error:
         raise InputError(
-            f"the Hub refuses the card's metadata ({error}); if it is the license, change --license"
+            f"The Hub rejects the metadata of the card ({error}). If the license is the cause, change --license"
         ) from error
 
 
-def _keep_cards(api: Any, repo: str, heads: dict[str, str], revisions: Sequence[Revision]) -> list[Revision]:
-    """The revisions with what people added to their cards."""
+def _merge_cards(api: Any, repo: str, heads: dict[str, str], revisions: Sequence[Revision]) -> list[Revision]:
+    """The revisions with the text and metadata that were added to their cards on the Hub."""
     kept = []
     for revision in revisions:
         generated = revision.files[CARD_FILE].decode()
@@ -102,38 +104,39 @@ def _heads(api: Any, repo: str, private: bool) -> dict[str, str] | None:
     """The commit of each branch, `None` if the repository does not exist.
 
     Raises:
-        InputError: if it is another than the one that is asked for.
+        InputError: if it is public although `private` is set, or holds files of another origin.
     """
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        info = api.model_info(repo, timeout=30)  # the client itself would wait for ever
+        info = api.model_info(repo, timeout=30)  # without it the client waits forever
     except RepositoryNotFoundError:
         return None
     if private and not info.private:
-        raise InputError(f"--private: {repo} exists and is public; make it private in its settings, or name another")
+        raise InputError(f"--private: {repo} exists and is public. Make it private in its settings, or choose another")
     present = {sibling.rfilename for sibling in info.siblings} - {_GIT_FILE, CARD_FILE}
     if present and PROVENANCE_FILE not in present and not is_marked(read_card(api, repo, info.sha) or ""):
         raise InputError(
-            f"--repo {repo}: holds other files ({', '.join(sorted(present)[:3])}), which publishing would replace; name "
-            "another repository"
+            f"--repo {repo}: holds other files ({', '.join(sorted(present)[:3])}), which publishing would replace. "
+            "Choose another repository"
         )
     return {branch.name: branch.target_commit for branch in api.list_repo_refs(repo).branches}
 
 
 def _upload(api: Any, repo: str, heads: dict[str, str], revision: Revision, note: Callable[[str], Any]) -> Published:
-    """Makes a branch hold what it is to hold, in one commit; files that people added stay."""
+    """Updates a branch to a revision in one commit. Files that were added on the Hub are kept."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     head = heads.get(revision.name)
     if head is None:
-        # From the first commit, which holds no model: a branch cut from main would name another milestone's weights.
+        # From the first commit, which holds no model: a branch from main would expose the weights of another
+        # milestone.
         head = api.list_repo_commits(repo)[-1].commit_id
         api.create_branch(repo, branch=revision.name, revision=head)
     added, removed = _difference(api, repo, head, revision)
     result = Published(revision.name, _url(api, repo, revision), [*added, *removed])
     if not result.changed:
-        note(f"{result.url}  already there")
+        note(f"{result.url}  up to date")
         return result
     note(f"uploading {revision.name}: {_amount(revision, added)}")
     operations = [CommitOperationAdd(path, revision.files[path]) for path in added]
@@ -141,7 +144,7 @@ def _upload(api: Any, repo: str, heads: dict[str, str], revision: Revision, note
     title = "card" if set(result.changed) == {CARD_FILE} else revision.source
     api.create_commit(
         repo, operations, commit_message=f"{COMMIT_PREFIX}{title}", revision=revision.name, parent_commit=head
-    )  # fmt: skip
+    )
     note(f"{result.url}  uploaded")
     return result
 
@@ -149,12 +152,12 @@ def _upload(api: Any, repo: str, heads: dict[str, str], revision: Revision, note
 def _dry_run(
     api: Any, repo: str, revisions: Sequence[Revision], private: bool, note: Callable[[str], Any]
 ) -> list[Published]:
-    """Says what would go where; asks the Hub what it has, if it can be reached."""
+    """Prints what would be uploaded, compared with the Hub if it can be reached."""
     note(f"{repo}{', private' if private else ''}: {len(revisions)} revision{'s' * (len(revisions) > 1)}")
-    heads, asked = _ask(api, repo, private, note)
+    heads, reached = _ask(api, repo, private, note)
     if heads:
         with explain_errors(api, repo):
-            revisions = _keep_cards(api, repo, heads, revisions)
+            revisions = _merge_cards(api, repo, heads, revisions)
     results, contents = [], set()
     for revision in revisions:
         added, removed = list(revision.files), []
@@ -162,21 +165,22 @@ def _dry_run(
             with explain_errors(api, repo):
                 added, removed = _difference(api, repo, heads[revision.name], revision)
         results.append(Published(revision.name, _url(api, repo, revision), [*added, *removed]))
-        state = "already there" if asked and not results[-1].changed else f"to upload: {_amount(revision, added)}"
+        state = "up to date" if reached and not results[-1].changed else f"to upload: {_amount(revision, added)}"
         origin = "" if revision.name == revision.source else f"from {revision.source}, "
         note(f"{revision.name}  {origin}{revision.num_bytes:,} bytes; {state}")
         for path, content in sorted(revision.files.items()):
-            note(f"  {content_bytes(content):>14,}  {path}{'' if path in added else '  already there'}")
+            note(f"  {content_bytes(content):>14,}  {path}{'' if path in added else '  up to date'}")
         for path in removed:
-            note(f"  {'':>14}  {path}  to be removed")
+            note(f"  {'':>14}  {path}  to delete")
         contents |= {revision.files[path] for path in added}
-    note(f"at most {sum(map(content_bytes, contents)):,} bytes to upload; what two revisions share goes once")
+    total = sum(map(content_bytes, contents))
+    note(f"at most {total:,} bytes to upload; files shared by several revisions are uploaded once")
     note("dry run: nothing was uploaded")
     return results
 
 
 def _ask(api: Any, repo: str, private: bool, note: Callable[[str], Any]) -> tuple[dict[str, str] | None, bool]:
-    """The branches that the Hub has, and whether it could be asked."""
+    """The branches on the Hub, and whether it could be reached."""
     from huggingface_hub import get_token
 
     try:
@@ -185,33 +189,35 @@ def _ask(api: Any, repo: str, private: bool, note: Callable[[str], Any]) -> tupl
             if get_token():
                 check_may_write(api, repo)
     except Unreachable as error:
-        note(f"what is there already is not known: {error}")
+        note(f"not compared with the Hub: {error}")
         return None, False
-    note("the repository exists" if heads else "the repository does not exist, or this token does not see it")
+    note("the repository exists" if heads else "the repository does not exist, or this token has no access to it")
     return heads, True
 
 
 def _difference(api: Any, repo: str, commit: str, revision: Revision) -> tuple[list[str], list[str]]:
-    """The paths in which a commit differs from what a branch is to hold: to add or replace, and to remove."""
+    """The paths to add or replace, and those to delete, to get from a commit to a revision."""
     from huggingface_hub import RepoFile
 
-    there = {f.path: f for f in api.list_repo_tree(repo, revision=commit, recursive=True) if isinstance(f, RepoFile)}
-    added = [path for path, content in revision.files.items() if not _equal(content, there.get(path))]
-    ours = [path for path in there if "/" not in path and any(fnmatch.fnmatch(path, name) for name in OUTDATED)]
+    existing = {
+        f.path: f for f in api.list_repo_tree(repo, revision=commit, recursive=True) if isinstance(f, RepoFile)
+    }
+    added = [path for path, content in revision.files.items() if not _equal(content, existing.get(path))]
+    ours = [path for path in existing if "/" not in path and any(fnmatch.fnmatch(path, name) for name in OUTDATED)]
     return added, sorted(set(ours) - revision.files.keys())
 
 
-def _equal(content: Path | bytes, there: Any) -> bool:
-    """Whether the Hub has these bytes: by size and SHA-256, or by the id that git gives to a small file."""
+def _equal(content: Path | bytes, existing: Any) -> bool:
+    """Whether a file on the Hub has this content, by size and SHA-256, or by the git hash of a small file."""
     from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
-    if there is None or there.size != content_bytes(content):
+    if existing is None or existing.size != content_bytes(content):
         return False
-    if there.lfs is None:
-        return git_hash(content if isinstance(content, bytes) else content.read_bytes()) == there.blob_id
+    if existing.lfs is None:
+        return git_hash(content if isinstance(content, bytes) else content.read_bytes()) == existing.blob_id
     if isinstance(content, Path):
-        return provenance.file_sha256(content) == there.lfs.sha256
-    return sha_fileobj(io.BytesIO(content)).hex() == there.lfs.sha256
+        return provenance.file_sha256(content) == existing.lfs.sha256
+    return sha_fileobj(io.BytesIO(content)).hex() == existing.lfs.sha256
 
 
 def _amount(revision: Revision, paths: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""What is to be published: the revisions of a repository, each with the contents of its files."""
+"""The revisions to publish from a run or a model folder, with the content of every file."""
 
 import json
 import tempfile
@@ -21,20 +21,20 @@ from .scores import Scores, read_scores
 
 
 MAIN = "main"
-# Their strings are tokens and rules, which programs obey.
+# Uploaded unchanged: their strings are tokens and rules that programs depend on.
 _VERBATIM = {"tokenizer.json", "special_tokens_map.json", "added_tokens.json", "model.safetensors.index.json"}
-# The same inside other files: a token may look like a path ("/think").
-_TOKEN_FIELDS = ("chat_template", "stop_strings", "tokens_decoder", "_token", "_tokens")  # what their names end in
+# Suffixes of fields with tokens in other files, which are unchanged too: a token may look like a path ("/think").
+_TOKEN_FIELDS = ("chat_template", "stop_strings", "tokens_decoder", "_token", "_tokens")
 
 
 class Revision(NamedTuple):
-    """What a branch is to hold.
+    """The target state of a branch.
 
     Attributes:
-        name (`str`): of the branch.
-        source (`str`): name of the folder that it comes from.
-        files (`dict`): contents by path, either a file here or the bytes themselves.
-        computed (`tuple[str, ...]`): fields of the card's metadata that are made from scores, and go when these go.
+        name (`str`): name of the branch.
+        source (`str`): name of the folder that it is made from.
+        files (`dict`): content by path, either a local file or bytes.
+        computed (`tuple[str, ...]`): fields of the card's metadata that are computed from scores.
     """
 
     name: str
@@ -44,34 +44,34 @@ class Revision(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Of all files together."""
+        """Total size of the files."""
         return sum(map(content_bytes, self.files.values()))
 
 
 def content_bytes(content: Path | bytes) -> int:
-    """The size of a file, here or in memory."""
+    """The size of the content of a file."""
     return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
 def plan_revisions(run: Path, repo: str, license: str | None = None, base_model: str | None = None) -> list[Revision]:
-    """What is to be published: the milestones in their order, and the newest again on main, with pictures.
+    """Returns the revisions of a run or a model folder: each milestone, and the newest again on main, with pictures.
 
     Raises:
-        InputError: if the folder holds nothing to publish, or a part of it is damaged.
+        InputError: if there is nothing to publish, or a file is missing or damaged.
     """
     if (run / MILESTONES_FOLDER).is_dir():
         if base_model:
-            raise InputError(f"--base-model {base_model}: is for a model folder, and {run} is a run; leave it out")
-        ladder = [open_trained_folder(folder) for folder in require_milestones(run)]
-        models = [(model.name, model) for model in ladder] + [(MAIN, ladder[-1])]
+            raise InputError(f"--base-model {base_model} applies to a model folder, and {run} is a run. Leave it out")
+        milestones = [open_trained_folder(folder) for folder in require_milestones(run)]
+        models = [(model.name, model) for model in milestones] + [(MAIN, milestones[-1])]
     else:
-        ladder, models = [], [(MAIN, open_folder(run, base_model))]
+        milestones, models = [], [(MAIN, open_folder(run, base_model))]
     scores = read_scores(run)
-    drawn = _pictures(run, ladder, scores) if ladder else {}
+    drawn = _draw_pictures(run, milestones, scores) if milestones else {}
     revisions = []
     for name, model in models:
         pictures = drawn if name == MAIN else {}
-        card = model_card(repo, name, model, ladder, scores, license, list(pictures))
+        card = model_card(repo, name, model, milestones, scores, license, list(pictures))
         files = {**_contents(model), **pictures, CARD_FILE: card.encode()}
         computed = ("model-index",) if model.kind == "trained" else ()
         revisions.append(Revision(name, portable_text(model.name), files, computed))
@@ -79,7 +79,7 @@ def plan_revisions(run: Path, repo: str, license: str | None = None, base_model:
 
 
 def _contents(model: ModelFolder) -> dict[str, Path | bytes]:
-    """The files of a folder as they are uploaded; an adapter names its base by the id that others find it by."""
+    """The files of a folder as uploaded. The configuration of an adapter names its base model by Hub id."""
     name, _, revision = (model.base or "").partition("@")
     base = {"base_model_name_or_path": name, "revision": revision or None}
     return {
@@ -87,20 +87,20 @@ def _contents(model: ModelFolder) -> dict[str, Path | bytes]:
     }
 
 
-def _pictures(run: Path, ladder: Sequence[ModelFolder], scores: Scores) -> dict[str, bytes]:
-    """The curves of a run as PNG files; equal runs give equal bytes."""
+def _draw_pictures(run: Path, milestones: Sequence[ModelFolder], scores: Scores) -> dict[str, bytes]:
+    """The curves of a run as PNG files. Equal runs give equal bytes."""
     require("matplotlib", "report", "the card's pictures")
     from ..report import plots
     from ..report.training import TrainingCurves
 
     if not (run / METRICS_FILE).is_file():
         raise InputError(
-            f"run {run}: holds no {METRICS_FILE}, from which the loss curve is drawn; publish the whole run"
+            f"run {run}: {METRICS_FILE} is missing, which the loss curve is drawn from. Publish the complete run"
         )
     curves = TrainingCurves(run)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        tokens = [model.record["tokens"] for model in ladder]
+        tokens = [model.record["tokens"] for model in milestones]
         plots.loss_curve(curves, tokens, folder / "loss.png")
         if scores.bits_per_byte:
             plots.trajectory(scores.bits_per_byte, folder / "trajectory.png")
@@ -108,13 +108,13 @@ def _pictures(run: Path, ladder: Sequence[ModelFolder], scores: Scores) -> dict[
 
 
 def published_content(file: Path, **fields: Any) -> Path | bytes:
-    """Returns what is uploaded of a file: the file itself where nothing in it has to change, or the bytes to upload.
+    """Returns the content to upload for a file: the file itself, or bytes without the paths and names of this machine.
 
     Args:
-        file (`Path`): of a model folder.
-        **fields: replace those of the same name in a JSON object.
+        file (`Path`): a file of a model folder.
+        **fields: values to set in a JSON object.
     """
-    if file.name == CONFIG_FILE:  # always written again: comments may name anything
+    if file.name == CONFIG_FILE:  # always rewritten: comments may contain paths
         settings = portable(yaml.safe_load(file.read_text(encoding="utf-8")))
         return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode()
     if file.suffix != ".json" or file.name in _VERBATIM:
@@ -126,7 +126,7 @@ def published_content(file: Path, **fields: Any) -> Path | bytes:
 
 
 def _portable_fields(value: Any) -> Any:
-    """A file that a library reads: paths are cut, and nothing else is touched."""
+    """The content of a file that libraries read: only absolute paths are shortened."""
     if not isinstance(value, dict):
         return portable(value, names=False)
     others = {key: entry for key, entry in value.items() if not key.endswith(_TOKEN_FIELDS)}

@@ -1,4 +1,4 @@
-"""The scores of a run or a model, for its card and the `model-index` of the card."""
+"""The scores of a run or a model: for the text of its card, and as the `model-index` of its metadata."""
 
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -14,7 +14,7 @@ from ..provenance import file_sha256
 
 @dataclass(frozen=True)
 class Scores:
-    """The score files of a run or a model, empty for each that is not there."""
+    """Contents of the score files of a run or a model; empty for missing files."""
 
     bits_per_byte: dict[str, Any] = field(default_factory=dict)
     commonsense: dict[str, Any] = field(default_factory=dict)
@@ -25,27 +25,27 @@ NO_SCORES = Scores()
 
 
 def read_scores(folder: Path) -> Scores:
-    """Reads what `tinyllama-hf eval` left in a run or beside a model; scores on made-up items are left out."""
+    """Reads the score files that `tinyllama-hf eval` wrote. Scores on the bundled sample items are ignored."""
     files = [folder / name for name in ("scores.json", "commonsense.json", "replies.json")]
     bits_per_byte, commonsense, replies = (read_json(file) if file.is_file() else {} for file in files)
-    if commonsense and _on_made_up_items(commonsense["protocol"]):
+    if commonsense and _uses_sample(commonsense["protocol"]):
         commonsense = {}
     return Scores(bits_per_byte, commonsense, replies)
 
 
-def _on_made_up_items(protocol: dict[str, Any]) -> bool:
-    """Whether any task read the sample that comes with the package; other tasks of the same scores may have read more."""
+def _uses_sample(protocol: dict[str, Any]) -> bool:
+    """Whether any task was scored on the bundled sample, even if others were not."""
     sample = {file_sha256(file) for file in task_files(SAMPLE).values()}
     return protocol["sample"] or not sample.isdisjoint(protocol["data"].values())
 
 
 def row_of(name: str, scores: dict[str, Any]) -> dict[str, Any] | None:
-    """The entry of a model in a score file."""
+    """The entry of a model in a score file, `None` if it was not scored."""
     return next((row for row in scores.get("models", ()) if row["name"] == name), None)
 
 
 def eval_results(name: str, scores: Scores) -> list[Any]:
-    """The entries of `model-index`: figures on all of a held-out text or task, and no others."""
+    """The entries of `model-index`. Only scores on a complete text or task are included."""
     from huggingface_hub import EvalResult
 
     results = []
@@ -79,7 +79,7 @@ def eval_results(name: str, scores: Scores) -> list[Any]:
 
 
 def average_of(row: dict[str, Any]) -> dict[str, float | None]:
-    """The mean of the tasks with its standard error, by the metric that the harness uses."""
+    """The mean of the tasks and its standard error, by the same metric as `eval`."""
     results = row["results"].values()
     return commonsense_average(
         [r["score"] for r in results], list(row["results"]), [r["standard_error"] for r in results]

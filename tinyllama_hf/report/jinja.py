@@ -1,4 +1,4 @@
-"""The jinja2 templates of cards and pages, which are files next to the code that renders them."""
+"""Rendering of the jinja2 templates of model cards and the run report."""
 
 from pathlib import Path
 from typing import Any
@@ -9,15 +9,16 @@ from ..portable import portable_text
 
 
 def render_template(path: Path, **values: Any) -> str:
-    """Renders a template of the package.
+    """Renders a template file. Values are escaped in HTML templates.
 
-    Templates of HTML escape what they are given. Filters: `number(spec)` formats as Python does, with separators of
-    thousands by default; `cell` escapes text for a Markdown table; `portable` cuts absolute paths;
-    `basename` gives the last part of a path.
+    Filters besides those of jinja2: `number(spec)` formats a number with a Python format spec, by default with
+        thousands
+    separators; `cell` escapes text for a Markdown table; `portable` shortens absolute paths; `basename` is the last
+    part of a path.
 
     Args:
         path (`Path`): the template.
-        **values: that it names; one that is missing is an error.
+        **values: values of the variables in the template. A missing one is an error.
     """
     environment = Environment(
         loader=FileSystemLoader(path.parent),

@@ -1,4 +1,4 @@
-"""The story of a run: one HTML page without outside parts, and its pictures."""
+"""The report of a run: one self-contained HTML page, and its pictures as PNG files."""
 
 import base64
 from collections.abc import Sequence
@@ -26,31 +26,31 @@ _SHOWN_REPLIES = 8
 def write_report(
     run: Path, output: Path, prompts: Sequence[str] = (), stages: Path | None = None, chat: Path | None = None
 ) -> Path:
-    """Writes pictures and page of a finished run.
+    """Writes the report of a run.
 
     Args:
         run (`Path`): folder of the run.
-        output (`Path`): folder to write into; pictures and page of an earlier report are replaced.
-        prompts (`Sequence[str]`, *optional*): continued by every milestone.
-        stages (`Path`, *optional*): lines of `name<TAB>seconds`.
-        chat (`Path`, *optional*): a model that was fine-tuned from the run and scored with `eval --task replies`.
+        output (`Path`): folder for the page and the pictures; those of an earlier report are replaced.
+        prompts (`Sequence[str]`, *optional*): prompts that every milestone continues.
+        stages (`Path`, *optional*): file with lines of `name<TAB>seconds`.
+        chat (`Path`, *optional*): model that was fine-tuned from the run and scored with `eval --task replies`.
 
     Returns:
-        The page.
+        `Path`: the page.
 
     Raises:
-        InputError: if the folder is no run or one without a step, something named does not exist, or matplotlib is
-            missing; before anything is written.
+        InputError: if the folder is not a run or has no logged step, a file is missing, or matplotlib is not
+            installed. Raised before anything is written.
     """
     if not (run / METRICS_FILE).is_file():
-        raise InputError(f"run {run}: holds no {METRICS_FILE}, so it is no pretraining run")
+        raise InputError(f"run {run}: {METRICS_FILE} is missing, so this is not a pretraining run")
     curves = TrainingCurves(run)
     if not curves.last:
-        raise InputError(f"run {run}: has logged no step yet; wait for the first")
+        raise InputError(f"run {run}: no training step is logged yet. Wait for the first one")
     if stages and not stages.is_file():
-        raise InputError(f"--stages {stages}: no such file")
+        raise InputError(f"--stages {stages}: the file does not exist")
     if output.exists() and not output.is_dir():
-        raise InputError(f"--output {output}: is a file; name a folder")
+        raise InputError(f"--output {output} is a file. Choose a folder")
     replies, chat_record = _chat(chat) if chat else (None, None)
     require("matplotlib", "report", "drawing pictures")
     from . import plots
@@ -67,7 +67,7 @@ def write_report(
     page = output / "index.html"
     text = render_template(
         Path(__file__).with_name("page.html.jinja"),
-        title=f"The story of {run}",
+        title=f"Run report: {run}",
         config=yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8")),
         first=curves.first,
         last=curves.last,
@@ -96,7 +96,7 @@ def _read_scores(file: Path) -> dict[str, Any]:
 
 
 def _chat(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """How a fine-tuned model replies, and its record.
+    """The scores of a fine-tuned model's replies, and its `provenance.json`.
 
     Raises:
         InputError: if it was not scored.
@@ -107,19 +107,20 @@ def _chat(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         ("provenance.json", "recipes/sft.py"),
     ):
         if not (folder / name).is_file():
-            raise InputError(f"{folder / name} does not exist; `{maker}` writes it")
+            raise InputError(f"{folder / name} does not exist. `{maker}` writes it")
         found.append(read_json(folder / name))
     scores, record = found
     row = next((row for row in scores["models"] if row["name"] == folder.resolve().name), None)
     if row is None:
         raise InputError(
-            f"{folder / 'replies.json'}: has no scores of {folder.resolve().name}; run `tinyllama-hf eval {folder} --task replies`"
+            f"{folder / 'replies.json'}: has no scores of {folder.resolve().name}. Run `tinyllama-hf eval {folder} "
+            "--task replies`"
         )
     return row, record
 
 
 def _samples(milestones: Sequence[Path], prompts: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
-    """For each prompt how every milestone continues it: the name of the milestone and the text, prompt included."""
+    """For each prompt, the name of every milestone and the text that it generates, including the prompt."""
     written: dict[str, list[tuple[str, str]]] = {prompt: [] for prompt in prompts} if milestones else {}
     for folder in milestones if prompts else ():
         model, tokenizer = load(folder)

@@ -1,4 +1,4 @@
-"""Pictures of a run, as PNG files."""
+"""Plots of a run, as PNG files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,14 +18,14 @@ from .training import TrainingCurves
 
 _SIZE = (7.2, 4.2)
 _MAX_MARKERS = 100  # more would hide the line
-_COLOURS = {"model": "#1f77b4", "validation": "#d62728", "unigram": "#999999", "5-gram": "#2ca02c"}
+_COLORS = {"model": "#1f77b4", "validation": "#d62728", "unigram": "#999999", "5-gram": "#2ca02c"}
 
 
 def loss_curve(curves: TrainingCurves, milestones: Sequence[int], path: Path) -> None:
-    """Training and validation loss over tokens, with the milestones marked.
+    """Plots training and validation loss over tokens, with the milestones marked.
 
     Args:
-        curves (`TrainingCurves`): of the run.
+        curves (`TrainingCurves`): curves of the run.
         milestones (`Sequence[int]`): tokens of each milestone.
         path (`Path`): PNG file to write.
     """
@@ -36,7 +36,7 @@ def loss_curve(curves: TrainingCurves, milestones: Sequence[int], path: Path) ->
 
 
 def learning_rate_curve(curves: TrainingCurves, path: Path) -> None:
-    """Learning rate and gradient norm over tokens."""
+    """Plots learning rate and gradient norm over tokens."""
     figure, (above, below) = plt.subplots(2, 1, figsize=_SIZE, sharex=True)
     _learning_rate(above, curves)
     _gradient_norm(below, curves)
@@ -45,19 +45,19 @@ def learning_rate_curve(curves: TrainingCurves, path: Path) -> None:
 
 
 def training_panels(curves: TrainingCurves, milestones: Sequence[int], title: str, path: Path) -> None:
-    """A run at a glance: loss, learning rate, gradient norm and throughput over tokens, in one picture.
+    """Plots loss, learning rate, gradient norm and throughput over tokens, in one picture.
 
     Args:
-        curves (`TrainingCurves`): of the run.
+        curves (`TrainingCurves`): curves of the run.
         milestones (`Sequence[int]`): tokens of each milestone so far.
-        title (`str`): above the picture.
+        title (`str`): title of the picture.
         path (`Path`): PNG file to write.
     """
     figure, ((loss, rate), (norm, speed)) = plt.subplots(2, 2, figsize=(11, 6.4), sharex=True)
     _loss(loss, curves, milestones)
     _learning_rate(rate, curves)
     _gradient_norm(norm, curves)
-    _line(speed, curves, "tokens_per_second", _COLOURS["5-gram"])
+    _line(speed, curves, "tokens_per_second", _COLORS["5-gram"])
     speed.set(title="Throughput, tokens per second", ylim=(0, None))
     speed.yaxis.set_major_formatter(FuncFormatter(_short))
     for axes in (norm, speed):
@@ -69,50 +69,56 @@ def training_panels(curves: TrainingCurves, milestones: Sequence[int], title: st
 def _loss(axes: Any, curves: TrainingCurves, milestones: Sequence[int]) -> None:
     for number, tokens in enumerate(milestones):
         axes.axvline(tokens, color="#cccccc", linewidth=0.8, zorder=0, label="_" * (number > 0) + "milestone")
-    _line(axes, curves, "loss", _COLOURS["model"], label="training")
+    _line(axes, curves, "loss", _COLORS["model"], label="training")
     if curves.validation:
         style = "o-" if len(curves.validation) <= _MAX_MARKERS else "-"
-        axes.plot(*zip(*curves.validation, strict=True), style, color=_COLOURS["validation"], markersize=3, linewidth=1,
-                  label="validation, unseen text")  # fmt: skip
+        axes.plot(
+            *zip(*curves.validation, strict=True),
+            style,
+            color=_COLORS["validation"],
+            markersize=3,
+            linewidth=1,
+            label="validation, held-out text",
+        )
     axes.set(title="Loss, nats per token")
     _logarithmic(axes)
     axes.legend(frameon=False)
 
 
 def _learning_rate(axes: Any, curves: TrainingCurves) -> None:
-    _line(axes, curves, "learning_rate", _COLOURS["model"])
+    _line(axes, curves, "learning_rate", _COLORS["model"])
     axes.set(title="Learning rate", ylim=(0, None))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _gradient_norm(axes: Any, curves: TrainingCurves) -> None:
-    _line(axes, curves, "gradient_norm", _COLOURS["validation"])
+    _line(axes, curves, "gradient_norm", _COLORS["validation"])
     axes.set(title="Gradient norm before clipping")
     _logarithmic(axes)
 
 
-def _line(axes: Any, curves: TrainingCurves, name: str, colour: str, label: str | None = None) -> None:
-    """The mean of each stretch as a line, and from its lowest to its highest value a band."""
+def _line(axes: Any, curves: TrainingCurves, name: str, color: str, label: str | None = None) -> None:
+    """Draws the mean of each interval as a line, and its range as a band."""
     curve = curves.curve(name)
-    axes.fill_between(curve.tokens, curve.low, curve.high, color=colour, alpha=0.3, linewidth=0.8)
-    axes.plot(curve.tokens, curve.mean, color=colour, linewidth=1, label=label, marker="." * (len(curve.tokens) == 1))
+    axes.fill_between(curve.tokens, curve.low, curve.high, color=color, alpha=0.3, linewidth=0.8)
+    axes.plot(curve.tokens, curve.mean, color=color, linewidth=1, label=label, marker="." * (len(curve.tokens) == 1))
     axes.xaxis.set_major_formatter(FuncFormatter(_short))
 
 
 def _logarithmic(axes: Any) -> None:
-    """A logarithmic axis with round numbers on it, whether it spans a tenth of a decade or several."""
+    """Makes the y axis logarithmic, with plain numbers as ticks for narrow and wide ranges."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     if high / low < 30:
         axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
     else:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1000 else (1,)))
-    axes.yaxis.set_minor_locator(NullLocator())  # its labels would be powers of ten beside plain numbers
+    axes.yaxis.set_minor_locator(NullLocator())  # its labels would mix powers of ten with plain numbers
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _short(value: float, position: int = 0) -> str:
-    """Counts as one says them: `250k`, `1.5M`, `300B`, `3T`."""
+    """Formats a count: `250k`, `1.5M`, `300B`, `3T`."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{letter}"
@@ -120,28 +126,45 @@ def _short(value: float, position: int = 0) -> str:
 
 
 def trajectory(scores: dict[str, Any], path: Path) -> None:
-    """Bits per byte of each milestone over tokens, beside the counting models that read the same text."""
+    """Plots bits per byte of each milestone over tokens, with the n-gram models that were fitted on the same text."""
     figure, axes = plt.subplots(figsize=_SIZE)
     series = {name: [row for row in scores["baselines"] if row["name"] == name] for name in ("unigram", "5-gram")}
     for name, rows in series.items():
         if rows:
-            axes.plot([r["tokens"] for r in rows], [r["bits_per_byte"] for r in rows], "s--",
-                      color=_COLOURS[name], markersize=4, label=f"{name}, same text")  # fmt: skip
+            axes.plot(
+                [r["tokens"] for r in rows],
+                [r["bits_per_byte"] for r in rows],
+                "s--",
+                color=_COLORS[name],
+                markersize=4,
+                label=f"{name}, same text",
+            )
     models = scores["models"]
-    axes.plot([r["tokens"] for r in models], [r["bits_per_byte"] for r in models], "o-",
-              color=_COLOURS["model"], label="model")  # fmt: skip
+    axes.plot(
+        [r["tokens"] for r in models],
+        [r["bits_per_byte"] for r in models],
+        "o-",
+        color=_COLORS["model"],
+        label="model",
+    )
     for row in models:
-        axes.annotate(f"{row['bits_per_byte']:.2f}", (row["tokens"], row["bits_per_byte"]),
-                      textcoords="offset points", xytext=(0, -13), ha="center", fontsize=8)  # fmt: skip
-    axes.margins(y=0.12)  # room for the figures below the points
+        axes.annotate(
+            f"{row['bits_per_byte']:.2f}",
+            (row["tokens"], row["bits_per_byte"]),
+            textcoords="offset points",
+            xytext=(0, -13),
+            ha="center",
+            fontsize=8,
+        )
+    axes.margins(y=0.12)  # room for the labels below the points
     axes.xaxis.set_major_formatter(FuncFormatter(_short))
-    axes.set(xlabel="tokens", ylabel="bits per byte, unseen text", title="What each milestone has learned")
+    axes.set(xlabel="tokens", ylabel="bits per byte, held-out text", title="Bits per byte of each milestone")
     axes.legend(frameon=False)
     _save(figure, path)
 
 
 def _save(figure: Any, path: Path) -> None:
-    """Writes a figure with the style that all share, and closes it."""
+    """Saves a figure under a temporary name and renames it, so that a partial picture is never visible."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#eeeeee")

@@ -1,4 +1,4 @@
-"""Preparing that stops, at a bad file, a full disk, a killed worker: what was complete stays, and nothing else counts."""
+"""Resuming a preparation after a bad file, a full disk or a killed worker: exactly the complete tasks are kept."""
 
 import fcntl
 import gzip
@@ -38,7 +38,7 @@ def stamps(output: Path) -> dict[str, int]:
 
 
 def assert_equal(output: Path, reference: Path) -> None:
-    """Two data sets are the same, every file of them, and hold nothing else."""
+    """Asserts that two data sets have the same files, with equal contents and metadata."""
     names = [
         sorted(
             str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.suffix != ".json"
@@ -71,16 +71,18 @@ def broken(sources, documents) -> Path:
 class TestBadFile:
     @pytest.mark.parametrize("workers", [1, 2])
     def test_the_others_stay_and_it_alone_is_read_again(self, broken, documents, tokenizer_folder, tmp_path, workers):
-        """One bad row used to remove everything that had been prepared."""
+        """A bad row keeps the tasks that are complete."""
         out = tmp_path / "out"
-        with pytest.raises(InputError, match=r"5\.jsonl, row 40: 'text' is null.*\n\d of 6 files are done and stay"):
+        with pytest.raises(
+            InputError, match=r"5\.jsonl, row 40: 'text' is null.*\n\d of 6 files are finished and kept"
+        ):
             run(broken, tokenizer_folder, out, workers=workers)
         with pytest.raises(InputError, match="its preparation was interrupted"):
             read_metadata(out)
         done = {file.name for file in (out / "work" / "logs" / "completions").iterdir()}
         before = {name: stamp for name, stamp in stamps(out).items() if name.removesuffix(".tokens") in done}
         assert len(before) == NUM_FILES - 1 if workers == 1 else before
-        with pytest.raises(InputError, match="files are done and stay"):
+        with pytest.raises(InputError, match="files are finished and kept"):
             run(broken, tokenizer_folder, out, workers=workers)
         write(broken / "5.jsonl", [f"{text} 5" for text in documents[:39]])
         run(broken, tokenizer_folder, out, workers=workers)
@@ -90,11 +92,11 @@ class TestBadFile:
 
     def test_a_complete_file_that_changes_is_read_again(self, broken, documents, tokenizer_folder, tmp_path):
         out = tmp_path / "out"
-        with pytest.raises(InputError, match="5 of 6 files are done"):
+        with pytest.raises(InputError, match="5 of 6 files are finished"):
             run(broken, tokenizer_folder, out)
         before = stamps(out)
         assert (out / "validation" / "00002.jsonl.gz").is_file()
-        # Nothing of it is held out now; what was must not stay and be scored on.
+        # Nothing of it is held out now, so that the earlier held-out text must be deleted.
         write(broken / "2.jsonl", [t for t in documents if split_of(t, 0.1, 1.0) == "train"][:10])
         write(broken / "5.jsonl", documents[:10])
         run(broken, tokenizer_folder, out)
@@ -106,7 +108,7 @@ class TestBadFile:
     @pytest.mark.parametrize("damage", ["shard", "index", "counts", "counts of an older version"])
     def test_what_is_damaged_is_made_again(self, broken, documents, tokenizer_folder, tmp_path, damage):
         out = tmp_path / "out"
-        with pytest.raises(InputError, match="5 of 6 files are done"):
+        with pytest.raises(InputError, match="5 of 6 files are finished"):
             run(broken, tokenizer_folder, out)
         if damage == "shard":
             (out / "train" / "00001.tokens").write_bytes(b"")
@@ -126,7 +128,7 @@ class TestBadFile:
 
     def test_another_request_is_refused_as_before(self, broken, documents, tokenizer_folder, tmp_path):
         out = tmp_path / "out"
-        with pytest.raises(InputError, match="5 of 6 files are done"):
+        with pytest.raises(InputError, match="5 of 6 files are finished"):
             run(broken, tokenizer_folder, out, where='text != "x"')
         write(broken / "5.jsonl", documents[:10])
         with pytest.raises(InputError, match=r"\(different: begin, separator, source\)"):
@@ -140,20 +142,31 @@ class TestBadFile:
     def test_a_file_that_changes_while_it_is_read(self, sources):
         opened = open_sources([str(sources)])
         write(sources / "3.jsonl", ["another text"])
-        with pytest.raises(InputError, match=r"3\.jsonl: was changed since this command looked at it first"):
+        with pytest.raises(InputError, match=r"3\.jsonl was changed"):
             list(read_documents(opened))
 
     def test_named_twice(self, sources):
-        with pytest.raises(InputError, match=r"3\.jsonl: is named twice"):
+        with pytest.raises(InputError, match=r"3\.jsonl is named twice"):
             open_sources([str(sources), str(sources / "3.jsonl")])
-        with pytest.raises(InputError, match="embedded:code: is named twice"):
+        with pytest.raises(InputError, match="embedded:code is named twice"):
             open_sources(["embedded:code", "embedded:code"])
 
 
 def in_a_process(folder: Path, tokenizer_folder: Path, output: Path, workers: int, file_bytes: int = 0):
-    """The command, started; no file that it writes may grow above some bytes, as if the disk were full."""
-    command = [Path(sys.executable).parent / "tinyllama-hf", "prepare", folder, "--tokenizer", tokenizer_folder,
-               "--output", output, "--validation-fraction", 0.1, "--workers", workers]  # fmt: skip
+    """Starts the command, with a limit on the size of the files that it writes, which acts like a full disk."""
+    command = [
+        Path(sys.executable).parent / "tinyllama-hf",
+        "prepare",
+        folder,
+        "--tokenizer",
+        tokenizer_folder,
+        "--output",
+        output,
+        "--validation-fraction",
+        0.1,
+        "--workers",
+        workers,
+    ]
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
@@ -178,8 +191,8 @@ class TestFullDisk:
         process = in_a_process(sources, tokenizer_folder, out, workers, file_bytes=400_000)
         _, error = process.communicate(timeout=300)
         assert process.returncode == 2 and "Traceback" not in error
-        assert error.startswith(f"error: --output {out}: cannot be written (File too large); make room")
-        assert "files are done and stay in" in error
+        assert error.startswith(f"error: --output {out} cannot be written (File too large)")
+        assert "files are finished and kept in" in error
         assert not (out / "dataset.json").exists()
         completions = out / "work" / "logs" / "completions"
         done = {f"{file.name}.tokens" for file in completions.iterdir()}
@@ -192,7 +205,7 @@ class TestFullDisk:
 
     @pytest.mark.parametrize("file_bytes", [1, 3000])
     def test_before_the_first_task(self, sources, tokenizer_folder, tmp_path, file_bytes):
-        """Not even the request, or not all of the tokenizer, could be written."""
+        """The request or the tokenizer cannot be written."""
         process = in_a_process(sources, tokenizer_folder, tmp_path / "out", 1, file_bytes)
         _, error = process.communicate(timeout=300)
         assert process.returncode == 2 and "cannot be written (File too large" in error and "Traceback" not in error
@@ -200,7 +213,7 @@ class TestFullDisk:
 
 
 def test_a_killed_worker_ends_the_command(documents, tokenizer_folder, tmp_path):
-    """datatrove 0.10.1 waits for ever for a worker that the kernel killed for memory."""
+    """datatrove 0.10.1 would wait forever for a worker that was killed because memory ran out."""
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
     for number in range(3):
@@ -218,7 +231,7 @@ def test_a_killed_worker_ends_the_command(documents, tokenizer_folder, tmp_path)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 2 and "Traceback" not in error
-    assert "--workers 2: a process ended by itself (exit code -9" in error
+    assert "--workers 2: a worker process died (exit code -9" in error
 
 
 def _writer_of(file: Path) -> int | None:
@@ -233,7 +246,7 @@ def _writer_of(file: Path) -> int | None:
 
 class TestOnlyOne:
     def test_two_commands_never_write_one_folder(self, broken, tokenizer_folder, tmp_path):
-        with pytest.raises(InputError, match="5 of 6 files are done"):
+        with pytest.raises(InputError, match="5 of 6 files are finished"):
             run(broken, tokenizer_folder, tmp_path / "out")
         with (tmp_path / "out" / "work" / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
