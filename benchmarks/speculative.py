@@ -146,7 +146,7 @@ class Row:
         plain = pass_seconds(self.target, self.batch, 1, middle)
         draft = pass_seconds(self.draft, self.batch, 1, middle)
         verify = {width: pass_seconds(self.target, self.batch, width + 1, middle) for width in (1, 2, 3, 4, 6, 8)}
-        acceptance = counted.accepted / max(1, counted.judged)
+        acceptance = counted.accepted / max(1, counted.verified)
         speeds = {w: plain * expected_tokens(acceptance, w) / (w * draft + v) for w, v in verify.items()}
         best = max(speeds, key=speeds.__getitem__)
         return {

@@ -30,7 +30,7 @@ from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from .configuration_tinyllama import TinyLlamaConfig, refuse_quantized
 from .decoding.grouped_attention import packed_attention
-from .decoding.speculative import draft_of_generate, speculative_generate
+from .decoding.speculative import pop_draft, speculative_generate
 from .errors import InputError
 from .losses import IGNORE_INDEX, linear_cross_entropy_sum
 from .packed_documents import document_mask, use_cache_for_positions
@@ -231,7 +231,7 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
         """
         # Only here does a model reach up, since generating with a draft is a method of models.
         kwargs |= zip(_GENERATE_ARGUMENTS, args, strict=False)
-        draft = draft_of_generate(self, generation_config, kwargs)
+        draft = pop_draft(self, generation_config, kwargs)
         if draft is None:
             # On a CPU stock attention spends most of a step on a long context; elsewhere it has kernels for groups.
             packs = self.device.type == "cpu" and self.config._attn_implementation == "sdpa"

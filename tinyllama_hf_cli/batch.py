@@ -1,4 +1,4 @@
-"""`tinyllama-hf generate --input`: many prompts from a file."""
+"""`tinyllama-hf generate --input`: generation for a file of prompts."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ import typer
 from .loading import note
 
 
-_MOST_LINES = 10  # that a message names
+_MAX_SHOWN_LINES = 10
 
 
 def generate_file(
@@ -26,8 +26,8 @@ def generate_file(
 ) -> None:
     """Generates for every line of a file.
 
-    `load` gives model, tokenizer and draft, and is called once all is checked that can be without; `weights` are the other
-    options that it looks at.
+    `load` returns model, tokenizer and draft. It is called after everything has been checked that needs no weights.
+    `weights` are the options of `load` that the results depend on.
     """
     import time
 
@@ -37,7 +37,7 @@ def generate_file(
     from tinyllama_hf.planning.inference_memory import check_fits
 
     if output is None:
-        raise InputError(f"--output: is needed with --input {source}; name the file to write")
+        raise InputError(f"--output: is required with --input {source}. Give the file to write")
     batch_size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
     check_options(batch_size, seed)
     job = open_job(source, output, model, draft, adapter, sampling, seed=seed, **weights)
@@ -51,7 +51,7 @@ def generate_file(
         try:
             num_tokens = job.run(loaded, tokenizer, batch_size, sampling, seed, helper)
         except KeyboardInterrupt:
-            print("interrupted; what was done is kept, the same command goes on", file=sys.stderr)
+            print("interrupted; finished rows are kept, run the same command to resume", file=sys.stderr)
             raise typer.Exit(130) from None
         print(_summary(job, num_tokens, time.perf_counter() - began))
         if helper and helper.statistics:
@@ -73,9 +73,9 @@ def _report_bad_lines(job: Any, source: Path) -> None:
     prompts, bad = job.prompts
     if not bad:
         return
-    lines = [f"  {line.error}" for line in bad[:_MOST_LINES]]
-    lines += [f"  and {len(bad) - _MOST_LINES:,} more"] if len(bad) > _MOST_LINES else []
+    lines = [f"  {line.error}" for line in bad[:_MAX_SHOWN_LINES]]
+    lines += [f"  and {len(bad) - _MAX_SHOWN_LINES:,} more"] if len(bad) > _MAX_SHOWN_LINES else []
     raise InputError(
-        f"--input {source}: {len(bad):,} of {len(bad) + len(prompts):,} lines cannot be continued, and have an error in their "
-        f"rows of {job.output}; the others are done\n" + "\n".join(lines)
+        f"--input {source}: {len(bad):,} of {len(bad) + len(prompts):,} lines have no valid prompt. Their rows of "
+        f"{job.output} have an error; the others are finished\n" + "\n".join(lines)
     )

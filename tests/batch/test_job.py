@@ -55,16 +55,16 @@ def read(path: Path) -> list[dict]:
 
 
 BAD = {
-    "no JSON": ("{'prompt': 'x'}", "no JSON"),
-    "half a line": ('{"prompt": "x', "no JSON"),
+    "no JSON": ("{'prompt': 'x'}", "not valid JSON"),
+    "half a line": ('{"prompt": "x', "not valid JSON"),
     "half a pair": ('{"prompt": "\\ud83d"}', "the line: character 12 is '\\ud83d'"),
-    "no number": ('{"prompt": "x", "score": NaN}', "no JSON (NaN is none)"),
-    "deep": ('{"prompt": ' + "[" * 100_000, "no JSON"),
-    "a text": ('"x"', 'is of type str; must be an object: {"prompt": "..."}'),
-    "neither": ({"text": "x"}, "must have 'prompt' or 'messages', and has ['text']"),
-    "both": ({"prompt": "x", "messages": []}, "must have 'prompt' or 'messages'"),
-    "another type": ({"prompt": ["x"]}, "prompt is of type list; must be a text"),
-    "too long": ({"prompt": "word " * 200}, "new tokens exceed the model's context of 96; shorten it or lower"),
+    "no number": ('{"prompt": "x", "score": NaN}', "not valid JSON (NaN "),
+    "deep": ('{"prompt": ' + "[" * 100_000, "not valid JSON"),
+    "a text": ('"x"', "type str: must be an object"),
+    "neither": ({"text": "x"}, "fields ['text']: must include either"),
+    "both": ({"prompt": "x", "messages": []}, "fields ['messages', 'prompt']: "),
+    "another type": ({"prompt": ["x"]}, "prompt: has type list"),
+    "too long": ({"prompt": "word " * 200}, "the model's context of 96"),
     "no list": ({"messages": "x"}, "messages: 'messages' is not a list of objects"),
     "a key that would be dropped": (
         {"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, "messages, message 0: key 'name'"),
@@ -74,8 +74,8 @@ BAD = {
     "unknown role": ({"messages": [{"role": "usr", "content": "x"}]}, "unknown role 'usr'; did you mean 'user'?"),
     "the assistant's turn": (
         {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
-        "messages end with the role 'assistant'; a reply needs a message of the user"),
-    "a field of the output": ({"prompt": "x", "generated": "y"}, "has a field 'generated', which the output has too"),
+        "messages end with the role 'assistant'"),
+    "a field of the output": ({"prompt": "x", "generated": "y"}, "field 'generated': "),
 }  # fmt: skip
 
 
@@ -93,8 +93,8 @@ def test_a_bad_line_does_not_lose_the_others(chat_folder, tmp_path, row, message
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "none of its 0 lines can be continued"),
-        (b"\xff\xfe\n[]\n", r"none of its 2 lines can be continued; the first: line 1: no JSON"),
+        (b"", "none of its 0 lines"),
+        (b"\xff\xfe\n[]\n", r"none of its 2 lines .*: line 1: not valid JSON"),
         (None, "cannot be read"),
     ],
 )
@@ -246,15 +246,15 @@ class TestGoingOn:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"seed": 4}, r"\(--seed 3 there, 4 here\)"),
-            ({"sampling": Sampling(0.5, 0.9, 11)}, r"\(--temperature 1.0 there, 0.5 here; --max-new-tokens 12 there, 11 here\)"),
-            ({"draft": "lookup"}, r"\(--draft None there, lookup here\)"),
-            ({"dtype": "bf16"}, r"\(--dtype None there, bf16 here\)"),
+            ({"seed": 4}, r"\(--seed was 3, and is 4\)"),
+            ({"sampling": Sampling(0.5, 0.9, 11)}, r"\(--temperature was 1.0, and is 0.5; --max-new-tokens was 12, and is 11\)"),
+            ({"draft": "lookup"}, r"\(--draft was None, and is lookup\)"),
+            ({"dtype": "bf16"}, r"\(--dtype was None, and is bf16\)"),
         ],
     )  # fmt: skip
     def test_other_settings_are_refused(self, chat_folder, source, monkeypatch, changes, message):
         self.interrupt(self.open(chat_folder, source), chat_folder, monkeypatch)
-        with pytest.raises(InputError, match="was begun with other settings " + message):
+        with pytest.raises(InputError, match=message):
             self.open(chat_folder, source, **changes)
 
     def test_other_files_are_refused(self, chat_folder, source, monkeypatch, tmp_path):
@@ -263,10 +263,10 @@ class TestGoingOn:
         tokenizer = load_tokenizer(chat_folder)
         tokenizer.add_bos_token = False
         tokenizer.save_pretrained(tmp_path / "half")
-        with pytest.raises(InputError, match=r"\(model of other contents; prompts of other contents\)"):
+        with pytest.raises(InputError, match=r"\(other contents of the model; other contents of the prompts\)"):
             self.open(tmp_path / "half", source)
         write(source, {"prompt": "another"})
-        with pytest.raises(InputError, match=r"\(input of other contents; prompts of other contents\)"):
+        with pytest.raises(InputError, match=r"\(other contents of the input; other contents of the prompts\)"):
             self.open(chat_folder, source)
 
     @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ class TestGoingOn:
         assert self.open(folder, source).pending
         fields = json.loads((folder / file).read_text())
         (folder / file).write_text(json.dumps({**fields, key: value}))
-        with pytest.raises(InputError, match=r"\(model of other contents\)"):
+        with pytest.raises(InputError, match=r"\(other contents of the model\)"):
             self.open(folder, source)
 
     def test_a_record_from_when_there_were_two_engines(self, chat_folder, source, monkeypatch):
@@ -294,15 +294,15 @@ class TestGoingOn:
         assert 0 < len(self.open(chat_folder, source).pending) < len(job.prompts.prompts)
         record["settings"]["--engine"] = "continuous"
         job.record.write_text(json.dumps(record))
-        with pytest.raises(InputError, match="--engine continuous there, None here"):
+        with pytest.raises(InputError, match="--engine was continuous, and is None"):
             self.open(chat_folder, source)
 
     def test_what_lies_there_is_not_replaced(self, chat_folder, source, tmp_path):
         output = write(source.with_name("out.jsonl"), "something else")
-        with pytest.raises(InputError, match="exists, and was not written by this command"):
+        with pytest.raises(InputError, match=r"out\.jsonl: exists and was not written by this command"):
             self.open(chat_folder, source)
         output.rename(output.with_name("out.jsonl.part"))
-        with pytest.raises(InputError, match=r"out\.jsonl\.part: lies there without out\.jsonl\.record\.json"):
+        with pytest.raises(InputError, match=r"out\.jsonl\.part: .* without out\.jsonl\.record\.json"):
             self.open(chat_folder, source)
         with pytest.raises(InputError, match="is the file of --input"):
             self.open(chat_folder, source, source.name)
@@ -347,10 +347,7 @@ class TestCommand:
         )
         status, output, errors = call(*words)
         assert status == 2 and output.startswith("wrote out.jsonl: 1 prompts continued, 4 new tokens")
-        assert (
-            errors.startswith("error: --input in.jsonl: 2 of 3 lines cannot be continued")
-            and "  line 3: prompt is" in errors
-        )
+        assert errors.startswith("error: --input in.jsonl: 2 of 3 lines") and "  line 3: prompt: " in errors
         assert [sorted(row) for row in read(tmp_path / "out.jsonl")] == [
             ["error"], ["finish_reason", "generated", "new_tokens", "prompt"], ["error", "prompt"]]  # fmt: skip
         status, output, again = call(*words)
@@ -418,7 +415,7 @@ def test_a_stopped_command_goes_on(chat_folder, tmp_path, number):
     _, errors = process.communicate(timeout=60)
     if number == signal.SIGINT:
         assert process.returncode == 130
-        assert errors == "interrupted; what was done is kept, the same command goes on\n"
+        assert errors.startswith("interrupted; ") and errors.count("\n") == 1
     assert not (tmp_path / "out.jsonl").exists() and part.stat().st_size
     again = start(chat_folder, tmp_path)
     output, errors = again.communicate(timeout=120)
@@ -431,10 +428,7 @@ def test_a_full_disk_says_so_and_the_command_goes_on(chat_folder, tmp_path):
     process = start(chat_folder, tmp_path, 6000)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2 and errors.startswith("error: ") and errors.count("\n") == 1
-    assert (
-        "cannot be written (File too large); what was written is kept: make room, and the same command goes on"
-        in errors
-    )
+    assert "cannot be written (File too large)" in errors
     again = start(chat_folder, tmp_path)
     output, _ = again.communicate(timeout=120)
     assert again.returncode == 0 and " before)" in output

@@ -343,29 +343,23 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"num_beams": 2}, "beam_search: a draft helps greedy decoding and sampling only"),
-            (
-                {"output_hidden_states": True, "return_dict_in_generate": True},
-                "output_hidden_states: is not collected",
-            ),
-            ({"output_attentions": True}, "output_attentions: is not collected"),
-            ({"stop_strings": ["a"]}, "stop_strings .'a'.: need the tokenizer"),
-            ({"stop_strings": 7}, "stop_strings 7: must be a text or a list of texts"),
-            ({"stop_strings": [""], "tokenizer": 1}, "none of them empty"),
-            ({"cache_implementation": "static"}, "cache_implementation 'static'"),
+            ({"num_beams": 2}, "beam_search: "),
+            ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states=True"),
+            ({"output_attentions": True}, "output_attentions=True"),
+            ({"stop_strings": ["a"]}, "stop_strings=.'a'.: .*tokenizer"),
+            ({"stop_strings": 7}, "stop_strings=7: "),
+            ({"stop_strings": [""], "tokenizer": 1}, "stop_strings=..'.: .*empty"),
+            ({"cache_implementation": "static"}, "cache_implementation='static'"),
             ({"use_cache": False}, "use_cache=False"),
-            ({"assistant_tokenizer": 1}, "assistant_tokenizer: a draft must have the target's own vocabulary"),
-            ({"prompt_lookup_num_tokens": 3}, "only one of them can draft"),
-            ({"num_assistant_tokens": 0}, "draft_length 0: must be a whole number from 1"),
-            ({"num_assistant_tokens": 2.5}, "draft_length 2.5: must be a whole number from 1"),
-            ({"assistant_confidence_threshold": 0.4}, "assistant_confidence_threshold=0.4: has no meaning"),
-            ({"prefill_chunk_size": 8}, "prefill_chunk_size=8: prompts are read at once"),
-            (
-                {"stopping_criteria": [NeedsScores()]},
-                "stopping criterion NeedsScores: failed on tokens without scores",
-            ),
-            ({"guidance_scale": 1.5}, "UnbatchedClassifierFreeGuidanceLogitsProcessor: cannot be applied"),
-            ({"streamer": Recorder()}, "streamer: shows one row, and there are 4"),
+            ({"assistant_tokenizer": 1}, "assistant_tokenizer: "),
+            ({"prompt_lookup_num_tokens": 3}, "assistant_model, prompt_lookup_num_tokens, .*only one"),
+            ({"num_assistant_tokens": 0}, "draft_length=0: "),
+            ({"num_assistant_tokens": 2.5}, "draft_length=2.5: "),
+            ({"assistant_confidence_threshold": 0.4}, "assistant_confidence_threshold=0.4"),
+            ({"prefill_chunk_size": 8}, "prefill_chunk_size=8"),
+            ({"stopping_criteria": [NeedsScores()]}, "stopping criterion NeedsScores: .*scores"),
+            ({"guidance_scale": 1.5}, "UnbatchedClassifierFreeGuidanceLogitsProcessor: "),
+            ({"streamer": Recorder()}, "streamer: .* 4"),
             ({"pad_token_id": None, "eos_token_id": 5}, None),
         ],
         ids=lambda value: ",".join(value) if isinstance(value, dict) else str(value),
@@ -386,7 +380,7 @@ class TestRefusals:
             "do_sample": False,
             "stopping_criteria": StoppingCriteriaList([EndsAfter(3, 1)]),
         }
-        with pytest.raises(InputError, match="pad_token_id: rows may end at different lengths"):
+        with pytest.raises(InputError, match=r"pad_token_id: .*different lengths"):
             speculative_generate(stock, draft, **left_padded(PROMPTS), **options)
 
     def test_prompts(self, target, draft):
@@ -401,16 +395,16 @@ class TestRefusals:
     def test_pairs(self, target):
         other = LlamaForCausalLM(LlamaConfig(vocab_size=160, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                                              num_attention_heads=2)).eval()  # fmt: skip
-        with pytest.raises(InputError, match=r"has 160 entries, the target's 128; .*resize_token_embeddings\(128\)"):
+        with pytest.raises(InputError, match=r"has 160 entries, the target's 128.*resize_token_embeddings\(128\)"):
             target.generate(**left_padded(PROMPTS), assistant_model=other, **GREEDY)
         other.resize_token_embeddings(128)
         together(target, other)
-        with pytest.raises(InputError, match="must be a model or a PromptLookup, and is a str"):
+        with pytest.raises(InputError, match=r"draft: .* str$"):
             speculative_generate(target, "draft", **left_padded(PROMPTS), **GREEDY)
         for number in (0, 3):
-            with pytest.raises(InputError, match=f"first_layers {number}: must be from 1 to 2"):
+            with pytest.raises(InputError, match=f"first_layers={number}: must be from 1 to 2"):
                 first_layers(target, number)
-        with pytest.raises(InputError, match="max_matching_ngram_size 0"):
+        with pytest.raises(InputError, match="max_matching_ngram_size=0"):
             PromptLookup(0)
 
     def test_models_without_full_attention(self, target):

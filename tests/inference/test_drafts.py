@@ -97,7 +97,7 @@ class TestRefusals:
 
         target, (model, _) = load(pair / "target"), load(pair / "draft")
         other = train_tokenizer(documents[::2], 512, pair / "tokenizer")
-        with pytest.raises(InputError, match="its vocabulary has 512 entries as the target's, but other ones"):
+        with pytest.raises(InputError, match="its vocabulary has 512 entries, as the target's"):
             check_vocabulary(model, other, *target)
 
     def test_a_shorter_context(self, pair):
@@ -108,9 +108,9 @@ class TestRefusals:
 
     def test_names(self, pair):
         target = load(pair / "target")
-        with pytest.raises(InputError, match="--draft layers:two: layers: needs a number of layers, as in layers:4"):
+        with pytest.raises(InputError, match="--draft layers:two: "):
             load_draft("layers:two", *target)
-        with pytest.raises(InputError, match="first_layers 9: must be from 1 to"):
+        with pytest.raises(InputError, match="first_layers=9: must be from 1 to"):
             load_draft("layers:9", *target)
         with pytest.raises(InputError, match="nowhere/at-all cannot be fetched from the Hub"):
             load_draft("nowhere/at-all", *target)
@@ -118,7 +118,7 @@ class TestRefusals:
     def test_the_command(self, pair, run_command):
         done = run_command("tinyllama-hf", "generate", "target", "a", "--draft", "other", cwd=pair)
         assert done.returncode == 2 and done.stdout == ""
-        assert done.stderr.startswith("error: --draft: its vocabulary has 384 entries, the target's 512; a draft must")
+        assert done.stderr.startswith("error: --draft: its vocabulary has 384 entries, the target's 512")
 
     def test_the_command_prints_what_was_accepted(self, pair, run_command):
         options = ("--temperature", "0", "--max-new-tokens", "12")

@@ -1,4 +1,4 @@
-"""Generating for many prompts, several at a time."""
+"""Generation for many prompts, several at a time."""
 
 import collections
 import copy
@@ -22,18 +22,17 @@ from ..inference.generation import Context, Sampling, stop_tokens_of
 
 
 DEFAULT_BATCH_SIZE = 8
-_REFILL = (
-    4  # prompts are read when a batch has room for its fourth part: a pass for each alone costs more than it brings
-)
+# New prompts are read once a quarter of the batch is free: reading each alone would cost more than idle rows do.
+_REFILL = 4
 
 
 class Request(NamedTuple):
     """A prompt to continue.
 
     Attributes:
-        key (`int`): its name; with a seed, its draws follow from seed and key.
-        ids (`Sequence[int]`): the prompt.
-        max_new_tokens (`int`): at most so many.
+        key (`int`): identifies the request; with a seed, its random numbers follow from seed and key.
+        ids (`Sequence[int]`): tokens of the prompt.
+        max_new_tokens (`int`): maximum number of new tokens.
     """
 
     key: int
@@ -42,12 +41,12 @@ class Request(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """What was generated for a request.
+    """The output of a request.
 
     Attributes:
-        key (`int`): the request's.
-        ids (`list[int]`): new tokens, without the one that ended them.
-        finish_reason (`str`): `"stop"` where such a token came, `"length"` where `max_new_tokens` were generated.
+        key (`int`): key of the request.
+        ids (`list[int]`): new tokens, without the stop token.
+        finish_reason (`str`): `"stop"` after a stop token, `"length"` after `max_new_tokens`.
     """
 
     key: int
@@ -64,24 +63,26 @@ def generate_many(
     seed: int | None = None,
     draft: Proposer | None = None,
 ) -> Iterator[Completion]:
-    """Continues many prompts, and yields each when it is done: longer prompts first, not in the order of the requests.
+    """Continues many prompts and yields each when it is finished: longer prompts start first.
 
-    Greedy output is what each prompt gets alone, to rounding, which depends on the shape of a batch. With a seed, sampled
-    output depends on the seed and the prompt's key alone, in any batch; with a draft it is another sample than without.
-    Each row is kept at its own length, and the places of rows that are done are given to the next prompts.
+    Rows have their own lengths, and finished rows are replaced by the next prompts. Greedy output is that of each
+    prompt alone, up to rounding, which depends on the shape of a batch. With a seed, sampled output depends on the
+    seed and the key of the prompt only, not on the batch. The same seed gives different samples with and without a
+    draft.
 
     Args:
         model (`PreTrainedModel`): a Llama.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer, for padding and end-of-sequence.
-        requests (`Sequence[Request]`): with keys that differ.
-        batch_size (`int`, *optional*, defaults to 8): prompts at a time.
-        sampling (`Sampling`, *optional*): how tokens are drawn; its `max_new_tokens` has no effect, each request has its own.
-        seed (`int`, *optional*): of the draws.
+        requests (`Sequence[Request]`): prompts with unique keys.
+        batch_size (`int`, *optional*, defaults to 8): number of prompts at a time.
+        sampling (`Sampling`, *optional*): sampling settings; `max_new_tokens` is ignored, since each request has its
+            own.
+        seed (`int`, *optional*): seed of the random numbers.
         draft (`Proposer`, *optional*): proposes tokens.
 
     Raises:
-        InputError: for values out of range, a request that does not fit the context, and a model whose generation settings
-            ask for beams.
+        InputError: if a value is out of range, a request does not fit the context, or the model's generation settings
+            ask for beam search.
     """
     sampling = sampling or Sampling()
     check_options(batch_size, seed)
@@ -92,17 +93,19 @@ def generate_many(
             raise InputError(f"request {request.key}: max_new_tokens {request.max_new_tokens}; must be at least 1")
         context.new_tokens(len(request.ids), request.max_new_tokens, f"request {request.key}")
     if len({request.key for request in requests}) < len(requests):
-        raise InputError("requests: two of them have the same key; give each its own")
+        raise InputError("requests: two of them have the same key. Give each its own")
     check_pair(model, draft)
     stop_tokens = stop_tokens_of(model, tokenizer)
-    pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # masked, and cut off behind the end
+    pad = (
+        0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    )  # masked in prompts, and not part of the output
     entropy = np.random.SeedSequence().entropy if seed is None else seed
     begin = functools.partial(_begin, model, draft, sampling, seed, entropy, stop_tokens, pad)
     return _refilled(begin, draft, requests, batch_size, stop_tokens)
 
 
 def check_options(batch_size: int, seed: int | None) -> None:
-    """Refuses values out of range, by the names of the command's options."""
+    """Refuses values out of range; messages name the command's options."""
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size}: must be at least 1")
     if seed is not None:
@@ -110,14 +113,14 @@ def check_options(batch_size: int, seed: int | None) -> None:
 
 
 def _check_mode(model: PreTrainedModel, sampling: Sampling) -> None:
-    """Refuses what the engines would leave out of the model's generation settings."""
+    """Refuses generation settings of the model that the engine does not support, before any output."""
     config = copy.deepcopy(model.generation_config)
     config.update(**sampling.arguments())
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise InputError(
-            f"generation_config.json of the model: asks for {mode.value} (num_beams {config.num_beams}), and many prompts are "
-            "generated greedily or by sampling; take it out there"
+            f"generation_config.json of the model: asks for {mode.value} (num_beams {config.num_beams}). Only greedy "
+            "decoding and sampling are supported for many prompts. Remove it there"
         )
 
 
@@ -131,7 +134,7 @@ def _begin(
     pad_token_id: int,
     requests: Sequence[Request],
 ) -> Decoding:
-    """Reads prompts in one pass, which draws their first tokens."""
+    """Reads prompts in one pass and returns the engine with their first new tokens."""
     prompts = [torch.tensor(request.ids, device=model.device) for request in requests]
     padded = functools.partial(pad_sequence, batch_first=True, padding_side="left")
     plans = [RowPlan(r.key, r.max_new_tokens, _draws(r, entropy) if sampling.temperature else None) for r in requests]
@@ -162,9 +165,9 @@ def _refilled(
     batch_size: int,
     stop_tokens: list[int],
 ) -> Iterator[Completion]:
-    """Rounds over up to `batch_size` rows: who is done leaves, and the next prompts take the free places.
+    """Runs rounds over up to `batch_size` rows, and replaces finished rows by the next prompts.
 
-    The longest come first, so that a batch that does not fit a device is known at once.
+    The longest prompts come first, so that a batch that is too large for the device fails at once.
     """
     waiting = collections.deque(sorted(requests, key=lambda request: len(request.ids), reverse=True))
     running: Decoding | None = None

@@ -1,7 +1,8 @@
-"""A file of prompts made into a file of results, which an interruption costs no more than what was under way.
+"""A resumable job that generates for a file of prompts.
 
-Results are appended to `OUTPUT.part` as they come; `OUTPUT.record.json` says what they were made with. When all are there,
-`OUTPUT` appears with the rows in the order of the prompts.
+Results are appended to `OUTPUT.part` as they finish; `OUTPUT.record.json` holds the settings that they depend on. When
+all prompts are finished, `OUTPUT` is written, with the rows in the order of the prompts. An interruption loses only
+unfinished rows.
 """
 
 import contextlib
@@ -41,22 +42,23 @@ def open_job(
     sampling: Sampling | None = None,
     **settings: Any,
 ) -> "BatchJob":
-    """Checks every line of a file of prompts, and what an earlier call has done; no weights are loaded.
+    """Checks every line of a file of prompts and the results of earlier calls, without loading weights.
 
     Args:
         source (`Path`): see [`read_prompts`].
-        output (`Path`): JSON lines to write.
-        model (`str`): folder, released name or Hub id; of the last two small files are fetched before the lines are checked.
-        draft (`str`, *optional*): as of `load_draft`.
+        output (`Path`): JSON Lines file to write.
+        model (`str`): folder, released name or Hub id. Configuration and tokenizer are downloaded first, weights only
+            after the lines have been checked.
+        draft (`str`, *optional*): see [`~inference.drafts.load_draft`].
         adapter (`str`, *optional*): folder or Hub id.
-        sampling (`Sampling`, *optional*): as it will be.
-        **settings: what else decides the results.
+        sampling (`Sampling`, *optional*): sampling settings.
+        **settings: further settings that the results depend on.
 
     Raises:
-        InputError: as [`read_prompts`] and [`BatchJob`]; or if a model or an adapter is none.
+        InputError: as [`read_prompts`] and [`BatchJob`]; or if a model or an adapter is not valid.
     """
     if output.resolve() == source.resolve():
-        raise InputError(f"--output {output}: is the file of --input; name another")
+        raise InputError(f"--output {output}: is the file of --input. Give another file")
     sampling = sampling or Sampling()
     own_draft = draft is None or draft == LOOKUP or draft.startswith(LAYERS)
     named = {"model": model} if own_draft else {"model": model, "draft": draft}
@@ -72,34 +74,36 @@ def open_job(
 
 
 def _context(name: str) -> int:
-    """Tokens that a model can read; of one that is not here the small files are fetched."""
+    """Returns the context length of a model; downloads configuration and tokenizer if needed."""
     folder = model_folder(local_folder(name, ("config.json", *TOKENIZER_FILES)), quantized=True)
     context = read_json(folder / "config.json").get("max_position_embeddings", LlamaConfig.max_position_embeddings)
     if not isinstance(context, int):
-        raise InputError(f"{folder / 'config.json'}: max_position_embeddings {context!r} is no number; fetch it again")
+        raise InputError(
+            f"{folder / 'config.json'}: max_position_embeddings {context!r} is not an integer. Download it again"
+        )
     return context
 
 
 def _files_sha256(folder: Path) -> str:
-    """SHA-256 over the weights and the configuration of a model or an adapter."""
+    """Returns the SHA-256 of the weights and the configuration of a model or an adapter."""
     paths = {path for pattern in _DECISIVE_FILES for path in folder.glob(pattern)}
     return fingerprint({path.name: file_sha256(path) for path in paths})
 
 
 class BatchJob:
-    """The way from prompts to results; nothing is written before [`run`].
+    """A file of prompts and the state of its output; nothing is written before [`run`].
 
     Args:
-        output (`Path`): JSON lines to write.
+        output (`Path`): JSON Lines file to write.
         prompts (`PromptFile`): from [`read_prompts`].
-        settings (`dict`): what decides the results, by the names of options or of what it is; hashes end in `_sha256`.
+        settings (`dict`): settings that the results depend on, by option name; names of hashes end in `_sha256`.
 
     Attributes:
-        pending (`list[Prompt]`): what is still to be generated.
-        is_finished (`bool`): whether the output is there, so that nothing is to be done.
+        pending (`list[Prompt]`): prompts without a result.
+        is_finished (`bool`): whether the output is complete.
 
     Raises:
-        InputError: if the output is something else, or was begun with other settings.
+        InputError: if the output was not written by this command, or was started with other settings.
     """
 
     def __init__(self, output: Path, prompts: PromptFile, settings: dict[str, Any]):
@@ -108,7 +112,7 @@ class BatchJob:
         self.part = output.with_name(f"{output.name}.part")
         self.record = output.with_name(f"{output.name}.record.json")
         if output.is_dir():
-            raise InputError(f"--output {output}: is a folder; name a file")
+            raise InputError(f"--output {output}: is a folder. Give a file")
         self._find_pending()
 
     def run(
@@ -121,18 +125,18 @@ class BatchJob:
         draft: Proposer | None = None,
         show_progress: bool = True,
     ) -> int:
-        """Generates what is pending and writes the output; arguments as of [`generate_many`].
+        """Generates for the pending prompts and writes the output; arguments are those of [`generate_many`].
 
         Returns:
-            The number of tokens that were generated.
+            The number of generated tokens.
 
         Raises:
-            InputError: as [`generate_many`]; or if another process writes the output, the disk is full, or the batch is too
-                large for the device.
+            InputError: as [`generate_many`]; or if another process writes the output, the disk is full, or the batch
+                does not fit the device.
         """
         try:
             with self._locked() as part:
-                self._find_pending()  # another process may have gone on since
+                self._find_pending()  # another process may have written meanwhile
                 if self.is_finished:
                     self.part.unlink()
                     return 0
@@ -144,28 +148,28 @@ class BatchJob:
                 self._finish()
         except torch.OutOfMemoryError as error:
             raise InputError(
-                f"--batch-size {batch_size}: does not fit the memory of {model.device}; what was done is kept, and the same "
-                "command goes on with a smaller one"
+                f"--batch-size {batch_size}: does not fit the memory of {model.device}. Finished rows are kept. Run the "
+                "same command with a smaller batch to resume"
             ) from error
         except OSError as error:
             raise InputError(
-                f"{error.filename or self.part}: cannot be written ({error.strerror}); what was written is kept: make room, "
-                "and the same command goes on"
+                f"{error.filename or self.part}: cannot be written ({error.strerror}). Finished rows are kept. Free "
+                "some space and run the same command to resume"
             ) from error
         return num_tokens
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[BinaryIO]:
-        """The part, opened to append, which no other process has meanwhile."""
+        """Opens the part file to append, and locks it against other processes."""
         with locked(self.part, f"--output {self.output}") as part:
             try:
                 yield part
             finally:
-                if not self.record.exists():  # refused before anything was done
+                if not self.record.exists():  # refused before anything was generated
                     self.part.unlink(missing_ok=True)
 
     def _find_pending(self) -> None:
-        """Reads what earlier calls have done."""
+        """Reads the results of earlier calls."""
         finished = self._check_record()
         self._done, self._whole = self._read_part()
         self.is_finished = finished and self.output.is_file()
@@ -173,32 +177,32 @@ class BatchJob:
         self.pending = [prompt for prompt in left if prompt.line not in self._done]
         if self.output.exists() and self.pending:
             raise InputError(
-                f"--output {self.output}: exists, and was not written by this command; name another file, or remove it"
+                f"--output {self.output}: exists and was not written by this command. Give another file, or remove it"
             )
 
     def _check_record(self) -> bool:
-        """Whether an earlier call with the same settings has finished."""
+        """Returns whether an earlier call with the same settings has finished."""
         if not self.record.is_file():
-            if self.part.exists() and self.part.stat().st_size:  # an empty one is our own, just locked
-                raise InputError(f"{self.part}: lies there without {self.record.name}; remove it to begin anew")
+            if self.part.exists() and self.part.stat().st_size:  # an empty one was just created by `_locked`
+                raise InputError(f"{self.part}: exists without {self.record.name}. Remove it to start over")
             return False
         record = read_json(self.record)
-        there = record.get("settings") if isinstance(record, dict) else None
-        if not isinstance(there, dict):
-            raise InputError(f"{self.record}: is no record of this command; name another --output")
-        if there.get("--engine") == "batch":  # written while there was a second engine
-            del there["--engine"]
-        names = [name for name in self.settings | there if self.settings.get(name) != there.get(name)]
+        recorded = record.get("settings") if isinstance(record, dict) else None
+        if not isinstance(recorded, dict):
+            raise InputError(f"{self.record}: was not written by this command. Give another --output")
+        if recorded.get("--engine") == "batch":  # from versions with a second engine
+            del recorded["--engine"]
+        names = [name for name in self.settings | recorded if self.settings.get(name) != recorded.get(name)]
         if names:
-            differences = "; ".join(_difference(name, there.get(name), self.settings.get(name)) for name in names)
+            differences = "; ".join(_difference(name, recorded.get(name), self.settings.get(name)) for name in names)
             raise InputError(
-                f"--output {self.output}: was begun with other settings ({differences}), and results of two settings are not "
-                f"joined; name another file, or remove {self.record.name} and what lies beside it to begin anew"
+                f"--output {self.output}: was started with other settings ({differences}). Give another file, or "
+                f"remove {self.record.name} and {self.part.name} to start over"
             )
         return bool(record.get("finished"))
 
     def _read_part(self) -> tuple[dict[int, str], int]:
-        """What an earlier call has done, by line, and the bytes of it; a last line that was cut off is not among them."""
+        """Returns earlier results by line number, and their size in bytes; ignores an incomplete last line."""
         if not self.part.is_file():
             return {}, 0
         content = self.part.read_bytes()
@@ -211,7 +215,7 @@ class BatchJob:
                 done[int(line)] = result
             except ValueError as error:
                 raise InputError(
-                    f"{self.part}: damaged ({error}); remove it and {self.record.name} to begin anew"
+                    f"{self.part}: is damaged ({error}). Remove it and {self.record.name} to start over"
                 ) from error
         return done, whole
 
@@ -249,7 +253,7 @@ class BatchJob:
         self.part.unlink()
 
 
-def _difference(name: str, there: Any, here: Any) -> str:
+def _difference(name: str, before: Any, now: Any) -> str:
     if name.endswith("_sha256"):
-        return f"{name.removesuffix('_sha256')} of other contents"
-    return f"{name} {there} there, {here} here"
+        return f"other contents of the {name.removesuffix('_sha256')}"
+    return f"{name} was {before}, and is {now}"

@@ -1,4 +1,4 @@
-"""Prompts from a file of JSON lines, each checked before anything is generated."""
+"""Prompts from a JSON Lines file; all lines are checked before anything is generated."""
 
 import codecs
 import json
@@ -20,13 +20,13 @@ ERROR = "error"
 
 
 class Prompt(NamedTuple):
-    """A line that can be continued.
+    """A line with a valid prompt.
 
     Attributes:
-        line (`int`): its number in the file, from 1.
-        fields (`dict`): what the line holds.
-        ids (`list[int]`): the prompt, or the conversation up to the reply.
-        max_new_tokens (`int`): as asked for, or by default 256 or what is left of the context.
+        line (`int`): line number, from 1.
+        fields (`dict`): the fields of the line.
+        ids (`list[int]`): tokens of the prompt, or of the conversation up to the reply.
+        max_new_tokens (`int`): maximum number of new tokens.
     """
 
     line: int
@@ -35,29 +35,29 @@ class Prompt(NamedTuple):
     max_new_tokens: int
 
     def result(self, tokenizer: PreTrainedTokenizerBase, new: list[int], finish_reason: str) -> dict[str, Any]:
-        """The row of the output: the fields of the line, and what was generated."""
+        """Returns the output row: the fields of the line, and the generated text."""
         text = tokenizer.decode(new, skip_special_tokens=True).strip()
         if "prompt" in self.fields:
-            # Decoded by themselves the new tokens would lose the space that a Llama text begins with.
+            # Decoded alone, the new tokens would lose a leading space.
             both, begin = (tokenizer.decode(ids, skip_special_tokens=True) for ids in ([*self.ids, *new], self.ids))
             text = both[len(begin) :]
         return {**self.fields, **dict(zip(GENERATED, (text, finish_reason, len(new)), strict=True))}
 
 
 class BadLine(NamedTuple):
-    """A line that cannot be continued; `fields` is empty where it holds no object."""
+    """A line without a valid prompt; `fields` is empty if the line is not a JSON object."""
 
     line: int
     fields: dict[str, Any]
     error: str
 
     def result(self) -> dict[str, Any]:
-        """The row of the output."""
+        """Returns the output row."""
         return {**self.fields, ERROR: self.error}
 
 
 class PromptFile(NamedTuple):
-    """The lines of a file by kind; empty lines are passed over."""
+    """The valid and invalid lines of a file, without empty lines."""
 
     prompts: list[Prompt]
     bad: list[BadLine]
@@ -69,21 +69,23 @@ def read_prompts(
     context: Context,
     max_new_tokens: int | None = None,
 ) -> PromptFile:
-    """Reads and checks a file of JSON lines.
+    """Reads and checks a JSON Lines file.
 
     Args:
-        path (`Path`): each line `{"prompt": "..."}`, or `{"messages": [...]}` for a chat model, with any other fields.
+        path (`Path`): a file with lines `{"prompt": "..."}`, or `{"messages": [...]}` for a chat model, and any other
+            fields.
         tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
-        context (`Context`): of the model, or of a draft.
-        max_new_tokens (`int`, *optional*): tokens to generate for each.
+        context (`Context`): of the model, or of a draft with a shorter one.
+        max_new_tokens (`int`, *optional*): tokens to generate per prompt; by default 256 or what is left of the
+            context.
 
     Raises:
-        InputError: if the file cannot be read, or none of its lines can be continued.
+        InputError: if the file cannot be read, or no line has a valid prompt.
     """
     try:
         lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
-        raise InputError(f"--input {path}: cannot be read ({error.strerror}); name a file of JSON lines") from error
+        raise InputError(f"--input {path}: cannot be read ({error.strerror}). Give a JSON Lines file") from error
     prompts, bad = [], []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -96,8 +98,8 @@ def read_prompts(
         except InputError as error:
             bad.append(BadLine(number, fields, f"line {number}: {error}"))
     if not prompts:
-        first = f"; the first: {bad[0].error}" if bad else ""
-        raise InputError(f"--input {path}: none of its {len(bad)} lines can be continued{first}")
+        first = f". The first error: {bad[0].error}" if bad else ""
+        raise InputError(f"--input {path}: none of its {len(bad)} lines has a valid prompt{first}")
     return PromptFile(prompts, bad)
 
 
@@ -105,11 +107,11 @@ def _object(line: bytes) -> dict[str, Any]:
     try:
         value = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
         whole = json.dumps(value, ensure_ascii=False)
-    except (ValueError, RecursionError) as error:  # the latter for brackets deeper than Python's stack
-        raise InputError(f"no JSON ({error})") from error
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets nested deeper than Python's stack
+        raise InputError(f"not valid JSON ({error})") from error
     if not isinstance(value, dict):
-        raise InputError(f'is of type {type(value).__name__}; must be an object: {{"prompt": "..."}}')
-    # Here, since it could not be written again with the other fields.
+        raise InputError(f'type {type(value).__name__}: must be an object, such as {{"prompt": "..."}}')
+    # Checked here, since the output row repeats all fields.
     messages = value.get("messages")
     for number, message in enumerate(messages if isinstance(messages, list) else ()):
         check_text(json.dumps(message, ensure_ascii=False), f"message {number}")
@@ -118,29 +120,29 @@ def _object(line: bytes) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is none")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _ids(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens to continue; text that spells a control token stays text."""
+    """Returns the tokens of a prompt; text that spells a control token stays text."""
     if taken := [name for name in (*GENERATED, ERROR) if name in fields]:
-        raise InputError(f"has a field {taken[0]!r}, which the output has too; rename it")
+        raise InputError(f"field {taken[0]!r}: is a field of the output. Rename it")
     if ("prompt" in fields) == ("messages" in fields):
-        raise InputError(f"must have 'prompt' or 'messages', and has {sorted(fields)}")
+        raise InputError(f"fields {sorted(fields)}: must include either 'prompt' or 'messages'")
     if "messages" in fields:
         return chat_ids(read_messages(fields, "messages"), tokenizer)
     if not isinstance(fields["prompt"], str):
-        raise InputError(f"prompt is of type {type(fields['prompt']).__name__}; must be a text")
+        raise InputError(f"prompt: has type {type(fields['prompt']).__name__}, and must be a string")
     return tokenizer(fields["prompt"], split_special_tokens=True, verbose=False)["input_ids"]
 
 
 def chat_ids(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens of a conversation up to the reply that is due.
+    """Returns the tokens of a conversation up to the reply.
 
     Raises:
-        InputError: as `render`; or if no reply belongs to it.
+        InputError: if the messages are not a conversation that ends with a user message.
     """
     ids = render(tokenizer, messages, add_generation_prompt=True, where="messages").input_ids
     if messages[-1]["role"] != "user":
-        raise InputError(f"messages end with the role {messages[-1]['role']!r}; a reply needs a message of the user")
+        raise InputError(f"messages end with the role {messages[-1]['role']!r}. The last role must be 'user'")
     return ids

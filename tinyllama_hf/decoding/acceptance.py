@@ -1,4 +1,4 @@
-"""Which drafted tokens stand: the target's scores per row, and the rules for greedy decoding and for sampling."""
+"""Acceptance of drafted tokens: the target's scores per row, and the rules for greedy decoding and for sampling."""
 
 import copy
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from ..errors import InputError
 from .rows import ACCEPTING, CHOOSING, Rows
 
 
-# They change a score by the scores beside it alone, so that all rows and positions go through at once.
+# These look at the scores of one position only, so all rows and positions can be processed in one call.
 _WITHOUT_CONTEXT = (
     generation.TemperatureLogitsWarper,
     generation.TopKLogitsWarper,
@@ -26,7 +26,7 @@ _WITHOUT_CONTEXT = (
     generation.InfNanRemoveLogitsProcessor,
     generation.SuppressTokensLogitsProcessor,
 )
-# They count tokens from the left edge of the padded batch; the attribute is moved to the row's own beginning.
+# These count tokens from the left edge of the padded batch. The attribute is shifted to the start of the row.
 _COUNTING = {
     generation.MinLengthLogitsProcessor: "min_length",
     generation.MinNewTokensLengthLogitsProcessor: "prompt_length_to_skip",
@@ -34,7 +34,7 @@ _COUNTING = {
     generation.SuppressTokensAtBeginLogitsProcessor: "begin_index",
     generation.RepetitionPenaltyLogitsProcessor: "prompt_ignore_length",
 }
-# They carry a state from call to call, run the model themselves, or read the whole batch of prompts.
+# These keep state between calls, run the model themselves, or read all prompts of the batch.
 _REFUSED = (
     generation.ClassifierFreeGuidanceLogitsProcessor,
     generation.UnbatchedClassifierFreeGuidanceLogitsProcessor,
@@ -45,13 +45,13 @@ _REFUSED = (
 
 
 class Proposal(NamedTuple):
-    """Drafted tokens of a round.
+    """The drafted tokens of a round.
 
     Attributes:
         tokens (`torch.Tensor`): `[rows, width]`.
-        counts (`torch.Tensor`): `[rows]`, how many of a row's tokens are drafted; what follows is filling.
-        probabilities (`torch.Tensor`, *optional*): `[rows, width, vocab_size]`, of the distributions that the tokens were
-            drawn from; `None` where they were not drawn.
+        counts (`torch.Tensor`): `[rows]`, the number of drafted tokens of each row; the rest of a row is filling.
+        probabilities (`torch.Tensor`, *optional*): `[rows, width, vocab_size]`, the distributions that the tokens were
+            sampled from; `None` if they were not sampled.
     """
 
     tokens: torch.Tensor
@@ -60,12 +60,12 @@ class Proposal(NamedTuple):
 
 
 class RowProcessors:
-    """Logits processors, each applied to a row's own tokens without its padding.
+    """Logits processors that are applied to each row's own tokens, without its padding.
 
     Args:
         processors (`LogitsProcessorList`): as `generate` prepares them for the padded batch.
-        paddings (`Sequence[int]`): of each row.
-        limits (`Sequence[int]`): tokens that each row can have in the end.
+        paddings (`Sequence[int]`): number of padding tokens of each row.
+        limits (`Sequence[int]`): maximum length of each row.
 
     Raises:
         InputError: for a processor that cannot be called for one row at a time.
@@ -75,13 +75,14 @@ class RowProcessors:
         for processor in processors:
             if isinstance(processor, _REFUSED):
                 raise InputError(
-                    f"logits processor {type(processor).__name__}: cannot be applied row by row to rows of different lengths; "
-                    "generate one prompt at a time without a draft"
+                    f"logits processor {type(processor).__name__}: cannot be applied to rows of different lengths. "
+                    "Generate one prompt at a time without a draft"
                 )
         self._shared = None
         if all(isinstance(processor, _WITHOUT_CONTEXT) for processor in processors):
             self._shared = LogitsProcessorList(processors)
-        # `generate` makes a shortest length of `min_new_tokens` for the padded batch; one that was given counts as it is.
+        # `generate` derives a minimum length from `min_new_tokens` for the padded batch, which has to be shifted. A
+        # `min_length` that the caller gave counts from the left edge of the padded batch, as in stock `generate`.
         counts_new = any(
             isinstance(processor, generation.MinNewTokensLengthLogitsProcessor) for processor in processors
         )
@@ -96,12 +97,12 @@ class RowProcessors:
         ]
 
     def __call__(self, logits: torch.Tensor, tokens: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        """Scores of positions that follow each other.
+        """Returns the scores of consecutive positions.
 
         Args:
             logits (`torch.Tensor`): `[rows, positions, vocab_size]` in fp32.
-            tokens (`torch.Tensor`): `[rows, slots]`, with the drafted tokens that lead to each position.
-            lengths (`Sequence[int]`): tokens before the first position.
+            tokens (`torch.Tensor`): `[rows, slots]`, including the drafted tokens before each position.
+            lengths (`Sequence[int]`): number of tokens before the first position.
 
         Returns:
             `[rows, positions, vocab_size]`.
@@ -116,16 +117,16 @@ class RowProcessors:
         return scores
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Keeps the rows of these indices."""
+        """Keeps the rows with these indices."""
         self._rows = [self._rows[row] for row in rows]
 
     def join(self, other: "RowProcessors") -> None:
-        """Takes in the rows of another batch that was prepared with the same settings."""
+        """Adds the rows of another batch that was prepared with the same settings."""
         self._rows += other._rows
 
 
 def _for_row(processor: LogitsProcessor, row: int, padding: int, limit: int) -> LogitsProcessor:
-    """A processor as `generate` would make it for this row alone."""
+    """Returns the processor that `generate` would create for this row alone."""
     attribute = _COUNTING.get(type(processor))
     if isinstance(processor, generation.PrefixConstrainedLogitsProcessor):
         allowed = processor._prefix_allowed_tokens_fn
@@ -136,7 +137,7 @@ def _for_row(processor: LogitsProcessor, row: int, padding: int, limit: int) -> 
         processor.max_length = limit
     elif attribute and getattr(processor, attribute) is not None:
         counted = getattr(processor, attribute)
-        if isinstance(counted, torch.Tensor) and counted.dim():  # one for each row of the batch
+        if isinstance(counted, torch.Tensor) and counted.dim():  # one value per row of the batch
             counted = counted[row].item()
         processor = copy.copy(processor)
         setattr(processor, attribute, max(counted - padding, 0))
@@ -144,57 +145,61 @@ def _for_row(processor: LogitsProcessor, row: int, padding: int, limit: int) -> 
 
 
 def accept_greedy(scores: torch.Tensor, proposal: Proposal, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-    """Accepts the drafted tokens up to the first that is not the target's own choice.
+    """Accepts the drafted tokens up to the first that differs from the target's own choice.
 
     Args:
-        scores (`torch.Tensor`): the target's, `[rows, width + 1, vocab_size]`.
+        scores (`torch.Tensor`): the target's scores, `[rows, width + 1, vocab_size]`.
         proposal (`Proposal`): the drafted tokens.
-        rows (`Rows`): whose numbers are drawn with.
+        rows (`Rows`): the rows, which supply random numbers for sampling.
 
     Returns:
-        The tokens `[rows, width + 1]`, of which the first `accepted + 1` count, and the accepted `[rows]`.
+        The tokens `[rows, width + 1]`, of which the first `accepted + 1` are the output of the round, and `accepted`
+        `[rows]`.
     """
     chosen = scores.argmax(dim=-1)
-    return chosen, _leading(chosen[:, :-1] == proposal.tokens, proposal.counts)
+    return chosen, _count_leading(chosen[:, :-1] == proposal.tokens, proposal.counts)
 
 
 def accept_sampled(scores: torch.Tensor, proposal: Proposal, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     """Accepts drafted tokens by rejection sampling, so that the output follows the target's distribution.
 
-    A token drawn from q is accepted with probability min(1, p / q); where one is rejected, the row's next token is drawn
-    from the positive part of p - q; where all are accepted, from p (Leviathan et al. 2023, arXiv:2211.17192, algorithm 1).
-    A token that was not drawn has q = 1 at itself. Arguments and results are those of [`accept_greedy`].
+    A token sampled from q is accepted with probability min(1, p / q). After a rejection the row's next token is
+    sampled from the positive part of p - q; if all tokens are accepted, from p (Leviathan et al. 2023,
+    arXiv:2211.17192, algorithm 1). A drafted token that was not sampled has q = 1. Arguments and results are those of
+    [`accept_greedy`].
 
     Raises:
-        RuntimeError: if a probability is no number.
+        RuntimeError: if a probability is nan or inf.
     """
     width = proposal.tokens.shape[1]
-    p = scores.softmax(dim=-1)
+    p = scores.softmax(dim=-1)  # [rows, width + 1, vocab_size]
     drafted = proposal.tokens[..., None]
     q = proposal.probabilities
-    p_drafted = p[:, :width].gather(-1, drafted)[..., 0]
+    p_drafted = p[:, :width].gather(-1, drafted)[..., 0]  # [rows, width]
     q_drafted = torch.ones_like(p_drafted) if q is None else q.gather(-1, drafted)[..., 0]
-    accepted = _leading(rows.uniform(ACCEPTING, width) * q_drafted < p_drafted, proposal.counts)
+    # u < p / q, written as a product, since q may be 0 after rounding.
+    accepted = _count_leading(rows.uniform(ACCEPTING, width) * q_drafted < p_drafted, proposal.counts)
     each = torch.arange(len(rows), device=scores.device)
-    last = p[each, accepted]  # [rows, vocab_size]
+    last = p[each, accepted]  # [rows, vocab_size], the distribution of the token after the accepted ones
     if width:
+        # In rows that accept all tokens nothing was rejected at this position; `rejected` leaves them out below.
         place = accepted.clamp(max=width - 1)
         if q is None:
             removed = torch.zeros_like(last).scatter_(-1, drafted[each, place], 1.0)
         else:
             removed = q[each, place]
         residual = (last - removed).clamp(min=0)
-        # Where rounding left nothing, p and q are equal, and a rejection has probability zero.
+        # An empty residual means that p and q are equal up to rounding. A rejection then has probability zero.
         rejected = (accepted < proposal.counts) & (residual.sum(-1) > 0)
         last = torch.where(rejected[:, None], residual, last)
     if not bool(last.isfinite().all()):
-        raise RuntimeError("the model's probabilities hold nan or inf, which no token can be drawn from")
+        raise RuntimeError("the model's probabilities hold nan or inf, so no token can be sampled")
     drawn = draw(last[:, None], rows.uniform(CHOOSING, width + 1).gather(1, accepted[:, None]))
     return torch.cat([proposal.tokens, drawn], dim=1).scatter(1, accepted[:, None], drawn), accepted
 
 
 def draw(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """Draws a token for each number, by the inverse of the cumulated probabilities.
+    """Samples one token per number, by inverting the cumulative distribution.
 
     Args:
         weights (`torch.Tensor`): `[rows, tokens, vocab_size]`, not negative; they need not sum to one.
@@ -204,37 +209,37 @@ def draw(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         `[rows, tokens]`.
     """
     sums = weights.to(numbers.dtype).cumsum(dim=-1)
-    # A product may round up to the last sum, behind which there is no token.
+    # The product may round up to the last sum. No token lies above that, so it is capped just below.
     wanted = (numbers[..., None] * sums[..., -1:]).minimum(sums[..., -1:].nextafter(torch.zeros_like(sums[..., -1:])))
-    # Of weights that are no numbers, a token that the target can judge.
+    # With nan weights the search returns vocab_size. Any valid token will do: the target then reports the nan.
     return torch.searchsorted(sums, wanted, right=True)[..., 0].clamp(max=weights.shape[-1] - 1)
 
 
-def _leading(accepted: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """How many of a row's tokens are accepted before the first that is not, `[rows]`."""
+def _count_leading(accepted: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Returns how many tokens of each row are accepted before the first rejected one, `[rows]`."""
     is_drafted = torch.arange(accepted.shape[1], device=accepted.device) < counts[:, None]
     return (accepted & is_drafted).long().cumprod(dim=1).sum(dim=1)
 
 
 class TokenScores:
-    """Collects the target's scores and logits of the tokens that rows get, for `output_scores` and `output_logits`.
+    """Collects the target's scores and logits of new tokens, for `output_scores` and `output_logits`.
 
     Args:
-        names (`Sequence[str]`): what is collected, of `"scores"` (after the processors) and `"logits"` (before them).
-        num_rows (`int`): of the generation; rows are named by their numbers.
+        names (`Sequence[str]`, *optional*): what to collect: `"scores"` (after processing) and `"logits"` (before).
+        num_rows (`int`, *optional*, defaults to 0): number of rows, which are identified by their index.
     """
 
     def __init__(self, names: Sequence[str] = (), num_rows: int = 0):
-        self._collected = {name: [[] for _ in range(num_rows)] for name in names}
+        self._collected: dict[str, list[list[torch.Tensor]]] = {name: [[] for _ in range(num_rows)] for name in names}
 
     def add(self, rows: Sequence[int], counts: Sequence[int], **values: torch.Tensor) -> None:
-        """Keeps the first `counts[row]` positions of `[rows, positions, vocab_size]`, for each name that is collected."""
+        """Keeps the first `counts[row]` positions of `[rows, positions, vocab_size]`, for each collected name."""
         for name, collected in self._collected.items():
             for row, count, of_row in zip(rows, counts, values[name], strict=True):
                 collected[row].append(of_row[:count].clone())
 
     def by_token(self) -> dict[str, tuple[torch.Tensor, ...]]:
-        """For each name a tensor `[rows, vocab_size]` per new token, as `generate` returns them; zero where a row has ended."""
+        """Returns per name one tensor `[rows, vocab_size]` per new token; zero after a row's end."""
         return {
             name: tuple(pad_sequence([torch.cat(of_row) for of_row in collected]))
             for name, collected in self._collected.items()

@@ -1,4 +1,4 @@
-"""The rounds of generation for rows of different lengths: draft, one pass of the target, accept; rows leave and join."""
+"""The generation engine: rounds of drafting, one target pass and acceptance, over rows that may finish and join."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from ..errors import InputError
 from .acceptance import Proposal, RowProcessors, TokenScores, accept_greedy, accept_sampled
 from .draft_length import AdaptiveDraftLength, DraftLength
-from .proposals import Proposer, SpeculationStatistics, nothing_drafted
+from .proposals import Proposer, SpeculationStatistics, empty_proposal
 from .ragged_cache import RaggedModel
 from .rows import RowPlan, Rows
 
@@ -23,14 +23,17 @@ _OUTPUTS = ("output_attentions", "output_hidden_states")
 
 
 class Decoding:
-    """Rows under way, from [`prepare`].
+    """A batch of rows that is being generated, from [`prepare`].
+
+    Rows have their own lengths and limits. A round adds one or more tokens to each row; finished rows are removed at
+    its end, and the rows of another `Decoding` can be added between rounds.
 
     Attributes:
         input_ids (`torch.Tensor`): `[rows, prompt]`, padded on the left, on the target's device.
         config (`GenerationConfig`): as `generate` resolved it.
-        rows (`Rows`): that are not done.
-        statistics (`SpeculationStatistics`): up to the last round.
-        token_scores (`TokenScores`): is told what every new token was chosen by.
+        rows (`Rows`): the unfinished rows.
+        statistics (`SpeculationStatistics`): counts and times up to the last round.
+        token_scores (`TokenScores`): collects the scores of new tokens.
     """
 
     def __init__(
@@ -61,17 +64,17 @@ class Decoding:
 
     @torch.no_grad()
     def start(self) -> list[list[int]]:
-        """Reads the prompts; returns the first token of each row."""
+        """Reads the prompts and returns the first new token of each row."""
         began = time.perf_counter()
         logits = self._target.read(self.input_ids, self.rows.lengths)
-        _, going_on, appended = self._finish_round(nothing_drafted(self.rows), logits)
-        self._length.keep(going_on)
+        _, unfinished, appended = self._finish_round(empty_proposal(self.rows), logits)
+        self._length.keep(unfinished)
         self.statistics.prefill_seconds = time.perf_counter() - began
         return appended
 
     @torch.no_grad()
     def join(self, other: "Decoding") -> None:
-        """Takes in the rows of another one that was prepared with the same arguments and has started."""
+        """Adds the rows of a `Decoding` that was prepared with the same arguments and has started."""
         self.statistics.add(other.statistics)
         end = max([*self.rows.lengths, *other.rows.lengths], default=0)
         self._target.join(other._target, end)
@@ -86,21 +89,22 @@ class Decoding:
 
     @torch.no_grad()
     def round(self) -> list[list[int]]:
-        """Drafts, and lets the target choose; returns what was appended to each row. Rows that end leave."""
+        """Drafts, verifies in one target pass and returns the new tokens of each row; removes finished rows."""
         rows, draft = self.rows, self._draft
-        # Beyond its context a draft is of no use, and beyond a row's end no token is.
+        # At most as many tokens as the draft can read. Every round also adds a token of the target's own, so drafting
+        # the last token of a row would be wasted.
         limits = [
             max(0, min(remaining - 1, draft.context - length))
             for remaining, length in zip(rows.remaining, rows.lengths, strict=True)
         ]
         chosen = self._length.choose()
-        wanted = min(chosen, max(limits))
+        wanted = min(chosen, max(limits))  # all rows draft the same number; `counts` below cuts it per row
         started = time.perf_counter()
-        proposal = nothing_drafted(rows)
+        proposal = empty_proposal(rows)
         if wanted:
             draft.catch_up(rows)
             _wait_for(rows.tokens)
-        began = time.perf_counter()
+        began = time.perf_counter()  # catching up is not part of the time per drafted token
         if wanted:
             proposal = draft.propose(rows, wanted, self._processors, self.config.do_sample)
             counts = proposal.counts.minimum(torch.tensor(limits, device=rows.tokens.device))
@@ -108,35 +112,42 @@ class Decoding:
         _wait_for(proposal.tokens)
         drafted = time.perf_counter()
         width = proposal.tokens.shape[1]
+        # The last accepted token was never read by the target, so a pass reads it and the drafted ones: the logits of
+        # `width + 1` positions verify all drafted tokens and give one more.
         ends = [length + width for length in rows.lengths]
         logits = self._target.read(rows.last_tokens(1, proposal.tokens), ends, width + 1)
-        accepted, going_on, appended = self._finish_round(proposal, logits)
+        accepted, unfinished, appended = self._finish_round(proposal, logits)
         finished = time.perf_counter()
         self.statistics.plain_rounds += not chosen
         self.statistics.draft_seconds += drafted - started
         self.statistics.target_seconds += finished - drafted
         self._length.observe(width, limits, accepted, drafted - began, finished - drafted)
-        self._length.keep(going_on)
+        self._length.keep(unfinished)
         return appended
 
     def _finish_round(self, proposal: Proposal, logits: torch.Tensor) -> tuple[list[int], list[int], list[list[int]]]:
-        """Appends what is accepted, lets finished rows go: (accepted by row, rows that go on, appended to each)."""
+        """Appends the accepted tokens and removes finished rows.
+
+        Returns:
+            The number of accepted tokens per row, the indices of the unfinished rows, and the new tokens per row.
+        """
         rows, statistics = self.rows, self.statistics
         scores = self._processors(logits, rows.tokens, rows.lengths)
         tokens, accepted = self._accept(scores, proposal, rows)
-        counts, accepted = torch.stack([proposal.counts, accepted]).tolist()
-        appended, going_on = rows.append(tokens, [count + 1 for count in accepted])
+        counts, accepted = torch.stack([proposal.counts, accepted]).tolist()  # one wait for the device
+        # Rejected tokens are not erased from the caches: the next round overwrites their slots.
+        appended, unfinished = rows.append(tokens, [count + 1 for count in accepted])
         statistics.row_passes += len(accepted)
         statistics.drafted += sum(counts)
         statistics.accepted += sum(min(count, len(new)) for count, new in zip(accepted, appended, strict=True))
-        statistics.judged += sum(min(taken + 1, count) for taken, count in zip(accepted, counts, strict=True))
+        statistics.verified += sum(min(taken + 1, count) for taken, count in zip(accepted, counts, strict=True))
         statistics.new_tokens += sum(map(len, appended))
         self.token_scores.add(rows.keys, [len(new) for new in appended], scores=scores, logits=logits)
-        if len(going_on) < len(accepted):
+        if len(unfinished) < len(accepted):
             for part in (rows, self._target, self._draft, self._processors):
-                part.keep(going_on)
+                part.keep(unfinished)
         self._count_passes()
-        return accepted, going_on, appended
+        return accepted, unfinished, appended
 
     def _count_passes(self) -> None:
         self.statistics.target_passes, self.statistics.draft_passes = self._target.passes, self._draft.passes
@@ -151,20 +162,20 @@ def prepare(
     plans: Sequence[RowPlan] | None = None,
     **arguments: Any,
 ) -> Decoding:
-    """Lets `generate` prepare processors, criteria and settings; returns the rows before their first pass.
+    """Returns the engine for a batch of prompts, with the processors, criteria and settings that `generate` prepares.
 
     Args:
-        target (`PreTrainedModel`): decides.
-        draft (`Proposer`, *optional*): proposes, and fits the target, see [`~decoding.speculative.check_pair`]; `None` is
-            plain decoding.
+        target (`PreTrainedModel`): the model to generate with.
+        draft (`Proposer`, *optional*): proposes tokens; must match the target, see
+            [`~decoding.speculative.check_pair`]. `None` is plain decoding.
         draft_length (`int`, *optional*): see [`~decoding.speculative.speculative_generate`].
         input_ids (`torch.Tensor`): `[rows, prompt]`, padded on the left.
         attention_mask (`torch.Tensor`, *optional*): `[rows, prompt]`.
         plans (`Sequence[RowPlan]`, *optional*): see [`Rows`].
-        **arguments: of `generate`.
+        **arguments: arguments of `generate`.
 
     Raises:
-        InputError: if the options are not supported, or a prompt fills the context.
+        InputError: if an option is not supported, or a prompt fills the context.
     """
     if draft is None:
         draft, draft_length = Proposer(), 0
@@ -175,38 +186,39 @@ def prepare(
         settings = logits_processor, stopping_criteria, generation_config, plans
         return Decoding(target, draft, draft_length, input_ids, mask, *settings)
 
-    # Not the model's own `generate`, which would look for a draft again.
+    # `custom_generate` is called with everything prepared, in place of a decoding method; its result is returned. The
+    # method of the mixin, since `TinyLlamaForCausalLM.generate` would look for a draft again.
     return GenerationMixin.generate(
         target, input_ids, attention_mask=attention_mask, custom_generate=begin, **arguments
     )
 
 
 def _wait_for(tokens: torch.Tensor) -> None:
-    if tokens.is_cuda:  # so that the draft's time is not counted as the target's
+    if tokens.is_cuda:  # or time of the draft would be counted as time of the target
         torch.cuda.synchronize(tokens.device)
 
 
 def _check_options(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
-    """Refuses what other decoding methods have and this one would ignore."""
+    """Refuses options of other decoding methods, which this one would ignore."""
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise InputError(f"{mode.value}: a draft helps greedy decoding and sampling only; generate without it")
+        raise InputError(f"{mode.value}: a draft supports greedy decoding and sampling only. Generate without a draft")
     if not config.use_cache:
-        raise InputError("use_cache=False: rows of different lengths are generated over a cache; leave it on")
+        raise InputError("use_cache=False: rows of different lengths need a cache. Leave it on")
     for name in _OUTPUTS:
         if getattr(config, name):
-            raise InputError(f"{name}: is not collected for rows of different lengths; leave it out")
+            raise InputError(f"{name}=True: is not supported for rows of different lengths. Leave it out")
     if config.prefill_chunk_size is not None:
         raise InputError(
-            f"prefill_chunk_size={config.prefill_chunk_size}: prompts are read at once here; leave it out"
+            f"prefill_chunk_size={config.prefill_chunk_size}: prompts are read in one pass here. Leave it out"
         )
     cache = model_kwargs.get("past_key_values")
     if cache is not None and getattr(cache, "_is_user_defined", False):
-        raise InputError("past_key_values: rows of different lengths need a cache of their own; leave it out")
+        raise InputError("past_key_values: rows of different lengths need their own kind of cache. Leave it out")
     if config.cache_implementation not in (None, "dynamic"):
         raise InputError(
-            f"cache_implementation {config.cache_implementation!r}: rows of different lengths need a cache of their own kind; "
-            "leave it out"
+            f"cache_implementation={config.cache_implementation!r}: rows of different lengths need their own kind of "
+            "cache. Leave it out"
         )
     if unknown := sorted(set(model_kwargs) - _PREPARED):
-        raise InputError(f"{unknown[0]}: is not supported while a draft helps; generate without it")
+        raise InputError(f"{unknown[0]}: is not supported with a draft. Generate without a draft")

@@ -1,8 +1,8 @@
-"""Grouped-query attention that reads keys and values in place: `attn_implementation="gqa_packed"`.
+"""Grouped-query attention without copies of keys and values: `attn_implementation="gqa_packed"`.
 
-With a mask and several queries, transformers' sdpa (5.23) first repeats keys and values for every query head: eight
-copies of the cache in TinyLlama. Here the query heads of one group are laid along the sequence instead, where they meet
-their one key/value head. Importing this module registers the implementation, for every model that takes one by name.
+With a mask and several queries, transformers' sdpa (5.23) repeats keys and values for every query head: eight copies
+of the cache in TinyLlama. Here the query heads of a group are placed along the sequence dimension instead, so they
+share their key/value head without a copy. Importing this module registers the implementation with transformers.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from transformers.masking_utils import sdpa_mask
 
 
 GQA_PACKED = "gqa_packed"
-# With as many queries as in a prefill the copies cost less than the product, and a repeated mask would be large.
+# With the many queries of a prefill, the copies cost less than the product, and the repeated mask would be large.
 _MAX_PACKED_QUERIES = 64
-# Of each configuration that is packed for a while: how many ask for it, and what it had before.
+# Per configuration in use: the number of active `packed_attention` contexts, and the implementation from before.
 _packed: dict[int, tuple[int, str]] = {}
 _lock = threading.Lock()
 
@@ -35,28 +35,30 @@ def gqa_packed_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one query, or of up to 64 masked ones, without copies of keys and values; the rest goes to sdpa.
+    """Attention of one query, or of up to 64 masked ones, without copies of keys and values; otherwise calls sdpa.
 
     Args:
         query (`torch.Tensor`): `[batch, heads, queries, head_dim]`.
         key (`torch.Tensor`): `[batch, key_value_heads, keys, head_dim]`.
-        value (`torch.Tensor`): as `key`.
-        attention_mask (`torch.Tensor`, *optional*): `[batch or 1, heads or 1, queries, keys]`, true where a query sees a
-            key, or added to the scores.
+        value (`torch.Tensor`): `[batch, key_value_heads, keys, head_dim]`.
+        attention_mask (`torch.Tensor`, *optional*): `[batch or 1, heads or 1, queries, keys]`, true where a query sees
+            a key, or added to the scores.
 
     Returns:
-        `[batch, queries, heads, head_dim]`, equal to sdpa's to rounding, and `None` in place of the weights.
+        `[batch, queries, heads, head_dim]`, equal to sdpa's up to rounding, and `None` in place of the weights.
     """
     batch, heads, num_queries, head_dim = query.shape
     groups = heads // key.shape[1]
     packs = groups > 1 and attention_mask is not None and 1 < num_queries <= _MAX_PACKED_QUERIES
-    # One query without a mask the library (5.23) leaves to torch (2.13) as it is, whose kernel for CPUs then takes twice as
-    # long in fp32, and 10 to 17 times as long in bf16 (32 heads on 4; benchmarks/decode.py).
+    # One query without a mask: transformers (5.23) does not repeat keys and values, and torch's CPU kernel (2.13) for
+    # grouped queries takes 2 times as long in fp32 and 10 to 17 times as long in bf16 (32 heads on 4;
+    # benchmarks/decode.py).
     packs |= groups > 1 and attention_mask is None and num_queries == 1 and query.device.type == "cpu"
     if not packs or dropout or any(kwargs.get(name) is not None for name in ("position_bias", "softcap")):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    # Query head h belongs to key/value head h // groups, so a reshape gathers each group along the sequence dimension.
     packed = query.reshape(batch, key.shape[1], groups * num_queries, head_dim)
     if attention_mask is not None and attention_mask.shape[1] == 1:
         attention_mask = attention_mask.repeat(1, 1, groups, 1)
@@ -68,9 +70,9 @@ def gqa_packed_attention(
 
 @contextlib.contextmanager
 def packed_attention(*models: PreTrainedModel) -> Iterator[None]:
-    """Lets models compute attention without copies of keys and values for a while; threads may do so at the same time.
+    """Sets `gqa_packed` attention in a context; several threads may use the same model.
 
-    At the end the implementation from before is set again, whatever was set in between.
+    When the last context exits, the implementation from before is restored, even if another one was set meanwhile.
     """
     configs = [model.config.get_text_config(decoder=True) for model in models]
     with _lock:

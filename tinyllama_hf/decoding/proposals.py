@@ -1,4 +1,4 @@
-"""Where drafted tokens come from: a smaller model, the target's own first layers, or the text itself."""
+"""Sources of drafted tokens: a smaller model, the target's own first layers, or the text itself."""
 
 import copy
 import dataclasses
@@ -17,30 +17,30 @@ from .rows import DRAFTING, Rows
 
 @dataclasses.dataclass
 class SpeculationStatistics:
-    """What was counted and timed in one generation.
+    """Counts and times of one generation.
 
     Attributes:
-        rows (`int`): sequences that were generated.
-        new_tokens (`int`): in all of them.
-        drafted (`int`): tokens that were proposed.
-        accepted (`int`): proposed tokens that stand in the output.
-        judged (`int`): proposed tokens up to the first rejected one of each round and row; `accepted / judged` estimates the
-            probability that a token is accepted where all before it are.
-        target_passes (`int`): forward passes of the target, those over the prompts included.
-        row_passes (`int`): the same summed over the rows that were in each pass; every one adds a token of the
-            target's own, unless an accepted one ends the row.
+        rows (`int`): number of generated sequences.
+        new_tokens (`int`): number of new tokens, all rows together.
+        drafted (`int`): number of drafted tokens.
+        accepted (`int`): number of drafted tokens in the output.
+        verified (`int`): number of drafted tokens up to the first rejected one of each round and row; `accepted /
+            verified` estimates the probability that a token is accepted if all tokens before it are.
+        target_passes (`int`): forward passes of the target, including those over the prompts.
+        row_passes (`int`): the same, summed over the rows of each pass. Each adds a token of the target's own, unless
+            an accepted token ends the row.
         draft_passes (`int`): forward passes of the draft model.
-        plain_rounds (`int`): rounds in which nothing was to be drafted, since it did not pay or a plain pass was to be timed.
-        prefill_seconds (`float`): of the passes over the prompts.
-        target_seconds (`float`): of the other ones, with choosing what is accepted.
-        draft_seconds (`float`): of drafting, the draft's own reading of the prompts included.
+        plain_rounds (`int`): rounds without drafting, because it was slower or to time a plain pass.
+        prefill_seconds (`float`): time of the passes over the prompts.
+        target_seconds (`float`): time of the other target passes, including acceptance.
+        draft_seconds (`float`): time of drafting, including the draft's passes over the prompts.
     """
 
     rows: int
     new_tokens: int = 0
     drafted: int = 0
     accepted: int = 0
-    judged: int = 0
+    verified: int = 0
     target_passes: int = 0
     row_passes: int = 0
     draft_passes: int = 0
@@ -51,39 +51,39 @@ class SpeculationStatistics:
 
     @property
     def acceptance(self) -> float:
-        """Share of the drafted tokens that stand in the output."""
+        """Share of the drafted tokens that are in the output."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
     @property
     def tokens_per_pass(self) -> float:
-        """Tokens that a row gains in a pass of the target, 1 in plain decoding."""
+        """New tokens per row and target pass; 1 in plain decoding."""
         return self.new_tokens / self.row_passes if self.row_passes else 0.0
 
     @property
     def seconds(self) -> float:
-        """Of the passes together."""
+        """Time of all passes."""
         return self.prefill_seconds + self.target_seconds + self.draft_seconds
 
     def add(self, other: "SpeculationStatistics") -> None:
-        """Adds what was counted of rows that join; passes are counted by those who make them."""
+        """Adds the counts of rows that join the batch; passes are counted where they are made."""
         for name in ("rows", "new_tokens", "row_passes", "prefill_seconds"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def __str__(self) -> str:
         line = (
-            f"draft: {self.acceptance * 100:.0f} % of {self.drafted} drafted tokens accepted, {self.target_passes} target "
-            f"passes for {self.new_tokens} tokens, {self.seconds:.1f} s"
+            f"draft: {self.acceptance * 100:.0f} % of {self.drafted} drafted tokens accepted, "
+            f"{self.target_passes} target passes for {self.new_tokens} tokens, {self.seconds:.1f} s"
         )
-        gave_up = self.plain_rounds > 1 + self.target_passes // 10  # one is plain in any case, and timed
-        return line + (f"; {self.plain_rounds} passes without drafting, which did not pay" if gave_up else "")
+        gave_up = self.plain_rounds > 1 + self.target_passes // 10  # one plain round is always timed
+        return line + (f"; {self.plain_rounds} passes without drafting, which was slower" if gave_up else "")
 
 
 class Proposer:
-    """Drafts tokens for rows of different lengths; this one drafts none, and is the base of those that do.
+    """Base class of drafts: proposes tokens for rows of different lengths. The base class itself proposes none.
 
     Attributes:
-        context (`float`): tokens that it can read.
-        statistics (`SpeculationStatistics`, *optional*): of the last generation with its help.
+        context (`float`): maximum number of tokens that it can read.
+        statistics (`SpeculationStatistics`, *optional*): of the last generation that used it.
     """
 
     context: float = math.inf
@@ -91,39 +91,39 @@ class Proposer:
 
     @property
     def passes(self) -> int:
-        """Forward passes of a model so far."""
+        """Forward passes of the draft model so far."""
         return 0
 
     def begin(self, num_rows: int) -> "Proposer":
-        """Returns the proposer of one generation, which keeps what was read of its rows."""
+        """Returns a proposer for one generation, which holds the state of its rows."""
         return self
 
     def catch_up(self, rows: Rows) -> None:
-        """Reads what it has not read of the rows, such as the prompts, where that is more than drafting reads anyway."""
+        """Reads unread tokens, such as the prompts, if there are more of them than drafting reads anyway."""
 
     def propose(self, rows: Rows, num_tokens: int, processors: RowProcessors, do_sample: bool) -> Proposal:
-        """Drafts up to `num_tokens` tokens behind each row's end; the rows stay as they are."""
-        return nothing_drafted(rows)
+        """Drafts up to `num_tokens` tokens after each row's end, without changing the rows."""
+        return empty_proposal(rows)
 
     def keep(self, kept: Sequence[int]) -> None:
-        """Keeps the rows of these indices."""
+        """Keeps the rows with these indices."""
 
     def join(self, rows: Rows, other: "Proposer", other_rows: Rows) -> None:
-        """Takes in the rows of another one that began from the same; `rows` are its own before that."""
+        """Adds the rows of a proposer from the same [`begin`]; `rows` are the own rows before that."""
 
 
 class ModelProposer(Proposer):
-    """Drafts with a model, which keeps a cache of its own.
+    """Drafts with a model, over its own cache.
 
     Args:
-        model (`PreTrainedModel`): with the target's vocabulary.
-        num_rows (`int`, *optional*, defaults to 0): of the batch.
+        model (`PreTrainedModel`): a model with the target's vocabulary.
+        num_rows (`int`, *optional*, defaults to 0): batch size.
     """
 
     def __init__(self, model: PreTrainedModel, num_rows: int = 0):
         self.model = model
         self._reader = RaggedModel(model)
-        self._read = [0] * num_rows  # tokens of each row that the cache holds for certain
+        self._read = [0] * num_rows  # tokens per row that the cache holds; more may be in it, rejected ones
         self.context = self._reader.context
 
     @property
@@ -134,12 +134,12 @@ class ModelProposer(Proposer):
         return ModelProposer(self.model, num_rows)
 
     def catch_up(self, rows: Rows) -> None:
-        """Reads prompts, and what came in plain rounds; after a round with a draft one or two tokens are left to read."""
+        """Reads prompts and the tokens of plain rounds; after a drafting round only one or two tokens are unread."""
         if self._behind(rows) > 2:
             self._read_all(rows)
 
     def propose(self, rows: Rows, num_tokens: int, processors: RowProcessors, do_sample: bool) -> Proposal:
-        """Drafts `num_tokens` tokens, one a pass; see [`Proposer`]."""
+        """Drafts `num_tokens` tokens, one per pass."""
         latest = rows.last_tokens(self._behind(rows))
         drafted, probabilities = [], []
         for step in range(num_tokens):
@@ -150,8 +150,9 @@ class ModelProposer(Proposer):
                 latest = draw(probabilities[-1][:, None], rows.uniform(DRAFTING, 1, step))
             else:
                 latest = scores.argmax(dim=-1, keepdim=True)
-            rows.put(latest, step)
+            rows.put(latest, step)  # for processors that read the tokens before
             drafted.append(latest)
+        # The last drafted token was not read. Rejected ones are in the cache, and are overwritten: see `_behind`.
         self._read = [length + num_tokens - 1 for length in rows.lengths]
         return Proposal(
             torch.cat(drafted, dim=1),
@@ -160,13 +161,13 @@ class ModelProposer(Proposer):
         )
 
     def _read_all(self, rows: Rows) -> None:
-        """Reads all but the last token of each row."""
+        """Reads all tokens of each row but the last."""
         ends = [length - 1 for length in rows.lengths]
         self._reader.read(rows.last_tokens(self._behind(rows))[:, :-1], ends)
         self._read = ends
 
     def _behind(self, rows: Rows) -> int:
-        """Tokens that it has not read of the row that it has read least of; rejected ones were read in vain."""
+        """Returns the largest number of unread tokens of a row; rejected tokens do not count as read."""
         return max(length - min(read, length - 1) for length, read in zip(rows.lengths, self._read, strict=True))
 
     def keep(self, kept: Sequence[int]) -> None:
@@ -175,7 +176,7 @@ class ModelProposer(Proposer):
             self._reader.keep(kept)
 
     def join(self, rows: Rows, other: Proposer, other_rows: Rows) -> None:
-        """Lets the joining rows read their prompts first, by themselves: beside the others, all would be read again."""
+        """Reads the prompts of the joining rows first: in one pass with the others, those would be read again too."""
         assert isinstance(other, ModelProposer)
         if not len(other_rows):
             return
@@ -190,21 +191,21 @@ class ModelProposer(Proposer):
 
 
 class PromptLookup(Proposer):
-    """Drafts what followed the last tokens where they stood before in the same row; needs no model.
+    """Drafts the tokens that followed an earlier occurrence of the row's last tokens; needs no model.
 
-    Saxena 2023, "Prompt lookup decoding". The longest match counts, and of several the latest.
+    Saxena 2023, "Prompt lookup decoding". The longest match is used, and the latest of several.
 
     Args:
-        max_matching_ngram_size (`int`, *optional*, defaults to 3): tokens of the longest match that is looked for.
+        max_matching_ngram_size (`int`, *optional*, defaults to 3): maximum number of tokens to match.
     """
 
     def __init__(self, max_matching_ngram_size: int = 3):
         if max_matching_ngram_size < 1:
-            raise InputError(f"max_matching_ngram_size {max_matching_ngram_size}: must be at least 1")
+            raise InputError(f"max_matching_ngram_size={max_matching_ngram_size}: must be at least 1")
         self.max_matching_ngram_size = max_matching_ngram_size
 
     def propose(self, rows: Rows, num_tokens: int, processors: RowProcessors, do_sample: bool) -> Proposal:
-        """Drafts up to `num_tokens` tokens of a row, none where nothing matches; see [`Proposer`]."""
+        """Drafts up to `num_tokens` tokens per row; none if nothing matches."""
         found = [self._look_up(rows.tokens[row, :length], num_tokens) for row, length in enumerate(rows.lengths)]
         tokens = nn.utils.rnn.pad_sequence(found, batch_first=True)
         if tokens.shape[1]:
@@ -220,28 +221,28 @@ class PromptLookup(Proposer):
         return row[:0]
 
 
-def nothing_drafted(rows: Rows) -> Proposal:
-    """No token for any row, as in plain decoding."""
+def empty_proposal(rows: Rows) -> Proposal:
+    """Returns a proposal without tokens, for plain decoding."""
     return Proposal(rows.tokens[:, :0], torch.zeros_like(rows.tokens[:, 0]))
 
 
 def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
-    """A model of the first layers of another, with its embeddings, norm and head; it shares all weights.
+    """Returns a model of the first layers of another one, with its embeddings, norm and head; all weights are shared.
 
     Args:
-        model (`PreTrainedModel`): a model of Llama's build: `model.model.layers`.
-        num_layers (`int`): fewer than it has.
+        model (`PreTrainedModel`): a model with Llama's module names (`model.model.layers`).
+        num_layers (`int`): number of layers, fewer than the model has.
 
     Raises:
-        InputError: if the number is out of range, or the model is built otherwise.
+        InputError: if the number is out of range, or the model has no such layers.
     """
     inner = getattr(model, "model", None)
     layers = getattr(inner, "layers", None)
     if not isinstance(layers, nn.ModuleList):
-        raise InputError(f"first_layers: {type(model).__name__} has no model.layers to take the first ones of")
+        raise InputError(f"first_layers: {type(model).__name__} has no `model.layers`. Use a Llama")
     if not 1 <= num_layers < len(layers):
         raise InputError(
-            f"first_layers {num_layers}: must be from 1 to {len(layers) - 1}, the target has {len(layers)}"
+            f"first_layers={num_layers}: must be from 1 to {len(layers) - 1}; the target has {len(layers)} layers"
         )
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = num_layers
@@ -250,7 +251,7 @@ def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
 
 
 def _view(module: nn.Module, config, **submodules: nn.Module) -> nn.Module:
-    """A module that shares everything with another one but its configuration and these submodules."""
+    """Returns a module that shares everything with another one except its configuration and the given submodules."""
     view = copy.copy(module)
     view._modules = {**module._modules, **submodules}
     view.config = config

@@ -1,7 +1,7 @@
-"""Speculative decoding for batches: a draft proposes tokens, the target checks several of every row in one pass.
+"""Speculative decoding for batches: a draft proposes tokens, and the target verifies several per row in one pass.
 
-Greedy output is the target's own; sampled output follows the target's distribution. Each row accepts what it accepts: rows
-are neither realigned nor made to wait, see `ragged_cache.py`.
+Greedy output equals the target's own; sampled output follows the target's distribution. Each row accepts its own
+number of tokens: rows are neither realigned nor made to wait, see `ragged_cache.py`.
 """
 
 import dataclasses
@@ -27,10 +27,10 @@ _UNUSED = ("assistant_confidence_threshold", "num_assistant_tokens_schedule", "c
 
 @dataclasses.dataclass
 class SpeculativeOutput(GenerateDecoderOnlyOutput):
-    """The output of `generate`, with statistics; there is no cache in it, and no hidden states or attentions.
+    """The output of `generate` with statistics, without cache, hidden states and attentions.
 
-    With `output_scores` and `output_logits` there is a tensor `[rows, vocab_size]` per new token, as in transformers; it is
-    zero for rows that have ended before.
+    With `output_scores` and `output_logits`, it has one tensor `[rows, vocab_size]` per new token, as in transformers,
+    which is zero for rows that ended before.
     """
 
     statistics: SpeculationStatistics | None = None
@@ -49,44 +49,46 @@ def speculative_generate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | SpeculativeOutput:
-    """Generates with the help of a draft, for any number of prompts of any length.
+    """Generates with a draft, for any number of prompts of any length.
 
-    In fp32, greedy output equals what `target.generate` gives for each prompt by itself, unless two logits lie closer than
-    rounding; in 16 bit, rounding depends on the shape of a batch, with and without a draft. Sampled output has the target's
-    distribution. Logits processors and stopping criteria are applied to each row's own tokens, criteria after every token.
+    In fp32, greedy output equals that of `target.generate` for each prompt alone, unless two logits differ by less
+    than rounding. In 16 bit, rounding depends on the shape of a batch, with and without a draft. Sampled output
+    follows the target's distribution. Logits processors and stopping criteria are applied to each row's own tokens,
+    criteria after every token.
 
     Args:
-        target (`PreTrainedModel`): any causal language model with full attention, stock or ours.
-        draft (`PreTrainedModel` or `Proposer`): a smaller model with the same vocabulary, `first_layers(target, n)`, or a
-            `PromptLookup`; a `Proposer` has the `statistics` afterwards.
+        target (`PreTrainedModel`): any causal language model with full attention, of transformers or of this package.
+        draft (`PreTrainedModel` or `Proposer`): a smaller model with the same vocabulary, `first_layers(target, n)` or
+            a `PromptLookup`. A `Proposer` holds the `statistics` after the call.
         input_ids (`torch.Tensor`): `[rows, prompt]`, padded on the left.
         attention_mask (`torch.Tensor`, *optional*): `[rows, prompt]`.
-        draft_length (`int`, *optional*): tokens to draft in each round. By default as many as pay, by measured times and
-            acceptance, and none where none do; the draws of a seed then depend on these times.
-        generation_config (`GenerationConfig`, *optional*): as in `generate`; so are `stopping_criteria`, the `streamer` (for
-            one row), the `tokenizer` (for `stop_strings`), and everything else: `max_new_tokens`, `do_sample`,
-            `temperature`, `repetition_penalty`, `num_return_sequences`, `return_dict_in_generate`, `output_scores` ...
+        draft_length (`int`, *optional*): number of tokens to draft in each round. By default it is chosen for
+            throughput, from measured times and acceptance; output sampled with a seed then depends on these times.
+        generation_config (`GenerationConfig`, *optional*): as in `generate`, like all other arguments:
+            `stopping_criteria`, `streamer` (for one row), `tokenizer` (for `stop_strings`), `max_new_tokens`,
+            `do_sample`, `temperature`, `repetition_penalty`, `num_return_sequences`, `return_dict_in_generate`,
+            `output_scores` and so on.
 
     Returns:
         `[rows, prompt + new]`, padded on the right, or a [`SpeculativeOutput`] with `return_dict_in_generate=True`.
 
     Raises:
-        InputError: if the vocabularies differ, the models or options are not supported, or a prompt fills the context.
+        InputError: if the vocabularies differ, a model or an option is not supported, or a prompt fills the context.
     """
-    if isinstance(draft, nn.Module):  # a PeftModel is no PreTrainedModel
+    if isinstance(draft, nn.Module):  # a PeftModel is not a PreTrainedModel
         draft = ModelProposer(draft)
     elif not isinstance(draft, Proposer):
-        raise InputError(f"draft: must be a model or a PromptLookup, and is a {type(draft).__name__}")
+        raise InputError(f"draft: must be a model or a PromptLookup, not a {type(draft).__name__}")
     check_pair(target, draft)
     if draft_length is not None and not (isinstance(draft_length, int) and draft_length >= 1):
         raise InputError(
-            f"draft_length {draft_length!r}: must be a whole number from 1; leave it out to draft what pays"
+            f"draft_length={draft_length!r}: must be an integer of at least 1. Leave it out for an adaptive length"
         )
     for name in _UNUSED:
         if (value := kwargs.pop(name, None)) is not None:
-            raise InputError(f"{name}={value!r}: has no meaning for drafts here; leave it out")
-    # `generate` (5.23) would need the tokenizer for them, which it hands on to no decoding method of ours.
-    stop_strings = _take("stop_strings", target, generation_config, kwargs)
+            raise InputError(f"{name}={value!r}: is not supported with a draft. Leave it out")
+    # As a criterion of our own, since `generate` (5.23) does not accept a `tokenizer` together with `custom_generate`.
+    stop_strings = _pop_option("stop_strings", target, generation_config, kwargs)
     criteria = StoppingCriteriaList(stopping_criteria or [])
     if stop_strings:
         criteria.append(_stop_string_criterion(stop_strings, tokenizer))
@@ -98,12 +100,12 @@ def speculative_generate(
 
 
 def _run(decoding: Decoding, streamer: BaseStreamer | None) -> torch.Tensor | SpeculativeOutput:
-    """Rounds until every row has ended."""
+    """Runs rounds until every row has finished, and returns the output of `generate`."""
     rows, config = decoding.rows, decoding.config
     if streamer is not None and len(rows) > 1:
-        raise InputError(f"streamer: shows one row, and there are {len(rows)}; generate without it")
+        raise InputError(f"streamer: supports one row, not {len(rows)}. Generate without it")
     if len(rows) > 1 and rows.may_end_early and config._pad_token_tensor is None:
-        raise InputError("pad_token_id: rows may end at different lengths, and there is none to fill up; give it")
+        raise InputError("pad_token_id: is missing, and rows may end at different lengths. Give pad_token_id")
     if streamer is not None:
         streamer.put(decoding.input_ids.cpu())
     names = [
@@ -126,39 +128,43 @@ def _run(decoding: Decoding, streamer: BaseStreamer | None) -> torch.Tensor | Sp
     return SpeculativeOutput(sequences=sequences, statistics=decoding.statistics, **decoding.token_scores.by_token())
 
 
-def draft_of_generate(
+def pop_draft(
     target: PreTrainedModel, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
 ) -> PreTrainedModel | Proposer | None:
-    """The draft that the arguments of `generate` name, or `None`; they are replaced by those of [`speculative_generate`].
+    """Removes the arguments of assisted generation from those of `generate`; returns the draft, or `None`.
+
+    The number of drafted tokens, if given, is added to `kwargs` as `draft_length` of [`speculative_generate`].
 
     Raises:
-        InputError: if more than one is named, or the draft has a tokenizer of its own.
+        InputError: if several drafts are given, or the draft has its own tokenizer.
     """
 
-    def take(name: str) -> Any:
-        return _take(name, target, generation_config, kwargs)
+    def pop(name: str) -> Any:
+        return _pop_option(name, target, generation_config, kwargs)
 
     assistant = kwargs.pop("assistant_model", None)
-    lookup, early_exit = map(take, _DRAFTS)
+    lookup, early_exit = map(pop, _DRAFTS)
     if sum(draft is not None for draft in (assistant, lookup, early_exit)) > 1:
-        raise InputError("assistant_model, prompt_lookup_num_tokens, assistant_early_exit: only one of them can draft")
+        raise InputError(
+            "assistant_model, prompt_lookup_num_tokens, assistant_early_exit: only one of them can be given"
+        )
     if kwargs.pop("assistant_tokenizer", None) is not None:
-        raise InputError("assistant_tokenizer: a draft must have the target's own vocabulary; leave it out")
+        raise InputError("assistant_tokenizer: a draft must have the target's own vocabulary. Leave it out")
     if assistant is None and lookup is None and early_exit is None:
         return None
-    num_tokens = take("num_assistant_tokens") if lookup is None else lookup
+    num_tokens = pop("num_assistant_tokens") if lookup is None else lookup
     if num_tokens is not None:
         kwargs["draft_length"] = num_tokens
     if lookup is not None:
-        return PromptLookup(take("max_matching_ngram_size") or 3)
+        return PromptLookup(pop("max_matching_ngram_size") or 3)
     return first_layers(target, early_exit) if early_exit is not None else assistant
 
 
 def check_pair(target: PreTrainedModel, draft: Proposer | None) -> None:
-    """Refuses a target that [`~decoding.engine.prepare`] cannot take, and a draft that cannot help it.
+    """Refuses a target or a draft that [`~decoding.engine.prepare`] does not support.
 
     Raises:
-        InputError: if one of them cannot read rows of different lengths, or their vocabularies or devices differ.
+        InputError: if one of them does not support rows of different lengths, or vocabularies or devices differ.
     """
     check_full_attention(target, "target" if draft else "model", drafts=draft is not None)
     if not isinstance(draft, ModelProposer):
@@ -166,11 +172,11 @@ def check_pair(target: PreTrainedModel, draft: Proposer | None) -> None:
     check_full_attention(draft.model, "draft")
     check_vocabulary_size(target, draft.model)
     if draft.model.device != target.device:
-        raise InputError(f"draft: is on {draft.model.device}, the target on {target.device}; load both on one device")
+        raise InputError(f"draft: is on {draft.model.device}, the target on {target.device}. Load both on one device")
 
 
 def check_vocabulary_size(target: PreTrainedModel, draft: PreTrainedModel, name: str = "draft") -> None:
-    """Refuses a draft whose ids are not the target's.
+    """Refuses a draft with another vocabulary size than the target.
 
     Raises:
         InputError: with both sizes, and how to trim.
@@ -178,14 +184,14 @@ def check_vocabulary_size(target: PreTrainedModel, draft: PreTrainedModel, name:
     own, wanted = (model.config.get_text_config(decoder=True).vocab_size for model in (draft, target))
     if own != wanted:
         raise InputError(
-            f"{name}: its vocabulary has {own} entries, the target's {wanted}; a draft must have been trained with the "
-            f"target's own tokenizer. If the first {min(own, wanted)} entries are the same, trim the larger model: "
+            f"{name}: its vocabulary has {own} entries, the target's {wanted}. A draft must have the target's own "
+            f"tokenizer. If the first {min(own, wanted)} entries are the same, trim the larger model: "
             f"model.resize_token_embeddings({min(own, wanted)})"
         )
 
 
-def _take(name: str, target: PreTrainedModel, config: GenerationConfig | None, kwargs: dict[str, Any]) -> Any:
-    """An option as `generate` resolves it: from the call, the configuration, or the model's; then switched off in the call."""
+def _pop_option(name: str, target: PreTrainedModel, config: GenerationConfig | None, kwargs: dict[str, Any]) -> Any:
+    """Returns an option from the arguments, the configuration or the model's own, and disables it for `generate`."""
     found = getattr(config, name, None)
     found = getattr(target.generation_config, name, None) if found is None else found
     value = kwargs.pop(name, found)
@@ -199,7 +205,7 @@ def _stop_string_criterion(
 ) -> StopStringCriteria:
     texts = [stop_strings] if isinstance(stop_strings, str) else stop_strings
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) and text for text in texts):
-        raise InputError(f"stop_strings {stop_strings!r}: must be a text or a list of texts, none of them empty")
+        raise InputError(f"stop_strings={stop_strings!r}: must be a string or a list of strings, none of them empty")
     if tokenizer is None:
-        raise InputError(f"stop_strings {stop_strings!r}: need the tokenizer to be found; give tokenizer=")
+        raise InputError(f"stop_strings={stop_strings!r}: need the tokenizer. Give tokenizer=")
     return StopStringCriteria(tokenizer=tokenizer, stop_strings=list(texts))

@@ -1,4 +1,4 @@
-"""A draft for the commands: it proposes tokens, which the model checks several at a time; see `speculative.py`."""
+"""Drafts for the commands, by the value of `--draft`; see [`~decoding.speculative`]."""
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -11,7 +11,7 @@ from .load import load
 
 
 LOOKUP, LAYERS = "lookup", "layers:"
-# With a seed the number of drafted tokens must not depend on measured times, or the draws would.
+# With a seed, the number of drafted tokens must not depend on measured times, or the samples would.
 SEEDED_DRAFT_LENGTH = 4
 
 
@@ -22,17 +22,17 @@ def load_draft(
     dtype: str | torch.dtype = "auto",
     device: str = "auto",
 ) -> Proposer:
-    """Loads what `--draft` names: a model, `lookup`, or `layers:N`, the target's own first layers.
+    """Loads a draft by name: a model, `lookup`, or `layers:N` for the target's own first layers.
 
     Raises:
-        InputError: if the name is unknown, or the draft does not fit the target.
+        InputError: if the name is unknown, or the draft does not match the target.
     """
     if name == LOOKUP:
         return PromptLookup()
     if name.startswith(LAYERS):
         number = name.removeprefix(LAYERS)
         if not number.isdecimal():
-            raise InputError(f"--draft {name}: {LAYERS} needs a number of layers, as in {LAYERS}4")
+            raise InputError(f"--draft {name}: {LAYERS} needs a number of layers, such as {LAYERS}4")
         return ModelProposer(first_layers(target, int(number)))
     model, tokenizer = load(name, dtype, device)
     check_vocabulary(model, tokenizer, target, target_tokenizer)
@@ -45,7 +45,7 @@ def check_vocabulary(
     target: PreTrainedModel,
     target_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Refuses a draft in which a token id does not mean what it means in the target.
+    """Refuses a draft with another vocabulary than the target.
 
     Raises:
         InputError: with the sizes of both vocabularies.
@@ -53,6 +53,6 @@ def check_vocabulary(
     check_vocabulary_size(target, model, "--draft")
     if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(target_tokenizer):
         raise InputError(
-            f"--draft: its vocabulary has {model.config.vocab_size} entries as the target's, but other ones; a draft "
-            "must have been trained with the target's own tokenizer"
+            f"--draft: its vocabulary has {model.config.vocab_size} entries, as the target's, but other tokens. A "
+            "draft must have the target's own tokenizer"
         )
