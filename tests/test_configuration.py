@@ -54,7 +54,7 @@ def test_unknown_preset_names_the_nearest():
 
 
 def test_unknown_field_names_the_nearest():
-    with pytest.raises(InputError, match="hiden_size=3: no field of a Llama; did you mean 'hidden_size'"):
+    with pytest.raises(InputError, match=r"hiden_size=3: .* did you mean 'hidden_size'"):
         TinyLlamaConfig.preset("nano", hiden_size=3)
     assert TinyLlamaConfig.preset("nano", rope_theta=5e5).rope_parameters["rope_theta"] == 5e5
     assert set(PRESETS) == {"1.1b", "120m", "nano", "micro"}

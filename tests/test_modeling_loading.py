@@ -103,7 +103,7 @@ class TestPlaces:
             assert weights.resolve().stat().st_mtime_ns > before
 
     def test_of_a_gguf_file(self, folder):
-        with pytest.raises(InputError, match=r"gguf_file 'model\.gguf'"):
+        with pytest.raises(InputError, match=r"gguf_file='model\.gguf'"):
             TinyLlamaForCausalLM.from_pretrained(folder, gguf_file="model.gguf")
 
 

@@ -16,7 +16,7 @@ from tests.conversion.test_gguf_tokenizer import byte_level
 from tinyllama_hf import load_tokenizer
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.files import read_json
-from tinyllama_hf.tokenization_tinyllama import _damage_refused
+from tinyllama_hf.tokenization_tinyllama import _translate_errors
 
 
 KINDS = ("sentencepiece", "tokenizer.json", "byte-level")
@@ -90,7 +90,7 @@ def test_code_in_the_folder_never_runs(sources, tmp_path):
     assert done.returncode == 0, done.stderr
     message, *ran = done.stdout.splitlines()
     assert ran[-2:] == ["ran here: False", "ran as control: True"]
-    assert message.startswith(f"{folder}: its tokenizer wants to run code of its own") and "never done" in message
+    assert message.startswith(f"{folder}: ") and "auto_map in tokenizer_config.json" in message
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_damage_is_named(folder, file, change, reason):
     data = (folder / file).read_bytes()
     assert change(data) != data
     (folder / file).write_bytes(change(data))
-    with pytest.raises(InputError, match=rf"\({reason}: .+\); fetch or make it again") as refusal:
+    with pytest.raises(InputError, match=rf"\({reason}: .+\)") as refusal:
         load_tokenizer(folder)
     assert str(refusal.value).startswith(f"tokenizer {folder}") and refusal.value.__cause__ is not None
 
@@ -157,18 +157,18 @@ def test_seeded_mutants(sources, tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError, InputError])
 def test_what_is_no_damage_passes(error, tmp_path):
-    with pytest.raises(error, match=r"^as it was$"), _damage_refused(tmp_path):
+    with pytest.raises(error, match=r"^as it was$"), _translate_errors(tmp_path):
         raise error("as it was")
 
 
 def test_a_package_that_is_missing_is_no_damage(tmp_path):
-    with pytest.raises(InputError, match=r"ModuleNotFoundError: No module named 'nowhere'\); install that"):
-        with _damage_refused(tmp_path):
+    with pytest.raises(InputError, match=r"ModuleNotFoundError: No module named 'nowhere'\). Install it"):
+        with _translate_errors(tmp_path):
             import nowhere  # noqa: F401
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 100_000, "9" * 5000, "\xff", "{"])
 def test_json_that_python_cannot_read(text, tmp_path):
     (tmp_path / "a.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(InputError, match=r"a\.json: damaged, not valid JSON \(.+\); fetch or make it again"):
+    with pytest.raises(InputError, match=r"a\.json: .*not valid JSON \(.+\)"):
         read_json(tmp_path / "a.json")

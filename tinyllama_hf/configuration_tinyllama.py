@@ -1,4 +1,4 @@
-"""`TinyLlamaConfig`: a Llama configuration with the TinyLlama presets, written as plain Llama unless asked otherwise."""
+"""`TinyLlamaConfig`: a Llama configuration with TinyLlama's presets."""
 
 import os
 from typing import Any
@@ -9,23 +9,24 @@ from transformers import AutoConfig, LlamaConfig
 from .errors import InputError, did_you_mean
 
 
-# 1.1b and 120m are the published architectures. nano is for demonstrations and micro for tests: both keep
-# grouped-query attention, and every width divides by 128, so that GGUF and AWQ blocks fit.
+# 1.1b and 120m are the published architectures. nano is for demonstrations, micro for tests: both have grouped-query
+# attention, and all sizes are multiples of 128, as blocks of GGUF and AWQ need.
+_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 PRESETS: dict[str, dict[str, int]] = {
-    "1.1b": {"num_hidden_layers": 22, "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4},
-    "120m": {"num_hidden_layers": 12, "hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "num_key_value_heads": 1},
-    "nano": {"num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 640, "num_attention_heads": 4, "num_key_value_heads": 2},
-    "micro": {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2},
-}  # fmt: skip
+    "1.1b": dict(zip(_SIZES, (22, 2048, 5632, 32, 4), strict=True)),
+    "120m": dict(zip(_SIZES, (12, 768, 2048, 12, 1), strict=True)),
+    "nano": dict(zip(_SIZES, (4, 256, 640, 4, 2), strict=True)),
+    "micro": dict(zip(_SIZES, (2, 256, 512, 4, 2), strict=True)),
+}
 
 
-# A subclass does not inherit `@strict`: without it, a field of a wrong type would be taken without a word.
+# A subclass does not inherit `@strict`. Without it, fields of a wrong type would be accepted.
 @strict
 class TinyLlamaConfig(LlamaConfig):
     """A Llama configuration with TinyLlama's defaults.
 
-    Every field is `LlamaConfig`'s; the defaults are those of TinyLlama 1.1B. The padding token is not part of it: with
-    `pad_token_id` set, the library freezes that embedding row and zeroes it.
+    The fields are those of `LlamaConfig`, the defaults those of TinyLlama 1.1B. `pad_token_id` is not set, since
+    transformers would freeze that embedding row at zero.
 
     ```python
     >>> from tinyllama_hf import TinyLlamaConfig
@@ -49,17 +50,17 @@ class TinyLlamaConfig(LlamaConfig):
 
         Args:
             name (`str`): `"1.1b"`, `"120m"`, `"nano"` or `"micro"`.
-            **overrides: any field, for example `vocab_size` or `max_position_embeddings`.
+            **overrides: any field, such as `vocab_size` or `max_position_embeddings`.
 
         Raises:
-            InputError: if there is no such preset, or no such field.
+            InputError: if the preset or a field is unknown.
         """
         if name not in PRESETS:
             raise InputError(f"model preset {name!r} does not exist{did_you_mean(str(name), PRESETS)}")
-        known = cls().to_dict().keys() | {"rope_theta", "attn_implementation"}  # taken under these names as well
+        known = cls().to_dict().keys() | {"rope_theta", "attn_implementation"}  # not fields, but valid arguments
         if unknown := sorted(overrides.keys() - known):
             raise InputError(
-                f"{unknown[0]}={overrides[unknown[0]]!r}: no field of a Llama{did_you_mean(unknown[0], known)}"
+                f"{unknown[0]}={overrides[unknown[0]]!r}: unknown field of a Llama{did_you_mean(unknown[0], known)}"
             )
         return cls(**{**PRESETS[name], **overrides})
 
@@ -68,7 +69,7 @@ class TinyLlamaConfig(LlamaConfig):
         """Returns the same architecture as a TinyLlama configuration.
 
         Raises:
-            InputError: if the model is of another family.
+            InputError: if the model is not a Llama.
         """
         cls._check_family(config.model_type)
         return cls(**_architecture_fields(config))
@@ -76,20 +77,20 @@ class TinyLlamaConfig(LlamaConfig):
     @classmethod
     def _check_family(cls, model_type: str | None) -> None:
         if model_type not in ("llama", cls.model_type):
-            raise InputError(f"model_type {model_type!r} is not a Llama; tinyllama_hf loads Llama folders only")
+            raise InputError(f"model_type {model_type!r} is not a Llama. tinyllama_hf supports Llama models only")
 
     @classmethod
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, plain: bool = False, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in transformers; of a plain Llama file too, in which a missing field has Llama's default.
+        """As in transformers; also reads plain Llama files, in which a missing field has Llama's default.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): a folder, a file, or a Hub id.
-            plain (`bool`, *optional*, defaults to `False`): refuse weights that were saved quantized.
+            plain (`bool`, *optional*, defaults to `False`): refuse quantized weights.
 
         Raises:
-            InputError: if the model is of another family, or was saved quantized and must not be.
+            InputError: if the model is not a Llama, or is quantized although `plain` is set.
         """
         fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         cls._check_family(fields.get("model_type"))
@@ -100,7 +101,7 @@ class TinyLlamaConfig(LlamaConfig):
         return fields, kwargs
 
     def to_llama(self) -> LlamaConfig:
-        """Returns the same architecture as a stock Llama configuration, whose file every Llama tool reads."""
+        """Returns the same architecture as a stock Llama configuration; every Llama tool can read its file."""
         return _PlainLlamaConfig(**_architecture_fields(self))
 
 
@@ -108,27 +109,27 @@ def refuse_quantized(quantization_config: Any, name: str | os.PathLike | None) -
     """Refuses weights that are or would be quantized.
 
     Raises:
-        InputError: if there is a configuration of it, naming the function that loads them.
+        InputError: if a quantization is configured.
     """
     if quantization_config is not None:
         raise InputError(
-            f"{name}: quantization_config is for tinyllama_hf.load(MODEL, quantization=...), which also loads folders "
-            "that were saved quantized; some processors corrupt such weights otherwise"
+            f"{name}: quantization_config is for tinyllama_hf.load(MODEL, quantization=...), which also loads "
+            "quantized folders. Without its fix, some processors corrupt such weights"
         )
 
 
 def _architecture_fields(config: LlamaConfig) -> dict[str, Any]:
-    """Every field but those that name the class and the file it was read from."""
+    """Returns all fields except those that name the class and the source file."""
     named = ("model_type", "architectures", "transformers_version", "_name_or_path")
     return {name: value for name, value in config.to_dict().items() if name not in named}
 
 
 @strict
 class _PlainLlamaConfig(LlamaConfig):
-    """`LlamaConfig` as a file for every reader: the stock class name, and the rotary embedding in both spellings.
+    """`LlamaConfig` with a file for every reader: stock class name, and rotary settings in both spellings.
 
-    transformers 5 writes only `rope_parameters`; mistral.rs then refuses the folder, and others take a wrong base or leave
-    out the scaling.
+    transformers 5 writes `rope_parameters` only. mistral.rs refuses such a folder, and other tools use a wrong base or
+    ignore the scaling.
     """
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -141,6 +142,6 @@ class _PlainLlamaConfig(LlamaConfig):
         return fields
 
 
-# Whoever has a configuration may hand it to the Auto classes, which then need to know model and tokenizer.
+# A configuration may be given to the Auto classes, which then need the model and the tokenizer.
 AutoConfig.register(TinyLlamaConfig.model_type, TinyLlamaConfig, exist_ok=True)
 from . import modeling_tinyllama, tokenization_tinyllama  # noqa: E402, F401

@@ -1,6 +1,6 @@
-"""The training loss with a bound on its memory: the logits of one chunk of tokens exist at a time.
+"""The training loss with bounded memory: only the logits of one chunk of tokens exist at a time.
 
-`benchmarks/loss.py` measures it against the stock loss and `torch.nn.functional.linear_cross_entropy`.
+`benchmarks/loss.py` compares it with the stock loss and `torch.nn.functional.linear_cross_entropy`.
 """
 
 import torch
@@ -8,21 +8,21 @@ from torch import nn
 
 
 IGNORE_INDEX = -100
-# The logits of a chunk take this much, in the type of the product: 1024 tokens of 32000 ids in fp32, 2048 in bf16. Larger
-# chunks make better products, and fewer sums into the gradient of the weight.
+# Size of the logits of a chunk: 1024 tokens with a vocabulary of 32000 in fp32, 2048 in bf16. Larger chunks make
+# faster matrix products and fewer additions to the weight gradient.
 CHUNK_BYTES = 128 * 2**20
-# Rows that are turned into gradients at a time, in fp32: on a CPU as many as stay in the cache of a core, on a GPU enough
-# to fill it.
+# Number of rows to compute gradients of at a time, in fp32: few enough for the cache of a CPU core, enough to
+# occupy a GPU.
 ROWS = {"cpu": 16, "cuda": 512}
 
 
 def chunk_tokens(vocab_size: int, itemsize: int) -> int:
-    """Tokens whose logits exist at a time, in a type of so many bytes."""
+    """Returns the number of tokens of a chunk, for logits of `itemsize` bytes."""
     return max(CHUNK_BYTES // (vocab_size * itemsize), 1)
 
 
 def linear_cross_entropy_sum(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of `hidden @ weight.T` against the labels, summed over the tokens that have one.
+    """Returns the cross-entropy of `hidden @ weight.T` and the labels, summed over the labeled tokens.
 
     Args:
         hidden (`torch.Tensor`): `[num_tokens, hidden_size]`.
@@ -33,16 +33,16 @@ def linear_cross_entropy_sum(hidden: torch.Tensor, weight: torch.Tensor, labels:
         `torch.Tensor`: a scalar in fp32, natural logarithm.
 
     Raises:
-        IndexError: if a label is neither -100 nor an id of the vocabulary; on a GPU the kernel asserts it.
+        IndexError: if a label is neither -100 nor a token id; on a GPU, the kernel asserts it.
         RuntimeError: in a backward pass with `create_graph=True`, since second derivatives are not available.
     """
-    if not torch.is_grad_enabled():  # inside the function the mode is always off, and a parameter would ask for one
+    if not torch.is_grad_enabled():  # `forward` below cannot tell, since the mode is always off in it
         hidden, weight = hidden.detach(), weight.detach()
     return _ChunkedCrossEntropy.apply(hidden, weight, labels)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Computes the gradient together with the loss, so that no logits need to be kept or computed again."""
+    """Computes the gradient with the loss, so logits are neither stored nor computed twice."""
 
     @staticmethod
     def forward(ctx, hidden, weight, labels):
@@ -51,7 +51,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight_cast = weight.to(dtype)
         wants_hidden, wants_weight, _ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        # fp32, or the sum over chunks would lose the small terms.
+        # In fp32, since a sum over many chunks in bf16 would lose small terms.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         size = chunk_tokens(len(weight), dtype.itemsize)
@@ -64,19 +64,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_hidden[tokens] = logits @ weight_cast
             if wants_weight:
                 grad_weight += logits.T @ chunk
-            del logits  # before the next chunk's are there
+            del logits  # before those of the next chunk are allocated
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return losses.sum()
 
     @staticmethod
     def backward(ctx, grad_output):
-        # Not `once_differentiable`, which lets `create_graph=True` through where the incoming gradient is a constant, as
-        # that of a loss is. A compiled backward pass cannot be differentiated in any case, and is traced with gradients on.
+        # `once_differentiable` would not raise here: it accepts `create_graph=True` if the incoming gradient is a
+        # constant, as for a loss. A compiled backward pass is traced with gradients enabled, and can never be
+        # differentiated.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
-                "create_graph=True: the training loss is computed together with its gradient, which has no derivative. "
-                "Call the model without labels, and compute the loss from its logits: "
+                "create_graph=True: the gradient of the training loss has no derivative. Call the model without "
+                "labels and compute the loss from its logits: "
                 "model.loss_function(logits=logits, labels=labels, vocab_size=model.config.vocab_size)"
             )
         grad_hidden, grad_weight = ctx.saved_tensors
@@ -90,9 +91,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _losses_and_gradients(
     logits: torch.Tensor, labels: torch.Tensor, losses: torch.Tensor, wants_gradients: bool
 ) -> None:
-    """Fills in the losses `[tokens]`, and replaces logits `[tokens, vocab]` by their gradient, softmax - one_hot.
+    """Writes the losses `[tokens]`, and replaces logits `[tokens, vocab]` by their gradient, softmax - one_hot.
 
-    A few rows at a time, so that all passes over them but the first and the last meet the cache, and in fp32.
+    In fp32 and a few rows at a time, so that the rows stay in the CPU cache between the steps.
     """
     valid = labels != IGNORE_INDEX
     index = labels.masked_fill(~valid, 0)[:, None]
@@ -100,7 +101,7 @@ def _losses_and_gradients(
     for start in range(0, len(labels), step):
         rows = slice(start, start + step)
         values = logits[rows].to(torch.float32, copy=True)
-        # The negative logits at the labels, zero where there is none; refuses a label as the stock loss does.
+        # The negative logit at the label, 0 without a label. Raises for invalid labels, as the stock loss does.
         at_label = nn.functional.nll_loss(values, labels[rows], ignore_index=IGNORE_INDEX, reduction="none")
         largest = values.amax(-1, keepdim=True)
         sums = values.sub_(largest).exp_().sum(-1, keepdim=True)

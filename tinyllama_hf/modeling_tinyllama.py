@@ -1,6 +1,6 @@
-"""`TinyLlamaForCausalLM`: `LlamaForCausalLM` with TinyLlama's initialisation, a lean training loss and accounting.
+"""`TinyLlamaForCausalLM`: `LlamaForCausalLM` with TinyLlama's initialization and a memory-efficient training loss.
 
-Module names, state-dict keys and logits are those of `LlamaForCausalLM`, and what it saves is a plain Llama folder.
+Module names, state-dict keys and logits are those of `LlamaForCausalLM`. By default it saves a plain Llama folder.
 """
 
 import contextlib
@@ -36,15 +36,15 @@ from .losses import IGNORE_INDEX, linear_cross_entropy_sum
 from .packed_documents import document_mask, use_cache_for_positions
 
 
-# Those that follow `inputs` and `generation_config`, in their order.
+# The parameters of `generate` after `inputs` and `generation_config`, in order.
 _GENERATE_ARGUMENTS = tuple(inspect.signature(LlamaForCausalLM.generate).parameters)[3:-1]
 
 
 class _TinyLlamaInitialization:
-    """TinyLlama's initialisation: N(0, sqrt(2 / (5 d))), and N(0, 1 / (sqrt(d) layers)) where a block ends.
+    """TinyLlama's initialization: std sqrt(2 / (5 d)), and 1 / (sqrt(d) layers) for the output projection of a block.
 
-    d is the hidden size. Source: TinyLlama's lit_gpt/model.py, `_init_weights`. Written with `transformers.initialization`,
-    which leaves loaded weights alone.
+    d is the hidden size. Source: TinyLlama's lit_gpt/model.py, `_init_weights`. Uses `transformers.initialization`,
+    which does not change loaded weights.
     """
 
     config: TinyLlamaConfig
@@ -61,28 +61,29 @@ class _TinyLlamaInitialization:
         init.normal_(module.weight, mean=0.0, std=std)
         if getattr(module, "bias", None) is not None:
             init.zeros_(module.bias)
-        # As in the library: loaded weights have a mark, which a row of them loses.
+        # As in transformers: loaded weights have this mark, and indexing a row would lose it.
         is_loaded = getattr(module.weight, "_is_hf_initialized", False)
         if getattr(module, "padding_idx", None) is not None and not is_loaded:
             init.zeros_(module.weight[module.padding_idx])
 
     def _ends_block(self, module: nn.Module) -> bool:
-        # By identity: for classes outside transformers, the library never visits modules without own parameters, so
-        # that the attention and MLP modules, which know their output projections, are passed over.
+        # By identity, since only the module is given. For classes outside transformers, the library does not visit
+        # modules without parameters of their own, such as the attention and MLP modules, which know their output
+        # projections.
         names = ("o_proj", "down_proj")
         return any(found is module for name, found in self.named_modules() if name.endswith(names))
 
 
 class TinyLlamaModel(_TinyLlamaInitialization, LlamaModel):
-    """`LlamaModel` with TinyLlama's initialisation: the library initialises an inner model by its own class."""
+    """`LlamaModel` with TinyLlama's initialization; transformers initializes an inner model by its own class."""
 
     config_class = TinyLlamaConfig
 
 
 class _OutputEmbedding(nn.Linear):
-    """The product with the output embedding; given labels, the summed loss without whole logits.
+    """The output embedding, which returns logits, or with labels the summed loss without the full logits.
 
-    The loss is computed inside the module, since sharded weights are only whole while their module runs.
+    The loss is computed inside the module, since FSDP gathers sharded weights only while their module runs.
     """
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
@@ -92,39 +93,39 @@ class _OutputEmbedding(nn.Linear):
 
     @property
     def computes_loss(self) -> bool:
-        """Whether the loss can be computed inside: without a bias, and over weights that are whole while the module runs."""
+        """Whether the loss can be computed in the module: no bias, and weights that are unsharded while it runs."""
         if self.bias is not None:
             return False
         if not isinstance(self.weight, DTensor):
             return True
-        # FSDP2 gathers what it has sharded; what tensor parallelism has sharded, it shards once more.
+        # FSDP2 gathers its own shards only. Weights that tensor parallelism has sharded are sharded twice.
         return isinstance(self, FSDPModule) and sum(placement.is_shard() for placement in self.weight.placements) <= 1
 
 
 class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
     """A causal Llama for pretraining and generation.
 
-    Logits equal `LlamaForCausalLM`'s bit for bit for the same weights. In training mode with `labels` the logits are
-    never held as a whole: `logits` is `None` in the output, and a forward hook on `lm_head` sees the summed loss.
+    Logits equal those of `LlamaForCausalLM` bit for bit for the same weights. In training mode with `labels`, the full
+    logits are never in memory: `logits` is `None` in the output, and a forward hook on `lm_head` gets the summed loss.
     """
 
     config_class = TinyLlamaConfig
     _takes_quantized_weights = False
 
     def __init__(self, config: TinyLlamaConfig):
-        # Not LlamaForCausalLM.__init__, which would build and initialise a LlamaModel only to throw it away.
+        # Not LlamaForCausalLM.__init__, which would also build and initialize a LlamaModel.
         super(LlamaForCausalLM, self).__init__(config)
         self.model = TinyLlamaModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = _OutputEmbedding(config.hidden_size, config.vocab_size, bias=False)
         if self.generation_config.pad_token_id is None:
-            self.generation_config.pad_token_id = 0  # <unk>; in the model's own config it would freeze the row
-        self.loss_type = "ForCausalLM"  # which the library finds in the name of a class, and warns where it is not
+            self.generation_config.pad_token_id = 0  # <unk>; in `config` it would freeze the embedding row
+        self.loss_type = "ForCausalLM"  # transformers derives it from known class names only, and warns otherwise
         self.post_init()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # See the end of this file. `fully_shard` makes subclasses too.
+        # See the end of this file. `fully_shard` creates subclasses too.
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[cls.__name__] = cls.__name__
 
     @can_return_tuple
@@ -142,28 +143,29 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
     ) -> CausalLMOutputWithPast:
         """As `LlamaForCausalLM.forward`, with two differences.
 
-        In training mode with `labels`, the loss is computed without the logits (`logits` is `None`): the sum over the
-        labelled tokens divided by `num_items_in_batch`, or by their number where that is not given. It has first
-        derivatives only. The stock loss over whole logits is computed where the output embedding was replaced, wrapped,
-        given a bias or sharded by tensor parallelism; with a `loss_function` that was set, an `ignore_index` other than
-        -100, or `logits_to_keep`; and inside the transforms of `torch.func`.
+        **Loss.** In training mode with `labels`, the loss is computed without the full logits, and `logits` is `None`.
+        The loss is the sum over the labeled tokens divided by `num_items_in_batch`, by default their number. It has
+        first derivatives only. The stock loss over full logits is used if the output embedding was replaced, wrapped,
+        given a bias or sharded by tensor parallelism; with a custom `loss_function`, an `ignore_index` other than -100
+        or `logits_to_keep`; and inside the transforms of `torch.func`.
 
-        `position_ids` that restart within a row keep the documents of that row apart, as in stock Llama called without
-        mask and cache. In evaluation mode the cache is switched off by itself where they do; a mask of tokens or a cache,
-        with which stock would let the documents see each other, is refused. In training mode positions are taken to restart
-        without a look at them, which would wait for the device. In a compiled or exported model, and on an accelerator for
-        several tokens on top of a cache, the device itself refuses packed documents, unless `use_cache=False` is passed or
-        configured and no mask and no cache is given, where they are kept apart.
+        **Packed documents.** If `position_ids` restart within a row, the documents of that row do not attend to each
+        other, as in stock Llama without mask and cache. In evaluation mode the cache is then disabled. A token mask or
+        a cache is an error, since stock attention would join the documents. In training mode, positions are assumed to
+        restart, since reading them would wait for the device. In compiled or exported models, and on an accelerator
+        for several tokens after a cache, packed documents raise an error on the device, unless `use_cache=False` is
+        passed or configured and neither mask nor cache is given.
 
         Args:
             input_ids (`torch.LongTensor`): `[batch, seq]`.
             position_ids (`torch.LongTensor`, *optional*): `[batch, seq]`.
-            labels (`torch.LongTensor`, *optional*): `[batch, seq]`, unshifted, -100 where no token is predicted; or
-                `shift_labels`, shifted already.
+            labels (`torch.LongTensor`, *optional*): `[batch, seq]`, not shifted, -100 where no token is predicted.
+                Shifted labels can be given as `shift_labels`.
 
         Raises:
-            ValueError: if documents are packed and a mask or a cache is given, or flash attention is to keep apart those of
-                several rows; `RuntimeError` where the device refuses it.
+            ValueError: if documents are packed and a mask or a cache is given, or with flash attention and several
+                rows.
+            RuntimeError: the same, raised by the device.
         """
         inputs = {
             "input_ids": input_ids,
@@ -177,7 +179,7 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
             inputs["use_cache"] = use_cache_for_positions(self.config, inputs, self.training)
         if labels is None or not self._computes_lean_loss(logits_to_keep, kwargs.get("ignore_index", IGNORE_INDEX)):
             return super().forward(**inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
-        # Nothing reads a cache here: it would keep a copy of all keys and values, and break compilation by layer.
+        # A cache is not needed here. It would copy all keys and values, and break compilation per layer.
         inputs["use_cache"] = bool(use_cache)
         if position_ids is not None and attention_mask is None and past_key_values is None and not use_cache:
             inputs["attention_mask"] = document_mask(self.config, position_ids)
@@ -201,7 +203,7 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
         )
 
     def _computes_lean_loss(self, logits_to_keep: int | torch.Tensor, ignore_index: int) -> bool:
-        """Whether the stock loss is asked for, over a head of ours that nothing wraps."""
+        """Whether the loss is the stock one, over an unwrapped `_OutputEmbedding`."""
         return (
             self.training
             and isinstance(logits_to_keep, int)
@@ -210,68 +212,69 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
             and isinstance(self.lm_head, _OutputEmbedding)
             and self.lm_head.computes_loss
             and self.loss_function is ForCausalLMLoss
-            # `torch.func.grad` differentiates gradients again, and those of the lean loss have no derivative.
+            # `torch.func.grad` differentiates the gradients again, and those of the lean loss have no derivative.
             and not torch._C._are_functorch_transforms_active()
         )
 
     def generate(
         self, inputs: torch.Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As in transformers; with `assistant_model`, `prompt_lookup_num_tokens` or `assistant_early_exit` for any batch.
+        """As in transformers, except that assisted generation supports batches.
 
-        Stock assisted generation takes one prompt (5.23). Prompts are padded on the left; `num_assistant_tokens` fixes the
-        number of drafted tokens, which is otherwise chosen by what pays. See
-        [`~decoding.speculative.speculative_generate`]. Unlike in transformers, a draft gives no `output_hidden_states`,
-        `output_attentions` and cache, and takes no cache, `inputs_embeds` or `assistant_tokenizer`;
-        `num_assistant_tokens_schedule` and `assistant_confidence_threshold` are refused as arguments, and have no effect in
-        a generation configuration.
+        With `assistant_model`, `prompt_lookup_num_tokens` or `assistant_early_exit`, any number of prompts can be
+        given; transformers (5.23) supports one. Prompts are padded on the left. `num_assistant_tokens` fixes the
+        number of drafted tokens; by default it is chosen for throughput. See
+        [`~decoding.speculative.speculative_generate`]. Unlike in transformers, a draft does not support
+        `output_hidden_states`, `output_attentions`, a cache as input or output, `inputs_embeds` and
+        `assistant_tokenizer`. `num_assistant_tokens_schedule` and `assistant_confidence_threshold` are errors as
+        arguments, and are ignored in a generation configuration.
 
-        On a CPU, `gqa_packed` replaces sdpa attention until the call returns: `config._attn_implementation` has this value
-        during the call, and an implementation that a callback sets is undone at the end.
+        On a CPU, `gqa_packed` attention replaces sdpa during the call: `config._attn_implementation` has this value,
+        and an implementation that a callback sets is undone at the end.
         """
-        # Only here does a model reach up, since generating with a draft is a method of models.
         kwargs |= zip(_GENERATE_ARGUMENTS, args, strict=False)
         draft = pop_draft(self, generation_config, kwargs)
         if draft is None:
-            # On a CPU stock attention spends most of a step on a long context; elsewhere it has kernels for groups.
+            # On a CPU, stock attention takes most of a step with a long context. GPUs have kernels for grouped
+            # queries.
             packs = self.device.type == "cpu" and self.config._attn_implementation == "sdpa"
             with packed_attention(self) if packs else contextlib.nullcontext():
                 return super().generate(inputs, generation_config=generation_config, **kwargs)
         input_ids = kwargs.pop("input_ids", None)
         if inputs is not None and input_ids is not None:
-            raise ValueError("inputs and input_ids are given; pass one of them")
+            raise ValueError("inputs and input_ids are both given. Pass one of them")
         inputs = input_ids if inputs is None else inputs
         return speculative_generate(self, draft, inputs, generation_config=generation_config, **kwargs)
 
     def flops_per_token(self, seq_len: int | None = None, convention: str = "without_input_embedding") -> int:
-        """Floating-point operations of one training step per token, forward and backward.
+        """Returns the floating-point operations per token of a training step, forward and backward.
 
-        6 x parameters that multiply + 12 x layers x attention width x sequence length (attention not halved). The
-        published 56 % of TinyLlama follows the default: 7.31 GFLOP for 1.1b at 2048.
+        6 x matrix parameters + 12 x layers x attention width x sequence length (attention not halved for the causal
+        mask). TinyLlama's published 56 % uses the default convention: 7.31 GFLOP for 1.1b at 2048.
 
         Args:
-            seq_len (`int`, *optional*, defaults to the context length): tokens of a sequence.
-            convention (`str`, *optional*): `"without_input_embedding"` (a look-up, not a product) or
+            seq_len (`int`, *optional*, defaults to the context length): sequence length.
+            convention (`str`, *optional*): `"without_input_embedding"`, since it is a lookup and not a product, or
                 `"all_parameters"`.
 
         Raises:
-            ValueError: if the convention is neither.
+            ValueError: if the convention is unknown.
         """
         config = self.config
         embedding = config.vocab_size * config.hidden_size
         parameters = sum(p.numel() for p in self.parameters())
-        # Tied weights appear once among the parameters: as the look-up and as the product.
+        # Tied weights are counted once in the parameters, for the product.
         multiplied = parameters - (0 if config.tie_word_embeddings else embedding)
         if convention == "all_parameters":
             multiplied += embedding
         elif convention != "without_input_embedding":
-            raise ValueError(f"convention {convention!r}: use 'without_input_embedding' or 'all_parameters'")
+            raise ValueError(f"convention={convention!r}: use 'without_input_embedding' or 'all_parameters'")
         attention_width = config.num_attention_heads * config.head_dim
         seq_len = config.max_position_embeddings if seq_len is None else seq_len
         return 6 * multiplied + 12 * config.num_hidden_layers * attention_width * seq_len
 
     def kv_cache_bytes_per_token(self, dtype: torch.dtype = torch.bfloat16) -> int:
-        """Bytes that the keys and values of one token take in the cache, all layers together."""
+        """Returns the cache size of one token in bytes, all layers together."""
         config = self.config
         return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
@@ -283,15 +286,15 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
         config: PreTrainedConfig | str | os.PathLike | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Loads any Llama folder or repository, plain or `model_type: tinyllama`; arguments as in transformers.
+        """Loads any Llama folder or repository, plain or `model_type: tinyllama`; arguments are those of transformers.
 
         Raises:
-            InputError: if the model is of another family; if the weights are or would be quantized, which only
-                `tinyllama_hf.load` keeps from corruption; or for a `gguf_file`, which `tinyllama_hf.convert` reads.
+            InputError: if the model is not a Llama; if the weights are or would be quantized, which
+                `tinyllama_hf.load` supports; or for a `gguf_file`, which `tinyllama_hf.convert` supports.
         """
         if (gguf_file := kwargs.get("gguf_file")) is not None:
             raise InputError(
-                f"gguf_file {gguf_file!r}: transformers reads GGUF files into its own classes only. Convert it first: "
+                f"gguf_file={gguf_file!r}: transformers loads GGUF files into its own classes only. Convert it first: "
                 f"tinyllama-hf convert {gguf_file} --to llama --output FOLDER"
             )
         plain = not cls._takes_quantized_weights
@@ -308,11 +311,11 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, as_tinyllama: bool = False, **kwargs: Any
     ) -> None:
-        """Writes a plain Llama folder that every Llama tool reads; arguments as in transformers.
+        """Writes a plain Llama folder, which every Llama tool can read; arguments are those of transformers.
 
         Args:
-            as_tinyllama (`bool`, *optional*, defaults to `False`): write `model_type: tinyllama` instead, which only the
-                Auto classes of a process that imported `tinyllama_hf` know.
+            as_tinyllama (`bool`, *optional*, defaults to `False`): write `model_type: tinyllama` instead, which the
+                Auto classes support only after `import tinyllama_hf`.
         """
         if as_tinyllama:
             return super().save_pretrained(save_directory, *args, **kwargs)
@@ -327,8 +330,8 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
 
 AutoModel.register(TinyLlamaConfig, TinyLlamaModel, exist_ok=True)
 AutoModelForCausalLM.register(TinyLlamaConfig, TinyLlamaForCausalLM, exist_ok=True)
-# Other parts of the library look a class up by its name: label smoothing in Trainer shifts the labels of those in the
-# second table only. Registering does not fill the tables, and they are read together with the modules (transformers 5.23).
+# Other parts of transformers look up classes by name: label smoothing in Trainer shifts labels only for classes in the
+# second table. `register` does not fill these tables, which need the module of each class too (transformers 5.23).
 for _names, _mapping, _model in (
     (MODEL_MAPPING_NAMES, MODEL_MAPPING, TinyLlamaModel),
     (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING, TinyLlamaForCausalLM),

@@ -1,10 +1,10 @@
-"""The Llama 2 tokenizer, exact: SentencePiece BPE with byte fallback and a dummy prefix, from any of its file forms.
+"""The exact Llama 2 tokenizer, from any of its files: SentencePiece BPE with byte fallback and a dummy prefix.
 
-The tokenizer that transformers 5.23 builds from a `tokenizer.model` is another one: it orders the merges by id instead
-of by piece score, prepends the dummy prefix only where the text does not begin with a space, and adds no
-begin-of-sequence (tests/test_tokenization.py shows it, so that this module can shrink once that is repaired). Here the
-merges follow the scores, and a tokenizer made from a `tokenizer.model` is compared with SentencePiece before it is
-handed out.
+The tokenizer that transformers 5.23 creates from a `tokenizer.model` gives other ids: it orders the merges by id
+instead of piece score, adds the dummy prefix only to text that does not begin with a space, and adds no
+begin-of-sequence (tests/test_tokenization.py checks this, so that this module can shrink once it is fixed). Here the
+merges follow the scores, and a tokenizer from a `tokenizer.model` is compared with SentencePiece before it is
+returned.
 """
 
 import contextlib
@@ -29,24 +29,27 @@ from .text import ENCODING
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
-DUMMY_PREFIX = "\u2581"  # stands for a space inside pieces
-# What a released Llama folder says of its tokenizer besides the vocabulary; anything else in there is library state.
-_CARRIED_SETTINGS = ("add_bos_token", "add_eos_token", "model_max_length", "padding_side", "truncation_side", "bos_token",
-                     "eos_token", "unk_token")  # fmt: skip
-# What AutoTokenizer may hand on and is of no consequence here.
+DUMMY_PREFIX = "\u2581"  # a space in pieces
+# The settings of a tokenizer_config.json that are used. Everything else in it is state of the library.
+_CARRIED_SETTINGS = (
+    *("add_bos_token", "add_eos_token", "model_max_length", "padding_side", "truncation_side"),
+    *("bos_token", "eos_token", "unk_token"),
+)
+# Arguments of AutoTokenizer that have no effect here.
 _AUTO_ARGUMENTS = ("config", "use_fast", "trust_remote_code")
-# Where implementations of this tokenizer differ from each other: spaces in runs and at the ends, bytes, control text.
+# Texts on which implementations of this tokenizer differ: runs of spaces, spaces at the ends, bytes, control tokens.
 _PROBES = (
-    "", " ", "  ", "   a", "a   ", "\n", " \n\n \t\t", "    def f(x):\n        return x\n", "Hello  world   !", "3.14 1000000",
-    "\u00e9\u00df\u4e2d\u6587\u0939\u093f\u0928\u094d\u0926\u0940 \U0001f680\U0001f468\u200d\U0001f469", "\x00\x7f\ufffd", "<s></s><unk><0x0A>", "\r\n\u00a0\u2028", "ﬁ Å ①",
-)  # fmt: skip
+    *("", " ", "  ", "   a", "a   ", "\n", " \n\n \t\t", "    def f(x):\n        return x\n"),
+    *("Hello  world   !", "3.14 1000000", "\x00\x7f\ufffd", "<s></s><unk><0x0A>", "\r\n\u00a0\u2028", "ﬁ Å ①"),
+    "\u00e9\u00df\u4e2d\u6587\u0939\u093f\u0928\u094d\u0926\u0940 \U0001f680\U0001f468\u200d\U0001f469",
+)
 
 
 class TinyLlamaTokenizer(PreTrainedTokenizerFast):
-    """A `PreTrainedTokenizerFast` whose saved folder is a stock tokenizer with the same ids.
+    """A `PreTrainedTokenizerFast` that saves a stock tokenizer with the same ids.
 
-    `save_pretrained` names the class that every version of transformers knows and, where the SentencePiece model is
-    known, writes `tokenizer.model` beside `tokenizer.json`, which GGUF converters need.
+    `save_pretrained` writes a class name that every version of transformers supports and, if the SentencePiece model
+    is available, `tokenizer.model` in addition to `tokenizer.json`, since GGUF converters need it.
     """
 
     sentencepiece_model: bytes | None = None
@@ -55,14 +58,14 @@ class TinyLlamaTokenizer(PreTrainedTokenizerFast):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, revision: str | None = None, **kwargs: Any
     ):
-        """Loads through [`load_tokenizer`], so that `AutoTokenizer` gives the exact pipeline for TinyLlama folders.
+        """Loads with [`load_tokenizer`], so that `AutoTokenizer` returns the exact tokenizer for TinyLlama folders.
 
         Args:
-            revision (`str`, *optional*): of a Hub repository.
+            revision (`str`, *optional*): revision of a Hub repository.
             **kwargs: settings of the tokenizer, such as `padding_side` or `model_max_length`.
 
         Raises:
-            InputError: for an argument that would have no effect here.
+            InputError: for an unknown setting.
         """
         name = str(pretrained_model_name_or_path)
         settings = {
@@ -70,7 +73,7 @@ class TinyLlamaTokenizer(PreTrainedTokenizerFast):
         }
         if unknown := sorted(set(settings) - set(_CARRIED_SETTINGS)):
             raise InputError(
-                f"{name}: {unknown[0]!r} is no setting of this tokenizer{did_you_mean(unknown[0], _CARRIED_SETTINGS)}"
+                f"{name}: unknown setting {unknown[0]!r} of a tokenizer{did_you_mean(unknown[0], _CARRIED_SETTINGS)}"
             )
         tokenizer = load_tokenizer(name if revision is None or Path(name).exists() else f"{name}@{revision}")
         for key, value in settings.items():
@@ -91,43 +94,43 @@ class TinyLlamaTokenizer(PreTrainedTokenizerFast):
 
 
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
-    """Loads a tokenizer; a SentencePiece BPE vocabulary gets the exact Llama 2 pipeline, any other the stock one.
+    """Loads a tokenizer: the exact Llama 2 tokenizer for SentencePiece BPE vocabularies, the stock one for others.
 
     Args:
-        path (`str` or `os.PathLike`): a folder, a `tokenizer.model`, a `tokenizer.json`, a GGUF file, or a name of the
-            released ladder or of the Hub.
+        path (`str` or `os.PathLike`): a folder, a `tokenizer.model`, a `tokenizer.json`, a GGUF file, the name of a
+            released checkpoint or a Hub id.
 
     Returns:
-        A tokenizer that adds begin-of-sequence as Llama 2 does (unless its folder says otherwise) and pads with
-        `<unk>`, or with the folder's padding token unless that begins or ends text. Encode text that is not a chat with
-        `split_special_tokens=True`: there a literal `</s>` is text.
+        A tokenizer that adds begin-of-sequence as Llama 2 does, unless its folder disables it, and pads with `<unk>`,
+        or with the folder's padding token unless that is begin- or end-of-sequence. Encode text that is not a chat
+        with `split_special_tokens=True`, so that a literal `</s>` stays text.
 
     Raises:
-        InputError: if there is no tokenizer, if it is one of SentencePiece's other kinds, if a file of it is damaged, or
-            if it would need code that lies beside it.
+        InputError: if there is no tokenizer, it is another kind of SentencePiece model, a file is damaged, or it needs
+            code from its folder.
     """
     path = Path(path)
     if not path.exists():
         path = local_folder(str(path), TOKENIZER_FILES)
-    with _damage_refused(path):
+    with _translate_errors(path):
         tokenizer = _load(path)
-        tokenizer("")  # a setting of another type, such as a length that is text, shows at a call alone
+        tokenizer("")  # a setting of a wrong type, such as a length that is a string, fails at the first call only
     return tokenizer
 
 
 @contextlib.contextmanager
-def _damage_refused(path: Path) -> Iterator[None]:
-    """Makes one error of the many that damaged files end in; for reading and building, and nothing else."""
+def _translate_errors(path: Path) -> Iterator[None]:
+    """Turns the many kinds of errors from damaged files into one; for reading files and creating tokenizers only."""
     try:
         yield
-    # Nothing narrower: tokenizers raises `Exception` itself, or the panic of its Rust, which is no `Exception` and has no
-    # name to import; and fields that are missing or of another type end in almost any error, here and in transformers.
+    # No narrower class: tokenizers raises `Exception` itself, or a Rust panic, which is not an `Exception` and cannot
+    # be imported; and fields that are missing or of a wrong type cause almost any error, here and in transformers.
     except BaseException as error:
         panic = type(error).__name__ == "PanicException"
         if isinstance(error, InputError | MemoryError) or not (panic or isinstance(error, Exception)):
             raise
-        fix = "install that" if isinstance(error, ImportError) else "fetch or make it again"
-        raise InputError(f"tokenizer {path}: cannot be loaded ({one_line(error)}); {fix}") from error
+        fix = "Install it" if isinstance(error, ImportError) else "Download or create it again"
+        raise InputError(f"tokenizer {path}: cannot be loaded ({one_line(error)}). {fix}") from error
 
 
 def _load(path: Path) -> PreTrainedTokenizerFast:
@@ -137,23 +140,25 @@ def _load(path: Path) -> PreTrainedTokenizerFast:
     model_file = path if path.suffix == ".model" else folder / "tokenizer.model"
     json_file = path if path.suffix == ".json" else folder / "tokenizer.json"
     if path.is_file() and path not in (model_file, json_file):
-        raise InputError(f"{path}: no tokenizer; give a folder, a tokenizer.model, a tokenizer.json or a .gguf file")
+        raise InputError(
+            f"{path}: is not a tokenizer. Give a folder, a tokenizer.model, a tokenizer.json or a .gguf file"
+        )
     if path.suffix != ".json" and model_file.is_file():
         return _from_sentencepiece(model_file, folder if path.is_dir() else None)
     if json_file.is_file():
         return _from_tokenizer_json(json_file, folder if path.is_dir() else None)
-    raise InputError(f"{folder}: holds neither tokenizer.model nor tokenizer.json; is it the folder of a model?")
+    raise InputError(f"{folder}: holds neither tokenizer.model nor tokenizer.json. Give the folder of a model")
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Returns the SHA-256 of everything that decides which ids a text gets: two equal fingerprints, equal ids."""
+    """Returns the SHA-256 of everything that token ids depend on: equal fingerprints mean equal ids for any text."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     decisive = {key: state[key] for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The ids of a text as text: no begin-of-sequence, and control tokens spelled out in it stay text."""
+    """Returns the ids of a text without begin-of-sequence; control tokens spelled in it stay text."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
@@ -166,7 +171,9 @@ def _from_sentencepiece(model_file: Path, folder: Path | None) -> TinyLlamaToken
     }
     vocabulary = {reference.id_to_piece(i): i for i in range(reference.get_piece_size())}
     if reference.bos_id() < 0 or reference.eos_id() < 0:
-        raise InputError(f"{model_file}: has no begin- or end-of-sequence piece; Llama's has both")
+        raise InputError(
+            f"{model_file}: has no begin- or end-of-sequence token, and Llama's has both. Use AutoTokenizer for it"
+        )
     control = [reference.id_to_piece(i) for i in range(len(vocabulary)) if reference.is_control(i)]
     special = {
         "unk_token": reference.id_to_piece(reference.unk_id()),
@@ -176,12 +183,12 @@ def _from_sentencepiece(model_file: Path, folder: Path | None) -> TinyLlamaToken
     backend = _pipeline(vocabulary, merges_by_score(scores), special["unk_token"], control)
     tokenizer = _wrap(backend, special, folder)
     tokenizer.sentencepiece_model = model_file.read_bytes()
-    texts = [*_PROBES, *_chunks("".join(scores).replace(DUMMY_PREFIX, " "))]
-    for text in texts:
+    pieces = "".join(scores).replace(DUMMY_PREFIX, " ")
+    for text in (*_PROBES, *(pieces[i : i + 4096] for i in range(0, len(pieces), 4096))):
         if encode_text(tokenizer, text) != reference.encode(text):
             raise InputError(
-                f"{model_file}: SentencePiece tokenises {text[:40]!r} in a way that the Llama 2 pipeline does not. It is "
-                "not a BPE model with byte fallback, a dummy prefix and no normalisation; use AutoTokenizer for it"
+                f"{model_file}: SentencePiece and the Llama 2 tokenizer give different ids for {text[:40]!r}. It is "
+                "not a BPE model with byte fallback, a dummy prefix and no normalization. Use AutoTokenizer for it"
             )
     return tokenizer
 
@@ -189,32 +196,32 @@ def _from_sentencepiece(model_file: Path, folder: Path | None) -> TinyLlamaToken
 def _from_tokenizer_json(json_file: Path, folder: Path | None) -> PreTrainedTokenizerFast:
     state = read_json(json_file)
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise InputError(f"{json_file}: no tokenizer.json (it has no vocabulary under 'model'); give the folder")
+        raise InputError(
+            f"{json_file}: is not a valid tokenizer.json, since it has no 'model'. Give the folder of a tokenizer"
+        )
     model = state["model"]
     if model.get("type") != "BPE" or not model.get("byte_fallback") or not _has_dummy_prefix(state):
-        return _stock(folder) if folder else PreTrainedTokenizerFast(tokenizer_file=str(json_file))
+        return _load_stock(folder) if folder else PreTrainedTokenizerFast(tokenizer_file=str(json_file))
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     vocabulary = model["vocab"]
     added = {token["content"]: token["id"] for token in state["added_tokens"] if token["special"]}
-    special = {role: token for role, token in
-               {"unk_token": model.get("unk_token") or "<unk>", "bos_token": "<s>", "eos_token": "</s>"}.items()
-               if token in vocabulary}  # fmt: skip
-    if len(special) < 3:
-        raise InputError(f"{json_file}: a SentencePiece vocabulary without <unk>, <s> or </s>; Llama's has all three")
+    special = {"unk_token": model.get("unk_token") or "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    if not vocabulary.keys() >= {*special.values()}:
+        raise InputError(f"{json_file}: its vocabulary has no <unk>, <s> or </s>, and Llama's has all three")
     control = [token for token in added if token in vocabulary]
     return _wrap(_pipeline(vocabulary, merges, special["unk_token"], control), special, folder)
 
 
-def _stock(folder: Path) -> PreTrainedTokenizerFast:
-    """What transformers makes of a folder, without the code in it: left to itself, it asks on the terminal to run that."""
+def _load_stock(folder: Path) -> PreTrainedTokenizerFast:
+    """Returns the stock tokenizer, without running code of the folder or asking on the terminal to do so."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
         raise InputError(
-            f"{folder}: its tokenizer wants to run code of its own (auto_map in tokenizer_config.json), which is never "
-            "done; if tokenizer.json is all of the tokenizer, remove auto_map, otherwise take another model"
+            f"{folder}: its tokenizer needs code from the folder (auto_map in tokenizer_config.json), which is "
+            "never run. If tokenizer.json is complete without it, remove auto_map; otherwise use another model"
         ) from error
 
 
@@ -228,7 +235,9 @@ def _from_gguf(path: Path) -> PreTrainedTokenizerFast:
     if vocabulary.model == "gpt2":
         return byte_level_tokenizer(vocabulary)
     if not vocabulary.add_space_prefix:
-        raise InputError(f"{path}: tokenizer.ggml.add_space_prefix is false; Llama 2's tokenizer has a dummy prefix")
+        raise InputError(
+            f"{path}: tokenizer.ggml.add_space_prefix is false, and Llama 2's tokenizer has a dummy prefix"
+        )
     rows = zip(vocabulary.tokens, vocabulary.scores, vocabulary.kinds, strict=True)
     pieces = {token: score for token, score, kind in rows if kind in (NORMAL, UNUSED)}
     special = {role: vocabulary.special[role] for role in ("unk_token", "bos_token", "eos_token")}
@@ -242,10 +251,10 @@ def _from_gguf(path: Path) -> PreTrainedTokenizerFast:
 
 
 def merges_by_score(scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """The merges that make BPE follow SentencePiece: best piece first; among equal scores the longer left part first.
+    """Returns BPE merges with the order of SentencePiece: best score first, and for equal scores the longer left part.
 
-    SentencePiece always joins the pair whose union has the best score, the leftmost of equals. A run of equal pieces
-    (spaces) therefore grows from its left end, which the second and third key reproduce.
+    SentencePiece always joins the pair with the best score of the joined piece, the leftmost of equal ones. A run of
+    equal pieces (spaces) therefore grows from its left end, which the second and third sort key reproduce.
     """
     merges = [
         (score, i, len(piece) - i, piece[:i], piece[i:])
@@ -273,15 +282,15 @@ def _pipeline(vocabulary: dict[str, int], merges: list, unknown: str, control: I
 
 
 def _wrap(backend: Tokenizer, special: dict, folder: Path | None, settings: dict | None = None) -> TinyLlamaTokenizer:
-    """Makes the transformers tokenizer, with what the folder says besides the vocabulary."""
+    """Returns the transformers tokenizer, with the settings and added tokens of the folder."""
     settings = {"add_bos_token": True, **special, "pad_token": special["unk_token"], **(settings or {})}
     config_file = folder / "tokenizer_config.json" if folder else None
     config = read_json(config_file) if config_file and config_file.is_file() else {}
     json_file = folder / "tokenizer.json" if folder else None
     if folder:
         _add_tokens(_added_tokens(folder, config), backend, folder)
-    # From 5.0 on, transformers keeps the separators in the template alone. That of its LlamaTokenizer is not Llama's: it
-    # writes one without begin-of-sequence even where nobody asked for it (5.23).
+    # From 5.0 on, transformers stores in the post-processor only whether begin- and end-of-sequence are added. That of
+    # its LlamaTokenizer is wrong: it is saved without begin-of-sequence by default (5.23).
     if "tokenizer_class" in config and not config["tokenizer_class"].startswith("Llama") and json_file.is_file():
         settings.update(_separators(read_json(json_file).get("post_processor"), settings))
     for name in _CARRIED_SETTINGS:
@@ -292,7 +301,7 @@ def _wrap(backend: Tokenizer, special: dict, folder: Path | None, settings: dict
     tokenizer = TinyLlamaTokenizer(tokenizer_object=backend, clean_up_tokenization_spaces=False, **settings)
     template_file = folder / "chat_template.jinja" if folder else None
     if template_file and template_file.is_file():
-        with _damage_refused(template_file):
+        with _translate_errors(template_file):
             tokenizer.chat_template = template_file.read_text(encoding=ENCODING)
     elif config.get("chat_template"):
         tokenizer.chat_template = config["chat_template"]
@@ -300,19 +309,20 @@ def _wrap(backend: Tokenizer, special: dict, folder: Path | None, settings: dict
 
 
 def declared_padding(config: Mapping[str, Any]) -> str | None:
-    """The padding token that a `tokenizer_config.json` names."""
+    """Returns the padding token of a `tokenizer_config.json`."""
     padding = config.get("pad_token")
     return padding.get("content") if isinstance(padding, dict) else padding
 
 
 def _padding(declared: str | None, backend: Tokenizer, settings: Mapping[str, Any]) -> dict[str, str]:
-    """The declared padding token, unless it has no id, or is one that begins or ends text: trainers mask padding in labels."""
+    """Returns the declared padding token as a setting, if it has an id and does not begin or end text."""
     usable = declared is not None and backend.token_to_id(declared) is not None
+    # Trainers mask padding in labels: with end-of-sequence as padding, a model would not learn to stop.
     return {"pad_token": declared} if usable and declared not in (settings["bos_token"], settings["eos_token"]) else {}
 
 
 def _separators(post_processor: dict | None, settings: Mapping[str, Any]) -> dict[str, bool]:
-    """Which separators a saved template adds."""
+    """Returns which of begin- and end-of-sequence a saved post-processor adds."""
     if not post_processor or post_processor["type"] != "TemplateProcessing":
         return {}
     added = {part["SpecialToken"]["id"] for part in post_processor["single"] if "SpecialToken" in part}
@@ -320,7 +330,7 @@ def _separators(post_processor: dict | None, settings: Mapping[str, Any]) -> dic
 
 
 def _added_tokens(folder: Path, config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The tokens outside the vocabulary, from whichever of its three homes the folder has."""
+    """Returns the added tokens of a folder, from the first of three possible files."""
     if (folder / "tokenizer.json").is_file():
         return read_json(folder / "tokenizer.json")["added_tokens"]
     tokens = [{"id": int(i), **token} for i, token in config.get("added_tokens_decoder", {}).items()]
@@ -332,7 +342,7 @@ def _added_tokens(folder: Path, config: Mapping[str, Any]) -> list[dict[str, Any
 
 
 def _add_tokens(tokens: list[dict[str, Any]], backend: Tokenizer, folder: Path) -> None:
-    """Adds the tokens that a fine-tuned model put behind the vocabulary (`<|im_start|>`), under the same ids."""
+    """Adds the tokens of a fine-tuned model that follow the vocabulary (`<|im_start|>`), with the same ids."""
     for token in sorted(tokens, key=lambda t: t["id"]):
         names = ("single_word", "lstrip", "rstrip", "normalized", "special")
         options = {"normalized": False} | {name: token[name] for name in names if name in token}
@@ -340,23 +350,26 @@ def _add_tokens(tokens: list[dict[str, Any]], backend: Tokenizer, folder: Path) 
             backend.add_tokens([AddedToken(token["content"], **options)])
         if backend.token_to_id(token["content"]) != token["id"]:
             raise InputError(
-                f"{folder}: gives {token['content']!r} the id {token['id']}, but the vocabulary beside it gives "
-                f"{backend.token_to_id(token['content'])}; the two files are of different tokenizers, remove one"
+                f"{folder}: token {token['content']!r} has the id {token['id']}, but "
+                f"{backend.token_to_id(token['content'])} in the vocabulary. The files are from different tokenizers. "
+                "Remove one"
             )
 
 
 def load_sentencepiece(model_file: str | os.PathLike) -> "SentencePieceProcessor":
-    """Opens a SentencePiece model, with a clear error where the file is none."""
-    import sentencepiece  # training a model, for which benchmarks/gpu runs on bare machines, needs none
+    """Opens a SentencePiece model.
+
+    Raises:
+        InputError: if the file is not a SentencePiece model.
+    """
+    import sentencepiece  # pretraining runs without it
 
     try:
         return sentencepiece.SentencePieceProcessor(model_file=str(model_file))
     except (OSError, RuntimeError) as error:
-        raise InputError(f"{model_file}: not a readable SentencePiece model: {error}") from error
-
-
-def _chunks(text: str, size: int = 4096) -> Iterable[str]:
-    return (text[i : i + size] for i in range(0, len(text), size))
+        raise InputError(
+            f"{model_file}: is not a readable SentencePiece model ({error}). Download or create it again"
+        ) from error
 
 
 AutoTokenizer.register(TinyLlamaConfig, fast_tokenizer_class=TinyLlamaTokenizer, exist_ok=True)

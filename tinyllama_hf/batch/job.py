@@ -148,8 +148,8 @@ class BatchJob:
                 self._finish()
         except torch.OutOfMemoryError as error:
             raise InputError(
-                f"--batch-size {batch_size}: does not fit the memory of {model.device}. Finished rows are kept. Run the "
-                "same command with a smaller batch to resume"
+                f"--batch-size {batch_size}: does not fit the memory of {model.device}. Finished rows are kept. "
+                "Run the same command with a smaller batch to resume"
             ) from error
         except OSError as error:
             raise InputError(

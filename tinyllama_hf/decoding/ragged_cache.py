@@ -17,7 +17,7 @@ from .rows import pad_or_trim
 
 
 _GROWTH = 32  # the number of slots is a multiple of this
-# Kinds of rotary scaling whose angles depend on the longest row of the batch, including drafted tokens.
+# Kinds of rotary scaling in which angles depend on the longest row of the batch, including drafted tokens.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
