@@ -69,11 +69,11 @@ CASES = {
     },
     "eval tasks m n --data x --limit 5 --batch-size 3 --samples s --output o --published v1.1 "
     "--quantization nf4 --device cpu": {
-        "tinyllama_hf.evaluation.commonsense.score_commonsense": ("scores", {
+        "tinyllama_hf.evaluation.commonsense.score_commonsense": (SimpleNamespace(protocol="protocol", models="rows"), {
             "models": ["m", "n"], "data": "x", "limit": 5, "batch_size": 3, "samples": Path("s"), "output": Path("o"),
             "quantization": "nf4", "device": "cpu",
         }),
-        "tinyllama_hf.evaluation.table.table_lines": (None, {"scores": "scores", "published.name": "v1.1"}),
+        "tinyllama_hf.evaluation.table.table_lines": (None, {"protocol": "protocol", "rows": "rows", "published.name": "v1.1"}),
     },
     "eval replies m --data x --limit 5 --max-new-tokens 7 --output o --quantization nf4 --device cpu": {
         "tinyllama_hf.finetune.replies.score_replies": (None, {

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -13,7 +13,7 @@ from .loading import DEVICE, QUANTIZATION
 class _EvalGroup(TyperGroup):
     """Also accepts the spelling of version 0.1, `eval MODEL... [--task TASK]`, which the next version removes."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # typer 0.29 has its own, private copy of click
         if args and args[0] not in {*self.commands, "--help"}:
             import shlex
 
@@ -96,9 +96,9 @@ def text(
         if every <= 0:
             raise InputError(f"--every {every}: must be above 0")
         run = Path(models[0])
-        target = output or run / _file_name("scores", quantization)
-        series.watch(run, device, target, every, lambda line: print(line, flush=True), rescore, quantization)
-        print(f"wrote {target}")
+        watched = output or run / _file_name("scores", quantization)
+        series.watch(run, device, watched, every, lambda line: print(line, flush=True), rescore, quantization)
+        print(f"wrote {watched}")
         return
     target = _target(output, find_run(models), "scores", quantization)
     scores = series.score(models, data or [], baselines, device, target, rescore, quantization=quantization)
@@ -152,7 +152,7 @@ def tasks(
     row = published_row(published) if published is not None else None
     target = _target(output, find_run(models), "commonsense", quantization)
     scores = score_commonsense(models, folder, limit, batch_size, device, target, samples, print, quantization)
-    for line in table_lines(scores, row):
+    for line in table_lines(scores.protocol, scores.models, row):
         print(line)
     for path in filter(None, (target, samples)):
         print(f"wrote {path}")
@@ -185,11 +185,11 @@ def replies(
     file = _one(data, "pass one file")
     folder = Path(models[0]) if len(models) == 1 and Path(models[0]).is_dir() else None
     target = _target(output, folder, "replies", quantization)
-    scores = score_replies(models, file, limit, max_new_tokens, device, quantization, target)
+    rows = score_replies(models, file, limit, max_new_tokens, device, quantization, target)
     print(f"{'replies':>7}  {'end in time':>11}  {'median length':>13}  {'loss of true replies':>20}  model")
-    for row in scores["models"]:
-        figures = f"{row['replies']:>7}  {row['stop_rate']:>11.1%}  {row['median_length']:>13g}  {row['loss']:>20.4f}"
-        print(f"{figures}  {row['name']}")
+    for row in rows:
+        figures = f"{row.replies:>7}  {row.stop_rate:>11.1%}  {row.median_length:>13g}  {row.loss:>20.4f}"
+        print(f"{figures}  {row.name}")
     if target:
         print(f"wrote {target}")
 

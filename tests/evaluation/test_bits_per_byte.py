@@ -67,16 +67,15 @@ def test_equals_stock_transformers_without_this_package(tokenizer_folder, docume
     done = subprocess.run(
         [sys.executable, "-c", STOCK, str(tmp_path)], input=json.dumps(texts), capture_output=True, text=True
     )
-    assert result["bits_per_byte"] == pytest.approx(float(done.stdout), abs=1e-6), done.stderr
+    assert result.bits_per_byte == pytest.approx(float(done.stdout), abs=1e-6), done.stderr
 
 
 def score_texts(folder, texts):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    return score_documents(
-        model, AutoTokenizer.from_pretrained(folder), [HeldOut("a", "", tuple(texts))], batch_size=4
-    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return score_documents(model, tokenizer, [HeldOut("a", "", tuple(texts))], batch_size=4)[0]
 
 
 def test_a_uniform_model_costs_its_vocabulary(tokenizer_folder, tmp_path):
@@ -85,9 +84,9 @@ def test_a_uniform_model_costs_its_vocabulary(tokenizer_folder, tmp_path):
     model = TinyLlamaForCausalLM(config).eval()
     torch.nn.init.zeros_(model.lm_head.weight)
     tokenizer, text = load_tokenizer(tokenizer_folder), "some words to count " * 9
-    result = score_documents(model, tokenizer, [HeldOut("a", "", (text,))])
+    result, _ = score_documents(model, tokenizer, [HeldOut("a", "", (text,))])
     tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-    assert result["bits_per_byte"] == pytest.approx(9 * tokens / len(text), rel=1e-6)
+    assert result.bits_per_byte == pytest.approx(9 * tokens / len(text), rel=1e-6)
 
 
 def test_bytes_are_those_of_utf8(tokenizer_folder, tmp_path):
@@ -96,8 +95,8 @@ def test_bytes_are_those_of_utf8(tokenizer_folder, tmp_path):
     sizes = {"é": 2, "🚀": 4, "中文 a": 8}
     nats = [math.log(2) * sizes[text] * bits for text, bits in zip(texts, (1, 2, 3), strict=True)]
     found = summarize(nats, [HeldOut("one", "", texts[:2]), HeldOut("two", "", texts[2:])])
-    assert found["by_source"] == pytest.approx({"one": (2 + 8) / 6, "two": 3.0})
-    assert found["bits_per_byte"] == pytest.approx((2 + 8 + 24) / 14)
+    assert found.by_source == pytest.approx({"one": (2 + 8) / 6, "two": 3.0})
+    assert found.bits_per_byte == pytest.approx((2 + 8 + 24) / 14)
     config = TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=32)
     TinyLlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     load_tokenizer(tokenizer_folder).save_pretrained(tmp_path / "model")

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.evaluation import suite as suites
 from tinyllama_hf.evaluation.commonsense import score_commonsense
-from tinyllama_hf.evaluation.protocol import TASKS, compare, published_row
+from tinyllama_hf.evaluation.protocol import TASKS, Protocol, compare, published_row
+from tinyllama_hf.evaluation.score_files import CommonsenseRow, TaskResult
 from tinyllama_hf.evaluation.suite import open_suite, task_files
 from tinyllama_hf.evaluation.table import table_lines
 from tinyllama_hf.evaluation.task_rows import check_rows, decisive_fields
@@ -165,16 +167,16 @@ def test_nothing_is_scored_twice_and_another_protocol_is_refused(run, scored, to
     before, notes = json.loads(output.read_text()), []
     again = score_commonsense([str(tmp_path / "run")], "embedded:sample", output=output, note=notes.append)
     assert len(notes) == 2 and all("already scored" in note for note in notes)
-    for row, old in zip(again["models"], before["models"], strict=True):
-        assert row == {**old, "path": row["path"]}, "a moved model is not scored again"
+    for row, old in zip(again.models, before["models"], strict=True):
+        assert row.to_json() == {**old, "path": row.path}, "a moved model is not scored again"
     # New weights under the same name are scored again.
     changed = tmp_path / "run" / "milestones" / before["models"][1]["name"]
     model(99).save_pretrained(changed)
     notes.clear()
     again = score_commonsense([str(tmp_path / "run")], "embedded:sample", output=output, note=notes.append)
     assert [note.split(":")[0] for note in notes] == [before["models"][0]["name"]]
-    assert again["models"][1]["fingerprint"] != before["models"][1]["fingerprint"]
-    assert json.loads(output.read_text())["models"] == again["models"]
+    assert again.models[1].fingerprint != before["models"][1]["fingerprint"]
+    assert json.loads(output.read_text())["models"] == [row.to_json() for row in again.models]
     text = output.read_text()
     with pytest.raises(InputError, match=r"another protocol \(different: limit \(None, not 3\)\)"):
         score_commonsense([str(tmp_path / "run")], "embedded:sample", limit=3, output=output)
@@ -188,7 +190,7 @@ def test_other_models_of_the_file_keep_their_scores(run, scored, tmp_path):
     assert len(averages) == 2
     for name in averages:
         only = score_commonsense([str(run / "milestones" / name)], "embedded:sample", output=output)
-        assert [row["name"] for row in only["models"]] == [name]
+        assert [row.name for row in only.models] == [name]
         written = json.loads(output.read_text())["models"]
         assert {row["name"]: row["average"] for row in written} == averages and len(written) == 2
 
@@ -213,7 +215,7 @@ def test_a_short_context_cuts_the_beginning_and_says_so(tokenizer_folder, tmp_pa
     scores = score_commonsense([str(tmp_path / "model")], "embedded:sample", limit=4, samples=items, note=notes.append)
     scorer = Scorer(tmp_path / "model")
     assert_same_items(read_items(items), scorer.items(SAMPLE, limit=4))
-    assert scores["models"][0]["cut_requests"] == scorer.num_cut > 0
+    assert scores.models[0].cut_requests == scorer.num_cut > 0
     assert len(notes) == 1 and notes[0].startswith(f"model: {scorer.num_cut} requests") and "64 tokens" in notes[0]
 
 
@@ -228,7 +230,7 @@ def test_bad_weights_and_contexts(tokenizer_folder, tmp_path):
     with pytest.raises(InputError, match="log-likelihoods are not finite"):
         score_commonsense([str(tmp_path / "broken")], "embedded:sample", limit=2, output=tmp_path / "out.json")
     assert not (tmp_path / "out.json").exists()
-    with pytest.raises(InputError, match="contexts differ"):
+    with pytest.raises(InputError, match=r"contexts of the models differ \(.*short: 8, .*broken: 512\)"):
         score_commonsense([str(tmp_path / "short"), str(tmp_path / "broken")], "embedded:sample")
 
 
@@ -361,17 +363,31 @@ def test_files_with_a_byte_order_mark_hold_the_same_rows(opened, tmp_path):
             assert list(suite.tasks[task].eval_docs) == list(opened[task].eval_docs)
 
 
-def made_up(shift: float = 0.0, average_shift: float = 0.0) -> dict:
-    """A score file with the published scores of pythia-1b, the first one moved by `shift`."""
-    row = published_row("pythia-1b")
+def made_up(shift: float = 0.0, average_shift: float = 0.0) -> CommonsenseRow:
+    """The published scores of pythia-1b, the first one moved by `shift`."""
+    published = published_row("pythia-1b")
     results = {
-        task: {"metric": "acc", "score": row.scores[task], "standard_error": 1.0, "items": n}
-        for task, n in tables()["protocol"]["items"].items()
+        task: TaskResult("acc", published.scores[task], 1.0, items, 1)
+        for task, items in tables()["protocol"]["items"].items()
     }
-    results["hellaswag"]["score"] += shift
-    average = row.average + average_shift
-    known = {"name": "m", "results": results, "average": average, "average_standard_error": 0.4}
-    return {"protocol": {"sample": False, "metrics": tables()["protocol"]["metric"]}, "models": [known]}
+    results["hellaswag"] = replace(results["hellaswag"], score=published.scores["hellaswag"] + shift)
+    average = published.average + average_shift
+    return CommonsenseRow(
+        name="m",
+        path="m",
+        fingerprint="f",
+        results=results,
+        average=average,
+        average_standard_error=0.4,
+        cut_requests=0,
+        seconds=1.0,
+    )
+
+
+def table(row: CommonsenseRow, published=None) -> list[str]:
+    metrics = tables()["protocol"]["metric"]
+    protocol = Protocol("lm-eval", {}, metrics, "float32", 0, False, False, 512, None, {}, sample=False)
+    return list(table_lines(protocol, [row], published))
 
 
 @pytest.mark.parametrize(
@@ -379,29 +395,29 @@ def made_up(shift: float = 0.0, average_shift: float = 0.0) -> dict:
     [(0.9, 0.25, []), (-0.9, 0, []), (0.91, 0, ["hellaswag"]), (0, -0.26, ["average"])],
 )
 def test_the_tolerance_of_the_published_table(shift, average_shift, outside):
-    scores = made_up(shift, average_shift)
-    found = compare(scores["models"][0], published_row("pythia-1b"))
-    assert found["outside"] == outside and found["differences"]["hellaswag"] == pytest.approx(shift)
-    text = "\n".join(table_lines(scores, published_row("pythia-1b")))
+    row = made_up(shift, average_shift)
+    found = compare(row, published_row("pythia-1b"))
+    assert found.outside == outside and found.differences["hellaswag"] == pytest.approx(shift)
+    text = "\n".join(table(row, published_row("pythia-1b")))
     assert ("outside in " + ", ".join(outside) if outside else "for the average: within") in text
     assert "SUBSET" not in text and "SAMPLE" not in text
 
 
 def test_the_tolerance_is_one_of_hundredths():
     """45.41 - 44.51 is above 0.9 in floats, and within the tolerance."""
-    row, beyond = published_row("pythia-1b"), 0
-    for task, published in row.scores.items():
-        scores = made_up()["models"][0]
-        scores["results"][task]["score"] = round(published + 0.9, 2)
-        beyond += scores["results"][task]["score"] - published > 0.9
-        assert compare(scores, row)["outside"] == [], task
+    published, beyond = published_row("pythia-1b"), 0
+    for task, printed in published.scores.items():
+        row = made_up()
+        row.results[task] = replace(row.results[task], score=round(printed + 0.9, 2))
+        beyond += row.results[task].score - printed > 0.9
+        assert compare(row, published).outside == [], task
     assert beyond
 
 
 def test_a_subset_says_that_it_is_one():
-    scores = made_up()
-    scores["models"][0]["results"]["boolq"]["items"] = 100
-    assert next(table_lines(scores)).startswith("SUBSET: 100 of 3270 items of boolq; not comparable")
+    row = made_up()
+    row.results["boolq"] = replace(row.results["boolq"], items=100)
+    assert table(row)[0].startswith("SUBSET: 100 of 3270 items of boolq; not comparable")
 
 
 def test_published_rows():

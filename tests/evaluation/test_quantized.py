@@ -78,8 +78,9 @@ def score(few):
         if task == "bits_per_byte":
             return series.score(models, [str(few)], **how)["models"]
         if task == "commonsense":
-            return commonsense.score_commonsense(models, "embedded:sample", limit=2, **how)["models"]
-        return replies.score_replies(models, max_new_tokens=4, **how)["models"]
+            scores = commonsense.score_commonsense(models, "embedded:sample", limit=2, **how)
+            return [row.to_json() for row in scores.models]
+        return [row.to_json() for row in replies.score_replies(models, max_new_tokens=4, **how)]
 
     return run
 

@@ -5,7 +5,14 @@ import json
 import pytest
 
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.evaluation.score_files import BaselineRow, CommonsenseRow, ScoreFile, TextRow, read_records
+from tinyllama_hf.evaluation.score_files import (
+    BaselineRow,
+    CommonsenseRow,
+    ScoreFile,
+    TextProtocol,
+    TextRow,
+    read_records,
+)
 from tinyllama_hf.files import write_json
 
 
@@ -20,7 +27,7 @@ EARLY_ROW = {
     "protocol": {"context": 32, "stride": 16, "bos": True, "dtype": "float32"},
     "seconds": 1.5,
 }
-SCORED = {key: value for key, value in EARLY_ROW.items() if key not in ("step", "tokens")}
+PROTOCOL = TextProtocol(32, 16, True, "float32")
 
 
 def open_file(path, **options):
@@ -29,13 +36,13 @@ def open_file(path, **options):
 
 
 def row(path: str, bits: float = 3.0) -> TextRow:
-    return TextRow(**{**SCORED, "name": path, "path": path, "bits_per_byte": bits})
+    return TextRow(name=path, path=path, bits_per_byte=bits, by_source={}, protocol=PROTOCOL, seconds=1.0)
 
 
 def test_the_layout_on_disk(tmp_path):
     file = open_file(tmp_path / "new" / "scores.json")
     later = {"quantization": "nf4", "scored_with": {"torch": "2.13.0"}, "created": "2026-11-01T00:00:00+00:00"}
-    file.add(TextRow(**EARLY_ROW, **later))
+    file.add(TextRow(**EARLY_ROW | later | {"protocol": PROTOCOL}))
     file.add(row("other"))
     written = json.loads((tmp_path / "new" / "scores.json").read_text())
     assert list(written) == ["task", "data", "models", "baselines", "provenance"] and written["baselines"] == []

@@ -39,8 +39,8 @@ def test_the_score_file(folder, run_command):
     assert scores["stop_rate"] == sum(sample["stopped"] for sample in samples) / 10
     assert 5 < scores["loss"] < 8, "about log(512) for a model that has learned nothing"
     assert [sample["question"] for sample in samples] == [f"What is {i}?" for i in range(10)]
-    again = score_replies([str(folder)], limit=10, max_new_tokens=8)["models"][0]
-    assert again == {**scores, "path": str(folder)}
+    (again,) = score_replies([str(folder)], limit=10, max_new_tokens=8)
+    assert again.to_json() == {**scores, "path": str(folder)}
 
 
 def test_refusals(folder, tmp_path):

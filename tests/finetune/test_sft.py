@@ -79,13 +79,13 @@ def test_full_fine_tuning_leaves_a_plain_folder_that_replies_and_stops(recipe, b
     )
     assert losses["before"] == pytest.approx(reply_loss(load_stock(base)[0], rendered), abs=1e-6)
     scores = score_model_replies(model, load_tokenizer(folder), [c.messages for c in conversations], 24)
-    assert scores["stop_rate"] == 1.0 and scores["median_length"] > 3
-    assert all(sample.reply.startswith("The ") for sample in scores["samples"])
+    assert scores.stop_rate == 1.0 and scores.median_length > 3
+    assert all(sample.reply.startswith("The ") for sample in scores.samples)
     asked = stock_tokenizer.apply_chat_template(
         conversations[0].messages[:1], return_tensors="pt", return_dict=True, add_generation_prompt=True
     )
     reply = model.generate(**asked, max_new_tokens=24, do_sample=False)[0, asked["input_ids"].shape[1] :]
-    assert stock_tokenizer.decode(reply, skip_special_tokens=True).strip() == scores["samples"][0].reply
+    assert stock_tokenizer.decode(reply, skip_special_tokens=True).strip() == scores.samples[0].reply
     assert load_config(folder / "training.yaml").model_dump() == load_config(recipe).model_dump()
 
 

@@ -20,6 +20,7 @@ from ..data.shards import read_metadata
 from ..errors import InputError
 from ..tokenization_tinyllama import encode_text
 from . import score_metrics
+from .score_files import BitsPerByte, TextProtocol
 
 
 class HeldOut(NamedTuple):
@@ -99,7 +100,7 @@ def score_documents(
     held_out: Sequence[HeldOut],
     batch_size: int = 16,
     advance: Callable[[int], Any] = lambda n: None,
-) -> dict[str, Any]:
+) -> tuple[BitsPerByte, TextProtocol]:
     """Scores a model on held-out documents.
 
     Args:
@@ -110,8 +111,7 @@ def score_documents(
         advance (`Callable`): called with the number of scored tokens, for a progress bar.
 
     Returns:
-        `dict`: `bits_per_byte` over all documents, `by_source` for each data set, and the `protocol`, the settings
-        that affect them.
+        `tuple[BitsPerByte, TextProtocol]`: the scores, and the settings that affect them.
 
     Raises:
         InputError: if the tokenizer has no begin-of-sequence token.
@@ -131,8 +131,8 @@ def score_documents(
     nats = [0.0] * len(documents)
     for number, log_probability in log_probabilities(model, batches, advance):
         nats[number] -= log_probability
-    protocol = {"context": context, "stride": stride, "bos": True, "dtype": str(model.dtype).removeprefix("torch.")}
-    return {**summarize(nats, held_out), "protocol": protocol}
+    protocol = TextProtocol(context, stride, bos=True, dtype=str(model.dtype).removeprefix("torch."))
+    return summarize(nats, held_out), protocol
 
 
 def document_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
@@ -140,7 +140,7 @@ def document_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray
     return np.array([tokenizer.bos_token_id, *encode_text(tokenizer, text)])
 
 
-def summarize(nats: Sequence[float], held_out: Sequence[HeldOut]) -> dict[str, Any]:
+def summarize(nats: Sequence[float], held_out: Sequence[HeldOut]) -> BitsPerByte:
     """Returns bits per byte over all documents and by data set, from the negative log-probability of each document."""
     by_source, done = {}, 0
     for source in held_out:
@@ -148,4 +148,4 @@ def summarize(nats: Sequence[float], held_out: Sequence[HeldOut]) -> dict[str, A
         by_source[source.name] = score_metrics.bits_per_byte(own, source.texts)
         done += len(source.texts)
     texts = [text for source in held_out for text in source.texts]
-    return {"bits_per_byte": score_metrics.bits_per_byte(nats, texts), "by_source": by_source}
+    return BitsPerByte(bits_per_byte=score_metrics.bits_per_byte(nats, texts), by_source=by_source)

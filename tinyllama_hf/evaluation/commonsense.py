@@ -16,16 +16,24 @@ from ..errors import InputError
 from ..files import read_json, write_text
 from ..inference.load import choose_device
 from ..released import tables
-from .harness import BATCH_SIZE, run_suite
+from .harness import BATCH_SIZE, Item, run_suite
 from .models import EvalModel, list_eval_models, load_eval_model
 from .protocol import TASKS, Protocol
 from .score_files import CommonsenseRow, ScoreFile
-from .score_metrics import commonsense_average
+from .score_metrics import average_standard_error, commonsense_average
 from .suite import Suite, open_suite
 
 
 # The files that affect scores: stock transformers loads no others.
 MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class CommonsenseScores:
+    """Commonsense scores of models under one protocol."""
+
+    protocol: Protocol
+    models: list[CommonsenseRow]
 
 
 def score_commonsense(
@@ -38,7 +46,7 @@ def score_commonsense(
     samples: Path | None = None,
     note: Callable[[str], Any] = lambda line: None,
     quantization: str = "none",
-) -> dict[str, Any]:
+) -> CommonsenseScores:
     """Scores models under the published protocol. Models that are in the output file are not scored again.
 
     Args:
@@ -56,7 +64,7 @@ def score_commonsense(
             saved quantized keep their own.
 
     Returns:
-        `dict`: contents of the output file, with the given models in their order.
+        `CommonsenseScores`: the protocol, and the rows of the given models in their order.
 
     Raises:
         InputError: for missing or contradictory input, before the first model is loaded.
@@ -68,7 +76,8 @@ def score_commonsense(
     with open_suite(data) as suite:
         protocol = _published_protocol(suite, context, limit)
         file = _open_file(output, protocol)
-        rows, lines = [], []
+        rows: list[CommonsenseRow] = []
+        lines: list[str] = []
         for model in chosen:
             known = {**model.record(), "fingerprint": _fingerprint(model.folder)}
             before = file.find(("fingerprint", known["fingerprint"], model.quantization))
@@ -79,12 +88,12 @@ def score_commonsense(
                 row, items = _score_folder(model, known, suite, protocol, batch_size, device, note)
                 rows.append(row)
                 about = {"model": str(model.folder), "quantization": model.quantization}
-                lines += [json.dumps({**about, **item}) + "\n" for item in items]
+                lines += [json.dumps({**about, **dataclasses.asdict(item)}) + "\n" for item in items]
             file.add(rows[-1])
             if samples:
                 samples.parent.mkdir(parents=True, exist_ok=True)
                 write_text(samples, "".join(lines))
-    return file.contents(rows)
+    return CommonsenseScores(protocol, rows)
 
 
 def _check_options(limit: int | None, batch_size: int, output: Path | None, samples: Path | None) -> None:
@@ -158,7 +167,7 @@ def _score_folder(
     batch_size: int,
     device: str,
     note: Callable[[str], Any],
-) -> tuple[CommonsenseRow, list[dict[str, Any]]]:
+) -> tuple[CommonsenseRow, list[Item]]:
     """Returns the row of a model for the score file, and its items."""
     began = time.perf_counter()
     loaded, tokenizer = load_eval_model(model, device, getattr(torch, protocol.dtype))
@@ -178,12 +187,11 @@ def _score_folder(
             "tokens and were truncated from the left"
         )
     results = [outcome.results[name] for name in TASKS]
-    average = commonsense_average([r.score for r in results], TASKS, [r.standard_error for r in results])
     row = CommonsenseRow(
         **known,
         results=outcome.results,
-        average=average["average"],
-        average_standard_error=average["standard_error"],
+        average=commonsense_average([result.score for result in results], TASKS),
+        average_standard_error=average_standard_error([result.standard_error for result in results]),
         cut_requests=outcome.num_cut,
         seconds=round(time.perf_counter() - began, 1),
     )

@@ -4,6 +4,7 @@ lm-eval defines prompts, choices, tokenization and log-likelihoods. This module 
 [`Protocol`], and reads the results.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,11 +21,22 @@ from .suite import Suite, quiet_harness, right_choice
 BATCH_SIZE = 8
 
 
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """An item of a task as it is written to a samples file: log-likelihoods in nats, chosen and right choice."""
+
+    task: str
+    index: int
+    log_likelihoods: list[float]
+    chosen: int
+    gold: int
+
+
 class Outcome(NamedTuple):
     """The result of a model: `results` by task, all items, and the number of requests truncated to the context."""
 
     results: dict[str, TaskResult]
-    items: list[dict[str, Any]]
+    items: list[Item]
     num_cut: int
 
 
@@ -67,7 +79,7 @@ def run_suite(
             log_samples=True,
             apply_chat_template=protocol.apply_chat_template,
         )
-    results, items = {}, []
+    results, items = {}, list[Item]()
     for name, metric in protocol.metrics.items():
         samples = output["samples"][name]
         items += [_item(name, suite.tasks[name], metric, sample) for sample in samples]
@@ -141,14 +153,13 @@ class _Counter:
         self.progress(self.done, self.total)
 
 
-def _item(name: str, task: Any, metric: str, sample: dict[str, Any]) -> dict[str, Any]:
-    """Returns an item as it is written to a samples file."""
+def _item(name: str, task: Any, metric: str, sample: dict[str, Any]) -> Item:
     likelihoods = [likelihood for likelihood, _ in sample["filtered_resps"]]
     lengths = [len(choice) if metric == "acc_norm" else 1 for choice in task.doc_to_choice(sample["doc"])]
-    return {
-        "task": name,
-        "index": sample["doc_id"],
-        "log_likelihoods": likelihoods,
-        "chosen": int(np.argmax(np.array(likelihoods) / np.array(lengths))),
-        "gold": right_choice(task, sample["doc"]),
-    }
+    return Item(
+        task=name,
+        index=sample["doc_id"],
+        log_likelihoods=likelihoods,
+        chosen=int(np.argmax(np.array(likelihoods) / np.array(lengths))),
+        gold=right_choice(task, sample["doc"]),
+    )

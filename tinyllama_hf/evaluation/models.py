@@ -32,7 +32,7 @@ class EvalModel(NamedTuple):
         """The fields of a score file row that identify the model; milestones add `step` and `tokens`."""
         is_milestone = (self.folder / "provenance.json").is_file() and (self.folder / CONFIG_FILE).is_file()
         made = read_record(self.folder) if is_milestone else {}
-        place = {key: made[key] for key in ("step", "tokens") if key in made}
+        place: dict[str, Any] = {key: made[key] for key in ("step", "tokens") if key in made}
         return {"name": self.name, "path": str(self.folder), "quantization": self.quantization, **place}
 
 

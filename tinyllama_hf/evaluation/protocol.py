@@ -5,6 +5,7 @@ from typing import Any
 
 from ..errors import InputError, did_you_mean
 from ..released import Released, released, tables
+from .score_files import CommonsenseRow
 
 
 TASKS = tuple(tables()["protocol"]["metric"])
@@ -73,25 +74,35 @@ def published_row(name: str) -> Released:
     return rows[name]
 
 
-def compare(row: dict[str, Any], published: Released) -> dict[str, Any]:
-    """Compares the scores of a model with published ones.
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Published scores, score minus published score, and the names of differences beyond the tolerance.
 
-    Args:
-        row (`dict`): an entry of `models` in a score file.
-        published (`Released`): the published row.
-
-    Returns:
-        `dict`: `differences` (score minus published score, in points) for each task and the `"average"`, and
-        `outside`, the names of the differences beyond the tolerance in `released.yaml`.
+    Both are in percent, by task and for the `"average"`.
     """
+
+    published: dict[str, float]
+    differences: dict[str, float]
+    outside: list[str]
+
+
+def compare(row: CommonsenseRow, published: Released) -> Comparison:
+    """Compares the scores of a model with a row of the published table, with the tolerance in `released.yaml`.
+
+    Raises:
+        InputError: if the row has no scores.
+    """
+    if published.average is None:
+        raise InputError(f"{published.name} has no published scores")
+    scores = {**{task: row.results[task].score for task in TASKS}, "average": row.average}
+    printed = {**{task: published.scores[task] for task in TASKS}, "average": published.average}
+    differences = {name: score - printed[name] for name, score in scores.items()}
     tolerance = tables()["protocol"]["tolerance"]
-    differences = {task: row["results"][task]["score"] - published.scores[task] for task in TASKS}
-    differences["average"] = row["average"] - published.average
     allowed = dict.fromkeys(TASKS, tolerance["per_task"]) | {"average": tolerance["average"]}
     # Published scores have two decimals, so differences are rounded to hundredths: 45.41 - 44.51 is 0.8999... in
     # floats.
     outside = [name for name, difference in differences.items() if round(abs(difference), 2) > allowed[name]]
-    return {"differences": differences, "outside": outside}
+    return Comparison(printed, differences, outside)
 
 
 def caveat(protocol: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:

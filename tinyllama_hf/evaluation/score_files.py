@@ -38,27 +38,41 @@ class ScoredModel:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextRow(ScoredModel):
+class BitsPerByte:
+    """Bits per byte over all documents, and by data set."""
+
+    bits_per_byte: float
+    by_source: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextProtocol:
+    """The settings that affect bits per byte: context and stride in tokens, begin-of-sequence, and dtype."""
+
+    context: int
+    stride: int
+    bos: bool
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextRow(BitsPerByte, ScoredModel):
     """Bits per byte of a model. `created` is the time at which its folder was written, if known."""
 
     created: str | None = None
-    bits_per_byte: float
-    by_source: dict[str, float]
-    protocol: dict[str, Any]
+    protocol: TextProtocol
     scored_with: dict[str, str] = dataclasses.field(default_factory=dict)
     seconds: float
 
 
-@dataclasses.dataclass(frozen=True)
-class BaselineRow:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaselineRow(BitsPerByte):
     """Bits per byte of an n-gram model, fitted on the text that a milestone was trained on."""
 
     name: str
     step: int
     tokens: int
     distinct_tokens: int
-    bits_per_byte: float
-    by_source: dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,16 +119,22 @@ class ReplySample:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReplyRow(ScoredModel):
-    """Scores of a chat model's replies. `data_sha256` is the hash of the file of conversations."""
+class ReplyScores:
+    """Stop rate and median length of a model's replies, and the loss of the true replies in nats per token."""
 
-    data_sha256: str
     replies: int
     max_new_tokens: int
     stop_rate: float
     median_length: float
     loss: float
     samples: list[ReplySample]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReplyRow(ReplyScores, ScoredModel):
+    """Reply scores of a model. `data_sha256` is the hash of the file of conversations."""
+
+    data_sha256: str
 
 
 Row = TypeVar("Row", bound=ScoredModel)

@@ -27,57 +27,66 @@ def bits_per_byte(nats: Sequence[float], texts: Sequence[str]) -> float:
     return math.fsum(nats) / math.log(2) / num_bytes
 
 
-def stop_rate(replies: Sequence[Sequence[int]], eos_token_id: int) -> dict[str, float]:
-    """Returns the share of replies that end in the stop token, and their median length.
+def stop_rate(replies: Sequence[Sequence[int]], eos_token_id: int) -> float:
+    """Returns the share of replies that end in the stop token, between 0 and 1.
 
-    A chat model that has not learned its stop token generates until the token limit. The median length distinguishes a
-    model that answers from one that stops immediately.
+    A chat model that has not learned its stop token generates until the token limit.
 
     Args:
         replies (`Sequence[Sequence[int]]`): the generated token ids of each reply, without the prompt.
         eos_token_id (`int`): the stop token.
 
-    Returns:
-        `dict`: `stop_rate` between 0 and 1, and `median_length` in tokens without the stop token.
-
     Raises:
-        InputError: if there is no reply.
+        InputError: if there are no replies.
     """
     if not replies:
         raise InputError("stop_rate: got 0 replies. Pass at least one")
-    stopped = [bool(reply) and reply[-1] == eos_token_id for reply in replies]
-    lengths = [len(reply) - stop for reply, stop in zip(replies, stopped, strict=True)]
-    return {"stop_rate": sum(stopped) / len(replies), "median_length": float(statistics.median(lengths))}
+    return sum(_stops(reply, eos_token_id) for reply in replies) / len(replies)
 
 
-def commonsense_average(
-    scores: Sequence[float], tasks: Sequence[str], standard_errors: Sequence[float] | None = None
-) -> dict[str, float | None]:
-    """Returns the unweighted mean of the scores on TinyLlama's seven tasks, with its standard error.
+def median_length(replies: Sequence[Sequence[int]], eos_token_id: int) -> float:
+    """Returns the median number of tokens of replies, without the stop token. For the arguments see [`stop_rate`].
 
-    The tasks are independent samples, so the standard error of the mean is the root of the summed squares, divided by
-    seven.
+    It distinguishes a model that answers from one that stops immediately.
+    """
+    return float(statistics.median(len(reply) - _stops(reply, eos_token_id) for reply in replies))
+
+
+def _stops(reply: Sequence[int], eos_token_id: int) -> bool:
+    return bool(reply) and reply[-1] == eos_token_id
+
+
+def commonsense_average(scores: Sequence[float], tasks: Sequence[str]) -> float:
+    """Returns the unweighted mean of the scores on TinyLlama's seven tasks.
 
     Args:
         scores (`Sequence[float]`): one score per task, all in the same unit.
         tasks (`Sequence[str]`): the names of the seven tasks, each once, in the order of the scores.
-        standard_errors (`Sequence[float]`, *optional*): standard errors, in the order of the scores.
-
-    Returns:
-        `dict`: `average`, and `standard_error` (`None` without `standard_errors`), in the unit of the scores.
 
     Raises:
-        InputError: if a task is missing or duplicated, or if a value is not finite.
+        InputError: if a task is missing or duplicated, or if a score is not finite.
     """
     if sorted(tasks) != sorted(TASKS):
         raise InputError(
             f"commonsense_average: got the tasks {', '.join(tasks)}. It needs each of {', '.join(TASKS)} once"
         )
-    if not all(map(math.isfinite, [*scores, *(standard_errors or ())])):
-        raise InputError("commonsense_average: a score or standard error is not finite. Score that task again")
-    if standard_errors is not None and len(standard_errors) != len(scores):
-        raise InputError(
-            f"commonsense_average: {len(standard_errors)} standard errors for {len(scores)} scores. Pass one per score"
-        )
-    error = None if standard_errors is None else math.hypot(*standard_errors) / len(TASKS)
-    return {"average": math.fsum(scores) / len(TASKS), "standard_error": error}
+    return math.fsum(_one_per_task(scores, "scores")) / len(TASKS)
+
+
+def average_standard_error(standard_errors: Sequence[float]) -> float:
+    """Returns the standard error of [`commonsense_average`] from the standard errors of the seven scores.
+
+    The tasks are independent samples, so it is the root of the summed squares, divided by seven.
+
+    Raises:
+        InputError: if there are not seven standard errors, or if one is not finite.
+    """
+    return math.hypot(*_one_per_task(standard_errors, "standard errors")) / len(TASKS)
+
+
+def _one_per_task(values: Sequence[float], name: str) -> Sequence[float]:
+    if len(values) != len(TASKS):
+        raise InputError(f"commonsense_average: got {len(values)} {name} for {len(TASKS)} tasks. Pass one per task")
+    if not all(map(math.isfinite, values)):
+        raise InputError(f"commonsense_average: one of the {name} is not finite. Score that task again")
+    return values

@@ -132,8 +132,8 @@ def check_can_score(run: Path | None, data: Sequence[str]) -> None:
     Raises:
         InputError: if the score file of the run is of another task or text.
     """
-    scores = read_score_file(run and run / SCORES_FILE, TASK)
-    if scores:
+    scores = read_score_file(run / SCORES_FILE, TASK) if run else None
+    if run and scores:
         _check_text(
             scores, [(folder, read_metadata(Path(folder))["fingerprint"]) for folder in data], run / SCORES_FILE
         )
@@ -203,7 +203,7 @@ def _score(
     row = _score_folder(model, text.held_out, device, created, show_progress)
     for other in file.rows:
         old, new = other.protocol, row.protocol
-        if old["context"] == new["context"] and old != new and other is not known:
+        if old.context == new.context and old != new and other is not known:
             raise InputError(
                 f"{file.path}: {other.name} was scored under {old}, {row.name} under {new}. A file has one protocol: "
                 "score all models again with --rescore, or write to another file with --output"
@@ -229,12 +229,13 @@ def _score_folder(
     with Progress(*columns, transient=True, disable=not (show_progress and Console().is_terminal)) as bar:
         estimate = total // 3  # tokens; exact enough for the bar
         task = bar.add_task(f"Scoring {model.name}", total=estimate, note="")
-        result = score_documents(loaded, tokenizer, held_out, advance=lambda n: bar.advance(task, n))
+        scores, protocol = score_documents(loaded, tokenizer, held_out, advance=lambda n: bar.advance(task, n))
     libraries = provenance.collect()["libraries"]
     return TextRow(
         **model.record(),
         created=created,
-        **result,
+        **vars(scores),
+        protocol=protocol,
         scored_with={name: libraries[name] for name in ("transformers", "torch")} | {"device": loaded.device.type},
         seconds=round(time.perf_counter() - began, 1),
     )
@@ -269,7 +270,7 @@ def _baselines(
             for name, order in BASELINES.items():
                 model = NGramModel(text, len(tokenizer), order)
                 nats = [-float(model.log_probabilities(tokens).sum()) for tokens in documents]
-                found = summarize(nats, held_out)
-                fitted.append(BaselineRow(name, record["step"], record["tokens"], len(text), **found))
+                about = {"step": record["step"], "tokens": record["tokens"], "distinct_tokens": len(text)}
+                fitted.append(BaselineRow(name=name, **about, **vars(summarize(nats, held_out))))
         rows += fitted
         yield rows

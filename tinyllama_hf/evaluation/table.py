@@ -1,51 +1,48 @@
 """The table of commonsense scores for the terminal."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from ..released import Released, tables
-from .protocol import TASKS, caveat, compare
+from .protocol import TASKS, Protocol, caveat, compare
+from .score_files import CommonsenseRow
 
 
 COLUMNS = (*TASKS, "average")
 WIDTHS = [max(len(name), 8) + 2 for name in COLUMNS]
 
 
-def table_lines(scores: dict[str, Any], published: Released | None = None) -> Iterator[str]:
+def table_lines(
+    protocol: Protocol, rows: Sequence[CommonsenseRow], published: Released | None = None
+) -> Iterator[str]:
     """Yields the lines of the table.
 
     Args:
-        scores (`dict`): contents of a score file.
+        protocol (`Protocol`): the protocol of the scores.
+        rows (`Sequence[CommonsenseRow]`): the models.
         published (`Released`, *optional*): a row of the published table to compare each model with.
     """
-    protocol = scores["protocol"]
-    rows = scores["models"]
-    labels = [row["name"] for row in rows] + [
-        "standard error",
-        *([f"published {published.name}"] if published else []),
-    ]
+    labels = [row.name for row in rows] + ["standard error", *([f"published {published.name}"] if published else [])]
     label_width = max(map(len, labels)) + 2
-    if made_on := caveat(protocol, rows[0]["results"]):
-        yield f"{'SAMPLE' if protocol['sample'] else 'SUBSET'}: {made_on}"
+    if made_on := caveat(protocol.to_dict(), rows[0].to_json()["results"]):
+        yield f"{'SAMPLE' if protocol.sample else 'SUBSET'}: {made_on}"
     yield _line("", COLUMNS, label_width)
-    yield _line("", [*protocol["metrics"].values(), ""], label_width)
+    yield _line("", [*protocol.metrics.values(), ""], label_width)
     for row in rows:
-        results = [row["results"][task] for task in TASKS]
-        yield _line(row["name"], [f"{r['score']:.2f}" for r in results] + [f"{row['average']:.2f}"], label_width)
-        errors = [r["standard_error"] for r in results] + [row["average_standard_error"]]
+        results = [row.results[task] for task in TASKS]
+        yield _line(row.name, [f"{r.score:.2f}" for r in results] + [f"{row.average:.2f}"], label_width)
+        errors = [r.standard_error for r in results] + [row.average_standard_error]
         yield _line("  standard error", [f"{error:.2f}" for error in errors], label_width)
         if published:
             yield from _comparison(row, published, label_width)
 
 
-def _comparison(row: dict[str, Any], published: Released, label_width: int) -> Iterator[str]:
+def _comparison(row: CommonsenseRow, published: Released, label_width: int) -> Iterator[str]:
     found, tolerance = compare(row, published), tables()["protocol"]["tolerance"]
-    values = [f"{published.scores[task]:.2f}" for task in TASKS] + [f"{published.average:.2f}"]
-    yield _line(f"  published {published.name}", values, label_width)
-    differences = [f"{found['differences'][n]:+.2f}{'*' if n in found['outside'] else ''}" for n in COLUMNS]
+    yield _line(f"  published {published.name}", [f"{found.published[name]:.2f}" for name in COLUMNS], label_width)
+    differences = [f"{found.differences[name]:+.2f}{'*' if name in found.outside else ''}" for name in COLUMNS]
     yield _line("  difference", differences, label_width)
     bounds = f"{tolerance['per_task']} per task and {tolerance['average']} for the average"
-    verdict = f"outside in {', '.join(found['outside'])} (*)" if found["outside"] else "within"
+    verdict = f"outside in {', '.join(found.outside)} (*)" if found.outside else "within"
     yield f"  tolerance, {bounds}: {verdict}"
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..chat.masks import mask_replies
 from ..chat.messages import is_learned, read_messages
-from ..chat.render import Rendering, check_messages, render
+from ..chat.render import Messages, Rendering, check_messages, render
 from ..data.questions import questions
 from ..data.row_files import JSON_LINES, read_rows
 from ..errors import InputError
@@ -30,6 +30,13 @@ class Conversation(NamedTuple):
 
     name: str
     messages: list[dict[str, Any]]
+
+
+class TrainingExample(NamedTuple):
+    """The tokens of a conversation. `assistant_masks` is 1 for tokens with loss. The names are those of TRL."""
+
+    input_ids: list[int]
+    assistant_masks: list[int]
 
 
 def read_conversations(source: str) -> list[Conversation]:
@@ -114,19 +121,28 @@ def split_conversations(
     return parts
 
 
+def mark_replies(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, rendering: Rendering, where: str
+) -> TrainingExample:
+    """Returns a rendered conversation with its loss mask. See [`mask_replies`]."""
+    ids, masks = mask_replies(tokenizer, messages, rendering, where)
+    return TrainingExample(ids, masks or [])
+
+
 def render_all(
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Conversation],
     max_length: int,
     drop_overlong: bool = False,
-) -> list[Rendering]:
+) -> list[TrainingExample]:
     """Renders conversations for training.
 
     Raises:
         InputError: for a conversation without a token with loss, and for those longer than `max_length` tokens unless
             they are dropped.
     """
-    rendered, overlong = [], []
+    examples: list[TrainingExample] = []
+    overlong: list[tuple[str, int]] = []
     for conversation in conversations:
         name, messages = conversation
         rendering = render(tokenizer, messages, where=name)
@@ -134,8 +150,8 @@ def render_all(
         if len(rendering.input_ids) > max_length:
             overlong.append((name, len(rendering.input_ids)))
             continue
-        rendered.append(mask_replies(tokenizer, messages, rendering, name))
-        if not any(rendered[-1].assistant_masks):
+        examples.append(mark_replies(tokenizer, messages, rendering, name))
+        if not any(examples[-1].assistant_masks):
             raise InputError(f"{name}: no token has loss. Check that the chat template fits the conversation")
     if overlong and not drop_overlong:
         name, length = max(overlong, key=lambda item: item[1])
@@ -144,7 +160,7 @@ def render_all(
             f"longest is {name}: {length} tokens. Raise data.max_length (up to the model's context), shorten them, or "
             "set data.overlong to drop"
         )
-    return rendered
+    return examples
 
 
 def write_rows(conversations: Sequence[Conversation]) -> str:

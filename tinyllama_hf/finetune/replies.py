@@ -12,16 +12,15 @@ from rich.progress import Progress
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..chat.masks import mask_replies
-from ..chat.render import Messages, Rendering, render
+from ..chat.render import Messages, render
 from ..errors import InputError
 from ..evaluation.models import list_eval_models, load_eval_model
-from ..evaluation.score_files import ReplyRow, ReplySample, ScoreFile, read_score_file
-from ..evaluation.score_metrics import stop_rate
+from ..evaluation.score_files import ReplyRow, ReplySample, ReplyScores, ScoreFile, read_score_file
+from ..evaluation.score_metrics import median_length, stop_rate
 from ..inference.generation import Context
 from ..provenance import file_sha256
 from ..tokenization_tinyllama import load_tokenizer
-from .conversations import HELD_OUT_FILE, read_conversations
+from .conversations import HELD_OUT_FILE, TrainingExample, mark_replies, read_conversations
 
 
 MAX_NEW_TOKENS = 64
@@ -35,7 +34,7 @@ def score_replies(
     device: str = "auto",
     quantization: str = "none",
     output: Path | None = None,
-) -> dict[str, Any]:
+) -> list[ReplyRow]:
     """Scores chat models on the last reply of each conversation.
 
     Args:
@@ -49,7 +48,7 @@ def score_replies(
         output (`Path`, *optional*): JSON file, written after each model. Earlier scores in it are replaced.
 
     Returns:
-        `dict`: contents of the score file. See [`score_model_replies`] for the entry of a model.
+        `list[ReplyRow]`: the scores, in the order of the models. The score file has the same rows.
 
     Raises:
         InputError: for missing input, before the first model is scored.
@@ -69,11 +68,11 @@ def score_replies(
             task = bar.add_task(f"Scoring {model.name}", total=len(conversations))
             advance = functools.partial(bar.advance, task)
             scores = score_model_replies(loaded, tokenizer, conversations, max_new_tokens, advance)
-        file.add(ReplyRow(**model.record(), data_sha256=file_sha256(source), **scores))
-    return file.contents()
+        file.add(ReplyRow(**model.record(), data_sha256=file_sha256(source), **vars(scores)))
+    return file.rows
 
 
-def _read_held_out(folder: Path, data: str | None, limit: int | None) -> tuple[Path, list[Messages]]:
+def _read_held_out(folder: Path, data: str | None, limit: int | None) -> tuple[Path, Sequence[Messages]]:
     """Returns the file of conversations for a model, and the conversations."""
     file = Path(data) if data else folder / HELD_OUT_FILE
     if not file.is_file():
@@ -89,19 +88,20 @@ def _read_held_out(folder: Path, data: str | None, limit: int | None) -> tuple[P
 
 
 @torch.inference_mode()
-def reply_loss(model: PreTrainedModel, renderings: Sequence[Rendering], batch_size: int = 16) -> float:
+def reply_loss(model: PreTrainedModel, examples: Sequence[TrainingExample], batch_size: int = 16) -> float:
     """Returns the mean negative log-likelihood of the replies' tokens, including stop tokens, in nats per token.
 
     Args:
         model (`PreTrainedModel`): a causal language model in evaluation mode.
-        renderings (`Sequence[Rendering]`): from [`mask_replies`].
+        examples (`Sequence[TrainingExample]`): conversations with loss masks.
         batch_size (`int`, *optional*, defaults to 16): conversations per forward pass.
     """
     total, count = 0.0, 0
-    for batch in _batches(sorted(renderings, key=lambda r: len(r.input_ids)), batch_size):
+    for batch in _batches(sorted(examples, key=lambda example: len(example.input_ids)), batch_size):
         # Padded on the right: with causal attention, no token with loss attends to padding.
-        ids = pad_sequence([torch.tensor(rendering.input_ids) for rendering in batch], batch_first=True)
-        has_loss = pad_sequence([torch.tensor(r.assistant_masks, dtype=torch.bool) for r in batch], batch_first=True)
+        ids = pad_sequence([torch.tensor(example.input_ids) for example in batch], batch_first=True)
+        masks = [torch.tensor(example.assistant_masks, dtype=torch.bool) for example in batch]
+        has_loss = pad_sequence(masks, batch_first=True)
         ids, has_loss = ids.to(model.device), has_loss[:, 1:].to(model.device)
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits[has_loss].float()
         total += torch.nn.functional.cross_entropy(logits, ids[:, 1:][has_loss], reduction="sum").item()
@@ -133,10 +133,10 @@ def generate_replies(
     for numbers in _batches(order, batch_size):
         # Padded on the left, since generation continues on the right.
         prompts_ids = [torch.tensor(rendered[i]) for i in numbers]
-        pad = {"batch_first": True, "padding_side": "left"}
-        ids = pad_sequence(prompts_ids, padding_value=tokenizer.pad_token_id, **pad)
-        mask = pad_sequence([torch.ones_like(row) for row in prompts_ids], **pad)
-        output = model.generate(
+        pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+        ids = pad(prompts_ids, padding_value=tokenizer.pad_token_id)
+        mask = pad([torch.ones_like(row) for row in prompts_ids])
+        output = model.generate(  # type: ignore[operator]  # its type is that of any attribute of a torch module
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             max_new_tokens=max_new_tokens,
@@ -158,7 +158,7 @@ def score_model_replies(
     conversations: Sequence[Messages],
     max_new_tokens: int = MAX_NEW_TOKENS,
     advance: Callable[[int], Any] = lambda n: None,
-) -> dict[str, Any]:
+) -> ReplyScores:
     """Scores the last reply of each conversation.
 
     Args:
@@ -168,20 +168,15 @@ def score_model_replies(
         max_new_tokens (`int`, *optional*, defaults to 64): maximum number of tokens of a reply.
         advance (`Callable`, *optional*): called with the number of finished replies.
 
-    Returns:
-        `dict`: `stop_rate` and `median_length` from [`stop_rate`]; `loss` of the true replies in nats per token; and
-        `samples`, each question with the model's reply and the true one.
-
     Raises:
         InputError: if the template does not mark the replies, or a question does not fit into the context.
     """
-    renderings = []
+    examples = []
     for number, messages in enumerate(conversations, start=1):
         where = f"conversation {number}"
-        renderings.append(mask_replies(tokenizer, messages, render(tokenizer, messages, where=where), where))
+        examples.append(mark_replies(tokenizer, messages, render(tokenizer, messages, where=where), where))
     replies = generate_replies(model, tokenizer, [c[:-1] for c in conversations], max_new_tokens, advance=advance)
-    stops = stop_rate(replies, tokenizer.eos_token_id)
-    loss = reply_loss(model, renderings)
+    loss = reply_loss(model, examples)
     if not math.isfinite(loss):
         raise InputError(
             "the loss of the replies is not finite. The weights are damaged or the training diverged; score another "
@@ -190,13 +185,20 @@ def score_model_replies(
     samples = [
         ReplySample(
             question=messages[-2]["content"],
-            reply=tokenizer.decode(reply, skip_special_tokens=True).strip(),
+            reply=str(tokenizer.decode(reply, skip_special_tokens=True)).strip(),
             stopped=reply[-1] == tokenizer.eos_token_id,
             true=messages[-1]["content"],
         )
         for messages, reply in zip(conversations, replies, strict=True)
     ]
-    return {"replies": len(replies), "max_new_tokens": max_new_tokens, **stops, "loss": loss, "samples": samples}
+    return ReplyScores(
+        replies=len(replies),
+        max_new_tokens=max_new_tokens,
+        stop_rate=stop_rate(replies, tokenizer.eos_token_id),
+        median_length=median_length(replies, tokenizer.eos_token_id),
+        loss=loss,
+        samples=samples,
+    )
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -4,17 +4,17 @@ import json
 import math
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .. import provenance
-from ..chat.render import Rendering
 from ..chat.templates import choose_template
 from ..configuration_tinyllama import TinyLlamaConfig
 from ..errors import InputError, require
@@ -25,14 +25,28 @@ from ..pretrain.milestones import CONFIG_FILE
 from ..progress import quiet_bitsandbytes
 from ..tokenization_tinyllama import load_tokenizer, tokenizer_fingerprint
 from .config import FinetuneConfig
-from .conversations import HELD_OUT_FILE, Conversation, read_conversations, render_all, split_conversations, write_rows
+from .conversations import (
+    HELD_OUT_FILE,
+    Conversation,
+    TrainingExample,
+    read_conversations,
+    render_all,
+    split_conversations,
+    write_rows,
+)
 from .replies import reply_loss
+
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from trl import SFTConfig
 
 
 METRICS_FILE = "metrics.jsonl"
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True)
+class FinetuneRun:
     """A checked recipe, and what was loaded for it before the first step."""
 
     config: FinetuneConfig
@@ -40,9 +54,8 @@ class Run(NamedTuple):
     base: Path
     tokenizer: PreTrainedTokenizerFast
     template: str
-    context: int
-    train: list[Rendering]
-    held_out: list[Rendering]
+    train: list[TrainingExample]
+    held_out: list[TrainingExample]
     held_out_conversations: list[Conversation]
     num_dropped: int
     accumulation_steps: int
@@ -65,7 +78,7 @@ def finetune(config: FinetuneConfig, overwrite: bool = False, dry_run: bool = Fa
         finetune_run(run, overwrite)
 
 
-def finetune_run(run: Run, overwrite: bool = False) -> None:
+def finetune_run(run: FinetuneRun, overwrite: bool = False) -> None:
     """Trains a run from [`open_run`] and writes its folder. See [`finetune`]."""
     processes = _processes()
     is_main = processes.is_main_process
@@ -90,7 +103,7 @@ def finetune_run(run: Run, overwrite: bool = False) -> None:
     processes.wait_for_everyone()
 
 
-def open_run(config: FinetuneConfig, overwrite: bool = False) -> Run:
+def open_run(config: FinetuneConfig, overwrite: bool = False) -> FinetuneRun:
     """Checks a recipe and loads tokenizer and conversations. Writes nothing.
 
     Raises:
@@ -117,17 +130,26 @@ def open_run(config: FinetuneConfig, overwrite: bool = False) -> Run:
         )
     tokenizer.model_max_length = context  # saved with the model
     conversations = read_conversations(config.data.conversations)
-    train, held_out = split_conversations(conversations, config.data.validation_fraction)
+    parts = split_conversations(conversations, config.data.validation_fraction)
     drop = config.data.overlong == "drop"
-    rendered = [render_all(tokenizer, part, config.data.max_length, drop) for part in (train, held_out)]
-    if not all(rendered):
+    train, held_out = (render_all(tokenizer, part, config.data.max_length, drop) for part in parts)
+    if not train or not held_out:
         raise InputError(f"data.max_length: {config.data.max_length} drops all conversations. Raise it")
-    dropped = len(conversations) - len(rendered[0]) - len(rendered[1])
-    accumulation = _accumulation_steps(config, _processes().num_processes)
-    return Run(config, output, base, tokenizer, template, context, *rendered, held_out, dropped, accumulation)
+    return FinetuneRun(
+        config=config,
+        output=output,
+        base=base,
+        tokenizer=tokenizer,
+        template=template,
+        train=train,
+        held_out=held_out,
+        held_out_conversations=parts[1],
+        num_dropped=len(conversations) - len(train) - len(held_out),
+        accumulation_steps=_accumulation_steps(config, _processes().num_processes),
+    )
 
 
-def print_summary(run: Run, dry_run: bool = False) -> None:
+def print_summary(run: FinetuneRun, dry_run: bool = False) -> None:
     """Prints the summary of a run on the main process; for a dry run also the first conversation."""
     processes = _processes()
     if processes.is_main_process:
@@ -136,7 +158,7 @@ def print_summary(run: Run, dry_run: bool = False) -> None:
             print(f"{first_conversation(run)}\nwould write {run.output}/ (dry run: nothing was written)")
 
 
-def summary_lines(run: Run, num_processes: int) -> list[str]:
+def summary_lines(run: FinetuneRun, num_processes: int) -> list[str]:
     """Returns the summary: model, template, number of conversations, tokens and steps."""
     config, train = run.config, run.train
     with_loss = sum(sum(rendering.assistant_masks) for rendering in train)
@@ -157,13 +179,13 @@ def summary_lines(run: Run, num_processes: int) -> list[str]:
     ]
 
 
-def first_conversation(run: Run) -> str:
+def first_conversation(run: FinetuneRun) -> str:
     """Returns the first conversation as text, with the tokens that have loss in brackets."""
     rendering, tokenizer = run.train[0], run.tokenizer
     parts, start = [], 0
     for end in range(1, len(rendering.input_ids) + 1):
         if end == len(rendering.input_ids) or rendering.assistant_masks[end] != rendering.assistant_masks[start]:
-            text = tokenizer.decode(rendering.input_ids[start:end])
+            text = str(tokenizer.decode(rendering.input_ids[start:end]))
             parts.append(f"⟦{text}⟧" if rendering.assistant_masks[start] else text)
             start = end
     return f"first conversation, tokens with loss between ⟦ and ⟧:\n{' '.join(parts)}"
@@ -184,12 +206,12 @@ def _accumulation_steps(config: FinetuneConfig, num_processes: int) -> int:
     return sequences // (micro * num_processes)
 
 
-def _held_out_loss(run: Run, folder: Path) -> float:
+def _held_out_loss(run: FinetuneRun, folder: Path) -> float:
     model, _ = load_stock(folder)
     return reply_loss(model, run.held_out)
 
 
-def _train(run: Run) -> tuple[Any, list[dict[str, Any]]]:
+def _train(run: FinetuneRun) -> "tuple[LlamaForCausalLM | PeftModel, list[dict[str, float]]]":
     """Trains stock Llama with TRL. Returns the model (with an adapter, a `PeftModel`) and the logged rows."""
     from datasets import Dataset, disable_progress_bars
     from trl import SFTTrainer
@@ -210,7 +232,7 @@ def _train(run: Run) -> tuple[Any, list[dict[str, Any]]]:
     return trainer.accelerator.unwrap_model(trainer.model), trainer.state.log_history
 
 
-def _arguments(run: Run, scratch: str) -> Any:
+def _arguments(run: FinetuneRun, scratch: str) -> "SFTConfig":
     from trl import SFTConfig
 
     training = run.config.training
@@ -238,28 +260,31 @@ def _arguments(run: Run, scratch: str) -> Any:
     )
 
 
-def _lora(config: FinetuneConfig) -> Any:
+def _lora(config: FinetuneConfig) -> "LoraConfig":
     from peft import LoraConfig
 
     adapter = config.adapter
     return LoraConfig(
         r=adapter.rank,
-        lora_alpha=adapter.alpha,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # peft divides it by the rank, so fractions work
         lora_dropout=adapter.dropout,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
 
 
-def _save(run: Run, trained: Any, folder: Path) -> None:
+def _save(run: FinetuneRun, trained: "LlamaForCausalLM | PeftModel", folder: Path) -> None:
     """Writes the plain Llama folder: weights, configs, tokenizer, recipe and held-out conversations.
 
     An adapter is saved to `adapter/` and merged into the weights.
     """
-    if run.config.adapter.kind == "lora":
-        trained.save_pretrained(folder / "adapter")
+    from peft import LoraModel, PeftModel
+
+    if isinstance(trained, PeftModel):
+        assert isinstance(trained.base_model, LoraModel)
+        trained.save_pretrained(str(folder / "adapter"))
         (folder / "adapter" / "README.md").unlink()  # an empty template
-        trained = trained.merge_and_unload()
+        trained = trained.base_model.merge_and_unload()
     trained.config.pad_token_id = None  # or the next load would zero and freeze that row of the embedding
     plain = TinyLlamaForCausalLM(TinyLlamaConfig.from_llama(trained.config))
     plain.load_state_dict(trained.state_dict())
@@ -272,7 +297,7 @@ def _save(run: Run, trained: Any, folder: Path) -> None:
     write_text(folder / HELD_OUT_FILE, write_rows(run.held_out_conversations))
 
 
-def _record(run: Run, losses: dict[str, float]) -> dict[str, Any]:
+def _record(run: FinetuneRun, losses: dict[str, float]) -> dict[str, Any]:
     """Returns the entries of `provenance.json` in addition to code, libraries and machine."""
     base_record = run.base / "provenance.json"
     return {

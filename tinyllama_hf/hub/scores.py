@@ -5,7 +5,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..evaluation.protocol import caveat
-from ..evaluation.score_metrics import commonsense_average
+from ..evaluation.score_metrics import average_standard_error, commonsense_average
 from ..evaluation.suite import SAMPLE, task_files
 from ..files import read_json
 from ..portable import portable_text
@@ -78,9 +78,10 @@ def eval_results(name: str, scores: Scores) -> list[Any]:
     return results
 
 
-def average_of(row: dict[str, Any]) -> dict[str, float | None]:
+def average_of(row: dict[str, Any]) -> dict[str, float]:
     """The mean of the tasks and its standard error, by the same metric as `eval`."""
     results = row["results"].values()
-    return commonsense_average(
-        [r["score"] for r in results], list(row["results"]), [r["standard_error"] for r in results]
-    )
+    return {
+        "average": commonsense_average([result["score"] for result in results], list(row["results"])),
+        "standard_error": average_standard_error([result["standard_error"] for result in results]),
+    }

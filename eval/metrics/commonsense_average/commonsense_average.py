@@ -7,7 +7,7 @@ metric.compute(predictions=[43.5, ...], references=["hellaswag", ...], standard_
 import datasets
 import evaluate
 
-from tinyllama_hf.evaluation.score_metrics import commonsense_average
+from tinyllama_hf.evaluation.score_metrics import average_standard_error, commonsense_average
 
 
 _INPUTS = """
@@ -36,4 +36,5 @@ class CommonsenseAverage(evaluate.Metric):
     def _compute(
         self, predictions: list[float], references: list[str], standard_errors: list[float] | None = None
     ) -> dict[str, float | None]:
-        return commonsense_average(predictions, references, standard_errors)
+        error = None if standard_errors is None else average_standard_error(standard_errors)
+        return {"average": commonsense_average(predictions, references), "standard_error": error}

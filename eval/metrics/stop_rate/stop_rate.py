@@ -7,7 +7,7 @@ metric.compute(predictions=[[306, 29889, 2], ...], eos_token_id=2)
 import datasets
 import evaluate
 
-from tinyllama_hf.evaluation.score_metrics import stop_rate
+from tinyllama_hf.evaluation.score_metrics import median_length, stop_rate
 
 
 _INPUTS = """
@@ -33,4 +33,7 @@ class StopRate(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[list[int]], eos_token_id: int) -> dict[str, float]:
-        return stop_rate(predictions, eos_token_id)
+        return {
+            "stop_rate": stop_rate(predictions, eos_token_id),
+            "median_length": median_length(predictions, eos_token_id),
+        }
