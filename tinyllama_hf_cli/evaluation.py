@@ -14,7 +14,7 @@ class _EvalGroup(TyperGroup):
     """Also accepts the spelling of version 0.1, `eval MODEL... [--task TASK]`, which the next version removes."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # typer 0.29 has its own, private copy of click
-        if args and args[0] not in {*self.commands, "--help"}:
+        if args and args[0] not in {*self.commands, "--help"} and not ctx.resilient_parsing:
             import shlex
 
             args = _new_spelling(args)

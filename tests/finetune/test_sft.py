@@ -54,9 +54,17 @@ def recipe(base, tmp_path):
     return tmp_path / "recipe.yaml"
 
 
+def finetune(config, overwrite=False, dry_run=False):
+    """The stages of recipes/sft.py."""
+    run = sft.open_run(config, overwrite)
+    sft.print_summary(run, dry_run)
+    if not dry_run:
+        sft.finetune_run(run, overwrite)
+
+
 def tuned(recipe, *overrides):
     config = load_config(recipe, overrides)
-    sft.finetune(config)
+    finetune(config)
     return recipe.parent / "chat"
 
 
@@ -163,7 +171,7 @@ def test_lora_writes_the_merged_model_and_the_adapter(recipe, base):
 
 def test_the_same_recipe_gives_the_same_weights(recipe):
     first = load_file(tuned(recipe, "training.epochs=1") / "model.safetensors")
-    sft.finetune(load_config(recipe, ["training.epochs=1"]), overwrite=True)
+    finetune(load_config(recipe, ["training.epochs=1"]), overwrite=True)
     second = load_file(recipe.parent / "chat" / "model.safetensors")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -172,7 +180,7 @@ def test_micro_batches_change_nothing(recipe):
     """The loss is summed over the tokens with loss of the whole step, so 1 x 8 equals 4 x 2."""
     options = ("training.epochs=1", "training.learning_rate=1e-3")
     whole = load_file(tuned(recipe, *options) / "model.safetensors")
-    sft.finetune(load_config(recipe, [*options, "training.micro_batch_size=2"]), overwrite=True)
+    finetune(load_config(recipe, [*options, "training.micro_batch_size=2"]), overwrite=True)
     parts = load_file(recipe.parent / "chat" / "model.safetensors")
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name], atol=2e-4, rtol=0, msg=name)
@@ -203,7 +211,7 @@ def trainer_of(monkeypatch):
 
     def made(recipe, *overrides):
         with pytest.raises(Stopped) as caught:
-            sft.finetune(load_config(recipe, overrides))
+            finetune(load_config(recipe, overrides))
         return caught.value.args[0]
 
     return made
@@ -333,9 +341,9 @@ def test_a_model_with_a_template_is_trained_in_it(recipe, chatml_base, trainer_o
 
 
 def test_its_template_is_replaced_only_if_the_recipe_says_so(recipe, chatml_base, capsys):
-    sft.finetune(load_config(recipe, [f"model.path={chatml_base}"]), dry_run=True)
+    finetune(load_config(recipe, [f"model.path={chatml_base}"]), dry_run=True)
     assert "⟦The red one.<|im_end|>⟧" in capsys.readouterr().out
-    sft.finetune(load_config(recipe, [f"model.path={chatml_base}", "chat.template=llama2"]), dry_run=True)
+    finetune(load_config(recipe, [f"model.path={chatml_base}", "chat.template=llama2"]), dry_run=True)
     printed = capsys.readouterr().out
     assert "llama2, which replaces the model's own" in printed and "⟦The red one. <|im_end|>⟧" in printed
 
@@ -357,14 +365,14 @@ BAD = {
 def test_bad_input_before_anything_is_written(recipe, overrides, message):
     before = sorted(recipe.parent.rglob("*"))
     with pytest.raises(InputError, match=message):
-        sft.finetune(load_config(recipe, overrides))
+        finetune(load_config(recipe, overrides))
     assert sorted(recipe.parent.rglob("*")) == before
 
 
 def test_a_template_without_markers(recipe, base, tmp_path):
     (tmp_path / "plain.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     with pytest.raises(InputError, match=r"chat template.*the tokenizer's end-of-sequence '</s>'"):
-        sft.finetune(load_config(recipe, [f"chat.template={tmp_path / 'plain.jinja'}"]))
+        finetune(load_config(recipe, [f"chat.template={tmp_path / 'plain.jinja'}"]))
 
 
 def test_training_that_diverged_keeps_the_earlier_folder(recipe):
@@ -372,7 +380,7 @@ def test_training_that_diverged_keeps_the_earlier_folder(recipe):
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     diverging = ["training.learning_rate=1e30", "training.schedule=constant", "training.warmup_steps=0"]
     with pytest.raises(InputError, match=r"training.learning_rate: 1e\+30: training diverged"):
-        sft.finetune(load_config(recipe, diverging), overwrite=True)
+        finetune(load_config(recipe, diverging), overwrite=True)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert not list(recipe.parent.glob(".*"))
 
@@ -407,7 +415,7 @@ def test_an_output_that_is_something_else(recipe):
     (recipe.parent / "chat" / "thesis.txt").write_text("precious")
     for overwrite in (False, True):
         with pytest.raises(InputError, match=r"output_dir .* is not empty.*not a fine-tuned model"):
-            sft.finetune(load_config(recipe), overwrite)
+            finetune(load_config(recipe), overwrite)
     assert (recipe.parent / "chat" / "thesis.txt").exists()
 
 

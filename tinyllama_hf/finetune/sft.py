@@ -61,25 +61,16 @@ class FinetuneRun:
     accumulation_steps: int
 
 
-def finetune(config: FinetuneConfig, overwrite: bool = False, dry_run: bool = False) -> None:
-    """Fine-tunes a model by a recipe, and writes a plain Llama folder with chat template and provenance.
+def finetune_run(run: FinetuneRun, overwrite: bool = False) -> None:
+    """Fine-tunes, and writes a plain Llama folder with chat template and provenance.
 
     Args:
-        config (`FinetuneConfig`): from [`load_config`].
+        run (`FinetuneRun`): from [`open_run`].
         overwrite (`bool`, *optional*, defaults to `False`): replace an earlier fine-tuned model in `output_dir`.
-        dry_run (`bool`, *optional*, defaults to `False`): check the recipe and print the summary only.
 
     Raises:
-        InputError: for invalid input, before the first step; and after the last step, if the training diverged.
+        InputError: if the training diverged; nothing is written then.
     """
-    run = open_run(config, overwrite)
-    print_summary(run, dry_run)
-    if not dry_run:
-        finetune_run(run, overwrite)
-
-
-def finetune_run(run: FinetuneRun, overwrite: bool = False) -> None:
-    """Trains a run from [`open_run`] and writes its folder. See [`finetune`]."""
     processes = _processes()
     is_main = processes.is_main_process
     before = _held_out_loss(run, run.base) if is_main else math.nan
@@ -284,7 +275,9 @@ def _save(run: FinetuneRun, trained: "LlamaForCausalLM | PeftModel", folder: Pat
         assert isinstance(trained.base_model, LoraModel)
         trained.save_pretrained(str(folder / "adapter"))
         (folder / "adapter" / "README.md").unlink()  # an empty template
-        trained = trained.base_model.merge_and_unload()
+        merged = trained.base_model.merge_and_unload()
+        assert isinstance(merged, LlamaForCausalLM)
+        trained = merged
     trained.config.pad_token_id = None  # or the next load would zero and freeze that row of the embedding
     plain = TinyLlamaForCausalLM(TinyLlamaConfig.from_llama(trained.config))
     plain.load_state_dict(trained.state_dict())
