@@ -116,17 +116,17 @@ def _print_plan(checked: "Preparation") -> None:
     from tinyllama_hf.data.sources import read_documents
     from tinyllama_hf.tokenization_tinyllama import encode_text
 
-    source, record = checked.source, checked.record
+    source, request = checked.source, checked.request
     print(f"{len(source.files)} {source.kind} source(s) in {source.num_tasks} task(s)")
     print("\n".join(f"  {file}" for file in source.files[:10]))
     print(
-        f"tokenizer of {len(checked.tokenizer):,} ids, separator {record['separator']}, "
-        f"{record['validation_fraction']:.2%} held out"
+        f"tokenizer of {len(checked.tokenizer):,} ids, separator {request.separator}, "
+        f"{request.validation_fraction:.2%} held out"
     )
     if source.where is not None:
         print(f"rows selected by {source.where}")
     first = next(read_documents(source), None)
     if first:
-        ids = [*record["begin"], *encode_text(checked.tokenizer, first.text)[:40]]
+        ids = [*request.begin, *encode_text(checked.tokenizer, first.text)[:40]]
         print(f"first document, {first.name}: {checked.tokenizer.decode(ids)!r}")
     print(f"{checked.output}: already finished" if checked.is_finished else f"would write {checked.output}")

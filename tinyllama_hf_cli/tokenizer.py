@@ -84,8 +84,8 @@ def verify(
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     else:
         tokenizer = load_tokenizer(path)
-    texts = itertools.chain.from_iterable(map(read_texts, sources))
-    texts = track(texts, "Comparing", transient=True, disable=not Console().is_terminal)
+    chained = itertools.chain.from_iterable(map(read_texts, sources))
+    texts = track(chained, "Comparing", transient=True, disable=not Console().is_terminal)
     result = verify_tokenizer(tokenizer, reference, texts)
     if not result.characters:
         raise InputError("--text: the files contain no text. Give other files")

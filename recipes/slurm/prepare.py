@@ -36,20 +36,23 @@ def main() -> int:
     from tinyllama_hf.errors import InputError
 
     try:
-        request = plan_preparation(**load_prepare_config(arguments.recipe, arguments.overrides).model_dump())
-        if request.is_finished:
-            print(f"{request.output}: is already finished")
+        preparation = plan_preparation(**load_prepare_config(arguments.recipe, arguments.overrides).model_dump())
+        if preparation.is_finished:
+            print(f"{preparation.output}: is already finished")
             return 0
-        print(f"{request.source.num_tasks} task(s) on partition {arguments.partition} -> {request.output}", flush=True)
+        print(
+            f"{preparation.source.num_tasks} task(s) on partition {arguments.partition} -> {preparation.output}",
+            flush=True,
+        )
         if not arguments.dry_run:
-            submit(request, arguments)
+            submit(preparation, arguments)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def submit(request, arguments: argparse.Namespace) -> None:
+def submit(preparation, arguments: argparse.Namespace) -> None:
     """Submits the tasks and, after all of them, the job that counts and writes `dataset.json`."""
     from datatrove.executor import SlurmPipelineExecutor
 
@@ -57,9 +60,9 @@ def submit(request, arguments: argparse.Namespace) -> None:
     from tinyllama_hf.data.prepare import translate_write_errors, write_request
     from tinyllama_hf.data.tasks import logging_folder
 
-    with translate_write_errors(request.output):
-        write_request(request)
-    output = request.output.absolute()
+    with translate_write_errors(preparation.output):
+        write_request(preparation)
+    output = preparation.output.absolute()
     jobs: list[str] = []
 
     def job_number(printed: str) -> str:
@@ -67,8 +70,8 @@ def submit(request, arguments: argparse.Namespace) -> None:
         return jobs[-1]
 
     executor = SlurmPipelineExecutor(
-        pipeline=steps(request.source, output, request.record),
-        tasks=request.source.num_tasks,
+        pipeline=steps(preparation.source, output, preparation.request),
+        tasks=preparation.source.num_tasks,
         time=arguments.time,
         partition=arguments.partition,
         cpus_per_task=arguments.cpus_per_task,

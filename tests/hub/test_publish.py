@@ -236,13 +236,13 @@ def test_what_was_pushed_meanwhile_is_not_overwritten(online):
     api.create_repo(REPO)
 
     def upload(heads, text):
-        _upload(api, REPO, heads, Revision("main", "step-1", {"README.md": text}), note=lambda line: None)
+        _upload(api, REPO, heads, Revision("main", "step-1", text, {}), note=lambda line: None)
 
-    upload(_heads(api, REPO, private=False), b"# first\n")
+    upload(_heads(api, REPO, private=False), "# first\n")
     heads, before = _heads(api, REPO, private=False), files_on_hub(online, REPO)["main"]
     put_on_hub(online, REPO, {"theirs.txt": b"theirs"})
     with pytest.raises(InputError, match=REPO), explain_errors(api, REPO):
-        upload(heads, b"# second\n")
+        upload(heads, "# second\n")
     assert files_on_hub(online, REPO)["main"] == {**before, "theirs.txt": b"theirs"}
 
 

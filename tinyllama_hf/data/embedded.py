@@ -41,7 +41,7 @@ _CONVERSATIONS = {
 _C_MODULES = ("builtins", "sys", "time", "itertools", "math", "gc", "marshal", "errno", "_io", "_thread", "_functools",
               "_operator", "_codecs", "_signal", "_struct", "_random", "_datetime", "_socket")  # fmt: skip
 _EXCLUDED_PREFIXES = ("_sysconfigdata", "config-")
-_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef  # nodes with docstrings
 _MIN_CHARACTERS = 200  # shorter documents are mostly headings
 
 
@@ -128,9 +128,9 @@ def without_docstrings(source: str) -> str:
     """Returns Python source without docstrings. A body with only a docstring becomes `...`."""
     lines = re.findall(r".*\n|.+$", source)  # str.splitlines also splits at form feeds, ast does not
     tree = ast.parse(source)
-    for node in [n for n in ast.walk(tree) if isinstance(n, _DOCUMENTED) and ast.get_docstring(n, clean=False)]:
+    for node in [n for n in ast.walk(tree) if isinstance(n, _Documented) and ast.get_docstring(n, clean=False)]:
         docstring = node.body[0]
-        first, last = docstring.lineno - 1, docstring.end_lineno - 1
+        first, last = docstring.lineno - 1, (docstring.end_lineno or docstring.lineno) - 1
         # Column offsets of ast count UTF-8 bytes.
         before = lines[first].encode()[: docstring.col_offset].decode()
         after = lines[last].encode()[docstring.end_col_offset :].decode()
@@ -150,7 +150,7 @@ def _docstrings(name: str, source: str) -> str:
     module = dotted_name(name)
     parts: list[str] = []
 
-    def visit(node: ast.AST, qualified: str, signature: str) -> None:
+    def visit(node: _Documented, qualified: str, signature: str) -> None:
         if docstring := ast.get_docstring(node):
             parts.append(f"{qualified}{signature}\n\n{docstring.strip()}\n")
         for child in node.body:

@@ -11,7 +11,6 @@ a
 """
 
 import heapq
-import itertools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -29,7 +28,7 @@ class Block(NamedTuple):
     """A training block: index of the source in the recipe, and index of the block in that source."""
 
     source: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which is not used
 
 
 class WeightChange(NamedTuple):
@@ -172,18 +171,19 @@ def _pieces(weights: Sequence[float], changes: Sequence[WeightChange]) -> list[l
     levels = [_normalize(shares) for shares in (weights, *(change.weights for change in changes))]
     starts = [int(change.start * _GRID) for change in changes]
     ends = [start + int(change.ramp * _GRID) for start, change in zip(starts, changes, strict=True)]
+    bounds = [0, *(bound for pair in zip(starts, ends, strict=True) for bound in pair)]
+    intervals = list(zip(bounds, (*bounds[1:], math.inf), strict=True))
     found = []
     for source in range(len(weights)):
         pieces, integral = [], Fraction(0)
-        bounds = [0, *(bound for pair in zip(starts, ends, strict=True) for bound in pair), math.inf]
-        for number, (start, end) in enumerate(itertools.pairwise(bounds)):
+        for number, (start, end) in enumerate(intervals):
             before, after = levels[number // 2][source], levels[(number + 1) // 2][source]
             if start == end:
                 continue  # no interval before the first change, or a change without a ramp
             piece = _piece(start, end, integral, before, after)
             pieces.append(piece)
             if end != math.inf:
-                integral = Fraction(piece.twice_integral(end - start), 2 * piece.scale)
+                integral = Fraction(piece.twice_integral(int(end) - start), 2 * piece.scale)
         found.append(pieces)
     return found
 

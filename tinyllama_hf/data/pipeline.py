@@ -19,6 +19,7 @@ from datatrove.pipeline.tokens.tokenizer import TokenizedFile
 from datatrove.pipeline.writers import JsonlWriter
 from datatrove.utils.batching import batched
 from datatrove.utils.logging import logger
+from datatrove.utils.stats import PipelineStats
 from multiprocess import forkserver, get_context
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer
@@ -28,13 +29,13 @@ from ..errors import InputError
 from ..files import write_json
 from .shards import SPLITS
 from .sources import Source, SourceDocument, read_documents
-from .tasks import completions_folder, counts_file, logging_folder, remove_task_files, shard_name
+from .tasks import Request, completions_folder, counts_file, logging_folder, remove_task_files, shard_name
 
 
 _BATCH_DOCUMENTS = 256
 
 
-def run_pipeline(source: Source, output: Path, record: dict[str, Any], workers: int, show_progress: bool) -> None:
+def run_pipeline(source: Source, output: Path, request: Request, workers: int, show_progress: bool) -> None:
     """Runs the incomplete tasks. Each writes its shards and a file of counts.
 
     Raises:
@@ -43,7 +44,7 @@ def run_pipeline(source: Source, output: Path, record: dict[str, Any], workers: 
     """
     output = output.absolute()  # fsspec (2026.9) caches the working directory for relative paths
     executor = _QuietExecutor(
-        pipeline=steps(source, output, record),
+        pipeline=steps(source, output, request),
         tasks=source.num_tasks,
         workers=min(workers, source.num_tasks),
         logging_dir=logging_folder(output),
@@ -64,7 +65,7 @@ def run_pipeline(source: Source, output: Path, record: dict[str, Any], workers: 
         signal.signal(signal.SIGINT, handler)
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    _show(thread, output, source.num_tasks, record["token_bytes"], show_progress)
+    _show(thread, output, source.num_tasks, request.token_bytes, show_progress)
     thread.join()
     if errors:
         raise errors[0]
@@ -94,9 +95,9 @@ def _show(thread: threading.Thread, output: Path, num_tasks: int, token_bytes: i
             pause = max(0.2, 20 * (time.monotonic() - began))
 
 
-def steps(source: Source, output: Path, record: dict[str, Any]) -> list[PipelineStep]:
+def steps(source: Source, output: Path, request: Request) -> list[PipelineStep]:
     """The pipeline for any datatrove executor, with `source.num_tasks` tasks."""
-    return [PrepareTask(source, output, record)]
+    return [PrepareTask(source, output, request)]
 
 
 class _QuietExecutor(LocalPipelineExecutor):
@@ -111,7 +112,7 @@ class _QuietExecutor(LocalPipelineExecutor):
         ranks = self.get_incomplete_ranks()
         if self.workers == 1:
             for rank in ranks:
-                _run_task(rank, self)
+                self._run_for_rank(rank)
             return
         with get_context(self.start_method).Pool(self.workers, initializer=_keep, initargs=(self,)) as pool:
             processes = list(pool._pool)  # the pool replaces processes that die, and loses their tasks
@@ -128,7 +129,7 @@ class _QuietExecutor(LocalPipelineExecutor):
                         "of memory). Use fewer workers"
                     )
 
-    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1):
+    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> PipelineStats:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
             try:
                 return super()._run_for_rank(rank, local_rank, node_rank)
@@ -136,7 +137,7 @@ class _QuietExecutor(LocalPipelineExecutor):
                 logger.remove()  # while its sink is still open
 
 
-_executor: _QuietExecutor | None = None  # of a worker process
+_executor: _QuietExecutor  # in a worker process
 
 
 def _keep(executor: _QuietExecutor) -> None:
@@ -144,8 +145,8 @@ def _keep(executor: _QuietExecutor) -> None:
     _executor = executor
 
 
-def _run_task(rank: int, executor: _QuietExecutor | None = None) -> None:
-    (executor or _executor)._run_for_rank(rank)
+def _run_task(rank: int) -> None:
+    _executor._run_for_rank(rank)
 
 
 class PrepareTask(PipelineStep):
@@ -157,9 +158,9 @@ class PrepareTask(PipelineStep):
 
     name, type = "Read, tokenize and split", "TOKENIZER"
 
-    def __init__(self, source: Source, output: Path, record: dict[str, Any]):
+    def __init__(self, source: Source, output: Path, request: Request):
         super().__init__()
-        self.source, self.output, self.record = source, output, record
+        self.source, self.output, self.request = source, output, request
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         # Otherwise held-out text of an earlier attempt would remain if the file now has none.
@@ -171,7 +172,7 @@ class PrepareTask(PipelineStep):
         rows = Counter(read=0, kept=0, empty=0)
         counts: dict[str, dict[str, Any]] = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
         files = {
-            split: TokenizedFile(str(self.output / split), f"{rank:05d}.tokens", token_size=self.record["token_bytes"])
+            split: TokenizedFile(str(self.output / split), f"{rank:05d}.tokens", token_size=self.request.token_bytes)
             for split in SPLITS
         }
         with JsonlWriter(str(self.output / "validation"), output_filename="${rank}.jsonl") as held_out:
@@ -179,7 +180,7 @@ class PrepareTask(PipelineStep):
                 texts = [document.text for _, document in batch]
                 encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
                 for (split, document), encoding in zip(batch, encodings, strict=True):
-                    ids = [*self.record["begin"], *encoding.ids, *self.record["end"]]
+                    ids = [*self.request.begin, *encoding.ids, *self.request.end]
                     files[split].write(ids, None)
                     counts[split]["documents"] += 1
                     counts[split]["tokens"] += len(ids)
@@ -198,7 +199,7 @@ class PrepareTask(PipelineStep):
         """The documents of a task that are not left out, with their splits."""
         for document in read_documents(self.source, rank, world_size, rows):
             rows["empty"] += not document.text
-            split = split_of(document.text, self.record["validation_fraction"], self.record["sample_fraction"])
+            split = split_of(document.text, self.request.validation_fraction, self.request.sample_fraction)
             if document.text and split:
                 yield split, document
 

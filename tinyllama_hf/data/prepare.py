@@ -17,6 +17,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,9 +27,9 @@ from .. import provenance
 from ..errors import InputError, did_you_mean, require
 from ..files import locked, read_json, write_json
 from ..tokenization_tinyllama import load_tokenizer, tokenizer_fingerprint
-from .shards import FORMAT_VERSION, METADATA_FILE, SPLITS
+from .shards import FORMAT_VERSION, METADATA_FILE, SPLITS, Shard
 from .sources import Source, open_sources
-from .tasks import complete_tasks, read_task_result
+from .tasks import Request, complete_tasks, read_task_result
 
 
 SEPARATORS = ("both", "bos", "eos")
@@ -77,43 +78,43 @@ def prepare(
         InputError: if a source is missing or unreadable, the output holds something else, a value is out of range, or
             the output cannot be written, as on a full disk. Complete tasks are kept, and the same call resumes.
     """
-    request = plan_preparation(
+    preparation = plan_preparation(
         sources, tokenizer, output, separator, validation_fraction, sample_fraction, text_column, where
     )
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers} must be at least 1")
-    if request.is_finished:
-        return PreparedData(read_json(request.output / METADATA_FILE), True)
-    with locked(request.output / "work" / "lock", f"--output {request.output}"):
-        if _is_finished(request.output, request.record):  # in the meantime, by another process
-            return PreparedData(read_json(request.output / METADATA_FILE), True)
-        metadata = _run(request, workers or os.cpu_count() or 1, progress)
-    shutil.rmtree(request.output / "work", ignore_errors=True)
+    if preparation.is_finished:
+        return PreparedData(read_json(preparation.output / METADATA_FILE), True)
+    with locked(preparation.output / "work" / "lock", f"--output {preparation.output}"):
+        if _is_finished(preparation.output, preparation.request):  # in the meantime, by another process
+            return PreparedData(read_json(preparation.output / METADATA_FILE), True)
+        metadata = _run(preparation, workers or os.cpu_count() or 1, progress)
+    shutil.rmtree(preparation.output / "work", ignore_errors=True)
     return PreparedData(metadata, False)
 
 
-def _run(request: "Preparation", workers: int, progress: bool) -> dict[str, Any]:
+def _run(preparation: "Preparation", workers: int, progress: bool) -> dict[str, Any]:
     from .pipeline import run_pipeline
 
     try:
-        with translate_write_errors(request.output):
-            write_request(request)
-            run_pipeline(request.source, request.output, request.record, workers, progress)
+        with translate_write_errors(preparation.output):
+            write_request(preparation)
+            run_pipeline(preparation.source, preparation.output, preparation.request, workers, progress)
     except InputError as error:
-        if done := len(complete_tasks(request.output, request.source, request.record["token_bytes"])):
+        if done := len(complete_tasks(preparation.output, preparation.source, preparation.request.token_bytes)):
             raise InputError(
-                f"{error}\n{done} of {request.source.num_tasks} files are finished and kept in {request.output}; the "
-                "same command resumes with the others"
+                f"{error}\n{done} of {preparation.source.num_tasks} files are finished and kept in "
+                f"{preparation.output}; the same command resumes with the others"
             ) from error
-        shutil.rmtree(request.output, ignore_errors=True)
+        shutil.rmtree(preparation.output, ignore_errors=True)
         raise
-    shards, rows = _results(request)
-    if not any(shard["tokens"] for shard in shards["train"]):
-        shutil.rmtree(request.output, ignore_errors=True)  # another call may use other settings
-        raise InputError(_nothing_to_train_on(request, rows))
-    with translate_write_errors(request.output):
-        metadata = _describe(request, shards, rows)
-        write_json(request.output / METADATA_FILE, metadata)
+    shards, rows = _results(preparation)
+    if not any(shard.tokens for shard in shards["train"]):
+        shutil.rmtree(preparation.output, ignore_errors=True)  # another call may use other settings
+        raise InputError(_nothing_to_train_on(preparation, rows))
+    with translate_write_errors(preparation.output):
+        metadata = _describe(preparation, shards, rows)
+        write_json(preparation.output / METADATA_FILE, metadata)
     return metadata
 
 
@@ -129,22 +130,22 @@ def translate_write_errors(output: Path) -> Iterator[None]:
         ) from error
 
 
-def write_request(request: "Preparation") -> None:
+def write_request(preparation: "Preparation") -> None:
     """Writes what the tasks need, and the request, which identifies the folder in later calls.
 
     Tasks with changed input are marked as incomplete.
     """
-    work = request.output / "work"
+    work = preparation.output / "work"
     work.mkdir(parents=True, exist_ok=True)
-    write_json(work / "request.json", request.record)
+    write_json(work / "request.json", preparation.request.to_json())
     try:
         # Saved by each call: small compared with the data, and complete after an interruption.
-        request.tokenizer.save_pretrained(request.output / "tokenizer")
+        preparation.tokenizer.save_pretrained(preparation.output / "tokenizer")
     except Exception as error:  # tokenizers (0.23) raises no subclass
         if "os error" in str(error):
             raise OSError(str(error)) from error
         raise
-    complete_tasks(request.output, request.source, request.record["token_bytes"])
+    complete_tasks(preparation.output, preparation.source, preparation.request.token_bytes)
 
 
 class Preparation(NamedTuple):
@@ -153,7 +154,7 @@ class Preparation(NamedTuple):
     source: Source
     tokenizer: PreTrainedTokenizerFast
     output: Path
-    record: dict[str, Any]
+    request: Request
     is_finished: bool
 
 
@@ -178,39 +179,40 @@ def plan_preparation(
     output = Path(output)
     loaded = load_tokenizer(tokenizer)
     source = open_sources(sources, text_column, where)
-    record = {
-        "format_version": FORMAT_VERSION,
-        "tokenizer": tokenizer_fingerprint(loaded),
-        "separator": separator,
-        "begin": [loaded.bos_token_id] if separator != "eos" else [],
-        "end": [loaded.eos_token_id] if separator != "bos" else [],
-        "token_bytes": 2 if len(loaded) <= 1 << 16 else 4,
-        "validation_fraction": validation_fraction,
-        "sample_fraction": sample_fraction,
-        "text_column": text_column,
-        "source": source.record,
-        **({} if where is None else {"where": where}),
-    }
-    if None in (*record["begin"], *record["end"]):
+    request = Request(
+        format_version=FORMAT_VERSION,
+        tokenizer=tokenizer_fingerprint(loaded),
+        separator=separator,
+        begin=[loaded.bos_token_id] if separator != "eos" else [],
+        end=[loaded.eos_token_id] if separator != "bos" else [],
+        token_bytes=2 if len(loaded) <= 1 << 16 else 4,
+        validation_fraction=validation_fraction,
+        sample_fraction=sample_fraction,
+        text_column=text_column,
+        source=source.record,
+        where=where,
+    )
+    if None in (*request.begin, *request.end):
         raise InputError(f"{tokenizer} lacks the begin- or end-of-sequence token that --separator {separator} needs")
-    return Preparation(source, loaded, output, record, _is_finished(output, record))
+    return Preparation(source, loaded, output, request, _is_finished(output, request))
 
 
-def _is_finished(output: Path, record: dict[str, Any]) -> bool:
+def _is_finished(output: Path, request: Request) -> bool:
     """Whether the output holds this data set. Raises if it holds another one or other files."""
     work = output / "work"
     finished, begun = output / METADATA_FILE, work / "request.json"
     own_files = {work, work / "lock", work / ".request.json.tmp"}
     if finished.is_file():
-        found = read_json(finished).get("request")
+        found = read_json(finished).get("request", {})
     elif begun.is_file():
         found = read_json(begun)
     elif output.exists() and not (output.is_dir() and all(path in own_files for path in output.rglob("*"))):
         raise InputError(f"--output {output} is not empty and not a data set. Choose another folder")
     else:
         return False
-    changed = sorted(key for key in {*record, *(found or ())} if not found or found.get(key) != record.get(key))
-    if changed == ["source"] and not finished.is_file() and _files_of(found) == _files_of(record):
+    wanted = request.to_json()
+    changed = sorted(key for key in {*wanted, *found} if not found or found.get(key) != wanted.get(key))
+    if changed == ["source"] and not finished.is_file() and _files_of(found["source"]) == _files_of(request.source):
         return False  # a file was repaired; its task runs again
     if changed:
         raise InputError(
@@ -220,61 +222,59 @@ def _is_finished(output: Path, record: dict[str, Any]) -> bool:
     return finished.is_file()
 
 
-def _files_of(record: dict[str, Any]) -> tuple:
+def _files_of(source: dict[str, Any]) -> tuple[str, Any]:
     """What assigns numbers to tasks: the names of the input files in order, or the whole record of other sources."""
-    source = record["source"]
     return source["kind"], [file["name"] for file in source["files"]] if "files" in source else source
 
 
-def _results(request: Preparation) -> tuple[dict[str, list[dict[str, Any]]], dict[str, int]]:
+def _results(preparation: Preparation) -> tuple[dict[str, list[Shard]], dict[str, int]]:
     """The shards of each split, and the numbers of rows (of text files: documents) read, kept by `where`, and empty.
 
     Raises:
         InputError: if the files of a task are missing.
     """
-    shards, rows = {split: [] for split in SPLITS}, {"read": 0, "kept": 0, "empty": 0}
-    for rank in range(request.source.num_tasks):
-        result = read_task_result(request.output, request.source, rank, request.record["token_bytes"])
+    shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
+    rows = {"read": 0, "kept": 0, "empty": 0}
+    for rank in range(preparation.source.num_tasks):
+        result = read_task_result(preparation.output, preparation.source, rank, preparation.request.token_bytes)
         if result is None:
-            raise InputError(f"{request.output}: the files of task {rank} are missing. Run the same command again")
+            raise InputError(f"{preparation.output}: the files of task {rank} are missing. Run the same command again")
         for split in SPLITS:
-            shard = {key: result[split][key] for key in ("file", "sha256", "documents", "tokens", "bytes")}
-            shards[split].append(shard)
+            shards[split].append(result.shards[split])
         for name in rows:
-            rows[name] += result["rows"][name]
+            rows[name] += result.rows[name]
     return shards, rows
 
 
-def _nothing_to_train_on(request: Preparation, rows: dict[str, int]) -> str:
-    where = request.record.get("where")
-    selected = f"--where {where!r} kept {rows['kept']:,} of {rows['read']:,} rows; " if where else ""
+def _nothing_to_train_on(preparation: Preparation, rows: dict[str, int]) -> str:
+    request = preparation.request
+    selected = f"--where {request.where!r} kept {rows['kept']:,} of {rows['read']:,} rows; " if request.where else ""
     empty = f"{rows['empty']:,} of {rows['kept']:,} documents are empty; " if rows["empty"] else ""
     return (
-        f"{', '.join(request.source.files[:5])}: no text to train on; {selected}{empty}a share of "
-        f"{request.record['validation_fraction']} is held out, and {request.record['sample_fraction']} of the rest is "
-        "kept"
+        f"{', '.join(preparation.source.files[:5])}: no text to train on; {selected}{empty}a share of "
+        f"{request.validation_fraction} is held out, and {request.sample_fraction} of the rest is kept"
     )
 
 
-def _describe(request: Preparation, shards: dict[str, list[dict[str, Any]]], rows: dict[str, int]) -> dict[str, Any]:
+def _describe(preparation: Preparation, shards: dict[str, list[Shard]], rows: dict[str, int]) -> dict[str, Any]:
     splits = {}
     for split, parts in shards.items():
-        totals = {key: sum(shard[key] for shard in parts) for key in ("documents", "tokens", "bytes")}
-        splits[split] = {**totals, "shards": parts}
-    tokenizer = request.tokenizer
+        totals = {key: sum(getattr(shard, key) for shard in parts) for key in ("documents", "tokens", "bytes")}
+        splits[split] = {**totals, "shards": [asdict(shard) for shard in parts]}
+    tokenizer, request = preparation.tokenizer, preparation.request
     return {
         "format_version": FORMAT_VERSION,
-        "fingerprint": provenance.fingerprint([request.record["tokenizer"], request.record["separator"], splits]),
-        "token_dtype": f"<u{request.record['token_bytes']}",
+        "fingerprint": provenance.fingerprint([request.tokenizer, request.separator, splits]),
+        "token_dtype": f"<u{request.token_bytes}",
         "tokenizer": {
-            "fingerprint": request.record["tokenizer"],
+            "fingerprint": request.tokenizer,
             "vocab_size": len(tokenizer),
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
         },
-        "separator": request.record["separator"],
+        "separator": request.separator,
         "rows": rows,
         "splits": splits,
-        "request": request.record,
+        "request": request.to_json(),
         "provenance": provenance.collect(),
     }

@@ -34,31 +34,34 @@ def questions() -> Iterator[Question]:
     """Yields the questions with distinct answers."""
     seen: set[str] = set()
     for path, source in stdlib_files(for_conversations=True):
-        for node, name in _documented(ast.parse(source), dotted_name(path)):
-            answer = _first_sentence(ast.get_docstring(node))
+        for node, name, docstring in _documented(ast.parse(source), dotted_name(path)):
+            answer = _first_sentence(docstring)
             if answer is None or answer in seen:
                 continue
             seen.add(answer)
             yield Question(name, _question(node, name), answer)
 
 
-def _documented(node: ast.AST, qualified: str) -> Iterator[tuple[ast.AST, str]]:
-    """Yields functions and classes with a docstring, with their dotted names."""
-    for child in getattr(node, "body", []):
-        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+_Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def _documented(node: ast.Module | _Definition, qualified: str) -> Iterator[tuple[_Definition, str, str]]:
+    """Yields functions and classes with a docstring: the node, its dotted name, and the docstring."""
+    for child in node.body:
+        if isinstance(child, _Definition):
             name = f"{qualified}.{child.name}"
-            if ast.get_docstring(child):
-                yield child, name
+            if docstring := ast.get_docstring(child):
+                yield child, name, docstring
             yield from _documented(child, name)
 
 
-def _question(node: ast.AST, name: str) -> str:
+def _question(node: _Definition, name: str) -> str:
     """A question in one of several phrasings, selected by the name."""
-    is_class = isinstance(node, ast.ClassDef)
-    if not is_class:
+    phrasings = _CLASS_QUESTIONS
+    if not isinstance(node, ast.ClassDef):
+        phrasings = _FUNCTION_QUESTIONS
         signature = ast.unparse(node.args)
         name += f"({signature})" if len(signature) <= _MAX_SIGNATURE else "()"
-    phrasings = _CLASS_QUESTIONS if is_class else _FUNCTION_QUESTIONS
     return phrasings[hashlib.sha256(name.encode()).digest()[0] % len(phrasings)].format(name)
 
 

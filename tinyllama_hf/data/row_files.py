@@ -5,7 +5,8 @@ import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TextIO
 
 from ..errors import InputError, require
 from ..text import ENCODING
@@ -27,7 +28,7 @@ def read_rows(file: Path) -> Iterator[tuple[int, Any]]:
 
 def _read_json_lines(file: Path) -> Iterator[tuple[int, Any]]:
     number = 0
-    damage = (UnicodeDecodeError, OSError, EOFError, zlib.error)
+    damage: tuple[type[Exception], ...] = (UnicodeDecodeError, OSError, EOFError, zlib.error)
     if file.suffix == ".zst":
         damage += (zstd_library().ZstdError,)
     try:
@@ -59,14 +60,14 @@ def _read_parquet(file: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _unreadable(file: Path, number: int, error: Exception) -> InputError:
-    if getattr(error, "errno", None):  # a system error; libraries raise OSError without errno for damage
+    if isinstance(error, OSError) and error.errno:  # a system error; libraries raise OSError without errno for damage
         return InputError(
             f"{file} cannot be read after row {number} ({error.strerror}). Check its permissions and the disk"
         )
     return InputError(f"{file}: damaged after row {number} ({error}). Download it again")
 
 
-def _open_lines(file: Path):
+def _open_lines(file: Path) -> TextIO:
     if file.suffix == ".gz":
         return gzip.open(file, "rt", encoding=ENCODING)
     if file.suffix == ".zst":
@@ -74,7 +75,7 @@ def _open_lines(file: Path):
     return file.open(encoding=ENCODING)
 
 
-def zstd_library():
+def zstd_library() -> ModuleType:
     """The module of Python 3.14 or its backport. The package zstandard (0.25) reads truncated files without an
     error."""
     try:

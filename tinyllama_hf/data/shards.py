@@ -10,6 +10,7 @@ import gzip
 import os
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,6 +26,23 @@ FORMAT_VERSION = 1
 METADATA_FILE = "dataset.json"
 SPLITS = ("train", "validation")
 _INDEX_DTYPE = np.dtype("<u8")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """An entry of `shards` in `dataset.json`.
+
+    Attributes:
+        file (`str`): path of the tokens, relative to the data set.
+        sha256 (`str`): of the tokens.
+        documents, tokens, bytes (`int`): numbers of documents and tokens, and UTF-8 bytes of the text.
+    """
+
+    file: str
+    sha256: str
+    documents: int
+    tokens: int
+    bytes: int
 
 
 class TokenDataset:
@@ -47,8 +65,8 @@ class TokenDataset:
         self.folder, self.block_size, self.split = Path(folder), block_size, split
         self.metadata = read_metadata(self.folder)
         self._dtype = np.dtype(self.metadata["token_dtype"])
-        self._shards = [shard for shard in self.metadata["splits"][split]["shards"] if shard["tokens"]]
-        self._starts = np.cumsum([0, *(shard["tokens"] for shard in self._shards)])
+        self._shards = [shard for shard in _shards_of(self.metadata, split) if shard.tokens]
+        self._starts = np.cumsum([0, *(shard.tokens for shard in self._shards)])
         # Absolute, since the working directory may change before files are opened.
         self._root = os.path.abspath(self.folder)
         for shard in self._shards:
@@ -109,10 +127,10 @@ class TokenDataset:
 
     def _map(self, number: int, what: str) -> np.ndarray:
         shard = self._shards[number]
-        path = f"{self._root}/{shard['file']}"
+        path = f"{self._root}/{shard.file}"
         if what == "index":
-            return _mapped(f"{path}.index", _INDEX_DTYPE, shard["documents"], shard["sha256"])
-        return _mapped(path, self._dtype, shard["tokens"], shard["sha256"])
+            return _mapped(f"{path}.index", _INDEX_DTYPE, shard.documents, shard.sha256)
+        return _mapped(path, self._dtype, shard.tokens, shard.sha256)
 
 
 def _max_open_maps() -> int:
@@ -137,17 +155,18 @@ def _mapped(path: str, dtype: np.dtype, length: int, sha256: str) -> np.ndarray:
         ) from error
 
 
-def check_sizes(root: str | os.PathLike, shard: dict, token_bytes: int) -> None:
+def _shards_of(metadata: dict, split: str) -> list[Shard]:
+    return [Shard(**shard) for shard in metadata["splits"][split]["shards"]]
+
+
+def check_sizes(root: str | os.PathLike, shard: Shard, token_bytes: int) -> None:
     """Compares the sizes of a shard and its index with `dataset.json`, without opening them.
 
     Raises:
         InputError: if a file is missing or has another size.
     """
-    path = f"{os.fspath(root)}/{shard['file']}"
-    expected = (
-        (path, shard["tokens"] * token_bytes),
-        (f"{path}.index", shard["documents"] * _INDEX_DTYPE.itemsize),
-    )
+    path = f"{os.fspath(root)}/{shard.file}"
+    expected = ((path, shard.tokens * token_bytes), (f"{path}.index", shard.documents * _INDEX_DTYPE.itemsize))
     for name, size in expected:
         try:
             problem = None if os.stat(name).st_size == size else "has another size"
@@ -155,7 +174,7 @@ def check_sizes(root: str | os.PathLike, shard: dict, token_bytes: int) -> None:
             problem = "is missing"
         if problem:
             raise InputError(
-                f"{name}: the file {problem}; {METADATA_FILE} lists {shard['tokens']} tokens in {shard['documents']} "
+                f"{name}: the file {problem}; {METADATA_FILE} lists {shard.tokens} tokens in {shard.documents} "
                 "documents. Prepare the data again"
             )
 
@@ -172,7 +191,7 @@ def check_contents(folder: str | os.PathLike, progress: bool = True) -> int:
     folder, metadata = Path(folder), read_metadata(folder)
     identity = [metadata["tokenizer"]["fingerprint"], metadata["separator"], metadata["splits"]]
     problems = [] if fingerprint(identity) == metadata["fingerprint"] else [f"{METADATA_FILE}: fingerprint"]
-    shards = [(split, shard) for split, values in metadata["splits"].items() for shard in values["shards"]]
+    shards = [(split, shard) for split in metadata["splits"] for shard in _shards_of(metadata, split)]
     token_bytes = np.dtype(metadata["token_dtype"]).itemsize
     for split, shard in track(shards, "Checking", disable=not progress):
         problems += _problems(folder, split, shard, token_bytes)
@@ -185,18 +204,18 @@ def check_contents(folder: str | os.PathLike, progress: bool = True) -> int:
     return len(shards)
 
 
-def _problems(folder: Path, split: str, shard: dict, token_bytes: int) -> list[str]:
+def _problems(folder: Path, split: str, shard: Shard, token_bytes: int) -> list[str]:
     try:
         check_sizes(folder, shard, token_bytes)
     except InputError as error:
         return [str(error)]
-    path, found = folder / shard["file"], []
-    if file_sha256(path) != shard["sha256"]:
+    path, found = folder / shard.file, []
+    if file_sha256(path) != shard.sha256:
         found.append(f"{path}: SHA-256")
     ends = np.fromfile(f"{path}.index", dtype=_INDEX_DTYPE).astype(np.int64)
-    if (np.diff(ends, prepend=0) < 1).any() or (ends[-1] if len(ends) else 0) != shard["tokens"]:
+    if (np.diff(ends, prepend=0) < 1).any() or (ends[-1] if len(ends) else 0) != shard.tokens:
         found.append(f"{path}.index: document ends")
-    if split == "validation" and shard["documents"]:
+    if split == "validation" and shard.documents:
         text = path.with_suffix(".jsonl.gz")
         try:
             with gzip.open(text) as lines:
@@ -204,7 +223,7 @@ def _problems(folder: Path, split: str, shard: dict, token_bytes: int) -> list[s
         except (OSError, EOFError, zlib.error) as error:
             found.append(f"{text}: {error}")
         else:
-            found += [] if number == shard["documents"] else [f"{text}: {number} documents, not {shard['documents']}"]
+            found += [] if number == shard.documents else [f"{text}: {number} documents, not {shard.documents}"]
     return found
 
 

@@ -176,8 +176,10 @@ def _read_rows(file: Path) -> Iterator[_Row]:
 
 
 def _is_chosen(row: _Row, where: Expression | None) -> bool:
+    if where is None:
+        return True
     try:
-        return where is None or where(row.value)
+        return where(row.value)
     except MissingColumn as error:
         raise InputError(f"{row.place}: {error.args[0]}. Check --where {where.text!r}") from error
     except InputError as error:

@@ -1,16 +1,56 @@
-"""The files that the tasks of a preparation write, one task per input file, and which tasks are complete.
+"""The tasks of a preparation, one per input file: what they are asked for, what they write, and which are complete.
 
 The file of counts is written last and identifies the input. If an input file changes, only its task runs again.
 """
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
 from ..files import read_json
-from .shards import SPLITS, check_sizes
+from .shards import SPLITS, Shard, check_sizes
 from .sources import Source
+
+
+@dataclass(frozen=True)
+class Request:
+    """What identifies a data set; stored in `work/request.json` and in `dataset.json`.
+
+    Attributes:
+        format_version (`int`): of the data set.
+        tokenizer (`str`): fingerprint of the tokenizer.
+        separator (`str`): `"both"`, `"bos"` or `"eos"`.
+        begin, end (`list[int]`): ids before and after each document.
+        token_bytes (`int`): bytes of an id.
+        validation_fraction, sample_fraction, text_column, where: as for [`prepare`].
+        source (`dict`): record of the sources.
+    """
+
+    format_version: int
+    tokenizer: str
+    separator: str
+    begin: list[int]
+    end: list[int]
+    token_bytes: int
+    validation_fraction: float
+    sample_fraction: float
+    text_column: str
+    source: dict[str, Any]
+    where: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The request as a JSON object, without `where` if it is not set."""
+        return {name: value for name, value in vars(self).items() if name != "where" or value is not None}
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What a complete task has written: the shard of each split, and the numbers of rows read, kept and empty."""
+
+    shards: dict[str, Shard]
+    rows: dict[str, int]
 
 
 def shard_name(split: str, rank: int) -> str:
@@ -40,20 +80,18 @@ def remove_task_files(output: Path, rank: int) -> None:
         file.unlink(missing_ok=True)
 
 
-def read_task_result(output: Path, source: Source, rank: int, token_bytes: int) -> dict[str, Any] | None:
-    """The shard of each split and the counts of `rows` of a task; `None` if it is not complete for its current
-    input."""
+def read_task_result(output: Path, source: Source, rank: int, token_bytes: int) -> TaskResult | None:
+    """The result of a task; `None` if it is not complete for its current input."""
     try:
         counts = read_json(counts_file(output, rank))
         if counts.get("input") != source.identity(rank) or "rows" not in counts:  # written by an older version
             return None
-        result = {"rows": counts["rows"]}
-        for split in SPLITS:
-            result[split] = {"file": shard_name(split, rank), **counts[split]}
-            check_sizes(output, result[split], token_bytes)
+        shards = {split: Shard(file=shard_name(split, rank), **counts[split]) for split in SPLITS}
+        for shard in shards.values():
+            check_sizes(output, shard, token_bytes)
     except (FileNotFoundError, InputError):
         return None
-    return result
+    return TaskResult(shards, counts["rows"])
 
 
 def complete_tasks(output: Path, source: Source, token_bytes: int) -> list[int]:

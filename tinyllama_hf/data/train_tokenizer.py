@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import sentencepiece
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import InputError
 from ..files import new_folder
-from ..tokenization_tinyllama import DUMMY_PREFIX, TinyLlamaTokenizer, encode_text, load_sentencepiece, load_tokenizer
+from ..tokenization_tinyllama import DUMMY_PREFIX, encode_text, load_sentencepiece, load_tokenizer
 
 
 # 256 bytes and three control tokens, in addition to the learned tokens.
@@ -28,7 +28,7 @@ _FILES = {
 
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, output: str | os.PathLike, overwrite: bool = False
-) -> TinyLlamaTokenizer:
+) -> PreTrainedTokenizerFast:
     """Trains a SentencePiece BPE tokenizer with Llama 2's settings and saves it as a stock tokenizer folder.
 
     It has byte fallback, a dummy prefix, split digits and no normalization; `<unk>`, `<s>`, `</s>` are 0, 1, 2. The

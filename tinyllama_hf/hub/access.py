@@ -120,7 +120,7 @@ def explain_errors(api: Any, repo: str) -> Iterator[None]:
     except OfflineModeIsEnabled as error:
         raise Unreachable(_OFFLINE) from error
     except (HTTPError, OSError, RuntimeError) as error:
-        cause = error
+        cause: BaseException = error
         if type(error) is RuntimeError and error.__cause__:  # the client's wrapper around a failed upload
             cause = error.__cause__
         reason = one_line(cause)

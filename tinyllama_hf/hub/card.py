@@ -76,15 +76,8 @@ def milestone_card(folder: Path, name: str) -> str:
 
 def _text(model: ModelFolder, **values: Any) -> str:
     """The text of a card. `values` override the default values of the template."""
-    defaults = {
-        "revision": "",
-        "loss": None,
-        "milestones": [],
-        "pictures": [],
-        "bits": None,
-        "commonsense": None,
-        "replies": None,
-    }
+    defaults: dict[str, Any] = {"revision": "", "milestones": [], "pictures": []}
+    defaults |= dict.fromkeys(("loss", "bits", "commonsense", "replies"))
     settings, files = None, [file.name for file in model.files]
     if model.kind == "trained":
         settings = portable(yaml.safe_load((model.path / CONFIG_FILE).read_text(encoding="utf-8")))

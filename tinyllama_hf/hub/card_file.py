@@ -43,8 +43,7 @@ def merge_with_existing(
         main_head (`str`, *optional*): commit of the main branch.
         computed (`Sequence[str]`): see [`merge_card`].
     """
-    existing = head and read_card(api, repo, head)
-    if existing:
+    if head and (existing := read_card(api, repo, head)):
         replace = not is_marked(existing) and existing == _last_published(api, repo, head)
         return merge_card(generated, existing, computed, replace)
     main = main_head and read_card(api, repo, main_head)
@@ -92,14 +91,13 @@ def merge_card(generated: str, existing: str, computed: Sequence[str] = (), repl
     metadata = {**{key: value for key, value in theirs.items() if key in ours or key not in computed}, **ours}
     if tags := [*_list(theirs.get("tags")), *(ours.get("tags") or ())]:
         metadata["tags"] = list(dict.fromkeys(tags))
-    region = _REGION.search(body)[0]
     if _REGION.search(text):
-        text = _REGION.sub(lambda _: region, text, count=1)
+        text = _REGION.sub(lambda _: body.strip(), text, count=1)
     elif replace or not text.strip():
         text = body
     else:
         kept = text.replace(BEGIN, "").replace(END, "").rstrip()
-        text = f"{kept}\n\n{region}\n"
+        text = f"{kept}\n\n{body.strip()}\n"
     return (front if metadata == theirs else f"---\n{_dump(metadata)}---\n") + text
 
 

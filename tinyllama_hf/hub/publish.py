@@ -3,6 +3,7 @@
 import fnmatch
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,7 +76,7 @@ def publish(
         if heads is None:
             api.create_repo(repo, private=private or None)  # None: the default of the account
             heads = _heads(api, repo, private)
-        return [_upload(api, repo, heads, revision, note) for revision in revisions]
+        return [_upload(api, repo, heads or {}, revision, note) for revision in revisions]
 
 
 def _check_card(revision: Revision) -> None:
@@ -83,7 +84,7 @@ def _check_card(revision: Revision) -> None:
     from huggingface_hub import ModelCard
 
     try:
-        ModelCard(revision.files[CARD_FILE].decode()).validate()
+        ModelCard(revision.card).validate()
     except ValueError as error:
         raise InputError(
             f"The Hub rejects the metadata of the card ({error}). If the license is the cause, change --license"
@@ -92,12 +93,12 @@ def _check_card(revision: Revision) -> None:
 
 def _merge_cards(api: Any, repo: str, heads: dict[str, str], revisions: Sequence[Revision]) -> list[Revision]:
     """The revisions with the text and metadata that were added to their cards on the Hub."""
-    kept = []
+    merged = []
     for revision in revisions:
-        generated = revision.files[CARD_FILE].decode()
-        card = merge_with_existing(api, repo, generated, heads.get(revision.name), heads.get(MAIN), revision.computed)
-        kept.append(revision._replace(files={**revision.files, CARD_FILE: card.encode()}))
-    return kept
+        head, main_head = heads.get(revision.name), heads.get(MAIN)
+        card = merge_with_existing(api, repo, revision.card, head, main_head, revision.computed)
+        merged.append(replace(revision, card=card))
+    return merged
 
 
 def _heads(api: Any, repo: str, private: bool) -> dict[str, str] | None:
@@ -139,8 +140,8 @@ def _upload(api: Any, repo: str, heads: dict[str, str], revision: Revision, note
         note(f"{result.url}  up to date")
         return result
     note(f"uploading {revision.name}: {_amount(revision, added)}")
-    operations = [CommitOperationAdd(path, revision.files[path]) for path in added]
-    operations += [CommitOperationDelete(path) for path in removed]
+    additions = [CommitOperationAdd(path, revision.files[path]) for path in added]
+    operations = [*additions, *(CommitOperationDelete(path) for path in removed)]
     title = "card" if set(result.changed) == {CARD_FILE} else revision.source
     api.create_commit(
         repo, operations, commit_message=f"{COMMIT_PREFIX}{title}", revision=revision.name, parent_commit=head
@@ -160,7 +161,7 @@ def _dry_run(
             revisions = _merge_cards(api, repo, heads, revisions)
     results, contents = [], set()
     for revision in revisions:
-        added, removed = list(revision.files), []
+        added, removed = list(revision.files), list[str]()
         if heads and revision.name in heads:
             with explain_errors(api, repo):
                 added, removed = _difference(api, repo, heads[revision.name], revision)

@@ -3,8 +3,9 @@
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
@@ -27,20 +28,28 @@ _VERBATIM = {"tokenizer.json", "special_tokens_map.json", "added_tokens.json", "
 _TOKEN_FIELDS = ("chat_template", "stop_strings", "tokens_decoder", "_token", "_tokens")
 
 
-class Revision(NamedTuple):
+@dataclass(frozen=True)
+class Revision:
     """The target state of a branch.
 
     Attributes:
         name (`str`): name of the branch.
         source (`str`): name of the folder that it is made from.
-        files (`dict`): content by path, either a local file or bytes.
+        card (`str`): the model card.
+        other_files (`dict`): content by path, either a local file or bytes.
         computed (`tuple[str, ...]`): fields of the card's metadata that are computed from scores.
     """
 
     name: str
     source: str
-    files: dict[str, Path | bytes]
+    card: str
+    other_files: dict[str, Path | bytes]
     computed: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> dict[str, Path | bytes]:
+        """Content by path of all files, including the card."""
+        return {**self.other_files, CARD_FILE: self.card.encode()}
 
     @property
     def num_bytes(self) -> int:
@@ -72,9 +81,9 @@ def plan_revisions(run: Path, repo: str, license: str | None = None, base_model:
     for name, model in models:
         pictures = drawn if name == MAIN else {}
         card = model_card(repo, name, model, milestones, scores, license, list(pictures))
-        files = {**_contents(model), **pictures, CARD_FILE: card.encode()}
         computed = ("model-index",) if model.kind == "trained" else ()
-        revisions.append(Revision(name, portable_text(model.name), files, computed))
+        files = {**_contents(model), **pictures}
+        revisions.append(Revision(name, portable_text(model.name), card, files, computed))
     return revisions
 
 

@@ -19,7 +19,7 @@ from .training import TrainingCurves
 
 
 _SAMPLE_TOKENS = 64
-_SAMPLING = {"temperature": 0.7, "top_p": 0.95, "seed": 1}
+_TEMPERATURE, _TOP_P, _SEED = 0.7, 0.95, 1
 _SHOWN_REPLIES = 8
 
 
@@ -76,7 +76,7 @@ def write_report(
         scores=scores,
         counted_bits={(row["name"], row["tokens"]): row["bits_per_byte"] for row in scores.get("baselines", ())},
         samples=samples,
-        sampling=_SAMPLING,
+        sampling=f"temperature {_TEMPERATURE}, top-p {_TOP_P}, seed {_SEED}",
         commonsense=commonsense,
         caveat=commonsense and caveat(commonsense["protocol"], commonsense["models"][0]["results"]),
         replies=replies,
@@ -126,6 +126,9 @@ def _samples(milestones: Sequence[Path], prompts: Sequence[str]) -> dict[str, li
         model, tokenizer = load(folder)
         for prompt in prompts:
             room = model.config.max_position_embeddings - len(tokenizer(prompt)["input_ids"])
-            text = generate_text(model, tokenizer, prompt, max(min(_SAMPLE_TOKENS, room), 1), **_SAMPLING)
+            num_tokens = max(min(_SAMPLE_TOKENS, room), 1)
+            text = generate_text(
+                model, tokenizer, prompt, num_tokens, temperature=_TEMPERATURE, top_p=_TOP_P, seed=_SEED
+            )
             written[prompt].append((folder.name, text))
     return written
