@@ -36,9 +36,11 @@ test-upstream: setup  ## Run transformers' own model tests on our class and on s
 	folder="$$($(BIN)/python tests/upstream/fetch.py $(if $(FROM),--from "$(FROM)"))" && TRANSFORMERS_TESTS="$$folder" \
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal tests/upstream
 
-lint: setup  ## Check style.
+lint: setup  ## Check style, types and spelling.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
 
 format: setup  ## Repair style.
 	$(BIN)/ruff check --fix .

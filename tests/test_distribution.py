@@ -1,7 +1,9 @@
 """What is published: metadata in one place each, everything in the wheel, and an installation that needs no clone."""
 
 import configparser
+import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -78,6 +80,25 @@ def test_every_requirement_is_pinned():
     assert wanted - {canonicalize_name(pin.name) for pin in pins} <= {"tinyllama-hf", "setuptools", "wheel"}
 
 
+def test_the_type_checker_leaves_nothing_out():
+    """Every module is checked, libraries without types are named, and what is ignored has its code and a reason."""
+    pyproject, _ = configuration()
+    settings = pyproject["tool"]["mypy"]
+    assert settings["files"] == ["tinyllama_hf", "tinyllama_hf_cli", "recipes", "eval"]
+    assert not {"exclude", "ignore_errors", "ignore_missing_imports", "disable_error_code"} & set(settings)
+    for override in settings["overrides"]:
+        assert set(override) == {"module", "ignore_missing_imports"} and "*" not in override["module"]
+    ignored = []
+    for file in (file for part in settings["files"] for file in sorted((ROOT / part).rglob("*.py"))):
+        lines = ["", *file.read_text(encoding="utf-8").splitlines()]
+        for before, line in itertools.pairwise(lines):
+            if "# type: ignore" in line:
+                ignored.append((file.name, line.strip()))
+                explained = re.search(r"# type: ignore\[[\w, -]+\](  # \S.*)?$", line)
+                assert explained and (explained[1] or before.strip().startswith("#")), ignored[-1]
+    assert len(ignored) <= 20
+
+
 def test_version_is_the_newest_of_the_changelog():
     _, setup = configuration()
     headings = [
@@ -96,8 +117,9 @@ def test_wheel_holds_everything_that_a_user_needs(distributions):
                 assert f"tinyllama_hf/{part}/{file.relative_to(ROOT / part).as_posix()}" in names
     for package in ("tinyllama_hf", "tinyllama_hf_cli"):
         for file in (ROOT / package).rglob("*"):
-            if file.suffix in (".py", ".yaml"):
+            if file.suffix in (".py", ".yaml", ".typed"):
                 assert file.relative_to(ROOT).as_posix() in names
+        assert f"{package}/py.typed" in names  # type checkers of users read our annotations
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "docs"))]
     with tarfile.open(sdist) as archive:
@@ -128,21 +150,15 @@ def test_installed_it_trains_without_the_clone(installed, corpus, tmp_path):
     call("tinyllama-hf", "recipes", "copy", "mine")
     call("tinyllama-hf", "tokenizer", "train", corpus, "--vocab-size", "512", "--output", "tokenizer")
     call(
-        "tinyllama-hf",
-        "prepare",
-        corpus,
-        "--tokenizer",
-        "tokenizer",
-        "--output",
-        "data",
-        "--validation-fraction",
-        "0.1",
+        *("tinyllama-hf", "prepare", corpus, "--tokenizer", "tokenizer", "--output", "data"),
+        *("--validation-fraction", "0.1"),
     )
     call(
-        "accelerate", "launch", "--config_file", "mine/accelerate/cpu.yaml", "mine/pretrain.py", "mine/pretrain/micro.yaml",
-        "output_dir=run", "data.tokenizer=tokenizer", "data.sources=[{path: data, weight: 1.0}]",
-        "training.total_tokens=24_576", "milestones.tokens=[10_000]", "validation.max_tokens=2000",
-    )  # fmt: skip
+        *("accelerate", "launch", "--config_file", "mine/accelerate/cpu.yaml"),
+        *("mine/pretrain.py", "mine/pretrain/micro.yaml", "output_dir=run"),
+        *("data.tokenizer=tokenizer", "data.sources=[{path: data, weight: 1.0}]"),
+        *("training.total_tokens=24_576", "milestones.tokens=[10_000]", "validation.max_tokens=2000"),
+    )
     milestones = sorted(p.name for p in (tmp_path / "run" / "milestones").iterdir())
     assert milestones == ["step-12-token-0.02M", "step-5-token-0.01M"]
     assert "wrote run/scores.json" in call("tinyllama-hf", "eval", "run", "--baselines")

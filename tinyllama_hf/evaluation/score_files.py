@@ -233,7 +233,7 @@ def read_records(values: Any, record_type: type[Record], where: str) -> list[Rec
         InputError: if a field is missing or has the wrong type; names the field.
     """
     try:
-        return TypeAdapter(list[record_type]).validate_python(values)  # type: ignore[valid-type]
+        return TypeAdapter(list[record_type]).validate_python(values)  # type: ignore[valid-type]  # known only here
     except ValidationError as error:
         problem = error.errors()[0]
         field = ".".join(map(str, (where, *problem["loc"])))
