@@ -1,6 +1,7 @@
 """The memory estimate of `tinyllama-hf plan` against real steps.
 
     python benchmarks/plan_memory.py
+    python benchmarks/plan_memory.py --gpu-results      against the steps of the H200 in results/gpu_h200_*.json
 
 Each configuration differs from the first of its precision in one thing. Every one runs in a process of its own: three
 optimiser steps through the real model, loss and fused AdamW. On a CPU the figure is the peak of the resident set minus what
@@ -14,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,6 +88,46 @@ CASES = {
 }
 
 
+# Measured on a GPU only.
+LARGE = {
+    "bf16, width 2048, 8 layers, 4 x 2048": Case(8, 2048, micro_batch_size=4, sequence_length=2048, precision="bf16")
+}
+
+
+def gpu_results() -> Iterator[tuple[str, TinyLlamaConfig, Layout, float]]:
+    """Name, model, step and measured bytes of each row of the committed results that has a peak."""
+    results = Path(__file__).parent / "results"
+    rows = json.loads((results / "gpu_h200_pretrain.json").read_text())["figures"]
+    settings_of = {row["name"]: row["settings"] for row in rows if "settings" in row}
+    # Measured in the second call, which recorded no settings.
+    settings_of["ours mb16 liger compile auto"] = settings_of["ours mb16 liger compile off"] | {"compile": "auto"}
+    for row in rows:
+        name = row.get("name", row.get("part"))
+        gigabytes = row.get("peak_gigabytes", row.get("gb"))
+        if gigabytes is None:
+            continue
+        settings = settings_of[name]
+        layout = Layout(
+            micro_batch_size=settings["micro_batch_size"],
+            sequence_length=settings["sequence_length"],
+            precision=settings["precision"],
+            activation_checkpointing=settings["activation_checkpointing"],
+            attention=settings["attention"],
+            compiled=settings["compile"] != "off",
+            kernels=settings["kernels"],
+            accumulates=settings["accumulation"] > 1,
+            loss="stock" if settings["model"] == "stock" else "chunked",
+            device_type="cuda",
+        )
+        config = TinyLlamaConfig.preset(settings["preset"], max_position_embeddings=settings["sequence_length"])
+        yield name, config, layout, gigabytes * 1e9
+    for row in json.loads((results / "gpu_h200_checks.json").read_text())["figures"]:
+        if "measured_mb" in row:
+            name = row["part"].removeprefix("i ")
+            case = (CASES | LARGE)[name]
+            yield name, case.model_config(), case.layout()._replace(device_type="cuda"), row["measured_mb"] * 1e6
+
+
 def resident_bytes(field: str) -> int:
     """A line of `/proc/self/status`: VmRSS is now, VmHWM the peak of this process alone."""
     status = Path("/proc/self/status").read_text()
@@ -152,8 +194,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--default-malloc", action="store_true", help="leave glibc as it is, and write nothing")
     parser.add_argument("--only", help="the configurations whose names contain this; writes nothing")
+    parser.add_argument("--gpu-results", action="store_true", help="compare with the H200; measures nothing")
     parser.add_argument("--measure", metavar="JSON", help="the process that is measured")
     arguments = parser.parse_args()
+    if arguments.gpu_results:
+        for name, config, layout, measured in gpu_results():
+            estimate = step_memory(config, layout)
+            ratio = estimate.total / measured
+            print(
+                f"{estimate.total / 1e6:>11,.0f} {measured / 1e6:>11,.0f} {ratio:>6.3f}  {name} ({estimate.moment})",
+                flush=True,
+            )
+        return
     if arguments.measure:
         print(measured_here(Case(**json.loads(arguments.measure))))
         return

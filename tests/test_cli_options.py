@@ -114,9 +114,9 @@ CASES = {
             "name": "m", "tokenizer.chat_template": (ROOT / "tinyllama_hf" / "chat" / "llama2.jinja").read_text(),
         }),
     },
-    "memory micro --batch 3 --context 50 --quantization nf4 --dtype fp32 --cache fp8 --device 16GB": {
+    "memory micro --batch 3 --context 50 --quantization nf4 --dtype fp32 --device 16GB": {
         "tinyllama_hf.planning.inference_memory.memory": ("found", {
-            "batch": 3, "context": 50, "setup.quantization": "nf4", "setup.dtype": torch.float32, "setup.cache": "fp8",
+            "batch": 3, "context": 50, "setup.quantization": "nf4", "setup.dtype": torch.float32,
         }),
         "tinyllama_hf.planning.inference_memory.lines": ([], {"found": "found"}),
         "tinyllama_hf.planning.inference_memory.fit_lines": (None, {"found": "found", "available": 16 * 10**9}),

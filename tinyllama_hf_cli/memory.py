@@ -22,9 +22,7 @@ def memory(
     dtype: Annotated[
         str, typer.Option(help="Of the weights: auto (the file's; bf16 without one), fp32 or bf16.")
     ] = "auto",
-    cache: Annotated[
-        str, typer.Option(help="dynamic, fp8, quanto-int4, quanto-int2, hqq-int8, hqq-int4 or hqq-int2.")
-    ] = "dynamic",
+    cache: Annotated[str, typer.Option(hidden=True)] = "dynamic",
     device: Annotated[
         str | None,
         typer.Option(
@@ -45,13 +43,17 @@ def memory(
     from tinyllama_hf.planning.named_architecture import find_architecture
     from tinyllama_hf.quantization.bitsandbytes import chosen_quantization
 
+    if cache != "dynamic":
+        raise InputError(
+            f"--cache {cache!r}: quantized caches were removed, since no command generates with one; omit it"
+        )
     found = find_architecture(model)
     kind = chosen_quantization(quantization, found.quantization, model)
     source = found.source if found.quantization == "none" else f"{found.source}, saved as {found.quantization}"
     weights_dtype = find_dtype(dtype) or found.dtype
     if weights_dtype is None:
         raise InputError("--dtype auto: the model's config.json names no dtype; give fp32 or bf16")
-    setup = Setup(found.config, weights_dtype, kind, cache)
+    setup = Setup(found.config, weights_dtype, kind)
     available, where = _available(device)
     needed = work_out(setup, batch, found.config.max_position_embeddings if context is None else context)
     print("\n".join([*lines(f"{model} ({source})", needed), *fit_lines(needed, available, where)]), flush=True)

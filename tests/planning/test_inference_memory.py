@@ -145,7 +145,7 @@ class TestPrefill:
 
 
 class TestLargestBatch:
-    @pytest.mark.parametrize("setup", [Setup(PUBLISHED), Setup(PUBLISHED, torch.float32, "int8", "fp8")])
+    @pytest.mark.parametrize("setup", [Setup(PUBLISHED), Setup(PUBLISHED, torch.float32, "int8")])
     @pytest.mark.parametrize("usable", [5_000_000_000, 8_123_456_789])
     def test_one_more_does_not_fit(self, setup, usable):
         largest = largest_batch(setup, 2048, usable)
@@ -313,7 +313,7 @@ class TestCommand:
         assert done.stdout.splitlines() == [
             "model       step-1431k-3T (preset 1.1b)",
             "weights     762.3 MB (nf4; 2.20 GB in bfloat16)",
-            "cache       4.61 GB (dynamic, bfloat16): 22,528 bytes a token, 46.1 MB a request of 2,048 tokens, 100 requests",
+            "cache       4.61 GB (bfloat16): 22,528 bytes a token, 46.1 MB a request of 2,048 tokens, 100 requests",
             "            36.91 GB if each of the 32 heads had its own keys and values: 180,224 bytes a token, 8 times as much",
             "total       5.38 GB of weights and cache",
             "prefill     10.70 GB more for a moment where prompts of 2,048 tokens are read at once",
@@ -327,7 +327,7 @@ class TestCommand:
         assert status == 2 and "\ntotal       48.34 GB" in out and "\nfits        up to 420 sequences" in out
         assert error == (
             "error: --batch 1000: takes 48.34 GB of weights and cache, and 21.60 GB can be used; the largest that fits is "
-            "420, 441 with --quantization int8, 451 with --quantization nf4, 840 with --cache fp8\n"
+            "420, 441 with --quantization int8, 451 with --quantization nf4\n"
         )
 
     def test_a_folder_on_this_machine(self, call, folders):
@@ -366,7 +366,7 @@ class TestCommand:
             ("1.1b --context 2049", "--context 2049: must lie between 1 and 2048, the model's context"),
             ("1.1b --context 0", "--context 0: must lie between 1 and 2048"),
             ("1.1b --quantization nf5", "--quantization 'nf5': unknown quantization; did you mean 'nf4'?"),
-            ("1.1b --cache paged", "--cache 'paged': there is none of this name"),
+            ("1.1b --cache fp8", "--cache 'fp8': quantized caches were removed"),
             ("1.1b --dtype fp8", "--dtype 'fp8': there is none of this name"),
             ("1.1b --device a100", "--device 'a100': not listed; there are a100-40g"),
             ("1.1b --device 16XB", "or give a size such as 16GB"),
@@ -466,9 +466,9 @@ class TestSavedQuantised:
             assert (status, out) == (2, "") and message in error
 
     def test_a_batch_that_does_not_fit(self, call, nf4):
-        """What is named instead can be had."""
+        """A saved quantization cannot be changed, so that none is suggested."""
         status, _, error = call("nf4 --batch 1000 --device 20MB")
-        assert status == 2 and "with --cache fp8" in error and "--quantization" not in error
+        assert status == 2 and "--batch 1000: takes" in error and "--quantization" not in error
 
     def test_on_the_hub(self, nf4, run_command, tmp_path):
         """Of which the configuration alone is fetched."""

@@ -16,7 +16,6 @@ import psutil
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -27,6 +26,7 @@ from ..decoding.ragged_cache import num_slots
 from ..errors import InputError
 from ..quantization.bitsandbytes import QUANTIZATIONS
 from .kv_cache import CacheSize, cache_size, multi_head
+from .memory_engine import LiveBytes
 
 
 MEMORY_RESERVE = 0.1  # of a device
@@ -39,13 +39,11 @@ class Setup(NamedTuple):
         config (`TinyLlamaConfig`): the architecture; if the weights were saved quantised, with how in `quantization_config`.
         dtype (`torch.dtype`): of what is not quantised: embeddings, norms, head, activations, and the cache by default.
         quantization (`str`): from `chosen_quantization`.
-        cache (`str`): one of `CACHES`.
     """
 
     config: TinyLlamaConfig
     dtype: torch.dtype = torch.bfloat16
     quantization: str = "none"
-    cache: str = "dynamic"
 
 
 def weight_bytes(setup: Setup) -> int:
@@ -94,17 +92,18 @@ def prefill_bytes(setup: Setup, batch: int, context: int) -> int | None:
         return None
     config = copy.deepcopy(setup.config)
     config.num_hidden_layers = min(2, config.num_hidden_layers)  # each further layer is as high as the second
-    with FakeTensorMode(), torch.device("cpu"), torch.no_grad():
+    with FakeTensorMode(), torch.no_grad():
         model = AutoModelForCausalLM.from_config(config, dtype=setup.dtype).eval()
-        tracker = MemTracker()
-        tracker.track_external(model)
         ids, mask = torch.ones(2, batch, context, dtype=torch.long)  # a mask, as prompts of different lengths have
-        with tracker:
+        with LiveBytes() as live:
+            live.count([ids, mask, *model.parameters(), *model.buffers()], "given")
             output = model(ids, attention_mask=mask, logits_to_keep=1, use_cache=True)
-        held = [*model.parameters(), *model.buffers()]
-        held += [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
-    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-    return peak - sum(tensor.nbytes for tensor in held)
+    peak = live.peaks[live.phase]
+    return (
+        peak.total()
+        - peak["given"]
+        - sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers)
+    )
 
 
 class Memory(NamedTuple):
@@ -130,14 +129,14 @@ def memory(setup: Setup, batch: int, context: int) -> Memory:
         context (`int`): tokens of each, prompt and continuation.
 
     Raises:
-        InputError: if a value is out of range, there is no such quantisation or cache, or the cache's package is missing.
+        InputError: if a value is out of range, there is no such quantization.
     """
     limit = setup.config.max_position_embeddings
     if batch < 1:
         raise InputError(f"--batch {batch}: must be at least 1")
     if not 1 <= context <= limit:
         raise InputError(f"--context {context}: must lie between 1 and {limit}, the model's context")
-    cache = cache_size(setup.config, batch, context, setup.dtype, setup.cache)
+    cache = cache_size(setup.config, batch, context, setup.dtype)
     return Memory(setup, weight_bytes(setup), cache, prefill_bytes(setup, batch, context))
 
 
@@ -152,10 +151,10 @@ def largest_batch(setup: Setup, context: int, usable: int, with_prefill: bool = 
     weights = weight_bytes(setup)
 
     def needed(batch: int) -> int:
-        cache = cache_size(setup.config, batch, context, setup.dtype, setup.cache).total
+        cache = cache_size(setup.config, batch, context, setup.dtype).total
         return weights + cache + ((prefill_bytes(setup, batch, context) or 0) if with_prefill else 0)
 
-    one = cache_size(setup.config, 1, context, setup.dtype, setup.cache).total
+    one = cache_size(setup.config, 1, context, setup.dtype).total
     return bisect.bisect_right(range(1, max(usable - weights, 0) // one + 2), usable, key=needed)
 
 
@@ -174,11 +173,11 @@ def lines(name: str, found: Memory) -> list[str]:
     text = [
         f"model       {name}",
         f"weights     {in_words(found.weights)} ({held})",
-        f"cache       {in_words(cache.total)} ({setup.cache}, {dtype}): {cache.per_token:,.0f} bytes a token, "
+        f"cache       {in_words(cache.total)} ({dtype}): {cache.per_token:,.0f} bytes a token, "
         f"{in_words(cache.per_request)} a request of {cache.tokens:,} tokens, {cache.requests:,} requests",
     ]
     if setup.config.num_key_value_heads < setup.config.num_attention_heads:
-        every = cache_size(multi_head(setup.config), cache.requests, cache.tokens, setup.dtype, setup.cache)
+        every = cache_size(multi_head(setup.config), cache.requests, cache.tokens, setup.dtype)
         text.append(
             f"            {in_words(every.total)} if each of the {setup.config.num_attention_heads} heads had its own keys and "
             f"values: {every.per_token:,.0f} bytes a token, {every.total / cache.total:.3g} times as much"
@@ -224,7 +223,6 @@ def check_batch(found: Memory, available: int) -> None:
     fitting = largest_batch(setup, cache.tokens, usable)
     kinds = () if _saved_quantization(setup.config) else QUANTIZATIONS
     changes = {f"--quantization {name}": setup._replace(quantization=name) for name in kinds}
-    changes["--cache fp8"] = setup._replace(cache="fp8")
     better: dict[int, str] = {}
     for option, changed in changes.items():
         better.setdefault(largest_batch(changed, cache.tokens, usable), option)

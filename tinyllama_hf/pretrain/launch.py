@@ -31,8 +31,8 @@ _ATTENTION = {"flex": "flex_attention"}
 # sdpa for sequences that are not packed. transformers (5.23) searches the positions of every batch for packed
 # documents, which waits for the device at each micro-batch, and creates a dense mask if the whole model is compiled.
 # It creates no mask for an attention implementation that it does not know, and sdpa without a mask is causal.
-_UNPACKED_SDPA = "unpacked_sdpa"
-AttentionInterface.register(_UNPACKED_SDPA, sdpa_attention_forward)
+UNPACKED_SDPA = "unpacked_sdpa"
+AttentionInterface.register(UNPACKED_SDPA, sdpa_attention_forward)
 # The other processes wait while the main process writes or scores a milestone.
 _TIMEOUT = datetime.timedelta(hours=2)
 
@@ -167,7 +167,7 @@ def prepare_layers(model: TinyLlamaForCausalLM, training: "TrainingSection", com
 def attention_implementation(training: "TrainingSection", document_masking: bool) -> str:
     """The name in transformers of the attention implementation."""
     if training.attention == "sdpa" and not document_masking:
-        return _UNPACKED_SDPA
+        return UNPACKED_SDPA
     return _ATTENTION.get(training.attention, training.attention)
 
 
