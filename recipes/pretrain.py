@@ -27,6 +27,11 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from tinyllama_hf.report.training import TrainingCurves
 
 
 def main() -> int:
@@ -43,7 +48,7 @@ def main() -> int:
     from tinyllama_hf.progress import quiet_library_bars
 
     quiet_library_bars()
-    stops = {NonFiniteError: 3, FullDiskError: 4, Stopped: EXIT_STATUS}
+    stops: dict[type[Exception], int] = {NonFiniteError: 3, FullDiskError: 4, Stopped: EXIT_STATUS}
     try:
         # Load the recipe, check it against data and machine, and build the model; nothing is written yet.
         config = load_config(arguments.recipe, arguments.overrides)
@@ -133,7 +138,7 @@ class TrainingPicture:
     """Draws `training.png` at each checkpoint. Keeps the metrics that it has read, so that each row is read once."""
 
     def __init__(self) -> None:
-        self.curves = None
+        self.curves: TrainingCurves | None = None
 
     def __call__(self, run: Path) -> None:
         with optional_output("training.png: not drawn", "the next checkpoint draws it again"):

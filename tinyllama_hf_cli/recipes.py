@@ -44,7 +44,9 @@ def _files() -> list[tuple[str, Path]]:
     """The name in the copied folder, and the path, of every bundled file."""
     import importlib.util
 
-    package = Path(importlib.util.find_spec("tinyllama_hf").origin).parent
+    spec = importlib.util.find_spec("tinyllama_hf")  # does not import it, which would need torch
+    assert spec is not None and spec.origin is not None
+    package = Path(spec.origin).parent
     found = []
     for part, target in (("recipes", ""), ("eval", "eval/")):
         # In the package in a wheel, next to it in a clone.

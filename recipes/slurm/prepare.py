@@ -12,6 +12,11 @@ import argparse
 import shlex
 import subprocess
 import sys
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from tinyllama_hf.data.prepare import Preparation
 
 
 def main() -> int:
@@ -52,7 +57,7 @@ def main() -> int:
     return 0
 
 
-def submit(preparation, arguments: argparse.Namespace) -> None:
+def submit(preparation: "Preparation", arguments: argparse.Namespace) -> None:
     """Submits the tasks and, after all of them, the job that counts and writes `dataset.json`."""
     from datatrove.executor import SlurmPipelineExecutor
 

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from tinyllama_hf import TinyLlamaForCausalLM
 from tinyllama_hf.pretrain import setup
-from tinyllama_hf.pretrain.checkpoints import read_checkpoint, write_checkpoint
+from tinyllama_hf.pretrain.checkpoints import CheckpointRecord, read_checkpoint, write_checkpoint
 from tinyllama_hf.pretrain.config import load_config
 from tinyllama_hf.pretrain.step import SPIKE_WINDOW, TrainStep
 
@@ -88,7 +88,7 @@ def test_a_checkpoint_restores_the_whole_state(recipe, tmp_path, has_trained):
     saved.losses, saved.counted, saved.skipped = torch.rand(SPIKE_WINDOW), torch.tensor(500), torch.tensor(7)
     if has_trained:
         other(5)
-    write_checkpoint(tmp_path / "state", saved, {})
+    write_checkpoint(tmp_path / "state", saved, CheckpointRecord(1, 256, None, {}, {}, {}))
     kept = weights_and_moments(saved), {name: value.clone() for name, value in saved.state().items()}
     read_checkpoint(tmp_path / "state", other)
     assert all(map(torch.equal, kept[0], weights_and_moments(other)))

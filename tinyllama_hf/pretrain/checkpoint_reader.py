@@ -92,5 +92,6 @@ class TensorPlanner(DefaultLoadPlanner):
     """Loads tensors; any other entry is refused without being unpickled."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> NoReturn:
+        assert self.metadata is not None  # torch sets it before it loads entries
         file = self.metadata.storage_data[read_item.storage_index].relative_path
         raise InputError(f"{file}: {read_item.dest_index.fqn} is not a tensor; no code was run")

@@ -11,6 +11,7 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +55,38 @@ def translate_write_errors(path: Path) -> Iterator[None]:
         raise FullDiskError(path, one_line(error)) from error
 
 
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """The contents of `checkpoint.json`.
+
+    Attributes:
+        step, tokens (`int`): trained so far.
+        branched_at (`int`): tokens seen at the milestone from which the run was branched.
+        identity, arithmetic (`dict`): the settings of the run, see `resume.py`.
+        provenance (`dict`): code, libraries, machine.
+        files (`dict`): size and checksum of each file.
+    """
+
+    step: int
+    tokens: int
+    branched_at: int | None
+    identity: dict[str, Any]
+    arithmetic: dict[str, Any]
+    provenance: dict[str, Any]
+    files: dict[str, list[int]] = field(default_factory=dict)
+
+
 class AnotherVersionError(InputError):
     """A checkpoint in a format of another version. It is not damaged, and is never removed."""
 
 
-def write_checkpoint(folder: Path, train_step: TrainStep, record: dict[str, Any]) -> None:
+def write_checkpoint(folder: Path, train_step: TrainStep, record: CheckpointRecord) -> None:
     """Writes a checkpoint; a collective call of all processes.
 
     Args:
         folder (`Path`): of the checkpoint; an existing one is replaced.
         train_step (`TrainStep`): has the model, the optimizer and the guards.
-        record (`dict`): added to `checkpoint.json`.
+        record (`CheckpointRecord`): without the files, which are added.
 
     Raises:
         FullDiskError: if a file cannot be written; the incomplete checkpoint is removed.
@@ -95,9 +117,9 @@ def write_checkpoint(folder: Path, train_step: TrainStep, record: dict[str, Any]
         raise FullDiskError(folder, failed[0]) from problem
 
 
-def _complete(temporary: Path, folder: Path, record: dict[str, Any]) -> None:
+def _complete(temporary: Path, folder: Path, record: CheckpointRecord) -> None:
     files = {path.name: _size_and_checksum(path) for path in sorted(temporary.iterdir())}
-    write_json(temporary / RECORD_FILE, {"format_version": FORMAT_VERSION, **record, "files": files})
+    write_json(temporary / RECORD_FILE, {"format_version": FORMAT_VERSION, **asdict(record), "files": files})
     replace_folder(temporary, folder)
 
 
@@ -173,7 +195,7 @@ def newest_intact_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     Raises:
         AnotherVersionError: if another version wrote a newer checkpoint, which this one cannot read.
     """
-    complaints = []
+    complaints: list[str] = []
     for path in reversed(list_checkpoints(run)):
         problem = find_damage(path)
         if problem is None:
@@ -189,12 +211,12 @@ def find_damage(checkpoint: Path) -> str | None:
         AnotherVersionError: if another version wrote it.
     """
     try:
-        record = read_record(checkpoint)
+        record = read_checkpoint_record(checkpoint)
     except AnotherVersionError:
         raise
     except InputError as error:
         return str(error)
-    for name, expected in record["files"].items():
+    for name, expected in record.files.items():
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
@@ -203,8 +225,8 @@ def find_damage(checkpoint: Path) -> str | None:
     return None
 
 
-def read_record(checkpoint: Path) -> dict[str, Any]:
-    """The `checkpoint.json` of a checkpoint.
+def read_checkpoint_record(checkpoint: Path) -> CheckpointRecord:
+    """Reads the `checkpoint.json` of a checkpoint.
 
     Raises:
         InputError: if it is missing or damaged.
@@ -224,12 +246,13 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
         raise InputError(f"{path}: damaged; it must have the keys {', '.join(_RECORD)}")
     if outside := [name for name in record["files"] if Path(name).name != name]:
         raise InputError(f"{path}: names {outside[0]!r}, which is outside the checkpoint")
-    return record
+    names = [each.name for each in fields(CheckpointRecord)]
+    return CheckpointRecord(**{name: record.get(name) for name in names})
 
 
 def _is_of_another_version(checkpoint: Path) -> bool:
     try:
-        read_record(checkpoint)
+        read_checkpoint_record(checkpoint)
     except AnotherVersionError:
         return True
     except InputError:

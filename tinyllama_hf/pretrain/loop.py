@@ -22,6 +22,7 @@ from . import launch, setup
 from .checkpoints import (
     CHECKPOINTS_FOLDER,
     TRAINING_STATE_FOLDER,
+    CheckpointRecord,
     prune_checkpoints,
     read_checkpoint,
     translate_write_errors,
@@ -338,13 +339,13 @@ class _Trainer:
                     self.hooks.after_checkpoint(self.run.output)
             self.accelerator.wait_for_everyone()
 
-    def record(self, step: int) -> dict[str, Any]:
+    def record(self, step: int) -> CheckpointRecord:
         """The record of a checkpoint, `checkpoint.json`."""
-        return {
-            "step": step,
-            "tokens": self.config.steps.tokens_after(step),
-            "branched_at": self.branched_at,
-            "identity": identity(self.run),
-            "arithmetic": self.arithmetic,
-            "provenance": provenance.collect(),
-        }
+        return CheckpointRecord(
+            step=step,
+            tokens=self.config.steps.tokens_after(step),
+            branched_at=self.branched_at,
+            identity=identity(self.run),
+            arithmetic=self.arithmetic,
+            provenance=provenance.collect(),
+        )

@@ -171,7 +171,7 @@ def start_trackers(accelerator: Accelerator, config: PretrainConfig, output: Pat
     options: dict[str, dict[str, Any]] = {name: {} for name in config.logging.trackers}
     if accelerator.is_main_process:
         run_id = _run_id(output)
-        started = {
+        started: dict[str, dict[str, Any]] = {
             "wandb": {"id": run_id, "name": output.name, "resume": "allow", "dir": str(output)},
             "trackio": {"name": f"{output.name}-{run_id}", "resume": "allow"},
             "tensorboard": {} if step is None else {"purge_step": step + 1},

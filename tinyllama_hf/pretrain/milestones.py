@@ -79,7 +79,8 @@ def export_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
     A collective call of all processes.
     """
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=options)  # type: ignore[return-value]  # torch's type is that of optimizers
 
 
 def list_milestones(run: Path) -> list[Path]:
@@ -88,11 +89,15 @@ def list_milestones(run: Path) -> list[Path]:
     Raises:
         InputError: if the record of one has no step.
     """
-    folders = [path for path in (run / MILESTONES_FOLDER).glob("step-*") if path.is_dir()]
-    steps = {path: read_record(path).get("step") for path in folders}
-    if unknown := [path for path in folders if not isinstance(steps[path], int)]:
-        raise InputError(f"{unknown[0] / 'provenance.json'}: has no step. Copy the milestone again, or remove it.")
-    return sorted(folders, key=lambda path: steps[path])
+    steps: dict[Path, int] = {}
+    for folder in (run / MILESTONES_FOLDER).glob("step-*"):
+        if folder.is_dir():
+            step = read_record(folder).get("step")
+            if not isinstance(step, int):
+                file = folder / "provenance.json"
+                raise InputError(f"{file}: has no step. Copy the milestone again, or remove it.")
+            steps[folder] = step
+    return sorted(steps, key=steps.__getitem__)
 
 
 def read_record(milestone: Path) -> dict[str, Any]:

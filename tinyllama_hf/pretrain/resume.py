@@ -1,8 +1,9 @@
 """Where a launch starts: at the first step, at a checkpoint of its own run, or at a milestone of another run."""
 
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import yaml
@@ -18,7 +19,7 @@ from .checkpoints import (
     find_damage,
     list_checkpoints,
     newest_intact_checkpoint,
-    read_record,
+    read_checkpoint_record,
     size_in_words,
 )
 from .config import PretrainConfig
@@ -40,7 +41,8 @@ _DECISIVE = {
 _INHERITED = ("model", "tokenizer", "training.precision")
 
 
-class Start(NamedTuple):
+@dataclass(frozen=True)
+class Start:
     """Where a launch starts.
 
     Attributes:
@@ -57,7 +59,7 @@ class Start(NamedTuple):
     branched_at: int | None = None
     arithmetic: dict[str, Any] | None = None
     is_finished: bool = False
-    summary: list[str] = []
+    summary: list[str] = field(default_factory=list)
 
 
 def find_start(run: PretrainRun, accelerator: Accelerator, overwrite: bool) -> Start:
@@ -97,17 +99,17 @@ def _find(run: PretrainRun, overwrite: bool) -> Start:
     if checkpoint is None:
         _check_nothing_is_lost(run, complaints)
         return _first(run)
-    record = read_record(checkpoint)
-    check_same_run(checkpoint, record["identity"], identity(run))
-    is_finished = record["step"] >= run.config.steps.number
+    record = read_checkpoint_record(checkpoint)
+    check_same_run(checkpoint, record.identity, identity(run))
+    is_finished = record.step >= run.config.steps.number
     state = "the run is finished" if is_finished else "resuming after it"
     return Start(
-        record["step"],
+        record.step,
         checkpoint,
-        record.get("branched_at"),
-        record["arithmetic"],
+        record.branched_at,
+        record.arithmetic,
         is_finished,
-        [*complaints, f"resume      {checkpoint}, step {record['step']:,}: {state}"],
+        [*complaints, f"resume      {checkpoint}, step {record.step:,}: {state}"],
     )
 
 
@@ -161,13 +163,13 @@ def _first(run: PretrainRun) -> Start:
         raise InputError(f"branch.from {milestone}: has no training state at {state}. {hint}")
     if problem := find_damage(state):
         raise InputError(f"branch.from {milestone}: its training state {state} is damaged ({problem})")
-    record = read_record(state)
-    check_branch(milestone, record["identity"], identity(run))
-    steps, tokens = run.config.steps, record["tokens"]
-    if steps.tokens_after(record["step"]) != tokens:
+    record = read_checkpoint_record(state)
+    check_branch(milestone, record.identity, identity(run))
+    steps, tokens = run.config.steps, record.tokens
+    if steps.tokens_after(record.step) != tokens:
         raise InputError(
-            f"branch.from {milestone}: {tokens:,} tokens after step {record['step']:,}, but "
-            f"{steps.tokens_after(record['step']):,} in this recipe. Keep training.tokens_per_step and batch_changes "
+            f"branch.from {milestone}: {tokens:,} tokens after step {record.step:,}, but "
+            f"{steps.tokens_after(record.step):,} in this recipe. Keep training.tokens_per_step and batch_changes "
             "of the base run, and change the batch size later by batch_changes."
         )
     if tokens >= run.config.training.total_tokens:
@@ -175,8 +177,8 @@ def _first(run: PretrainRun) -> Start:
             f"training.total_tokens: {run.config.training.total_tokens:,} must be above the {tokens:,} tokens of "
             f"branch.from {milestone}. Raise it."
         )
-    line = f"branch      {milestone}, step {record['step']:,}, {tokens:,} tokens, schedule {branch.schedule}"
-    return Start(record["step"], state, tokens, record["arithmetic"], False, [line])
+    line = f"branch      {milestone}, step {record.step:,}, {tokens:,} tokens, schedule {branch.schedule}"
+    return Start(record.step, state, tokens, record.arithmetic, False, [line])
 
 
 def check_space(run: PretrainRun, start: Start, num_parameters: int, overwrite: bool) -> None:

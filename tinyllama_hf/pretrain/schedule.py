@@ -85,7 +85,7 @@ def learning_rate(step: int, config: "PretrainConfig", branched_at: int | None =
         branched_at (`int`, *optional*): tokens seen at the milestone from which the run was branched.
     """
     tokens = config.steps.tokens_after(step - 1)
-    if branched_at is None or config.branch.schedule == "continue":
+    if branched_at is None or config.branch is None or config.branch.schedule == "continue":
         return _scheduled(tokens, tokens + config.steps.tokens_of(step), config)
     first = config.steps.reaching(branched_at) + 1
     start = _scheduled(branched_at, branched_at + config.steps.tokens_of(first), config)
@@ -95,13 +95,15 @@ def learning_rate(step: int, config: "PretrainConfig", branched_at: int | None =
 
 def _scheduled(tokens: int, reached: int, config: "PretrainConfig") -> float:
     schedule, total = config.schedule, config.training.total_tokens
+    floor = schedule.floor or 0.0  # null for `constant` only
     # Warm-up counts the tokens of the step itself; otherwise the first step would have rate 0 and no effect.
     if reached < schedule.warmup_tokens:
         return schedule.peak * reached / schedule.warmup_tokens
     if schedule.name == "constant":
         return schedule.peak
     if schedule.name == "wsd":
+        assert schedule.decay_tokens is not None  # by the rules of a recipe
         left = min((total - tokens) / schedule.decay_tokens, 1.0)
-        return schedule.floor + (schedule.peak - schedule.floor) * max(left, 0.0)
+        return floor + (schedule.peak - floor) * max(left, 0.0)
     progress = min((tokens - schedule.warmup_tokens) / (total - schedule.warmup_tokens), 1.0)
-    return schedule.floor + (schedule.peak - schedule.floor) * 0.5 * (1 + math.cos(math.pi * max(progress, 0.0)))
+    return floor + (schedule.peak - floor) * 0.5 * (1 + math.cos(math.pi * max(progress, 0.0)))

@@ -1,7 +1,8 @@
 """Opens what a recipe names (data, tokenizer, model) and derives the facts of the run."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ from .launch import attention_implementation
 from .run_record import RunRecord, open_mixture, record_of_recipe
 
 
-class PretrainRun(NamedTuple):
+@dataclass(frozen=True)
+class PretrainRun:
     """A recipe, and everything that is loaded before the first step."""
 
     config: PretrainConfig
@@ -31,10 +33,10 @@ class PretrainRun(NamedTuple):
     tokenizer_fingerprint: str
     mixture: Mixture
     model_config: TinyLlamaConfig
-    validation: list  # per source, `[num_blocks, sequence_length + 1]` tokens
+    validation: list[np.ndarray]  # per source, `[num_blocks, sequence_length + 1]` tokens
     shares: list[float]  # of each source in the tokens of the run
     milestones: dict[int, str]  # step -> name
-    validation_positions: list | None  # per source, `[num_blocks, sequence_length]`, with document masking
+    validation_positions: list[np.ndarray] | None  # per source, `[num_blocks, sequence_length]`, with document masking
 
 
 def open_pretrain_run(config: PretrainConfig) -> PretrainRun:
@@ -66,7 +68,7 @@ def open_pretrain_run(config: PretrainConfig) -> PretrainRun:
     )
 
 
-def _validation_positions(mixture: Mixture, validation: list) -> list:
+def _validation_positions(mixture: Mixture, validation: list[np.ndarray]) -> list[np.ndarray]:
     """Positions in the held-out blocks, so that validation masks documents as training does."""
     sources = [TokenDataset(source.folder, mixture.block_size, "validation") for source in mixture.sources]
     return [
@@ -208,7 +210,7 @@ def summary_lines(run: PretrainRun, model: TinyLlamaForCausalLM, num_processes: 
 def first_block_text(run: PretrainRun, num_tokens: int = 48) -> str:
     """The text of the first tokens of the first training block."""
     tokens = run.mixture.tokens(run.mixture.blocks(0, 1))[0][:num_tokens]
-    return run.tokenizer.decode(tokens)
+    return str(run.tokenizer.decode(tokens))
 
 
 def training_yaml(config: PretrainConfig) -> str:

@@ -9,7 +9,9 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,9 @@ EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: "the user is invited to try again
 # One request may arrive several times: Slurm and Ctrl-C signal every process of a job, and torch's launcher, which is
 # one of them, forwards the signal to the others.
 _ONE_REQUEST_SECONDS = 3.0
+
+
+_Handler: TypeAlias = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 
 
 class Stopped(RuntimeError):
@@ -35,7 +40,7 @@ class StopRequests:
 
     def __init__(self) -> None:
         self._asked = 0
-        self._before: dict[int, object] = {}
+        self._before: dict[int, _Handler] = {}
         self._is_distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self._group = dist.new_group(backend="gloo") if self._is_distributed else None
 

@@ -103,7 +103,7 @@ class TrainStep:
         bad = ~(torch.isfinite(norm) & torch.isfinite(loss))
         spike = self._is_spike(loss) & ~bad
         # The fused optimizer skips the update on the device where this is 1, without a synchronization with the host.
-        self.optimizer.found_inf = (bad | spike).float()
+        self.optimizer.found_inf = (bad | spike).float()  # type: ignore[attr-defined]  # read by fused optimizers
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.bad_step = torch.where(bad & (self.bad_step < 0), step, self.bad_step)

@@ -1,6 +1,8 @@
 """The speed of a run compared with the peak of its device, and its peak memory."""
 
+import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -44,17 +46,17 @@ def measure_matmul_flops(device: torch.device | str, dtype: torch.dtype) -> floa
         right = torch.randn(side, side, device=device).to(dtype)
         out = torch.empty_like(left)
         began = time.perf_counter()
-        first = _seconds(lambda left=left, right=right, out=out: torch.mm(left, right, out=out), device)
-        fastest = first
+        product = functools.partial(torch.mm, left, right, out=out)
+        first = fastest = _seconds(product, device)
         while time.perf_counter() - began < _MATMUL_SECONDS:
-            fastest = min(fastest, _seconds(lambda a=left, b=right, out=out: torch.mm(a, b, out=out), device))
+            fastest = min(fastest, _seconds(product, device))
         best = max(best, 2 * side**3 / fastest)
         if first > 4 * _MATMUL_SECONDS / 8:  # the next side takes eight times as long
             break
     return best
 
 
-def _seconds(call, device: torch.device) -> float:
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
     """Wall-clock time of a call, including the work on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
