@@ -4,9 +4,10 @@
 
 A run of about a minute on a CPU, in a folder that contains recipes/ (from `tinyllama-hf recipes copy recipes`):
 
-    tinyllama-hf tokenizer train embedded:prose --vocab-size 1024 --output runs/micro/tokenizer tinyllama-hf prepare
-    embedded:prose --tokenizer runs/micro/tokenizer --output runs/micro/data --validation-fraction 0.05 accelerate
-    launch recipes/pretrain.py recipes/pretrain/micro.yaml
+    tinyllama-hf tokenizer train embedded:prose --vocab-size 1024 --output runs/micro/tokenizer
+    tinyllama-hf prepare embedded:prose --tokenizer runs/micro/tokenizer --output runs/micro/data \\
+        --validation-fraction 0.05
+    accelerate launch recipes/pretrain.py recipes/pretrain/micro.yaml
 
 The same command resumes a run that was stopped, killed or moved.
 

@@ -283,7 +283,7 @@ class TestRefusals:
         [
             (
                 ["training.micro_batch_size=3"],
-                "3 x 1 processes does not divide the 8 sequences of a step; sizes that do: 1, 2, 4, 8",
+                "3 x 1 processes does not divide the 8 sequences of a step\\. Use 1, 2, 4, 8",
             ),
             (["model.preset=nanno"], "did you mean 'nano'"),
             (["model.overrides={hiden_size: 64}"], "did you mean 'hidden_size'"),
@@ -360,7 +360,7 @@ def test_dry_run_says_everything_and_writes_nothing(recipe, capsys):
         "12 steps of 256",
         "2 micro-batches",
         "GFLOP",
-        "read ",
+        " epochs",
         "step-6-token",
         "first block '",
     ):

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 
 from .. import provenance
 from ..devices import Device, known_device
+from ..errors import require
 from ..modeling_tinyllama import TinyLlamaForCausalLM
 from . import launch, setup
 from .checkpoints import (
@@ -29,7 +30,7 @@ from .checkpoints import (
     write_checkpoint,
 )
 from .config import PretrainConfig
-from .metrics import Metrics, check_trackers, row_values, start_trackers
+from .metrics import Metrics, row_values, start_trackers
 from .milestones import MILESTONES_FOLDER, export_weights, write_milestone
 from .resume import Start, arithmetic, changed_arithmetic, check_space, find_start, identity
 from .run_folder import lock_run_folder, mark_stopped
@@ -82,8 +83,10 @@ class PreparedRun:
 
     def dry_run_lines(self) -> list[str]:
         """The beginning of the first block, and the folder that training would write."""
+        mixture = self.run.mixture
+        tokens = mixture.tokens(mixture.blocks(0, 1))[0][:48]
         return [
-            f"first block {setup.first_block_text(self.run)!r}",
+            f"first block {self.run.tokenizer.decode(tokens)!r}",
             f"would write {self.run.output}/ (dry run: nothing was written)",
         ]
 
@@ -98,7 +101,8 @@ def prepare_run(config: PretrainConfig, overwrite: bool = False) -> PreparedRun:
     Raises:
         InputError: for anything that would fail later.
     """
-    check_trackers(config)
+    for name in config.logging.trackers:
+        require(name, "trackers", f"logging.trackers: {name}")  # accelerate would only warn
     accelerator = launch.make_accelerator(config)
     run = setup.open_pretrain_run(config)
     setup.check_batches(config, accelerator.num_processes)

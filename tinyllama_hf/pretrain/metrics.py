@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..errors import InputError, require
+from ..errors import InputError
 from ..files import new_file, read_json, write_json
 from ..portable import portable
 from .checkpoints import FullDiskError, translate_write_errors
@@ -140,16 +140,6 @@ def _end_of_step(rows: BinaryIO, step: int) -> int:
         if found is not None:
             return found
         window *= 2
-
-
-def check_trackers(config: PretrainConfig) -> None:
-    """Checks that the packages of the trackers are installed; accelerate would only warn.
-
-    Raises:
-        InputError: naming the missing package and the extra to install.
-    """
-    for name in config.logging.trackers:
-        require(name, "trackers", f"logging.trackers: {name}")
 
 
 def start_trackers(accelerator: Accelerator, config: PretrainConfig, output: Path, step: int | None = None) -> None:

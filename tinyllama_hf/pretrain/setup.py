@@ -207,12 +207,6 @@ def summary_lines(run: PretrainRun, model: TinyLlamaForCausalLM, num_processes: 
     return lines
 
 
-def first_block_text(run: PretrainRun, num_tokens: int = 48) -> str:
-    """The text of the first tokens of the first training block."""
-    tokens = run.mixture.tokens(run.mixture.blocks(0, 1))[0][:num_tokens]
-    return str(run.tokenizer.decode(tokens))
-
-
 def training_yaml(config: PretrainConfig) -> str:
     """The recipe with its overrides applied, as YAML."""
     return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False)
