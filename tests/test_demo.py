@@ -110,7 +110,7 @@ def scores(finished) -> dict:
 @pytest.mark.slow
 def test_every_stage_is_a_printed_command_with_its_seconds(finished):
     run, printed = finished
-    assert "== tokenizer: done before" in printed
+    assert "== tokenizer: already finished" in printed
     for stage in STAGES[1:]:
         assert f"\n== {stage}\n$ " in printed and f"-- {stage} took " in printed
     assert [line.split("\t")[0] for line in (run / "stages.tsv").read_text().splitlines()] == STAGES
@@ -278,5 +278,5 @@ def test_finished_it_does_nothing(finished):
     before = (run / "stages.tsv").read_text()
     again = demo(run.parent)
     printed = again.communicate(timeout=60)[0]
-    assert again.returncode == 0 and printed.count(": done before") == len(STAGES)
+    assert again.returncode == 0 and printed.count(": already finished") == len(STAGES)
     assert (run / "stages.tsv").read_text() == before
