@@ -76,7 +76,7 @@ def test_what_became_of_the_last_milestone(run, tmp_path):
     """The replies of the chat model and the commonsense table match their score files."""
     chat = tmp_path / "chat"
     chat.mkdir()
-    with pytest.raises(InputError, match=r"chat/replies\.json does not exist.*tinyllama-hf eval .*chat"):
+    with pytest.raises(InputError, match=r"chat: no scores of the replies.*tinyllama-hf eval replies .*chat"):
         write_report(run, tmp_path / "report", chat=chat)
     assert not (tmp_path / "report").exists()
     samples = [{"question": f"What is <{i}>?", "reply": f"It is {i}.", "true": "No & yes."} for i in range(40)]

@@ -12,9 +12,10 @@ from ..portable import portable
 from ..pretrain.milestones import CONFIG_FILE
 from ..quantization.bitsandbytes import quantization_of
 from ..report.jinja import render_template
+from ..report.run_scores import NO_SCORES, Scores, row_of
 from .card_file import write_card
 from .model_folder import ADAPTER_WEIGHTS, ModelFolder, open_trained_folder
-from .scores import NO_SCORES, Scores, average_of, eval_results, row_of
+from .scores import average_of, eval_results
 
 
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")

@@ -15,10 +15,11 @@ from ..files import read_json
 from ..portable import portable, portable_text
 from ..pretrain.metrics import METRICS_FILE
 from ..pretrain.milestones import CONFIG_FILE, MILESTONES_FOLDER
+from ..report.run_scores import Scores
 from .card import model_card
 from .card_file import CARD_FILE
 from .model_folder import ADAPTER_CONFIG, PROVENANCE_FILE, ModelFolder, open_folder, open_trained_folder
-from .scores import Scores, read_scores
+from .scores import read_published_scores
 
 
 MAIN = "main"
@@ -75,7 +76,7 @@ def plan_revisions(run: Path, repo: str, license: str | None = None, base_model:
         models = [(model.name, model) for model in milestones] + [(MAIN, milestones[-1])]
     else:
         milestones, models = [], [(MAIN, open_folder(run, base_model))]
-    scores = read_scores(run)
+    scores = read_published_scores(run)
     drawn = _draw_pictures(run, milestones, scores) if milestones else {}
     revisions = []
     for name, model in models:

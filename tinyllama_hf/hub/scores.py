@@ -1,47 +1,28 @@
 """The scores of a run or a model: for the text of its card, and as the `model-index` of its metadata."""
 
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..evaluation.protocol import caveat
 from ..evaluation.score_metrics import average_standard_error, commonsense_average
 from ..evaluation.suite import SAMPLE, task_files
-from ..files import read_json
 from ..portable import portable_text
 from ..provenance import file_sha256
+from ..report.run_scores import Scores, read_scores, row_of
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Contents of the score files of a run or a model; empty for missing files."""
-
-    bits_per_byte: dict[str, Any] = field(default_factory=dict)
-    commonsense: dict[str, Any] = field(default_factory=dict)
-    replies: dict[str, Any] = field(default_factory=dict)
-
-
-NO_SCORES = Scores()
-
-
-def read_scores(folder: Path) -> Scores:
-    """Reads the score files that `tinyllama-hf eval` wrote. Scores on the bundled sample items are ignored."""
-    files = [folder / name for name in ("scores.json", "commonsense.json", "replies.json")]
-    bits_per_byte, commonsense, replies = (read_json(file) if file.is_file() else {} for file in files)
-    if commonsense and _uses_sample(commonsense["protocol"]):
-        commonsense = {}
-    return Scores(bits_per_byte, commonsense, replies)
+def read_published_scores(folder: Path) -> Scores:
+    """Reads the scores of a run or a model without those on the bundled sample items, which mean nothing."""
+    scores = read_scores(folder)
+    is_sample = bool(scores.commonsense) and _uses_sample(scores.commonsense["protocol"])
+    return replace(scores, commonsense={}) if is_sample else scores
 
 
 def _uses_sample(protocol: dict[str, Any]) -> bool:
     """Whether any task was scored on the bundled sample, even if others were not."""
     sample = {file_sha256(file) for file in task_files(SAMPLE).values()}
     return protocol["sample"] or not sample.isdisjoint(protocol["data"].values())
-
-
-def row_of(name: str, scores: dict[str, Any]) -> dict[str, Any] | None:
-    """The entry of a model in a score file, `None` if it was not scored."""
-    return next((row for row in scores.get("models", ()) if row["name"] == name), None)
 
 
 def eval_results(name: str, scores: Scores) -> list[Any]:

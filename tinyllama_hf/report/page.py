@@ -15,6 +15,7 @@ from ..inference.load import load
 from ..pretrain.metrics import METRICS_FILE
 from ..pretrain.milestones import CONFIG_FILE, list_milestones, read_record
 from .jinja import render_template
+from .run_scores import read_scores, row_of
 from .training import TrainingCurves
 
 
@@ -57,7 +58,8 @@ def write_report(
 
     milestones = [(folder, read_record(folder)) for folder in list_milestones(run)]
     samples = _samples([folder for folder, _ in milestones], prompts)
-    scores, commonsense = (_read_scores(run / name) for name in ("scores.json", "commonsense.json"))
+    found = read_scores(run)
+    scores, commonsense = found.bits_per_byte, found.commonsense
     output.mkdir(parents=True, exist_ok=True)
     plots.loss_curve(curves, [record["tokens"] for _, record in milestones], output / "loss.png")
     plots.learning_rate_curve(curves, output / "learning_rate.png")
@@ -91,32 +93,21 @@ def write_report(
     return page
 
 
-def _read_scores(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.is_file() else {}
-
-
 def _chat(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The scores of a fine-tuned model's replies, and its `provenance.json`.
 
     Raises:
         InputError: if it was not scored.
     """
-    found = []
-    for name, maker in (
-        ("replies.json", f"tinyllama-hf eval {folder} --task replies"),
-        ("provenance.json", "recipes/sft.py"),
-    ):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder / name} does not exist. `{maker}` writes it")
-        found.append(read_json(folder / name))
-    scores, record = found
-    row = next((row for row in scores["models"] if row["name"] == folder.resolve().name), None)
+    record, name = folder / "provenance.json", folder.resolve().name
+    row = row_of(name, read_scores(folder).replies)
     if row is None:
         raise InputError(
-            f"{folder / 'replies.json'}: has no scores of {folder.resolve().name}. Run `tinyllama-hf eval {folder} "
-            "--task replies`"
+            f"--chat {folder}: no scores of the replies of {name}. Run `tinyllama-hf eval replies {folder}`"
         )
-    return row, record
+    if not record.is_file():
+        raise InputError(f"--chat {folder}: {record.name} is missing. recipes/sft.py writes it")
+    return row, read_json(record)
 
 
 def _samples(milestones: Sequence[Path], prompts: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
