@@ -217,12 +217,28 @@ def litgpt(architecture: dict[str, Any], text: Text, compiled: bool) -> Callable
     return start
 
 
+def step_settings(shape: str) -> dict[str, Any]:
+    """Settings of our training step, as `workload.build` takes them."""
+    return {
+        "preset": "nano",
+        "model": "ours",
+        "sequence_length": LENGTH,
+        "micro_batch_size": MICRO,
+        "accumulation": ACCUMULATION,
+        "precision": "bf16",
+        "compile": "off",
+        "attention": "sdpa",
+        "kernels": "none",
+        "activation_checkpointing": False,
+        "loss_chunk_megabytes": 128,
+        "architecture": SHAPES[shape] | {"vocab_size": VOCABULARY},
+    }
+
+
 def variants(shape: str, text: Text, peers: bool) -> dict[str, Any]:
     """All loops, each ready for its first step."""
-    architecture = SHAPES[shape] | {"vocab_size": VOCABULARY}
-    base = {"preset": "nano", "model": "ours", "sequence_length": LENGTH, "micro_batch_size": MICRO, "accumulation": ACCUMULATION,
-            "precision": "bf16", "compile": "off", "attention": "sdpa", "kernels": "none", "activation_checkpointing": False,
-            "loss_chunk_megabytes": 128, "architecture": architecture}  # fmt: skip
+    base = step_settings(shape)
+    architecture = base["architecture"]
     found: dict[str, Any] = {"ours": Ours("ours", base, text)}
     from tinyllama_hf.pretrain import launch
 

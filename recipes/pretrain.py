@@ -34,9 +34,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tinyllama_hf.report.training import TrainingCurves
 
+from tinyllama_hf_cli.openmp import let_threads_sleep
+
 
 def main() -> int:
     arguments = parse_arguments()
+    let_threads_sleep()
 
     # Imported here, so that --help needs no torch.
     from tinyllama_hf.errors import InputError

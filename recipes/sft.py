@@ -15,9 +15,12 @@ it from printing a traceback of its own).
 import argparse
 import sys
 
+from tinyllama_hf_cli.openmp import let_threads_sleep
+
 
 def main() -> int:
     arguments = parse_arguments()
+    let_threads_sleep()
 
     # Imported here, so that --help needs no torch.
     from tinyllama_hf.errors import InputError

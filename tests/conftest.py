@@ -25,6 +25,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Test processes side by side, each with a thread for every core, would wait for each other at every product.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Threads that wait for each other leave the processor to the other tests; everything that tests start inherits it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # A shell ignores Ctrl-C for what it starts in the background, and all that the tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -9,6 +9,7 @@ import sys
 import typer
 
 from . import conversion, data, evaluation, hub, inference, memory, plan, recipes, serving, tokenizer
+from .openmp import let_threads_sleep
 
 
 app = typer.Typer(
@@ -38,6 +39,7 @@ app.add_typer(recipes.app, name="recipes")
 
 def main() -> None:
     """Runs the command; bad input ends with one message and exit status 2."""
+    let_threads_sleep()
     try:
         app()
     except ValueError as error:
