@@ -5,6 +5,10 @@ BIN := $(VENV)/bin
 RUN := runs/demo
 # A file of tests is run by one process, several files side by side; each process takes about 1.5 GB.
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Counting the lines that the tests run costs little from Python 3.12 on; before, only COVERAGE=1 does it, as in .ci/run.
+MONITORS := $(shell $(PYTHON) -c 'import sys; print(*[1] * (sys.version_info >= (3, 12)))')
+COVERAGE ?= $(MONITORS)
+COUNTED := --cov=tinyllama_hf --cov=tinyllama_hf_cli --cov-report=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-upstream lint format clean
@@ -27,7 +31,8 @@ demo: setup  ## From a corpus to a chat model on a local Hub and its story, in r
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.local_hub --storage $(RUN)/hub -- sh recipes/demo/demo.sh $(RUN)
 
 test: setup  ## Run the tests that take under 12 minutes together.
-	$(PYTEST) -m "not slow"
+	$(if $(MONITORS),COVERAGE_CORE=sysmon) $(PYTEST) $(if $(COVERAGE),$(COUNTED)) -m "not slow"
+	@$(if $(COVERAGE),echo "lines run in the test processes: $$($(BIN)/python -m coverage report --format=total)%")
 
 test-slow: setup  ## Run the long tests, the whole demo among them.
 	$(PYTEST) -m slow
