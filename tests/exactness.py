@@ -1,4 +1,4 @@
-"""Greedy output against stock transformers: token by token in fp32, with the ties counted; within rounding in 16 bit."""
+"""Compares greedy output with stock transformers: exactly in fp32, with ties counted, and up to rounding in 16 bit."""
 
 import copy
 import dataclasses
@@ -15,15 +15,15 @@ from tinyllama_hf.decoding.speculative import speculative_generate
 
 TIE = 1e-4
 PAD = 0
-# What rounding may move a logit by, relative to the largest: four steps of bf16, which has eight significant bits. int8
-# and nf4 round at least as much, whatever the type of the rest.
+# How much rounding may change a logit, relative to the largest: four steps of bf16, which has eight significant bits.
+# int8 and nf4 round at least as much, whatever the dtype of the rest.
 ROUNDING = 4 * 2.0**-8
 
 
 def stepwise_logits(model: PreTrainedModel, sequences: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-    """The logits that each new token was chosen by, `[rows, new, vocab_size]`: the prompt in one pass, then token by token.
+    """Returns the logits of each new token, `[rows, new, vocab_size]`: the prompt in one pass, then token by token.
 
-    In int8 a token's activations are rounded together with those in the same pass, so passes have the shapes of `generate`.
+    In int8, activations of a pass are rounded together, so the passes have the same shapes as in `generate`.
     """
     width, cache, found = prompt.shape[1], None, []
     mask = torch.cat([prompt, torch.ones_like(sequences[:, width:])], dim=1).long()
@@ -42,10 +42,10 @@ def stepwise_logits(model: PreTrainedModel, sequences: torch.Tensor, prompt: tor
 
 
 def assert_greedy(model: PreTrainedModel, sequences: torch.Tensor, prompt: torch.Tensor) -> None:
-    """Asserts that every new token is the model's own choice, or so near it that rounding in 16 bit decides.
+    """Asserts that every new token has the model's largest logit, up to rounding in 16 bit.
 
-    Attention that reads keys and values in another order, other processors and other numbers of threads round differently;
-    so tokens that were computed in two ways are equal only where the best logit is ahead by more than that.
+    Rounding depends on the order in which attention reads keys and values, on the processor and on the number of
+    threads. Tokens of two computations are equal only if the best logit leads by more than that.
 
     Args:
         model (`PreTrainedModel`): the reference.
@@ -63,7 +63,7 @@ def assert_greedy(model: PreTrainedModel, sequences: torch.Tensor, prompt: torch
 
 @dataclasses.dataclass
 class Tally:
-    """What was compared, and what was found."""
+    """Counts of compared sequences and differences."""
 
     sequences: int = 0
     ties: int = 0
@@ -83,7 +83,7 @@ class Tally:
 
 
 class Reference:
-    """Stock greedy output of each prompt by itself; kept, since many drafts are compared with it."""
+    """Stock greedy output of each prompt alone; cached, since many drafts are compared with it."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
@@ -96,7 +96,7 @@ class Reference:
         return self._outputs[key]
 
     def is_tie(self, prefix: Sequence[int], options: dict[str, Any]) -> bool:
-        """Whether the two best scores after processors are closer than rounding may decide."""
+        """Returns whether the two best scores after processors differ by less than rounding."""
         output = self._generate(prefix, options | {"max_new_tokens": 1}, output_scores=True)
         best = output.scores[0][0].topk(2).values
         return (best[0] - best[1]).item() < TIE
@@ -115,7 +115,7 @@ class Reference:
 
 
 def left_padded(prompts: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-    """Prompts as `generate` takes them."""
+    """Returns prompts as arguments of `generate`."""
     width = max(map(len, prompts))
     ids = torch.tensor([[PAD] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -123,7 +123,7 @@ def left_padded(prompts: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
 
 
 def first_difference(ours: Sequence[int], stock: Sequence[int]) -> int | None:
-    """The first place where the outputs differ; padding may follow ours."""
+    """Returns the first index where the outputs differ; padding may follow ours."""
     for place, (a, b) in enumerate(itertools.zip_longest(ours, stock)):
         if a != b:
             return None if place >= len(stock) and set(ours[place:]) == {PAD} else place
@@ -139,7 +139,7 @@ def compare(
     batches: Sequence[int],
     draft_lengths: Sequence[int],
 ) -> Tally:
-    """Generates with each draft length, batches of each size in turn, and asserts that every sequence is the reference's."""
+    """Generates with each draft length and batch size, and asserts that every sequence equals the reference."""
     tally = Tally()
     for chosen, draft_length in itertools.product(options, draft_lengths):
         sizes, rest = itertools.cycle(batches), list(prompts)
@@ -162,7 +162,7 @@ def compare(
                 place = first_difference(ours, stock)
                 if place is not None:
                     assert reference.is_tie([*prompt, *stock[:place]], chosen), (
-                        f"{prompt} with {chosen}, {draft_length} drafted, batch of {len(batch)}: {ours} instead of {stock}"
+                        f"{prompt}, {chosen}, {draft_length} drafted, batch of {len(batch)}: {ours} instead of {stock}"
                     )
                     tally.ties += 1
                 tally.sequences += 1

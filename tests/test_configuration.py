@@ -1,4 +1,4 @@
-"""The configuration: published presets, strictness, plain form."""
+"""The configuration: published presets, checked fields, plain form."""
 
 import pytest
 from huggingface_hub.errors import StrictDataclassFieldValidationError
@@ -43,7 +43,7 @@ def test_small_presets_fit_blocks_of_128_and_share_keys(preset):
 
 
 def test_own_fields_are_checked():
-    """A subclass of a strict dataclass is not strict by itself."""
+    """A subclass of a strict dataclass is not strict by default."""
     with pytest.raises(StrictDataclassFieldValidationError):
         TinyLlamaConfig(num_hidden_layers="many")
 

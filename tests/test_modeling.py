@@ -1,4 +1,4 @@
-"""The model against its reference, `transformers.LlamaForCausalLM`, with the same weights."""
+"""The model compared with `transformers.LlamaForCausalLM` with the same weights."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from tinyllama_hf.errors import InputError
 
 @pytest.fixture(params=["eager", "sdpa"])
 def pair(request):
-    """(ours, stock) with equal weights, one per attention implementation."""
+    """Returns (ours, stock) with equal weights, for each attention implementation."""
     return make_pair(request.param)
 
 
@@ -25,7 +25,7 @@ def make_pair(attention: str = "sdpa", **overrides) -> tuple[TinyLlamaForCausalL
     fields = {"vocab_size": 320, "max_position_embeddings": 64, **overrides}
     config = TinyLlamaConfig.preset("micro", **fields)
     ours = TinyLlamaForCausalLM._from_config(config, attn_implementation=attention).eval()
-    # The published initialisation is so small that no attention would show: spread the weights.
+    # With the published initialization, attention would hardly matter: widen the weights.
     for parameter in ours.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.08)
@@ -95,7 +95,7 @@ class TestPacking:
     positions = torch.tensor([[*range(9), *range(20), *range(11)]])
 
     def test_stock_joins_documents_under_a_mask(self):
-        """The trap that ours refuses: with a mask of ones stock lets documents see each other."""
+        """With a mask of ones, stock Llama lets documents attend to each other. Ours refuses it."""
         _, stock = make_pair()
         inputs = {"input_ids": ids(1, 40), "position_ids": self.positions}
         apart = stock(**inputs, use_cache=False).logits
@@ -120,7 +120,7 @@ class TestPacking:
         ours.train()
         tokens, labels = ids(1, 40), torch.full((1, 40), -100)
         labels[:, 9:29] = tokens[:, 9:29]
-        labels[:, 9] = -100  # its predecessor is of another document
+        labels[:, 9] = -100  # its predecessor is in another document
         packed = ours(input_ids=tokens, labels=labels, position_ids=self.positions).loss
         alone = ours(input_ids=tokens[:, 9:29], labels=tokens[:, 9:29]).loss
         torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
@@ -189,7 +189,7 @@ class TestLoss:
         assert model.train()(input_ids=tokens, labels=tokens).past_key_values is None
 
     def test_without_gradients_none_are_computed(self, monkeypatch):
-        """Validation runs in training mode under no_grad; the weight, a parameter, must not ask for a gradient there."""
+        """Validation runs in training mode under no_grad, where no gradient of the weight may be computed."""
         hidden, weight, labels = torch.randn(6, 8), torch.randn(16, 8, requires_grad=True), torch.randint(0, 16, (6,))
         expected = losses.linear_cross_entropy_sum(hidden, weight, labels)
         products = []
@@ -200,7 +200,7 @@ class TestLoss:
 
     @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory from /proc")
     def test_peak_memory_is_bounded(self):
-        """4096 tokens x 32000 ids are 524 MB of logits; stock needs them several times, ours never holds them."""
+        """4096 tokens x 32000 ids are 524 MB of logits. Stock needs several copies, ours none."""
         script = """
 import sys, torch
 from tinyllama_hf.losses import linear_cross_entropy_sum
@@ -244,14 +244,27 @@ class TestInitialisation:
 
     def test_biases_and_the_padding_row_are_zero_unless_loaded(self, tmp_path):
         config = TinyLlamaConfig.preset(
-            "micro", vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, pad_token_id=3,
-            attention_bias=True, mlp_bias=True
-        )  # fmt: skip
+            "micro",
+            vocab_size=64,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=1,
+            pad_token_id=3,
+            attention_bias=True,
+            mlp_bias=True,
+        )
         torch.manual_seed(0)
         model = TinyLlamaForCausalLM(config)
         biases = {name: parameter for name, parameter in model.named_parameters() if name.endswith("bias")}
-        assert {name.split(".")[-2] for name in biases} == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj",
-                                                            "up_proj", "down_proj"}  # fmt: skip
+        assert {name.split(".")[-2] for name in biases} == {
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "o_proj",
+            "gate_proj",
+            "up_proj",
+            "down_proj",
+        }
         for name, zeros in {**biases, "padding": model.model.embed_tokens.weight[3]}.items():
             assert torch.equal(zeros, torch.zeros_like(zeros)), name
         for parameter in model.parameters():
@@ -313,7 +326,7 @@ class TestSaving:
 
 @pytest.fixture(scope="module")
 def big():
-    """The published architecture, without storage."""
+    """Returns the published architecture on the meta device."""
     with torch.device("meta"):
         return TinyLlamaForCausalLM(TinyLlamaConfig.preset("1.1b"))
 

@@ -1,4 +1,4 @@
-"""`from_pretrained` as `LlamaForCausalLM`'s: every place that files can be in, configurations, adapters, Auto classes."""
+"""`from_pretrained` compared with stock: all sources of files, configurations, adapters and Auto classes."""
 
 import shutil
 from pathlib import Path
@@ -21,14 +21,14 @@ COMMITS = {"main": "a" * 40, "dev": "b" * 40}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A plain Llama folder."""
+    """Returns a plain Llama folder."""
     folder = tmp_path_factory.mktemp("model")
     make_pair(hidden_size=64, intermediate_size=96, vocab_size=96, num_hidden_layers=1)[0].save_pretrained(folder)
     return folder
 
 
 def marked(folder: Path, target: Path, value: int, as_tinyllama: bool = False) -> None:
-    """Writes the model again, with a value that the weights, the configuration and the generation settings have."""
+    """Writes the model with a given value in weights, configuration and generation settings."""
     model = TinyLlamaForCausalLM.from_pretrained(folder)
     model.lm_head.weight.data.fill_(value)
     model.config.max_position_embeddings = value
@@ -46,7 +46,7 @@ def marks(model: torch.nn.Module) -> tuple:
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "as_tinyllama"])
 def cache(request, folder, tmp_path_factory) -> Path:
-    """A cache of the Hub client that holds a repository with two branches, each with a subfolder."""
+    """Returns a Hub cache with a repository of two branches, each with a subfolder."""
     cache = tmp_path_factory.mktemp("cache")
     repo = cache / f"models--{REPO.replace('/', '--')}"
     (repo / "refs").mkdir(parents=True)
@@ -80,7 +80,7 @@ class TestPlaces:
                 TinyLlamaForCausalLM.from_pretrained(REPO, **{"cache_dir": cache, **arguments})
 
     def test_of_a_private_repository(self, folder, tmp_path, monkeypatch):
-        """The token reaches every file, and `force_download` asks for each of them again."""
+        """The token is sent for every file, and `force_download` downloads each of them again."""
         from huggingface_hub import HfApi, constants
 
         with LocalHub(tmp_path / "hub").serving() as hub:
@@ -125,7 +125,7 @@ class TestConfigurations:
         assert model.config.max_position_embeddings == 99
 
     def test_a_plain_file_has_llamas_defaults(self, tmp_path):
-        """TinyLlama's are others: files of Llama 1 do not have the number of key/value heads."""
+        """TinyLlama's defaults differ: files of Llama 1 do not have the number of key/value heads."""
         (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 8}')
         ours, stock = (kind.from_pretrained(tmp_path) for kind in (TinyLlamaConfig, LlamaConfig))
         assert type(ours) is TinyLlamaConfig
@@ -147,7 +147,7 @@ class TestConfigurations:
 class TestAdapters:
     @pytest.mark.parametrize("embedded", [False, True], ids=["alone", "next to the weights"])
     def test_a_folder(self, folder, tmp_path, embedded):
-        """Base and adapter, as stock loads them."""
+        """Returns base and adapter, as stock loads them."""
         peft = pytest.importorskip("peft")
         base = LlamaForCausalLM.from_pretrained(folder)
         config = peft.LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
@@ -174,14 +174,14 @@ class TestAutoModel:
             assert torch.equal(loaded.state_dict()[name], tensor), name
 
     def test_the_tables_of_the_library_stay_whole(self):
-        """Those of names, which `Trainer` and pipelines read, and those of classes, which share them."""
+        """The tables of names, which `Trainer` and pipelines read, and those of classes, which share them."""
         from transformers.models.auto import modeling_auto
 
         for table, kind in (("MODEL_MAPPING", TinyLlamaModel), ("MODEL_FOR_CAUSAL_LM_MAPPING", TinyLlamaForCausalLM)):
             assert getattr(modeling_auto, f"{table}_NAMES")["tinyllama"] == kind.__name__
             mapping = getattr(modeling_auto, table)
             assert mapping[TinyLlamaConfig] is kind
-            # As the whole table is read, without the other models of the library, which are not imported here.
+            # Read the whole table, without importing the other models of the library.
             assert mapping._load_attr_from_module("tinyllama", "TinyLlamaConfig") is TinyLlamaConfig
             assert mapping._load_attr_from_module("tinyllama", kind.__name__) is kind
 

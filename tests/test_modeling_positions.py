@@ -1,4 +1,4 @@
-"""`position_ids` in evaluation mode: equal to `LlamaForCausalLM`, documents apart, compiled and exported in one graph."""
+"""`position_ids` in evaluation mode: equal to stock, documents kept apart, compiled and exported in one graph."""
 
 import contextlib
 from collections.abc import Callable
@@ -22,12 +22,12 @@ PACKED = torch.tensor([[*range(5), *range(4), *range(3)], [*range(12)]])
 
 @pytest.fixture(scope="module")
 def pair():
-    """(ours, stock) in evaluation mode, with equal weights."""
+    """Returns (ours, stock) in evaluation mode with equal weights."""
     return make_pair(hidden_size=64, intermediate_size=96, vocab_size=96, num_hidden_layers=1)
 
 
 class Logits(torch.nn.Module):
-    """A model without the cache in its output, which `torch.export` does not know."""
+    """A model without the cache in its output, which `torch.export` does not support."""
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()
@@ -65,7 +65,7 @@ def test_equal_to_stock(pair, how, arguments):
     found, expected = how(pair[0], inputs)(**inputs), pair[1](**inputs).logits
     if how is as_it_is:
         assert torch.equal(found, expected)
-    else:  # where stock makes a mask that it else does without
+    else:  # where stock creates a mask that it otherwise omits
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -108,9 +108,13 @@ def test_documents_are_apart(pair, how):
 
 @pytest.mark.parametrize(
     ("how", "given"),
-    [*((as_it_is, name) for name in ("attention_mask", "past_key_values", "use_cache")),
-     (compiled, "past_key_values"), (exported, "attention_mask"), (exported, "use_cache")],
-)  # fmt: skip
+    [
+        *((as_it_is, name) for name in ("attention_mask", "past_key_values", "use_cache")),
+        (compiled, "past_key_values"),
+        (exported, "attention_mask"),
+        (exported, "use_cache"),
+    ],
+)
 @torch.no_grad()
 def test_what_would_join_documents_is_refused(pair, how, given):
     ours, _ = pair
@@ -127,7 +131,7 @@ def test_what_would_join_documents_is_refused(pair, how, given):
 
 @torch.no_grad()
 def test_a_graph_with_the_configured_cache_refuses_documents(pair):
-    """It returns the cache for ordinary positions, as stock does, and one graph cannot do both."""
+    """It returns the cache for ordinary positions, as stock does, so the same graph cannot disable it."""
     run = exported(pair[0], {"input_ids": TOKENS, "position_ids": ORDINARY})
     with pytest.raises(RuntimeError, match="use_cache"):
         run(input_ids=TOKENS, position_ids=PACKED)
@@ -147,7 +151,7 @@ def test_flash_attention_keeps_documents_of_one_row_apart_only(pair, rows, posit
 
 
 def test_nothing_is_read_where_an_accelerator_would_wait(pair):
-    """On top of a cache, in training, and without cache; as a `meta` tensor, which has no values to be read."""
+    """After a cache, in training and without cache. A `meta` tensor has no values to read."""
     config = pair[0].config
     positions = PACKED.to("meta")
     inputs = {"input_ids": positions, "inputs_embeds": None, "position_ids": positions}

@@ -1,4 +1,4 @@
-"""Training with other heads, other losses and other tools than pretraining has: equal to `LlamaForCausalLM`, or refused."""
+"""Training with custom heads, losses and tools: equal to `LlamaForCausalLM`, or refused."""
 
 import copy
 
@@ -17,14 +17,14 @@ LABELS[0, :5] = -100
 
 
 def small_pair(**overrides) -> list[LlamaForCausalLM]:
-    """(ours, stock) in training mode, with equal weights."""
+    """Returns (ours, stock) in training mode with equal weights."""
     return [model.train() for model in make_pair(**{**SMALL, **overrides})]
 
 
 def assert_trains_equally(
     ours: torch.nn.Module, stock: torch.nn.Module, lean: bool, labels: torch.Tensor = LABELS, **arguments
 ) -> None:
-    """Equal loss and equal gradients; `lean` says which way ours went."""
+    """Asserts equal loss and gradients; `lean` is whether ours computed the loss without logits."""
     outputs = [model(input_ids=TOKENS, labels=labels, **arguments) for model in (ours, stock)]
     assert (outputs[0].logits is None) == lean
     assert outputs[0].loss.shape == ()
@@ -45,7 +45,7 @@ class TestOtherHeads:
         for model in pair:
             torch.manual_seed(0)
             model.resize_token_embeddings(size, mean_resizing=False)
-        pair[1].load_state_dict(pair[0].state_dict())  # new rows are drawn in another spread
+        pair[1].load_state_dict(pair[0].state_dict())  # new rows have another standard deviation
         outputs = [model(input_ids=TOKENS % 64, labels=(TOKENS % 64).masked_fill(LABELS < 0, -100)) for model in pair]
         torch.testing.assert_close(outputs[0].loss, outputs[1].loss)
         for output in outputs:
@@ -86,7 +86,7 @@ class TestOtherHeads:
         )
 
     def test_tensor_parallelism(self, tmp_path):
-        """On a mesh of one process, whose weights are DTensors all the same; with FSDP2 the loss stays lean."""
+        """On a mesh of one process, weights are DTensors too; with FSDP2 the loss stays lean."""
         from torch import distributed
         from torch.distributed.fsdp import fully_shard
         from torch.distributed.tensor import Replicate
@@ -150,7 +150,7 @@ class TestOtherLosses:
 
     @pytest.mark.parametrize("backward", ["grad", "backward"])
     def test_second_derivatives_are_refused(self, backward):
-        """They would lack the curvature of the loss; from the logits they are stock's."""
+        """They would be wrong; from the logits they equal those of stock."""
         ours, stock = small_pair()
         penalties = []
         for model in (ours, stock):
@@ -166,7 +166,7 @@ class TestOtherLosses:
                 loss.backward(create_graph=True)
 
     def test_transforms_of_functions(self):
-        """Gradients for each sample, as stock computes them."""
+        """Per-sample gradients equal those of stock."""
         found = []
         for model in small_pair():
             parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -194,16 +194,16 @@ class Rows(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_label_smoothing_in_trainer(tmp_path, wrapped):
-    """It shifts the labels of the classes that it knows by name, and trains on unshifted ones otherwise."""
+    """Trainer shifts labels only for classes that it knows by name, and would train on unshifted ones otherwise."""
     losses = []
     for model in small_pair():
         if wrapped:
             peft = pytest.importorskip("peft")
             torch.manual_seed(0)
             model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
-        arguments = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, max_steps=3, logging_steps=1, use_cpu=True, seed=0,
-                                      per_device_train_batch_size=4, report_to="none", save_strategy="no",
-                                      disable_tqdm=True)  # fmt: skip
+        quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+        steps = {"max_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 4, "seed": 0}
+        arguments = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, **steps, **quiet)
         trainer = Trainer(model, arguments, train_dataset=Rows(), eval_dataset=Rows())
         trainer.train()
         losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])

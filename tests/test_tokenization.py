@@ -1,4 +1,4 @@
-"""The tokenizer against SentencePiece, on Llama 2's vocabulary and on one trained here."""
+"""The tokenizer compared with SentencePiece, for Llama 2's vocabulary and for one trained here."""
 
 import gzip
 import json
@@ -27,11 +27,14 @@ def llama2(llama2_file):
 
 
 def strange_texts(count: int = 400) -> list[str]:
-    """Random strings over what tokenizers get wrong: spaces in runs and at the ends, scripts, emoji, controls, tags."""
+    """Returns random strings of what tokenizers get wrong: runs of spaces, scripts, emoji, control tokens, tags."""
     draw = random.Random(0)
-    parts = [" ", "  ", "    ", "\t", "\n", "\n\n", "\r\n", "a", "the ", "def ", "()", "::", "0123456789", "ﬁ", "é", "ß", "Ω", "ж", "עברית",
-             "العربية", "हिन्दी", "ไทย", "中文字", "日本語", "한국어", "🙂", "👨‍👩‍👧", "🏳️‍🌈", "\u0301", "\u200b", "\u00a0", "\ufeff", "\x00", "\x1b",
-             "</s>", "<s>", "<unk>", "<0x0A>", "<|im_start|>", "[INST]", "\U0001d518", "\U000e0001"]  # fmt: skip
+    parts = [
+        " ", "  ", "    ", "\t", "\n", "\n\n", "\r\n", "a", "the ", "def ", "()", "::",
+        "0123456789", "ﬁ", "é", "ß", "Ω", "ж", "עברית", "العربية", "हिन्दी", "ไทย", "中文字", "日本語",
+        "한국어", "🙂", "👨‍👩‍👧", "🏳️‍🌈", "\u0301", "\u200b", "\u00a0", "\ufeff", "\x00", "\x1b", "</s>",
+        "<s>", "<unk>", "<0x0A>", "<|im_start|>", "[INST]", "\U0001d518", "\U000e0001",
+    ]  # fmt: skip
     return ["".join(draw.choices(parts, k=draw.randint(1, 40))) for _ in range(count)]
 
 
@@ -57,7 +60,7 @@ class TestLlama2:
         assert verify_tokenizer(llama2, llama2_file, [text]).difference is None
 
     def test_a_file_of_every_corpus(self, llama2, llama2_file, shared):
-        """The first documents of each; every document in the slow test below."""
+        """The first documents of each file; the slow test below reads all."""
         for file in sorted((shared / "data" / "corpora").glob("*/validation.jsonl.gz")):
             with gzip.open(file, "rt", encoding="utf-8") as lines:
                 texts = [json.loads(next(lines))["text"] for _ in range(2)]
@@ -151,7 +154,7 @@ class TestFileForms:
 
     @pytest.mark.parametrize("home", ["added_tokens.json", "tokenizer_config.json"])
     def test_added_tokens_of_folders_without_tokenizer_json(self, tokenizer_folder, tmp_path, home):
-        """What the slow tokenizers of transformers 4 wrote."""
+        """As the slow tokenizers of transformers 4 wrote them."""
         shutil.copy(tokenizer_folder / "tokenizer.model", tmp_path)
         added = {"<|im_start|>": 512, "<|im_end|>": 513}
         decoder = {str(i): {"content": name, "special": True} for name, i in added.items()}
@@ -183,7 +186,7 @@ class TestFileForms:
         assert load_tokenizer(tmp_path / "saved").pad_token == used
 
     def test_begin_of_sequence_where_stock_llama_wrote_none(self, shared):
-        """transformers 5.23 saved this folder; its template adds nothing, without anybody having asked for that."""
+        """transformers 5.23 saved this folder with a post-processor that adds nothing, without being asked to."""
         folder = shared / "data" / "models" / "stories260K"
         assert "<s>" not in json.dumps(json.loads((folder / "tokenizer.json").read_text())["post_processor"])
         assert load_tokenizer(folder)("a").input_ids[0] == 1
@@ -212,18 +215,21 @@ class TestFileForms:
 
 
 def write_gguf_vocabulary(model_file: Path, path: Path) -> Path:
-    """A GGUF file with the vocabulary alone, as llama.cpp's converter writes it."""
+    """Writes a GGUF file with only the vocabulary, as llama.cpp's converter does."""
     from gguf import GGUFWriter, TokenType
 
     processor = load_sentencepiece(model_file)
     pieces = range(processor.get_piece_size())
     kinds = [
-        TokenType.UNKNOWN if processor.is_unknown(i)
-        else TokenType.CONTROL if processor.is_control(i)
-        else TokenType.BYTE if processor.is_byte(i)
+        TokenType.UNKNOWN
+        if processor.is_unknown(i)
+        else TokenType.CONTROL
+        if processor.is_control(i)
+        else TokenType.BYTE
+        if processor.is_byte(i)
         else TokenType.NORMAL
         for i in pieces
-    ]  # fmt: skip
+    ]
     writer = GGUFWriter(path, "llama")
     writer.add_tokenizer_model("llama")
     writer.add_token_list([processor.id_to_piece(i) for i in pieces])
@@ -241,7 +247,7 @@ def write_gguf_vocabulary(model_file: Path, path: Path) -> Path:
 
 
 class TestControlTokens:
-    """In text a literal `</s>` is text; the saved stock tokenizer, called as stock, takes it for the control token."""
+    """A literal `</s>` in text is text; for the saved stock tokenizer, called as stock, it is the control token."""
 
     def test_text(self, tokenizer_folder):
         tokenizer = load_tokenizer(tokenizer_folder)
@@ -255,7 +261,7 @@ class TestControlTokens:
 
 
 class TestLibraryBugs:
-    """Why this module exists. When one of these fails, transformers was repaired and our pipeline can shrink."""
+    """Why this module exists. If one of these fails, transformers was fixed and this module can shrink."""
 
     def test_stock_llama_tokenizer_merges_by_id(self, llama2_file, tmp_path):
         (tmp_path / "tokenizer.model").write_bytes(llama2_file.read_bytes())
@@ -281,7 +287,7 @@ class TestTraining:
         assert processor.encode("a", out_type=str) == ["▁a"]
 
     def test_settings_of_llama_2_show_in_the_pieces(self, tmp_path):
-        """Digits stay single, runs of spaces may be pieces, and nothing is normalized, however frequent it is."""
+        """Digits are never merged, runs of spaces may be pieces, and text is not normalized."""
         text = "1234 1234 2024\n        return ﬁne  ① １"
         trained = train_tokenizer([text] * 99, 290, tmp_path / "trained")
         pieces = [piece.strip("▁") for piece in trained.get_vocab() if not piece.startswith("<")]

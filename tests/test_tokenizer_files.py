@@ -1,4 +1,4 @@
-"""Tokenizers from files that are damaged, or that bring code: a clear error, and none of the code runs."""
+"""Tokenizers from damaged files or with code of their own: a clear error, and the code never runs."""
 
 import collections
 import json
@@ -24,7 +24,7 @@ KINDS = ("sentencepiece", "tokenizer.json", "byte-level")
 
 @pytest.fixture(scope="module")
 def sources(documents, tokenizer_folder, tmp_path_factory):
-    """An undamaged folder of every kind."""
+    """Returns an undamaged folder of every kind."""
     root = tmp_path_factory.mktemp("tokenizers")
     files = {
         "chat_template.jinja": "{{ messages }}",
@@ -34,7 +34,7 @@ def sources(documents, tokenizer_folder, tmp_path_factory):
     }
     (root / "sentencepiece").mkdir()
     shutil.copy(tokenizer_folder / "tokenizer.model", root / "sentencepiece")
-    for name, text in files.items():  # as transformers 4 wrote them
+    for name, text in files.items():  # as from transformers 4
         (root / "sentencepiece" / name).write_text(text)
     load_tokenizer(root / "sentencepiece").save_pretrained(root / "tokenizer.json")
     (root / "tokenizer.json" / "tokenizer.model").unlink()
@@ -50,12 +50,12 @@ def sources(documents, tokenizer_folder, tmp_path_factory):
 
 @pytest.fixture
 def folder(request, sources, tmp_path):
-    """A copy of one of them."""
+    """Returns a copy of one of them."""
     return shutil.copytree(sources / request.param, tmp_path / "copy")
 
 
 def edited(edit):
-    """A change of a JSON file's fields, as one of its bytes."""
+    """Returns a change of the bytes of a JSON file that applies a change to its fields."""
 
     def change(data: bytes) -> bytes:
         fields = json.loads(data)
@@ -66,7 +66,7 @@ def edited(edit):
 
 
 def test_code_in_the_folder_never_runs(sources, tmp_path):
-    """Not even where the standard input says yes to the question that transformers asks."""
+    """Not even if the standard input answers yes to the question of transformers."""
     folder, canary = shutil.copytree(sources / "byte-level", tmp_path / "evil"), tmp_path / "canary"
     settings = {"auto_map": {"AutoTokenizer": [None, "evil.Evil"]}, "tokenizer_class": "Evil"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -84,19 +84,35 @@ def test_code_in_the_folder_never_runs(sources, tmp_path):
         "print('ran as control:', os.path.exists(canary))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, folder, canary], input="y\n", capture_output=True, text=True, timeout=120,
+        [sys.executable, "-c", program, folder, canary],
+        input="y\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
         env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     message, *ran = done.stdout.splitlines()
     assert ran[-2:] == ["ran here: False", "ran as control: True"]
     assert message.startswith(f"{folder}: ") and "auto_map in tokenizer_config.json" in message
 
 
+def set_subword_prefix(fields: dict) -> None:
+    fields["model"]["continuing_subword_prefix"] = "x" * 40
+
+
+PIECE = "▁t".encode()
+
+
 @pytest.mark.parametrize(
     "folder, file, change, reason",
     [
-        ("sentencepiece", "tokenizer.model", lambda data: data.replace("▁t".encode(), b"\xe2\xe2\xe2t", 1), "UnicodeDecodeError"),
+        (
+            "sentencepiece",
+            "tokenizer.model",
+            lambda data: data.replace(PIECE, b"\xe2\xe2\xe2t", 1),
+            "UnicodeDecodeError",
+        ),
         ("sentencepiece", "chat_template.jinja", lambda _: b"{{ \xff }}", "UnicodeDecodeError"),
         ("sentencepiece", "added_tokens.json", lambda _: b"[1]", "AttributeError"),
         ("sentencepiece", "tokenizer_config.json", lambda _: b'{"added_tokens_decoder": {"512": {}}}', "KeyError"),
@@ -109,15 +125,14 @@ def test_code_in_the_folder_never_runs(sources, tmp_path):
         ("tokenizer.json", "tokenizer_config.json", lambda _: b'{"tokenizer_class": 5}', "AttributeError"),
         ("tokenizer.json", "chat_template.jinja", lambda _: b"\xff", "UnicodeDecodeError"),
         ("byte-level", "tokenizer.json", edited(lambda fields: fields.update(version="")), "Exception"),
-        ("byte-level", "tokenizer.json", edited(lambda fields: fields["model"].update(continuing_subword_prefix="x" * 40)),
-         "PanicException"),
+        ("byte-level", "tokenizer.json", edited(set_subword_prefix), "PanicException"),
         ("byte-level", "tokenizer_config.json", lambda data: data[:-5], "JSONDecodeError"),
         ("byte-level", "special_tokens_map.json", lambda _: b"[1]", "AttributeError"),
         ("byte-level", "added_tokens.json", lambda _: b"[1]", "AttributeError"),
         ("byte-level", "chat_template.jinja", lambda _: b"\xff", "UnicodeDecodeError"),
     ],
     indirect=["folder"],
-)  # fmt: skip
+)
 def test_damage_is_named(folder, file, change, reason):
     load_tokenizer(folder)
     data = (folder / file).read_bytes()
@@ -129,7 +144,7 @@ def test_damage_is_named(folder, file, change, reason):
 
 
 def test_seeded_mutants(sources, tmp_path):
-    """Every one ends in an error that names the folder, or in a tokenizer that can be called."""
+    """Each gives an error that names the folder, or a tokenizer that can be called."""
     ends: dict[str, collections.Counter] = {kind: collections.Counter() for kind in KINDS}
     for kind in KINDS:
         files = sorted(path.name for path in (sources / kind).iterdir())

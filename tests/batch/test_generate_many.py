@@ -1,4 +1,4 @@
-"""Many prompts at a time: what each gets is what it gets by itself, whatever it shares a batch with."""
+"""Many prompts at a time: each gets the output that it gets alone, whatever else is in the batch."""
 
 import copy
 
@@ -16,8 +16,19 @@ from tinyllama_hf.inference.generation import Sampling, generate_ids, stop_token
 
 
 GREEDY = Sampling(0, 1.0)
-TEXTS = ("Once upon a time", "Tom", "", "The dog and the cat went to the park.", "Lily likes cake", "One day, a big red car",
-         '"No," said', "They", "x", "A girl named Sue saw a bird. The bird was blue and it sang a song.")  # fmt: skip
+TEXTS = (
+    *(
+        "Once upon a time",
+        "Tom",
+        "",
+        "The dog and the cat went to the park.",
+        "Lily likes cake",
+        '"No," said',
+        "They",
+        "x",
+    ),
+    *("One day, a big red car", "A girl named Sue saw a bird. The bird was blue and it sang a song."),
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +44,7 @@ def random_model(tokenizer_folder):
 
 
 def requests(tokenizer, new_tokens=40):
-    """Prompts of all lengths, with budgets of all lengths."""
+    """Returns prompts of different lengths with different `max_new_tokens`."""
     return [Request(i, tokenizer(text)["input_ids"], new_tokens + 3 * i) for i, text in enumerate(TEXTS)]
 
 
@@ -44,7 +55,7 @@ def by_key(model, tokenizer, wanted, *arguments, **options):
 
 
 def close_call(model, ids) -> bool:
-    """Whether the two best logits for the next token are closer than rounding may decide."""
+    """Returns whether the two best logits of the next token differ by less than rounding."""
     with torch.inference_mode():
         best = model(torch.tensor([ids])).logits[0, -1].topk(2).values
     return (best[0] - best[1]).item() < 1e-4
@@ -53,7 +64,7 @@ def close_call(model, ids) -> bool:
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 @pytest.mark.parametrize("stops", [False, True])
 def test_each_gets_what_it_gets_by_itself(stories, batch_size, stops):
-    """A trained model in fp32; ended by their budgets, and at different lengths by a full stop that counts as the end."""
+    """A trained model in fp32; rows end at their limits, or at a period that counts as end-of-sequence."""
     model, tokenizer = stories
     kept = model.generation_config.eos_token_id
     stop_tokens = [kept, *(tokenizer.convert_tokens_to_ids(["."]) if stops else [])]
@@ -96,7 +107,7 @@ class TestDraws:
         assert len({tuple(completion.ids) for completion in found.values()}) == 6
 
     def test_have_the_distribution(self):
-        """200 000 draws among probabilities from a half to a thousandth, one of them 0: each within 4.5 deviations."""
+        """200,000 samples with probabilities from 0.5 to 0.001, and one of 0: each within 4.5 standard deviations."""
         probabilities = torch.tensor([0.5, 0.2, 0.0, 0.15, 0.1, 0.049, 0.001], dtype=torch.float64)
         rows = 200_000
         numbers = torch.from_numpy(np.stack([np.random.default_rng([1, key]).random(2) for key in range(rows)]))
@@ -108,7 +119,7 @@ class TestDraws:
             assert deviations.abs().max() < 4.5
 
     def test_the_largest_number_draws_a_token_that_can_be_drawn(self):
-        """The largest below 1 times a sum may round up to the sum; behind it there are only tokens without probability."""
+        """The largest number below 1, times the sum, may round up to the sum. No token with probability follows it."""
         largest = torch.full((100, 1), 1 - 2**-53, dtype=torch.float64)
         weights = torch.rand(100, 1, 9, generator=torch.Generator().manual_seed(0))
         weights[..., 6:] = 0
@@ -117,7 +128,7 @@ class TestDraws:
 
     @pytest.mark.parametrize("settings", [{"min_p": 1.0}, {"epsilon_cutoff": 0.99}], ids=str)
     def test_settings_of_the_folder_count(self, random_model, settings):
-        """These leave the most likely token alone; so do they for one prompt."""
+        """These keep only the most likely token, as they do for one prompt."""
         model, tokenizer = random_model
         wanted, sampling = requests(tokenizer, 20), Sampling(1.3, 0.9)
         greedy = by_key(model, tokenizer, wanted, 4, GREEDY)
@@ -129,7 +140,7 @@ class TestDraws:
         assert alone == generate_ids(model, tokenizer, first.ids, first.max_new_tokens, GREEDY)
 
     def test_a_watermark_is_drawn_with(self, random_model):
-        """It comes behind the warpers, and the draws behind it."""
+        """It is applied after the warpers and before sampling."""
         model, tokenizer = random_model
         watermark = WatermarkingConfig(bias=1000.0)
         model.generation_config.watermarking_config = watermark
@@ -142,10 +153,10 @@ class TestDraws:
 
     @pytest.mark.parametrize("sampling", [Sampling(0.7, 1.0), Sampling(1.5, 0.6)])
     def test_are_the_models(self, random_model, sampling):
-        """The first token of 4000 equal prompts, against temperature and top-p worked out by hand."""
+        """The first token of 4000 equal prompts, against an independent computation of temperature and top-p."""
         model, tokenizer = random_model
         ids = tokenizer("class")["input_ids"]
-        model.lm_head.weight.data *= 4  # as sure as a trained one
+        model.lm_head.weight.data *= 4  # confident, as a trained model
         with torch.inference_mode():
             exact = (model(torch.tensor([ids])).logits[0, -1].double() / sampling.temperature).softmax(-1)
         order = exact.argsort(descending=True)
@@ -163,11 +174,11 @@ class TestDraws:
 
 @pytest.mark.parametrize("name", [None, "layers:1", "lookup"])
 class TestPlacesAreFilled:
-    """Rows leave at different times, and others join, whose draft has not read them yet. A seed keeps the draft at work."""
+    """Rows finish at different times and new ones join, which the draft has not read. A seed keeps drafting on."""
 
     @pytest.fixture
     def random_model(self, random_model):
-        """One whose first layer says what the whole model says at times."""
+        """Returns a model in which the first layer alone often predicts the same token."""
         for layer in random_model[0].model.layers[1:]:
             for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
                 projection.weight.data *= 0.3
@@ -188,7 +199,7 @@ class TestPlacesAreFilled:
         ids=lambda settings: ",".join(settings),
     )
     def test_greedy_output_is_each_prompts_own(self, random_model, name, settings):
-        """Beginning of text, length and repetitions are each row's own, whatever the group that it joined with."""
+        """Processors count each row's own tokens, whichever rows it joined with."""
         model, tokenizer = random_model
         model.generation_config.update(**settings)
         wanted = requests(tokenizer, 10) + [Request(100 + r.key, r.ids[::-1], 3 + r.key) for r in requests(tokenizer)]
@@ -210,7 +221,7 @@ class TestPlacesAreFilled:
         model, tokenizer = random_model
         draft, sampling = self.draft(name, model, tokenizer), Sampling(0.9, 0.9)
         wanted = requests(tokenizer, 20)
-        if name == "lookup":  # of what repeats
+        if name == "lookup":  # text that repeats
             sampling = Sampling(0.2, 0.9)
             wanted = [r._replace(ids=[7, 8, 9] * (2 + r.key)) for r in wanted]
         found = [by_key(model, tokenizer, wanted, size, sampling, seed=5, draft=draft) for size in (1, 3, 10)]
@@ -224,7 +235,7 @@ class TestPlacesAreFilled:
 
 
 def test_rotary_angles_that_depend_on_the_length(tokenizer_folder):
-    """Within the context they do not; a drafted token may lie beyond it."""
+    """Within the context they do not depend on it; a drafted token may exceed the context."""
     torch.manual_seed(0)
     scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     config = TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=96, rope_parameters=scaling)
@@ -248,7 +259,7 @@ def test_probabilities_that_are_no_numbers(random_model):
 
 
 def test_no_row_waits_for_the_longest(random_model):
-    """Four rows at a time, two of three short: no pass is made for a row that has ended, and few for less than four."""
+    """Four rows at a time, two of three short: no pass for a finished row, and few passes with less than four rows."""
     model, tokenizer = random_model
     model.generation_config.eos_token_id = tokenizer.eos_token_id = None
     wanted = [Request(i, [5, 6, 7 + i], 60 if i % 3 == 0 else 6) for i in range(24)]

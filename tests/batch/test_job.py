@@ -1,4 +1,4 @@
-"""Files of prompts: every line checked, the order kept, and an interruption that costs nothing that was done."""
+"""Files of prompts: every line is checked, the order is kept, and an interruption loses no finished row."""
 
 import errno
 import fcntl
@@ -44,7 +44,7 @@ def chat_folder(tokenizer_folder, tmp_path_factory):
 
 
 def write(path: Path, *rows) -> Path:
-    """Rows as JSON lines; a text as it is."""
+    """Writes rows as JSON Lines, and strings unchanged."""
     lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8", errors="surrogatepass")
     return path
@@ -106,7 +106,7 @@ def test_a_file_without_a_prompt_is_refused(chat_folder, tmp_path, content, mess
 
 
 def test_rows_are_what_generate_and_chat_give(chat_folder, tmp_path):
-    """In the order of the lines, with all their fields; control tokens in the text stay text."""
+    """In the order of the lines, with all fields; control tokens in text stay text."""
     texts = ["def f(x):\n    y", "", "import  json", "a </s> b", "🚀 hello", "x = 1"]
     question = [{"role": "user", "content": "One <s>?"}]
     rows = [{"id": i, "prompt": text, "more": {"π": [None]}} for i, text in enumerate(texts)]
@@ -148,7 +148,7 @@ class TestGoingOn:
         return job.run(model, tokenizer, batch_size, Sampling(1.0, 0.9, 12), 3, draft, **options)
 
     def interrupt(self, job, chat_folder, monkeypatch, after=7, **options):
-        """Ctrl-C while a row is written."""
+        """Simulates Ctrl-C while a row is written."""
         seen = []
 
         def dumps(value, real=json.dumps, **options):
@@ -164,7 +164,7 @@ class TestGoingOn:
 
     @pytest.mark.parametrize("draft", [None, "layers:1", "lookup"])
     def test_an_interrupted_call_goes_on(self, chat_folder, source, monkeypatch, draft):
-        """What was cut off in the middle comes again, the rest does not; sampled results are those of one call."""
+        """Only incomplete rows are generated again; sampled results equal those of one call."""
         self.run(self.open(chat_folder, source, "whole.jsonl", draft=draft), chat_folder, draft=draft)
         first = self.open(chat_folder, source, draft=draft)
         self.interrupt(first, chat_folder, monkeypatch, draft=draft)
@@ -191,7 +191,7 @@ class TestGoingOn:
         assert not again.is_finished and len(again.pending) == 20
 
     def test_two_at_once(self, chat_folder, source, monkeypatch):
-        """The second is refused while the first writes, and loses none of its rows."""
+        """The second process is refused while the first writes, and no row is lost."""
         first, second = self.open(chat_folder, source), self.open(chat_folder, source)
         seen = []
 
@@ -217,7 +217,7 @@ class TestGoingOn:
         assert [row.get("id") for row in read(second.output)] == [*range(20), None]
 
     def test_a_part_that_went_away_between_opening_and_locking(self, chat_folder, source, monkeypatch):
-        """As when another process ends just then; rows written into it would be lost."""
+        """As if another process finished at that moment; rows written to the removed file would be lost."""
         job, real, calls = self.open(chat_folder, source), fcntl.flock, []
 
         def flock(*arguments):
@@ -247,11 +247,14 @@ class TestGoingOn:
         ("changes", "message"),
         [
             ({"seed": 4}, r"\(--seed was 3, and is 4\)"),
-            ({"sampling": Sampling(0.5, 0.9, 11)}, r"\(--temperature was 1.0, and is 0.5; --max-new-tokens was 12, and is 11\)"),
+            (
+                {"sampling": Sampling(0.5, 0.9, 11)},
+                "temperature was 1.0, and is 0.5; --max-new-tokens was 12, and is 11",
+            ),
             ({"draft": "lookup"}, r"\(--draft was None, and is lookup\)"),
             ({"dtype": "bf16"}, r"\(--dtype was None, and is bf16\)"),
         ],
-    )  # fmt: skip
+    )
     def test_other_settings_are_refused(self, chat_folder, source, monkeypatch, changes, message):
         self.interrupt(self.open(chat_folder, source), chat_folder, monkeypatch)
         with pytest.raises(InputError, match=message):
@@ -321,7 +324,7 @@ class TestGoingOn:
 class TestCommand:
     @pytest.fixture
     def call(self, monkeypatch, capsys, tmp_path):
-        """Runs the command in this process; returns exit status, output and errors."""
+        """Runs the command in this process; returns exit status, stdout and stderr."""
 
         def run(*words):
             monkeypatch.setattr(sys, "argv", ["tinyllama-hf", "generate", *map(str, words)])
@@ -349,7 +352,10 @@ class TestCommand:
         assert status == 2 and output.startswith("wrote out.jsonl: 1 prompts continued, 4 new tokens")
         assert errors.startswith("error: --input in.jsonl: 2 of 3 lines") and "  line 3: prompt: " in errors
         assert [sorted(row) for row in read(tmp_path / "out.jsonl")] == [
-            ["error"], ["finish_reason", "generated", "new_tokens", "prompt"], ["error", "prompt"]]  # fmt: skip
+            ["error"],
+            ["finish_reason", "generated", "new_tokens", "prompt"],
+            ["error", "prompt"],
+        ]
         status, output, again = call(*words)
         assert (status, output, again) == (2, "out.jsonl: was finished already\n", errors)
 
@@ -383,10 +389,10 @@ class TestCommand:
 
 
 def start(folder, tmp_path, file_bytes=None, *options) -> subprocess.Popen:
-    """The command on 60 prompts of 60 tokens; no file may grow above some bytes, as if the disk were full."""
+    """Starts the command on 60 prompts of 60 tokens; `file_bytes` limits the size of files, as a full disk."""
     write(tmp_path / "in.jsonl", *({"prompt": "x " * (1 + i % 5), "id": i} for i in range(60)))
-    command = [Path(sys.executable).parent / "tinyllama-hf", "generate", folder, "--input", "in.jsonl", "--output", "out.jsonl",
-               "--batch-size", "2", "--max-new-tokens", "60", "--seed", "1", *options]  # fmt: skip
+    words = "--input in.jsonl --output out.jsonl --batch-size 2 --max-new-tokens 60 --seed 1"
+    command = [Path(sys.executable).parent / "tinyllama-hf", "generate", folder, *words.split(), *options]
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
@@ -437,7 +443,7 @@ def test_a_full_disk_says_so_and_the_command_goes_on(chat_folder, tmp_path):
 
 @pytest.mark.slow
 def test_smollm2_answers(smollm2, tmp_path):
-    """Chats of different lengths and a text, in fp32: the same with a draft, and no other end."""
+    """Conversations of different lengths and a text prompt in fp32: equal output with and without a draft."""
     asked = [
         {"messages": [{"role": "user", "content": f"What is the capital of {land}?"}]} for land in ("France", "Japan")
     ]

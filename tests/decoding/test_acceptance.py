@@ -1,4 +1,4 @@
-"""The rules of acceptance by themselves: exact distributions from given draws, and filling that never counts."""
+"""The acceptance rules alone: exact distributions for given random numbers, and filling that is never accepted."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ Q = torch.tensor([0.4, 0.3, 0.2, 0.1])
 
 
 def rows_with_draws(number: int) -> Rows:
-    """Rows of one token, each with its own numbers to draw with."""
+    """Returns rows of one token, each with its own random numbers."""
     draws = torch.rand(number, 3, WIDTH + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     plans = [RowPlan(row, WIDTH + 1, draws[row]) for row in range(number)]
     criteria = StoppingCriteriaList([MaxLengthCriteria(WIDTH + 2)])
@@ -27,14 +27,14 @@ def rows() -> Rows:
 
 
 def assert_follows_p(tokens: torch.Tensor) -> None:
-    """To 5 standard deviations, which are at most 0.5 over the root of the number."""
+    """Asserts frequencies within 5 standard deviations, each at most 0.5 / sqrt(samples)."""
     shares = torch.bincount(tokens, minlength=4) / len(tokens)
     assert (shares - P).abs().max() < 2.5 * len(tokens) ** -0.5, shares
 
 
 @pytest.mark.parametrize("is_drawn", [True, False], ids=["from q", "look-up"])
 def test_tokens_follow_the_target(rows, is_drawn):
-    """A number that decided twice would choose among what it has just rejected."""
+    """Numbers must not be used twice: a token that its number rejected would be preferred by the same number."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.multinomial(Q, ROWS * WIDTH, replacement=True, generator=generator).view(ROWS, WIDTH)
     tokens = tokens if is_drawn else torch.full_like(tokens, 1)
@@ -47,7 +47,7 @@ def test_tokens_follow_the_target(rows, is_drawn):
 
 
 def test_token_behind_the_accepted_ones_follows_the_target(rows):
-    """Where nothing was drafted, and where all that was drafted stands."""
+    """If nothing was drafted, and if all drafted tokens are accepted."""
     scores, tokens = P.log().repeat(ROWS, WIDTH + 1, 1), torch.zeros(ROWS, WIDTH, dtype=torch.long)
     found, accepted = accept_sampled(scores, Proposal(tokens, torch.zeros(ROWS, dtype=torch.long)), rows)
     assert not accepted.any()
@@ -62,7 +62,7 @@ def test_token_behind_the_accepted_ones_follows_the_target(rows):
 
 @pytest.mark.parametrize("accept", [accept_greedy, accept_sampled])
 def test_filling_is_never_accepted(accept):
-    """Even where the target would have chosen it: only the first `counts` tokens were drafted."""
+    """Even if the target would have chosen it: only the first `counts` tokens were drafted."""
     rows, counts = rows_with_draws(3), torch.tensor([0, 1, 2])
     scores = torch.full((3, WIDTH + 1, 4), -torch.inf)
     scores[..., 2] = 0.0

@@ -1,4 +1,4 @@
-"""How many tokens are drafted, with costs and acceptance that are known."""
+"""The adaptive number of drafted tokens, for known costs and acceptance."""
 
 import torch
 
@@ -7,7 +7,7 @@ from tinyllama_hf.decoding.engine import LONGEST_DRAFT
 
 
 def feed(length, seconds, acceptance, rounds=60):
-    """Rounds with these costs: a draft pass, a target pass of one token, of each further token."""
+    """Runs rounds with these costs: of a draft pass, of a target pass over one token, and of each further token."""
     draft, target, further = seconds
     widths = []
     generator = torch.Generator().manual_seed(0)
@@ -55,7 +55,7 @@ def test_expected_tokens():
 
 
 def test_a_row_near_its_end_is_not_taken_for_one_that_rejects():
-    """All that it can take of eight drafted tokens is one, and it takes that."""
+    """It can take one of eight drafted tokens, and accepts it."""
     length = AdaptiveDraftLength(1, 8)
     length.observe(0, [1], [0], 0.0, 1.0)
     for _ in range(20):

@@ -36,7 +36,10 @@ LLAMA = {"vocab_size": VOCABULARY, "intermediate_size": 96, "max_position_embedd
 KINDS = {
     "grouped": (LlamaForCausalLM, LlamaConfig(**LLAMA, hidden_size=64, num_attention_heads=8, num_key_value_heads=2)),
     "multi_head": (LlamaForCausalLM, LlamaConfig(**LLAMA, hidden_size=48, num_attention_heads=3)),
-    "multi_query": (LlamaForCausalLM, LlamaConfig(**LLAMA, hidden_size=64, num_attention_heads=4, num_key_value_heads=1)),
+    "multi_query": (
+        LlamaForCausalLM,
+        LlamaConfig(**LLAMA, hidden_size=64, num_attention_heads=4, num_key_value_heads=1),
+    ),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**LLAMA, hidden_size=64, num_attention_heads=4, num_key_value_heads=2)),
     "gpt2": (GPT2LMHeadModel, GPT2Config(vocab_size=VOCABULARY, n_embd=48, n_layer=3, n_head=3, n_positions=96)),
     "gpt_neox": (
@@ -45,14 +48,21 @@ KINDS = {
     ),
     "opt": (
         OPTForCausalLM,
-        OPTConfig(vocab_size=VOCABULARY, hidden_size=48, word_embed_proj_dim=48, ffn_dim=96, num_hidden_layers=3,
-                  num_attention_heads=3, max_position_embeddings=96),
+        OPTConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=48,
+            word_embed_proj_dim=48,
+            ffn_dim=96,
+            num_hidden_layers=3,
+            num_attention_heads=3,
+            max_position_embeddings=96,
+        ),
     ),
-}  # fmt: skip
+}
 
 
 def random_model(kind: str, seed: int):
-    """A random model whose choices depend on what it read: weights several times as wide as those of an untrained one."""
+    """Returns a random model with wide weights, so that its output depends on its input."""
     torch.manual_seed(seed)
     model_class, config = KINDS[kind]
     model = model_class(copy.deepcopy(config)).eval()
@@ -64,7 +74,7 @@ def random_model(kind: str, seed: int):
 
 
 def near(model, spread: float, seed: int):
-    """A copy with noise on its weights: a draft that is right at times."""
+    """Returns a copy with noise on its weights: a draft that is right in part."""
     torch.manual_seed(seed)
     draft = copy.deepcopy(model)
     for parameter in draft.parameters():
@@ -97,10 +107,11 @@ def stories(shared):
 
 
 STORIES = (
-    "Once upon a time", "Tom", "The dog and the cat", '"No," said', "One day, a big", "Lily likes cake and milk", "They",
-    "She was very happy because", "In the park there was a", "Mom said to Ben that he must not", "It was a sunny day and",
-    "The bird", "He saw a red ball and wanted to", "Why", "At night the moon", "Sue had a toy car. It was",
-)  # fmt: skip
+    *("Once upon a time", "Tom", "The dog and the cat", '"No," said', "One day, a big", "Lily likes cake and milk"),
+    *("They", "She was very happy because", "In the park there was a", "Mom said to Ben that he must not", "The bird"),
+    *("It was a sunny day and", "He saw a red ball and wanted to", "Why", "At night the moon"),
+    "Sue had a toy car. It was",
+)
 EXTRA = (
     {"max_new_tokens": 48},
     {"max_new_tokens": 48, "repetition_penalty": 1.2},
@@ -119,7 +130,7 @@ def test_a_trained_model(stories):
 
 @pytest.mark.slow
 def test_two_thousand_sequences(stories, smollm2):
-    """Every kind of draft and target; one tie in five hundred sequences would be exempt."""
+    """All kinds of drafts and targets; up to one tie in 500 sequences is allowed."""
     tallies = {}
     for number, kind in enumerate(KINDS):
         model = random_model(kind, 10 + number)
@@ -149,14 +160,21 @@ def test_two_thousand_sequences(stories, smollm2):
 
 
 def smollm2_tallies(folder):
-    """Real weights: in 4 bit it is often right about itself, by its first layers seldom."""
+    """Trained weights: the 4-bit model is often a good draft of itself, its first layers rarely."""
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     target = TinyLlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     quantized, _ = load(folder, quantization="nf4")
     reference = Reference(stock)
-    texts = ("The capital of France is", "Photosynthesis turns", "def add(a, b):", "Once upon a time there was a king who",
-             "Water", "1, 2, 3, 4,", "The most important thing about bread is", "My favourite")  # fmt: skip
+    texts = (
+        *(
+            "The capital of France is",
+            "Photosynthesis turns",
+            "def add(a, b):",
+            "Once upon a time there was a king who",
+        ),
+        *("Water", "1, 2, 3, 4,", "The most important thing about bread is", "My favorite"),
+    )
     prompts = [tokenizer(text)["input_ids"] for text in texts]
     options = ({"max_new_tokens": 20}, {"max_new_tokens": 20, "repetition_penalty": 1.2})
     yield "nf4", compare(reference, target, quantized, prompts, options, (8,), (3,))

@@ -1,4 +1,4 @@
-"""Attention without copies of keys and values: equal to sdpa's, in stock models too, and really without the copies."""
+"""Attention without copies of keys and values: equal to sdpa, also in stock models, and free of copies."""
 
 import copy
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ def test_equal_to_sdpa(shape, mask_kind, dtype):
     batch, heads, key_value_heads, queries, keys = shape
     torch.manual_seed(0)
     query = torch.randn(batch, heads, queries, 16, dtype=dtype)
-    # As a cache hands them out: views of a larger buffer.
+    # Views of a larger buffer, as from a cache.
     key, value = (torch.randn(batch, key_value_heads, keys + 7, 16, dtype=dtype)[:, :, :keys] for _ in range(2))
     mask = torch.rand(batch, heads if mask_kind == "by head" else 1, queries, keys) < 0.7
     mask[..., 0] = True
@@ -31,15 +31,22 @@ def test_equal_to_sdpa(shape, mask_kind, dtype):
     expected, _ = sdpa_attention.sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
     ours, weights = gqa_packed_attention(module, query, key, value, mask, scaling=0.3)
     assert weights is None and ours.shape == expected.shape == (batch, queries, heads, 16) and ours.is_contiguous()
-    # Both sum values by weights that add up to one; each weight, and each sum, is rounded to the type at least once.
+    # Both sum values with weights that add up to one; each weight and each sum is rounded at least once.
     assert (ours - expected).abs().max() <= 2 * torch.finfo(dtype).eps * value.abs().max()
 
 
 @pytest.fixture(scope="module")
 def models():
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=8,
-                         num_key_value_heads=2, max_position_embeddings=128)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
     stock = LlamaForCausalLM(config).eval()
     packed = LlamaForCausalLM._from_config(copy.deepcopy(config), attn_implementation=GQA_PACKED).eval()
     packed.load_state_dict(stock.state_dict())
@@ -48,7 +55,7 @@ def models():
 
 
 def test_a_stock_model_by_name(models):
-    """Left-padded, with a cache, several tokens on top: the pass that checks drafted tokens."""
+    """Left-padded, several tokens after a cache: the pass that verifies drafted tokens."""
     stock, packed = models
     ids = torch.randint(1, 96, (3, 20))
     mask = torch.ones_like(ids)
@@ -75,7 +82,7 @@ def test_gradients_pass(models):
 
 
 def test_nothing_is_copied(models, monkeypatch):
-    """Stock sdpa repeats keys and values there; when it no longer does, ours can go."""
+    """Stock sdpa repeats keys and values here. If this fails, ours is no longer needed."""
     stock, packed = models
     ids = torch.randint(1, 96, (2, 9))
     mask = torch.ones_like(ids)
@@ -91,7 +98,7 @@ def test_nothing_is_copied(models, monkeypatch):
 
 
 def test_for_a_while_and_by_several_at_a_time(models):
-    """Two that generate with one model, as threads of a server do: the first to end does not end it for the other."""
+    """Two contexts for one model, as in threads of a server: the first exit does not restore the attention."""
     stock, packed = models
     first, second = packed_attention(stock), packed_attention(stock, packed)
     first.__enter__()

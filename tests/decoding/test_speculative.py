@@ -1,4 +1,4 @@
-"""What `generate` promises holds with a draft too: every way to end, to process, to show and to refuse."""
+"""`generate` with a draft: stopping criteria, processors, streaming, statistics and refusals, as without a draft."""
 
 import copy
 
@@ -33,14 +33,14 @@ PROMPTS = ([5, 17, 33], [9], [100, 3, 77, 41, 8, 60, 21], [12, 12, 13, 14, 12, 1
 
 
 def alone(target, prompt, **options):
-    """What the target makes of one prompt by itself."""
+    """Returns the target's output for one prompt alone."""
     ids = torch.tensor([prompt])
     output = target.generate(ids, attention_mask=torch.ones_like(ids), **{**GREEDY, **options})
     return output[0, len(prompt) :].tolist()
 
 
 def together(target, draft, **options):
-    """What it makes of all prompts with a draft."""
+    """Returns the target's output for all prompts in one batch with a draft."""
     batch = left_padded(PROMPTS)
     output = target.generate(**batch, assistant_model=draft, num_assistant_tokens=4, **{**GREEDY, **options})
     return output[:, batch["input_ids"].shape[1] :].tolist()
@@ -53,7 +53,7 @@ def assert_equal(target, draft, **options):
 
 
 class EndsAfter(StoppingCriteria):
-    """Ends a row once it has read these tokens, one after the other, anywhere in it."""
+    """Ends a row that contains a token a given number of times in succession."""
 
     def __init__(self, token: int, times: int):
         self.token, self.times = token, times
@@ -78,7 +78,7 @@ class NeedsScores(StoppingCriteria):
 
 
 class NeverTheSameTwice(LogitsProcessor):
-    """A processor of somebody else's, which reads the row."""
+    """A user-defined processor, which reads the row."""
 
     def __call__(self, input_ids, scores):
         return scores.scatter(1, input_ids[:, -1:], -torch.inf)
@@ -122,7 +122,7 @@ class TestEveryRowIsAsAlone:
         assert_equal(target, draft, **options)
 
     def test_criteria_that_keep_books_of_the_whole_batch(self, target, draft):
-        """As lm-eval's: a list by row inside, the prompt's length with its padding, and True once all are done."""
+        """As in lm-eval: state per row, prompt length with padding, and one result for the whole batch."""
         token = max(range(128), key=alone(target, PROMPTS[0]).count)
         ours = together(target, draft, stopping_criteria=StoppingCriteriaList([OfAllRows(len(PROMPTS), 7, token)]))
         for prompt, new in zip(PROMPTS, ours, strict=True):
@@ -130,7 +130,7 @@ class TestEveryRowIsAsAlone:
             assert first_difference(new, stock) is None
 
     def test_beyond_the_context(self, target, draft):
-        """Rotary models go on there, as stock does; the draft reads no further than it can."""
+        """Rotary models continue beyond it, as in stock; the draft reads only up to its own context."""
         assert_equal(target, draft, max_new_tokens=80)
         short = copy.deepcopy(draft)
         short.config.max_position_embeddings = 10
@@ -140,7 +140,7 @@ class TestEveryRowIsAsAlone:
         )
         assert 0 < output.statistics.draft_passes <= 4
         short.config.max_position_embeddings = 4
-        assert_equal(target, short)  # a prompt longer than the draft can read: without its help
+        assert_equal(target, short)  # a prompt longer than the context of the draft: no drafting
 
     def test_a_draft_with_an_adapter(self, target, draft):
         from peft import LoraConfig, get_peft_model
@@ -188,7 +188,7 @@ class TestEveryRowIsAsAlone:
 
 @pytest.mark.parametrize("text", ["park", ["a big", "!", "mom"]])
 def test_stop_strings_in_a_batch(shared, text):
-    """transformers (5.23) refuses them with a draft, and takes one prompt."""
+    """transformers (5.23) refuses them with a draft, and supports one prompt."""
     model, tokenizer = load(shared / "data" / "models" / "stories260K", dtype=torch.float32)
     texts = ["Once upon a time", "Tom", "The dog and the cat", "One day, a"]
     batch = left_padded([tokenizer(t)["input_ids"] for t in texts])
@@ -306,7 +306,7 @@ class TestOutput:
 
 class TestDraftLength:
     def test_rows_that_end_with_their_prompt_are_forgotten(self, target, draft, monkeypatch):
-        """Their acceptance would go on counting for the others."""
+        """Their acceptance would otherwise count for the remaining rows."""
         seen, observe = [], AdaptiveDraftLength.observe
 
         def spy(self, width, limits, accepted, *seconds):
@@ -366,7 +366,7 @@ class TestRefusals:
     )
     def test_options(self, target, draft, options, message):
         arguments = {**left_padded(PROMPTS), **GREEDY, **options}
-        if message is None:  # end-of-sequence fills up, as stock does
+        if message is None:  # end-of-sequence is used as padding, as in stock
             assert target.generate(**arguments, assistant_model=draft).shape[0] == 4
             return
         with pytest.raises(InputError, match=message):
@@ -393,8 +393,8 @@ class TestRefusals:
             target.generate(ids, attention_mask=torch.tensor([[0, 0, 0], [1, 1, 1]]), assistant_model=draft, **GREEDY)
 
     def test_pairs(self, target):
-        other = LlamaForCausalLM(LlamaConfig(vocab_size=160, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                                             num_attention_heads=2)).eval()  # fmt: skip
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        other = LlamaForCausalLM(LlamaConfig(vocab_size=160, **sizes)).eval()
         with pytest.raises(InputError, match=r"has 160 entries, the target's 128.*resize_token_embeddings\(128\)"):
             target.generate(**left_padded(PROMPTS), assistant_model=other, **GREEDY)
         other.resize_token_embeddings(128)
@@ -408,8 +408,8 @@ class TestRefusals:
             PromptLookup(0)
 
     def test_models_without_full_attention(self, target):
-        config = MistralConfig(vocab_size=128, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                               num_attention_heads=2, num_key_value_heads=1, sliding_window=8)  # fmt: skip
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = MistralConfig(vocab_size=128, **sizes, num_key_value_heads=1, sliding_window=8)
         with pytest.raises(InputError, match=r"target MistralForCausalLM: .*sliding window: 8"):
             speculative_generate(MistralForCausalLM(config), target, **left_padded(PROMPTS), **GREEDY)
         training = copy.deepcopy(target).train()
@@ -424,14 +424,14 @@ class TestRefusals:
             scaled.config.rope_parameters = {**scaled.config.rope_parameters, "rope_type": kind}
             with pytest.raises(InputError, match=f"rotary scaling '{kind}' depends on the longest row"):
                 together(target, scaled)
-        # Of rows without a draft, none of which is longer than the context, only one of them depends on the others.
+        # Without a draft, no row exceeds the context, so only one of the two kinds depends on the other rows.
         with pytest.raises(InputError, match="rotary scaling 'longrope'"):
             check_full_attention(scaled, "model", drafts=False)
         scaled.config.rope_parameters = {**scaled.config.rope_parameters, "rope_type": "dynamic"}
         check_full_attention(scaled, "model", drafts=False)
 
     def test_stock_still_refuses_batches(self, target, draft):
-        """When it no longer does, look at what it does, and whether ours can go."""
+        """If this fails, check whether stock assisted generation can replace ours."""
         stock = LlamaForCausalLM(target.config.to_llama()).eval()
         with pytest.raises(ValueError, match="batch_size = 1"):
             stock.generate(**left_padded(PROMPTS), assistant_model=draft, **GREEDY)
@@ -446,7 +446,7 @@ def test_a_seed_decides_with_a_fixed_length(target, draft):
 
 
 def test_the_tokenizer_pads_as_it_must(tokenizer_folder):
-    """What the README shows works with the tokenizer as it is loaded."""
+    """The example of the README works with the tokenizer as it is loaded."""
     tokenizer = load_tokenizer(tokenizer_folder)
     batch = tokenizer(["a", "return self"], return_tensors="pt", padding=True, padding_side="left")
     config = TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=64)

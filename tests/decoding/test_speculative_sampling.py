@@ -26,8 +26,15 @@ LIMIT = 1e-3 / 13
 
 def model(seed: int, *, reads_only_the_last_token: bool) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+    )
     made = LlamaForCausalLM(config).eval()
     for name, parameter in made.named_parameters():
         if parameter.dim() > 1:
@@ -40,7 +47,7 @@ def model(seed: int, *, reads_only_the_last_token: bool) -> LlamaForCausalLM:
 
 
 def similar(target: LlamaForCausalLM, seed: int) -> LlamaForCausalLM:
-    """A draft that is right at times, and whose distribution is another one."""
+    """Returns a draft with another distribution, which is right in part."""
     torch.manual_seed(seed)
     draft = LlamaForCausalLM(target.config).eval()
     draft.load_state_dict(target.state_dict())
@@ -49,7 +56,7 @@ def similar(target: LlamaForCausalLM, seed: int) -> LlamaForCausalLM:
 
 
 def warped(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
-    """The distribution that is drawn from, `[..., vocab]`, from its definition; in float64."""
+    """Returns the sampling distribution `[..., vocab]` by definition, in float64."""
     p = (logits.double() / temperature).softmax(-1)
     order = p.argsort(dim=-1, descending=True)
     ranked = p.gather(-1, order)
@@ -63,7 +70,7 @@ def warped(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -
 
 
 def p_value(counts: torch.Tensor, expected: torch.Tensor) -> float:
-    """Of a chi-square test over `[groups, classes]`, each group with its own total; rare classes are taken together."""
+    """Returns the p-value of a chi-square test over `[groups, classes]`; rare classes are merged."""
     assert counts[expected == 0].sum() == 0, "something was drawn that has no probability"
     statistic, degrees = 0.0, 0
     for observed, wanted in zip(counts.double(), expected.double(), strict=True):
@@ -81,7 +88,7 @@ def p_value(counts: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def chain():
-    """A target whose next token depends on the last one alone, so that every drawn token is a draw of a known row."""
+    """Returns a target in which the next token depends on the last one only: each token samples a known row."""
     target = model(0, reads_only_the_last_token=True)
     with torch.inference_mode():
         logits = target(torch.arange(VOCABULARY)[:, None]).logits[:, -1]
@@ -97,7 +104,7 @@ def test_transitions(chain, setting, rows):
 
 @pytest.mark.slow
 def test_transitions_with_look_up(chain):
-    """A proposed token that was not drawn: q is one at it."""
+    """Drafted tokens that were not sampled have q = 1."""
     target, _, logits = chain
     check_transitions(target, PromptLookup(2), logits, SETTINGS[0], 8)
 
@@ -135,7 +142,7 @@ def check_transitions(target, draft, logits, setting, rows):
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 8])
 def test_whole_outputs_of_a_model_that_reads_everything(rows):
-    """Three tokens together, of ragged prompts, against the product of their exact probabilities."""
+    """Outputs of three tokens for ragged prompts, against the product of their exact probabilities."""
     target = model(5, reads_only_the_last_token=False)
     draft, setting = similar(target, 6), {"temperature": 0.8, "top_k": 5, "top_p": 1.0}
     torch.manual_seed(99)
@@ -159,7 +166,7 @@ def test_whole_outputs_of_a_model_that_reads_everything(rows):
 @pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [600, 7000])
 def test_draws_that_follow_from_a_seed(batch_size):
-    """Each row draws with numbers of its own, which a rejected token uses up in vain; rows join while others are under way."""
+    """Rows have their own random numbers, also for rejected tokens, and join while others are generated."""
     target = model(5, reads_only_the_last_token=False)
     setting = {"temperature": 0.8, "top_k": 0, "top_p": 0.9}
     draft = ModelProposer(similar(target, 6))
@@ -180,14 +187,14 @@ def test_draws_that_follow_from_a_seed(batch_size):
 
 
 class NoTokenizer:
-    """Tokens without text; nothing ends but by its number of tokens."""
+    """Tokens without text and without end-of-sequence."""
 
     pad_token_id, eos_token_id = 0, None
 
 
 @torch.inference_mode()
 def exact_outputs(target, prompt, setting):
-    """Probability of every output of three tokens."""
+    """Returns the probability of every output of three tokens."""
     pairs = torch.tensor(list(itertools.product(range(VOCABULARY), repeat=2)))
     ids = torch.cat([prompt.expand(len(pairs), -1), pairs], dim=1)
     p = warped(target(ids).logits[:, -3:], **setting)  # [pairs, 3, vocab]

@@ -1,4 +1,4 @@
-"""With a draft, `output_scores` and `output_logits` are those of each prompt alone, and of stock assisted generation."""
+"""`output_scores` and `output_logits` with a draft equal those of each prompt alone and of stock."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ class TestScores:
 
     @pytest.mark.parametrize("rows", [1, 4])
     def test_equal_each_row_alone(self, target, draft, rows):
-        """Before and after the processors, also of rows that end before the others, for which zeros follow."""
+        """Before and after the processors, with zeros after the end of a row."""
         options = GREEDY | self.options | {"repetition_penalty": 1.5}
         options["eos_token_id"] = [
             alone(target, prompt, repetition_penalty=1.5, max_new_tokens=4)[3] for prompt in PROMPTS[:2]

@@ -1,4 +1,4 @@
-"""Drafts for the commands: what may be one, and what the user is shown."""
+"""Drafts for the commands: which are accepted, and what is printed."""
 
 import copy
 
@@ -20,7 +20,7 @@ def stories(shared):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_stranger_as_draft_changes_nothing(tokenizer_folder, seed):
-    """Random pairs of different width and depth: hardly any token is accepted, and rows end in the middle."""
+    """Random pairs of different depth: hardly any token is accepted, and rows end at end-of-sequence."""
     tokenizer = load_tokenizer(tokenizer_folder)
     torch.manual_seed(seed)
     target, stranger = (

@@ -1,4 +1,4 @@
-"""Runs one upstream test on the stock class and on ours, and decides what the pair of outcomes means."""
+"""Runs one upstream test on the stock class and on ours, and compares the outcomes."""
 
 import traceback
 import unittest
@@ -9,7 +9,7 @@ import pytest
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one test: `state` is `"passed"`, `"skipped"` or `"failed"`, `detail` the reason or the traceback."""
+    """The outcome of a test: `state` is `"passed"`, `"skipped"` or `"failed"`, `detail` the reason or traceback."""
 
     state: str
     detail: str = ""
@@ -54,9 +54,9 @@ def run_case(case: unittest.TestCase) -> Outcome:
 
 
 def compare(stock: unittest.TestCase, ours: unittest.TestCase, difference: str | None) -> None:
-    """Passes if both pass; skips what stock does not pass; expects our failure where `difference` gives its reason.
+    """Passes if both pass, skips if stock does not pass, and expects our failure if `difference` gives a reason.
 
-    Fails if stock passes and ours does not without a `difference`, or passes in spite of one.
+    Fails if stock passes and ours fails without a `difference`, or ours passes with one.
     """
     of_stock = run_case(stock)
     if of_stock.state != "passed":

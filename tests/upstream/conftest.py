@@ -1,4 +1,4 @@
-"""Puts transformers' own `tests` in front of ours, where the environment names the folder they were fetched to."""
+"""Imports transformers' own `tests` in place of ours, from the folder that the environment names."""
 
 import os
 import shutil
@@ -16,13 +16,13 @@ collect_ignore = ["stand_ins"]
 
 if FOLDER is not None:
     sys.path.insert(0, FOLDER)
-    # The differences are listed for a CPU; each test process has one thread, or they would wait for each other.
+    # The differences are listed for a CPU. Each test process has one thread, so that they do not compete.
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Writes the models of the pipeline tests, which look for them when they are imported."""
+    """Writes the models of the pipeline tests, which are read at import."""
     if FOLDER is None or xdist.is_xdist_controller(session):
         return
     from tiny_models import write_tiny_models
@@ -34,12 +34,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_report_header() -> list[str]:
-    """Names the versions of the tests and the files that are missing."""
+    """Returns the versions of the tests and the missing files."""
     if FOLDER is None:
         return []
     origin = yaml.safe_load((Path(FOLDER) / "origin.yaml").read_text(encoding="utf-8"))
     checkout = "" if origin["checkout"] is None else f"; checkout of {origin['checkout']}"
     missing = ", ".join(origin["missing"]) or "nothing"
     return [
-        f"tests of transformers {origin['version']}{checkout}; stand-ins, as in neither archive nor checkout: {missing}"
+        f"tests of transformers {origin['version']}{checkout}; stand-ins, in neither archive nor checkout: {missing}"
     ]

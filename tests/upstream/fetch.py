@@ -4,7 +4,7 @@
 
 The release's source archive on the package index holds the testers of models, configurations, pipelines, training and
 parallelism. It lacks those of generation and export, and `causal_lm_tester.py`: `--from` takes them from a checkout of
-the release, or of a version next to it. Where a file is in neither, a stand-in without tests takes its place.
+the release, or of a version next to it. If a file is in neither, a stand-in without tests replaces it.
 """
 
 import argparse
@@ -23,16 +23,16 @@ import yaml
 
 
 STAND_INS = Path(__file__).parent / "stand_ins"
-# What the testers import and the source archive lacks.
+# Files that the testers import and the source archive does not contain.
 NEEDED = sorted(path.relative_to(STAND_INS) for path in STAND_INS.rglob("*.py"))
 
 
 def fetch(folder: Path, checkout: Path | None = None) -> None:
-    """Puts `tests` and what they look for around them into a folder, replacing it.
+    """Writes `tests` and the files that they need into a folder, and replaces its contents.
 
     Args:
-        folder (`Path`): to write; `origin.yaml` in it says where the files are from.
-        checkout (`Path`, *optional*): of the release or of a version next to it.
+        folder (`Path`): folder to write; `origin.yaml` in it records the origin of the files.
+        checkout (`Path`, *optional*): checkout of the release or of a version next to it.
     """
     version = importlib.metadata.version("transformers")
     of_checkout = None if checkout is None else _version_of(checkout)
@@ -56,7 +56,7 @@ def fetch(folder: Path, checkout: Path | None = None) -> None:
 
 
 def add_stand_ins(folder: Path) -> None:
-    """Puts the stand-ins of today where a fetched folder lacks a file."""
+    """Adds the current stand-ins for files that a fetched folder lacks."""
     for path in yaml.safe_load((folder / "origin.yaml").read_text(encoding="utf-8"))["missing"]:
         shutil.copyfile(STAND_INS / path, folder / "tests" / path)
 
@@ -72,7 +72,7 @@ def _version_of(checkout: Path) -> str:
 
 
 def _unpack_archive(version: str, folder: Path) -> None:
-    """Downloads the source archive of a release and puts its tests over those in a folder."""
+    """Downloads the source archive of a release and copies its tests over those of a folder."""
     with tempfile.TemporaryDirectory() as downloads:
         done = subprocess.run(
             [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
@@ -89,7 +89,7 @@ def _unpack_archive(version: str, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--from", dest="checkout", type=Path, help="a checkout of transformers; fetches anew")
+    parser.add_argument("--from", dest="checkout", type=Path, help="a checkout of transformers; fetches again")
     checkout = parser.parse_args().checkout
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "tinyllama_hf" / f"transformers-{importlib.metadata.version('transformers')}-tests"

@@ -1,4 +1,4 @@
-"""The upstream tests as two test cases: one of the stock Llama classes, one of ours. Imports the upstream `tests`."""
+"""The upstream tests as two test cases, for the stock Llama classes and for ours. Imports the upstream `tests`."""
 
 import unittest
 
@@ -10,13 +10,13 @@ from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM
 from tinyllama_hf.modeling_tinyllama import TinyLlamaModel
 
 
-# Upstream runs the tests with several processes for a list of model types only, and this list cannot name ours.
+# Upstream runs multi-process tests only for a list of model types, which does not contain ours.
 test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
 test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
 
 
 class _TwoClassesTester(CausalLMModelTester):
-    """The base model and the causal model: the classes that exist on both sides."""
+    """The base model and the causal model: the classes that exist both in stock and here."""
 
     def __init__(self, parent: unittest.TestCase):
         super().__init__(parent)

@@ -1,4 +1,4 @@
-"""What counts as a difference from stock, and what a folder of fetched tests is made of."""
+"""Which outcomes are a difference from stock, and which files a folder of fetched tests has."""
 
 import unittest
 
@@ -8,7 +8,7 @@ from comparison import Outcome, compare, run_case
 
 
 class Case(unittest.TestCase):
-    """One test for each outcome, in the ways in which upstream reaches it."""
+    """One test per way in which upstream tests pass, skip or fail."""
 
     __test__ = False  # run by the tests below
 
@@ -77,7 +77,7 @@ def test_a_listed_difference_has_to_be_there(ours):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A checkout of a neighboring version with one of the needed files, and one that the archive has too."""
+    """Returns a checkout of a neighboring version with a needed file, and one that the archive has too."""
     folder = tmp_path / "checkout"
     for name, text in {
         "src/transformers/__init__.py": '__version__ = "5.16.0.dev0"\n',

@@ -1,4 +1,4 @@
-"""Models with a tokenizer for the pipeline tests, which take them from the Hub otherwise."""
+"""Models with a tokenizer for the pipeline tests, which otherwise download them from the Hub."""
 
 import argparse
 import inspect

@@ -1,4 +1,4 @@
-"""The testers of the source archive in one class, with what they read from the tester of a causal model."""
+"""The testers of the source archive in one class, with the attributes that they read from a causal model's tester."""
 
 import inspect
 

@@ -31,7 +31,7 @@ def _start_rank_processes(function: Callable, args: tuple, nprocs: int) -> None:
 
 
 def run_distributed(world_size: int) -> Callable:
-    """Makes a call of the decorated function run in `world_size` processes, which receive their rank first."""
+    """Runs each call of the decorated function in `world_size` processes, with the rank as first argument."""
 
     def decorate(function: Callable) -> Callable:
         def run(*args) -> None:

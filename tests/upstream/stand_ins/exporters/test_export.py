@@ -1,4 +1,4 @@
-"""No tests: the source archive leaves out those of exports."""
+"""No tests: the source archive does not contain those of exports."""
 
 
 class ExportTesterMixin:

@@ -1,4 +1,4 @@
-"""No tests: the source archive leaves out those of generation."""
+"""No tests: the source archive does not contain those of generation."""
 
 
 class GenerationTesterMixin:

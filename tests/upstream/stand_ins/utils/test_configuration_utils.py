@@ -1,3 +1,3 @@
-"""No values: the source archive leaves out the arguments that every configuration takes."""
+"""No values: the source archive does not contain the arguments of every configuration."""
 
 config_common_kwargs = {}
