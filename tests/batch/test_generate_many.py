@@ -17,17 +17,9 @@ from tinyllama_hf.inference.generation import Sampling, generate_ids, stop_token
 
 GREEDY = Sampling(0, 1.0)
 TEXTS = (
-    *(
-        "Once upon a time",
-        "Tom",
-        "",
-        "The dog and the cat went to the park.",
-        "Lily likes cake",
-        '"No," said',
-        "They",
-        "x",
-    ),
-    *("One day, a big red car", "A girl named Sue saw a bird. The bird was blue and it sang a song."),
+    *("Once upon a time", "Tom", "", "The dog and the cat went to the park.", "Lily likes cake"),
+    *("One day, a big red car", '"No," said', "They", "x"),
+    "A girl named Sue saw a bird. The bird was blue and it sang a song.",
 )
 
 

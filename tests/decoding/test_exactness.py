@@ -108,8 +108,8 @@ def stories(shared):
 
 STORIES = (
     *("Once upon a time", "Tom", "The dog and the cat", '"No," said', "One day, a big", "Lily likes cake and milk"),
-    *("They", "She was very happy because", "In the park there was a", "Mom said to Ben that he must not", "The bird"),
-    *("It was a sunny day and", "He saw a red ball and wanted to", "Why", "At night the moon"),
+    *("They", "She was very happy because", "In the park there was a", "Mom said to Ben that he must not"),
+    *("It was a sunny day and", "The bird", "He saw a red ball and wanted to", "Why", "At night the moon"),
     "Sue had a toy car. It was",
 )
 EXTRA = (
