@@ -2,10 +2,10 @@
 
     python benchmarks/convert.py --folder SCRATCH [--rounds 5] [--preset 1.1b]
 
-Writes a checkpoint in lit-gpt's layout A, fp32, 4.4 GB, with random weights into SCRATCH (20 GB are needed). Each round
-copies it with `cp` and `sync`, and converts it by the Python call, in processes of their own that are timed from the
-inside, after the imports; a conversion ends with its files synchronised too. Memory is the growth of the peak resident set
-over that after the imports. The source lies in the page cache as a rule; both read it from there.
+Writes an fp32 checkpoint (4.4 GB) with random weights in lit-gpt's layout A to SCRATCH, which needs 20 GB. Each round
+copies it with `cp` and `sync`, and converts it with the Python call, each in a separate process that measures its time
+after the imports. Both end with the files synchronized to disk. Memory is the growth of the peak resident set after
+the imports. The source is usually in the page cache for both.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def resident(name: str) -> int:
 
 def convert_here(source: Path, to: str, output: Path) -> dict[str, float]:
     from tinyllama_hf.conversion import convert
-    from tinyllama_hf.conversion.formats import llama_write  # noqa: F401  not timed
+    from tinyllama_hf.conversion.formats import llama_write  # noqa: F401  imported before the measurement
     from tinyllama_hf.conversion.reading import containers, recognize  # noqa: F401
 
     if to.startswith("gguf"):
@@ -82,7 +82,7 @@ def copy_here(source: Path, output: Path) -> dict[str, float]:
 
 
 def measured(variant: str, source: Path, output: Path) -> dict[str, float]:
-    """One conversion or copy in a process of its own."""
+    """Runs one conversion or copy in a separate process."""
     shutil.rmtree(output, ignore_errors=True)
     command = [sys.executable, __file__, "--measure", variant, str(source), str(output)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -130,10 +130,13 @@ def main() -> None:
     finally:
         shutil.rmtree(arguments.folder)
     for variant, row in figures.items():
-        print(f"{variant:<10} {row['seconds']:>8} s  {row['time_of_cp']:>6} x cp  {row['gigabytes_written']:>6} GB written  "
-              f"{row['additional_megabytes']:>6} MB of memory")  # fmt: skip
+        print(
+            f"{variant:<10} {row['seconds']:>8} s  {row['time_of_cp']:>6} x cp  {row['gigabytes_written']:>6} GB  "
+            f"{row['additional_megabytes']:>6} MB of memory"
+        )
     print(
-        f"wrote {os.path.relpath(save('convert', {'preset': arguments.preset, 'rounds': arguments.rounds, **figures}))}"
+        "wrote "
+        + os.path.relpath(save("convert", {"preset": arguments.preset, "rounds": arguments.rounds, **figures}))
     )
 
 

@@ -2,10 +2,11 @@
 
     python benchmarks/gguf_head.py FOLDER [--data FOLDER] [--windows 8] [--window 256]
 
-FOLDER is a Llama with a tokenizer, tied or not. Every other matrix is q4_0 by the reference of the package `gguf`; the head is q4_0 or
-q8_0 (the package writes no K-quants; llama.cpp's quantizer uses q6_K). The head of a tied model is its embedding, so a tied model is
-measured a second time with the two untied: the head is then a copy of the embedding, and the embedding is q4_0 like the other matrices.
-Everything is computed in fp32 on the dequantized weights. Agreement is the share of positions with the same most likely token as fp32.
+FOLDER is a Llama with a tokenizer, tied or not. Every other matrix is q4_0 by the reference of the package `gguf`; the
+head is q4_0 or q8_0 (the package writes no K-quants; llama.cpp's quantizer uses q6_K). The head of a tied model is its
+embedding, so a tied model is measured a second time with the two untied: the head is then a copy of the embedding, and
+the embedding is q4_0 like the other matrices. Everything is computed in fp32 on the dequantized weights. Agreement is
+the share of positions with the same most likely token as fp32.
 """
 
 import argparse

@@ -1,15 +1,15 @@
-"""What 8 and 4 bit cost in quality, and what they save: perplexity, size of files, resident memory, cache.
+"""Quality and memory of 8 and 4 bit: perplexity, file size, resident memory and KV cache.
 
     python benchmarks/quality.py --scratch FOLDER [--tokens 8192] [--train-steps 250] [--preset 1.1b]
 
-Perplexity on WikiText-2 (test) of SmolLM2-135M, a real model, and of a `nano` model that is trained here on the validation
-part, whose widths fit AWQ's groups. int8 and nf4 are what `tinyllama_hf.load` gives; GGUF and AWQ files are what
-`tinyllama_hf.convert` writes, read back by `tinyllama_hf.convert` as plain fp32 weights, so that only the weights differ from
-fp32. The weights of SmolLM2 come from a GGUF in Q4_1, the only form on the package index: they lie on that grid already.
+Measures the perplexity on WikiText-2 (test) of SmolLM2-135M and of a `nano` model. `nano` is trained here on the
+validation part, and its sizes fit AWQ's groups. int8 and nf4 models come from `tinyllama_hf.load`. GGUF and AWQ files
+are written and read back as plain fp32 weights by `tinyllama_hf.convert`, so only the weights differ from fp32. The
+weights of SmolLM2 come from a GGUF file in Q4_1, the only form on the package index, so they are already quantized.
 
-Memory is that of a model of the preset's shape with random weights, each variant in a process of its own: VmRSS after loading
-and the highest VmRSS of loading and generating, over VmRSS after the imports. SCRATCH keeps the files (11 GB for 1.1b) for
-the next run.
+Memory is measured with random weights in the preset's shape, each variant in a separate process: VmRSS after loading,
+and the highest VmRSS of loading and generating, minus VmRSS after the imports. SCRATCH keeps the files (11 GB for
+1.1b) for the next run.
 """
 
 import argparse
@@ -38,7 +38,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 QUANTIZATIONS = {
     "int8": {"quantization": "int8"},
     "nf4": {"quantization": "nf4"},
-    "nf4, scales not quantised": {"quantization": "nf4", "double_quantization": False},
+    "nf4, scales not quantized": {"quantization": "nf4", "double_quantization": False},
 }
 WINDOW = 512
 
@@ -51,7 +51,7 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, default=8192, help="of the test part")
     parser.add_argument("--train-steps", type=int, default=250, help="of the nano model, 4096 tokens each")
-    parser.add_argument("--preset", default="1.1b", help="shape of the model whose memory is measured")
+    parser.add_argument("--preset", default="1.1b", help="shape of the model for the memory measurements")
     parser.add_argument("--measure", metavar="JSON", help="arguments of `load`: one process of the memory part")
     arguments = parser.parse_args()
     if arguments.measure:
@@ -72,7 +72,10 @@ def main() -> None:
         formats = ("gguf-q8_0", "gguf-q4_0", *(("awq", "awq, rounding") if name == "nano" else ()))
         perplexities[name] = perplexity_table(folder, formats, calibration, test, arguments.tokens)
     memory = memory_table(random_model(scratch, arguments.preset, models["nano"]), scratch)
-    cache = {name: cache_size(TinyLlamaConfig.preset(arguments.preset), 1, 2048, dtype).total for name, dtype in DTYPES.items()}  # fmt: skip
+    cache = {
+        name: cache_size(TinyLlamaConfig.preset(arguments.preset), 1, 2048, dtype).total
+        for name, dtype in DTYPES.items()
+    }
     figures = {
         "perplexity": {"tokens": arguments.tokens, "window": WINDOW, **perplexities},
         "memory": {"preset": arguments.preset, "megabytes": memory, "times_less": times_less(memory)},
@@ -87,7 +90,7 @@ def texts(path: Path) -> list[str]:
 
 
 def made(folder: Path, make: Callable[[Path], Any]) -> Path:
-    """A folder of the scratch space; made under another name if it is not there."""
+    """A folder in the scratch space, created under a temporary name if it does not exist."""
     if not folder.exists():
         temporary = folder.with_name(f"{folder.name}.tmp")
         make(temporary)
@@ -120,7 +123,7 @@ def smollm2(scratch: Path) -> Path:
 
 
 def nano(scratch: Path, corpus: list[str], steps: int) -> Path:
-    """A small model that has read the corpus a few times."""
+    """A small model, trained on the corpus for a few epochs."""
 
     def make(folder: Path) -> None:
         tokenizer = train_tokenizer(corpus, 2048, folder)
@@ -148,7 +151,7 @@ def nano(scratch: Path, corpus: list[str], steps: int) -> Path:
 def perplexity_table(
     folder: Path, formats: tuple[str, ...], calibration: Path, test: list[str], tokens: int
 ) -> dict[str, float]:
-    """Perplexity of a folder in every form, on the same tokens."""
+    """Perplexity of a model in every format, on the same tokens."""
     ids = torch.tensor(encode_text(load_tokenizer(folder), "\n\n".join(test))[:tokens])
     models: dict[str, Callable[[], Any]] = {
         **{name: lambda dtype=dtype: load(folder, dtype=dtype, device="cpu")[0] for name, dtype in DTYPES.items()},
@@ -163,7 +166,7 @@ def perplexity_table(
 
 
 def read_back(folder: Path, name: str, calibration: Path) -> Any:
-    """What a format keeps of the weights: written, and read again as fp32."""
+    """The model after a round trip through a format, in fp32."""
     kind = name.split(",")[0]
     texts_for_scales = [calibration] if name == "awq" else []
     stem = f"{folder.name}-{name.replace(', ', '-')}"
@@ -174,7 +177,7 @@ def read_back(folder: Path, name: str, calibration: Path) -> Any:
 
 @torch.inference_mode()
 def perplexity(model: Any, ids: torch.Tensor) -> float:
-    """Over windows that share no token; the first of each is not predicted."""
+    """Perplexity over windows without overlap; the first token of each is not predicted."""
     total = count = 0
     for window in ids.split(WINDOW):
         logits = model(window[None], use_cache=False).logits[0, :-1].float()  # [tokens - 1, vocabulary]
@@ -184,7 +187,7 @@ def perplexity(model: Any, ids: torch.Tensor) -> float:
 
 
 def random_model(scratch: Path, preset: str, tokenizer: Path) -> Path:
-    """Weights whose values do not matter, in bf16."""
+    """A bf16 model with random weights."""
 
     def make(folder: Path) -> None:
         torch.manual_seed(0)
@@ -200,29 +203,31 @@ def random_model(scratch: Path, preset: str, tokenizer: Path) -> Path:
 
 
 def memory_table(folder: Path, scratch: Path) -> dict[str, dict[str, float]]:
-    """Size of the files and resident memory in MB of every form."""
+    """File size and resident memory in MB of every format."""
     table = {}
     for name in DTYPES:
         table[name] = {"file": weight_file(folder, 2 if name == "fp32" else 1), **in_a_process(folder, dtype=name)}
     for name in ("int8", "nf4"):
-        quantised = made(scratch / f"{folder.name}-{name}", lambda to, name=name: quantise(folder, to, name))
-        table[name] = {"file": weight_file(quantised), **in_a_process(quantised)}
+        quantized = made(scratch / f"{folder.name}-{name}", lambda to, name=name: quantize(folder, to, name))
+        table[name] = {"file": weight_file(quantized), **in_a_process(quantized)}
         table[f"{name}, while loading"] = {"file": weight_file(folder), **in_a_process(folder, quantization=name)}
     for name in ("gguf-q8_0", "gguf-q4_0"):
-        table[name] = {"file": weight_file(made(scratch / f"{folder.name}-{name}", lambda to, n=name: convert(folder, n, to)))}  # fmt: skip
+        table[name] = {
+            "file": weight_file(made(scratch / f"{folder.name}-{name}", lambda to, n=name: convert(folder, n, to)))
+        }
     for name, row in table.items():
         print(f"{name:<40} " + "  ".join(f"{key} {value:>8.1f} MB" for key, value in row.items()), flush=True)
     return table
 
 
-def quantise(folder: Path, output: Path, name: str) -> None:
+def quantize(folder: Path, output: Path, name: str) -> None:
     model, tokenizer = load(folder, device="cpu", quantization=name)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
 
 
 def weight_file(folder: Path, factor: int = 1) -> float:
-    """MB of a folder's weights; the fp32 file of a bf16 one would be twice as large."""
+    """MB of a folder's weights times `factor`, which is 2 for the fp32 size of a bf16 folder."""
     files = [*folder.glob("*.safetensors"), *folder.glob("*.gguf")]
     return round(factor * sum(file.stat().st_size for file in files) / 1e6, 1)
 
@@ -236,15 +241,19 @@ def in_a_process(folder: Path, **options: Any) -> dict[str, float]:
 
 
 def measure(folder: str, dtype: str | None = None, **options: Any) -> dict[str, float]:
-    """Loads, reads 256 tokens and generates 8; MB over what the imports take."""
-    import bitsandbytes  # noqa: F401  in every process, for equal imports
+    """Loads, reads 256 tokens and generates 8; returns MB in addition to the imports."""
+    import bitsandbytes  # noqa: F401  the same imports in every process
 
     before = resident("VmRSS")
     model, _ = load(folder, device="cpu", dtype=DTYPES[dtype] if dtype else "auto", **options)
     loaded = resident("VmRSS")
     ids = torch.arange(256)[None]
     model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, attention_mask=torch.ones_like(ids))
-    found = {"weights": model.get_memory_footprint(), "after_loading": loaded - before, "peak": resident("VmHWM") - before}  # fmt: skip
+    found = {
+        "weights": model.get_memory_footprint(),
+        "after_loading": loaded - before,
+        "peak": resident("VmHWM") - before,
+    }
     return {name: round(size / 1e6, 1) for name, size in found.items()}
 
 
@@ -254,7 +263,7 @@ def resident(name: str) -> int:
 
 
 def times_less(memory: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """How many times less than in fp32 and in bf16, and whether that is the published "4 to 8 times less memory"."""
+    """The ratios to fp32 and bf16, and whether they match the published "4 to 8 times less memory"."""
     table: dict[str, Any] = {
         plain: {
             name: {key: round(memory[plain][key] / value, 2) for key, value in row.items()}

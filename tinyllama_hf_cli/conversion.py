@@ -19,15 +19,15 @@ def convert(
     to: Annotated[
         str,
         typer.Option(
-            help="llama, litgpt, gguf-f32, gguf-f16, gguf-bf16, gguf-q8_0, gguf-q4_0 or awq. For gguf-q4_k_m and other "
-            "K-quants, and for gptq, also prints the commands of the program that makes them."
+            help="llama, litgpt, gguf-f32, gguf-f16, gguf-bf16, gguf-q8_0, gguf-q4_0 or awq. gguf-q4_k_m, other "
+            "K-quants and gptq also print the commands of the program that makes them."
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder to write. It is created only when the conversion is complete.")],
     dtype: Annotated[str, typer.Option(help="auto (keep), fp32, bf16 or fp16; llama and litgpt only.")] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file: 500MB, 2GB, ...")] = "5GB",
     vocab_rows: Annotated[
-        int | None, typer.Option(help="Number of embedding rows to write; new rows are means.")
+        int | None, typer.Option(help="Embedding rows to write: 32000 trims 32003; more adds mean rows.")
     ] = None,
     config: _CONFIG = None,
     calibration: Annotated[
@@ -40,8 +40,8 @@ def convert(
 ) -> None:
     """Convert a checkpoint to another format without running any code from it.
 
-    Reads Hugging Face (safetensors, .bin), lit-gpt and litgpt (.pth), Meta (consolidated.*.pth), GGUF and llama2.c files. The
-    layout is detected from their contents.
+    Reads Hugging Face (safetensors, .bin), lit-gpt and litgpt (.pth), Meta (consolidated.*.pth), GGUF and llama2.c
+    files. The layout is detected from their contents.
 
     Example: tinyllama-hf convert lit_model.pth --to llama --output my-model
     """

@@ -1,9 +1,9 @@
-"""llama.cpp, in the wheel `xllamacpp`, as an engine of benchmarks/decode.py, which starts this script.
+"""llama.cpp (wheel `xllamacpp`) as an engine of benchmarks/decode.py, which starts this script.
 
     python decode_gguf.py MODEL.gguf
 
-Each line on standard input asks for one measurement: `{"prompt": [ids], "new_tokens": 32, "threads": 2}`; each is answered
-by a line with tokens, seconds and CPU-seconds of the whole process. The prompt is read before the clock starts.
+Each line on standard input requests a measurement: `{"prompt": [ids], "new_tokens": 32, "threads": 2}`. The answer is
+a line with tokens, seconds and CPU seconds of the process. The prompt is processed before the measurement.
 """
 
 import argparse
@@ -22,12 +22,12 @@ def main() -> None:
     parser.add_argument("gguf", type=Path)
     gguf = parser.parse_args().gguf
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # where the server's own threads write
+    os.dup2(2, 1)  # the server's threads write to standard output
     server, threads = None, 0
     for line in sys.stdin:
         request = json.loads(line)
         if request["threads"] != threads:
-            server = None  # it ends with this name, before the next one takes memory
+            server = None  # frees its memory before the next one is created
             threads = request["threads"]
             server = started(gguf, threads)
         print(
@@ -48,7 +48,7 @@ def started(gguf: Path, threads: int):
 
 
 def measured(server, weight_bytes: int, prompt: list[int], new_tokens: int) -> dict[str, float]:
-    """A pass for each token: the first one reads the last token of the prompt again, the others are in the server's cache."""
+    """One forward pass per token: the first processes the last prompt token, the others are in the server's cache."""
     greedy = {"prompt": prompt, "temperature": 0, "top_k": 1, "ignore_eos": True, "cache_prompt": True}
     server.handle_completions(greedy | {"max_tokens": 1})
     began, cpu = time.perf_counter(), time.process_time()

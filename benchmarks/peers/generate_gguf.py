@@ -1,4 +1,4 @@
-"""llama.cpp, in the wheel `xllamacpp`, loads GGUF files and continues prompts greedily.
+"""llama.cpp (wheel `xllamacpp`) loads GGUF files and continues prompts greedily.
 
 python generate_gguf.py MODEL.gguf [MODEL.gguf ...] --output RESULT.json [--tokens 64]
 """
@@ -64,7 +64,7 @@ def continued(path: Path, tokens: int, threads: int) -> dict:
 
 
 def same(a: str, b: str) -> int:
-    """How many characters two texts share from their start."""
+    """The number of characters in the common prefix of two texts."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 

@@ -1,10 +1,10 @@
-"""GPTQ by llm-compressor on CPU, without the Hub: a plain Llama folder in, a compressed-tensors folder out, measured.
+"""GPTQ by llm-compressor on a CPU without the Hub: from a plain Llama folder to a compressed-tensors folder.
 
     python gptq_llmcompressor.py MODEL_FOLDER --calibration TEXT.jsonl[.gz] --evaluation TEXT.jsonl[.gz]
                                  --folder OUT --output RESULT.json [--group-size 128]
 
-A group size of 128 is llm-compressor's preset `W4A16`; widths that 128 does not divide need a smaller one. Plain rounding
-to the same layout is measured beside it, so that what the calibration brings can be seen.
+A group size of 128 is llm-compressor's preset `W4A16`; sizes that 128 does not divide need a smaller one. Plain
+rounding to the same layout is measured too, to show the gain from calibration.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main() -> None:
     for method in ("rounding", "gptq"):
         target = arguments.folder / method
         began = time.perf_counter()
-        quantise(method, target, arguments)
+        quantize(method, target, arguments)
         figures.setdefault("seconds", {})[method] = round(time.perf_counter() - began, 1)
         figures["megabytes"][method] = megabytes(target)
         figures["perplexity"][method] = perplexity(target, arguments)
@@ -63,7 +63,7 @@ def main() -> None:
     )
 
 
-def quantise(method: str, target: Path, arguments: argparse.Namespace) -> None:
+def quantize(method: str, target: Path, arguments: argparse.Namespace) -> None:
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -91,7 +91,7 @@ def quantise(method: str, target: Path, arguments: argparse.Namespace) -> None:
 
 
 def calibration(arguments: argparse.Namespace):
-    """Windows of equal length over the running text: given texts, llm-compressor takes only the first window of each."""
+    """Windows of equal length over the joined text, since llm-compressor only uses the first window of each text."""
     from datasets import Dataset
     from transformers import AutoTokenizer
 
@@ -107,7 +107,7 @@ def texts(path: Path) -> list[str]:
 
 
 def perplexity(folder: Path, arguments: argparse.Namespace) -> float:
-    """Over the evaluation text's first tokens, in windows as long as the calibration's, in float32."""
+    """Perplexity on the start of the evaluation text, in float32 and windows of the calibration length."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

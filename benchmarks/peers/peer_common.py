@@ -1,4 +1,4 @@
-"""What the hand-off scripts share; standard library only, because each runs in an environment of its own."""
+"""Shared by the scripts for other programs. Standard library only, since each runs in its own environment."""
 
 import datetime
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def provenance(*libraries: str) -> dict[str, Any]:
-    """Returns the command, the machine and the versions of the libraries that are installed here."""
+    """Returns the command, the machine and the versions of the installed libraries."""
     versions = {}
     for name in libraries:
         try:
@@ -28,7 +28,7 @@ def provenance(*libraries: str) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name and those of its vector extensions that matter here."""
+    """Returns the name of the processor and its relevant vector extensions."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.is_file():
         return platform.processor()
@@ -48,6 +48,6 @@ def save(path: Path, figures: Any, *libraries: str) -> None:
 
 
 def megabytes(path: Path) -> float:
-    """Size of a file, or of all files of a folder, in units of 10^6 bytes."""
+    """Size of a file or of all files in a folder, in units of 10^6 bytes."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return round(sum(file.stat().st_size for file in files) / 1e6, 2)

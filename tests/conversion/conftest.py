@@ -1,4 +1,4 @@
-"""Other programs that read and write the same formats, fetched from the package index where it serves them."""
+"""Fetches other programs that read and write the same formats from the package index."""
 
 import hashlib
 import subprocess
@@ -12,10 +12,10 @@ from filelock import FileLock
 
 @pytest.fixture(scope="session")
 def peer(request) -> Callable[..., Path]:
-    """Installs packages into a folder of their own, never into this environment.
+    """Installs packages into a separate folder, never into this environment.
 
-    `peer("name==version", ...)` returns the folder, to be put on a subprocess's `PYTHONPATH`; it is kept in pytest's
-    cache. Nothing that the requirements depend on comes with them. Where the index does not serve one, the test skips.
+    `peer("name==version", ...)` returns the folder for the `PYTHONPATH` of a subprocess. It is kept in pytest's cache.
+    Dependencies are not installed. The test is skipped if a package is not available.
     """
 
     def install(*requirements: str) -> Path:

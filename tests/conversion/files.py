@@ -1,4 +1,4 @@
-"""Small checkpoints in every container, and containers around any pickle, for the tests of damaged and hostile files."""
+"""Small checkpoints in every container, and containers with arbitrary pickles, to test damaged and hostile files."""
 
 import io
 import json
@@ -23,7 +23,7 @@ ROWS = 512  # those of the tests' tokenizers
 
 
 def small_model(rows: int = ROWS) -> tuple[dict[str, torch.Tensor], LlamaConfig]:
-    """Weights and configuration of the smallest model that has two layers and grouped-query attention."""
+    """Weights and configuration of a minimal model with two layers and grouped-query attention."""
     torch.manual_seed(0)
     config = TinyLlamaConfig(
         vocab_size=rows, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -44,7 +44,7 @@ def write_folder(folder: Path, weights: Mapping[str, torch.Tensor], config: Llam
 
 
 def write_sharded(folder: Path, weights: Mapping[str, torch.Tensor], config: LlamaConfig, suffix: str) -> Path:
-    """A Hugging Face folder of two shards and an index, `suffix` either `"safetensors"` or `"bin"`."""
+    """A Hugging Face folder with two shards and an index; `suffix` is `"safetensors"` or `"bin"`."""
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     stem, names = {"safetensors": "model", "bin": "pytorch_model"}[suffix], list(weights)
@@ -60,7 +60,7 @@ def write_sharded(folder: Path, weights: Mapping[str, torch.Tensor], config: Lla
 
 
 def write_lit_gpt(folder: Path, weights: Mapping[str, torch.Tensor], config: LlamaConfig, kind: str = "A") -> Path:
-    """A folder as lit-gpt has it, its weights in the container of TinyLlama's exporter."""
+    """A lit-gpt folder with weights in the container of TinyLlama's exporter."""
     folder.mkdir(parents=True)
     layouts.write_as_tinyllama(folder / "lit_model.pth", layouts.lit_gpt(weights, config, kind))
     (folder / "lit_config.json").write_text(json.dumps(layouts.lit_gpt_fields(config)))
@@ -68,7 +68,7 @@ def write_lit_gpt(folder: Path, weights: Mapping[str, torch.Tensor], config: Lla
 
 
 def write_archive(path: Path, description: bytes, records: Mapping[str, bytes] | None = None) -> Path:
-    """An archive by torch's own writer around any bytes in place of its pickle."""
+    """An archive from torch's writer, with any bytes as its pickle."""
     writer = torch._C.PyTorchFileWriter(str(path))
     for name, data in {"data.pkl": description, **(records or {})}.items():
         writer.write_record(name, data, len(data))
@@ -77,7 +77,7 @@ def write_archive(path: Path, description: bytes, records: Mapping[str, bytes] |
 
 
 def write_zip(path: Path, entries: list[tuple[str, bytes]], compression: int = zipfile.ZIP_STORED) -> Path:
-    """A zip file by Python's writer, which lets names stand there twice and compresses."""
+    """A zip file from Python's writer, which allows duplicate names and compression."""
     with zipfile.ZipFile(path, "w", compression) as opened:
         for name, data in entries:
             opened.writestr(name, data)
@@ -85,14 +85,14 @@ def write_zip(path: Path, entries: list[tuple[str, bytes]], compression: int = z
 
 
 def records(path: Path) -> dict[str, bytes]:
-    """What an archive holds, without the name of its folder and without the record that its writer adds by itself."""
+    """The records of an archive, without its folder name and without the records that the writer adds."""
     with zipfile.ZipFile(path) as opened:
         found = {info.filename.partition("/")[2]: opened.read(info) for info in opened.infolist()}
     return {name: data for name, data in found.items() if not name.startswith(".") and name != "version"}
 
 
 def patched_pickle(archive: bytes, change: Any) -> bytes:
-    """The archive with another pickle of the same length, its checksum set right in both places."""
+    """The archive with another pickle of the same length and the matching checksum in both places."""
     with zipfile.ZipFile(io.BytesIO(archive)) as opened:
         info = next(info for info in opened.infolist() if info.filename.endswith("/data.pkl"))
         begin = archive.index(before := opened.read(info))
@@ -104,7 +104,7 @@ def patched_pickle(archive: bytes, change: Any) -> bytes:
 
 
 class Call:
-    """Pickles as a call of a function, which `pickle.loads` makes."""
+    """Pickles as a function call, which `pickle.loads` executes."""
 
     def __init__(self, function: Any, *arguments: Any):
         self.function, self.arguments = function, arguments
@@ -114,7 +114,7 @@ class Call:
 
 
 class Record:
-    """Pickles as a persistent id, as torch's storages do."""
+    """Pickles as a persistent id, like torch's storages."""
 
     def __init__(self, *identity: Any):
         self.identity = identity
@@ -126,7 +126,7 @@ class _Pickler(pickle.Pickler):
 
 
 def dumps(value: Any, protocol: int = 2) -> bytes:
-    """The pickle of a value that may hold `Call` and `Record`."""
+    """The pickle of a value that may contain `Call` and `Record`."""
     description = io.BytesIO()
     _Pickler(description, protocol).dump(value)
     return description.getvalue()
@@ -135,18 +135,18 @@ def dumps(value: Any, protocol: int = 2) -> bytes:
 def stored(
     shape: tuple, strides: tuple, numel: int, key: Any = "0", storage: Any = torch.FloatStorage, offset: Any = 0
 ):
-    """A tensor for `dumps`, whatever its numbers say."""
+    """A tensor for `dumps`, with any numbers."""
     record = Record("storage", storage, key, "cpu", numel)
     return Call(torch._utils._rebuild_tensor_v2, record, offset, shape, strides, False, {})
 
 
 def changed(weights: Mapping[str, torch.Tensor], name: str, change: Any) -> dict[str, torch.Tensor]:
-    """The same weights with one of them changed."""
+    """The weights with one tensor changed."""
     return {**weights, name: change(weights[name].clone())}
 
 
 def filled(value: float) -> Any:
-    """A change for `changed`: one other value."""
+    """A change for `changed` that sets one value."""
 
     def fill(tensor: torch.Tensor) -> torch.Tensor:
         tensor.view(-1)[3] = value
@@ -156,7 +156,7 @@ def filled(value: float) -> Any:
 
 
 def refuse(source: Path, message: str, folder: Path, to: str = "llama", **options: Any) -> None:
-    """Holds that converting is refused in these words, and leaves all that is in a folder as it was."""
+    """Asserts that converting is refused with this message and leaves a folder unchanged."""
     before = sorted(folder.rglob("*"))
     with pytest.raises(InputError, match=message):
         convert(source, to, folder / "out", **options)

@@ -1,4 +1,4 @@
-"""Checkpoints in the layouts that others write, made here from a Hugging Face state dict, row by row as their sources say."""
+"""Checkpoints in other programs' layouts, made from a Hugging Face state dict row by row, as in their sources."""
 
 import io
 import json
@@ -51,17 +51,28 @@ def lit_gpt(weights: Weights, config: LlamaConfig, kind: str) -> dict[str, torch
 def lit_gpt_fields(config: LlamaConfig) -> dict[str, Any]:
     """`lit_config.json` as lit-gpt wrote it."""
     return {
-        "name": "a-llama", "block_size": config.max_position_embeddings, "vocab_size": config.vocab_size - 3,
-        "padded_vocab_size": config.vocab_size, "n_layer": config.num_hidden_layers, "n_head": config.num_attention_heads,
-        "n_embd": config.hidden_size, "rotary_percentage": 1.0, "parallel_residual": False, "bias": False,
-        "n_query_groups": config.num_key_value_heads, "shared_attention_norm": False, "_norm_class": "FusedRMSNorm",
-        "norm_eps": config.rms_norm_eps, "_mlp_class": "LLaMAMLP", "intermediate_size": config.intermediate_size,
+        "name": "a-llama",
+        "block_size": config.max_position_embeddings,
+        "vocab_size": config.vocab_size - 3,
+        "padded_vocab_size": config.vocab_size,
+        "n_layer": config.num_hidden_layers,
+        "n_head": config.num_attention_heads,
+        "n_embd": config.hidden_size,
+        "rotary_percentage": 1.0,
+        "parallel_residual": False,
+        "bias": False,
+        "n_query_groups": config.num_key_value_heads,
+        "shared_attention_norm": False,
+        "_norm_class": "FusedRMSNorm",
+        "norm_eps": config.rms_norm_eps,
+        "_mlp_class": "LLaMAMLP",
+        "intermediate_size": config.intermediate_size,
         "condense_ratio": 1,
-    }  # fmt: skip
+    }
 
 
 def pairwise(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of q or k as Meta rotates them: row 2i of a head is its row i here, row 2i + 1 its row i + half."""
+    """Rows of q or k in Meta's order: row 2i of a head is row i here, and row 2i + 1 is row i + half."""
     width = weight.shape[0] // heads
     order = [
         head * width + i + half * width // 2 for head in range(heads) for i in range(width // 2) for half in (0, 1)
@@ -72,7 +83,7 @@ def pairwise(weight: torch.Tensor, heads: int) -> torch.Tensor:
 def meta(
     weights: Weights, config: LlamaConfig, shards: int, rows_of_embedding: bool = False
 ) -> list[dict[str, torch.Tensor]]:
-    """Meta's tensors, cut over model-parallel shards as its `ParallelEmbedding` and parallel linear layers cut them."""
+    """Meta's tensors, split into model-parallel shards like by its `ParallelEmbedding` and parallel linear layers."""
     found: list[dict[str, torch.Tensor]] = [{} for _ in range(shards)]
 
     def put(name: str, tensor: torch.Tensor, dim: int | None) -> None:
@@ -123,13 +134,20 @@ def write_llama2c(path: Path, weights: Weights, config: LlamaConfig) -> Path:
         return [weights[f"model.layers.{i}.{name}.weight"] for i in range(config.num_hidden_layers)]
 
     tensors = [
-        weights["model.embed_tokens.weight"], *of_layers("input_layernorm"),
+        weights["model.embed_tokens.weight"],
+        *of_layers("input_layernorm"),
         *(pairwise(w, config.num_attention_heads) for w in of_layers("self_attn.q_proj")),
         *(pairwise(w, config.num_key_value_heads) for w in of_layers("self_attn.k_proj")),
-        *of_layers("self_attn.v_proj"), *of_layers("self_attn.o_proj"), *of_layers("post_attention_layernorm"),
-        *of_layers("mlp.gate_proj"), *of_layers("mlp.down_proj"), *of_layers("mlp.up_proj"), weights["model.norm.weight"],
-        torch.zeros(2, config.max_position_embeddings, config.head_dim // 2), *([] if tied else [weights["lm_head.weight"]]),
-    ]  # fmt: skip
+        *of_layers("self_attn.v_proj"),
+        *of_layers("self_attn.o_proj"),
+        *of_layers("post_attention_layernorm"),
+        *of_layers("mlp.gate_proj"),
+        *of_layers("mlp.down_proj"),
+        *of_layers("mlp.up_proj"),
+        weights["model.norm.weight"],
+        torch.zeros(2, config.max_position_embeddings, config.head_dim // 2),
+        *([] if tied else [weights["lm_head.weight"]]),
+    ]
     path.write_bytes(header + b"".join(tensor.float().numpy().tobytes() for tensor in tensors))
     return path
 
@@ -152,12 +170,12 @@ class _Pickler(pickle.Pickler):
     def persistent_id(self, value: Any) -> Any:
         if not isinstance(value, _Record):
             return None
-        storage = value.tensor.storage()  # a typed one, whose class is what the pickle names
+        storage = value.tensor.storage()  # a typed storage, since the pickle names its class
         return "storage", getattr(torch, storage.pickle_storage_type()), value.key, "cpu", storage.size()
 
 
 def write_as_tinyllama(path: Path, value: Mapping[str, torch.Tensor]) -> Path:
-    """The container of TinyLlama's own exporter (`incremental_save`): pickle protocol 5, integer keys of the storages."""
+    """The container of TinyLlama's exporter (`incremental_save`): pickle protocol 5 and integer storage keys."""
     writer = torch._C.PyTorchFileWriter(str(path))
     records = [_Record(i, tensor) for i, tensor in enumerate(value.values())]
     for record in records:

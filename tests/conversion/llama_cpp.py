@@ -1,7 +1,7 @@
-"""Runs llama.cpp on a GGUF file, as a program of its own: a request as JSON on standard input, the answer in a file.
+"""Runs llama.cpp on a GGUF file as a separate program, with a JSON request on standard input and the answer in a file.
 
-It needs the package xllamacpp and nothing else. One thread: with more, its threads wait for each other busily, and on
-a machine that has other things to do every token takes seconds.
+It only needs the package xllamacpp. It uses one thread: more threads spin while they wait for each other, and on a
+busy machine every token takes seconds.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""Damaged copies of checkpoints in every container, and what reading each ends in.
+"""Reads damaged copies of checkpoints in every container.
 
-A program of its own, `python -m tests.conversion.mutants SOURCES KINDS NUMBER`, since it bounds the memory of its process
-and looks at what is imported there. It prints JSON: outcomes by kind and region, and whatever must not happen.
+A separate program, `python -m tests.conversion.mutants SOURCES KINDS NUMBER`, since it limits the memory of its
+process and checks what is imported there. It prints JSON: outcomes by kind and region, and forbidden outcomes.
 """
 
 import collections
@@ -48,15 +48,42 @@ KINDS = {
     "converted": ("model.safetensors", "provenance.json"),
 }
 SECONDS, ADDITIONAL_BYTES = 10, 1 << 30
-# What a mutant may end in beside an `InputError`: the original's tensors; other values under the same names, in the same
-# shapes and dtypes; nothing.
+# Allowed outcomes besides an `InputError`: the original tensors; other values with the same names, shapes and dtypes;
+# or none.
 EXACT, STRUCTURE, REFUSED = "exact", "structure", "refused"
 _RULES = {"payload of safetensors": STRUCTURE, "payload of GGUF": STRUCTURE, "payload of llama2.c": STRUCTURE,
           "pickle, checksum repaired": STRUCTURE, "other opcodes in the pickle": STRUCTURE,
           "another name in the pickle": REFUSED}  # fmt: skip
 _OF_PICKLES = ("pickle, checksum repaired", "other opcodes in the pickle", "another name in the pickle")
-_OPCODES = (b"R", b"\x81", b"b", b"0", b"1", b"2", b"(", b"t", b"\x85", b"Q", b"N", b"}", b"]", b")", b"s", b"u", b"a", b"e", b"\x93",
-            b"\x94", b"h\x00", b"h\x01", b"K\xff", b"J\xff\xff\xff\xff", b"\x8a\x08" + b"\x7f" * 8, b"cthis\ns\n", b".")  # fmt: skip
+_OPCODES = (
+    b"R",
+    b"\x81",
+    b"b",
+    b"0",
+    b"1",
+    b"2",
+    b"(",
+    b"t",
+    b"\x85",
+    b"Q",
+    b"N",
+    b"}",
+    b"]",
+    b")",
+    b"s",
+    b"u",
+    b"a",
+    b"e",
+    b"\x93",
+    b"\x94",
+    b"h\x00",
+    b"h\x01",
+    b"K\xff",
+    b"J\xff\xff\xff\xff",
+    b"\x8a\x08" + b"\x7f" * 8,
+    b"cthis\ns\n",
+    b".",
+)
 _ODD_NUMBERS = (0, 1, 0x7F, 0xFF, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1)
 _ODD_VALUES = (None, True, False, -1, 0, 1, 3, 2**31, 2**63, 10**400, 1e308, float("nan"), float("inf"), 0.5, "x", "",
                "../x", "a" * 5000, "\ud800", [], {}, [1, [2]], {"a": {"b": []}})  # fmt: skip
@@ -64,7 +91,7 @@ _CANARIES = ("this", "__hello__")  # modules of Python that nothing imports
 
 
 class Mutant(NamedTuple):
-    """A file with other contents, and what reading its folder may end in."""
+    """A file with other contents, and the allowed outcome of reading its folder."""
 
     file: str
     region: str
@@ -77,7 +104,7 @@ class Hang(BaseException):
 
 
 def regions(path: Path, data: bytes) -> dict[str, list[tuple[int, int]]]:
-    """Where what lies in a file, by the names of `_RULES`."""
+    """The regions of a file, by the names in `_RULES`."""
     if path.suffix == ".safetensors":
         begin = 8 + struct.unpack("<Q", data[:8])[0]
         return {"header of safetensors": [(0, begin)], "payload of safetensors": [(begin, len(data))]}
@@ -98,7 +125,7 @@ def regions(path: Path, data: bytes) -> dict[str, list[tuple[int, int]]]:
 
 
 def mutants(folder: Path, files: tuple[str, ...], kind: str, number: int) -> Iterator[Mutant]:
-    """The same ones at every call."""
+    """Yields the same mutants at every call."""
     for i in range(number):
         choose = random.Random(f"{kind} {i}")
         path = folder / files[0]
@@ -131,7 +158,7 @@ def _damaged(path: Path, data: bytes, region: str, found: Mapping[str, Any], cho
 
 
 def _changed(data: bytes, begin: int, end: int, choose: random.Random) -> bytes:
-    """Other bytes in place of some, between two positions."""
+    """Replaces some bytes between two positions."""
     changed = bytearray(data)
     for _ in range(choose.randint(1, 3)):
         at = choose.randrange(begin, end)
@@ -146,7 +173,7 @@ def _changed(data: bytes, begin: int, end: int, choose: random.Random) -> bytes:
 
 
 def _moved(data: bytes, begin: int, end: int, choose: random.Random) -> bytes:
-    """Some bytes left out, put in, or doubled, so that all behind them lies elsewhere."""
+    """Removes, inserts or doubles some bytes, so that everything after them moves."""
     first = choose.randrange(begin, end)
     last = min(end, first + choose.randint(1, 64))
     new = choose.choice((b"", choose.randbytes(choose.randint(1, 64)), 2 * data[first:last]))
@@ -154,7 +181,7 @@ def _moved(data: bytes, begin: int, end: int, choose: random.Random) -> bytes:
 
 
 def _renamed(description: bytes, choose: random.Random) -> bytes:
-    """The pickle with the name of a module that is not to be imported in place of one of its own."""
+    """The pickle with one name replaced by that of a module that must not be imported."""
     canary = choose.choice(_CANARIES).encode()
     known = (b"torch._utils", b"torch", b"collections")
     spellings = [(b"c%b\n" % name, b"c%b\n" % canary) for name in known]
@@ -164,7 +191,7 @@ def _renamed(description: bytes, choose: random.Random) -> bytes:
 
 
 def _reordered(description: bytes, choose: random.Random) -> bytes:
-    """The pickle with opcodes left out, put in, doubled or exchanged."""
+    """The pickle with opcodes removed, inserted, doubled or replaced."""
     begins = [position for *_, position in pickletools.genops(description)]
     opcodes = [description[a:b] for a, b in zip(begins, [*begins[1:], len(description)], strict=True)]
     for _ in range(choose.randint(1, 3)):
@@ -177,7 +204,7 @@ def _reordered(description: bytes, choose: random.Random) -> bytes:
 
 
 def _odd_fields(path: Path, choose: random.Random) -> bytes:
-    """A file of fields with an odd value, one field less, or damaged as text."""
+    """A JSON or YAML file with an odd value, without a field, or with damaged text."""
     data = path.read_bytes()
     if choose.random() < 0.3 or path.suffix == ".yaml":
         return (_changed if choose.random() < 0.7 else _moved)(data, 0, len(data), choose)
@@ -205,7 +232,7 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def outcome(folder: Path, mutant: Mutant, original: Mapping[str, torch.Tensor]) -> tuple[str, str | None]:
-    """What reading ended in; and, where it must not end so, a line that says it."""
+    """The outcome of reading, and a description of it if it is not allowed."""
     before = set(sys.modules)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     faulthandler.dump_traceback_later(3 * SECONDS, exit=True)  # for what does not come back to Python
@@ -226,7 +253,7 @@ def outcome(folder: Path, mutant: Mutant, original: Mapping[str, torch.Tensor]) 
         return "problem", f"imported {sorted(imported)[:5]}"
     if problem or found is None:
         return "problem" if problem else "refused", problem
-    if mutant.region == "json" and "lm_head.weight" not in found:  # a configuration that now says that it is tied
+    if mutant.region == "json" and "lm_head.weight" not in found:  # the changed configuration is tied
         original = {name: tensor for name, tensor in original.items() if name != "lm_head.weight"}
     places = [{name: (tensor.shape, tensor.dtype) for name, tensor in each.items()} for each in (found, original)]
     kind = "other" if places[0] != places[1] else (

@@ -1,6 +1,6 @@
-"""The target `awq`, against a reader written here from the published layout, and against rounding on trained models.
+"""Tests the format `awq` with a reader written from the published layout, and against rounding on trained models.
 
-transformers 5.23 has no code of its own that unpacks the layout: it hands the weights to gptqmodel.
+transformers 5.23 cannot unpack the layout itself; it uses gptqmodel.
 """
 
 import math
@@ -17,7 +17,7 @@ from tinyllama_hf.conversion.awq import search, write
 from tinyllama_hf.conversion.awq.packing import dequantize_groups, pack, quantize_groups, unpack
 from tinyllama_hf.conversion.awq.search import calibration_tokens, clip_layer, observe_layer, scale_layer
 from tinyllama_hf.conversion.awq.write import GROUP_SIZE, write_awq
-from tinyllama_hf.conversion.checkpoint import Checkpoint, LazyTensor, complete, plain_config
+from tinyllama_hf.conversion.checkpoint import Checkpoint, LazyTensor, plain_config, validate
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.provenance import file_sha256
 from tinyllama_hf.tokenization_tinyllama import encode_text
@@ -35,7 +35,7 @@ def random_model(**fields):
 
 
 def as_checkpoint(model, tokenizer=None, loaded=None):
-    """A checkpoint over a model's tensors; `loaded` gets the name of every one that is read."""
+    """A checkpoint with a model's tensors; `loaded` receives the name of every tensor that is read."""
 
     def lazy(name, tensor):
         def read():
@@ -46,7 +46,7 @@ def as_checkpoint(model, tokenizer=None, loaded=None):
         return LazyTensor(tuple(tensor.shape), tensor.dtype, read, f"model:{name}")
 
     tensors = {name: lazy(name, tensor) for name, tensor in model.state_dict().items()}
-    return complete(Checkpoint(tokenizer, "test", model.config, tensors, tokenizer))
+    return validate(Checkpoint(tokenizer, "test", model.config, tensors, tokenizer))
 
 
 def written(checkpoint, folder, calibration=None):
@@ -61,8 +61,8 @@ def unpack_as_published(words):
     return ((words.numpy()[..., None] >> SHIFTS) & 15).reshape(words.shape[0], -1)
 
 
-def dequantised(tensors, config):
-    """The model in a folder of the layout, as a plain one, computed by nothing of the package."""
+def dequantize_awq(tensors, config):
+    """The model from tensors in this layout, computed without the package."""
     state = {name: t.float() for name, t in tensors.items() if not name.endswith(("qweight", "qzeros", "scales"))}
     for name in [name for name in tensors if name.endswith(".qweight")]:
         module = name.removesuffix("qweight")
@@ -76,8 +76,8 @@ def dequantised(tensors, config):
     return model
 
 
-def fake_quantised(checkpoint, tokens=None):
-    """The model with every linear weight rounded, in memory; with tokens, after the search."""
+def fake_quantized(checkpoint, tokens=None):
+    """The model with every linear weight rounded in memory, after the search if tokens are given."""
     state = {name: checkpoint.load(name, torch.float32) for name in checkpoint.tensors}
     for name in state:
         if ".layers." not in name:
@@ -108,7 +108,7 @@ def perplexity(log_probs, ids):
 
 
 def divergence(log_probs, other):
-    """Mean Kullback-Leibler divergence of a model from the first, in nats a token."""
+    """Mean Kullback-Leibler divergence of a model from the first, in nats per token."""
     return (log_probs.exp() * (log_probs - other)).sum(-1).mean().item()
 
 
@@ -152,8 +152,8 @@ def test_the_folder_read_as_published_is_the_rounded_model(tmp_path):
     tensors, notes = written(checkpoint, tmp_path)
     ids = torch.arange(3, 67)[None]
     with torch.no_grad():
-        found = dequantised(tensors, checkpoint.config)(input_ids=ids).logits
-        expected = fake_quantised(checkpoint)(input_ids=ids).logits
+        found = dequantize_awq(tensors, checkpoint.config)(input_ids=ids).logits
+        expected = fake_quantized(checkpoint)(input_ids=ids).logits
     assert (found - expected).abs().max() <= 1e-5
     assert notes[0].startswith("rounding (RTN)") and "AWQ" not in "".join(notes)
 
@@ -168,8 +168,8 @@ def test_the_folder_read_as_published_is_the_searched_model(tmp_path, tokenizer_
     assert tokens.shape[1] == 128 and tokens[0, 0] == 1
     ids = torch.arange(3, 67)[None]
     with torch.no_grad():
-        found = dequantised(tensors, checkpoint.config)(input_ids=ids).logits
-        expected = fake_quantised(checkpoint, tokens)(input_ids=ids).logits
+        found = dequantize_awq(tensors, checkpoint.config)(input_ids=ids).logits
+        expected = fake_quantized(checkpoint, tokens)(input_ids=ids).logits
     assert (found - expected).abs().max() <= 1e-5
     assert notes[0].startswith("AWQ") and f"{len(tokens)} sequences of 128 tokens" in notes[0]
 
@@ -235,7 +235,7 @@ def test_folded_scales_change_nothing_but_the_rounding(fields, tokenizer_folder,
 
 @pytest.fixture(scope="module")
 def trained(documents, tokenizer_folder):
-    """A micro model after 150 steps, and `[windows, 128]` ids of text that it has not seen, from the same sources."""
+    """A micro model after 150 steps, and ids `[windows, 128]` of unseen text from the same sources."""
     tokenizer = load_tokenizer(tokenizer_folder)
     train, held_out = (
         torch.tensor([i for text in documents for i in encode_text(tokenizer, text[part])])
@@ -260,9 +260,9 @@ def trained(documents, tokenizer_folder):
 
 
 def with_outlier_channels(model, channels=24, factor=30.0):
-    """The same function with some channels `factor` times as large, as large language models have them.
+    """The same function with some channels `factor` times as large, like outliers in large language models.
 
-    What feeds the channel is multiplied, what reads it divided.
+    The layer before the channel is multiplied, the layer after it divided.
     """
     state, generator = {name: t.clone() for name, t in model.state_dict().items()}, torch.Generator().manual_seed(1)
     attention, mlp = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")
@@ -283,13 +283,13 @@ def with_outlier_channels(model, channels=24, factor=30.0):
 
 
 def compared(model, ids, folder, calibration):
-    """Perplexity, and divergence from the float model, by way of writing it."""
+    """Perplexity and divergence from the float model for each way of writing it."""
     checkpoint, calibrated = as_checkpoint(model, calibration[0]), calibration[1]
     float_model = log_probabilities(model, ids)
     found = {"float": (perplexity(float_model, ids), 0.0)}
     for name, texts in (("rounding", None), ("AWQ", calibrated)):
         tensors, _ = written(checkpoint, folder / name, texts)
-        log_probs = log_probabilities(dequantised(tensors, checkpoint.config), ids)
+        log_probs = log_probabilities(dequantize_awq(tensors, checkpoint.config), ids)
         found[name] = (perplexity(log_probs, ids), divergence(float_model, log_probs))
     print(found)
     return found
@@ -297,7 +297,7 @@ def compared(model, ids, folder, calibration):
 
 @pytest.mark.slow
 def test_scales_bring_a_trained_model_nearer_to_what_it_was(trained, documents, tokenizer_folder, tmp_path):
-    """A model this small has no channels that stand out: rounding costs it less perplexity than chance gives or takes."""
+    """Rounding costs such a small model, which has no outlier channels, less perplexity than random variation."""
     model, ids = trained
     found = compared(model, ids, tmp_path, (tokenizer_folder, [text[:5400] for text in documents[:12]]))
     assert found["AWQ"][1] < found["rounding"][1]
@@ -331,7 +331,9 @@ def test_a_cut_of_the_shape_of_1_1b(tmp_path, tokenizer_folder, documents):
             assert tensors[f"{module}qzeros"].shape == (width // 128, rows // 8)
             assert tensors[f"{module}scales"].shape == (width // 128, rows)
     ids = torch.arange(3, 67)[None]
-    loss = divergence(log_probabilities(model, ids), log_probabilities(dequantised(tensors, checkpoint.config), ids))
+    loss = divergence(
+        log_probabilities(model, ids), log_probabilities(dequantize_awq(tensors, checkpoint.config), ids)
+    )
     assert loss < 0.1  # plain rounding: 0.055; a wrong order of anything would be whole nats away
 
 
@@ -343,10 +345,10 @@ def test_a_cut_of_the_shape_of_1_1b(tmp_path, tokenizer_folder, documents):
     (
         (
             {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3},
-            r"q_proj\.weight: has 576 inputs.* 128",
+            r"q_proj\.weight: 576 inputs.* 128",
         ),
-        ({"intermediate_size": 1000}, r"layers\.0\.mlp\.down_proj\.weight: has 1000 inputs.* 128"),
-        ({"num_attention_heads": 32, "num_key_value_heads": 1, "head_dim": 4}, r"k_proj\.weight: has 4 outputs.* 8"),
+        ({"intermediate_size": 1000}, r"layers\.0\.mlp\.down_proj\.weight: 1000 inputs.* 128"),
+        ({"num_attention_heads": 32, "num_key_value_heads": 1, "head_dim": 4}, r"k_proj\.weight: 4 outputs.* 8"),
         ({"attention_bias": True}, r"layers\.0\.self_attn\.q_proj\.bias: .*bias"),
         ({"mlp_bias": True}, r"layers\.0\.mlp\.gate_proj\.bias: .*bias"),
     ),
@@ -359,8 +361,15 @@ def test_what_the_layout_cannot_hold_is_refused_by_name(fields, named, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ("model.embed_tokens.weight", "model.layers.1.input_layernorm.weight", "lm_head.weight",
-                                  "model.layers.1.mlp.up_proj.weight"))  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    (
+        "model.embed_tokens.weight",
+        "model.layers.1.input_layernorm.weight",
+        "lm_head.weight",
+        "model.layers.1.mlp.up_proj.weight",
+    ),
+)
 def test_values_beyond_float16_are_refused_by_name(name, tmp_path):
     model = random_model()
     with torch.no_grad():
@@ -372,8 +381,8 @@ def test_values_beyond_float16_are_refused_by_name(name, tmp_path):
 def test_calibration_needs_a_tokenizer_and_a_sequence(tmp_path, tokenizer_folder):
     with pytest.raises(InputError, match=r"no tokenizer.*rounding \(RTN\)"):
         write_awq(as_checkpoint(random_model()), tmp_path, ["text"], 1 << 30)
-    with pytest.raises(InputError, match=r"has \d+ tokens.* 128"):
+    with pytest.raises(InputError, match=r"\d+ tokens; .* 128"):
         write_awq(as_checkpoint(random_model(), tokenizer_folder), tmp_path, ["too short"], 1 << 30)
-    with pytest.raises(InputError, match=r"the token \d+.* 400 rows"):
+    with pytest.raises(InputError, match=r"token id \d+.* 400 embedding rows"):
         write_awq(as_checkpoint(random_model(vocab_size=400), tokenizer_folder), tmp_path, ["word " * 400], 1 << 30)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""AWQ folders as a source: what their readers compute with, and what does not fit together."""
+"""AWQ folders as a source: the weights that readers compute with, and inconsistent folders."""
 
 import json
 
@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from tests.conversion.test_awq import MICRO, dequantised, random_model
+from tests.conversion.test_awq import MICRO, dequantize_awq, random_model
 from tinyllama_hf import convert, verify
 from tinyllama_hf.conversion.reading.recognize import open_checkpoint
 from tinyllama_hf.errors import InputError
@@ -21,10 +21,10 @@ def quantized(tmp_path):
 
 
 def test_the_weights_that_readers_compute_with(quantized, tmp_path):
-    """Against a reader written from the published layout; once dequantised, it is a plain folder like any other."""
+    """Compares with a reader written from the published layout; the dequantized folder is an ordinary one."""
     config = AutoConfig.from_pretrained(quantized)
     del config.quantization_config
-    wanted = dequantised(load_file(quantized / "model.safetensors"), config).state_dict()
+    wanted = dequantize_awq(load_file(quantized / "model.safetensors"), config).state_dict()
     found = open_checkpoint(quantized)
     assert all(found.load(name).float().equal(wanted[name]) for name in found.tensors)
     convert(quantized, "llama", tmp_path / "plain")
@@ -35,9 +35,9 @@ def test_the_weights_that_readers_compute_with(quantized, tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"bits": 8}, "bits is 8; .* AWQ is 4"), ({"version": "gemv"}, "version is 'gemv'"),
-     ({"group_size": 64}, "in groups of 64, which do not fit together"), ({"group_size": 0}, "in groups of 0"),
-     ({"quant_method": "gptq"}, "holds quantised weights")],
+    [({"bits": 8}, "bits is 8; AWQ supports only 4"), ({"version": "gemv"}, "version is 'gemv'"),
+     ({"group_size": 64}, "inconsistent for group_size 64"), ({"group_size": 0}, "inconsistent for group_size 0"),
+     ({"quant_method": "gptq"}, "weights are quantized")],
 )  # fmt: skip
 def test_other_kinds(quantized, change, message):
     fields = json.loads((quantized / "config.json").read_text())
@@ -51,8 +51,10 @@ def test_other_kinds(quantized, change, message):
 def test_a_part_that_is_missing_or_of_another_type(quantized, part):
     tensors = load_file(quantized / "model.safetensors")
     name = f"model.layers.1.mlp.up_proj.{part}"
-    for changed, message in (({**tensors, name: tensors[name].to(torch.int16)}, "do not fit together"),
-                             ({key: t for key, t in tensors.items() if key != name}, f"lacks its {part}")):  # fmt: skip
+    for changed, message in (
+        ({**tensors, name: tensors[name].to(torch.int16)}, "inconsistent for group_size 128"),
+        ({key: t for key, t in tensors.items() if key != name}, f"up_proj.{part} is missing"),
+    ):
         save_file(changed, quantized / "model.safetensors", {"format": "pt"})
         (quantized / "provenance.json").unlink(missing_ok=True)
         with pytest.raises(InputError, match=message):

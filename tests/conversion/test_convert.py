@@ -1,13 +1,11 @@
-"""What convert writes, refuses and leaves behind; verify's verdicts."""
+"""Tests what convert writes and refuses, and the results of verify."""
 
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -37,7 +35,7 @@ def source(tokenizer_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chat_model(source, tmp_path_factory):
-    """As the early chat models: three tokens behind the vocabulary, a template and an end of sequence made of them."""
+    """A model like the early chat models: three added tokens, used in the template and as end of sequence."""
     folder = tmp_path_factory.mktemp("chat") / "chat"
     model = TinyLlamaForCausalLM.from_pretrained(source)
     tokenizer = load_tokenizer(source)
@@ -105,7 +103,7 @@ class TestLlama:
         assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == kind
 
     def test_mixed_types_stay(self, source, tmp_path):
-        """Wider types first in the file, so that each value lies at a multiple of its size."""
+        """Wider dtypes come first in the file, so that values are aligned."""
         convert(source, "llama", tmp_path / "mixed")
         weights = load_file(source / "model.safetensors")
         odd = {
@@ -120,7 +118,7 @@ class TestLlama:
 
     @pytest.mark.parametrize("to", ["llama", "litgpt", "gguf-f32"])
     def test_padding_token(self, source, chat_model, tmp_path, to):
-        """The source's, there and back; one that ends text is replaced, which is said."""
+        """The padding token is kept; one that ends text is replaced, with a note."""
         assert not [note for note in convert(chat_model, to, tmp_path / "there").notes if "padding" in note]
         convert(tmp_path / "there", "llama", tmp_path / "back")
         for folder in (tmp_path / "back", chat_model):
@@ -129,7 +127,7 @@ class TestLlama:
         fields = json.loads((copied / "tokenizer_config.json").read_text())
         (copied / "tokenizer_config.json").write_text(json.dumps(fields | {"pad_token": "</s>"}))
         done = convert(copied, to, tmp_path / "replaced")
-        assert [note for note in done.notes if "'</s>'" in note and "'<unk>' is written" in note]
+        assert [note for note in done.notes if "'</s>' replaced by '<unk>'" in note]
 
     def test_overflow_of_float16(self, source, tmp_path):
         convert(source, "llama", tmp_path / "large")
@@ -138,7 +136,7 @@ class TestLlama:
         save_file(weights, tmp_path / "large" / "model.safetensors", {"format": "pt"})
         (tmp_path / "large" / "provenance.json").unlink()
         for target, dtype in (("llama", "fp16"), ("awq", "auto")):
-            with pytest.raises(InputError, match=r"model.norm.weight: 1 values are not finite as float16.*use bf16"):
+            with pytest.raises(InputError, match=r"model.norm.weight: 1 values are not finite as float16.*Use bf16"):
                 convert(tmp_path / "large", target, tmp_path / "out", dtype=dtype)
         assert not (tmp_path / "out").exists() and sorted(p.name for p in tmp_path.iterdir()) == ["large"]
 
@@ -146,9 +144,9 @@ class TestLlama:
 class TestVocabulary:
     def test_trim(self, chat_model, source, tmp_path):
         done = convert(chat_model, "llama", tmp_path / "out", vocab_rows=512)
-        assert "515 embedding rows, 512 written" in done.notes
-        assert any("the tokenizer lost [PAD], <|im_start|>, <|im_end|>" in note for note in done.notes)
-        assert any("chat template is left out" in note for note in done.notes)
+        assert "515 embedding rows in the source, 512 written" in done.notes
+        assert any("removed from the tokenizer: [PAD], <|im_start|>, <|im_end|>" in note for note in done.notes)
+        assert any("chat template was removed" in note for note in done.notes)
         tokenizer = load_tokenizer(tmp_path / "out")
         assert len(tokenizer) == 512 and tokenizer.chat_template is None and tokenizer.eos_token == "</s>"
         text = "<|im_start|> two\n  words"
@@ -162,7 +160,7 @@ class TestVocabulary:
         ids = torch.tensor([[1, 7, 30, 9]])  # products with 512 and with 515 rows may be summed in another order
         torch.testing.assert_close(model(ids).logits, before(ids).logits[..., :512], atol=1e-5, rtol=1e-5)
         result = verify(chat_model, tmp_path / "out")
-        assert result.largest < 1e-5 and result.notes == ("515 and 512 embedding rows: the first 512 are compared",)
+        assert result.largest < 1e-5 and result.notes == ("515 and 512 embedding rows; the first 512 are compared",)
 
     def test_grow(self, source, tmp_path):
         convert(source, "llama", tmp_path / "out", vocab_rows=520)
@@ -175,13 +173,13 @@ class TestVocabulary:
     def test_refusals(self, source, chat_model, tmp_path):
         with pytest.raises(InputError, match="the tokenizer's own vocabulary has 512 tokens"):
             convert(source, "llama", tmp_path / "out", vocab_rows=500)
-        with pytest.raises(InputError, match="--vocab-rows 0: must be at least 1"):
+        with pytest.raises(InputError, match="--vocab-rows 0: it must be at least 1"):
             convert(source, "llama", tmp_path / "out", vocab_rows=0)
 
 
 @pytest.mark.parametrize("to", ["llama", "gguf-f32"])
 def test_the_tokenizer_is_loaded_once(source, tmp_path, monkeypatch, to):
-    """Llama 2's takes more than a second each time."""
+    """Loading Llama 2's tokenizer takes more than a second."""
     loaded = []
     monkeypatch.setattr(
         "tinyllama_hf.conversion.checkpoint.load_tokenizer", lambda p: loaded.append(p) or load_tokenizer(p)
@@ -195,7 +193,7 @@ QUICK = ("gguf-q8_0", "litgpt")
 
 @pytest.mark.parametrize("to", [pytest.param(to, marks=() if to in QUICK else pytest.mark.slow) for to in FORMATS])
 def test_every_format_from_the_command_line(source, tmp_path, run_command, to):
-    """As a user calls it; what is lossless gives the same logits again."""
+    """Lossless formats give the same logits."""
     printed = run_command("tinyllama-hf", "convert", source, "--to", to, "--output", "out", cwd=tmp_path)
     assert printed.returncode == 0 and f"wrote out: {to}" in printed.stdout, printed.stderr
     assert printed.stderr == "", "no warnings, no bars where there is no terminal"
@@ -210,7 +208,7 @@ def test_every_format_from_the_command_line(source, tmp_path, run_command, to):
 class TestVerify:
     @pytest.fixture
     def changed(self, source, tmp_path):
-        """One row of one tensor, so that only what follows from it differs."""
+        """The source with one changed row."""
         convert(source, "llama", tmp_path / "changed")
         weights = load_file(source / "model.safetensors")
         weights["lm_head.weight"][7] += 0.5
@@ -230,7 +228,7 @@ class TestVerify:
         assert verify(source, changed, tolerance=result.largest * 1.001).is_equal
 
     def test_the_position_from_which_on_they_differ(self, source, changed, tmp_path):
-        """An embedding row that the text meets first in its middle."""
+        """The first difference is at the position where the text uses the changed row."""
         tokenizer, text = load_tokenizer(source), open_text()
         ids = tokenizer(text, split_special_tokens=True)["input_ids"][:512]
         position = next(i for i, token in enumerate(ids) if i > 100 and token not in ids[:i])
@@ -252,11 +250,11 @@ class TestVerify:
         assert verify(source, changed, text=tmp_path / "text.txt").num_tokens < 30
         for text, message in (
             (tmp_path / "none.txt", "cannot be read"),
-            (write(tmp_path / "empty.txt"), "at least 2"),
+            (write(tmp_path / "empty.txt"), "At least 2"),
         ):
             with pytest.raises(InputError, match=message):
                 verify(source, changed, text=text)
-        with pytest.raises(InputError, match="--tolerance -1: must be 0 or more"):
+        with pytest.raises(InputError, match="--tolerance -1: it must be 0 or more"):
             verify(source, changed, tolerance=-1)
 
 
@@ -281,7 +279,7 @@ class TestSanity:
 
     @pytest.mark.parametrize("order", ["layout A called C", "gate and up swapped", "q and k in Meta's order"])
     def test_the_same_weights_in_another_order_do_not(self, real, tmp_path, order):
-        """Equal shapes: nothing but the loss shows it."""
+        """The shapes are equal, so only the loss reveals the wrong row order."""
         weights, config = load_file(real / "model.safetensors"), open_checkpoint(real).config
         if order == "gate and up swapped":
             swap = {"gate": "up", "up": "gate"}
@@ -298,9 +296,7 @@ class TestSanity:
         torch.save(wrong, tmp_path / "lit_model.pth")
         (tmp_path / "lit_config.json").write_text(json.dumps(layouts.lit_gpt_fields(config)))
         (tmp_path / "tokenizer.model").write_bytes((real / "tokenizer.model").read_bytes())
-        with pytest.raises(
-            InputError, match=r"a loss of [5-9]\.\d+ nats.*the frequencies of its tokens alone give 4.502"
-        ):
+        with pytest.raises(InputError, match=r"a loss of [5-9]\.\d+ nats.* give 4.502"):
             convert(tmp_path, "llama", tmp_path / "out", check=check_sanity)
         assert not (tmp_path / "out").exists()
 
@@ -313,13 +309,13 @@ class TestSanity:
 
 
 BAD = {
-    "format": (("lama", {}), r"--to 'lama': no format; did you mean 'llama'\?"),
+    "format": (("lama", {}), r"--to 'lama': unknown format; did you mean 'llama'\?"),
     "dtype": (("llama", {"dtype": "fp8"}), r"--dtype 'fp8': there is none"),
-    "dtype of gguf": (("gguf-q8_0", {"dtype": "bf16"}), r"--dtype bf16: gguf-q8_0 has the types of its name"),
-    "shard size": (("llama", {"max_shard_size": "big"}), r"--max-shard-size 'big': no size"),
-    "calibration": (("llama", {"calibration": ["text"]}), r"--calibration: llama needs none"),
-    "no calibration file": (("awq", {"calibration": ["none.txt"]}), r"--calibration none.txt: no such file"),
-    "no config": (("llama", {"config": "none.json"}), r"--config none.json: no such file"),
+    "dtype of gguf": (("gguf-q8_0", {"dtype": "bf16"}), r"--dtype bf16: the format gguf-q8_0 has fixed dtypes"),
+    "shard size": (("llama", {"max_shard_size": "big"}), r"--max-shard-size 'big': not a size"),
+    "calibration": (("llama", {"calibration": ["text"]}), r"--calibration: .* llama"),
+    "no calibration file": (("awq", {"calibration": ["none.txt"]}), r"--calibration none.txt: file not found"),
+    "no config": (("llama", {"config": "none.json"}), r"--config none.json: file not found"),
 }
 
 
@@ -336,13 +332,13 @@ def test_a_disk_that_is_too_small(source, tmp_path, monkeypatch):
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(InputError, match=r"takes 0.0 GB, 0.0 GB are free; make room"):
+    with pytest.raises(InputError, match=r"needs 0.0 GB, but 0.0 GB are free"):
         convert(source, "llama", tmp_path / "out")
 
 
 @pytest.mark.slow
 def test_memory_stays_near_two_tensors(tmp_path):
-    """A checkpoint of 470 MB in small tensors: additional resident memory far below it, in a process of its own."""
+    """Converts 470 MB in small tensors in a separate process, with far less additional memory."""
     script = """
 import sys, torch
 from pathlib import Path
@@ -350,7 +346,8 @@ from tinyllama_hf import TinyLlamaConfig
 from tinyllama_hf.conversion import checkpoint, convert, writing
 from tinyllama_hf.conversion.formats import gguf_write, lit_gpt, llama_write
 folder = Path(sys.argv[1])
-config = TinyLlamaConfig.preset("micro", vocab_size=1024, hidden_size=1024, num_hidden_layers=24, intermediate_size=2048).to_llama()
+sizes = {"vocab_size": 1024, "hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 2048}
+config = TinyLlamaConfig.preset("micro", **sizes).to_llama()
 shapes = checkpoint.expected_shapes(config)
 folder.mkdir()
 config.save_pretrained(folder)
@@ -358,7 +355,7 @@ writing.write_torch_archive(folder / "pytorch_model.bin", {n: (torch.float32, s)
                             (torch.ones(s) for s in shapes.values()))
 def resident(name):
     return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0]) // 1024
-Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
 before = resident("VmRSS")
 convert.convert(folder, sys.argv[2], folder.with_name("out"))
 print(resident("VmHWM") - before, sum(f.stat().st_size for f in folder.iterdir()) // 2**20)
@@ -376,12 +373,12 @@ print(resident("VmHWM") - before, sum(f.stat().st_size for f in folder.iterdir()
 
 
 def test_an_untrained_model_is_not_sane(source):
-    with pytest.raises(InputError, match="or the model was hardly trained; nothing was written"):
+    with pytest.raises(InputError, match="or the model is untrained"):
         check_sanity(open_checkpoint(source))
 
 
 def changed_weights(folder, **tensors):
-    """A folder with other tensors and without the hashes of those that were there."""
+    """Changes tensors of a folder and removes the recorded hashes."""
     file = folder / "model.safetensors"
     save_file(load_file(file) | {name.replace("__", "."): t for name, t in tensors.items()}, file, {"format": "pt"})
     (folder / "provenance.json").unlink(missing_ok=True)
@@ -400,7 +397,7 @@ def test_a_tied_model_with_another_output_keeps_it_as_stock_does(shared, tmp_pat
     convert(real, "llama", tmp_path / "other")
     changed_weights(tmp_path / "other", lm_head__weight=torch.randn(512, 64))
     done = convert(tmp_path / "other", "llama", tmp_path / "out")
-    assert "tie_word_embeddings is true, but lm_head.weight is another tensor: both are kept, untied" in done.notes
+    assert "tie_word_embeddings is true, but lm_head.weight differs; both are kept, untied" in done.notes
     ids = torch.tensor([[1, 7, 30, 9]])
     models = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("other", "out")]
     assert models[0](ids).logits.equal(models[1](ids).logits) and not models[1].config.tie_word_embeddings
@@ -423,7 +420,7 @@ class TestGenerationConfig:
               "max_length": 4096}  # fmt: skip
 
     def test_is_kept_as_it_is(self, source, tmp_path):
-        """With a temperature and no `do_sample`, as the first Llama 2 folders: transformers reads that and refuses to write it."""
+        """transformers reads a temperature without `do_sample` (first Llama 2 folders), but refuses to write it."""
         convert(source, "llama", tmp_path / "a")
         (tmp_path / "a" / "generation_config.json").write_text(json.dumps(self.FIELDS))
         convert(tmp_path / "a", "litgpt", tmp_path / "b")
@@ -432,8 +429,8 @@ class TestGenerationConfig:
         assert {name: found[name] for name in self.FIELDS} == self.FIELDS
         done = convert(tmp_path / "a", "gguf-f32", tmp_path / "d")
         assert (
-            "GGUF has no place for these of the generation configuration: eos_token_id, max_length, temperature, top_p"
-            in done.notes
+            "GGUF cannot store these fields of the generation configuration: eos_token_id, max_length, "
+            "temperature, top_p" in done.notes
         )
 
     def test_padding_without_one_is_the_tokenizers(self, source, tmp_path):
@@ -451,8 +448,14 @@ def test_scaling_of_the_rotary_embedding_is_written_in_both_spellings(source, tm
     convert(source, "llama", tmp_path / "a")
     fields = json.loads((tmp_path / "a" / "config.json").read_text())
     assert "rope_scaling" not in fields
-    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64}  # fmt: skip
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
     (tmp_path / "a" / "config.json").write_text(json.dumps(fields | {"rope_parameters": rope, "rope_theta": 500000.0}))
     convert(tmp_path / "a", "litgpt", tmp_path / "b")
     convert(tmp_path / "b", "llama", tmp_path / "c")
@@ -471,42 +474,12 @@ def test_outputs_that_cannot_be(source, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"--output file/out: .*file is a file"):
         convert(source, "llama", "file/out")
-    with pytest.raises(InputError, match=r"--output .*: exists; choose another folder"):
+    with pytest.raises(InputError, match=r"--output .*: already exists"):
         convert(source, "llama", ".")
 
 
 def test_a_configuration_where_none_is_wanted(source, tmp_path):
     convert(source, "gguf-f32", tmp_path / "out")
-    with pytest.raises(InputError, match="GGUF files bring their own configuration; leave it out"):
+    with pytest.raises(InputError, match="GGUF files contain their own configuration"):
         convert(tmp_path / "out", "llama", tmp_path / "back", config=source / "config.json")
     assert verify(tmp_path / "out", source, config=source / "config.json").largest == 0, "for those that need it only"
-
-
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGHUP, signal.SIGINT))]
-)
-def test_a_request_to_stop_leaves_nothing(tmp_path, number):
-    """In the middle of writing a model that takes some seconds."""
-    torch.manual_seed(0)
-    TinyLlamaForCausalLM(TinyLlamaConfig.preset("1.1b", vocab_size=512, num_hidden_layers=8)).save_pretrained(
-        tmp_path / "model"
-    )
-    command = [
-        Path(sys.executable).parent / "tinyllama-hf",
-        "convert",
-        "model",
-        "--to",
-        "gguf-q4_0",
-        "--output",
-        "out",
-    ]
-    process = subprocess.Popen([str(c) for c in command], cwd=tmp_path, env=os.environ | {"TMPDIR": str(tmp_path)},
-                               stderr=subprocess.PIPE)  # fmt: skip
-    while not any(tmp_path.glob(".out.*.tmp")):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
-    while process.poll() is None:  # Python loses a signal whose handler raises while an object is being collected
-        process.send_signal(number)
-        time.sleep(0.2)
-    assert process.returncode != 0
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -1,4 +1,4 @@
-"""Damaged files of every container end in a clean error or in the original's tensors, whatever was damaged."""
+"""Reading a damaged file of any container ends in a clean error or gives the original tensors."""
 
 import collections
 import json
@@ -18,7 +18,7 @@ from tinyllama_hf import convert, load_tokenizer
 
 @pytest.fixture(scope="module")
 def sources(documents, tokenizer_folder, tmp_path_factory):
-    """An undamaged checkpoint of every kind, by its name."""
+    """An undamaged checkpoint of each kind, by name."""
     folder = tmp_path_factory.mktemp("sources")
     weights, config = files.small_model()
     plain = files.write_folder(folder / "safetensors", weights, config)
@@ -77,7 +77,7 @@ def report(counts):
 
 @pytest.mark.slow
 def test_thousands_of_mutants(sources):
-    """At least 2000; and each kind has both: damage that is refused, and damage of what says nothing of the tensors."""
+    """There are at least 2000 mutants, and each kind has refused ones and ones that do not affect the tensors."""
     counts = run(sources, 200)
     print(report(counts))
     assert sum(sum(found.values()) for found in counts.values()) >= 2000

@@ -1,4 +1,4 @@
-"""llama.cpp itself on our files: it gives the same ids, and continues with the same words as transformers."""
+"""Runs llama.cpp on our files: same ids, and same continuations as transformers."""
 
 import json
 import os
@@ -23,12 +23,31 @@ from tinyllama_hf.tokenization_tinyllama import encode_text
 
 
 TEXTS = [
-    "Hello world!", " a", "  two", "trailing   ", "\n\n1. first\n\n\n22. second", "x = 3.14159 + 1_000_000\n\t\tif x:\r\n        pass",
-    "def f(self, *args):\n    return {k: v for k, v in zip(a, b)}  # it's what we'll do\n", "DON'T I'VE they'LL", "\t \t  \n ",
-    "naïve façade Ångström ß", "Россия и Україна", "中文，测试。日本語のテキスト 한국어", "हिन्दी में लिखें", "مرحبا بالعالم ٣٤٥", "עברית",
-    "ไทย", "👩‍🚀🇺🇸👍🏽 🚀🚀", "½ ² Ⅷ ①", "a\u00a0b\u2003c\u200bd", "e^{i\\pi}+1=0 <|x|> [PAD3] </p>", "🤖" * 20, "=" * 70, "a" * 90,
+    "Hello world!",
+    " a",
+    "  two",
+    "trailing   ",
+    "\n\n1. first\n\n\n22. second",
+    "x = 3.14159 + 1_000_000\n\t\tif x:\r\n        pass",
+    "def f(self, *args):\n    return {k: v for k, v in zip(a, b)}  # it's what we'll do\n",
+    "DON'T I'VE they'LL",
+    "\t \t  \n ",
+    "naïve façade Ångström ß",
+    "Россия и Україна",
+    "中文，测试。日本語のテキスト 한국어",
+    "हिन्दी में लिखें",
+    "مرحبا بالعالم ٣٤٥",
+    "עברית",
+    "ไทย",
+    "👩‍🚀🇺🇸👍🏽 🚀🚀",
+    "½ ² Ⅷ ①",
+    "a\u00a0b\u2003c\u200bd",
+    "e^{i\\pi}+1=0 <|x|> [PAD3] </p>",
+    "🤖" * 20,
+    "=" * 70,
+    "a" * 90,
     "x <tool> é y<tool> é<tool> éz",
-]  # fmt: skip
+]
 PROMPTS = [
     "Once upon a time, in a small village by the sea,",
     "def fibonacci(n):\n    ",
@@ -39,7 +58,7 @@ QUESTIONS = ["Explain how rainbows form.", "Write a short story about a robot."]
 
 @pytest.fixture(scope="session")
 def llama_cpp(peer, tmp_path_factory):
-    """Runs llama.cpp on a file: ids of texts, ids of `"a"` with what the tokenizer puts round it, continuations."""
+    """Runs llama.cpp on a file: ids of texts, ids of `"a"` with special tokens, and continuations."""
     folder = peer("xllamacpp==2026.10.11549")
 
     def run(model: Path, texts=(), prompts=()):
@@ -89,7 +108,7 @@ class TestTokenizers:
 
 
 def disagreements(answer, prompts, model, tokenizer):
-    """Where transformers would have said another token than llama.cpp, by how much higher a logit."""
+    """The logit differences at positions where transformers' greedy token differs from llama.cpp's."""
     margins = []
     for prompt, continued in zip(prompts, answer["continued"], strict=True):
         with torch.no_grad():
@@ -97,19 +116,18 @@ def disagreements(answer, prompts, model, tokenizer):
         chosen, best = torch.tensor(continued), logits.argmax(-1)
         for i in (best != chosen).nonzero()[:, 0].tolist():
             margins.append(float(logits[i, best[i]] - logits[i, chosen[i]]))
-            print(
-                f"token {i}: {tokenizer.decode(chosen[i])!r} instead of {tokenizer.decode(best[i])!r}, {margins[-1]:.4f} lower"
-            )
+            words = f"{tokenizer.decode(chosen[i])!r} instead of {tokenizer.decode(best[i])!r}"
+            print(f"token {i}: {words}, {margins[-1]:.4f} lower")
     return margins
 
 
 @pytest.mark.slow
 class TestSmolLM2:
-    """llama.cpp's greedy continuations, 64 tokens of 5 prompts, held against float32 compute on the same weights.
+    """Compares llama.cpp's greedy continuations, 64 tokens of 5 prompts, with float32 compute on the same weights.
 
-    With f16 it is the same word for word. With quantised weights llama.cpp rounds the activations to 8 bits as well, so
-    that near ties may go the other way. Measured: 8 of 320 tokens (q8_0) and 8 of 276 (q4_0), each within 0.2 of the
-    highest logit.
+    With f16 they are equal. With quantized weights llama.cpp also rounds the activations to 8 bits, so near ties can
+    be resolved differently. Measured: 8 of 320 tokens (q8_0) and 8 of 276 (q4_0), each within 0.2 of the highest
+    logit.
     """
 
     @pytest.mark.parametrize("kind, share, highest", [("f16", 0.0, 0.0), ("q8_0", 0.05, 0.5), ("q4_0", 0.12, 0.5)])
@@ -129,5 +147,5 @@ class TestSmolLM2:
         margins = disagreements(answer, prompts, loaded(read_gguf(path)), tokenizer)
         number = sum(map(len, answer["continued"]))
         print(f"{kind}: {len(margins)} of {number} tokens differ")
-        assert number == 5 * 64 if kind == "f16" else number > 200  # one that is quantised may end a reply before
+        assert number == 5 * 64 if kind == "f16" else number > 200  # a quantized model may end a reply earlier
         assert len(margins) <= share * number and max(margins, default=0.0) <= highest

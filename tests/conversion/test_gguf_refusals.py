@@ -1,4 +1,4 @@
-"""What is not read from GGUF, and what is not written to it: each ends in a message that names it."""
+"""Unsupported features in reading and writing GGUF are refused by name."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from tinyllama_hf.gguf.file import read_header
 
 
 def refused(header, message):
-    """Reads a file as if this header stood in it."""
+    """Asserts that a file with this header is refused."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match=message):
         patch.setattr("tinyllama_hf.conversion.formats.gguf_read.read_header", lambda path: header)
         read_gguf(header.path)
@@ -21,22 +21,22 @@ class TestReading:
         "key, value, message",
         [
             ("general.architecture", "qwen2", "general.architecture is 'qwen2'"),
-            ("llama.block_count", 3, "9 tensors are missing, model.layers.2"),
+            ("llama.block_count", 3, "9 tensors are missing, such as model.layers.2"),
             ("llama.block_count", None, "block_count is None"),
-            ("llama.attention.head_count", 8, "rope.dimension_count is 64, .* has 32"),
+            ("llama.attention.head_count", 8, "rope.dimension_count is 64; .* 32"),
             ("llama.attention.head_count", 0, "head_count is 0"),
-            ("llama.attention.head_count", [4, 4], r"head_count is \[4, 4\]; a positive number"),
-            ("llama.attention.head_count_kv", None, r"attn_k.weight: has the shape \[128, 256\]"),
+            ("llama.attention.head_count", [4, 4], r"head_count is \[4, 4\]; it must be a positive number"),
+            ("llama.attention.head_count_kv", None, r"attn_k.weight: shape \[128, 256\]"),
             ("llama.embedding_length", 257, r"257.* is not a multiple"),
-            ("llama.feed_forward_length", 2**31 - 1, r"ffn_gate.weight: has the shape \[512, 256\]"),
+            ("llama.feed_forward_length", 2**31 - 1, r"ffn_gate.weight: shape \[512, 256\]"),
             ("llama.feed_forward_length", 2**32 - 1, "feed_forward_length is 4294967295"),
-            ("llama.rope.dimension_count", 32, "rope.dimension_count is 32, .* has 64"),
+            ("llama.rope.dimension_count", 32, "rope.dimension_count is 32; .* 64"),
             ("llama.rope.freq_base", float("nan"), "freq_base is nan"),
             ("llama.rope.scaling.type", "yarn", "scaling.type is 'yarn'"),
             ("llama.rope.scaling.type", "linear", "scaling.factor is None"),
-            ("llama.expert_count", 8, "mixture of experts"),
-            ("llama.attention.head_count_kv", 3, "4 heads of width 64 and 3 key/value groups"),
-            ("llama.attention.key_length", 62, "rope.dimension_count is 64, .* has 62"),
+            ("llama.expert_count", 8, "expert_count is 8; mixtures of experts"),
+            ("llama.attention.head_count_kv", 3, "4 heads of size 64 and 3 key/value heads"),
+            ("llama.attention.key_length", 62, "rope.dimension_count is 64; .* 62"),
         ],
     )
     def test_metadata(self, tmp_path, key, value, message):
@@ -49,7 +49,7 @@ class TestReading:
         refused(header, message)
 
     def test_sizes_that_are_no_llama_of_transformers(self, tmp_path):
-        """Three heads fit the tensors, but do not divide the width of 128."""
+        """Three heads match the tensors, but do not divide the hidden size of 128."""
         checkpoint, _ = micro(tmp_path, hidden_size=128, num_attention_heads=1, num_key_value_heads=1, head_dim=192)
         write_gguf(checkpoint, tmp_path, "f32")
         header = read_header(tmp_path / "model-f32.gguf")
@@ -66,14 +66,14 @@ class TestReading:
     @pytest.mark.parametrize(
         "old, new, message",
         [
-            ("output_norm.weight", "output_norm.bias", "1 tensors are missing, model.norm.weight first"),
-            ("blk.1.attn_v.weight", "blk.1.attn_v.bias", "v_proj.weight first"),
-            ("output.weight", "rope_freqs.weight", "rotary scaling of Llama 3.1"),
-            ("output.weight", "extra.weight", "extra.weight belongs to no Llama"),
+            ("output_norm.weight", "output_norm.bias", "1 tensors are missing, such as model.norm.weight"),
+            ("blk.1.attn_v.weight", "blk.1.attn_v.bias", "such as model.layers.1.self_attn.v_proj.weight"),
+            ("output.weight", "rope_freqs.weight", "scaled rotary embedding of Llama 3.1"),
+            ("output.weight", "extra.weight", "extra.weight: .*no such tensor"),
             (
                 "blk.1.attn_norm.weight",
                 "blk.7.attn_norm.weight",
-                "1 tensors are missing, model.layers.1.input_layernorm",
+                "1 tensors are missing, such as model.layers.1.input_layernorm",
             ),
         ],
     )
@@ -94,7 +94,7 @@ class TestReading:
         at = data.index(name) + len(name) + 4 + 16
         data[at] = 20  # IQ4_NL has blocks of the same size
         path.write_bytes(data)
-        with pytest.raises(InputError, match=r"attn_q\.weight is IQ4_NL, which is not read here"):
+        with pytest.raises(InputError, match=r"attn_q\.weight has the unsupported type IQ4_NL"):
             read_gguf(path)
 
 
@@ -112,10 +112,10 @@ class TestWriting:
     def test_what_is_not_written(self, tmp_path, field, value):
         checkpoint, _ = micro(tmp_path)
         setattr(checkpoint.config, field, value)
-        named = "rotary scaling is of the type 'llama3'" if field == "rope_parameters" else f"{field} is {value!r}"
+        named = "rope_type is 'llama3'" if field == "rope_parameters" else f"{field} is {value!r}"
         with pytest.raises(InputError, match=named):
             write_gguf(checkpoint, tmp_path, "f32")
-        with pytest.raises(InputError, match="gguf kind 'q4_k' does not exist; did you mean 'q4_0'"):
+        with pytest.raises(InputError, match="gguf kind 'q4_k': unknown kind; did you mean 'q4_0'"):
             write_gguf(checkpoint, tmp_path, "q4_k")
 
     @pytest.mark.parametrize(
@@ -123,8 +123,8 @@ class TestWriting:
         [
             ("f32", float("nan"), "1 values are not finite"),
             ("f16", 7e4, "not finite as float16"),
-            ("q4_0", -6e5, r"has the value 600000, beyond the range of Q4_0"),
-            ("q8_0", 9e6, r"has the value 9e\+06, beyond the range of Q8_0"),
+            ("q4_0", -6e5, r"value 600000 exceeds the range of Q4_0"),
+            ("q8_0", 9e6, r"value 9e\+06 exceeds the range of Q8_0"),
         ],
     )
     def test_values(self, tmp_path, kind, value, message):

@@ -1,4 +1,4 @@
-"""Tokenizers of both kinds into GGUF and back: the same ids, and the same file when it is written again."""
+"""Round trips of both kinds of tokenizers through GGUF: same ids, and same file when written again."""
 
 import json
 
@@ -32,7 +32,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
 def write(tokenizer, path, rows=None):
-    """A GGUF file with the tokenizer alone; returns its part of the metadata."""
+    """Writes a GGUF file with only the tokenizer; returns the tokenizer's metadata."""
     writer = GGUFWriter(path, "llama")
     add_tokenizer(writer, tokenizer, rows or len(tokenizer))
     return finish(writer, path)
@@ -48,7 +48,7 @@ def finish(writer, path):
 
 
 def byte_level(name, documents, size=600):
-    """A byte-level BPE tokenizer of this kind, trained here."""
+    """Trains a byte-level BPE tokenizer of this kind."""
     known = PRE_TOKENIZERS[name]
     state = json.loads(Tokenizer(models.BPE()).to_str())
     state |= {"pre_tokenizer": known.pre_tokenizer, "normalizer": known.normalizer}
@@ -82,13 +82,21 @@ class TestSentencePiece:
         assert [i for i in pieces if metadata["token_type"][i] == BYTE] == [i for i in pieces if reference.is_byte(i)]
         assert metadata["token_type"][:3] == [UNKNOWN, CONTROL, CONTROL] and metadata["token_type"][-1] == NORMAL
         said = {k: metadata[k] for k in metadata if k.startswith(("add_", "model")) or k.endswith("_id")}
-        assert said == {"model": "llama", "add_space_prefix": True, "add_bos_token": True, "add_eos_token": False,
-                        "unknown_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "padding_token_id": 0}  # fmt: skip
+        assert said == {
+            "model": "llama",
+            "add_space_prefix": True,
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "unknown_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "padding_token_id": 0,
+        }
         assert tokenizer_fingerprint(load_tokenizer(tmp_path / "a.gguf")) == tokenizer_fingerprint(tokenizer)
 
     @pytest.mark.parametrize("source", ["ours", "stories260K"])
     def test_scores_from_merges(self, tokenizer_folder, request, tmp_path, source):
-        """Without `tokenizer.model`, scores give back the same merges, in the same order; and so it stays."""
+        """Without `tokenizer.model`, the scores reproduce the merges in order, also on a second round trip."""
         folder = tokenizer_folder
         if source != "ours":
             folder = request.getfixturevalue("shared") / "data/models/stories260K"
@@ -111,7 +119,7 @@ class TestSentencePiece:
             free, "a"
         )  # transformers' order in a piece
         for wrong in (free[1:], [free[1], free[0], free[2]]):
-            with pytest.raises(InputError, match=r"put the tokenizer\.model beside it"):
+            with pytest.raises(InputError, match=r"Add the tokenizer\.model"):
                 derived_scores(wrong, ["a", "aa", "aaa"])
 
     def test_added_tokens_and_rows_without_token(self, tokenizer_folder, tmp_path):
@@ -128,7 +136,7 @@ class TestSentencePiece:
         assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(tokenizer) and len(loaded) == 514
         for text in [*TEXTS, "a<|im_start|> b <tool> é"]:
             assert loaded(text).input_ids == tokenizer(text).input_ids
-        with pytest.raises(InputError, match=r"ids up to 513, the model 512 rows"):
+        with pytest.raises(InputError, match=r"ids up to 513, but the model has 512 embedding rows"):
             write(tokenizer, tmp_path / "b.gguf", rows=512)
 
 
@@ -174,8 +182,8 @@ class TestByteLevel:
 
     @pytest.mark.slow
     def test_smollm2_as_its_own_tokenizer(self, smollm2):
-        """Ids that its own `tokenizer.json` gives. transformers' reading of the file splits white space before a number
-        as GPT-2 does: when this fails, its table knows smollm, and byte-level vocabularies could be left to it."""
+        """The ids are those of `tokenizer.json`. transformers splits white space before a number like GPT-2; if this
+        fails, its table contains smollm, and it could read byte-level vocabularies."""
         path = smollm2.parent / SMOLLM2_GGUF
         loaded = load_tokenizer(path)
         assert loaded("Hello world! 123").input_ids == [19556, 905, 17, 216, 33, 34, 35]
@@ -202,31 +210,37 @@ class TestRefusals:
             write(tokenizer, tmp_path / "a.gguf")
         tokenizer = load_tokenizer(tokenizer_folder)
         tokenizer.add_tokens([AddedToken("<x>", normalized=True)])
-        with pytest.raises(InputError, match=r"'<x>' is looked for in normalised text"):
+        with pytest.raises(InputError, match=r"'<x>' is matched in normalized text"):
             write(tokenizer, tmp_path / "a.gguf")
         tokenizer = byte_level("gpt-2", documents[:1], size=300)
         tokenizer.backend_tokenizer.model.dropout = 0.1
         with pytest.raises(InputError, match=r"dropout 0\.1"):
             write(tokenizer, tmp_path / "a.gguf")
 
-    GOOD = {"model": "gpt2", "pre": "gpt-2", "tokens": ["a", "b", "ab", "<e>"], "merges": ["a b"], "token_type": [1, 1, 1, 3],
-            "eos_token_id": 3}  # fmt: skip
+    GOOD = {
+        "model": "gpt2",
+        "pre": "gpt-2",
+        "tokens": ["a", "b", "ab", "<e>"],
+        "merges": ["a b"],
+        "token_type": [1, 1, 1, 3],
+        "eos_token_id": 3,
+    }
 
     @pytest.mark.parametrize(
         "change, message",
         [
             ({}, None),
-            ({"model": "t5"}, "of the kind 't5'; llama"),
-            ({"model": "none"}, "holds no tokenizer"),
-            ({"model": 3}, "tokenizer.ggml.model is '3', which is no str"),
-            ({"pre": "falcon"}, "'falcon'.*known: gpt-2, smollm, llama-bpe, qwen2"),
-            ({"pre": None}, "the pre-tokeniser None"),
-            ({"tokens": ["a", "b", "ab", "a"]}, "4 tokens, 3 of them different"),
+            ({"model": "t5"}, "tokenizer.ggml.model is 't5'"),
+            ({"model": "none"}, "no tokenizer"),
+            ({"model": 3}, "tokenizer.ggml.model is '3', not of type str"),
+            ({"pre": "falcon"}, "tokenizer.ggml.pre is 'falcon'; .* gpt-2, smollm, llama-bpe, qwen2"),
+            ({"pre": None}, "tokenizer.ggml.pre is None"),
+            ({"tokens": ["a", "b", "ab", "a"]}, "4 tokens .3 different"),
             ({"token_type": [1, 1, 1]}, "3 types"),
-            ({"tokens": [1, 2]}, "does not hold str alone"),
+            ({"tokens": [1, 2]}, "tokens are not all of type str"),
             ({"merges": ["a c"]}, "the merge 'a c'"),
             ({"merges": ["a  b"]}, "the merge 'a  b'"),
-            ({"eos_token_id": 4}, "eos_token_id is 4, there are 4 tokens"),
+            ({"eos_token_id": 4}, "eos_token_id is 4, but there are 4 tokens"),
             ({"model": "llama", "scores": [0.0] * 4, "add_space_prefix": False}, "add_space_prefix is false"),
         ],
     )

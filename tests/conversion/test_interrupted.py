@@ -1,17 +1,20 @@
-"""A conversion is whole or not at all: interrupted, killed, refused, or over an output that exists."""
+"""A conversion is complete or absent: interrupted, killed, refused, or replacing an existing output."""
 
 import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT
 from tests.conversion import files
 from tests.conversion.files import changed, filled, refuse
-from tinyllama_hf import convert
+from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, convert
 from tinyllama_hf.conversion import convert as converter
 from tinyllama_hf.conversion.reading.recognize import open_checkpoint
 
@@ -31,7 +34,7 @@ def source(model, tmp_path):
 
 @pytest.mark.parametrize("to", ["llama", "litgpt", "gguf-q8_0"])
 def test_interrupted(to, source, tmp_path, monkeypatch):
-    """At the fifth tensor, in the middle of writing; then over an output that is there."""
+    """Interrupted at the fifth tensor, without and with an existing output."""
     seen = []
 
     def advance(self, task, num_bytes):
@@ -52,7 +55,7 @@ def test_interrupted(to, source, tmp_path, monkeypatch):
 def test_killed_and_run_again(source, tmp_path):
     script = """
 import os, signal, sys
-from tinyllama_hf import convert
+from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, convert
 from tinyllama_hf.conversion import checkpoint
 load, number = checkpoint.Checkpoint.load, []
 def kill(*arguments):
@@ -87,3 +90,33 @@ def test_an_output_that_exists(source, model, tmp_path):
     (tmp_path / "out" / "provenance.json").unlink()
     refuse(source, "was not written by a conversion", tmp_path, force=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "wrong"]
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGHUP, signal.SIGINT))]
+)
+def test_a_request_to_stop_leaves_nothing(tmp_path, number):
+    """Signals the command while it writes a model."""
+    torch.manual_seed(0)
+    TinyLlamaForCausalLM(TinyLlamaConfig.preset("1.1b", vocab_size=512, num_hidden_layers=8)).save_pretrained(
+        tmp_path / "model"
+    )
+    command = [
+        Path(sys.executable).parent / "tinyllama-hf",
+        "convert",
+        "model",
+        "--to",
+        "gguf-q4_0",
+        "--output",
+        "out",
+    ]
+    process = subprocess.Popen([str(c) for c in command], cwd=tmp_path, env=os.environ | {"TMPDIR": str(tmp_path)},
+                               stderr=subprocess.PIPE)  # fmt: skip
+    while not any(tmp_path.glob(".out.*.tmp")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    while process.poll() is None:  # Python loses a signal if its handler raises during garbage collection
+        process.send_signal(number)
+        time.sleep(0.2)
+    assert process.returncode != 0
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -1,4 +1,4 @@
-"""Every layout that is read gives the tensors that it was made from, bit for bit; a real model in each still speaks."""
+"""Every layout gives the original tensors bit for bit, and a real model still generates its known text."""
 
 import json
 
@@ -16,7 +16,7 @@ from tinyllama_hf.errors import InputError
 
 @pytest.fixture(scope="module")
 def micro(tmp_path_factory):
-    """A `micro` folder in float32, whose norms are no ones either."""
+    """A `micro` folder in float32 with random norms."""
     folder = tmp_path_factory.mktemp("source") / "micro"
     torch.manual_seed(0)
     model = TinyLlamaForCausalLM(TinyLlamaConfig.preset("micro", vocab_size=256, max_position_embeddings=4096))
@@ -32,7 +32,7 @@ def weights_of(folder):
 
 
 def assert_same(source, folder):
-    """Same tensors, bit for bit, and the same logits."""
+    """Asserts equal tensors, bit for bit, and equal logits."""
     found, wanted = open_checkpoint(source), load_file(folder / "model.safetensors")
     assert found.tensors.keys() == wanted.keys()
     for name, tensor in wanted.items():
@@ -54,7 +54,7 @@ def test_lit_gpt(micro, tmp_path, kind, write):
 
 
 def test_the_container_of_tinyllamas_exporter_is_refused_by_torch(micro, tmp_path):
-    """Why it needs a reader of its own (torch 2.13)."""
+    """The reason for our own reader (torch 2.13)."""
     weights, config = weights_of(micro)
     path = layouts.write_as_tinyllama(tmp_path / "lit_model.pth", layouts.lit_gpt(weights, config, "A"))
     with pytest.raises(Exception, match="149"):
@@ -76,7 +76,7 @@ def test_training_files_and_wrapped_keys(micro, tmp_path, prefix):
     )  # fmt: skip
     (tmp_path / "lit_config.json").write_text(json.dumps(layouts.lit_gpt_fields(config)))
     assert_same(tmp_path / "iter-28-ckpt.pth", micro)
-    assert "its optimiser is left behind" in open_checkpoint(tmp_path / "iter-28-ckpt.pth").notes[0]
+    assert "optimizer" in open_checkpoint(tmp_path / "iter-28-ckpt.pth").notes[0]
 
 
 def test_shapes_of_a_preset_need_no_configuration_others_do(micro, tmp_path):
@@ -87,7 +87,7 @@ def test_shapes_of_a_preset_need_no_configuration_others_do(micro, tmp_path):
     other = TinyLlamaConfig.preset("micro", vocab_size=256, intermediate_size=384)
     model = TinyLlamaForCausalLM(other)
     torch.save(layouts.lit_gpt(model.state_dict(), other, "B"), tmp_path / "other.pth")
-    with pytest.raises(InputError, match=r"the number of heads cannot be told. Pass --config"):
+    with pytest.raises(InputError, match=r"no preset has .* Pass --config"):
         open_checkpoint(tmp_path / "other.pth")
     (tmp_path / "elsewhere.json").write_text(json.dumps(layouts.lit_gpt_fields(other)))
     assert open_checkpoint(tmp_path / "other.pth", tmp_path / "elsewhere.json").config.intermediate_size == 384
@@ -102,7 +102,7 @@ def test_what_lit_gpts_files_leave_out():
 
 
 def test_condensed_rotary_becomes_scaling(micro, tmp_path):
-    """lit-gpt divides the positions; its own formula against stock Llama with the scaling that we write."""
+    """Compares lit-gpt's formula, which divides the positions, with stock Llama and the scaling we write."""
     weights, config = weights_of(micro)
     torch.save(layouts.lit_gpt(weights, config, "A"), tmp_path / "lit_model.pth")
     fields = layouts.lit_gpt_fields(config) | {"condense_ratio": 4, "block_size": 8192}
@@ -116,8 +116,9 @@ def test_condensed_rotary_becomes_scaling(micro, tmp_path):
     with torch.no_grad():
         scaled = model(ids, position_ids=positions).logits
         # Every fourth position of the plain model is a position of the condensed one.
-        torch.testing.assert_close(model(ids, position_ids=4 * positions).logits, plain(ids, position_ids=positions).logits,
-                                   atol=1e-4, rtol=0)  # fmt: skip
+        torch.testing.assert_close(
+            model(ids, position_ids=4 * positions).logits, plain(ids, position_ids=positions).logits, atol=1e-4, rtol=0
+        )
     assert not torch.allclose(scaled, plain(ids).logits, atol=1e-3)
     convert(tmp_path / "out", "litgpt", tmp_path / "back")
     assert open_checkpoint(tmp_path / "back").config.rope_parameters == model.config.rope_parameters
@@ -163,7 +164,7 @@ def test_hugging_face_bin(micro, tmp_path, sharded):
 
 
 def test_views_of_one_storage(micro, tmp_path):
-    """What was saved as a slice or a transpose of something larger is read as it was."""
+    """Slices and transposes of larger tensors are read correctly."""
     weights, _ = weights_of(micro)
     (tmp_path / "config.json").write_text((micro / "config.json").read_text())
     twice = {name: torch.cat([tensor, tensor])[len(tensor) :] for name, tensor in weights.items()}
@@ -175,7 +176,7 @@ def test_views_of_one_storage(micro, tmp_path):
 
 @pytest.mark.parametrize("kind", ["A", "A'", "B", "C", "meta", "llama2c"])
 def test_a_real_model_in_every_layout(shared, tmp_path, kind):
-    """stories260K, whose greedy output is known: through the layout and back to a plain folder, the same logits."""
+    """A round trip of stories260K gives the same logits and its known greedy output."""
     real = shared / "data" / "models" / "stories260K"
     weights, config = weights_of(real)
     weights = dict(weights) | {"lm_head.weight": weights["model.embed_tokens.weight"]}

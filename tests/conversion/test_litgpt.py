@@ -1,4 +1,4 @@
-"""litgpt itself, in a process of its own: it writes and we read, we write and it reads, with equal logits."""
+"""Runs litgpt in a separate process: each reads what the other writes, with equal logits."""
 
 import json
 import os
@@ -14,8 +14,16 @@ from tinyllama_hf.conversion.reading.recognize import open_checkpoint
 from tinyllama_hf.conversion.verify import logits_of
 
 
-REQUIREMENTS = ("litgpt==0.5.13", "lightning==2.6.1", "lightning-utilities", "torchmetrics", "pytorch-lightning==2.6.1",
-                "jsonargparse", "docstring-parser", "typeshed-client")  # fmt: skip
+REQUIREMENTS = (
+    "litgpt==0.5.13",
+    "lightning==2.6.1",
+    "lightning-utilities",
+    "torchmetrics",
+    "pytorch-lightning==2.6.1",
+    "jsonargparse",
+    "docstring-parser",
+    "typeshed-client",
+)
 IDS = list(range(3, 131))
 # Prints nothing; leaves litgpt's own logits of a checkpoint folder in logits.npy.
 LOGITS = """
@@ -72,7 +80,7 @@ def litgpt(peer):
 
 @pytest.mark.slow
 def test_what_litgpt_writes(litgpt, tmp_path):
-    """By `torch.save` as its pretraining does, and by the incremental writer of its converters (pickle protocol 5)."""
+    """Written by `torch.save` as in pretraining, and by the converters' incremental writer (pickle protocol 5)."""
     litgpt(WRITE, tmp_path)
     litgpt(LOGITS, tmp_path / "plain", IDS)
     wanted = torch.from_numpy(np.load(tmp_path / "plain" / "logits.npy"))

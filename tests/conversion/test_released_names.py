@@ -1,4 +1,4 @@
-"""The released ladder by name, from a Hub on this machine that has repositories of the real names, with micro models."""
+"""Converts released names from a local Hub with micro models under the real repository names."""
 
 import base64
 import hashlib
@@ -17,8 +17,8 @@ from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
 RUNG = "TinyLlama/TinyLlama-1.1B-step-50K-105b"
 FIRST = "TinyLlama/tinyLlama-intermediate-checkpoints"
 REPAIRED = "TinyLlama/tinyLlama-intermediate-checkpoints-after-1T-token"
-# Every repository and branch, each with a model of its own. Steps 485k to 715k of the first collection are withdrawn: one
-# of them has the name of a repaired one, the other has not.
+# Every repository and branch, each with a model of its own. Steps 485k to 715k of the first collection are withdrawn:
+# one of them has the name of a repaired one, the other has not.
 SERVED = {
     (RUNG, "main"): 1,
     (FIRST, "main"): 2,
@@ -39,7 +39,7 @@ def model(seed: int) -> TinyLlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def hub(tokenizer_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ladder")
+    folder = tmp_path_factory.mktemp("released")
     hub = LocalHub(folder / "hub")
     for (repository, branch), seed in SERVED.items():
         files = folder / str(seed)
@@ -56,7 +56,7 @@ def hub(tokenizer_folder, tmp_path_factory):
 
 
 def change(hub: LocalHub, file: Path) -> dict:
-    """A line of a commit, as the client would send it; weights go to the storage of large files."""
+    """A line of a commit as sent by the client; weights go to large file storage."""
     content = file.read_bytes()
     if file.suffix not in (".safetensors", ".model"):
         return {"key": "file", "value": {"path": file.name, "content": base64.b64encode(content).decode()}}
@@ -75,20 +75,20 @@ MEANS = {
     f"{FIRST}@step-500k-token-1049B": 4,  # withdrawn
     f"{FIRST}@step-600k-token-1258B": 5,
 }
-# A withdrawn one whose name the repaired run has not, a step between two, a revision and a repository that the Hub has not.
+# A withdrawn checkpoint, a step between two checkpoints, and a revision and a repository that the Hub does not have.
 REFUSED = {
     "step-600k-token-1258B": f"{REPAIRED} cannot be fetched from the Hub (RevisionNotFoundError",
     "step-603k-token-1265B": "a checkpoint every 5k steps",
     f"{FIRST}@step-715k-token-1499B": f"{FIRST} cannot be fetched from the Hub (RevisionNotFoundError",
-    "step-240k-503b": "TinyLlama-1.1B-intermediate-step-240k-503b cannot be fetched from the Hub (RepositoryNotFoundError",
+    "step-240k-503b": "step-240k-503b cannot be fetched from the Hub (RepositoryNotFoundError",
 }
 
 
 @pytest.fixture(scope="module")
 def converted(hub, run_command, tmp_path_factory) -> tuple[Path, dict[str, tuple[int, str, str]]]:
-    """What became of `tinyllama-hf convert NAME --to llama --output N` for each name, N being its place.
+    """The results of `tinyllama-hf convert NAME --to llama --output N` for each name and its index N.
 
-    All are run in one process, as a user without a token; at last one output is verified against its name.
+    All run in one process, as a user without a token. Finally one output is verified against its name.
     """
     folder, names = tmp_path_factory.mktemp("converted"), [*MEANS, *REFUSED]
     calls = [["", "convert", name, "--to", "llama", "--output", str(i)] for i, name in enumerate(names)]
@@ -99,8 +99,13 @@ def converted(hub, run_command, tmp_path_factory) -> tuple[Path, dict[str, tuple
 
 
 def environment(hub: LocalHub, folder: Path) -> dict[str, str]:
-    return {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder / "hf-home"),
-            "HF_TOKEN": ""}  # fmt: skip
+    return {
+        "HF_HUB_OFFLINE": "0",
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(folder / "hf-home"),
+        "HF_TOKEN": "",
+    }
 
 
 def test_names_and_full_ids_reach_what_they_mean(converted):

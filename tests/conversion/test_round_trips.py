@@ -1,9 +1,9 @@
-"""Hugging Face -> target -> Hugging Face, through the public calls alone: weights bit for bit, configuration, tokenizer.
+"""Round trips from Hugging Face to each format and back through public calls: weights, configuration, tokenizer.
 
-What comes back is read by safetensors and transformers. Which dtype it has: `llama` and `litgpt` keep the source's. From
-GGUF, matrices have the type of the file's name (float32 where they were dequantised, float16 where rows do not divide into
-blocks), and vectors, the norms, are float32 by llama.cpp's rule. What is quantised has to equal the reference of the
-package `gguf`: its blocks run along rows, so that the order of rows, which GGUF changes for q and k, makes no difference.
+The result is read with safetensors and transformers. `llama` and `litgpt` keep the dtypes. From GGUF, matrices have
+the type of the file (float32 if dequantized, float16 if rows do not divide into blocks) and norms are float32, as in
+llama.cpp. Quantized tensors must equal the reference of the package `gguf`. Its blocks run along rows, so the row
+order of q and k, which GGUF changes, does not matter.
 """
 
 import json
@@ -26,7 +26,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "f32": torch.float32, "
 SOURCES = ("micro", "nano", "chat", "stories260K", pytest.param("smollm2", marks=pytest.mark.slow))
 LOSSLESS = ("llama", "litgpt", "gguf-f32")  # and gguf-bf16, of a model in bf16
 TARGETS = (*LOSSLESS, "gguf-bf16", "gguf-f16", "gguf-q8_0", "gguf-q4_0")
-# Not of the architecture: the first four differ by design, the others are what transformers leaves behind where it reads GGUF.
+# Not of the architecture: the first four differ by design, the others are what transformers leaves behind where it
+# reads GGUF.
 OF_THE_FILE = {"dtype", "model_type", "architectures", "transformers_version", "_name_or_path", "_model_name_or_path",
                "unk_token_id"}  # fmt: skip
 # What transformers writes into every generation configuration, at its default.
@@ -40,17 +41,45 @@ OF_THE_LIBRARY = {
 CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 MESSAGES = [{"role": "user", "content": " 2 + 2?\n"}, {"role": "assistant", "content": "4"}]
 TEXTS = (
-    "", " ", "a", "  two  leading", "trailing   ", "\n", "\n\n\n", "\t\tx\r\n", "Hello, world!", "don't we'll I'M",
-    "def f(x: int) -> int:\n    if x == 0:\n        return 1\n\treturn x * f(x - 1)  # n!\n", "x" * 100, " " * 65,
-    "0 12 345 6789 3.14159 1,000,000 0x1F ²³ ½ ٣٤", "  7 \n 8\n\n  99", "https://a.b/c?d=e&f=%20#g", "{'k': [1, 2.5e-3]}",
-    "Füße, naïve, Ångström", "Привет, мир", "你好,世界。", "こんにちは カタカナ", "안녕하세요", "مرحبا بالعالم", "नमस्ते दुनिया", "שלום", "สวัสดี",
-    "😀👩‍👩‍👧‍👦🇩🇪👍🏽 \U0001f9ff", "e\u0301 \u00e9 \ufb01 \u200b\ufeff\u00a0|\u3000|", "\x00\x07\x7f", "<s></s><unk><pad>", "<|im_start|>user\nHi<|im_end|>",
-    "▁ _ ▁▁", "</s", "<0x41>",
-)  # fmt: skip
+    "",
+    " ",
+    "a",
+    "  two  leading",
+    "trailing   ",
+    "\n",
+    "\n\n\n",
+    "\t\tx\r\n",
+    "Hello, world!",
+    "don't we'll I'M",
+    "def f(x: int) -> int:\n    if x == 0:\n        return 1\n\treturn x * f(x - 1)  # n!\n",
+    "x" * 100,
+    " " * 65,
+    "0 12 345 6789 3.14159 1,000,000 0x1F ²³ ½ ٣٤",
+    "  7 \n 8\n\n  99",
+    "https://a.b/c?d=e&f=%20#g",
+    "{'k': [1, 2.5e-3]}",
+    "Füße, naïve, Ångström",
+    "Привет, мир",
+    "你好,世界。",
+    "こんにちは カタカナ",
+    "안녕하세요",
+    "مرحبا بالعالم",
+    "नमस्ते दुनिया",
+    "שלום",
+    "สวัสดี",
+    "😀👩‍👩‍👧‍👦🇩🇪👍🏽 \U0001f9ff",
+    "e\u0301 \u00e9 \ufb01 \u200b\ufeff\u00a0|\u3000|",
+    "\x00\x07\x7f",
+    "<s></s><unk><pad>",
+    "<|im_start|>user\nHi<|im_end|>",
+    "▁ _ ▁▁",
+    "</s",
+    "<0x41>",
+)
 
 
 class Source(NamedTuple):
-    """A folder, the dtype of its weights by the name of `--dtype`, and the weights."""
+    """A folder, the dtype of its weights as in `--dtype`, and the weights."""
 
     folder: object
     dtype: str
@@ -59,7 +88,7 @@ class Source(NamedTuple):
 
 @pytest.fixture(scope="module")
 def sources(request, tokenizer_folder, tmp_path_factory):
-    """Makes a source the first time that it is asked for."""
+    """Creates a source when it is first requested."""
     made = {}
 
     def source(name):
@@ -79,7 +108,7 @@ def sources(request, tokenizer_folder, tmp_path_factory):
 
 
 def random_model(name, tokenizer_folder, folder):
-    """A preset with 512 rows; `chat` is a micro in bf16 with two tokens more, one of which ends what it generates."""
+    """A preset with 512 rows; `chat` is a bf16 micro model with two more tokens, one of them an end of sequence."""
     tokenizer, fields, generation = load_tokenizer(tokenizer_folder), {"vocab_size": 512}, GenerationConfig(
         bos_token_id=1, eos_token_id=2, pad_token_id=0
     )  # fmt: skip
@@ -92,7 +121,7 @@ def random_model(name, tokenizer_folder, folder):
         )
     torch.manual_seed(0)
     model = TinyLlamaForCausalLM(TinyLlamaConfig.preset("micro" if name == "chat" else name, **fields))
-    for parameter in model.parameters():  # the norms as well, which begin as ones that nobody could tell apart
+    for parameter in model.parameters():  # norms too, since they are initialized to equal values
         torch.nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.1)
     model.generation_config = generation
     model.to(torch.bfloat16 if name == "chat" else torch.float32).save_pretrained(folder)
@@ -101,12 +130,12 @@ def random_model(name, tokenizer_folder, folder):
 
 
 def weights_in(folder):
-    """All tensors of a folder, of one file or several."""
+    """All tensors of a folder, from one or several files."""
     return {name: tensor for file in folder.glob("model*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def assert_same_bits(found, expected):
-    """Names, dtypes, and every bit: a zero below zero is another one."""
+    """Asserts equal names, dtypes and bits; negative zero differs from zero."""
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
@@ -114,7 +143,7 @@ def assert_same_bits(found, expected):
 
 
 def reference(name, tensor, to, is_tied):
-    """What a tensor is after the way there and back."""
+    """A tensor after the round trip."""
     if not to.startswith("gguf-"):
         return tensor
     kind = to.removeprefix("gguf-")
@@ -130,7 +159,7 @@ def reference(name, tensor, to, is_tied):
 
 
 def config_of(folder, to="llama"):
-    """All fields but the dtype, and what the container cannot say."""
+    """All fields except the dtype and those that the container cannot store."""
     fields = {k: v for k, v in AutoConfig.from_pretrained(folder).to_dict().items() if k not in OF_THE_FILE}
     assert fields.pop("rope_theta", fields["rope_parameters"]["rope_theta"]) == fields["rope_parameters"]["rope_theta"]
     if to.startswith("gguf-"):
@@ -187,7 +216,7 @@ def test_there_and_back(sources, source, to, tmp_path):
 
 
 def assert_generation(before, after, to, notes):
-    """Kept as it is; by GGUF the ids, and a line names what is lost."""
+    """Asserts that it is kept; GGUF keeps the ids, and a note lists the lost fields."""
     if to in ("llama", "litgpt"):
         padding = {} if "pad_token_id" in before else {"pad_token_id": after.get("pad_token_id")}
         assert before in (after, {k: v for k, v in after.items() if k not in padding})
@@ -216,7 +245,7 @@ def test_bf16_to_fp32_in_shards_and_back(sources, source, tmp_path):
 
 
 def test_several_stops_are_kept_or_named(sources, tmp_path):
-    """A model that may end in either of two tokens, as chat models do: GGUF has one."""
+    """Chat models can have two end-of-sequence tokens; GGUF stores one."""
     convert(sources("chat").folder, "llama", tmp_path / "source")
     file = tmp_path / "source" / "generation_config.json"
     file.write_text(json.dumps({"bos_token_id": 1, "eos_token_id": [513, 2], "pad_token_id": 0}))
@@ -231,7 +260,7 @@ def test_several_stops_are_kept_or_named(sources, tmp_path):
 
 @pytest.mark.parametrize("mark", [b"\x80", b"PK"])
 def test_a_header_as_long_as_the_mark_of_another_container(sources, mark, tmp_path):
-    """The file begins with the length of its header: one in 32 begins as a pickle does, and a few as a zip archive."""
+    """The header length at the start of a file can look like the start of a pickle or of a zip archive."""
     source = sources("micro")
     convert(source.folder, "llama", tmp_path / "source")
     (tmp_path / "source" / "provenance.json").unlink()
@@ -249,7 +278,7 @@ def test_a_header_as_long_as_the_mark_of_another_container(sources, mark, tmp_pa
 
 
 def awq_weights(folder):
-    """The folder's tensors, unpacked as the layout is published."""
+    """The folder's tensors, unpacked according to the published layout."""
     packed = weights_in(folder)
     found = {name: t for name, t in packed.items() if not name.endswith(("qweight", "qzeros", "scales"))}
     for module in (name.removesuffix("qweight") for name in packed if name.endswith("qweight")):
@@ -284,7 +313,7 @@ def test_awq_of_nano(sources, documents, calibrated, tmp_path):
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Steps and searches this small are faster without waiting for each other."""
+    """Such small steps and searches are faster with one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -293,7 +322,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def trained(one_thread, documents, tokenizer_folder, tmp_path_factory):
-    """A nano after 100 steps as a folder, text to calibrate with, and `[windows, 128]` ids of text that none has seen."""
+    """A nano model after 100 steps as a folder, calibration text, and ids `[windows, 128]` of unseen text."""
     folder = tmp_path_factory.mktemp("trained")
     tokenizer = load_tokenizer(tokenizer_folder)
     train, held_out = (
@@ -322,8 +351,7 @@ def trained(one_thread, documents, tokenizer_folder, tmp_path_factory):
 
 @pytest.mark.slow
 def test_awq_is_nearer_to_a_trained_nano_than_rounding(trained, tmp_path):
-    """On text that neither training nor calibration saw. Rounding costs a model this small less perplexity than chance
-    gives or takes, so that the distance of the distributions is what tells."""
+    """Compares divergences on unseen text, since rounding changes such a small model's perplexity less than chance."""
     folder, calibration, ids = trained
     as_it_is = log_probabilities(LlamaForCausalLM.from_pretrained(folder).eval(), ids)
     found = {"float": (perplexity(as_it_is, ids), 0.0)}

@@ -1,4 +1,4 @@
-"""The header of a GGUF file: what it says, and that a damaged one ends in a message."""
+"""Reads GGUF headers, and refuses damaged ones."""
 
 import random
 import struct
@@ -57,7 +57,7 @@ def text(value):
 
 
 def header(metadata=b"", keys=0, tensors=b"", count=0, values=b"", version=3):
-    """The bytes of a file, put together by hand."""
+    """The bytes of a hand-made file."""
     start = b"GGUF" + u32(version) + u64(count) + u64(keys) + metadata + tensors
     return start + b"\0" * (-len(start) % 32) + values
 
@@ -92,7 +92,9 @@ class TestReading:
         assert {kind: (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()} == _TYPES
 
     def test_a_type_that_is_not_read_is_named(self, path):
-        with pytest.raises(InputError, match=r"one is IQ4_NL.*Q8_0, Q4_0, Q4_1, Q4_K, Q5_K, Q6_K"):
+        with pytest.raises(
+            InputError, match=r"one has the unsupported type IQ4_NL.*Q8_0, Q4_0, Q4_1, Q4_K, Q5_K, Q6_K"
+        ):
             read_values(path, GGUFTensor("one", (32,), "IQ4_NL", 0, 18))
 
 
@@ -103,27 +105,27 @@ class TestDamage:
         "begin with GGUF": b"GG",
         "version 1": header(version=1),
         "big-endian": b"GGUF" + struct.pack(">I", 3) + header()[8:],
-        "a metadata key at byte 32 is said to take": header(u64(2**63), 1),
-        "k is of the unknown type 13": header(text(b"k") + u32(13), 1),
+        "a metadata key at byte 32 has a length of": header(u64(2**63), 1),
+        "k has the unknown type 13": header(text(b"k") + u32(13), 1),
         "k is neither true nor false": header(text(b"k") + u32(7) + b"\2", 1),
-        "k is an array of the type 9": header(text(b"k") + u32(9) + u32(9) + u64(1), 1),
-        f"k is said to have {2**40} items": header(text(b"k") + u32(9) + u32(0) + u64(2**40), 1),
-        "k is said to have 2000 items": header(text(b"k") + u32(9) + u32(8) + u64(2000) + b"\0" * 999, 1),
-        "k at byte .* is said to take 4000000 bytes": header(text(b"k") + u32(9) + u32(4) + u64(10**6), 1),
+        "k is an array of type 9": header(text(b"k") + u32(9) + u32(9) + u64(1), 1),
+        f"k has a length of {2**40} items": header(text(b"k") + u32(9) + u32(0) + u64(2**40), 1),
+        "k has a length of 2000 items": header(text(b"k") + u32(9) + u32(8) + u64(2000) + b"\0" * 999, 1),
+        "k at byte .* has a length of 4000000 bytes": header(text(b"k") + u32(9) + u32(4) + u64(10**6), 1),
         "not UTF-8": header(text(b"\xff") + u32(0) + b"\0", 1),
-        "the metadata key 'k' is empty or stands there twice": header((text(b"k") + u32(0) + b"\0") * 2, 2),
+        "the metadata key 'k' is empty or repeated": header((text(b"k") + u32(0) + b"\0") * 2, 2),
         "general.alignment is 24": header(text(b"general.alignment") + u32(4) + u32(24), 1),
         "a number at byte 24": header(keys=2**60)[:24],
-        "the tensor name 't' is empty or stands there twice": header(tensors=tensor() * 2, count=2),
+        "the tensor name 't' is empty or repeated": header(tensors=tensor() * 2, count=2),
         "t has 5 dimensions": header(tensors=tensor(shape=(1,) * 5), count=1),
         "t has 4294967295 dimensions": header(tensors=text(b"t") + u32(2**32 - 1), count=1),
-        "ggml's type 99": header(tensors=tensor(kind=99), count=1),
+        "t has the unknown type 99": header(tensors=tensor(kind=99), count=1),
         r"the shape \[33\]; rows of Q8_0": header(tensors=tensor(shape=(33,), kind=8), count=1),
         r"t has the shape \[0\]": header(tensors=tensor(shape=(0,)), count=1),
         "t ends at byte": header(tensors=tensor(shape=(2**63, 2**63, 4, 1)), count=1),
-        "t ends at byte 80, the file at 79": header(tensors=tensor(), count=1, values=b"\0" * 15),
+        "t ends at byte 80, but the file at 79": header(tensors=tensor(), count=1, values=b"\0" * 15),
         "overlaps": header(tensors=tensor(b"a", (16,)) + tensor(b"b", offset=32), count=2, values=b"\0" * 99),
-        "off the alignment": header(tensors=tensor(offset=8), count=1, values=b"\0" * 99),
+        "not aligned to 32": header(tensors=tensor(offset=8), count=1, values=b"\0" * 99),
     }  # fmt: skip
 
     @pytest.mark.parametrize("message", DAMAGED)
@@ -157,7 +159,7 @@ class TestDamage:
             read_values(path, tensor)
 
     def test_changed_bytes(self, path):
-        """1500 files with some bytes changed, half of them by values that lengths are afraid of."""
+        """1500 files with changed bytes, half of them with extreme values for lengths."""
         whole, choose = path.read_bytes(), random.Random(0)
         end = read_header(path).tensors["one"].offset
         refused = 0
@@ -175,9 +177,9 @@ class TestDamage:
         assert 700 < refused < 1500  # a changed string or number is no damage that can be seen
 
     def test_the_librarys_reader_goes_on_behind_the_end(self, tmp_path, monkeypatch):
-        """The reason for a reader of our own: when this fails, gguf checks lengths and could be used."""
+        """The reason for our own reader: if this fails, gguf checks lengths and could be used."""
         path = tmp_path / "model.gguf"
-        path.write_bytes(self.DAMAGED[f"k is said to have {2**40} items"])
+        path.write_bytes(self.DAMAGED[f"k has a length of {2**40} items"])
         read, calls = Library._get_field_parts, 0
 
         class Enough(Exception):

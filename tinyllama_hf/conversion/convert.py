@@ -1,4 +1,4 @@
-"""Converts a checkpoint of any known layout into another; whole or not at all."""
+"""Converts a checkpoint between formats. The output appears complete or not at all."""
 
 import contextlib
 import shutil
@@ -25,23 +25,25 @@ from .reading.recognize import open_checkpoint
 from .resize import resize_vocabulary
 
 
-# Bytes of an output for a parameter, at most, for the look at the disk.
+# Upper bound of the bytes per parameter in the output, to check the free disk space.
 _BYTES = {"gguf-f32": 4, "gguf-f16": 2, "gguf-bf16": 2, "gguf-q8_0": 1.1, "gguf-q4_0": 0.6, "awq": 2}
 FORMATS = ("llama", "litgpt", *_BYTES)
 _K_QUANTS = ("q3_k_m", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")
-# Formats that other programs make, and the format that each program starts from.
+# Formats written by other programs, and the format that each of these programs reads.
 HAND_OFF = {**{f"gguf-{kind}": "gguf-f16" for kind in _K_QUANTS}, "gptq": "llama"}
-# Of a generation configuration: what GGUF keeps, and what concerns calls of transformers alone.
-_NOT_LOST = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config", "use_cache",
-             "output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"}  # fmt: skip
+# Fields of a generation configuration that GGUF keeps or that only matter to calls of transformers.
+_NOT_LOST = {
+    "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config", "use_cache",
+    "output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate",
+}  # fmt: skip
 MAX_SHARD_SIZE = "5GB"
 DTYPES = ("fp32", "fp16", "bf16")
 
 
 class Conversion(NamedTuple):
-    """What was written: the folder and its format, the layout it came from, and lines that a user should read.
+    """The result of [`convert`]: output folder, format, layout of the source, and notes for the user.
 
-    `next_lines` are the commands of the program that makes the format that was asked for out of the one that was written.
+    `next_lines` explain how another program makes the requested format from `format`; empty if nothing remains to do.
     """
 
     output: Path
@@ -65,24 +67,27 @@ def convert(
     force: bool = False,
     progress: bool = False,
 ) -> Conversion:
-    """Converts a checkpoint; memory stays near two of its tensors, or near a layer and its activations for `awq`.
+    """Converts a checkpoint to another format.
+
+    Memory use stays near the size of two tensors, or of one layer and its activations for `awq`.
 
     Args:
-        source (`str` or `Path`): a file or folder of any known layout, a released name, or a Hub id.
-        to (`str`): one of `FORMATS`; or of `HAND_OFF`, for which what its program starts from is written.
-        output (`str` or `Path`): a folder, which gets its name when everything lies in it.
-        dtype (`str`, *optional*, defaults to `"auto"`): `"fp32"`, `"fp16"`, `"bf16"`, or that of each tensor; of `llama` and
-            `litgpt` only.
-        max_shard_size (`str`, *optional*, defaults to `"5GB"`): of `llama` and `awq`.
-        vocab_rows (`int`, *optional*): write so many embedding rows, see [`resize_vocabulary`].
-        config (`str` or `Path`, *optional*): where the source brings no configuration, or a wrong one.
-        calibration (`Sequence`, *optional*): text files for the scales of `awq`; without them weights are rounded.
-        check (`Callable`, *optional*): is given the checkpoint before anything is written, and may raise.
-        force (`bool`, *optional*, defaults to `False`): replace an output that an earlier conversion wrote.
-        progress (`bool`, *optional*, defaults to `False`): show a bar of the bytes read.
+        source (`str` or `Path`): a file or folder in any supported layout, a released name, or a Hub id.
+        to (`str`): one of `FORMATS`, or one of `HAND_OFF`, for which the input of its program is written.
+        output (`str` or `Path`): the folder to write. It is created only when the conversion is complete.
+        dtype (`str`, *optional*, defaults to `"auto"`): `"fp32"`, `"fp16"` or `"bf16"`; `"auto"` keeps the dtype of
+            each tensor. Only for `llama` and `litgpt`.
+        max_shard_size (`str`, *optional*, defaults to `"5GB"`): largest file of `llama` and `awq`.
+        vocab_rows (`int`, *optional*): number of embedding rows to write, see [`resize_vocabulary`].
+        config (`str` or `Path`, *optional*): a configuration to use instead of the source's.
+        calibration (`Sequence`, *optional*): text files to search the scales of `awq`; without them weights are only
+            rounded.
+        check (`Callable`, *optional*): called with the checkpoint before anything is written; may raise.
+        force (`bool`, *optional*, defaults to `False`): replace the output of an earlier conversion.
+        progress (`bool`, *optional*, defaults to `False`): show a progress bar.
 
     Raises:
-        InputError: for anything that can be known before, and for damage found on the way; then nothing is written.
+        InputError: if the arguments or the source cannot be used. Nothing is written then.
     """
     output = Path(output).absolute() if Path(output).name in ("", "..") else Path(output)
     _check_arguments(to, dtype, max_shard_size, calibration)
@@ -101,7 +106,7 @@ def convert(
             notes, digests = _write_weights(
                 checkpoint, to, folder, find_dtype(dtype, DTYPES), shard_size, calibration, output.name
             )
-            if not to.startswith("gguf-"):  # one file holds everything
+            if not to.startswith("gguf-"):  # a GGUF file contains the tokenizer
                 notes += _write_surroundings(checkpoint, to, folder)
             settings = {"source": str(source), "to": to, "dtype": dtype, "vocab_rows": vocab_rows}
             _write_provenance(checkpoint, folder, settings, digests)
@@ -118,17 +123,17 @@ def _write_weights(
     calibration: Sequence[str | Path],
     name: str,
 ) -> tuple[list[str], dict[str, str]]:
-    """Writes the weights and their configuration; each writer is imported when it is wanted, since some need extras.
+    """Writes weights and model configuration. Writers are imported when needed, since some require extras.
 
     Returns:
-        Lines for the user, and the SHA-256 by name of the files that were hashed while they were written.
+        Notes for the user, and the SHA-256 of the files that were hashed while they were written, by name.
     """
     if to.startswith("gguf-"):
         from .formats.gguf_write import write_gguf
 
         fields = checkpoint.generation or {}
         lost = sorted(name for name, value in fields.items() if name not in _NOT_LOST or isinstance(value, list))
-        notes = [f"GGUF has no place for these of the generation configuration: {', '.join(lost)}"] if lost else []
+        notes = [f"GGUF cannot store these fields of the generation configuration: {', '.join(lost)}"] if lost else []
         return [*notes, *write_gguf(checkpoint, folder, to.removeprefix("gguf-"), name)], {}
     if to == "litgpt":
         from .formats.lit_gpt import write_litgpt
@@ -144,24 +149,24 @@ def _write_weights(
 
 
 def _write_surroundings(checkpoint: Checkpoint, to: str, folder: Path) -> list[str]:
-    """Writes generation configuration and tokenizer; returns lines for the user."""
+    """Writes generation configuration and tokenizer; returns notes for the user."""
     tokenizer = checkpoint.load_tokenizer()
-    # Without a tokenizer padding is <unk>, as everywhere in this package.
+    # Without a tokenizer, padding is <unk> as in the rest of the package.
     write_generation_config(checkpoint, folder, 0 if tokenizer is None else tokenizer.pad_token_id)
     if tokenizer is None:
-        return ["the source brings no tokenizer, so none is written; put one beside it"]
+        return ["the source has no tokenizer, so none was written; add one to the folder"]
     tokenizer.save_pretrained(folder)
     if to == "litgpt":
         from .formats.lit_gpt import complete_tokenizer_config
 
         complete_tokenizer_config(tokenizer, folder)
     if not (folder / "tokenizer.model").is_file() and isinstance(tokenizer, TinyLlamaTokenizer):
-        return ["the source brings no tokenizer.model, so only tokenizer.json is written"]
+        return ["the source has no tokenizer.model, so only tokenizer.json was written"]
     return []
 
 
 def _write_provenance(checkpoint: Checkpoint, folder: Path, settings: dict[str, Any], digests: dict[str, str]) -> None:
-    """Where the folder comes from, with a hash of every file of weights; the source's own record goes along."""
+    """Writes `provenance.json` with a hash of every weight file and the source's own record."""
     weights = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf", ".pth")]
     record = provenance.collect(
         conversion={"layout": checkpoint.layout, **settings},
@@ -173,90 +178,83 @@ def _write_provenance(checkpoint: Checkpoint, folder: Path, settings: dict[str, 
 
 def _check_arguments(to: str, dtype: str, max_shard_size: str, calibration: Sequence) -> None:
     if to not in FORMATS and to not in HAND_OFF:
-        raise InputError(f"--to {to!r}: no format{did_you_mean(to, (*FORMATS, *HAND_OFF))}")
+        raise InputError(f"--to {to!r}: unknown format{did_you_mean(to, (*FORMATS, *HAND_OFF))}")
     find_dtype(dtype, DTYPES)
     if dtype != "auto" and to not in ("llama", "litgpt"):
-        raise InputError(f"--dtype {dtype}: {to} has the types of its name; the option is for llama and litgpt")
+        raise InputError(f"--dtype {dtype}: the format {to} has fixed dtypes. Use --dtype with llama or litgpt")
     if max_shard_size != MAX_SHARD_SIZE and (to == "litgpt" or to.startswith("gguf-")):
-        raise InputError(f"--max-shard-size {max_shard_size}: {to} is one file; the option is for llama and awq")
+        raise InputError(f"--max-shard-size {max_shard_size}: {to} is a single file. Use it with llama or awq")
     if calibration and to != "awq":
-        raise InputError(f"--calibration: {to} needs none; the option is for awq")
+        raise InputError(f"--calibration: only used by awq, not by {to}. Remove it")
     for path in calibration:
         if not Path(path).is_file():
-            raise InputError(f"--calibration {path}: no such file")
+            raise InputError(f"--calibration {path}: file not found")
 
 
 def _parse_size(size: str) -> int:
     try:
         parsed = convert_file_size_to_int(size)
     except ValueError as error:
-        raise InputError(
-            f"--max-shard-size {size!r}: no size; give a number with KB, MB, GB or TB, as in 2GB"
-        ) from error
+        raise InputError(f"--max-shard-size {size!r}: not a size. Use KB, MB, GB or TB, such as 2GB") from error
     if parsed < 1:
         raise InputError(f"--max-shard-size {size!r}: must be above 0")
     return parsed
 
 
 def _check_output(output: Path, source: str | Path, force: bool) -> None:
-    """Refuses an output that holds something, unless it may be replaced and was written by a conversion."""
+    """Refuses an output folder with contents, unless `force` is set and a conversion wrote it."""
     if blocked := next((path for path in output.absolute().parents if path.exists() and not path.is_dir()), None):
-        raise InputError(f"--output {output}: {blocked} is a file; choose another folder")
+        raise InputError(f"--output {output}: {blocked} is a file. Choose another folder")
     given = Path(source)
     if given.exists() and output.exists():
         inside = [given.resolve(), *given.resolve().parents]
         if output.resolve() in inside:
-            raise InputError(f"--output {output}: holds the source {source}; choose another folder")
+            raise InputError(f"--output {output}: contains the source {source}. Choose another folder")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not force:
-        raise InputError(f"--output {output}: exists; choose another folder, or pass --force to replace it")
+        raise InputError(f"--output {output}: already exists. Choose another folder, or pass --force to replace it")
     record = output / "provenance.json"
     written = read_json(record) if record.is_file() else None
     if not isinstance(written, dict) or "conversion" not in written:
-        raise InputError(
-            f"--output {output}: was not written by a conversion, so --force does not replace it; choose another folder, or "
-            "remove it yourself"
-        )
+        fix = "Choose another folder, or remove it yourself"
+        raise InputError(f"--output {output}: not written by a conversion, so --force does not replace it. {fix}")
 
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:
-    """A token without an embedding row would end the program that reads it."""
+    """Refuses a tokenizer with more tokens than embedding rows: readers of the output would crash on such a token."""
     tokenizer, rows = checkpoint.load_tokenizer(), checkpoint.config.vocab_size
     if tokenizer is None:
         return
     number = len(tokenizer)
     if number > rows:
-        raise InputError(
-            f"{checkpoint.tokenizer}: the tokenizer has {number:,} tokens, but the model has rows for {rows:,}; it is of "
-            f"another model, or pass --vocab-rows {number}"
-        )
+        found = f"{number:,} tokens, but the model has {rows:,} embedding rows"
+        fix = f"Use the model's own tokenizer, or pass --vocab-rows {number}"
+        raise InputError(f"{checkpoint.tokenizer}: {found}. {fix}")
     config = checkpoint.tokenizer / "tokenizer_config.json"
     declared = declared_padding(read_json(config)) if config.is_file() else None
     if declared not in (None, tokenizer.pad_token):
-        checkpoint.notes.append(
-            f"padding token {declared!r}: begins or ends text, or has no id; {tokenizer.pad_token!r} is written"
-        )
+        reason = "it begins or ends text, or has no id"
+        checkpoint.notes.append(f"padding token {declared!r} replaced by {tokenizer.pad_token!r}: {reason}")
 
 
 def _check_space(checkpoint: Checkpoint, to: str, dtype: str, output: Path) -> None:
     numbers = {name: tensor.num_bytes // tensor.dtype.itemsize for name, tensor in checkpoint.tensors.items()}
     kind = find_dtype(dtype, DTYPES)
     per_number = {name: _BYTES.get(to) or (kind or checkpoint.tensors[name].dtype).itemsize for name in numbers}
-    if to == "gguf-q4_0":  # whose head is q8_0
+    if to == "gguf-q4_0":  # the head is q8_0
         per_number[OUTPUT if OUTPUT in numbers else EMBEDDING] = _BYTES["gguf-q8_0"]
     needed = int(sum(numbers[name] * per_number[name] for name in numbers))
     parent = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
     free = shutil.disk_usage(parent).free
     if needed > free:
-        raise InputError(
-            f"--output {output}: takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room, or choose another disk"
-        )
+        sizes = f"needs {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free"
+        raise InputError(f"--output {output}: {sizes}. Free some space, or choose another disk")
 
 
 @contextlib.contextmanager
 def _bar(checkpoint: Checkpoint, show: bool) -> Iterator[None]:
-    """A bar of the bytes that are read, on standard error."""
+    """Shows a bar of the bytes read on standard error."""
     text = TextColumn("{task.description}")
     columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not show, console=Console(stderr=True), transient=True) as bar:
@@ -266,18 +264,18 @@ def _bar(checkpoint: Checkpoint, show: bool) -> Iterator[None]:
 
 
 def _next_commands(to: str, output: Path) -> list[str]:
-    """What to run after [`HAND_OFF`]'s format was written into `output`.
+    """Returns the commands that make a format of [`HAND_OFF`] from what was written to `output`.
 
-    Both were run for real: see benchmarks/README.md, "Formats that other programs make".
+    Both were tested, see benchmarks/README.md, "Formats that other programs make".
     """
     sentencepiece = "tokenizer.model"
-    has_model = (output / sentencepiece).is_file()  # llm-compressor leaves it behind
+    has_model = (output / sentencepiece).is_file()  # llm-compressor does not copy it
     if to == "gptq":
         recipe = 'GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"])'
         data = 'load_dataset("json", data_files="calibration.jsonl", split="train")'
         return [
-            "GPTQ is made by llm-compressor, from the plain Llama folder that was written, with calibration.jsonl, whose rows",
-            'have a "text"; in an environment of its own (pip install llmcompressor==0.14.0.1) run:',
+            "llm-compressor makes GPTQ from the plain Llama folder just written and a calibration.jsonl, with a",
+            '"text" in each row. In an environment of its own (pip install llmcompressor==0.14.0.1) run:',
             "python -c 'from datasets import load_dataset; from llmcompressor import oneshot; "
             "from llmcompressor.modifiers.gptq import GPTQModifier; "
             f'oneshot(model="{output}", dataset={data}, recipe={recipe}, max_seq_length=512, '
@@ -287,6 +285,6 @@ def _next_commands(to: str, output: Path) -> list[str]:
     kind = to.removeprefix("gguf-").upper()
     files = " ".join(quote(f"{output}/model-{name}.gguf") for name in ("f16", kind.lower()))
     return [
-        "K-quants are made by llama.cpp, from the f16 file that was written; run:",
+        "llama.cpp makes K-quants from the f16 file just written. Run:",
         f"llama-quantize {files} {kind}",
     ]

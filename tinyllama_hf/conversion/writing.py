@@ -1,4 +1,4 @@
-"""Writes tensors into files one after another, so that no more than two of them are in memory at a time."""
+"""Writes files tensor by tensor, with at most two tensors in memory."""
 
 import collections
 import hashlib
@@ -18,13 +18,13 @@ from .reading.containers import SAFETENSORS_DTYPES, SAFETENSORS_INDEX
 from .reading.pickles import STORAGES
 
 
-Spec = tuple[torch.dtype, tuple[int, ...]]  # of a tensor that will come
+Spec = tuple[torch.dtype, tuple[int, ...]]  # of a tensor that will be written
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _STORAGES = {dtype: getattr(torch, name) for name, dtype in STORAGES.items()}
 
 
-def ahead(items: Iterable[Any]) -> Iterator[Any]:
-    """The same items, each made while the one before it is being used: reading goes on beside writing."""
+def prefetch(items: Iterable[Any]) -> Iterator[Any]:
+    """Yields the same items, each computed while the previous one is in use, so that reading overlaps with writing."""
     iterator, end = iter(items), object()
     with ThreadPoolExecutor(1) as reader:
         coming = reader.submit(next, iterator, end)
@@ -38,13 +38,15 @@ def write_safetensors(
 ) -> dict[str, str]:
     """Writes `model.safetensors`, or shards of at most `max_shard_size` bytes with an index.
 
+    A tensor larger than a shard is written to a shard of its own.
+
     Args:
         specs (`Mapping[str, tuple]`): dtype and shape by name.
-        tensors (`Iterable[torch.Tensor]`): one for each of `specs`, in its order. A file has no room between tensors, so
-            wider types must come first if every value is to lie at a multiple of its size.
+        tensors (`Iterable[torch.Tensor]`): the tensors in the order of `specs`. Tensors are written without gaps, so
+            wider dtypes must come first for aligned values.
 
     Returns:
-        SHA-256 by name of the files with weights. A tensor larger than a shard gets one of its own.
+        The SHA-256 of the weight files by name.
     """
     shards: list[dict[str, Spec]] = [{}]
     for name, spec in specs.items():
@@ -84,16 +86,16 @@ def _write_shard(path: Path, specs: Mapping[str, Spec], tensors: Iterator[torch.
 
     with path.open("wb") as file:
         file.write(begin)
-        for raw in ahead(hashed()):
+        for raw in prefetch(hashed()):
             file.write(raw)
     return digest.hexdigest()
 
 
 def write_torch_archive(path: Path, specs: Mapping[str, Spec], tensors: Iterable[torch.Tensor]) -> None:
-    """Writes a state dict as `torch.save` would, for `torch.load(weights_only=True)`, mapped into memory or not.
+    """Writes a state dict like `torch.save`, for `torch.load(weights_only=True)` with or without `mmap`.
 
-    `torch.save` takes a whole state dict. The writer of its container takes record after record; it is private, but what
-    torch, and litgpt's own converter, write every file with.
+    `torch.save` needs the whole state dict in memory. This uses the writer of its container, which takes one record
+    after another. It is private; `torch.save` and litgpt's converter use it too.
     """
     description = io.BytesIO()
     _Pickler(description, protocol=2).dump({name: _Stored(i, *spec) for i, (name, spec) in enumerate(specs.items())})
@@ -107,7 +109,7 @@ def write_torch_archive(path: Path, specs: Mapping[str, Spec], tensors: Iterable
 
 
 class _Stored:
-    """Pickles as a tensor that begins at the begin of a record of its own."""
+    """Pickles as a tensor at the start of a record of its own."""
 
     def __init__(self, record: int, dtype: torch.dtype, shape: tuple[int, ...]):
         self.record, self.dtype, self.shape = record, dtype, shape
@@ -137,6 +139,6 @@ def _num_bytes(spec: Spec) -> int:
 
 
 def _raw(tensor: torch.Tensor, spec: Spec, name: str) -> memoryview:
-    """The bytes of a tensor, once it is what was announced."""
+    """Returns the bytes of a tensor after checking it against its spec."""
     assert (tensor.dtype, tuple(tensor.shape)) == (spec[0], tuple(spec[1])), name
     return memoryview(tensor.contiguous().view(torch.uint8).numpy())

@@ -1,8 +1,8 @@
-"""Vocabularies as GGUF files hold them, and the byte-level BPE tokenizers among them.
+"""Reads tokenizers from GGUF files: vocabularies of all kinds, and complete byte-level BPE tokenizers.
 
-`tokenizer.ggml.pre` names what splits a text before the merges are made. transformers 5.23 knows some of the names and
-splits as GPT-2 does for all others, SmolLM2's among them, whose white space before a number then comes out in other
-tokens (tests/conversion/test_gguf_tokenizer.py shows it). Here a name is known or refused.
+`tokenizer.ggml.pre` names the pre-tokenizer, which splits the text before merging. transformers 5.23 supports some
+names and splits like GPT-2 for all others, among them SmolLM2's. White space before a number then gets other tokens
+(shown in tests/conversion/test_gguf_tokenizer.py). Here unknown names are refused.
 """
 
 import json
@@ -20,18 +20,18 @@ from .file import GGUFHeader, read_header
 
 # llama.cpp's token types, which are SentencePiece's.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-NO_TOKENIZER = ("none", "no_vocab")  # what stands for the model where there is none
+NO_TOKENIZER = ("none", "no_vocab")  # tokenizer models of files without a tokenizer
 ROLES = {"unk_token": "unknown", "bos_token": "bos", "eos_token": "eos", "pad_token": "padding"}
-# What llama.cpp takes where a SentencePiece vocabulary does not say it.
+# llama.cpp's defaults for a SentencePiece vocabulary.
 _LLAMA_IDS = {"unk_token": 0, "bos_token": 1, "eos_token": 2}
 
 
 class PreTokenizer(NamedTuple):
-    """What stands before the merges, as `tokenizer.json` spells it."""
+    """The steps before merging, as in `tokenizer.json`."""
 
     pre_tokenizer: dict[str, Any]
     normalizer: dict[str, Any] | None = None
-    ignore_merges: bool = False  # a piece that is a token as a whole stays whole
+    ignore_merges: bool = False  # a piece that is a token is not split
 
 
 def _split(digits: str) -> dict[str, Any]:
@@ -48,9 +48,9 @@ def _sequence(*steps: dict[str, Any]) -> dict[str, Any]:
 
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 _GPT2 = _BYTES | {"use_regex": True}
-# The structures are those of the models' own tokenizer.json (GPT-2, SmolLM, Llama 3, Qwen 2); that llama.cpp splits the
-# same way under these names was read in its llama-vocab.cpp, and is run in tests/conversion/test_gguf_peer.py. Its
-# qwen2 leaves the normalisation out: text that is not in form NFC gets other ids there.
+# Copied from the models' tokenizer.json (GPT-2, SmolLM, Llama 3, Qwen 2). llama.cpp's llama-vocab.cpp splits the same
+# way under these names; tests/conversion/test_gguf_peer.py compares the ids. Its qwen2 does not normalize: text that
+# is not in form NFC gets other ids there.
 PRE_TOKENIZERS = {
     "gpt-2": PreTokenizer(_GPT2),
     "smollm": PreTokenizer(_sequence({"type": "Digits", "individual_digits": True}, _GPT2)),
@@ -60,7 +60,7 @@ PRE_TOKENIZERS = {
 
 
 class Vocabulary(NamedTuple):
-    """What a GGUF file says of its tokenizer."""
+    """The tokenizer in a GGUF file."""
 
     path: Path
     model: str
@@ -76,46 +76,41 @@ class Vocabulary(NamedTuple):
     chat_template: str | None
 
     def ids(self) -> dict[str, int]:
-        """Tokens to ids, without the tokens that were added behind the vocabulary."""
+        """Returns the ids of the tokens, without those added after the vocabulary."""
         behind = (i + 1 for i in reversed(range(len(self.tokens))) if self.kinds[i] not in (CONTROL, USER_DEFINED))
         return {token: i for i, token in enumerate(self.tokens[: next(behind, 0)])}
 
     def added(self) -> list[AddedToken]:
-        """Control and user-defined tokens, in the order of their ids."""
+        """Returns the control and user-defined tokens in the order of their ids."""
         rows = [row for row in zip(self.tokens, self.kinds, strict=True) if row[1] in (CONTROL, USER_DEFINED)]
         return [AddedToken(token, special=kind == CONTROL, normalized=False) for token, kind in rows]
 
 
 def padding_token(i: int) -> str:
-    """What stands in a vocabulary, as unused, for a row of the model that has no token; llama.cpp's spelling."""
+    """Returns llama.cpp's placeholder for an embedding row without a token, which is marked as unused."""
     return f"[PAD{i}]"
 
 
 def read_vocabulary(path: str | os.PathLike) -> Vocabulary:
-    """Reads the tokenizer of a GGUF file; tokens that only fill the model's last rows are left out.
+    """Reads the tokenizer of a GGUF file without the placeholders of the model's last rows.
 
     Raises:
-        InputError: if the file holds none, one of another kind than SentencePiece's and byte-level BPE, or a damaged one.
+        InputError: if there is no tokenizer, it is neither SentencePiece nor byte-level BPE, or it is damaged.
     """
     header = read_header(path)
     model, pre = header.value("tokenizer.ggml.model", str), header.value("tokenizer.ggml.pre", str)
     if model in (None, *NO_TOKENIZER):
-        raise InputError(f"{path}: holds no tokenizer (tokenizer.ggml.model); give the model's own tokenizer")
+        raise InputError(f"{path}: no tokenizer (tokenizer.ggml.model is {model!r}). Pass the model's own tokenizer")
     if model not in ("llama", "gpt2"):
-        raise InputError(
-            f"{path}: its tokenizer is of the kind {model!r}; llama (SentencePiece) and gpt2 (byte-level BPE) are read. Give "
-            "the model's own tokenizer"
-        )
+        known = "supported are llama (SentencePiece) and gpt2 (byte-level BPE)"
+        raise InputError(f"{path}: tokenizer.ggml.model is {model!r}; {known}. Pass the model's own tokenizer")
     is_llama = model == "llama"
     tokens = header.array("tokenizer.ggml.tokens", str)
     kinds = header.array("tokenizer.ggml.token_type", int) or [NORMAL] * len(tokens)
     scores = header.array("tokenizer.ggml.scores", float) or [0.0] * len(tokens)
     if not tokens or not len(set(tokens)) == len(tokens) == len(kinds) == len(scores):
-        raise damaged(
-            path,
-            f"its tokenizer has {len(tokens)} tokens, {len(set(tokens))} of them different, {len(kinds)} types, {len(scores)} "
-            "scores",
-        )
+        numbers = f"{len(tokens)} tokens ({len(set(tokens))} different), {len(kinds)} types and {len(scores)} scores"
+        raise damaged(path, f"its tokenizer has {numbers}")
     filling = {i for i, token in enumerate(tokens) if kinds[i] == UNUSED and token == padding_token(i)}
     size = next((i + 1 for i in reversed(range(len(tokens))) if i not in filling), 0)
     vocabulary = Vocabulary(
@@ -133,7 +128,7 @@ def read_vocabulary(path: str | os.PathLike) -> Vocabulary:
         chat_template=header.value("tokenizer.chat_template", str),
     )
     if is_llama and vocabulary.special["unk_token"] not in vocabulary.ids():
-        raise damaged(path, "the token for what is unknown stands behind the vocabulary")
+        raise damaged(path, "its unknown token is not in the vocabulary")
     return vocabulary
 
 
@@ -143,51 +138,49 @@ def _special_tokens(header: GGUFHeader, tokens: list[str], defaults: dict[str, i
         key = f"tokenizer.ggml.{name}_token_id"
         i = header.value(key, int, defaults.get(role))
         if i is not None and not 0 <= i < len(tokens):
-            raise damaged(header.path, f"{key} is {i}, there are {len(tokens)} tokens")
+            raise damaged(header.path, f"{key} is {i}, but there are {len(tokens)} tokens")
         if i is not None:
             found[role] = tokens[i]
     return found
 
 
 def byte_level_tokenizer(vocabulary: Vocabulary) -> PreTrainedTokenizerFast:
-    """Makes the stock tokenizer of a byte-level BPE vocabulary.
+    """Builds the stock tokenizer of a byte-level BPE vocabulary.
 
     Raises:
-        InputError: if its pre-tokeniser is not known here, or its merges do not fit its tokens.
+        InputError: if the pre-tokenizer is unknown, or the merges do not match the tokens.
     """
     path = vocabulary.path
     if vocabulary.pre not in PRE_TOKENIZERS:
-        raise InputError(f"{path}: the pre-tokeniser {vocabulary.pre!r} (tokenizer.ggml.pre) is not known here; known: "
-                         f"{', '.join(PRE_TOKENIZERS)}. Give the model's own tokenizer")  # fmt: skip
+        known = f"supported are {', '.join(PRE_TOKENIZERS)}"
+        raise InputError(f"{path}: tokenizer.ggml.pre is {vocabulary.pre!r}; {known}. Pass the model's own tokenizer")
     known = PRE_TOKENIZERS[vocabulary.pre]
     ids = vocabulary.ids()
     merges = [tuple(merge.split(" ")) for merge in vocabulary.merges]
     for merge in merges:
         if len(merge) != 2 or not {*merge, "".join(merge)} <= ids.keys():
-            raise damaged(path, f"the merge {' '.join(merge)!r} does not join two tokens to one")
+            raise damaged(path, f"the merge {' '.join(merge)!r} does not join two tokens into one")
     state = json.loads(Tokenizer(models.BPE()).to_str())
     state |= {"pre_tokenizer": known.pre_tokenizer, "normalizer": known.normalizer}
     backend = Tokenizer.from_str(json.dumps(state))
     backend.model = models.BPE(vocab=ids, merges=merges, ignore_merges=known.ignore_merges)
     backend.decoder = decoders.ByteLevel()
     backend.add_tokens(vocabulary.added())
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, clean_up_tokenization_spaces=False, add_bos_token=vocabulary.add_bos,
-        add_eos_token=vocabulary.add_eos, **vocabulary.special,
-    )  # fmt: skip
+    settings = {"add_bos_token": vocabulary.add_bos, "add_eos_token": vocabulary.add_eos, **vocabulary.special}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **settings)
     tokenizer.chat_template = vocabulary.chat_template
     return tokenizer
 
 
 def pre_tokenizer_name(state: Mapping[str, Any]) -> str | None:
-    """llama.cpp's name for what a `tokenizer.json` does before the merges; `None` where none that is known here fits."""
+    """Returns llama.cpp's name for the steps before merging in a `tokenizer.json`, or `None` if it is unknown."""
     model = state["model"]
     found = PreTokenizer(state["pre_tokenizer"], state["normalizer"], bool(model.get("ignore_merges")))
     return next((name for name, known in PRE_TOKENIZERS.items() if _decisive(known) == _decisive(found)), None)
 
 
 def _decisive(step: Any) -> Any:
-    """The same without `trim_offsets`, which moves offsets and no ids."""
+    """Returns a step without `trim_offsets`, which only affects offsets."""
     if isinstance(step, list | tuple):
         return [_decisive(item) for item in step]
     if isinstance(step, dict):

@@ -1,4 +1,4 @@
-"""Reads AWQ's "gemm" layout as the weights that its readers compute with."""
+"""Reads AWQ's "gemm" layout and dequantizes it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,17 +14,17 @@ _WORDS, _ZEROS, _SCALES = ".qweight", ".qzeros", ".scales"
 
 
 def is_awq(quantization: Any) -> bool:
-    """Whether a `quantization_config` says that the weights are AWQ's."""
+    """Whether a `quantization_config` is AWQ's."""
     return isinstance(quantization, dict) and quantization.get("quant_method") == "awq"
 
 
-def dequantized(
+def dequantize_awq(
     tensors: Mapping[str, LazyTensor], quantization: Mapping[str, Any], where: str
 ) -> dict[str, LazyTensor]:
-    """The tensors with a float16 weight in place of each triple of words, zeros and scales.
+    """Returns the tensors with a float16 weight in place of each triple of `qweight`, `qzeros` and `scales`.
 
     Raises:
-        InputError: for another number of bits or version, and for a triple that does not fit together.
+        InputError: if the number of bits or the version is not supported, or a triple is inconsistent.
     """
     require_values(quantization, {"bits": BITS, "zero_point": True, "version": "gemm"}, where, "AWQ")
     found = {name: tensor for name, tensor in tensors.items() if not name.endswith((_WORDS, _ZEROS, _SCALES))}
@@ -39,18 +39,15 @@ def _weight(tensors: Mapping[str, LazyTensor], module: str, group_size: Any) -> 
     words, zeros, scales = (tensors.get(module + part) for part in (_WORDS, _ZEROS, _SCALES))
     source = tensors[module + _WORDS].source
     if zeros is None or scales is None:
-        raise damaged(source, f"{module} lacks its {'scales' if scales is None else 'qzeros'}")
+        raise damaged(source, f"{module}.{'scales' if scales is None else 'qzeros'} is missing")
     width, columns = (*words.shape, 0, 0)[:2]  # [in, out / 8]
     divides = isinstance(group_size, int) and group_size > 0 and width % group_size == 0
     groups = width // group_size if divides else 0
     shapes, kinds = (words.shape, zeros.shape, scales.shape), (words.dtype, zeros.dtype, scales.dtype)
     fitting = ((width, columns), (groups, columns), (groups, columns * PER_WORD))
     if not groups or shapes != fitting or kinds != (torch.int32, torch.int32, torch.float16):
-        raise damaged(
-            source,
-            f"words, zeros and scales are {[list(shape) for shape in shapes]} in groups of {group_size!r}, which do not fit "
-            "together",
-        )
+        found = f"qweight, qzeros and scales have the shapes {[list(shape) for shape in shapes]}"
+        raise damaged(source, f"{found}, which are inconsistent for group_size {group_size!r}")
 
     def read() -> torch.Tensor:
         integers, zero_points = unpack(words.read()).T, unpack(zeros.read()).T

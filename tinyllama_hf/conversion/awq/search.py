@@ -1,19 +1,18 @@
 """The search for activation-aware scales: Lin et al., AWQ, arXiv 2306.00978, section 3.2.
 
-An input channel that is large in the activations is worth more of the 16 levels. Its weights are multiplied by s before
-they are rounded, and what feeds the channel is divided by s, which changes nothing but the rounding. The paper looks for
-s = mean|x|^ratio with the ratio that makes the output differ least (its equations 4 and 5):
+An input channel with large activations needs more precise weights. They are multiplied by s before rounding, and the
+layer that feeds the channel is divided by s, so only the rounding changes. The paper searches
+s = mean|x|^ratio for the ratio with the smallest error of the output (equations 4 and 5):
 
     || Q(W diag(s)) diag(1/s) x - W x ||^2, summed over calibration tokens = sum over rows of d G d^T,
 
-where d is a row of the difference of the weights and G = sum of x x^T. G is all that is kept of the inputs, so the cost
-of a trial does not grow with the text, and memory stays near one decoder layer. The paper's code compares the output of
-the whole attention or MLP block for what their norms feed; on a trained model of 4 layers that took seven times as long
-and came out no nearer.
+where d is a row of the difference of the weights and G = sum of x x^T. Only G is kept of the inputs, so the cost of a
+trial is independent of the text length, and memory stays near one decoder layer. For the layers after a norm, the
+paper's code compares the output of the whole attention or MLP block. On a trained model with 4 layers this took seven
+times as long and was not more accurate.
 
-All layers are searched on the activations of the original model, as AutoAWQ does: the target of a layer is then what
-the model computes, whatever was chosen before it, and no layer learns to make up for an earlier one on calibration
-text alone.
+As in AutoAWQ, all layers are searched on the activations of the original model. The target of a layer is then what the
+model computes, and no layer compensates for earlier ones on calibration text alone.
 """
 
 import copy
@@ -34,17 +33,17 @@ SEQUENCE_TOKENS = 512
 MAX_SEQUENCES = 128
 BATCH_SEQUENCES = 8
 RATIO_STEPS = 20
-# Clipping: the largest weight of a group is cut to 1, 0.95, ... 0.5 of itself.
+# Clipping tries limits of 1, 0.95, ... 0.5 times the largest weight of a group.
 CLIP_STEPS, CLIP_LEAST = 20, 0.5
-# A channel counts at least 1e-4 of the largest: at any ratio the scales stay between 0.01 and 100, so that what is
-# divided by them stays well within float16.
+# Magnitudes are at least 1e-4 of the largest. The scales then stay between 0.01 and 100 at any ratio, so that weights
+# divided by them stay well within float16.
 LEAST_MAGNITUDE = 1e-4
 
 
 class Fold(NamedTuple):
-    """Linear layers that share an input, and what that input's scales are taken from.
+    """Linear layers that share an input, and the weight that absorbs the inverse scales.
 
-    `heads` is (key/value heads, query heads of each, head width) where one producer channel feeds several inputs.
+    `heads` is (key/value heads, query heads per key/value head, head size) if a producer channel feeds several inputs.
     """
 
     producer: str
@@ -52,11 +51,11 @@ class Fold(NamedTuple):
     heads: tuple[int, int, int] | None = None
 
     def tie(self, channels: torch.Tensor) -> torch.Tensor:
-        """Averages over the inputs that one producer channel feeds: `[in]` to `[producer channels]`."""
+        """Averages over the inputs of each producer channel: `[in]` to `[producer channels]`."""
         return channels if self.heads is None else channels.view(self.heads).mean(1).flatten()
 
     def spread(self, channels: torch.Tensor) -> torch.Tensor:
-        """Repeats each producer channel for the inputs that it feeds: `[producer channels]` to `[in]`."""
+        """Repeats each producer channel for its inputs: `[producer channels]` to `[in]`."""
         if self.heads is None:
             return channels
         return channels.view(self.heads[0], 1, self.heads[2]).expand(self.heads).flatten()
@@ -64,7 +63,7 @@ class Fold(NamedTuple):
 
 @dataclass
 class Inputs:
-    """What is kept of the inputs x `[tokens, in]` of a linear layer.
+    """Statistics of the inputs x `[tokens, in]` of a linear layer.
 
     Args:
         gram (`torch.Tensor`): `[in, in]`, mean of x x^T.
@@ -75,12 +74,12 @@ class Inputs:
     magnitude: torch.Tensor
 
 
-def folds(config: LlamaConfig) -> tuple[Fold, ...]:
-    """The four groups of a decoder layer.
+def layer_folds(config: LlamaConfig) -> tuple[Fold, ...]:
+    """Returns the four groups of layers in a decoder layer.
 
-    With grouped-query attention one row of `v_proj` feeds the same channel of several query heads: they get one scale,
-    which keeps the fold exact (AutoAWQ leaves such an `o_proj` out). The activation function stands between `gate_proj`
-    and the product with `up_proj`, so that any will do.
+    With grouped-query attention, a row of `v_proj` feeds the same channel of several query heads. They get one scale,
+    which keeps the fold exact (AutoAWQ skips such an `o_proj`). The scales of `down_proj` are absorbed by `up_proj`,
+    which has no activation function after it.
     """
     groups = config.num_key_value_heads
     heads = (groups, config.num_attention_heads // groups, config.head_dim)
@@ -94,13 +93,13 @@ def folds(config: LlamaConfig) -> tuple[Fold, ...]:
 
 
 def calibration_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: LlamaConfig) -> torch.Tensor:
-    """Joins texts, begin-of-sequence before each, and cuts them into sequences; text beyond the last is not read.
+    """Joins texts, each after a begin-of-sequence token, and splits them into sequences.
 
     Returns:
-        `[sequences, tokens]`, at most 128 sequences of 512 tokens, or of the model's context where that is shorter.
+        Ids `[sequences, tokens]`: at most 128 sequences of 512 tokens, or of the model's context if that is shorter.
 
     Raises:
-        InputError: if there is not one full sequence, or the tokenizer has more ids than the model.
+        InputError: if the text is shorter than one sequence, or has ids without an embedding row.
     """
     length = min(SEQUENCE_TOKENS, config.max_position_embeddings)
     ids: list[int] = []
@@ -112,25 +111,25 @@ def calibration_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase,
             break
     count = min(len(ids) // length, MAX_SEQUENCES)
     if count == 0:
-        raise InputError(f"the calibration text has {len(ids)} tokens; one sequence takes {length}: give more text")
+        raise InputError(f"--calibration: {len(ids)} tokens; at least one sequence of {length} is needed. Add text")
     tokens = torch.tensor(ids[: count * length]).view(count, length)
     if tokens.max() >= config.vocab_size:
-        raise InputError(f"the calibration text has the token {int(tokens.max())}, but the model {config.vocab_size} rows; "
-                         "the tokenizer is another model's")  # fmt: skip
+        found = f"token id {int(tokens.max())}, but the model has {config.vocab_size} embedding rows"
+        raise InputError(f"--calibration: {found}. Use the model's own tokenizer")
     return tokens
 
 
 @torch.no_grad()
 def observe_layer(config: LlamaConfig, weights: dict[str, torch.Tensor], hidden: torch.Tensor) -> dict[str, Inputs]:
-    """Sends the calibration text through one decoder layer.
+    """Runs one decoder layer on the calibration text.
 
     Args:
-        config (`LlamaConfig`): of the model.
-        weights (`dict[str, torch.Tensor]`): of the layer, under their names in it, float32.
-        hidden (`torch.Tensor`): `[sequences, tokens, hidden]`, float32; becomes the input of the next layer.
+        config (`LlamaConfig`): the model's configuration.
+        weights (`dict[str, torch.Tensor]`): float32 weights by name within the layer.
+        hidden (`torch.Tensor`): `[sequences, tokens, hidden]`, float32. It is overwritten with the layer's output.
 
     Returns:
-        For each fold, under its producer, what its consumers saw.
+        The input statistics of each fold, by its producer.
     """
     config = copy.deepcopy(config)
     config._attn_implementation = "sdpa"  # causal without a mask
@@ -140,12 +139,12 @@ def observe_layer(config: LlamaConfig, weights: dict[str, torch.Tensor], hidden:
     positions = torch.arange(hidden.shape[1])[None]
     rotary = LlamaRotaryEmbedding(config)(hidden, positions)
     seen = {}
-    for fold in folds(config):
+    for fold in layer_folds(config):
         width = weights[fold.consumers[0]].shape[1]
         seen[fold.producer] = Inputs(torch.zeros(width, width), torch.zeros(width))
         module = layer.get_submodule(fold.consumers[0].removesuffix(".weight"))
         module.register_forward_pre_hook(_keeper(seen[fold.producer], hidden.shape[0] * hidden.shape[1]))
-    for batch in hidden.split(BATCH_SEQUENCES):  # views: each is overwritten by its output
+    for batch in hidden.split(BATCH_SEQUENCES):  # views of `hidden`
         batch.copy_(layer(batch, position_ids=positions, position_embeddings=rotary))
     return seen
 
@@ -163,15 +162,15 @@ def _keeper(inputs: Inputs, num_tokens: int) -> Callable[..., None]:
 def scale_layer(
     config: LlamaConfig, weights: dict[str, torch.Tensor], seen: dict[str, Inputs], group_size: int
 ) -> None:
-    """Searches the scales of one decoder layer and folds them in; the layer computes what it did before.
+    """Searches the scales of one decoder layer and folds them in; the function of the layer does not change.
 
     Args:
-        config (`LlamaConfig`): of the model.
-        weights (`dict[str, torch.Tensor]`): of the layer; changed in place.
-        seen (`dict[str, Inputs]`): of [`observe_layer`]; made those of the scaled layer.
-        group_size (`int`): of the rounding.
+        config (`LlamaConfig`): the model's configuration.
+        weights (`dict[str, torch.Tensor]`): weights of the layer; changed in place.
+        seen (`dict[str, Inputs]`): the result of [`observe_layer`]; changed to that of the scaled layer.
+        group_size (`int`): group size of the quantization.
     """
-    for fold in folds(config):
+    for fold in layer_folds(config):
         inputs = seen[fold.producer]
         scales = _search_scales(fold, [weights[name] for name in fold.consumers], inputs, group_size)
         spread = fold.spread(scales)
@@ -183,7 +182,7 @@ def scale_layer(
 
 
 def _search_scales(fold: Fold, weights: Sequence[torch.Tensor], inputs: Inputs, group_size: int) -> torch.Tensor:
-    """The best of the grid, `[producer channels]`; the first among equals, so that a dead input is left alone."""
+    """Returns the best scales of the grid, `[producer channels]`; among equals the first, which keeps dead inputs."""
     magnitude = fold.tie(inputs.magnitude)
     magnitude = magnitude.clamp(min=max(magnitude.max().item() * LEAST_MAGNITUDE, torch.finfo(torch.float32).tiny))
     best, least = torch.ones_like(magnitude), float("inf")
@@ -198,7 +197,7 @@ def _search_scales(fold: Fold, weights: Sequence[torch.Tensor], inputs: Inputs, 
 
 
 def _output_error(weight: torch.Tensor, scales: torch.Tensor, gram: torch.Tensor, group_size: int) -> float:
-    """Mean squared error of the output, summed over its channels."""
+    """Returns the mean squared error of the output, summed over its channels."""
     rounded = dequantize_groups(*quantize_groups(weight * scales, group_size)).float()
     difference = rounded / scales - weight
     return ((difference @ gram) * difference).sum().item()
@@ -208,18 +207,18 @@ def _output_error(weight: torch.Tensor, scales: torch.Tensor, gram: torch.Tensor
 def clip_layer(
     config: LlamaConfig, weights: dict[str, torch.Tensor], seen: dict[str, Inputs], group_size: int
 ) -> None:
-    """Cuts the largest weights of a group where the finer steps are worth it: the paper's second search.
+    """Clips the largest weights of a group if the smaller scale reduces the error: the paper's second search.
 
-    Each group of each output is judged alone, by its own share of the output. Queries and keys are clipped as well, which
-    AutoAWQ does not do: of four trained models, SmolLM2 among them, it brought every one nearer to what it was.
+    Each group is evaluated by its own contribution to the output. Unlike in AutoAWQ, queries and keys are clipped too,
+    which reduced the error of all four trained models that were tested, among them SmolLM2.
 
     Args:
-        config (`LlamaConfig`): of the model.
-        weights (`dict[str, torch.Tensor]`): of the layer after [`scale_layer`]; changed in place.
-        seen (`dict[str, Inputs]`): of the scaled layer.
-        group_size (`int`): of the rounding.
+        config (`LlamaConfig`): the model's configuration.
+        weights (`dict[str, torch.Tensor]`): weights of the layer after [`scale_layer`]; changed in place.
+        seen (`dict[str, Inputs]`): input statistics of the scaled layer.
+        group_size (`int`): group size of the quantization.
     """
-    for fold in folds(config):
+    for fold in layer_folds(config):
         rows = seen[fold.producer].gram.split(group_size)
         blocks = torch.stack([row.split(group_size, 1)[i] for i, row in enumerate(rows)])
         for name in fold.consumers:
@@ -227,7 +226,7 @@ def clip_layer(
 
 
 def _clipped(weight: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    """`weight` `[out, in]` with each group at its best limit; `blocks` `[groups, group_size, group_size]` of G."""
+    """Clips each group of `weight` `[out, in]` to its best limit; `blocks` `[groups, group_size, group_size]` of G."""
     group_size = blocks.shape[1]
     groups = weight.unflatten(1, (-1, group_size))  # [out, groups, group_size]
     largest = groups.abs().amax(2, keepdim=True)

@@ -1,7 +1,7 @@
-"""The target `awq`: linear layers in 4 bit, in the layout that vLLM, AutoAWQ and transformers read.
+"""Writes the format `awq`: 4-bit linear layers in the layout that vLLM, AutoAWQ and transformers read.
 
-With calibration text the scales are activation-aware (search.py); without it the weights are only rounded, and
-nothing here calls that AWQ. The files are of the same format either way.
+With calibration text the scales are activation-aware (search.py). Without it the weights are only rounded, in the same
+format, and the notes do not call it AWQ.
 """
 
 import copy
@@ -20,29 +20,29 @@ from .search import calibration_tokens, clip_layer, observe_layer, scale_layer
 
 GROUP_SIZE = 128
 ROUNDING = "rounding (RTN)"
-# What readers take from config.json. They make every linear layer a 4-bit one that is not named here.
+# `quantization_config` in config.json. Readers expect 4 bit in every linear layer that is not listed.
 QUANTIZATION = {"quant_method": "awq", "bits": BITS, "group_size": GROUP_SIZE, "zero_point": True, "version": "gemm",
                 "modules_to_not_convert": ["lm_head"]}  # fmt: skip
-LINEAR = "_proj.weight"  # how the names of a decoder layer's seven linear layers end
+LINEAR = "_proj.weight"  # suffix of the seven linear layers in a decoder layer
 
 
 def write_awq(
     checkpoint: Checkpoint, folder: Path, calibration: Sequence[str] | None, max_shard_size: int
 ) -> tuple[str, dict[str, str]]:
-    """Writes weights, `config.json` and `generation_config.json`; decoder layers go through memory one by one.
+    """Writes weights and `config.json`, with one decoder layer in memory at a time.
 
     Args:
-        checkpoint (`Checkpoint`): a complete one; its tokenizer reads the calibration text.
-        folder (`Path`): where to write; exists.
-        calibration (`Sequence[str]`, *optional*): texts like those that the model will see; `None` for plain rounding.
-        max_shard_size (`int`): bytes of a file.
+        checkpoint (`Checkpoint`): a complete checkpoint. Its tokenizer encodes the calibration text.
+        folder (`Path`): an existing folder.
+        calibration (`Sequence[str]`, *optional*): texts like those the model will see; `None` for plain rounding.
+        max_shard_size (`int`): largest size of a file in bytes.
 
     Returns:
-        What was done, in a line for people, and SHA-256 by name of the files with weights.
+        A note for the user, and the SHA-256 of the weight files by name.
 
     Raises:
-        InputError: before anything is written, for a width that the layout cannot hold, a bias, or calibration text
-            without a tokenizer or too short; while writing, for values beyond float16.
+        InputError: before writing, if a tensor does not fit the layout, there is a bias, or the calibration text is
+            too short or there is no tokenizer; while writing, if values exceed the float16 range.
     """
     specs = _specs(checkpoint)
     tokens = None if calibration is None else _read_calibration(checkpoint, calibration)
@@ -52,7 +52,7 @@ def write_awq(
     write_config(config, folder, torch.float16)
     layout = f"{BITS} bit with zero points in groups of {GROUP_SIZE} inputs, the rest float16"
     if tokens is None:
-        return f"{ROUNDING}: {layout}; give calibration text for activation-aware scales", digests
+        return f"{ROUNDING}: {layout}. Pass calibration text for activation-aware scales", digests
     text = f"{tokens.shape[0]} sequences of {tokens.shape[1]} tokens"
     return f"AWQ: {layout}; scales and clipping searched on calibration text, {text}", digests
 
@@ -60,32 +60,31 @@ def write_awq(
 def _read_calibration(checkpoint: Checkpoint, texts: Sequence[str]) -> torch.Tensor:
     tokenizer = checkpoint.load_tokenizer()
     if tokenizer is None:
-        raise InputError(
-            f"{checkpoint.path}: has no tokenizer, which the calibration text needs; put tokenizer.model or tokenizer.json "
-            f"beside it, or give no calibration text for {ROUNDING}"
-        )
+        fix = f"Add tokenizer.model or tokenizer.json, or omit the calibration text for {ROUNDING}"
+        raise InputError(f"{checkpoint.path}: no tokenizer to encode the calibration text. {fix}")
     return calibration_tokens(texts, tokenizer, checkpoint.config)
 
 
 def _specs(checkpoint: Checkpoint) -> dict[str, Spec]:
-    """Names, dtypes and shapes of the file, in its order: every tensor is a multiple of 4 bytes long, as int32 wants.
+    """Returns names, dtypes and shapes in the order of the file.
+
+    Every tensor takes a multiple of 4 bytes, so that int32 is aligned.
 
     Raises:
-        InputError: for a tensor that the layout cannot hold.
+        InputError: if a tensor does not fit the layout.
     """
     specs: dict[str, Spec] = {}
     for name, lazy in checkpoint.tensors.items():
         if name.endswith(".bias"):
-            # v_proj's and up_proj's would have to be scaled as well; no released Llama has one.
-            raise InputError(f"{name}: the format awq is written for linear layers without a bias; use gguf-q8_0")
+            # Biases of v_proj and up_proj would have to be scaled as well. No released Llama has one.
+            raise InputError(f"{name}: awq does not support biases. Use gguf-q8_0")
         if not name.endswith(LINEAR):
             specs[name] = (torch.float16, lazy.shape)
             continue
         rows, width = lazy.shape
         for what, size, rule in (("inputs", width, GROUP_SIZE), ("outputs", rows, PER_WORD)):
             if size % rule:
-                raise InputError(f"{name}: has {size} {what}, and the format awq takes multiples of {rule} only; "
-                                 "use gguf-q8_0")  # fmt: skip
+                raise InputError(f"{name}: {size} {what}; awq requires a multiple of {rule}. Use gguf-q8_0")
         module, groups = name.removesuffix("weight"), width // GROUP_SIZE
         specs[f"{module}qweight"] = (torch.int32, (width, rows // PER_WORD))
         specs[f"{module}qzeros"] = (torch.int32, (groups, rows // PER_WORD))
@@ -94,9 +93,9 @@ def _specs(checkpoint: Checkpoint) -> dict[str, Spec]:
 
 
 def _tensors(checkpoint: Checkpoint, tokens: torch.Tensor | None) -> Iterator[torch.Tensor]:
-    """The tensors of the file in the order of [`_specs`], a decoder layer in memory at a time."""
+    """Yields the tensors in the order of [`_specs`], with one decoder layer in memory at a time."""
     embedding = checkpoint.load(EMBEDDING, torch.float16)
-    # [sequences, tokens, hidden], of the embedding that readers will find
+    # [sequences, tokens, hidden], from the embedding as it is stored
     hidden = None if tokens is None else embedding[tokens].float()
     yield embedding
     del embedding
@@ -108,7 +107,7 @@ def _tensors(checkpoint: Checkpoint, tokens: torch.Tensor | None) -> Iterator[to
 
 
 def _layer(checkpoint: Checkpoint, prefix: str, hidden: torch.Tensor | None) -> Iterator[torch.Tensor]:
-    """The tensors of one decoder layer; `hidden` becomes the input of the next one."""
+    """Yields the tensors of one decoder layer; `hidden` becomes the input of the next layer."""
     names = [name.removeprefix(prefix) for name in checkpoint.tensors if name.startswith(prefix)]
     weights = {name: checkpoint.load(prefix + name, torch.float32) for name in names}
     if hidden is not None:
@@ -130,6 +129,5 @@ def _layer(checkpoint: Checkpoint, prefix: str, hidden: torch.Tensor | None) -> 
 def _in_float16(tensor: torch.Tensor, name: str) -> torch.Tensor:
     tensor = tensor.to(torch.float16)
     if not tensor.isfinite().all():
-        raise InputError(f"{name}: has values that the format awq cannot hold in float16, which ends at 65504; use "
-                         "gguf-q8_0")  # fmt: skip
+        raise InputError(f"{name}: values above 65504, the float16 maximum that awq requires. Use gguf-q8_0")
     return tensor

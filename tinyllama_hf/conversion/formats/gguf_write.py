@@ -1,4 +1,4 @@
-"""Writes a Llama as a GGUF file: metadata and tokenizer first, then one tensor after another."""
+"""Writes a Llama to a GGUF file: metadata and tokenizer, then one tensor after another."""
 
 import contextlib
 from pathlib import Path
@@ -19,32 +19,33 @@ from .rotary import rotated_heads, to_pairwise
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
 
-# Kind of the file: names of its type and of the file's in the package `gguf`.
+# For each kind of file: the names of the tensor type and of the file type in the package `gguf`.
 KINDS = {"f32": ("F32", "ALL_F32"), "f16": ("F16", "MOSTLY_F16"), "bf16": ("BF16", "MOSTLY_BF16"),
          "q8_0": ("Q8_0", "MOSTLY_Q8_0"), "q4_0": ("Q4_0", "MOSTLY_Q4_0")}  # fmt: skip
 _LARGEST_F16 = 65504.0
-_STEPS = {"Q8_0": 127, "Q4_0": 8}  # a block's largest value is so many of its scales, which are float16
+_STEPS = {"Q8_0": 127, "Q4_0": 8}  # largest value of a block in units of its scale, which is float16
 
 
 def write_gguf(checkpoint: Checkpoint, folder: Path, kind: str, name: str | None = None) -> list[str]:
     """Writes `model-{kind}.gguf` into a folder.
 
-    Vectors stay float32, as llama.cpp has them. Matrices get the type of the file by the reference of the package
-    `gguf`; those whose rows do not divide into its blocks are written as float16. In q4_0 the matrix that gives the logits,
-    which is the embedding where both are tied, is q8_0: see benchmarks/gguf_head.py. Memory holds one tensor at a time.
+    Matrices are quantized by the reference implementation of the package `gguf`, or written as float16 if their rows
+    do not divide into its blocks. In q4_0 the output matrix is q8_0, which is the embedding of a tied model; see
+    benchmarks/gguf_head.py. Vectors are float32, as in llama.cpp. Only one tensor is in memory at a time.
 
     Args:
         kind (`str`): `"f32"`, `"f16"`, `"bf16"`, `"q8_0"` or `"q4_0"`.
-        name (`str`, *optional*): of the model, defaults to that of the file or folder it came from.
+        name (`str`, *optional*): name of the model, by default that of the source file or folder.
 
     Returns:
-        Lines for the user.
+        Notes for the user.
 
     Raises:
-        InputError: for what llama.cpp's Llama or its tokenizers do not have, and for values beyond the type's range.
+        InputError: if llama.cpp does not support the configuration or the tokenizer, or a value exceeds the type's
+            range.
     """
     if kind not in KINDS:
-        raise InputError(f"gguf kind {kind!r} does not exist{did_you_mean(kind, KINDS)}")
+        raise InputError(f"gguf kind {kind!r}: unknown kind{did_you_mean(kind, KINDS)}")
     _check_config(checkpoint)
     require("gguf", "gguf", "writing a GGUF file")
     from gguf import GGUFWriter
@@ -66,19 +67,18 @@ def write_gguf(checkpoint: Checkpoint, folder: Path, kind: str, name: str | None
             writer.write_tensor_data(_values(checkpoint, name, type_))
     other = [NAMES.from_llama(name) for name, type_ in types.items() if type_.name == "F16"]
     if other and kind in ("q8_0", "q4_0"):
-        lines.append(
-            f"{path.name}: rows that are no multiple of 32 values cannot be {kind}; written as f16: {', '.join(other)}"
-        )
+        reason = f"{kind} requires a multiple of 32 values per row"
+        lines.append(f"{path.name}: written as f16, since {reason}: {', '.join(other)}")
     return lines
 
 
 def head_type(kind: str) -> str:
-    """The type of the matrix that gives the logits: llama.cpp's quantizer keeps more of it than 4 bit, too."""
+    """Returns the type of the output matrix; llama.cpp's quantizer also keeps more than 4 bit for it."""
     return "Q8_0" if kind == "q4_0" else KINDS[kind][0]
 
 
 def _types(checkpoint: Checkpoint, kind: str) -> dict[str, "GGMLQuantizationType"]:
-    """The type of each tensor in the file."""
+    """Returns the type of each tensor in the file."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     head = OUTPUT if OUTPUT in checkpoint.tensors else EMBEDDING
@@ -94,7 +94,7 @@ def _types(checkpoint: Checkpoint, kind: str) -> dict[str, "GGMLQuantizationType
 
 
 def _values(checkpoint: Checkpoint, name: str, type_: "GGMLQuantizationType") -> np.ndarray:
-    """One tensor as it lies in the file."""
+    """Returns a tensor as it is stored in the file."""
     dtype = DTYPES.get(type_.name, torch.float32)
     weight = checkpoint.load(name, dtype)
     if heads := rotated_heads(checkpoint.config, name):
@@ -106,10 +106,8 @@ def _values(checkpoint: Checkpoint, name: str, type_: "GGMLQuantizationType") ->
         return values
     largest = max(float(values.max()), -float(values.min()))
     if largest > _LARGEST_F16 * _STEPS[type_.name]:
-        raise InputError(
-            f"{checkpoint.tensors[name].source}: has the value {largest:g}, beyond the range of {type_.name}; nothing was "
-            "written. Use bf16"
-        )
+        source = checkpoint.tensors[name].source
+        raise InputError(f"{source}: value {largest:g} exceeds the range of {type_.name}. Use bf16")
     from gguf.quants import quantize
 
     return quantize(values, type_)
@@ -120,10 +118,8 @@ def _check_config(checkpoint: Checkpoint) -> None:
     required = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "partial_rotary_factor": 1.0}
     require_values(checkpoint.config.to_dict() | rope, required, checkpoint.path, "GGUF")
     if rope["rope_type"] not in ("default", "linear"):
-        raise InputError(
-            f"{checkpoint.path}: the rotary scaling is of the type {rope['rope_type']!r}; written to GGUF are none and "
-            "'linear'. llama.cpp's own converter knows more"
-        )
+        found = f"rope_type is {rope['rope_type']!r}; supported are 'default' and 'linear'"
+        raise InputError(f"{checkpoint.path}: {found}. llama.cpp's own converter supports more")
 
 
 def _add_config(writer: "GGUFWriter", config: LlamaConfig, kind: str, name: str) -> None:
@@ -133,7 +129,7 @@ def _add_config(writer: "GGUFWriter", config: LlamaConfig, kind: str, name: str)
     writer.add_name(name)
     writer.add_file_type(LlamaFileType[KINDS[kind][1]])
     writer.add_quantization_version(GGML_QUANT_VERSION)
-    for key, name in SIZES.items():  # head_count_kv too: without it, readers take as many as query heads
+    for key, name in SIZES.items():  # always with head_count_kv, which readers otherwise set to head_count
         if name != "head_dim":
             writer.add_uint32(key, getattr(config, name))
     if config.head_dim * config.num_attention_heads != config.hidden_size:
@@ -152,7 +148,7 @@ def _add_tokenizer(writer: "GGUFWriter", checkpoint: Checkpoint) -> list[str]:
     tokenizer = checkpoint.load_tokenizer()
     if tokenizer is None:
         writer.add_tokenizer_model(NO_TOKENIZER[0])
-        return ["the source has no tokenizer, so the file has none either; llama.cpp will take ids alone"]
+        return ["the source has no tokenizer, so none was written; llama.cpp can only process ids"]
     try:
         return add_tokenizer(writer, tokenizer, checkpoint.config.vocab_size)
     except InputError as error:

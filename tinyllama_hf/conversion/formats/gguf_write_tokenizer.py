@@ -1,7 +1,7 @@
-"""Writes a tokenizer into the metadata of a GGUF file, so that llama.cpp gives the same ids.
+"""Writes a tokenizer to the metadata of a GGUF file, so that llama.cpp gives the same ids.
 
-llama.cpp joins the pair whose union has the best score (SentencePiece), or the pair of the earliest merge (byte-level
-BPE). What its metadata cannot say is refused.
+llama.cpp merges the pair with the best score of the result (SentencePiece) or with the earliest merge (byte-level
+BPE). Tokenizers that the metadata cannot describe are refused.
 """
 
 import json
@@ -33,20 +33,20 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
-_BEHIND = -1000.0  # llama.cpp's score for tokens that were added behind a SentencePiece vocabulary
+_BEHIND = -1000.0  # llama.cpp's score for tokens added after a SentencePiece vocabulary
 
 
 def add_tokenizer(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerFast, rows: int) -> list[str]:
     """Adds tokens, merges or scores, special ids and chat template.
 
     Args:
-        rows (`int`): of the model's embedding; rows without a token get one that is marked as unused.
+        rows (`int`): rows of the model's embedding. Rows without a token get a token that is marked as unused.
 
     Returns:
-        Lines for the user: what llama.cpp will do differently.
+        Notes for the user about differences in llama.cpp.
 
     Raises:
-        InputError: if there are more tokens than rows, or if llama.cpp has no such tokenizer.
+        InputError: if there are more tokens than rows, or llama.cpp does not support the tokenizer.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     tokens, kinds = _tokens_and_kinds(tokenizer, state, rows)
@@ -60,8 +60,8 @@ def add_tokenizer(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerFast, rows
         writer.add_tokenizer_pre(name)
         writer.add_token_merges([" ".join(merge) for merge in state["model"]["merges"]])
         if state["normalizer"]:
-            lines.append(f"llama.cpp leaves out this tokenizer's normalisation ({state['normalizer']['type']}): text that "
-                         "is not in that form gets other ids there")  # fmt: skip
+            name = state["normalizer"]["type"]
+            lines.append(f"llama.cpp skips the normalizer {name}, so text that is not normalized gets other ids there")
     writer.add_add_space_prefix(isinstance(tokenizer, TinyLlamaTokenizer))
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
@@ -72,36 +72,34 @@ def add_tokenizer(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerFast, rows
     writer.add_add_bos_token(add_bos)
     writer.add_add_eos_token(add_eos)
     template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
     if template:
-        named = (
-            [{"name": name, "template": text} for name, text in template.items()] if isinstance(template, dict) else []
-        )
-        writer.add_chat_template(named or template)
+        writer.add_chat_template(template)
     return lines
 
 
 def derived_scores(merges: Sequence[Sequence[str]], pieces: Sequence[str]) -> dict[str, float]:
-    """Scores that make SentencePiece's rule, the best union first, follow a list of merges.
+    """Returns scores with which SentencePiece's rule, best result first, follows a list of merges.
 
     Args:
-        merges: pairs of pieces, the first to be made first.
-        pieces: every piece that text is made of.
+        merges: pairs of pieces, in the order in which they are merged.
+        pieces: all normal pieces of the vocabulary.
 
     Returns:
-        A score for each piece: minus its place among the pieces that merges make, below all of them for the others.
+        For a piece made by merges, minus its rank among them; for the others, a lower score.
 
     Raises:
-        InputError: if no scores can: if the merges make a piece, then another, then the first again, or leave out a
-            way to make one.
+        InputError: if there are no such scores: the merges of a piece are not consecutive, or some are missing.
     """
     made = dict.fromkeys(left + right for left, right in merges)
     scores = dict.fromkeys(pieces, float(-len(made))) | {piece: float(-rank) for rank, piece in enumerate(made)}
     rebuilt = merges_by_score(scores)
-    # Within one piece the order is free: among equal scores the leftmost pair is joined, whichever stands first here.
+    # The order within one piece does not matter: among equal scores the leftmost pair is merged.
     same_order = [left + right for left, right in rebuilt] == [left + right for left, right in merges]
     if not same_order or set(rebuilt) != set(map(tuple, merges)):
-        raise InputError("the merges of this tokenizer.json are not those of a SentencePiece vocabulary, which GGUF holds "
-                         "as one score for each piece; put the tokenizer.model beside it")  # fmt: skip
+        found = "the merges in tokenizer.json do not follow from one score per piece, which GGUF stores"
+        raise InputError(f"{found}. Add the tokenizer.model to the folder")
     return scores
 
 
@@ -110,20 +108,18 @@ def _tokens_and_kinds(
 ) -> tuple[list[str], list[int]]:
     ids = tokenizer.get_vocab()
     if max(ids.values()) >= rows:
-        raise InputError(f"the tokenizer has ids up to {max(ids.values())}, the model {rows} rows; give the tokenizer that "
-                         "the model was trained with")  # fmt: skip
+        found = f"ids up to {max(ids.values())}, but the model has {rows} embedding rows"
+        raise InputError(f"{found}. Use the model's own tokenizer")
     tokens, kinds = [padding_token(i) for i in range(rows)], [UNUSED] * rows
     for token, i in ids.items():
         kinds[i] = UNUSED if token == tokens[i] else NORMAL
         tokens[i] = token
     for added in state["added_tokens"]:
         if flag := next((flag for flag in ("lstrip", "rstrip", "single_word") if added[flag]), None):
-            raise InputError(
-                f"the added token {added['content']!r} has {flag} set, which GGUF cannot say; add it without"
-            )
+            raise InputError(f"the added token {added['content']!r} has {flag} set, which GGUF cannot store. Unset it")
         if added["normalized"] and state["normalizer"]:
-            raise InputError(f"the added token {added['content']!r} is looked for in normalised text, which llama.cpp does "
-                             "not do; add it with normalized=False")  # fmt: skip
+            found = f"the added token {added['content']!r} is matched in normalized text, unlike in llama.cpp"
+            raise InputError(f"{found}. Add it with normalized=False")
         kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
     return tokens, kinds
 
@@ -131,7 +127,7 @@ def _tokens_and_kinds(
 def _scores(
     tokenizer: TinyLlamaTokenizer, model: Mapping[str, Any], tokens: list[str], kinds: list[int]
 ) -> list[float]:
-    """Scores of a SentencePiece vocabulary; corrects the kinds of its own pieces."""
+    """Returns the scores of a SentencePiece vocabulary, and corrects the kinds of its pieces."""
     vocabulary = model["vocab"]
     kinds[vocabulary[model["unk_token"]]] = UNKNOWN
     for piece, i in vocabulary.items():
@@ -154,27 +150,24 @@ def _byte_level_name(state: Mapping[str, Any]) -> str:
     model, name = state["model"], pre_tokenizer_name(state)
     if model["type"] != "BPE" or name is None:
         shown = json.dumps({key: state[key] for key in ("normalizer", "pre_tokenizer")}, ensure_ascii=False)[:600]
-        raise InputError(
-            f"llama.cpp has no name that is known here for this tokenizer ({model['type']}, ignore_merges "
-            f"{model.get('ignore_merges')}, {shown}); known are SentencePiece's with a dummy prefix and, of byte-level "
-            f"BPE, {', '.join(PRE_TOKENIZERS)}. Convert such a model with llama.cpp's own converter"
-        )
+        found = f"{model['type']} with ignore_merges {model.get('ignore_merges')} and {shown} is not supported"
+        known = f"Supported are SentencePiece BPE and the byte-level {', '.join(PRE_TOKENIZERS)}"
+        raise InputError(f"{found}. {known}. Use llama.cpp's own converter")
     missing = set(pre_tokenizers.ByteLevel.alphabet()) - model["vocab"].keys()
     if missing and model["unk_token"]:
-        raise InputError(f"this tokenizer makes {model['unk_token']!r} of {len(missing)} bytes that have no token; "
-                         "llama.cpp leaves them out")  # fmt: skip
-    if key := next(
-        (key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model[key]), None
-    ):
-        raise InputError(f"this tokenizer's BPE has {key} {model[key]!r}, which GGUF cannot say")
+        found = f"{len(missing)} bytes without a token become {model['unk_token']!r}"
+        raise InputError(f"{found}, while llama.cpp drops them. Use llama.cpp's own converter")
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model[key]:
+            raise InputError(f"the tokenizer's model has {key} {model[key]!r}, which GGUF cannot store")
     return name
 
 
 def _separators(tokenizer: PreTrainedTokenizerFast) -> tuple[bool, bool]:
-    """Whether begin- and end-of-sequence are put round a text, seen from one."""
+    """Returns whether begin- and end-of-sequence tokens are added, as observed on a text."""
     text, framed = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
     for add_bos, add_eos in ((False, False), (True, False), (False, True), (True, True)):
         if framed == [tokenizer.bos_token_id] * add_bos + text + [tokenizer.eos_token_id] * add_eos:
             return add_bos, add_eos
-    raise InputError(f"the tokenizer makes {framed} of 'a', which is not {text} between begin- and end-of-sequence; GGUF "
-                     "has no other template")  # fmt: skip
+    found = f"'a' becomes {framed}, which is not {text} with begin- or end-of-sequence tokens"
+    raise InputError(f"{found}. GGUF supports no other template")

@@ -1,8 +1,8 @@
-"""lit-gpt's and litgpt's layouts: three that are read, and the one of today that is written.
+"""Reads four layouts of lit-gpt and litgpt, and writes the current one.
 
-In all of them q, k and v lie in one tensor. Layouts A (TinyLlama's), A' (the same with xformers' packing) and B (litgpt
-before 2025) keep the rows by key/value group: the query heads of a group, its key head, its value head. Layout C (litgpt
-now) keeps all of q, then k, then v. The shapes are equal, so that only the names of the keys tell them apart.
+All of them store q, k and v in one tensor. Layouts A (TinyLlama's), A' (A with xformers' packed MLP) and B (litgpt
+before 2025) order the rows by key/value group: its query heads, its key head, its value head. Layout C (litgpt since
+2025) has all of q, then k, then v. The shapes are the same, so only the tensor names tell the layouts apart.
 """
 
 import functools
@@ -27,14 +27,14 @@ from ..checkpoint import (
     read_sizes,
     require_values,
 )
-from ..writing import ahead, write_torch_archive
+from ..writing import prefetch, write_torch_archive
 from .names import NameMap
 
 
 CONFIG_FILES = ("model_config.yaml", "lit_config.json")  # litgpt's, lit-gpt's
 WEIGHTS_FILE = "lit_model.pth"
 _GROUPED, _FUSED, _PACKED_MLP = "attn.attn.weight", "attn.qkv.weight", "mlp.swiglu.w12.weight"
-# Without the tensors in which several of Llama's lie.
+# Without the tensors that combine several of `LlamaForCausalLM`.
 NAMES = NameMap(
     "transformer.h.{layer}.{part}",
     {
@@ -50,7 +50,9 @@ SIZES = {
     "block_size": "max_position_embeddings", "n_layer": "num_hidden_layers", "n_embd": "hidden_size",
     "n_head": "num_attention_heads", "head_size": "head_dim", "n_query_groups": "num_key_value_heads",
 }  # fmt: skip
-# Options of lit-gpt's and litgpt's `Config` that change what a model computes, with the only value that Llama has.
+# lit-gpt's names of fields, and litgpt's.
+_RENAMED = {"_mlp_class": "mlp_class_name", "_norm_class": "norm_class_name", "condense_ratio": "rope_condense_ratio"}
+# Options of lit-gpt's and litgpt's `Config` that change what a model computes, with the value of a Llama.
 _REQUIRED = {
     "rotary_percentage": 1.0, "parallel_residual": False, "bias": False, "attn_bias": False, "lm_head_bias": False,
     "norm_qk": False, "post_attention_norm": False, "post_mlp_norm": False, "scale_embeddings": False, "n_expert": 0,
@@ -60,8 +62,8 @@ _REQUIRED = {
 }  # fmt: skip
 
 
-def layout(names: Mapping[str, Any]) -> str | None:
-    """Which of the four layouts the keys are of; `None` if of none."""
+def find_layout(names: Mapping[str, Any]) -> str | None:
+    """Returns which of the four layouts has these tensor names, or `None`."""
     inside = {found[1] for name in names if (found := NAMES.layer_and_part(name))}
     if _FUSED in inside:
         return "C"
@@ -71,21 +73,23 @@ def layout(names: Mapping[str, Any]) -> str | None:
 
 
 def config_from_fields(fields: Mapping[str, Any], where: str, rows: int) -> LlamaConfig:
-    """The Llama configuration of a `model_config.yaml` or `lit_config.json`.
+    """Returns the Llama configuration for the fields of `model_config.yaml` or `lit_config.json`.
 
-    The vocabulary is what the embedding has rows for: lit-gpt pads it (`padded_vocab_size`).
+    Args:
+        fields (`Mapping[str, Any]`): contents of the file.
+        where (`str`): the file, for messages.
+        rows (`int`): rows of the embedding, which lit-gpt pads (`padded_vocab_size`).
 
     Raises:
-        InputError: if the model is no Llama, or a field is missing or of no use.
+        InputError: if the model is not a Llama, or a field is missing or invalid.
     """
     fields = dict(fields)
-    for old, new in (("_mlp_class", "mlp_class_name"), ("_norm_class", "norm_class_name"),
-                     ("condense_ratio", "rope_condense_ratio")):  # fmt: skip
+    for old, new in _RENAMED.items():
         if old in fields:
             fields[new] = fields.pop(old)
     require_values(fields, _REQUIRED, where, "a Llama")
     if fields.get("norm_class_name", "RMSNorm") not in ("RMSNorm", "FusedRMSNorm"):
-        raise InputError(f"{where}: norm_class_name is {fields['norm_class_name']!r}, but a Llama has RMSNorm")
+        raise InputError(f"{where}: norm_class_name is {fields['norm_class_name']!r}; a Llama supports only 'RMSNorm'")
     sizes = read_sizes(fields, SIZES, where)
     return plain_config(
         where,
@@ -106,7 +110,7 @@ def _rope(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     if adjustments is not None:
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len")
         if not isinstance(adjustments, Mapping) or set(adjustments) != set(names) or ratio != 1:
-            raise InputError(f"{where}: rope_adjustments is {adjustments!r}; known are exactly {', '.join(names)}")
+            raise InputError(f"{where}: rope_adjustments is {adjustments!r}; it must have exactly {', '.join(names)}")
         rope |= {name: positive_number(adjustments, name, where, kind=float) for name in names[:3]}
         original = positive_number(adjustments, "original_max_seq_len", where)
         rope |= {"rope_type": "llama3", "original_max_position_embeddings": original}
@@ -114,9 +118,9 @@ def _rope(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def config_from_shapes(tensors: Mapping[str, LazyTensor], where: str) -> LlamaConfig:
-    """The configuration of a checkpoint that brings none, if its shapes are those of a preset.
+    """Returns the configuration of a checkpoint without a configuration file, if a preset has its shapes.
 
-    The heads cannot be read off fused rows: 2560 of them are 32 heads of 64 with 4 groups, or 8 of 256 with 1.
+    The shapes alone do not determine the heads: 2560 rows of q, k and v can be 40 heads of size 64 or 10 of size 256.
 
     Raises:
         InputError: if no preset has these shapes.
@@ -131,14 +135,12 @@ def config_from_shapes(tensors: Mapping[str, LazyTensor], where: str) -> LlamaCo
         found = (layers, fused, widths)
         if found == (preset["num_hidden_layers"], (rows, preset["hidden_size"]), {(preset["intermediate_size"],)}):
             return plain_config(where, vocab_size=vocab_rows(tensors, where), **preset)
-    raise InputError(
-        f"{where}: brings no {' or '.join(CONFIG_FILES)}, and its shapes ({layers} layers, q/k/v {list(fused)}) are those of no "
-        "preset: the number of heads cannot be told. Pass --config with one of these files, or a config.json"
-    )
+    found = f"no {' or '.join(CONFIG_FILES)}, and no preset has {layers} layers with q/k/v {list(fused)}"
+    raise InputError(f"{where}: {found}. Pass --config with such a file or a config.json, for the number of heads")
 
 
 def vocab_rows(tensors: Mapping[str, LazyTensor], where: str) -> int:
-    """The number of rows of the embedding; an `InputError` where there are none."""
+    """Returns the number of rows of the embedding; raises an `InputError` if there are none."""
     name = "transformer.wte.weight"
     if name not in tensors:
         raise damaged(where, f"{name} is missing")
@@ -147,10 +149,10 @@ def vocab_rows(tensors: Mapping[str, LazyTensor], where: str) -> int:
 
 
 def to_hugging_face(tensors: Mapping[str, LazyTensor], config: LlamaConfig) -> dict[str, LazyTensor]:
-    """The tensors under Hugging Face's names; keys of no layout keep theirs.
+    """Returns the tensors under Hugging Face's names; unknown names are kept.
 
     Raises:
-        InputError: if the rows of a fused tensor contradict the configuration, or two tensors are the same one.
+        InputError: if the shape of a fused tensor contradicts the configuration, or a tensor is stored twice.
     """
     found: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
@@ -170,22 +172,20 @@ def _split_attention(fused: LazyTensor, config: LlamaConfig, by_group: bool) -> 
     heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     hidden = config.hidden_size
     fused.check_shape(((heads + 2 * groups) * width, hidden))
-    blocks = groups if by_group else 1  # in each of which q, k and v lie one after another
+    blocks = groups if by_group else 1  # each with q, k and v one after another
 
     def rows(first: int, last: int) -> LazyTensor:
-        """Heads `first` to `last` of all blocks."""
+        """Returns heads `first` to `last` of each block."""
 
         shape = ((last - first) * blocks * width, hidden)
-        return fused.map(
-            lambda weight: weight.view(blocks, -1, width, hidden)[:, first:last].reshape(shape).clone(), shape
-        )
+        return fused.map(lambda w: w.view(blocks, -1, width, hidden)[:, first:last].reshape(shape).clone(), shape)
 
     q, k = heads // blocks, groups // blocks
     return {"q_proj.weight": rows(0, q), "k_proj.weight": rows(q, q + k), "v_proj.weight": rows(q + k, q + 2 * k)}
 
 
 def _split_mlp(packed: LazyTensor, config: LlamaConfig) -> dict[str, LazyTensor]:
-    """xformers' `w12`: the rows of the gate, then those of the other product."""
+    """Splits xformers' `w12`: the rows of `gate_proj`, then those of `up_proj`."""
     inner = config.intermediate_size
     packed.check_shape((2 * inner, config.hidden_size))
 
@@ -196,30 +196,28 @@ def _split_mlp(packed: LazyTensor, config: LlamaConfig) -> dict[str, LazyTensor]
 
 
 def write_litgpt(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None, name: str) -> list[str]:
-    """Writes `lit_model.pth` and `model_config.yaml` as litgpt 0.5.13 reads them (layout C), tensor by tensor.
+    """Writes `lit_model.pth` and `model_config.yaml` for litgpt 0.5.13 (layout C), tensor by tensor.
 
     Returns:
-        Lines for the user.
+        Notes for the user.
 
     Raises:
-        InputError: if litgpt's Llama cannot compute what the configuration says.
+        InputError: if litgpt does not support the configuration.
     """
     fields = _litgpt_fields(checkpoint.config, name)
     text = yaml.safe_dump(fields, sort_keys=False)
     (folder / CONFIG_FILES[0]).write_text(text, encoding="utf-8")
     notes = []
     if checkpoint.config.tie_word_embeddings:
-        notes.append(
-            "litgpt has no tied output: lm_head.weight is a copy of the embedding, and training would part them"
-        )
+        notes.append("lm_head.weight is a copy of the embedding, since litgpt has no tied output")
     tensors = list(_litgpt_tensors(checkpoint, dtype))
     specs = {key: (kind, shape) for key, kind, shape, _ in tensors}
-    write_torch_archive(folder / WEIGHTS_FILE, specs, ahead(load() for *_, load in tensors))
+    write_torch_archive(folder / WEIGHTS_FILE, specs, prefetch(load() for *_, load in tensors))
     return notes
 
 
 def complete_tokenizer_config(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Adds `add_bos_token` to a saved tokenizer: litgpt takes the begin-of-sequence off where this key is missing."""
+    """Adds `add_bos_token` to a saved tokenizer, without which litgpt removes the begin-of-sequence token."""
     file = folder / "tokenizer_config.json"
     begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     write_json(file, read_json(file) | {"add_bos_token": begins})
@@ -233,15 +231,14 @@ def _litgpt_fields(config: LlamaConfig, name: str) -> dict[str, Any]:
     if kind not in ("default", "linear", "llama3"):
         raise InputError(f"--to litgpt: rope_type is {kind!r}, but litgpt's Llama has default, linear and llama3 only")
     if (kind == "linear" and rope["factor"] != int(rope["factor"])) or rope["rope_theta"] != int(rope["rope_theta"]):
-        raise InputError(
-            f"--to litgpt: rope_parameters is {rope}, but litgpt keeps base and condense ratio as whole numbers"
-        )
+        raise InputError(f"--to litgpt: rope_parameters is {rope}; litgpt supports only integers")
     fields = {
-        "name": name, "hf_config": {"org": "", "name": name}, **{key: getattr(config, ours) for key, ours in SIZES.items()},
+        "name": name, "hf_config": {"org": "", "name": name},
+        **{key: getattr(config, ours) for key, ours in SIZES.items()},
         "vocab_size": config.vocab_size, "padded_vocab_size": config.vocab_size, "rotary_percentage": 1.0,
         "parallel_residual": False, "bias": False, "norm_class_name": "RMSNorm", "norm_eps": config.rms_norm_eps,
-        "mlp_class_name": "LLaMAMLP", "intermediate_size": config.intermediate_size, "rope_base": int(rope["rope_theta"]),
-        "rope_condense_ratio": int(rope["factor"]) if kind == "linear" else 1,
+        "mlp_class_name": "LLaMAMLP", "intermediate_size": config.intermediate_size,
+        "rope_base": int(rope["rope_theta"]), "rope_condense_ratio": int(rope["factor"]) if kind == "linear" else 1,
     }  # fmt: skip
     if kind == "llama3":
         original = rope["original_max_position_embeddings"]
@@ -253,13 +250,13 @@ def _litgpt_fields(config: LlamaConfig, name: str) -> dict[str, Any]:
 def _litgpt_tensors(
     checkpoint: Checkpoint, dtype: torch.dtype | None
 ) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], Callable[[], torch.Tensor]]]:
-    """Key, dtype, shape and reader of each tensor of layout C."""
+    """Yields name, dtype, shape and reader of each tensor in layout C."""
     tensors = checkpoint.tensors
 
     def one(key: str, *names: str) -> tuple[str, torch.dtype, tuple[int, ...], Callable[[], torch.Tensor]]:
         parts = [tensors[name] for name in names]
         shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-        # Parts of several dtypes do not fit into one tensor: the widest holds them all.
+        # A tensor has one dtype, so mixed parts get the widest.
         kind = dtype or functools.reduce(torch.promote_types, (part.dtype for part in parts))
         return key, kind, shape, lambda: torch.cat([checkpoint.load(name, kind) for name in names])
 

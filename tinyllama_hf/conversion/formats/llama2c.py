@@ -1,4 +1,4 @@
-"""llama2.c's first format: seven integers, then float32 tensors in a fixed order, with rows of q and k as Meta has them."""
+"""Reads llama2.c's first format: seven integers, then float32 tensors in a fixed order, with Meta's row order."""
 
 import math
 import struct
@@ -8,19 +8,19 @@ from pathlib import Path
 import torch
 
 from ...errors import damaged
-from ..checkpoint import Checkpoint, LazyTensor, complete, plain_config
+from ..checkpoint import Checkpoint, LazyTensor, plain_config, validate
 from .meta import NAMES, to_hugging_face
 
 
 _HEADER = struct.Struct("<7i")
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
-          "max_position_embeddings")  # fmt: skip
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+          "vocab_size", "max_position_embeddings")  # fmt: skip
 
 
 def read_llama2c(path: Path) -> Checkpoint | None:
-    """Opens a file of llama2.c's first format; a negative vocabulary in its header means an untied output.
+    """Opens a file of llama2.c's first format. A negative vocabulary size in the header means an untied output.
 
-    The format has no magic number. It is recognized by a plausible header and exactly the size that follows from it.
+    The format has no magic number. It is recognized by a plausible header with exactly the matching file size.
 
     Returns:
         `None` if the file is not of this format.
@@ -44,7 +44,7 @@ def read_llama2c(path: Path) -> Checkpoint | None:
     config = plain_config(path, **sizes, tie_word_embeddings=vocab > 0)
     model = path.with_name("tokenizer.model")
     tokenizer = model if model.is_file() else None
-    return complete(Checkpoint(path, "llama2.c", config, to_hugging_face(tensors, config), tokenizer))
+    return validate(Checkpoint(path, "llama2.c", config, to_hugging_face(tensors, config), tokenizer))
 
 
 def _read_header(path: Path) -> tuple[int, ...] | None:
@@ -61,7 +61,7 @@ def _read_header(path: Path) -> tuple[int, ...] | None:
 
 
 def _parts(header: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
-    """Kinds of tensors and their shapes, in the order of the file; those of the layers lie together by kind."""
+    """Returns kinds of tensors and their shapes in the order of the file, each kind for all layers together."""
     hidden, inner, layers, heads, groups, vocab, context = header
     key = hidden // heads * groups
     return [

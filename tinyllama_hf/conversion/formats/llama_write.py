@@ -14,13 +14,13 @@ from ..writing import write_safetensors
 def write_llama(
     checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None, max_shard_size: int
 ) -> dict[str, str]:
-    """Writes weights and `config.json`, tensor by tensor; `dtype` of `None` keeps each one's.
+    """Writes weights and `config.json` tensor by tensor; `dtype=None` keeps the dtype of each tensor.
 
     Returns:
-        SHA-256 by name of the files with weights.
+        The SHA-256 of the weight files by name.
     """
     kinds = {name: dtype or tensor.dtype for name, tensor in checkpoint.tensors.items()}
-    # The wider first: see `write_safetensors`.
+    # Wider dtypes first, see `write_safetensors`.
     names = sorted(kinds, key=lambda name: -kinds[name].itemsize)
     specs = {name: (kinds[name], checkpoint.tensors[name].shape) for name in names}
     digests = write_safetensors(folder, specs, (checkpoint.load(name, kinds[name]) for name in names), max_shard_size)
@@ -29,17 +29,17 @@ def write_llama(
 
 
 def write_config(config: LlamaConfig, folder: Path, dtype: torch.dtype) -> None:
-    """Writes `config.json`, with the dtype that readers are to take."""
+    """Writes `config.json` with the dtype that readers should use."""
     config = copy.deepcopy(config)
     config.dtype = dtype
     config.save_pretrained(folder)
 
 
 def write_generation_config(checkpoint: Checkpoint, folder: Path, padding: int | None) -> None:
-    """Writes `generation_config.json`: the source's, else the ids of begin, end and padding.
+    """Writes `generation_config.json`: the source's, or the ids of begin-of-sequence, end-of-sequence and padding.
 
-    As it is, and not through transformers, which reads settings that it refuses to write (a temperature without
-    `do_sample`, as the first Llama 2 folders had).
+    It is written without transformers, which refuses to write some settings that it reads, such as the temperature
+    without `do_sample` of the first Llama 2 folders.
     """
     config = checkpoint.config
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "pad_token_id": padding}

@@ -1,4 +1,4 @@
-"""Meta's layout: `consolidated.*.pth` with `params.json`, possibly in model-parallel shards."""
+"""Reads Meta's layout: `consolidated.*.pth` with `params.json`, possibly in model-parallel shards."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig
 
 from ...errors import InputError, damaged
-from ..checkpoint import EMBEDDING, OUTPUT, Checkpoint, LazyTensor, complete, plain_config, positive_number, read_sizes
-from ..reading.containers import open_torch_archive, read_fields, state_dict
+from ..checkpoint import EMBEDDING, OUTPUT, Checkpoint, LazyTensor, plain_config, positive_number, read_sizes, validate
+from ..reading.containers import as_state_dict, open_torch_archive, read_fields
 from .names import NameMap
 from .rotary import rotated_heads, to_half_split
 
@@ -28,70 +28,61 @@ NAMES = NameMap(
 )  # fmt: skip
 _SIZES = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
           "n_kv_heads": "num_key_value_heads"}  # fmt: skip
-# Along which dimension each kind is cut over the model-parallel shards; norms lie in each shard whole.
+# Tensors that are split over the model-parallel shards by rows or by columns; each shard has all of the norms.
 _BY_ROWS = ("attention.wq", "attention.wk", "attention.wv", "feed_forward.w1", "feed_forward.w3", "output.weight")
 _BY_COLUMNS = ("attention.wo", "feed_forward.w2")
+_CONTEXT_NOTE = "max_position_embeddings is 4096 as in Llama 2, since Meta's files do not contain it. Check it"
+_TIKTOKEN_NOTE = "tokenizer.model is not a SentencePiece model. Use tokenizer.json from the Hugging Face folder"
 
 
 def is_meta(names: Mapping[str, Any]) -> bool:
-    """Whether the keys are Meta's."""
+    """Whether these are Meta's tensor names."""
     return any((NAMES.layer_and_part(name) or (0, ""))[1] == "attention.wq" for name in names)
 
 
 def read_meta(folder: Path) -> Checkpoint:
-    """Opens a folder of `consolidated.*.pth` and `params.json`; model-parallel shards in the order of their numbers.
+    """Opens a folder with `consolidated.*.pth` and `params.json`.
 
-    The files do not say for which context a model was trained: the configuration gets Llama 2's 4096, and a note says so.
+    The files do not contain the context length. The configuration gets Llama 2's 4096, with a note for the user.
 
     Raises:
-        InputError: if a file is missing or damaged, or the shards do not make one model.
+        InputError: if a file is missing or damaged, or the shards belong to different models.
     """
     files = sorted(folder.glob("consolidated.*.pth"), key=_number)
     numbers = [_number(file) for file in files]
     if numbers != list(range(len(files))):
-        raise InputError(
-            f"{folder}: holds the shards {numbers} of consolidated.*.pth, but they are counted from 0 without a gap; fetch "
-            "the missing ones"
-        )
+        found = f"shards {numbers} of consolidated.*.pth, which must be numbered from 0 without gaps"
+        raise InputError(f"{folder}: {found}. Download the missing ones")
     params_file = folder / "params.json"
     if not params_file.is_file():
-        raise InputError(
-            f"{params_file}: is missing; it lies beside Meta's files, and the heads cannot be told without it"
-        )
+        raise InputError(f"{params_file}: file not found; it contains the number of heads. Download it")
     params = read_fields(params_file)
-    shards = [state_dict(open_torch_archive(file), file) for file in files]
+    shards = [as_state_dict(open_torch_archive(file), file) for file in files]
     if any(shard.keys() != shards[0].keys() for shard in shards):
-        raise InputError(f"{folder}: its shards hold different tensors; they are not of one model, fetch them again")
+        raise damaged(folder, "its shards contain different tensors")
     hidden = positive_number(params, "dim", params_file)
     merged = {name: _merge(name, [shard[name] for shard in shards], hidden) for name in shards[0]}
     config = _config(params, params_file, merged)
     tokenizer = next((p for p in (folder / "tokenizer.model", folder.parent / "tokenizer.model") if p.is_file()), None)
-    notes = ["Meta's files do not say the context length: 4096 is written, as for Llama 2; change max_position_embeddings in "
-             "config.json if it is another"]  # fmt: skip
-    if tokenizer is not None and tokenizer.read_bytes()[:1] != b"\n":  # with which every SentencePiece model begins
+    notes = [_CONTEXT_NOTE]
+    if tokenizer is not None and tokenizer.read_bytes()[:1] != b"\n":  # the first byte of every SentencePiece model
         tokenizer = None
-        notes.insert(
-            0,
-            "tokenizer.model is no SentencePiece model (Llama 3 has tiktoken's format): take tokenizer.json from the Hugging "
-            "Face folder of that model",
-        )
+        notes = [_TIKTOKEN_NOTE, _CONTEXT_NOTE]
     tensors = to_hugging_face(merged, config)
-    return complete(Checkpoint(folder, f"Meta, {len(files)} file(s)", config, tensors, tokenizer, notes=notes))
+    return validate(Checkpoint(folder, f"Meta, {len(files)} file(s)", config, tensors, tokenizer, notes=notes))
 
 
 def _number(file: Path) -> int:
     digits = file.name.split(".")[1]
     if not digits.isdecimal():
-        raise InputError(f"{file}: no shard of Meta's, whose names are consolidated.00.pth and on")
+        raise InputError(f"{file}: not a shard of Meta's. They are named consolidated.00.pth and so on")
     return int(digits)
 
 
 def _config(params: Mapping[str, Any], where: Path, tensors: Mapping[str, LazyTensor]) -> LlamaConfig:
     if params.get("use_scaled_rope"):
-        raise InputError(
-            f"{where}: use_scaled_rope: the scaling of Llama 3.1 and later is not in this file; convert from the Hugging Face "
-            "folder of that model"
-        )
+        found = "use_scaled_rope is set, but the file does not contain the scaling parameters of Llama 3.1"
+        raise InputError(f"{where}: {found}. Convert the model's Hugging Face folder")
     embedding, gate = "tok_embeddings.weight", "layers.0.feed_forward.w1.weight"
     for name in (embedding, gate):
         if name not in tensors or not tensors[name].shape:
@@ -110,42 +101,38 @@ def _config(params: Mapping[str, Any], where: Path, tensors: Mapping[str, LazyTe
 
 
 def _merge(name: str, parts: list[LazyTensor], hidden: int) -> LazyTensor:
-    """One tensor of its model-parallel parts."""
+    """Joins the model-parallel parts of a tensor."""
     first = parts[0]
     if len(parts) == 1:
         return first
     _, kind = NAMES.layer_and_part(name) or (0, name)
-    if kind == "tok_embeddings.weight":  # Llama 1 and 2 cut its columns, Llama 3 its rows
+    if kind == "tok_embeddings.weight":  # split by columns in Llama 1 and 2, by rows in Llama 3
         dim = 0 if first.shape[-1:] == (hidden,) else 1
     elif kind in _BY_ROWS + _BY_COLUMNS:
         dim = int(kind in _BY_COLUMNS)
     else:
         return first.map(lambda whole: _same_in_all(whole, parts))
     if len(first.shape) != 2 or any((part.shape, part.dtype) != (first.shape, first.dtype) for part in parts):
-        raise InputError(f"{first.source}: the shards hold parts of different shapes or types; fetch them again")
+        raise damaged(first.source, "the shapes or dtypes in the shards differ")
     rows, columns = first.shape
     shape = (rows * len(parts), columns) if dim == 0 else (rows, columns * len(parts))
     return first.map(lambda whole: torch.cat([whole, *(part.read() for part in parts[1:])], dim), shape)
 
 
 def _same_in_all(whole: torch.Tensor, parts: list[LazyTensor]) -> torch.Tensor:
-    """What every shard holds whole."""
+    """Returns a tensor that every shard contains, after comparing all copies."""
     if other := next((part for part in parts[1:] if not part.read().equal(whole)), None):
-        raise InputError(
-            f"{other.source}: differs from {parts[0].source}; the shards are not of one model, fetch them again"
-        )
+        raise damaged(other.source, f"it differs from {parts[0].source}")
     return whole
 
 
 def to_hugging_face(tensors: Mapping[str, LazyTensor], config: LlamaConfig) -> dict[str, LazyTensor]:
-    """Meta's tensors under Hugging Face's names, q and k in its order of rows; keys of no layout keep theirs."""
+    """Returns Meta's tensors under Hugging Face's names and with its row order; unknown names are kept."""
     found = NAMES.renamed(tensors)
     for name, tensor in found.items():
         if heads := rotated_heads(config, name):
             if len(tensor.shape) != 2 or tensor.shape[0] % (2 * heads):
-                raise InputError(
-                    f"{tensor.source}: has the shape {list(tensor.shape)}, which {heads} heads do not divide"
-                )
+                raise damaged(tensor.source, f"{heads} heads do not divide its shape {list(tensor.shape)}")
             found[name] = tensor.map(partial(_half_split, heads=heads))
     return found
 

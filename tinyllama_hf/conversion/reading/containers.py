@@ -1,7 +1,7 @@
-"""Opens the files that hold tensors, whatever their layout: safetensors, torch's zip archives, and folders of either.
+"""Opens files with tensors in any layout: safetensors, torch's zip archives, and shards of either.
 
-Nothing is read but headers until a tensor is asked for, and then only that tensor. Every length in a file is held
-against the file's size before it is believed.
+Only headers are read until a tensor is requested, and then only that tensor. Every length in a file is checked against
+the size of the file.
 """
 
 import math
@@ -29,25 +29,25 @@ SAFETENSORS_DTYPES = {
 }  # fmt: skip
 _CHUNK = 1 << 24
 _MAX_JSON = 1 << 27  # bytes of an index or a configuration
-_MAX_PICKLE = 1 << 24  # bytes of a description; that of a 70B model with its optimiser takes about one million
+_MAX_PICKLE = 1 << 24  # bytes of a pickle; that of a 70B model with its optimizer has about one million
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """The fields of a JSON file.
+    """Reads a JSON object from a file.
 
     Raises:
-        InputError: if it is no JSON, holds no fields, or is larger than any configuration or index.
+        InputError: if the file is not valid JSON, not an object, or larger than any configuration or index.
     """
     if path.stat().st_size > _MAX_JSON:
         raise damaged(path, f"{path.stat().st_size} bytes of JSON")
     fields = read_json(path)
     if not isinstance(fields, dict):
-        raise damaged(path, "it holds no fields")
+        raise damaged(path, "not a JSON object")
     return fields
 
 
 def is_file(path: Path) -> bool:
-    """Whether a file of this name is there; a damaged name may be too long for there to be any."""
+    """Whether a file exists; a damaged name can be too long for the file system."""
     try:
         return path.is_file()
     except OSError:
@@ -55,42 +55,42 @@ def is_file(path: Path) -> bool:
 
 
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a safetensors file by their names.
+    """Returns the tensors of a safetensors file by name.
 
     Raises:
-        InputError: if the file is damaged or holds a type that torch does not have.
+        InputError: if the file is damaged or has an unsupported dtype.
     """
     tensors = {}
     with refuse_damage(path), safe_open(path, framework="pt") as opened:
         for name in opened.keys():
             part = opened.get_slice(name)
             if part.get_dtype() not in SAFETENSORS_DTYPES:
-                raise InputError(f"{path}: {name} is of type {part.get_dtype()}; weights are F32, F16 or BF16")
+                raise InputError(f"{path}: {name} has dtype {part.get_dtype()}; it must be F32, F16 or BF16")
             shape, dtype = tuple(part.get_shape()), SAFETENSORS_DTYPES[part.get_dtype()]
             tensors[name] = LazyTensor(shape, dtype, partial(_read_safetensor, path, name), f"{path}: {name}")
     return tensors
 
 
 def _read_safetensor(path: Path, name: str) -> torch.Tensor:
-    # Opened for each tensor: a file that stays open keeps all that was read of it in memory.
+    # Opened for each tensor, since an open file keeps everything that was read from it in memory.
     with refuse_damage(path), safe_open(path, framework="pt") as opened:
         return opened.get_tensor(name).clone()
 
 
 def open_torch_archive(path: Path) -> Any:
-    """What was given to `torch.save`, as plain data with a [`LazyTensor`] in place of each tensor.
+    """Returns the contents of a `torch.save` file as plain data, with a [`LazyTensor`] for each tensor.
 
-    No code of the file is run: see `pickles.py`. The checksum of a record is held the first time that it is read.
+    No code of the file is run, see `pickles.py`. The checksum of a record is verified when it is first read.
 
     Raises:
-        InputError: if the file is damaged, compressed, of torch's older container, or names what it should not.
+        InputError: if the file is damaged, compressed, in torch's old container, or contains forbidden names.
     """
     archive = _Archive(path)
     return archive.tensors_in(read_pickle(archive.description(), str(path)))
 
 
 class _Archive:
-    """A zip file as torch writes it: records that are not compressed, one of them a pickle, the others storages."""
+    """A zip file as torch writes it: uncompressed records, one of them a pickle and the others storages."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -98,11 +98,9 @@ class _Archive:
         with path.open("rb") as file:
             begin = file.read(4)
         if begin[:1] == b"\x80":
-            raise InputError(
-                f"{path}: a pickle without a container, as torch wrote before 1.6; open it with that torch and save it again"
-            )
+            raise InputError(f"{path}: a pickle without a container. Save it again with torch 1.6 or later")
         if begin != b"PK\x03\x04":
-            raise damaged(path, f"it begins with {begin!r}, as no file that torch.save wrote")
+            raise damaged(path, f"it begins with {begin!r}, unlike files of torch.save")
         with refuse_damage(path), zipfile.ZipFile(path) as opened:
             records = opened.infolist()
         pickles = [record for record in records if record.filename.rpartition("/")[2] == "data.pkl"]
@@ -116,11 +114,11 @@ class _Archive:
         for record in records:
             is_packed = record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size
             if is_packed or record.flag_bits & 1:
-                raise InputError(f"{path}: {record.filename} is compressed or encrypted, which torch.save never does")
+                raise InputError(f"{path}: {record.filename} is compressed or encrypted. Use files of torch.save")
             if record.header_offset < 0 or record.header_offset + record.file_size > size:
-                raise damaged(path, f"{record.filename} lies outside the file")
+                raise damaged(path, f"{record.filename} is outside the file")
         if "byteorder" in self.records and self._bytes(self.records["byteorder"]) != b"little":
-            raise InputError(f"{path}: written on a big-endian machine; save it again on a little-endian one")
+            raise InputError(f"{path}: big-endian. Save it again on a little-endian machine")
 
     def description(self) -> bytes:
         if self.pickle.file_size > _MAX_PICKLE:
@@ -128,8 +126,8 @@ class _Archive:
         return bytes(self._bytes(self.pickle))
 
     def tensors_in(self, value: Any) -> Any:
-        """The same data with lazy tensors, in containers of its own."""
-        # What refers to itself, or many times to one thing, would unfold to more than it was written as.
+        """Returns a copy of the data with lazy tensors."""
+        # Bounded, since data that refers to itself or repeatedly to one object unfolds without limit.
         self.unfolded = 0
         return self._replace(value, "", 0)
 
@@ -149,14 +147,12 @@ class _Archive:
         record = self.records.get(f"data/{stored.storage.key}")
         itemsize = stored.storage.dtype.itemsize if stored.storage.dtype else 1
         if record is None or record.file_size != stored.storage.numel * itemsize:
-            raise damaged(
-                self.path, f"{where} lies in record data/{stored.storage.key}, which is missing or of another size"
-            )
+            raise damaged(self.path, f"{where}: record data/{stored.storage.key} is missing or of another size")
         read = partial(self._read, stored, record)
         return LazyTensor(stored.shape, stored.dtype, read, f"{self.path}: {where}")
 
     def _read(self, stored: StoredTensor, record: zipfile.ZipInfo) -> torch.Tensor:
-        """The span of its storage that a tensor covers, in memory of its own."""
+        """Reads the part of a storage that a tensor covers."""
         itemsize = stored.dtype.itemsize
         span = 1 + sum((n - 1) * stride for n, stride in zip(stored.shape, stored.strides, strict=True))
         if not math.prod(stored.shape):
@@ -166,10 +162,9 @@ class _Archive:
         return flat.as_strided(stored.shape, stored.strides).contiguous()
 
     def _bytes(self, record: zipfile.ZipInfo, offset: int = 0, length: int | None = None) -> memoryview:
-        """Part of a record, mapped and not copied: memory of one's own would cost more time than all the rest.
+        """Maps a part of a record into memory; copying it would take longer than everything else.
 
-        The mapping is private and goes with the last tensor that lies in it. The first time, the whole record goes through
-        its checksum.
+        The mapping is private and ends with the last tensor in it. The first call verifies the checksum of the record.
         """
         if not record.file_size:
             return memoryview(b"")
@@ -177,7 +172,7 @@ class _Archive:
             begin = self._begin(file, record)
             page = begin % mmap.ALLOCATIONGRANULARITY
             length_from_page = page + record.file_size
-            with refuse_damage(self.path):  # the file became shorter
+            with refuse_damage(self.path):  # the file may have become shorter
                 mapped = mmap.mmap(file.fileno(), length_from_page, access=mmap.ACCESS_COPY, offset=begin - page)
         contents = memoryview(mapped)[page:]
         if record.filename not in self.checked:
@@ -185,16 +180,16 @@ class _Archive:
             for position in range(0, record.file_size, _CHUNK):
                 checksum = zlib.crc32(contents[position : position + _CHUNK], checksum)
             if checksum != record.CRC:
-                raise damaged(self.path, f"the checksum of {record.filename} does not hold")
+                raise damaged(self.path, f"wrong checksum of {record.filename}")
             self.checked.add(record.filename)
         return contents[offset : None if length is None else offset + length]
 
     def _begin(self, file: Any, record: zipfile.ZipInfo) -> int:
-        """Where the contents of a record begin, after its local header, whose lengths may differ from the directory's."""
+        """Returns the position of a record's contents after its local header, which can differ from the directory."""
         file.seek(record.header_offset)
         header = file.read(30)
         if len(header) < 30 or header[:4] != b"PK\x03\x04":
-            raise damaged(self.path, f"{record.filename} has no header where the directory says")
+            raise damaged(self.path, f"{record.filename} has no header at its position")
         name_length, extra_length = struct.unpack("<HH", header[26:30])
         if file.read(name_length) != record.orig_filename.encode("utf-8" if record.flag_bits & 0x800 else "cp437"):
             raise damaged(self.path, f"{record.filename} has another name in its header")
@@ -202,10 +197,10 @@ class _Archive:
 
 
 def open_sharded(index: Path) -> dict[str, LazyTensor]:
-    """The tensors of all shards that an index file names.
+    """Returns the tensors of all shards in an index file.
 
     Raises:
-        InputError: if a shard is missing or damaged, or holds other tensors than the index says.
+        InputError: if a shard is missing, damaged, or inconsistent with the index.
     """
     weight_map = read_fields(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
@@ -214,28 +209,28 @@ def open_sharded(index: Path) -> dict[str, LazyTensor]:
     for name in sorted(set(weight_map.values())):
         shard = index.parent / name
         if Path(name).name != name:
-            raise damaged(index, f"it names the file {name!r} outside its folder")
+            raise damaged(index, f"it refers to {name!r} outside its folder")
         if not is_file(shard):
-            raise InputError(f"{shard}: is missing, but {index.name} names it; fetch it")
+            raise InputError(f"{shard}: file not found, but listed in {index.name}. Download it")
         is_safetensors = shard.suffix == ".safetensors"
-        found = open_safetensors(shard) if is_safetensors else state_dict(open_torch_archive(shard), shard)
+        found = open_safetensors(shard) if is_safetensors else as_state_dict(open_torch_archive(shard), shard)
         if lacking := [key for key, file in weight_map.items() if file == name and key not in found]:
-            raise InputError(f"{shard}: lacks {lacking[0]}, which {index.name} says it holds; fetch both again")
+            raise damaged(shard, f"{lacking[0]} is missing, but listed in {index.name}")
         if twice := found.keys() & tensors.keys():
-            raise InputError(f"{shard}: holds {min(twice)}, which another shard holds too; fetch them again")
+            raise damaged(shard, f"{min(twice)} is also in another shard")
         tensors |= found
     return tensors
 
 
-def state_dict(value: Any, path: Path) -> dict[str, LazyTensor]:
-    """Takes what an archive holds for a mapping of names to tensors.
+def as_state_dict(value: Any, path: Path) -> dict[str, LazyTensor]:
+    """Returns the contents of an archive as a state dict.
 
     Raises:
-        InputError: if it is something else.
+        InputError: if they are not a dict of tensors.
     """
     if not isinstance(value, dict) or not value:
-        raise InputError(f"{path}: holds a {type(value).__name__} where a state dict of tensors is expected")
+        raise InputError(f"{path}: contains a {type(value).__name__}; it must be a state dict of tensors")
     for key, item in value.items():
         if not isinstance(key, str) or not isinstance(item, LazyTensor):
-            raise InputError(f"{path}: {key!r:.80} is no tensor under a name; a state dict of tensors is expected")
+            raise InputError(f"{path}: {key!r:.80} is not a named tensor; it must be a state dict of tensors")
     return value

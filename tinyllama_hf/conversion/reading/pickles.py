@@ -1,9 +1,9 @@
-"""Reads the pickles in which torch keeps checkpoints, without ever calling anything that they name.
+"""Reads the pickles in torch's checkpoints without calling anything that they name.
 
-An interpreter of the few opcodes that plain data and tensors need, over the standard library's own decoder of opcodes
-(`pickletools.genops`). It reads protocols up to 5, so also the files of TinyLlama's exporter, which
-`torch.load(weights_only=True)` refuses (torch 2.13: "Unsupported operand 149"). A tensor becomes a description of where
-its values lie; every other name in the file is refused.
+This interprets the few opcodes that plain data and tensors need, on top of the standard library's decoder
+(`pickletools.genops`). It supports protocols up to 5, including the files of TinyLlama's exporter, which
+`torch.load(weights_only=True)` refuses (torch 2.13: "Unsupported operand 149"). A tensor becomes a description of
+where its values are stored. All names except those that rebuild tensors are refused.
 """
 
 import math
@@ -17,7 +17,7 @@ from ...errors import InputError, refuse_damage
 
 
 class Storage(NamedTuple):
-    """A record of the file that holds numbers: `dtype` is `None` for an untyped one."""
+    """A record of numbers in the file; `dtype` is `None` for an untyped storage."""
 
     key: str
     dtype: torch.dtype | None
@@ -25,7 +25,7 @@ class Storage(NamedTuple):
 
 
 class StoredTensor(NamedTuple):
-    """A view of a storage, offset and strides in elements."""
+    """A view of a storage, with offset and strides in elements."""
 
     storage: Storage
     offset: int
@@ -35,7 +35,7 @@ class StoredTensor(NamedTuple):
 
 
 class Name(NamedTuple):
-    """Something that a pickle names, by module and attribute; it stands for itself and is never imported."""
+    """A module attribute that a pickle names. It is never imported."""
 
     module: str
     attribute: str
@@ -45,7 +45,7 @@ class Name(NamedTuple):
 
 
 class UnsafePickleError(InputError):
-    """The pickle names or does something that no checkpoint needs."""
+    """The pickle contains a name or an operation that no checkpoint needs."""
 
 
 STORAGES = {
@@ -55,35 +55,33 @@ STORAGES = {
 }  # fmt: skip
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORAGES.values() if dtype}
 _MAX_DIMENSIONS = 16
-_KEYS = (str, int, float, type(None))  # of dicts; a tuple of tuples takes time without bound to hash
-# Bits of a number: those of a random state have some hundreds; Python refuses to print one of many thousands. Keys have
-# fewer: among larger ones, any number can have the same hash.
+_KEYS = (str, int, float, type(None))  # types of dict keys; hashing nested tuples could take forever
+# Bits of a number. Random states have hundreds; Python refuses to print numbers with many thousands. Keys have fewer,
+# since any number of larger keys can have the same hash.
 _MAX_BITS, _MAX_KEY_BITS, _MAX_KEY_LENGTH = 4096, 60, 1024
 _MARK = object()
 
 
 def read_pickle(data: bytes, what: str) -> Any:
-    """Returns the plain data of a pickle, with a [`StoredTensor`] where it holds a tensor.
+    """Returns the plain data of a pickle, with a [`StoredTensor`] for each tensor.
 
     Args:
-        data (`bytes`): a whole pickle.
+        data (`bytes`): a complete pickle.
         what (`str`): the file, for messages.
 
     Raises:
-        InputError: if it is damaged, or names anything but what rebuilds tensors; nothing that it names is run.
+        InputError: if the pickle is damaged, or contains a name that is not needed to rebuild tensors. No code is run.
     """
     try:
-        # In a damaged stream genops and the interpreter raise many errors; a torn stack is an IndexError.
+        # On damaged data, genops and the interpreter raise many errors, such as an IndexError for the stack.
         with refuse_damage(f"{what}: its pickle"):
             return _Interpreter().run(data)
     except UnsafePickleError as error:
-        raise InputError(
-            f"{what}: {error}; nothing of it was run. Get the weights as safetensors, or from a source that you trust more"
-        ) from error
+        raise InputError(f"{what}: {error}. No code was run. Use safetensors, or a source that you trust") from error
 
 
 class _Interpreter:
-    """Stack and memo of one pickle; an opcode without a method or constant here is refused."""
+    """The stack machine of a pickle. Opcodes that are not in the tables below are refused."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -95,7 +93,7 @@ class _Interpreter:
         for opcode, argument, position in pickletools.genops(data):
             if opcode.name == "STOP":
                 if len(self.stack) != 1:
-                    raise ValueError(f"{len(self.stack)} objects are left at its end")
+                    raise ValueError(f"{len(self.stack)} objects on the stack at the end")
                 return self.stack.pop()
             if opcode.name in _PUSHED:
                 if isinstance(argument, int) and argument.bit_length() > _MAX_BITS:
@@ -106,7 +104,7 @@ class _Interpreter:
             elif action := _ACTIONS.get(opcode.name):
                 action(self, argument)
             else:
-                raise UnsafePickleError(f"its pickle uses {opcode.name} at byte {position}, which no checkpoint needs")
+                raise UnsafePickleError(f"its pickle uses the forbidden opcode {opcode.name} at byte {position}")
         raise ValueError("no STOP")
 
     def pop_to_mark(self) -> list[Any]:
@@ -140,9 +138,7 @@ class _Interpreter:
     def name(self, module: Any, attribute: Any) -> None:
         name = Name(_checked(module, str), _checked(attribute, str))
         if name not in _KNOWN:
-            raise UnsafePickleError(
-                f"its pickle names {_in_words(name)}, which is not one of the few names that rebuild tensors"
-            )
+            raise UnsafePickleError(f"its pickle names {_shown(name)}, which is not needed to rebuild tensors")
         self.push(_KNOWN[name] if isinstance(_KNOWN[name], torch.dtype) else name)
 
     def stack_name(self) -> None:
@@ -153,16 +149,16 @@ class _Interpreter:
         arguments, function = self.stack.pop(), self.stack.pop()
         rebuild = _KNOWN.get(function) if isinstance(function, Name) else None
         if not callable(rebuild) or isinstance(rebuild, torch.dtype):
-            raise UnsafePickleError(f"its pickle calls {_in_words(function)}")
-        # One thing in the memo, copied at every call, would make more than the file could hold.
+            raise UnsafePickleError(f"its pickle calls {_shown(function)}")
+        # Bounded, since calls that copy one memoized object again and again would need unlimited memory.
         for argument in _checked(arguments, tuple):
             self.copied += len(argument) if isinstance(argument, (str, list, tuple, dict, set, bytes)) else 0
         if self.copied > self.length:
-            raise ValueError("its calls copy more than it holds")
+            raise ValueError("its calls copy more data than it contains")
         self.push(rebuild(*arguments))
 
     def build(self) -> None:
-        """The attributes of an OrderedDict, as `state_dict()` gives it some; they are dropped."""
+        """Drops the attributes of an OrderedDict, which `state_dict()` sets."""
         self.stack.pop()
         if not isinstance(self.stack[-1], dict):
             raise UnsafePickleError(f"its pickle sets the state of a {type(self.stack[-1]).__name__}")
@@ -171,10 +167,8 @@ class _Interpreter:
         kind, storage, key, _, numel = _checked(self.stack.pop(), tuple)
         name = storage.attribute if isinstance(storage, Name) else ""
         if kind != "storage" or name not in STORAGES:
-            raise UnsafePickleError(
-                f"its pickle refers to {_in_words(storage)} of {_in_words(kind)}, no storage of torch"
-            )
-        # A string from torch.save, a number from TinyLlama's exporter.
+            raise UnsafePickleError(f"its pickle refers to {_shown(storage)} of {_shown(kind)}, not to a storage")
+        # The key is a string in files of torch.save and a number in those of TinyLlama's exporter.
         if not isinstance(key, (str, int)) or not isinstance(numel, int) or numel < 0:
             raise ValueError(f"a storage {key!r} of {numel!r} elements")
         self.push(Storage(str(key), STORAGES[name], numel))
@@ -182,37 +176,37 @@ class _Interpreter:
 
 def _checked(value: Any, kind: type | tuple[type, ...]) -> Any:
     if not isinstance(value, kind):
-        raise TypeError(f"{kind if isinstance(kind, tuple) else kind.__name__} expected, {type(value).__name__} found")
+        raise TypeError(f"{kind if isinstance(kind, tuple) else kind.__name__} expected, not {type(value).__name__}")
     return value
 
 
 def _key(value: Any) -> Any:
-    """What may be a key of a dict or an item of a set."""
+    """Returns a value that is allowed as a dict key or set item."""
     size = len(value) if isinstance(value, str) else 0
     if size > _MAX_KEY_LENGTH or (isinstance(value, int) and value.bit_length() > _MAX_KEY_BITS):
-        raise ValueError(f"a key of {size} characters, or a large number")
+        raise ValueError(f"a key of {size} characters, or too large a number as key")
     return _checked(value, _KEYS)
 
 
-def _in_words(value: Any) -> str:
-    """A name or short text; of anything else only its type, since to print what a pickle built may take for ever."""
+def _shown(value: Any) -> str:
+    """Returns a name or text, or only the type of other objects, since printing nested ones could take forever."""
     return str(value)[:80] if isinstance(value, (Name, str)) else f"a {type(value).__name__}"
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any, dtype: Any = None) -> StoredTensor:
-    """`torch._utils._rebuild_tensor_v2` and its kin: gradients and hooks, which follow, are of no use here."""
+    """Stands for `torch._utils._rebuild_tensor_v2` and similar ones; drops their last arguments, such as hooks."""
     shape, strides = tuple(_checked(shape, tuple)), tuple(_checked(strides, tuple))
     numbers = (offset, *shape, *strides)
     if not all(type(n) is int and 0 <= n < 2**48 for n in numbers) or len(shape) != len(strides):
-        raise ValueError("a tensor whose shape, strides or offset are no plausible numbers")
+        raise ValueError("a tensor with implausible shape, strides or offset")
     dtype = _checked(storage, Storage).dtype if dtype is None else _checked(dtype, torch.dtype)
     if len(shape) > _MAX_DIMENSIONS or dtype is None:
-        raise ValueError(f"a tensor of {len(shape)} dimensions and type {dtype}")
+        raise ValueError(f"a tensor with {len(shape)} dimensions and dtype {dtype}")
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     num_bytes = storage.numel * (storage.dtype.itemsize if storage.dtype else 1)
-    # The product too: with strides of 0 a few bytes would make any number of elements.
+    # The number of elements is bounded too, since strides of 0 expand a few bytes without limit.
     if math.prod(shape) and max(last + 1, math.prod(shape)) * dtype.itemsize > num_bytes:
-        raise ValueError(f"a tensor of shape {shape} reaches beyond its storage of {num_bytes} bytes")
+        raise ValueError(f"a tensor of shape {shape} exceeds its storage of {num_bytes} bytes")
     return StoredTensor(storage, offset, shape, strides, dtype)
 
 
@@ -229,7 +223,7 @@ def _ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
 
 
 def _path(*parts: Any) -> str:
-    """A path among hyperparameters (litgpt saves some), as text."""
+    """Returns a path among hyperparameters, which litgpt saves, as text."""
     return "/".join(_checked(part, str) for part in parts)
 
 
@@ -247,14 +241,14 @@ _KNOWN: dict[Name, Any] = {
     **{Name("torch", name): dtype for name, dtype in _DTYPES.items()},
 }  # fmt: skip
 
-# Opcodes whose argument is the object.
+# Opcodes with the object as argument.
 _PUSHED = frozenset(("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "UNICODE",
                      "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINSTRING", "BINSTRING", "STRING",
                      "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"))  # fmt: skip
-# Opcodes that push something new.
+# Opcodes that push a new object.
 _NEW: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "MARK": lambda: _MARK, "EMPTY_LIST": list,
-    "EMPTY_DICT": dict, "EMPTY_SET": set, "EMPTY_TUPLE": tuple,
+    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "MARK": lambda: _MARK,
+    "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set, "EMPTY_TUPLE": tuple,
 }  # fmt: skip
 _ACTIONS: dict[str, Callable[[_Interpreter, Any], Any]] = {
     "PROTO": lambda self, version: None,

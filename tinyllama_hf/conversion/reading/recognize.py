@@ -1,7 +1,7 @@
-"""Recognises what a file or folder holds, by its containers and key names, and opens it.
+"""Detects the layout of a file or folder and opens it.
 
-The order of Meta's shards, and which of several files in a folder are weights, are in names; llama2.c's file has no mark and
-is known by a plausible header and its exact size. Everything else is told by contents.
+The layout is detected from containers and tensor names. File names only matter for the order of Meta's shards and to
+find the weights in a folder. llama2.c's format has no magic number; it is recognized by its header and exact size.
 """
 
 import dataclasses
@@ -16,54 +16,54 @@ from ...configuration_tinyllama import TinyLlamaConfig
 from ...errors import InputError, damaged, refuse_damage
 from ...provenance import file_sha256
 from ...released import local_folder
-from ..awq.read import dequantized, is_awq
-from ..checkpoint import EMBEDDING, OUTPUT, Checkpoint, LazyTensor, are_equal, complete
+from ..awq.read import dequantize_awq, is_awq
+from ..checkpoint import EMBEDDING, OUTPUT, Checkpoint, LazyTensor, are_equal, validate
 from ..formats import lit_gpt, meta
 from ..formats.gguf_read import read_gguf
 from ..formats.llama2c import read_llama2c
 from .containers import (
     BIN_INDEX,
     SAFETENSORS_INDEX,
+    as_state_dict,
     is_file,
     open_safetensors,
     open_sharded,
     open_torch_archive,
     read_fields,
-    state_dict,
 )
 
 
-# What training wrappers put into the names of keys.
+# Prefixes that training wrappers add to tensor names.
 _WRAPPERS = ("module.", "_forward_module.", "_orig_mod.", "_fsdp_wrapped_module.")
-# In the order in which they are taken where a folder holds several.
+# In order of preference.
 _WEIGHTS = (SAFETENSORS_INDEX, "model.safetensors", BIN_INDEX, "pytorch_model.bin", lit_gpt.WEIGHTS_FILE)
 _SUFFIXES = (".safetensors", ".gguf", ".pth", ".bin", ".pt")
 _PROVENANCE = "provenance.json"
-# What the names of quantized weights end in.
+# Suffixes of the names of quantized weights.
 _QUANTIZED = (".qweight", ".quant_state.bitsandbytes__nf4", ".SCB", ".weight_packed")
 _MAX_YAML = 1 << 16  # bytes
-# What a `config.json` says of the architecture. The rest is left aside: it can name kernels to be downloaded and run
-# (`attn_implementation`), or make labels by the billion (`num_labels`).
+# The fields of `config.json` that describe the architecture. Others are ignored: they could name kernels to download
+# and run (`attn_implementation`) or create billions of labels (`num_labels`).
 _FIELDS = {field.name for field in dataclasses.fields(LlamaConfig)} - {
     field.name for field in dataclasses.fields(PreTrainedConfig)
 } | {"rope_theta", "rope_scaling", "partial_rotary_factor"}
 
 
 def open_checkpoint(source: str | Path, config: str | Path | None = None) -> Checkpoint:
-    """Opens a checkpoint of any known layout; nothing but headers and configurations is read yet.
+    """Opens a checkpoint in any supported layout. Only headers and configurations are read.
 
     Args:
-        source (`str` or `Path`): a file, a folder, a name of the released ladder or a Hub id.
-        config (`str` or `Path`, *optional*): a `config.json`, `model_config.yaml` or `lit_config.json` to take in place of
-            what the source brings.
+        source (`str` or `Path`): a file, a folder, a released name or a Hub id.
+        config (`str` or `Path`, *optional*): a `config.json`, `model_config.yaml` or `lit_config.json` to use instead
+            of the source's.
 
     Raises:
-        InputError: if nothing is recognised, or it is damaged, incomplete, or no Llama.
+        InputError: if the layout is unknown, or the checkpoint is damaged, incomplete, or not a Llama.
     """
     path = local_folder(str(source))
     override = None if config is None else Path(config)
     if override is not None and not override.is_file():
-        raise InputError(f"--config {override}: no such file")
+        raise InputError(f"--config {override}: file not found")
     if path.is_dir():
         return _open_folder(path, override)
     if path.name.startswith("consolidated.") and path.suffix == ".pth":
@@ -82,17 +82,17 @@ def _open_folder(folder: Path, config: Path | None) -> Checkpoint:
     if len(files) == 1:
         return _open_weights(files[0], folder, config)
     names = ", ".join(file.name for file in files[:4])
-    found = f"{len(files)} files that might hold weights ({names}); give one of them" if files else "no weights"
-    raise InputError(f"{folder}: holds {found}. Known are {', '.join(_WEIGHTS)}, consolidated.*.pth, *.gguf")
+    found = f"{len(files)} possible weight files ({names}). Pass one of them" if files else "no weights"
+    raise InputError(f"{folder}: {found}. Expected are {', '.join(_WEIGHTS)}, consolidated.*.pth or *.gguf")
 
 
 def _refuse_config(config: Path | None, what: str) -> None:
     if config is not None:
-        raise InputError(f"--config {config}: {what} bring their own configuration; leave it out")
+        raise InputError(f"--config {config}: {what} contain their own configuration. Omit --config")
 
 
 def _open_weights(file: Path, given: Path, config: Path | None) -> Checkpoint:
-    """Opens a file of weights, or the shards of an index, by what it begins with."""
+    """Opens a weight file, or the shards of an index, by its first bytes."""
     if file.name in (SAFETENSORS_INDEX, BIN_INDEX):
         return _by_keys(open_sharded(file), file, given, config)
     with file.open("rb") as opened:
@@ -102,54 +102,52 @@ def _open_weights(file: Path, given: Path, config: Path | None) -> Checkpoint:
         checkpoint = read_gguf(file)
         _add_provenance(checkpoint, file.parent)
         return checkpoint
-    # Before the others: the length that a header begins with may be any number, and look like theirs.
+    # Checked first, since the length at the start of a header could look like the start of the others.
     if begin[4:] == b"\0\0\0\0{":
         return _by_keys(open_safetensors(file), file, given, config)
     if begin[:2] == b"PK" or begin[:1] == b"\x80":
         value = open_torch_archive(file)
         is_training = isinstance(value, dict) and isinstance(value.get("model"), dict)
-        checkpoint = _by_keys(state_dict(value["model"] if is_training else value, file), file, given, config)
+        checkpoint = _by_keys(as_state_dict(value["model"] if is_training else value, file), file, given, config)
         if is_training:
             counted = {name: value[name] for name in ("step_count", "iter_num") if isinstance(value.get(name), int)}
-            checkpoint.notes.append(f"a training file {counted or ''}: its optimiser is left behind")
+            checkpoint.notes.append(f"the optimizer of the training checkpoint {counted or ''} was ignored")
         return checkpoint
     if checkpoint := read_llama2c(file):
         _refuse_config(config, "llama2.c's files")
         return checkpoint
-    raise damaged(file, f"begins with {begin[:4]!r}: neither safetensors, torch's zip, GGUF nor llama2.c")
+    raise damaged(file, f"it begins with {begin[:4]!r}, unlike safetensors, torch's zip, GGUF and llama2.c files")
 
 
 def _by_keys(tensors: dict[str, LazyTensor], file: Path, given: Path, config: Path | None) -> Checkpoint:
-    """Tells the layout of a state dict by its keys."""
+    """Opens a state dict; the layout is detected from the tensor names."""
     bare = {_bare(name): tensor for name, tensor in tensors.items()}
     if len(bare) < len(tensors):
-        raise InputError(f"{file}: two of its keys differ only in what training wrappers added; it holds two models")
-    kind = lit_gpt.layout(bare)
+        raise InputError(f"{file}: two tensor names differ only in the prefix of a training wrapper. Remove one model")
+    kind = lit_gpt.find_layout(bare)
     if kind:
         checkpoint = _lit_gpt(bare, kind, file, given, config)
     elif any(name.startswith("model.layers.") for name in bare):
         checkpoint = _hugging_face(bare, file, given, config or file.parent / "config.json")
     elif meta.is_meta(bare):
-        raise InputError(f"{file}: holds Meta's tensors; give the folder with consolidated.00.pth and params.json")
+        raise InputError(f"{file}: contains Meta's tensors. Pass the folder with consolidated.00.pth and params.json")
     else:
-        raise InputError(
-            f"{file}: of no known layout of Llama; its first keys are {', '.join(list(bare)[:3]) or 'none'}"
-        )
+        raise InputError(f"{file}: unknown layout; its first tensors are {', '.join(list(bare)[:3]) or 'none'}")
     _add_surroundings(checkpoint, file.parent)
-    if kind:  # the configurations of lit-gpt do not have them
+    if kind:  # lit-gpt's configurations do not contain these ids
         for name in ("bos_token_id", "eos_token_id"):
             setattr(checkpoint.config, name, (checkpoint.generation or {}).get(name, getattr(checkpoint.config, name)))
-    return complete(checkpoint)
+    return validate(checkpoint)
 
 
 def _hugging_face(tensors: dict[str, LazyTensor], file: Path, given: Path, config: Path) -> Checkpoint:
     fields = _config_fields(config)
     quantization = fields.get("quantization_config")
     if is_awq(quantization):
-        dequantized_tensors = dequantized(tensors, quantization, str(config))
-        return Checkpoint(given, "AWQ, dequantised", _llama_config(fields, config), dequantized_tensors)
+        dequantized_tensors = dequantize_awq(tensors, quantization, str(config))
+        return Checkpoint(given, "AWQ, dequantized", _llama_config(fields, config), dequantized_tensors)
     if quantization is not None or any(name.endswith(_QUANTIZED) for name in tensors):
-        raise InputError(f"{file}: holds quantised weights; convert the model that they were made from")
+        raise InputError(f"{file}: the weights are quantized. Convert the original model")
     return Checkpoint(given, f"Hugging Face, {file.name}", _llama_config(fields, config), tensors)
 
 
@@ -184,44 +182,48 @@ def _fields(config: Path) -> dict[str, Any]:
         raise damaged(config, f"{config.stat().st_size} bytes of YAML")
     with refuse_damage(config):
         text = config.read_text(encoding="utf-8")
-        # A few lines that refer to each other make billions of values.
+        # With aliases, a few lines could expand to billions of values.
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.SafeLoader)):
-            raise damaged(config, "it has aliases, which litgpt never writes")
+            raise damaged(config, "aliases, which litgpt never writes")
         fields = yaml.safe_load(text)
-        str(fields)  # a number of so many digits that Python does not print it is a ValueError
+        str(fields)  # raises a ValueError for numbers with too many digits to print
     if not isinstance(fields, dict):
-        raise damaged(config, "it holds no fields")
+        raise damaged(config, "not a YAML mapping")
     return fields
 
 
 def read_llama_config(file: Path, quantized: bool = False) -> LlamaConfig:
-    """Reads a `config.json` of a Llama; one that says that the weights are `quantized` only where that is known.
+    """Reads the `config.json` of a Llama.
+
+    Args:
+        file (`Path`): the file.
+        quantized (`bool`, *optional*, defaults to `False`): accept the configuration of a quantized model.
 
     Raises:
-        InputError: if there is none, it is no Llama's, is quantised, or has a field that no Llama can have.
+        InputError: if the file is missing, quantized, not a Llama's, or has invalid fields.
     """
     fields = _config_fields(file)
     if fields.get("quantization_config") is not None and not quantized:
-        raise InputError(f"{file}: the weights are quantised already; convert the model that they were made from")
+        raise InputError(f"{file}: the weights are quantized. Convert the original model")
     return _llama_config(fields, file)
 
 
 def _config_fields(file: Path) -> dict[str, Any]:
     if not is_file(file):
-        raise InputError(f"{file}: is missing; it lies beside the weights of a Hugging Face model, or pass --config")
+        raise InputError(f"{file}: file not found. Add it to the folder, or pass --config")
     return read_fields(file)
 
 
 def _llama_config(fields: dict[str, Any], file: Path) -> LlamaConfig:
     if fields.get("model_type") not in ("llama", TinyLlamaConfig.model_type):
-        raise InputError(f"{file}: model_type {fields.get('model_type')!r} is not a Llama; only Llamas are converted")
+        raise InputError(f"{file}: model_type is {fields.get('model_type')!r}; it must be 'llama'")
     with refuse_damage(file):
         config = LlamaConfig(**{name: value for name, value in fields.items() if name in _FIELDS})
         return TinyLlamaConfig.from_llama(config).to_llama()
 
 
 def _add_surroundings(checkpoint: Checkpoint, folder: Path) -> None:
-    """Tokenizer, generation configuration and provenance that lie beside the weights."""
+    """Adds tokenizer, generation configuration and provenance from the folder of the weights."""
     if (folder / "tokenizer.model").is_file() or (folder / "tokenizer.json").is_file():
         checkpoint.tokenizer = folder
     if (folder / "generation_config.json").is_file():
@@ -236,7 +238,7 @@ def _generation(file: Path) -> dict[str, Any]:
 
 
 def _add_provenance(checkpoint: Checkpoint, folder: Path) -> None:
-    """Reads the record of a folder, and holds its files, or the one that was given, against the hashes in it."""
+    """Adds the folder's provenance and verifies the hashes in it: of all files, or of the one file that was opened."""
     if not (folder / _PROVENANCE).is_file():
         return
     checkpoint.provenance = read_fields(folder / _PROVENANCE)
@@ -246,6 +248,6 @@ def _add_provenance(checkpoint: Checkpoint, folder: Path) -> None:
         if checkpoint.path.is_file() and checkpoint.path.name != file.name:
             continue
         if not is_file(file):
-            raise InputError(f"{file}: is missing, but {_PROVENANCE} beside it names it; fetch it")
+            raise InputError(f"{file}: file not found, but listed in {_PROVENANCE}. Download it")
         if file_sha256(file) != digest:
-            raise damaged(file, f"its SHA-256 is not the one in {_PROVENANCE}")
+            raise damaged(file, f"its SHA-256 differs from the one in {_PROVENANCE}")
