@@ -132,7 +132,7 @@ def score_milestone(run: Path, milestone: Path) -> None:
     """Scores a milestone in bits per byte."""
     from tinyllama_hf.evaluation.series import SCORES_FILE, score
 
-    with optional_output(f"{milestone.name}: not scored", f"score it with `tinyllama-hf eval {run}`"):
+    with optional_output(f"{milestone.name}: not scored", f"score it with `tinyllama-hf eval text {run}`"):
         scores = score([str(run)], output=run / SCORES_FILE, show_progress=False)
         row = next(row for row in scores["models"] if row["name"] == milestone.name)
         print(f"{row['bits_per_byte']:.4f} bits per byte  {row['name']}", flush=True)

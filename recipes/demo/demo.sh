@@ -57,10 +57,10 @@ stage pretrain accelerate launch --quiet --config_file "$RECIPES/accelerate/cpu.
     "data.sources=[{path: $RUN/data/prose, weight: 0.7}, {path: $RUN/data/code, weight: 0.3}]"
 
 # Scores every milestone on held-out text, by stock transformers, along with n-gram baselines.
-stage score tinyllama-hf eval "$RUN/pretrain" --baselines
+stage score tinyllama-hf eval text "$RUN/pretrain" --baselines
 
 # The seven commonsense tasks of lm-eval, on ten questions each; a model of this size scores at chance.
-stage commonsense tinyllama-hf eval "$RUN/pretrain" --task commonsense --data embedded:sample
+stage commonsense tinyllama-hf eval tasks "$RUN/pretrain" --data embedded:sample
 
 LAST=$RUN/pretrain/milestones/$(ls "$RUN/pretrain/milestones" | sort -t- -k2 -n | tail -n 1)
 stage generate tinyllama-hf generate "$LAST" "Return a list of" --temperature 0.7 --max-new-tokens 60 --seed 1
@@ -68,7 +68,7 @@ stage generate tinyllama-hf generate "$LAST" "Return a list of" --temperature 0.
 # Fine-tunes the last milestone for chat, on questions about modules that are not in its training data.
 stage chat accelerate launch --quiet --config_file "$RECIPES/accelerate/cpu.yaml" "$RECIPES/sft.py" \
     "$RECIPES/sft/full.yaml" "output_dir=$RUN/chat" "model.path=$LAST" --overwrite
-stage replies tinyllama-hf eval "$RUN/chat" --task replies --limit 100
+stage replies tinyllama-hf eval replies "$RUN/chat" --limit 100
 echo "What is the class email.message.Message for?" > "$RUN/question.txt"
 stage talk-8-bit tinyllama-hf chat "$RUN/chat" --quantization int8 --temperature 0 < "$RUN/question.txt"
 stage talk-4-bit tinyllama-hf chat "$RUN/chat" --quantization nf4 --temperature 0 < "$RUN/question.txt"

@@ -234,7 +234,7 @@ def no_pictures(monkeypatch) -> None:
 
 
 def bits_per_byte_scores(names: list[str], data: str) -> dict:
-    """Scores as `tinyllama-hf eval RUN --baselines` writes them: 2.5 bits for the first milestone, 2.25 for the
+    """Scores as `tinyllama-hf eval text RUN --baselines` writes them: 2.5 bits for the first milestone, 2.25 for the
     next."""
     tokens = [1536, 3072]
     rows = [
@@ -263,7 +263,7 @@ def bits_per_byte_scores(names: list[str], data: str) -> dict:
 
 
 def commonsense_scores(names: list[str], limit: int | None, sample: bool = False) -> dict:
-    """Scores as `tinyllama-hf eval RUN --task commonsense` writes them: 30, 31, ... percent, each 2 more later."""
+    """Scores as `tinyllama-hf eval tasks RUN` writes them: 30, 31, ... percent, each 2 more later."""
     protocol = {
         "harness": "lm_eval 0.4.13",
         "task_versions": dict.fromkeys(TASK_ITEMS, 1),

@@ -159,7 +159,9 @@ def test_training_goes_on_where_a_score_or_a_picture_cannot_be_had(recipe, capsy
     assert len(names) == 2 and not (run / "scores.json").exists()
     for name in names:
         assert f"{name}: not scored (" in printed
-    assert f"`tinyllama-hf eval {run}`" in printed and "training.png: not drawn (No space left on device)" in printed
+    assert (
+        f"`tinyllama-hf eval text {run}`" in printed and "training.png: not drawn (No space left on device)" in printed
+    )
 
 
 def test_training_goes_on_where_a_record_is_gone_or_a_card_cannot_be_written(recipe, capsys, monkeypatch):

@@ -55,7 +55,7 @@ def test_written_at_the_start(recipe):
 
 def test_an_early_run_is_scored(early_run):
     with pytest.raises(
-        InputError, match=r"evaluate_at_milestones: 'watch'.*use off, and run `tinyllama-hf eval RUN --watch`"
+        InputError, match=r"evaluate_at_milestones: 'watch'.*use off, and run `tinyllama-hf eval text RUN --watch`"
     ):
         load_config(early_run / "training.yaml")
     before = contents(early_run)

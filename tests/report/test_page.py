@@ -22,7 +22,7 @@ def run(recipe) -> Path:
 
 
 def score_file(run: Path, tokens: tuple[int, ...]) -> dict:
-    """Scores as `tinyllama-hf eval RUN --baselines` writes them, with recognizable values."""
+    """Scores as `tinyllama-hf eval text RUN --baselines` writes them, with recognizable values."""
     path = "data/a & b"
     rows = [
         {"name": f"step-{i}", "tokens": t, "bits_per_byte": 3 - i / 8, "by_source": {path: 3 - i / 8}}

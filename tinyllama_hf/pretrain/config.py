@@ -18,7 +18,7 @@ def _unquoted_off(value: Any) -> Any:
 
 def _no_longer_watch(value: Any) -> Any:
     if value == "watch":
-        raise ValueError("no longer exists; use off, and run `tinyllama-hf eval RUN --watch` in another process")
+        raise ValueError("no longer exists; use off, and run `tinyllama-hf eval text RUN --watch` in another process")
     return value
 
 

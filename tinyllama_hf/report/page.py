@@ -34,7 +34,7 @@ def write_report(
         output (`Path`): folder for the page and the pictures; those of an earlier report are replaced.
         prompts (`Sequence[str]`, *optional*): prompts that every milestone continues.
         stages (`Path`, *optional*): file with lines of `name<TAB>seconds`.
-        chat (`Path`, *optional*): model that was fine-tuned from the run and scored with `eval --task replies`.
+        chat (`Path`, *optional*): model that was fine-tuned from the run and scored with `eval replies`.
 
     Returns:
         `Path`: the page.
