@@ -136,11 +136,11 @@ BAD = {
     "the peer of the table": ("generate pythia-1b", "is no Llama; it is listed as the peer"),
     "not a number": ("generate model --temperature nan", "--temperature nan: must be 0"),
     "a bad row after good ones": (
-        "prepare late.jsonl --tokenizer {tokenizer} --output out", "late.jsonl, row 2: 'text' is null, no string"),
-    "nothing to learn from": ("tokenizer train empty.txt --output out", "the sources hold no text to learn from"),
+        "prepare late.jsonl --tokenizer {tokenizer} --output out", "late.jsonl, row 2: 'text' is null, not a string"),
+    "nothing to learn from": ("tokenizer train empty.txt --output out", "sources contain no text"),
     "more pieces than the text has": (
         "tokenizer train small.jsonl --output out --vocab-size 5000", "is too large for the texts. Use at most 2"),
-    "a file for a folder": ("tokenizer train {corpus} --output small.jsonl", "small.jsonl: is a file; name a folder"),
+    "a file for a folder": ("tokenizer train {corpus} --output small.jsonl", "small.jsonl is a file"),
     "nothing to verify": ("tokenizer verify model --text empty.txt", "the files contain no text"),
     "folder without a model": ("generate empty", "holds no config.json"),
     "no GPU": ("generate model --device cuda", "has no GPU that torch can use; use cpu or auto"),

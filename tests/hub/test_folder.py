@@ -94,7 +94,7 @@ def test_folders_of_no_kind(tmp_path):
 
 
 def test_a_base_is_for_a_folder(trained, chat):
-    with pytest.raises(InputError, match=r"--base-model me/base: .* is a run"):
+    with pytest.raises(InputError, match=r"--base-model me/base .* is a run"):
         plan_revisions(Path(trained), "me/my-model", base_model="me/base")
     [revision] = plan_revisions(chat, "me/my-model", base_model="me/base")
     assert b"\nbase_model: me/base\n" in revision.files["README.md"]
