@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 from .errors import InputError, did_you_mean
 
@@ -65,7 +65,7 @@ class TinyLlamaConfig(LlamaConfig):
         return cls(**{**PRESETS[name], **overrides})
 
     @classmethod
-    def from_llama(cls, config: LlamaConfig) -> "TinyLlamaConfig":
+    def from_llama(cls, config: PreTrainedConfig) -> "TinyLlamaConfig":
         """Returns the same architecture as a TinyLlama configuration.
 
         Raises:
@@ -118,7 +118,7 @@ def refuse_quantized(quantization_config: Any, name: str | os.PathLike | None) -
         )
 
 
-def _architecture_fields(config: LlamaConfig) -> dict[str, Any]:
+def _architecture_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """Returns all fields except those that name the class and the source file."""
     named = ("model_type", "architectures", "transformers_version", "_name_or_path")
     return {name: value for name, value in config.to_dict().items() if name not in named}

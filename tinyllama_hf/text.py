@@ -1,9 +1,14 @@
 """Text that users give: files in UTF-8 with or without a byte order mark, and strings that are not text."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import InputError
 
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ENCODING = "utf-8-sig"  # UTF-8; the byte order mark that Windows programs put first is not part of the text
 
@@ -44,3 +49,12 @@ def check_text(text: str, where: str) -> None:
             f"{where}: character {error.start} is {text[error.start]!a}, half of a surrogate pair, which is not text; "
             "fix or remove it"
         ) from error
+
+
+def decode_text(
+    tokenizer: "PreTrainedTokenizerBase", ids: int | Sequence[int], skip_special_tokens: bool = True
+) -> str:
+    """Returns the text of one sequence of token ids, by default without control tokens."""
+    text = tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+    assert isinstance(text, str)  # a list only for a batch of sequences
+    return text

@@ -126,7 +126,7 @@ REFUSED = {
     ),
     "a prompt that training does not show": (
         CHATML.replace("'<|im_start|>assistant\\n' }}{% endif", "'<|im_start|>assistant\\n>' }}{% endif"),
-        "message 1: .* from token",
+        "message 1: .* at token",
     ),
     "a reply without its stop token": (
         CHATML.replace("<|im_end|>\\n'", "\\n'"),

@@ -326,7 +326,7 @@ def test_on_a_terminal(chat_folder):
     terminal.wait_for("One?\r\n")
     terminal.interrupt("(stopped; this exchange is not kept)\r\n> ")
     terminal.type("/hlp\n")
-    terminal.wait_for("error: /hlp: there is no such command; did you mean '/help'?\r\n> ")
+    terminal.wait_for("error: /hlp: unknown command; did you mean '/help'?\r\n> ")
     terminal.type("half a mess")
     terminal.interrupt("(/exit quits)\r\n> ")
     terminal.type("\x04")

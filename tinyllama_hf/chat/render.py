@@ -80,17 +80,18 @@ def render(
     escaped = _escape(messages, control, where)
     # Only training needs the masks, and finding them is slow: transformers (5.23) joins the text so far at each reply.
     marked = not add_generation_prompt and has_generation_markers(template)
+    options: dict[str, Any] = {
+        "add_generation_prompt": add_generation_prompt,
+        "return_assistant_tokens_mask": marked,
+        **tokenizer.special_tokens_map,
+    }
     try:
-        rendered, spans = render_jinja_template(
-            [escaped.messages],
-            chat_template=template,
-            add_generation_prompt=add_generation_prompt,
-            return_assistant_tokens_mask=marked,
-            **tokenizer.special_tokens_map,
-        )
+        # Annotated as a string, but it returns two lists: texts, and spans of replies.
+        output: Any = render_jinja_template([escaped.messages], chat_template=template, **options)
     except TemplateError as error:
         raise InputError(f"{where}: refused by the chat template: {error}") from error
-    ids, masks = _encode(tokenizer, rendered[0], spans[0] if marked else [], control, escaped)
+    texts, spans = output
+    ids, masks = _encode(tokenizer, texts[0], spans[0] if marked else [], control, escaped)
     return Rendering(ids, masks if marked else None)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError, did_you_mean
-from ..text import read_text
+from ..text import decode_text, read_text
 from .masks import mask_replies, reply_spans
 from .render import Messages, render
 
@@ -104,6 +104,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, is_own: bool = False) -> 
 def _check_probe(tokenizer: PreTrainedTokenizerBase, messages: Messages, is_own: bool) -> None:
     where = f"chat template, conversation of {len(messages)} messages"
     ids, masks = mask_replies(tokenizer, messages, render(tokenizer, messages, where=where), where)
+    assert masks is not None  # `mask_replies` always returns them
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     doubled = bos is not None and any(a == b == bos for a, b in itertools.pairwise(ids))
     if doubled or (ids[:1] != [bos] and not is_own):
@@ -111,14 +112,14 @@ def _check_probe(tokenizer: PreTrainedTokenizerBase, messages: Messages, is_own:
             f"chat template: a conversation must start with one begin-of-sequence token {tokenizer.bos_token!r} and "
             f"never have two in a row; this one starts with {tokenizer.convert_ids_to_tokens(ids[:3])}"
         )
-    if tokenizer.apply_chat_template(list(messages), return_dict=False) != ids:
+    if tokenizer.apply_chat_template([dict(message) for message in messages], return_dict=False) != ids:
         raise InputError(
             "chat template: apply_chat_template gives other tokens than the separate encoding of text and control "
             "tokens. The tokenizer encodes text after a control token differently, which is not supported"
         )
     replies = [message["content"] for message in messages if message["role"] == "assistant"]
     learned_ids = [ids[start:end] for start, end in reply_spans(masks)]
-    learned = [tokenizer.decode(span) for span in learned_ids]
+    learned = [decode_text(tokenizer, span, skip_special_tokens=False) for span in learned_ids]
     for reply, span in zip(replies, learned_ids, strict=False):
         if span[-1] != eos:
             raise InputError(

@@ -127,7 +127,7 @@ def _resize(model: PreTrainedModel, weights: dict[str, torch.Tensor], num_tokens
         and (rows == head_rows or model.config.tie_word_embeddings)
         and rows != {model.config.vocab_size}
     ):
-        model.resize_token_embeddings(*rows, mean_resizing=False)
+        model.resize_token_embeddings(rows.pop(), mean_resizing=False)
         model.eval()
     if num_tokens > model.config.vocab_size:
         raise InputError(

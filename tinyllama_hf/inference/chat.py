@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..chat.render import render
 from ..decoding.proposals import Proposer
 from ..errors import InputError, check_seed, did_you_mean
+from ..text import decode_text
 from .generation import DEFAULT_NEW_TOKENS, Context, ExactTextStreamer, Sampling, generate_ids, stop_tokens_of
 
 
@@ -69,7 +70,8 @@ class ChatSession:
         # With an empty message, to refuse a base model and an invalid system prompt now, not with the first message.
         ids = self._ids([{"role": "user", "content": ""}], system)
         self.context.new_tokens(len(ids), name="conversation with this system prompt")
-        self.system, self.exchanges = system, []
+        self.system = system
+        self.exchanges: list[dict[str, str]] = []
 
     def handle(self, line: str) -> bool:
         """Handles a line of input, a message or a command; returns `False` if it ends the conversation.
@@ -107,13 +109,13 @@ class ChatSession:
         stop = stop_tokens_of(self.model, self.tokenizer)
         streamer = ExactTextStreamer(self.tokenizer, self.write, skip_prompt=True, hidden=stop)
         num_new = min(self._max_new_tokens, self.context.tokens - len(ids))
-        options = {"draft": self.draft, "seeded": self._seeded, "eos_token_id": stop}
+        options: dict[str, Any] = {"draft": self.draft, "seeded": self._seeded, "eos_token_id": stop}
         reply = generate_ids(self.model, self.tokenizer, ids, num_new, self.sampling, streamer, **options)
         self.write("\n")
         if self.draft:
             self.note(str(self.draft.statistics))
         reply = [token for token in reply if token not in stop]
-        reply_text = self.tokenizer.decode(reply, skip_special_tokens=True).strip()
+        reply_text = decode_text(self.tokenizer, reply).strip()
         self.exchanges += [{"role": "user", "content": text}, {"role": "assistant", "content": reply_text}]
         return reply_text
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from ..decoding.proposals import Proposer
 from ..decoding.speculative import speculative_generate
 from ..errors import InputError, check_seed
-from ..text import check_text
+from ..text import check_text, decode_text
 from .drafts import SEEDED_DRAFT_LENGTH
 
 
@@ -74,7 +74,7 @@ class ExactTextStreamer(TextStreamer):
 
     def _take(self, token: int) -> None:
         piece = self.tokenizer.convert_ids_to_tokens(token)  # `None` for an id beyond the vocabulary
-        if piece is None or token in self._hidden:
+        if not isinstance(piece, str) or token in self._hidden:
             return
         self._window.append(token)
         # A run of byte tokens is decoded as a whole: an invalid byte changes the text of its neighbors.
@@ -91,7 +91,7 @@ class ExactTextStreamer(TextStreamer):
         self._num_closed = len(kept)
 
     def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, **self.decode_kwargs)
+        return decode_text(self.tokenizer, ids)
 
     def _show(self, text: str) -> None:
         if len(text) > self._num_shown:
@@ -151,7 +151,7 @@ class Context:
     def of(cls, model: PreTrainedModel, draft: Proposer | None = None) -> "Context":
         """Returns the context of a model, or of a model and its draft."""
         tokens = model.config.max_position_embeddings
-        return cls(draft.context, "draft") if draft and draft.context < tokens else cls(tokens)
+        return cls(int(draft.context), "draft") if draft and draft.context < tokens else cls(tokens)
 
     def new_tokens(self, length: int, max_new_tokens: int | None = None, name: str = "prompt") -> int:
         """Returns the number of tokens to generate, after checking that they fit.
@@ -219,7 +219,7 @@ def generate_text(
     if seed is not None:
         torch.manual_seed(check_seed(seed))
     new = generate_ids(model, tokenizer, ids, num_new, sampling, streamer, draft, seeded=seed is not None)
-    return tokenizer.decode(ids + new, skip_special_tokens=True)
+    return decode_text(tokenizer, ids + new)
 
 
 def generate_ids(
@@ -250,5 +250,5 @@ def generate_ids(
     if draft:
         output = speculative_generate(model, draft, draft_length=SEEDED_DRAFT_LENGTH if seeded else None, **arguments)
     else:
-        output = model.generate(**arguments)
+        output = model.generate(**arguments)  # type: ignore[operator]  # of GenerationMixin, unknown to PreTrainedModel
     return output[0, len(ids) :].tolist()

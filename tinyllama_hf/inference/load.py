@@ -84,15 +84,15 @@ def load(
     folder, saved = _open_folder(path_or_name)
     kind = chosen_quantization(quantization, saved, str(folder))
     check_quantization(kind, double_quantization, compute_dtype)
-    adapter = adapter and adapter_folder(adapter)
-    tokenizer = tokenizer_with(adapter, folder)
+    on_top = adapter_folder(adapter) if adapter else None
+    tokenizer = tokenizer_with(on_top, folder)
     options = {"config": _config(folder, compute_dtype if saved != "none" else "auto", trainable)}
     if kind != saved:
         options["quantization_config"] = quantization_config(kind, device, double_quantization, compute_dtype)
     own = TinyLlamaForCausalLM if kind == "none" else QuantizedTinyLlama
     model = _load_weights(LlamaForCausalLM if trainable else own, folder, dtype, device, kind != "none", **options)
-    if adapter:
-        model = add_adapter(model, adapter, len(tokenizer), trainable)
+    if on_top:
+        model = add_adapter(model, on_top, len(tokenizer), trainable)
     return model, tokenizer
 
 
@@ -135,7 +135,12 @@ def _config(folder: Path, compute_dtype: str | torch.dtype, trainable: bool) -> 
 
 
 def _load_weights(
-    kind: type, folder: Path, dtype: str | torch.dtype, device: str, quantized: bool, **options: Any
+    kind: type[PreTrainedModel | AutoModelForCausalLM],
+    folder: Path,
+    dtype: str | torch.dtype,
+    device: str,
+    quantized: bool,
+    **options: Any,
 ) -> PreTrainedModel:
     """Loads a model and checks that no weight is missing; transformers would only warn, and use random values."""
     adapter_config = folder / "adapter_config.json"
@@ -148,7 +153,8 @@ def _load_weights(
     if quantized:
         options["device_map"] = device
     with _reading(folder):
-        model, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+        loaded: Any = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+    model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise InputError(
             f"model {folder}: {len(missing)} weights are missing, the first is {missing[0]}; download it again"

@@ -6,7 +6,7 @@
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -30,7 +30,9 @@ class QuantizedTinyLlama(TinyLlamaForCausalLM):
     _takes_quantized_weights = True
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
+    ) -> Any:
         """Loads a folder that was saved quantized, or quantizes it while loading with a `quantization_config`.
 
         Raises:
@@ -69,7 +71,7 @@ class QuantizedTinyLlama(TinyLlamaForCausalLM):
         """Returns the bytes of weights, scales, adapter and buffers; see [`footprint`]."""
         return footprint(self).weights
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         # bitsandbytes (0.50.2) does not move the int8 scales when a model moves after its first forward pass.
         if getattr(self, "is_loaded_in_8bit", False) and fn(torch.empty(0, device=self.device)).device != self.device:
             raise InputError("an int8 model cannot be moved to another device; load it there with device=...")
@@ -217,7 +219,9 @@ def make_safe(model: PreTrainedModel, where: str) -> None:
 
     check_layers(model, where)
     make_reversible(model)
-    model._weight_conversions = []  # with them transformers (5.23) refuses to save a model it loaded quantized
+    vars(model)[
+        "_weight_conversions"
+    ] = []  # with them transformers (5.23) refuses to save a model it loaded quantized
 
 
 def cast_plain(model: nn.Module, dtype: torch.dtype) -> None:
@@ -310,9 +314,11 @@ def _unquantized(model: PreTrainedModel) -> TinyLlamaForCausalLM:
 
 def _adapter_bytes(model: PreTrainedModel) -> int:
     """Returns the bytes of the parameters that PEFT added to the layers it wraps."""
-    wrappers = [module for module in model.modules() if hasattr(module, "get_base_layer")]
-    own = {id(p): p.nbytes for module in wrappers for p in module.parameters()}
-    base = {id(p) for module in wrappers for p in module.get_base_layer().parameters()}
+    base_layers = {
+        module: get() for module in model.modules() if callable(get := getattr(module, "get_base_layer", None))
+    }
+    own = {id(p): p.nbytes for wrapper in base_layers for p in wrapper.parameters()}
+    base = {id(p) for layer in base_layers.values() for p in layer.parameters()}
     return sum(nbytes for key, nbytes in own.items() if key not in base)
 
 

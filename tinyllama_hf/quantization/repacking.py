@@ -24,7 +24,7 @@ from bitsandbytes.functional import (
 )
 
 
-class _Layout(NamedTuple):
+class _Packing(NamedTuple):
     """Contents of a weight while it is repacked, or while it is being restored.
 
     Attributes:
@@ -40,12 +40,12 @@ class _Layout(NamedTuple):
 class Params4bit(nn.Params4bit):
     """A 4-bit weight that is repacked for the fused kernel, and restored before other code reads it.
 
-    `layout` alone defines the state of the weight. It is assigned in one step, after everything is computed, and the
+    `packing` alone defines the state of the weight. It is assigned in one step, after everything is computed, and the
     steps after the assignment can be repeated. An exception (Ctrl-C, out of memory) between any two lines is therefore
     harmless.
     """
 
-    layout: _Layout | None = None
+    packing: _Packing | None = None
 
     @property
     def lock(self) -> AbstractContextManager:
@@ -55,40 +55,44 @@ class Params4bit(nn.Params4bit):
     @property
     def packed_state(self) -> QuantState | None:
         """Scales for the fused kernel while the weight is repacked, else `None`."""
-        layout = self.layout
-        return None if layout is None else layout.state
+        packing = self.packing
+        return None if packing is None else packing.state
 
     @property
     def quant_state(self) -> QuantState | None:
         """The original scales. Reading them restores the weight to the original layout."""
         with self.lock:
-            if self.layout is not None:
-                if self.layout.state is not None:
-                    self.layout = _Layout(_unpacked(*self.layout), None)
+            packing = self.packing
+            if packing is not None:
+                if packing.state is not None:
+                    packing = self.packing = _Packing(_unpacked(packing.data, packing.state), None)
                 # In place, for callers that read the weight before its scales.
-                _as_bytes(self.data).copy_(self.layout.data)
-                self.layout = None
+                _as_bytes(self.data).copy_(packing.data)
+                self.packing = None
         return self.__dict__["quant_state"]
 
     @quant_state.setter
     def quant_state(self, state: QuantState | None) -> None:
         self.__dict__["quant_state"] = state
 
-    def repacked(self) -> _Layout:
-        """Returns the weight in the layout of the fused kernel, repacking it if needed. The caller holds `lock`."""
-        if self.packed_state is None:
+    def repacked(self) -> tuple[torch.Tensor, QuantState]:
+        """Returns weight and scales for the fused kernel, repacking the weight if needed. The caller holds `lock`."""
+        packing = self.packing
+        if packing is None or packing.state is None:
             # Tensors that are created in inference mode could not be used in training later.
             with torch.inference_mode(False), torch.no_grad():
                 scales = copy.copy(self.quant_state)
+                assert scales is not None
                 packed, state = _convert_weight_packed_for_cpu(self.data, scales)
                 # New memory, since an earlier state dict shares the old one; the old shape, since other code reads it.
-                self.layout = _Layout(packed.view(-1).view(self.dtype).view(self.shape), state)
-                self.data = self.layout.data
-        return self.layout
+                packing = self.packing = _Packing(packed.view(-1).view(self.dtype).view(self.shape), state)
+                self.data = packing.data
+        assert packing.state is not None
+        return packing.data, packing.state
 
     def __getstate__(self) -> dict[str, Any]:
         self.quant_state  # noqa: B018  restores the weight, so that copies and pickles have the library's layout
-        return {name: value for name, value in super().__getstate__().items() if name not in ("layout", "lock")}
+        return {name: value for name, value in super().__getstate__().items() if name not in ("packing", "lock")}
 
 
 class Linear4bit(nn.Linear4bit):
@@ -116,6 +120,7 @@ class Linear4bit(nn.Linear4bit):
         """Returns the weight as a reversible one; PEFT's merge and transformers' loading assign plain ones."""
         if not isinstance(self.weight, Params4bit):
             self.weight.__class__ = Params4bit
+        assert isinstance(self.weight, Params4bit)
         return self.weight
 
 
@@ -125,7 +130,8 @@ def make_reversible(model: torch.nn.Module) -> None:
         if isinstance(module, nn.Linear4bit) and module.support_avx512bf16_for_cpu:
             module.support_avx512bf16_for_cpu = False
             # The library's repacking (0.50.2) fails for other shapes, which use the slow kernel.
-            if module.out_features % 32 == 0 and module.in_features % module.weight.quant_state.blocksize == 0:
+            state = getattr(module.weight, "quant_state", None)
+            if state and module.out_features % 32 == 0 and module.in_features % state.blocksize == 0:
                 module.__class__ = Linear4bit
 
 

@@ -15,13 +15,13 @@ import json
 import logging
 import socket
 import time
+from collections.abc import AsyncGenerator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 from transformers import BatchEncoding, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.cli.serving.model_manager import ModelManager
-from transformers.cli.serving.utils import BaseHandler
 
 from ..errors import InputError, require
 from ..inference.generation import Sampling, stop_tokens_of
@@ -81,16 +81,16 @@ def build_app(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerF
     chat = OneModel(name, model, _for_chat(tokenizer))
     text = OneModel(name, model, _for_text(tokenizer))
     state, limits = OneQueue(), Limits.of(model, tokenizer)
+    unused: dict[str, Any] = {"transcription_handler": None, "systemone_handler": None}  # their routes are removed
     app = build_server(
         chat,
         _strict(ChatCompletionHandler, "messages", tokenizer, limits)(chat, state),
         completion_handler=_strict(CompletionHandler, "prompt", tokenizer, limits)(text, state),
         response_handler=_strict(ResponseHandler, "input", tokenizer, limits)(chat, state),
-        transcription_handler=None,
-        systemone_handler=None,
         generation_state=state,
+        **unused,
     )
-    app.router.routes[:] = [route for route in app.router.routes if route.path in PATHS]
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in PATHS]
     app.add_api_route("/v1/models/{asked:path}", chat.get_model)
     app.router.redirect_slashes = False
     # Innermost, or the middleware of transformers would wrap its exception in a group, which FastAPI reports as bad
@@ -163,9 +163,8 @@ async def _error_response(request: Any, error: Exception) -> Any:
     return JSONResponse(error_body(message, status, code), status_code=status, headers=headers)
 
 
-def _strict(
-    handler: type[BaseHandler], needed: str, tokenizer: PreTrainedTokenizerFast, limits: Limits
-) -> type[BaseHandler]:
+# Of type `Any`, since a class that is chosen at run time has no static type.
+def _strict(handler: Any, needed: str, tokenizer: PreTrainedTokenizerFast, limits: Limits) -> Any:
     """Returns a subclass of a handler of transformers that refuses what the handler (5.23) ignores or fails on.
 
     It also streams only on request; the handler of `/v1/responses` streams by default.
@@ -181,6 +180,7 @@ def _strict(
                 isinstance(response, StreamingResponse) and needed != "input"
             ):  # /v1/responses streams in another format
                 with_usage = checked.get("stream_options", {}).get("include_usage", False)
+                assert isinstance(response.body_iterator, AsyncGenerator)
                 response.body_iterator = openai_stream(response.body_iterator, with_usage)
             return response
 
@@ -238,7 +238,8 @@ class OneModel(ModelManager):
         if asked not in (None, self._name):
             raise UnknownModel(asked, self._name)
 
-    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
+    # transformers wraps its static method in `lru_cache`.
+    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:  # type: ignore[override]
         """Lists the served model; transformers lists the Hub cache, and fails if there is none."""
         return [self._description]
 
@@ -256,7 +257,7 @@ class OneModel(ModelManager):
 
 def _for_chat(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     served = copy.deepcopy(tokenizer)
-    served.apply_chat_template = _prompt
+    served.apply_chat_template = _prompt  # type: ignore[method-assign]  # the handlers know no other hook
     return served
 
 

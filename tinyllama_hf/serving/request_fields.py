@@ -133,6 +133,7 @@ class _Fields(_Sampling):
     @field_validator("logit_bias")
     @classmethod
     def _ids(cls, value: dict[str, float] | None, info: ValidationInfo) -> dict[str, float] | None:
+        assert isinstance(info.context, Limits)
         size = info.context.vocab_size
         if bad := [key for key in value or () if not (key.isdecimal() and int(key) < size)]:
             raise ValueError(f"{bad[0]!r} must be a token id from 0 to {size - 1}")
@@ -199,7 +200,9 @@ def _describe(error: ValidationError) -> str:
     name = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
         section, key = first["loc"]
-        known = {"generation_config": _GenerationConfig, "stream_options": _StreamOptions}[section].model_fields
+        sections: dict[int | str, type[BaseModel]]
+        sections = {"generation_config": _GenerationConfig, "stream_options": _StreamOptions}
+        known = sections[section].model_fields
         valid = did_you_mean(str(key), known.keys() - {"transformers_version"})
         return f"{name} {first['input']!r}: not supported by this server{valid}"
     rule = first["msg"].removeprefix("Value error, ").replace("input should", "must").replace("Input should", "must")

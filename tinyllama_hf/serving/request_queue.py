@@ -5,7 +5,6 @@ request.
 """
 
 import asyncio
-import functools
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,7 @@ _Prepared = TypeVar("_Prepared")
 class OneQueue(GenerationState):
     """Generates for one request at a time, across all endpoints."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.manager = Generation()
 
@@ -41,7 +40,7 @@ class Generation(GenerateManager):
     `MAX_WAITING` others are waiting.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.ending = threading.Event()
         self._places = threading.Semaphore(1 + MAX_WAITING)
@@ -62,10 +61,14 @@ class Generation(GenerateManager):
 
     def generate_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, response_parser: Any = None
-    ) -> tuple[asyncio.Queue, "_QueueStreamer"]:
+    ) -> tuple[asyncio.Queue, Any]:  # with a streamer of another class than that of transformers
         arguments = self._arguments(model, processor, inputs, gen_config)
         queue: asyncio.Queue = asyncio.Queue()
-        put = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, queue.put_nowait)
+        loop = asyncio.get_running_loop()
+
+        def put(item: Any) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, item)
+
         streamer = _QueueStreamer(processor, put)
 
         def generate() -> None:
@@ -81,7 +84,7 @@ class Generation(GenerateManager):
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
-    ) -> tuple[str, int, torch.Tensor]:
+    ) -> tuple[str, int, Any]:  # a tensor, as in the class of transformers, although its base class has a list
         arguments = self._arguments(model, processor, inputs, gen_config)
         sequences = await self.async_submit(self._in_place(self._generate), model, **arguments)
         length = inputs["input_ids"].shape[-1]
@@ -114,10 +117,11 @@ class Generation(GenerateManager):
 
     def _generate(self, model: Any, generation_config: GenerationConfig, **arguments: Any) -> torch.Tensor:
         self._check_ending()
-        if generation_config.seed is None:
+        seed = getattr(generation_config, "seed", None)
+        if seed is None:
             torch.seed()  # or the sequence of the last seed would continue, and repeat earlier answers
         else:
-            torch.manual_seed(generation_config.seed)
+            torch.manual_seed(seed)
         return model.generate(generation_config=generation_config, **arguments)
 
     def _check_shutdown(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
@@ -155,7 +159,7 @@ class _QueueStreamer(ExactTextStreamer):
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, put: Callable[[Any], Any]):
         super().__init__(tokenizer, put, skip_prompt=True)
-        self.total_tokens, self._cancelled = 0, threading.Event()
+        self.total_tokens, self._put, self._cancelled = 0, put, threading.Event()
 
     def put(self, value: torch.Tensor) -> None:
         """Receives the ids of the prompt, then each new token."""
@@ -167,7 +171,7 @@ class _QueueStreamer(ExactTextStreamer):
     def end(self) -> None:
         """Writes the text that was held back."""
         super().end()
-        self._write(None)
+        self._put(None)
 
     def cancel(self) -> None:
         """Stops the generation at the next token."""
