@@ -1,6 +1,7 @@
 """Scores of replies: stop rate, length, and the loss of the true replies."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -41,6 +42,22 @@ def test_the_score_file(folder, run_command):
     assert [sample["question"] for sample in samples] == [f"What is {i}?" for i in range(10)]
     (again,) = score_replies([str(folder)], limit=10, max_new_tokens=8)
     assert again.to_json() == {**scores, "path": str(folder)}
+
+
+def test_the_file_is_written_after_each_model(folder, tmp_path):
+    """The second model cannot be loaded; the scores of the first are in the file, in place of earlier ones."""
+    shutil.copytree(folder, tmp_path / "bad")
+    weights = tmp_path / "bad" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    output = tmp_path / "replies.json"
+    output.write_text('{"task": "replies", "models": [{"name": "of an earlier call"}]}')
+    with pytest.raises(InputError, match=r"bad.*cannot be loaded"):
+        score_replies([str(folder), str(tmp_path / "bad")], limit=2, max_new_tokens=2, output=output)
+    assert [row["name"] for row in json.loads(output.read_text())["models"]] == ["chat"]
+    output.write_text('{"task": "commonsense"}')
+    with pytest.raises(InputError, match="replies scores"):
+        score_replies([str(folder)], limit=2, output=output)
+    assert output.read_text() == '{"task": "commonsense"}'
 
 
 def test_refusals(folder, tmp_path):

@@ -173,14 +173,11 @@ def _score_folder(
     loaded, tokenizer = load_eval_model(model, device, getattr(torch, protocol.dtype))
     with Progress(transient=True, disable=not Console().is_terminal) as bar:
         task = bar.add_task(f"Scoring {known['name']}", total=None)
-        outcome = run_suite(
-            loaded,
-            tokenizer,
-            suite,
-            protocol,
-            batch_size,
-            lambda done, total: bar.update(task, completed=done, total=total),
-        )
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        outcome = run_suite(loaded, tokenizer, suite, protocol, batch_size, progress)
     if outcome.num_cut:
         note(
             f"{known['name']}: {outcome.num_cut} requests are longer than the context of {protocol.context_length} "
