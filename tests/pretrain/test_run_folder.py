@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 from tests.pretrain.runs import assert_same_run, run, signal_after
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.pretrain import loop
-from tinyllama_hf.pretrain.checkpoints import BYTES_PER_PARAMETER, FullDiskError, size_in_words
+from tinyllama_hf.pretrain.checkpoints import BYTES_PER_PARAMETER, FullDiskError
 from tinyllama_hf.pretrain.loop import Hooks
 from tinyllama_hf.pretrain.metrics import Metrics, read_metrics
 from tinyllama_hf.pretrain.milestones import list_milestones
@@ -86,9 +86,6 @@ class TestSpace:
         with pytest.raises(InputError, match="are free"):
             run(recipe, "milestones.keep_training_state=true", f"output_dir={output}2")
         run(recipe, "milestones.keep_training_state=true", overwrite=True)
-
-    def test_in_words(self):
-        assert [size_in_words(x) for x in (4e4, 45.4e6, 13.2e9)] == ["0 MB", "45 MB", "13.2 GB"]
 
 
 class TestOverwrite:

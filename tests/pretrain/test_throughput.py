@@ -77,9 +77,9 @@ class TestDevices:
 
     def test_short_and_full_names(self):
         assert find_device("H200") is find_device("NVIDIA H200") is DEVICES["h200"]
-        with pytest.raises(InputError, match=r"--device 'a100-40': not listed; did you mean 'a100-40g'"):
+        with pytest.raises(InputError, match=r"--device 'a100-40': .*'a100-40g'"):
             find_device("a100-40")
-        with pytest.raises(InputError, match="'a100': not listed; there are a100-40g, a100-80g,"):
+        with pytest.raises(InputError, match=r"'a100': .* a100-40g, a100-80g,"):
             find_device("a100")
 
 

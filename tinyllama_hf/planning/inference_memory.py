@@ -23,6 +23,7 @@ from ..configuration_tinyllama import TinyLlamaConfig
 from ..decoding.engine import LONGEST_DRAFT
 from ..decoding.proposals import ModelProposer, Proposer
 from ..decoding.ragged_cache import num_slots
+from ..devices import format_bytes
 from ..errors import InputError
 from ..quantization.bitsandbytes import QUANTIZATIONS
 from .kv_cache import CacheSize, cache_size, multi_head
@@ -169,25 +170,25 @@ def lines(name: str, found: Memory) -> list[str]:
     dtype = str(setup.dtype).removeprefix("torch.")
     held = dtype
     if setup.quantization != "none":
-        held = f"{setup.quantization}; {in_words(weight_bytes(setup._replace(quantization='none')))} in {dtype}"
+        held = f"{setup.quantization}; {format_bytes(weight_bytes(setup._replace(quantization='none')))} in {dtype}"
     text = [
         f"model       {name}",
-        f"weights     {in_words(found.weights)} ({held})",
-        f"cache       {in_words(cache.total)} ({dtype}): {cache.per_token:,.0f} bytes a token, "
-        f"{in_words(cache.per_request)} a request of {cache.tokens:,} tokens, {cache.requests:,} requests",
+        f"weights     {format_bytes(found.weights)} ({held})",
+        f"cache       {format_bytes(cache.total)} ({dtype}): {cache.per_token:,.0f} bytes a token, "
+        f"{format_bytes(cache.per_request)} a request of {cache.tokens:,} tokens, {cache.requests:,} requests",
     ]
     if setup.config.num_key_value_heads < setup.config.num_attention_heads:
         every = cache_size(multi_head(setup.config), cache.requests, cache.tokens, setup.dtype)
         text.append(
-            f"            {in_words(every.total)} if each of the {setup.config.num_attention_heads} heads had its own keys and "
+            f"            {format_bytes(every.total)} if each of the {setup.config.num_attention_heads} heads had its own keys and "
             f"values: {every.per_token:,.0f} bytes a token, {every.total / cache.total:.3g} times as much"
         )
-    text.append(f"total       {in_words(found.total)} of weights and cache")
+    text.append(f"total       {format_bytes(found.total)} of weights and cache")
     if found.prefill is None:
         return [*text, "prefill     not contained: what bitsandbytes takes within an int8 product is not known here"]
     return [
         *text,
-        f"prefill     {in_words(found.prefill)} more for a moment where prompts of {cache.tokens:,} tokens are read at once",
+        f"prefill     {format_bytes(found.prefill)} more for a moment where prompts of {cache.tokens:,} tokens are read at once",
     ]
 
 
@@ -204,7 +205,10 @@ def fit_lines(found: Memory, available: int, device: str) -> list[str]:
     if found.prefill is not None:
         full = largest_batch(found.setup, tokens, usable, with_prefill=True)
         text += f"; {full:,} where full prompts are read at once"
-    return [f"device      {device}: {in_words(usable)} of {in_words(available)}, less {MEMORY_RESERVE:.0%}", text]
+    return [
+        f"device      {device}: {format_bytes(usable)} of {format_bytes(available)}, less {MEMORY_RESERVE:.0%}",
+        text,
+    ]
 
 
 def check_batch(found: Memory, available: int) -> None:
@@ -228,7 +232,7 @@ def check_batch(found: Memory, available: int) -> None:
         better.setdefault(largest_batch(changed, cache.tokens, usable), option)
     others = "".join(f", {largest:,} with {option}" for largest, option in better.items() if largest > fitting)
     raise InputError(
-        f"--batch {cache.requests}: takes {in_words(found.total)} of weights and cache, and {in_words(usable)} can be used; "
+        f"--batch {cache.requests}: takes {format_bytes(found.total)} of weights and cache, and {format_bytes(usable)} can be used; "
         f"the largest that fits is {fitting:,}{others}"
     )
 
@@ -256,8 +260,8 @@ def check_fits(model: PreTrainedModel, batch_size: int, context: int, draft: Pro
         fix = f"the largest that fits is {largest:,}" if largest else "not even 1 fits; shorten the sequences"
         whose = " in model and draft" if len(models) > 1 else ""
         raise InputError(
-            f"--batch-size {batch_size}: keys and values of {context:,} tokens each{whose} take {in_words(needed)}, and "
-            f"{in_words(usable)} of {model.device} can be used; {fix}"
+            f"--batch-size {batch_size}: keys and values of {context:,} tokens each{whose} take {format_bytes(needed)}, and "
+            f"{format_bytes(usable)} of {model.device} can be used; {fix}"
         )
 
 
@@ -266,11 +270,6 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return int(min(psutil.virtual_memory().available, _container_free()))
-
-
-def in_words(num_bytes: float) -> str:
-    """`4.61 GB`, and below one GB `46.1 MB`; powers of ten."""
-    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
 
 
 def _usable(available: int) -> int:

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ..configuration_tinyllama import TinyLlamaConfig
-from ..devices import Device
-from ..pretrain.checkpoints import BYTES_PER_PARAMETER, size_in_words
+from ..devices import Device, format_bytes
+from ..pretrain.checkpoints import BYTES_PER_PARAMETER
 from ..pretrain.config import PretrainConfig
 from ..pretrain.milestones import milestone_names, milestone_steps
 from ..pretrain.schedule import learning_rate
@@ -189,8 +189,8 @@ def costs(plan: Plan) -> list[str]:
     text += _memory_lines(plan)
     text += _time_lines(plan)
     text.append(
-        f"disk        {size_in_words(plan.checkpoint_bytes)} of checkpoints (the last {plan.config.checkpoints.keep}, and "
-        f"the one being written), {size_in_words(plan.milestone_bytes)} of milestones"
+        f"disk        {format_bytes(plan.checkpoint_bytes)} of checkpoints (the last {plan.config.checkpoints.keep}, and "
+        f"the one being written), {format_bytes(plan.milestone_bytes)} of milestones"
     )
     return text
 

@@ -277,8 +277,3 @@ def _size_and_checksum(path: Path) -> list[int]:
         while block := stream.read(1 << 22):
             checksum, size = zlib.crc32(block, checksum), size + len(block)
     return [size, checksum]
-
-
-def size_in_words(num_bytes: float) -> str:
-    """Formats a size: `13.2 GB`, or below one GB `45 MB`."""
-    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.0f} MB"

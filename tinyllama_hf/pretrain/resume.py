@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from .. import provenance
+from ..devices import format_bytes
 from ..errors import InputError
 from .checkpoints import (
     BYTES_PER_PARAMETER,
@@ -20,7 +21,6 @@ from .checkpoints import (
     list_checkpoints,
     newest_intact_checkpoint,
     read_checkpoint_record,
-    size_in_words,
 )
 from .config import PretrainConfig
 from .launch import device_name
@@ -213,7 +213,7 @@ def check_space(run: PretrainRun, start: Start, num_parameters: int, overwrite: 
     if needed > free:
         raise InputError(
             f"output_dir {run.output}: the remaining {checkpoints} checkpoints and {len(milestones)} milestones need "
-            f"{size_in_words(needed)}, and {size_in_words(free)} are free. Free space, lower checkpoints.keep, or "
+            f"{format_bytes(needed)}, and {format_bytes(free)} are free. Free space, lower checkpoints.keep, or "
             "choose another disk."
         )
 
