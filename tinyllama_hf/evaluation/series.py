@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.progress import Progress, TextColumn, track
+from rich.progress import Progress, track
 from transformers import PreTrainedTokenizerBase
 
 from .. import provenance
@@ -77,6 +77,7 @@ def score(
     rows = [_score(model, file, text, device, show_progress) for model in chosen]
     file.keep(rows)
     if opened:
+        # Baselines belong to the training text of a milestone, so only those of unchanged milestones are reused.
         kept = {row.step for row in rows if any(row is old for old in before)}
         known = read_records(file.extra["baselines"], BaselineRow, f"{output}: baselines")
         known = [row for row in known if row.step in kept]
@@ -205,8 +206,8 @@ def _score(
         old, new = other.protocol, row.protocol
         if old.context == new.context and old != new and other is not known:
             raise InputError(
-                f"{file.path}: {other.name} was scored under {old}, {row.name} under {new}. A file has one protocol: "
-                "score all models again with --rescore, or write to another file with --output"
+                f"{file.path}: {other.name} was scored under {vars(old)}, {row.name} under {vars(new)}. A file has "
+                "one protocol: score all models again with --rescore, or write to another file with --output"
             )
     file.add(row)
     return row
@@ -225,10 +226,8 @@ def _score_folder(
     began = time.perf_counter()
     loaded, tokenizer = load_eval_model(model, device)
     total = sum(h.num_bytes for h in held_out)
-    columns = (*Progress.get_default_columns(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns, transient=True, disable=not (show_progress and Console().is_terminal)) as bar:
-        estimate = total // 3  # tokens; exact enough for the bar
-        task = bar.add_task(f"Scoring {model.name}", total=estimate, note="")
+    with Progress(transient=True, disable=not (show_progress and Console().is_terminal)) as bar:
+        task = bar.add_task(f"Scoring {model.name}", total=total // 3)  # estimated tokens
         scores, protocol = score_documents(loaded, tokenizer, held_out, advance=lambda n: bar.advance(task, n))
     libraries = provenance.collect()["libraries"]
     return TextRow(
