@@ -310,7 +310,7 @@ class TestSanity:
 
 BAD = {
     "format": (("lama", {}), r"--to 'lama': unknown format; did you mean 'llama'\?"),
-    "dtype": (("llama", {"dtype": "fp8"}), r"--dtype 'fp8': "),
+    "dtype": (("llama", {"dtype": "fp8"}), r"--dtype 'fp8'"),
     "dtype of gguf": (("gguf-q8_0", {"dtype": "bf16"}), r"--dtype bf16: the format gguf-q8_0 has fixed dtypes"),
     "shard size": (("llama", {"max_shard_size": "big"}), r"--max-shard-size 'big': not a size"),
     "calibration": (("llama", {"calibration": ["text"]}), r"--calibration: .* llama"),

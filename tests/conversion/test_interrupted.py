@@ -78,17 +78,17 @@ convert(sys.argv[1], "llama", sys.argv[2])
 def test_an_output_that_exists(source, model, tmp_path):
     (tmp_path / "out").mkdir()
     convert(source, "llama", tmp_path / "out")  # an empty folder is none
-    refuse(source, "out: exists; choose another folder, or pass --force", tmp_path)
+    refuse(source, "out: already exists.* --force", tmp_path)
     convert(source, "litgpt", tmp_path / "out", force=True)
     assert (tmp_path / "out" / "lit_model.pth").exists() and not (tmp_path / "out" / "model.safetensors").exists()
-    refuse(tmp_path / "out", "out: holds the source", tmp_path, force=True)
+    refuse(tmp_path / "out", "out: contains the source", tmp_path, force=True)
     wrong = files.write_folder(tmp_path / "wrong", changed(model[0], NORM, filled(float("nan"))), model[1])
     refuse(wrong, "not finite", tmp_path, force=True)
     assert open_checkpoint(tmp_path / "out").load(NORM).equal(model[0][NORM]), "what was there is there still"
     (tmp_path / "out" / "provenance.json").write_text('{"created": "by another program"}')
-    refuse(source, "was not written by a conversion, so --force does not replace it", tmp_path, force=True)
+    refuse(source, "not written by a conversion, so --force does not replace it", tmp_path, force=True)
     (tmp_path / "out" / "provenance.json").unlink()
-    refuse(source, "was not written by a conversion", tmp_path, force=True)
+    refuse(source, "not written by a conversion", tmp_path, force=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "wrong"]
 
 

@@ -64,7 +64,7 @@ INDICES = {
     '{"weight_map": []}': "weight_map",
     '{"weight_map": {"model.norm.weight": 3}}': "weight_map",
     '{"weight_map": {"model.norm.weight": "../x.safetensors"}}': r"\.\./x\.safetensors",
-    '{"weight_map": {"model.norm.weight": "x.safetensors"}}': r"x\.safetensors: is missing",
+    '{"weight_map": {"model.norm.weight": "x.safetensors"}}': r"x\.safetensors: file not found",
 }
 
 
