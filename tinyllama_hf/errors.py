@@ -67,7 +67,7 @@ def require(package: str, extra: str, what: str) -> None:
 
 
 def damaged(where: object, reason: object) -> InputError:
-    """Returns the error for a file whose contents are not what they should be."""
+    """Returns the error for a damaged or incomplete file."""
     return InputError(f"{where}: damaged or incomplete ({reason}). Download it again or recreate it.")
 
 
@@ -75,7 +75,7 @@ def damaged(where: object, reason: object) -> InputError:
 def refuse_damage(where: object) -> Iterator[None]:
     """Turns the exceptions of a parser or constructor into the `InputError` of [`damaged`].
 
-    On damaged input libraries raise almost any exception. The block should therefore contain the reading and nothing else.
+    Libraries raise almost any exception on damaged input, so the block should contain nothing but the reading.
     """
     try:
         yield

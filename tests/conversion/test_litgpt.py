@@ -11,7 +11,7 @@ import torch
 
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, convert
 from tinyllama_hf.conversion.reading.recognize import open_checkpoint
-from tinyllama_hf.conversion.verify import logits_of
+from tinyllama_hf.conversion.verify import compute_logits
 
 
 REQUIREMENTS = (
@@ -87,7 +87,7 @@ def test_what_litgpt_writes(litgpt, tmp_path):
     for name in ("plain", "incremental"):
         convert(tmp_path / name, "llama", tmp_path / f"{name}-llama")
         checkpoint = open_checkpoint(tmp_path / f"{name}-llama")
-        torch.testing.assert_close(logits_of(checkpoint, torch.tensor(IDS)), wanted, atol=1e-5, rtol=0)
+        torch.testing.assert_close(compute_logits(checkpoint, torch.tensor(IDS)), wanted, atol=1e-5, rtol=0)
         assert checkpoint.config.vocab_size == 512, "the rows, not the 500 ids"
 
 
@@ -105,7 +105,7 @@ def test_what_litgpt_reads(litgpt, shared, tmp_path, source):
     found = torch.from_numpy(np.load(tmp_path / "out" / "logits.npy"))
     checkpoint = open_checkpoint(folder)
     # litgpt adds rotary halves in another order: its logits of a trained model lie about 1e-5 off.
-    torch.testing.assert_close(found, logits_of(checkpoint, torch.tensor(IDS)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, compute_logits(checkpoint, torch.tensor(IDS)), atol=1e-5, rtol=1e-5)
     back = open_checkpoint(tmp_path / "out")
     assert back.config.to_dict() | {"dtype": None} == checkpoint.config.to_dict() | {"dtype": None}
     assert all(back.load(name).equal(checkpoint.load(name)) for name in checkpoint.tensors)

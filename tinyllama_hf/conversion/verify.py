@@ -82,7 +82,7 @@ def verify(
     notes = []
     if sizes[0] != sizes[1]:
         notes.append(f"{sizes[0]:,} and {sizes[1]:,} embedding rows; the first {rows:,} are compared")
-    logits = [logits_of(each, tokens)[:, :rows] for each in (first, second)]  # one model in memory at a time
+    logits = [compute_logits(each, tokens)[:, :rows] for each in (first, second)]  # one model in memory at a time
     differences = (logits[1] - logits[0]).abs()  # [tokens, vocabulary]
     beyond = (differences.amax(-1) > tolerance).nonzero().flatten()
     layouts, largest, mean = (first.layout, second.layout), float(differences.max()), float(differences.mean())
@@ -123,8 +123,8 @@ def _open_both(a: str | Path, b: str | Path, config: str | Path | None) -> tuple
     return found[0], found[1]
 
 
-def logits_of(checkpoint: Checkpoint, tokens: torch.Tensor) -> torch.Tensor:
-    """Returns the logits `[tokens, vocabulary]` of a checkpoint, computed in fp32 by stock `LlamaForCausalLM`.
+def compute_logits(checkpoint: Checkpoint, tokens: torch.Tensor) -> torch.Tensor:
+    """Computes the logits `[tokens, vocabulary]` of a checkpoint in fp32 by stock `LlamaForCausalLM`.
 
     Raises:
         InputError: if they are not all finite.
@@ -187,7 +187,7 @@ def check_sanity(checkpoint: Checkpoint) -> float:
     if checkpoint.tokenizer is None:
         raise InputError(f"--sanity: {checkpoint.path} has no tokenizer. Add tokenizer.model or tokenizer.json")
     tokens, _ = _tokens(checkpoint, checkpoint, None)
-    logits = logits_of(checkpoint, tokens)
+    logits = compute_logits(checkpoint, tokens)
     loss = float(torch.nn.functional.cross_entropy(logits[:-1], tokens[1:]))
     counts = torch.bincount(tokens[1:]).float()
     entropy = float(torch.distributions.Categorical(counts).entropy())
