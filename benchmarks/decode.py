@@ -27,7 +27,7 @@ from transformers import BitsAndBytesConfig, DynamicCache, LlamaForCausalLM, Pre
 
 from tinyllama_hf import convert, load
 from tinyllama_hf.progress import quiet_bitsandbytes
-from tinyllama_hf.quantization.bitsandbytes import footprint
+from tinyllama_hf.quantization.bitsandbytes import measure_footprint
 
 
 class Engine(NamedTuple):
@@ -92,7 +92,7 @@ def by_forward(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, clock
 def serve(engine: dict[str, Any]) -> None:
     """One engine's process: a measurement for each line on standard input, as in peers/decode_gguf.py."""
     model = loaded(**engine)
-    weights = footprint(model).weights
+    weights = measure_footprint(model).weights
     loops: dict[str, Callable[..., None]] = {"generate": by_generate, "forward": by_forward}
     for line in sys.stdin:
         request = json.loads(line)

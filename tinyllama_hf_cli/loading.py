@@ -26,13 +26,13 @@ def load_model(
     from tinyllama_hf.inference.drafts import load_draft
     from tinyllama_hf.inference.load import load
     from tinyllama_hf.progress import quiet_library_bars
-    from tinyllama_hf.quantization.bitsandbytes import QuantizedTinyLlama, footprint_line
+    from tinyllama_hf.quantization.bitsandbytes import QuantizedTinyLlama, describe_footprint
 
     chosen = find_dtype(dtype) or "auto"
     quiet_library_bars()
     loaded, tokenizer = load(model, chosen, device, quantization, adapter=adapter)
     if isinstance(loaded, QuantizedTinyLlama):
-        note(footprint_line(loaded))
+        note(describe_footprint(loaded))
     return loaded, tokenizer, load_draft(draft, loaded, tokenizer, chosen, device) if draft else None
 
 

@@ -41,14 +41,14 @@ def memory(
     from tinyllama_hf.planning.inference_memory import Setup, check_batch, fit_lines, lines
     from tinyllama_hf.planning.inference_memory import memory as work_out
     from tinyllama_hf.planning.named_architecture import find_architecture
-    from tinyllama_hf.quantization.bitsandbytes import chosen_quantization
+    from tinyllama_hf.quantization.bitsandbytes import choose_quantization
 
     if cache != "dynamic":
         raise InputError(
             f"--cache {cache!r}: quantized caches were removed, since no command generates with one; omit it"
         )
     found = find_architecture(model)
-    kind = chosen_quantization(quantization, found.quantization, model)
+    kind = choose_quantization(quantization, found.quantization, model)
     source = found.source if found.quantization == "none" else f"{found.source}, saved as {found.quantization}"
     weights_dtype = find_dtype(dtype) or found.dtype
     if weights_dtype is None:

@@ -12,7 +12,7 @@ from tinyllama_hf.batch.generate_many import Request, generate_many
 from tinyllama_hf.decoding.acceptance import draw
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.inference.drafts import load_draft
-from tinyllama_hf.inference.generation import Sampling, generate_ids, stop_tokens_of
+from tinyllama_hf.inference.generation import Sampling, generate_ids, stop_token_ids
 
 
 GREEDY = Sampling(0, 1.0)
@@ -195,7 +195,7 @@ class TestPlacesAreFilled:
         model, tokenizer = random_model
         model.generation_config.update(**settings)
         wanted = requests(tokenizer, 10) + [Request(100 + r.key, r.ids[::-1], 3 + r.key) for r in requests(tokenizer)]
-        stops = stop_tokens_of(model, tokenizer)
+        stops = stop_token_ids(model, tokenizer)
         alone = {
             r.key: generate_ids(model, tokenizer, r.ids, r.max_new_tokens, GREEDY, eos_token_id=stops) for r in wanted
         }

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from tests.exactness import assert_greedy
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.quantization.bitsandbytes import footprint, footprint_line
+from tinyllama_hf.quantization.bitsandbytes import describe_footprint, measure_footprint
 
 
 pytest.importorskip("bitsandbytes")
@@ -122,8 +122,12 @@ def test_the_fast_path_is_kept_under_an_adapter(base, adapter):
 def test_footprint(base, adapter, quantization):
     plain, model = (load(base, quantization=quantization, adapter=on_top)[0] for on_top in (None, adapter))
     added = sum(tensor.nbytes for tensor in load_file(adapter / "adapter_model.safetensors").values())
-    assert footprint(model) == (footprint(plain).weights + added, footprint(plain).unquantized + added, added)
-    assert f"MB of weights, including an adapter of {added / 1e6:.1f} MB (" in footprint_line(model)
+    assert measure_footprint(model) == (
+        measure_footprint(plain).weights + added,
+        measure_footprint(plain).unquantized + added,
+        added,
+    )
+    assert f"MB of weights, including an adapter of {added / 1e6:.1f} MB (" in describe_footprint(model)
 
 
 @pytest.mark.parametrize("quantization", KINDS)

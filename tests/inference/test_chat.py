@@ -18,7 +18,7 @@ from tinyllama_hf.chat.templates import load_template
 from tinyllama_hf.decoding.proposals import ModelProposer
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.inference.chat import ChatSession
-from tinyllama_hf.inference.generation import Sampling, stop_tokens_of
+from tinyllama_hf.inference.generation import Sampling, stop_token_ids
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def test_every_stop_token_stops(model, tokenizer):
     assert third not in first[:-1].tolist()
     model.generation_config.eos_token_id = [2, third]
     try:
-        assert stop_tokens_of(model, tokenizer) == sorted({2, third})
+        assert stop_token_ids(model, tokenizer) == sorted({2, third})
         assert session.say("One?") == tokenizer.decode(first[:-1]).strip() == "".join(session.shown).strip()
     finally:
         model.generation_config.eos_token_id = 2

@@ -35,7 +35,7 @@ from tinyllama_hf.planning.inference_memory import (
 )
 from tinyllama_hf.planning.kv_cache import measure_cache
 from tinyllama_hf.planning.named_architecture import find_architecture
-from tinyllama_hf.quantization.bitsandbytes import QUANTIZATIONS, QuantizedTinyLlama, footprint
+from tinyllama_hf.quantization.bitsandbytes import QUANTIZATIONS, QuantizedTinyLlama, measure_footprint
 
 
 PUBLISHED = TinyLlamaConfig.preset("1.1b")
@@ -61,13 +61,13 @@ class TestWeights:
         found = find_architecture(str(folders[name]))
         model, _ = load(folders[name], quantization=quantization)
         assert found.dtype == model.dtype
-        assert weight_bytes(Setup(found.config, found.dtype, quantization)) == footprint(model).weights
+        assert weight_bytes(Setup(found.config, found.dtype, quantization)) == measure_footprint(model).weights
 
     def test_in_another_type(self, folders):
         """Scales stay as they are, buffers in fp32."""
         model, _ = load(folders["nano"], dtype=torch.bfloat16, quantization="nf4")
         config = find_architecture(str(folders["nano"])).config
-        assert weight_bytes(Setup(config, torch.bfloat16, "nf4")) == footprint(model).weights
+        assert weight_bytes(Setup(config, torch.bfloat16, "nf4")) == measure_footprint(model).weights
 
     def test_published_size(self):
         """2200 MB in bf16, and 4 bits for all but embeddings and head, with 127 to 129 bits for the scales of 1000 weights."""
@@ -79,11 +79,11 @@ class TestWeights:
     def test_after_a_pass_in_another_layout(self, folders):
         """What repacking on some processors adds lies within the reserve."""
         model, _ = load(folders["smollm2"], quantization="nf4")
-        before = footprint(model).weights
+        before = measure_footprint(model).weights
         with torch.inference_mode():
             model(torch.arange(3, 20)[None])
         quantised = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
-        assert 0 <= footprint(model).weights - before <= quantised // 64 * 2 < MEMORY_RESERVE * before
+        assert 0 <= measure_footprint(model).weights - before <= quantised // 64 * 2 < MEMORY_RESERVE * before
 
 
 def allocated(model, ids, mask, path):
@@ -423,12 +423,12 @@ class TestSavedQuantised:
         saved = self.save(nano_folder, tmp_path / "saved", dtype, **configuration)
         found, (model, _) = find_architecture(str(saved)), load(saved)
         assert found.dtype == model.dtype == dtype
-        assert weight_bytes(Setup(found.config, dtype, found.quantization)) == footprint(model).weights
+        assert weight_bytes(Setup(found.config, dtype, found.quantization)) == measure_footprint(model).weights
         other = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32}[dtype]
         changed, _ = load(saved, dtype=str(other).removeprefix("torch."))
         plain = [p for p in changed.parameters() if p.is_floating_point() and not hasattr(p, "quant_state")]
         assert {p.dtype for p in plain} == {other} == {changed.dtype}
-        assert weight_bytes(Setup(found.config, other, found.quantization)) == footprint(changed).weights
+        assert weight_bytes(Setup(found.config, other, found.quantization)) == measure_footprint(changed).weights
         ids = torch.arange(3, 20)[None]
         with torch.inference_mode():
             wanted, logits = model(ids).logits.float(), changed(ids).logits.float()
@@ -441,7 +441,7 @@ class TestSavedQuantised:
         assert (status, error) == (0, "")
         first, weights, *others = out.splitlines()
         assert first == "model       nf4 (config.json, saved as nf4)"
-        held = footprint(load(nf4)[0])
+        held = measure_footprint(load(nf4)[0])
         assert weights == f"weights     {held.weights / 1e6:.1f} MB (nf4; {held.unquantized / 1e6:.1f} MB in float32)"
         assert call(f"{nano_folder} {words} --quantization nf4")[1].splitlines()[1:] == [weights, *others]
         assert call(f"nf4 {words} --quantization nf4")[1] == out

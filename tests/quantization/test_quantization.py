@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from tests.exactness import assert_greedy
 from tinyllama_hf import load
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.quantization.bitsandbytes import footprint, footprint_line
+from tinyllama_hf.quantization.bitsandbytes import describe_footprint, measure_footprint
 
 
 pytest.importorskip("bitsandbytes")
@@ -168,15 +168,15 @@ def test_footprint(nano_folder, quantization):
     layers = linear_layers(plain).values()
     quantized = sum(layer.weight.numel() for layer in layers)
     rest = (sum(p.numel() for p in plain.parameters()) - quantized) * 4 + sum(b.nbytes for b in plain.buffers())
-    assert footprint(plain) == (quantized * 4 + rest, quantized * 4 + rest, 0)
+    assert measure_footprint(plain) == (quantized * 4 + rest, quantized * 4 + rest, 0)
     model, _ = load(nano_folder, quantization=quantization)
-    before = footprint(model)
+    before = measure_footprint(model)
     with torch.inference_mode():
         model(IDS)
-    after = footprint(model)
+    after = measure_footprint(model)
     if quantization == "int8":
         rows = sum(layer.out_features for layer in layers)
-        assert before == after == (quantized + rows * 4 + rest, footprint(plain).weights, 0)
+        assert before == after == (quantized + rows * 4 + rest, measure_footprint(plain).weights, 0)
     else:
         blocks = quantized // 64
         scales = before.weights - quantized // 2 - rest
@@ -184,10 +184,9 @@ def test_footprint(nano_folder, quantization):
         # After repacking, each block has its scale in bf16 too, in addition to the one for saving.
         assert after.weights - before.weights == (2 * blocks if has_avx512bf16() else 0)
     assert model.get_memory_footprint() == after.weights
-    line = (
-        f"{quantization}: {after.weights / 1e6:.1f} MB of weights ({footprint(plain).weights / 1e6:.1f} MB in float32)"
-    )
-    assert footprint_line(model) == line
+    unquantized = f"{measure_footprint(plain).weights / 1e6:.1f} MB in float32"
+    line = f"{quantization}: {after.weights / 1e6:.1f} MB of weights ({unquantized})"
+    assert describe_footprint(model) == line
 
 
 @pytest.mark.parametrize("quantization", KINDS)

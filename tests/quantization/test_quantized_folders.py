@@ -15,7 +15,7 @@ from tests.exactness import assert_greedy
 from tinyllama_hf import TinyLlamaForCausalLM, load, load_tokenizer
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.inference.load import load_stock, model_folder
-from tinyllama_hf.quantization.bitsandbytes import QuantizedTinyLlama, footprint, footprint_line
+from tinyllama_hf.quantization.bitsandbytes import QuantizedTinyLlama, describe_footprint, measure_footprint
 
 
 pytest.importorskip("bitsandbytes")
@@ -84,7 +84,9 @@ def test_load_generate_save_reload(nano_folder, tmp_path, options, dtype):
         if other is not stock:  # its attention sums in another order
             assert torch.equal(other.generate(IDS, **GREEDY), text)
     assert_greedy(stock, text, torch.ones_like(IDS))
-    assert footprint(reloaded) == footprint(model) and footprint_line(reloaded) == footprint_line(model)
+    assert measure_footprint(reloaded) == measure_footprint(model) and describe_footprint(
+        reloaded
+    ) == describe_footprint(model)
     reloaded.save_pretrained(tmp_path / "again")
     assert_equal_weights(*(load_file(tmp_path / name / "model.safetensors") for name in ("again", "saved")))
 
@@ -258,7 +260,7 @@ def test_fp4_folders_load(nano_folder, tmp_path, double):
     expected = logits(LlamaForCausalLM.from_pretrained(nano_folder, quantization_config=configuration).eval())
     for loader in (load, load_stock):
         model, _ = loader(tmp_path)
-        assert torch.equal(logits(model), expected) and footprint_line(model).startswith("fp4: ")
+        assert torch.equal(logits(model), expected) and describe_footprint(model).startswith("fp4: ")
     model.save_pretrained(tmp_path / "again")
     assert_equal_weights(*(load_file(folder / "model.safetensors") for folder in (tmp_path / "again", tmp_path)))
     for folder in (tmp_path, nano_folder):

@@ -18,7 +18,7 @@ from ..decoding.rows import RowPlan
 from ..decoding.speculative import check_pair
 from ..errors import InputError, check_seed
 from ..inference.drafts import SEEDED_DRAFT_LENGTH
-from ..inference.generation import Context, Sampling, stop_tokens_of
+from ..inference.generation import Context, Sampling, stop_token_ids
 
 
 DEFAULT_BATCH_SIZE = 8
@@ -95,7 +95,7 @@ def generate_many(
     if len({request.key for request in requests}) < len(requests):
         raise InputError("requests: two of them have the same key. Give each its own")
     check_pair(model, draft)
-    stop_tokens = stop_tokens_of(model, tokenizer)
+    stop_tokens = stop_token_ids(model, tokenizer)
     pad = (
         0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     )  # masked in prompts, and not part of the output

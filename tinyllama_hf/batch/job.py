@@ -20,7 +20,7 @@ from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 from ..decoding.proposals import Proposer
 from ..errors import InputError
 from ..files import locked, read_json, write_json, write_text
-from ..inference.adapters import adapter_folder, tokenizer_with
+from ..inference.adapters import adapter_folder, load_adapted_tokenizer
 from ..inference.drafts import LAYERS, LOOKUP
 from ..inference.generation import Context, Sampling
 from ..inference.load import model_folder
@@ -63,7 +63,7 @@ def open_job(
     own_draft = draft is None or draft == LOOKUP or draft.startswith(LAYERS)
     named = {"model": model} if own_draft else {"model": model, "draft": draft}
     context = min((Context(_context(name), role) for role, name in named.items()), key=lambda context: context.tokens)
-    prompts = read_prompts(source, tokenizer_with(adapter, model), context, sampling.max_new_tokens)
+    prompts = read_prompts(source, load_adapted_tokenizer(adapter, model), context, sampling.max_new_tokens)
     folders = {role: model_folder(name, quantized=True) for role, name in named.items()}
     if adapter is not None:
         folders["adapter"] = adapter_folder(adapter)

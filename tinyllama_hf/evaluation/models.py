@@ -11,7 +11,7 @@ from ..errors import InputError
 from ..files import read_json
 from ..inference.load import load, load_stock, model_folder, stock_tokenizer
 from ..pretrain.milestones import CONFIG_FILE, MILESTONES_FOLDER, list_milestones, read_record
-from ..quantization.bitsandbytes import cast_plain, check_quantization, chosen_quantization, quantization_of
+from ..quantization.bitsandbytes import cast_unquantized, check_quantization, choose_quantization, saved_quantization
 
 
 class EvalModel(NamedTuple):
@@ -49,7 +49,7 @@ def describe_model(folder: Path, quantization: str = "none", name: str = "") -> 
         InputError: if the folder was saved with another quantization, or the backend is not installed.
     """
     config = folder / "config.json"
-    kind = chosen_quantization(quantization, quantization_of(read_json(config), str(config)), str(folder))
+    kind = choose_quantization(quantization, saved_quantization(read_json(config), str(config)), str(folder))
     check_quantization(kind)
     name = name or folder.name
     return EvalModel(folder, name if kind == "none" else f"{name} ({kind})", kind)
@@ -86,12 +86,12 @@ def load_eval_model(
         InputError: as [`load_stock`].
     """
     folder, kind = model.folder, model.quantization
-    if quantization_of(read_json(folder / "config.json"), str(folder)) == kind:
+    if saved_quantization(read_json(folder / "config.json"), str(folder)) == kind:
         loaded, tokenizer = load_stock(folder, device, dtype)
     else:
         loaded, _ = load(folder, device=device, quantization=kind, trainable=True)
         tokenizer = stock_tokenizer(folder)
-    cast_plain(loaded, dtype)  # after quantization, which starts from the dtype of the file
+    cast_unquantized(loaded, dtype)  # after quantization, which starts from the dtype of the file
     return loaded, tokenizer
 
 

@@ -16,7 +16,7 @@ from ..data.shards import read_metadata
 from ..errors import InputError
 from ..pretrain.milestones import list_milestones, read_record
 from ..pretrain.run_record import RunRecord, open_mixture, read_run_record
-from ..quantization.bitsandbytes import check_name, check_quantization
+from ..quantization.bitsandbytes import check_quantization, check_quantization_name
 from ..tokenization_tinyllama import load_tokenizer, tokenizer_fingerprint
 from .bits_per_byte import HeldOut, document_tokens, held_out_documents, score_documents, summarize
 from .models import EvalModel, describe_model, find_run, list_eval_models, load_eval_model
@@ -111,7 +111,7 @@ def watch(
         InputError: as [`score`], before the first check; or if the folder is not a run.
     """
     last = read_run_record(run).num_steps
-    check_name(quantization)
+    check_quantization_name(quantization)
     check_quantization(quantization)
     text = _open_text([str(run)])
     file = _open_file(output, text, rescore)

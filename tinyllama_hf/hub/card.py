@@ -10,7 +10,7 @@ from ..conversion.reading.containers import open_safetensors
 from ..evaluation.protocol import caveat
 from ..portable import portable
 from ..pretrain.milestones import CONFIG_FILE
-from ..quantization.bitsandbytes import quantization_of
+from ..quantization.bitsandbytes import saved_quantization
 from ..report.jinja import render_template
 from ..report.run_scores import NO_SCORES, Scores, row_of
 from .card_file import write_card
@@ -91,7 +91,7 @@ def _text(model: ModelFolder, **values: Any) -> str:
         gguf_file=next((name for name in files if name.endswith(".gguf")), None),
         settings=settings,
         configuration=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
-        quantization=quantization_of(model.config, str(model.path)) if model.kind == "quantized" else None,
+        quantization=saved_quantization(model.config, str(model.path)) if model.kind == "quantized" else None,
         adapter=_adapter_settings(model.config) if model.kind == "adapter" else {},
         embedding_rows=_embedding_rows(model.path) if model.kind == "adapter" else None,
         has_provenance=model.kind == "trained" or model.record.keys() >= _PROVENANCE_FIELDS,

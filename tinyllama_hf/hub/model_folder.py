@@ -14,7 +14,7 @@ from ..conversion.reading.recognize import open_checkpoint, read_llama_config
 from ..errors import InputError
 from ..portable import hub_id, portable
 from ..pretrain.milestones import CONFIG_FILE
-from ..quantization.bitsandbytes import quantization_of
+from ..quantization.bitsandbytes import saved_quantization
 from ..released import released
 
 
@@ -147,7 +147,7 @@ def _plain(folder: Path, kind: str) -> ModelFolder:
 def _quantized(folder: Path) -> ModelFolder:
     """Opens a folder that bitsandbytes saved: weights have the usual names, and packed shapes."""
     config = _llama_fields(folder)
-    quantization_of(config, str(folder))
+    saved_quantization(config, str(folder))
     tensors = _stored(folder)
     shapes = expected_shapes(read_llama_config(folder / "config.json", quantized=True))
     for name, shape in shapes.items():

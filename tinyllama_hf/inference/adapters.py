@@ -46,7 +46,7 @@ def adapter_folder(path_or_id: str | os.PathLike) -> Path:
     return folder
 
 
-def tokenizer_with(adapter: str | os.PathLike | None, model: str | os.PathLike) -> PreTrainedTokenizerBase:
+def load_adapted_tokenizer(adapter: str | os.PathLike | None, model: str | os.PathLike) -> PreTrainedTokenizerBase:
     """Loads the tokenizer saved with the adapter if there is one, else the model's; likewise the chat template.
 
     Args:

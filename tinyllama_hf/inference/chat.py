@@ -12,7 +12,7 @@ from ..chat.render import render
 from ..decoding.proposals import Proposer
 from ..errors import InputError, check_seed, did_you_mean
 from ..text import decode_text
-from .generation import DEFAULT_NEW_TOKENS, Context, ExactTextStreamer, Sampling, generate_ids, stop_tokens_of
+from .generation import DEFAULT_NEW_TOKENS, Context, ExactTextStreamer, Sampling, generate_ids, stop_token_ids
 
 
 COMMANDS = {
@@ -106,7 +106,7 @@ class ChatSession:
             InputError: if the message does not fit the context.
         """
         ids = self._fit(text)
-        stop = stop_tokens_of(self.model, self.tokenizer)
+        stop = stop_token_ids(self.model, self.tokenizer)
         streamer = ExactTextStreamer(self.tokenizer, self.write, skip_prompt=True, hidden=stop)
         num_new = min(self._max_new_tokens, self.context.tokens - len(ids))
         options: dict[str, Any] = {"draft": self.draft, "seeded": self._seeded, "eos_token_id": stop}

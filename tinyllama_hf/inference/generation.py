@@ -177,7 +177,7 @@ class Context:
         return max_new_tokens or min(DEFAULT_NEW_TOKENS, room)
 
 
-def stop_tokens_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Returns the end-of-sequence tokens of the tokenizer and of the model's generation settings."""
     named = model.generation_config.eos_token_id
     named = named if isinstance(named, list) else [named]

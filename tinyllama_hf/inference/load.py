@@ -24,16 +24,16 @@ from ..files import read_json
 from ..modeling_tinyllama import TinyLlamaForCausalLM
 from ..quantization.bitsandbytes import (
     QuantizedTinyLlama,
-    cast_plain,
-    check_name,
+    cast_unquantized,
     check_quantization,
-    chosen_quantization,
+    check_quantization_name,
+    choose_quantization,
     make_safe,
     quantization_config,
-    quantization_of,
+    saved_quantization,
 )
 from ..released import local_folder
-from .adapters import adapter_folder, add_adapter, tokenizer_with
+from .adapters import adapter_folder, add_adapter, load_adapted_tokenizer
 
 
 def load(
@@ -79,13 +79,13 @@ def load(
             the adapter does not fit the model; or if the device or a package is not available.
     """
     device = choose_device(device)
-    check_name(quantization)
+    check_quantization_name(quantization)
     check_quantization(quantization)
     folder, saved = _open_folder(path_or_name)
-    kind = chosen_quantization(quantization, saved, str(folder))
+    kind = choose_quantization(quantization, saved, str(folder))
     check_quantization(kind, double_quantization, compute_dtype)
     on_top = adapter_folder(adapter) if adapter else None
-    tokenizer = tokenizer_with(on_top, folder)
+    tokenizer = load_adapted_tokenizer(on_top, folder)
     options = {"config": _config(folder, compute_dtype if saved != "none" else "auto", trainable)}
     if kind != saved:
         options["quantization_config"] = quantization_config(kind, device, double_quantization, compute_dtype)
@@ -163,7 +163,7 @@ def _load_weights(
         return model.to(device).eval()
     make_safe(model, str(folder))
     if dtype != "auto":  # transformers (5.23) ignores it for the plain weights of a quantized folder
-        cast_plain(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        cast_unquantized(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     return model.eval()
 
 
@@ -206,7 +206,7 @@ def _open_folder(path_or_name: str | os.PathLike) -> tuple[Path, str]:
     model_type = fields.get("model_type")
     if model_type not in ("llama", TinyLlamaConfig.model_type):
         raise InputError(f"{config}: model_type {model_type!r} is not a Llama; tinyllama_hf loads Llama folders only")
-    return folder, quantization_of(fields, str(config))
+    return folder, saved_quantization(fields, str(config))
 
 
 def _milestones_hint(folder: Path) -> str:

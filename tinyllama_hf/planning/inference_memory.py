@@ -39,7 +39,7 @@ class Setup(NamedTuple):
     Attributes:
         config (`TinyLlamaConfig`): the architecture; if the weights were saved quantised, with how in `quantization_config`.
         dtype (`torch.dtype`): of what is not quantised: embeddings, norms, head, activations, and the cache by default.
-        quantization (`str`): from `chosen_quantization`.
+        quantization (`str`): from `choose_quantization`.
     """
 
     config: TinyLlamaConfig

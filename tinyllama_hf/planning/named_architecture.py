@@ -12,7 +12,7 @@ from ..configuration_tinyllama import PRESETS, TinyLlamaConfig
 from ..errors import InputError, one_line
 from ..files import read_json
 from ..inference.load import model_folder
-from ..quantization.bitsandbytes import quantization_of
+from ..quantization.bitsandbytes import saved_quantization
 from ..released import intermediate_checkpoint, local_folder, released, tables
 
 
@@ -66,7 +66,7 @@ def find_architecture(name: str) -> Architecture:
 def _of_folder(folder: Path) -> Architecture:
     folder = model_folder(folder, quantized=True)
     fields = read_json(folder / "config.json")
-    saved = quantization_of(fields, str(folder))
+    saved = saved_quantization(fields, str(folder))
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         plain = saved != "none" and fields["quantization_config"].get("llm_int8_skip_modules")

@@ -68,8 +68,8 @@ class QuantizedTinyLlama(TinyLlamaForCausalLM):
         return _unquantized(self).flops_per_token(seq_len, convention)
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Returns the bytes of weights, scales, adapter and buffers; see [`footprint`]."""
-        return footprint(self).weights
+        """Returns the bytes of weights, scales, adapter and buffers; see [`measure_footprint`]."""
+        return measure_footprint(self).weights
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         # bitsandbytes (0.50.2) does not move the int8 scales when a model moves after its first forward pass.
@@ -86,18 +86,18 @@ def _remove_other_weights(folder: Path, written: set[str]) -> None:
                 file.unlink()
 
 
-def chosen_quantization(asked: str, saved: str, where: str) -> str:
+def choose_quantization(asked: str, saved: str, where: str) -> str:
     """Returns the quantization to use: the one that the weights were saved with, or else the requested one.
 
     Args:
         asked (`str`): one of `QUANTIZATIONS`; `"none"` keeps weights as they were saved.
-        saved (`str`): the quantization of the saved weights; see [`quantization_of`].
+        saved (`str`): the quantization of the saved weights; see [`saved_quantization`].
         where (`str`): name of the model, for the error message.
 
     Raises:
         InputError: if the name is unknown, or the weights were saved with another quantization.
     """
-    check_name(asked)
+    check_quantization_name(asked)
     if saved != "none" and asked not in ("none", saved):
         raise InputError(
             f"--quantization {asked!r}: the weights of {where} are already {saved}. Leave the option out, or give the "
@@ -106,7 +106,7 @@ def chosen_quantization(asked: str, saved: str, where: str) -> str:
     return asked if saved == "none" else saved
 
 
-def check_name(quantization: str) -> None:
+def check_quantization_name(quantization: str) -> None:
     """Checks the name of a requested quantization, without importing bitsandbytes.
 
     Raises:
@@ -126,7 +126,7 @@ def check_name(quantization: str) -> None:
 def check_quantization(quantization: str, double_quantization: bool = True, compute_dtype: Any = "auto") -> None:
     """Checks that a quantization has the given options and that its backend is installed.
 
-    The name must be valid already: [`check_name`] checks it, and a folder may also be `"fp4"`.
+    The name must be valid already: [`check_quantization_name`] checks it, and a folder may also be `"fp4"`.
 
     Raises:
         InputError: naming the option, or the package to install.
@@ -175,7 +175,7 @@ def _fastest_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if has_avx512bf16() else torch.float32
 
 
-def quantization_of(fields: Mapping[str, Any], where: str) -> str:
+def saved_quantization(fields: Mapping[str, Any], where: str) -> str:
     """Returns the quantization that the weights of a folder were saved with.
 
     Args:
@@ -224,7 +224,7 @@ def make_safe(model: PreTrainedModel, where: str) -> None:
     ] = []  # with them transformers (5.23) refuses to save a model it loaded quantized
 
 
-def cast_plain(model: nn.Module, dtype: torch.dtype) -> None:
+def cast_unquantized(model: nn.Module, dtype: torch.dtype) -> None:
     """Casts the parameters that are not quantized, in place."""
     for parameter in model.parameters():
         # 4-bit weights may be stored in tensors of any dtype, floating-point ones included.
@@ -284,7 +284,7 @@ class Footprint(NamedTuple):
     adapter: int
 
 
-def footprint(model: PreTrainedModel) -> Footprint:
+def measure_footprint(model: PreTrainedModel) -> Footprint:
     """Measures the memory of a model's weights: parameters, buffers, and the scales of quantized parameters."""
     tensors: dict[int, torch.Tensor] = {}
     for module in model.modules():
@@ -295,10 +295,10 @@ def footprint(model: PreTrainedModel) -> Footprint:
     return Footprint(sum(tensor.nbytes for tensor in tensors.values()), unquantized + adapter, adapter)
 
 
-def footprint_line(model: PreTrainedModel) -> str:
+def describe_footprint(model: PreTrainedModel) -> str:
     """Returns the measured memory as a line of output: `nf4: 95.2 MB of weights (269.0 MB in bfloat16)`."""
-    measured = footprint(model)
-    kind = quantization_of(model.config.to_dict(), "model")
+    measured = measure_footprint(model)
+    kind = saved_quantization(model.config.to_dict(), "model")
     adapter = f", including an adapter of {measured.adapter / 1e6:.1f} MB" if measured.adapter else ""
     dtype = str(model.dtype).removeprefix("torch.")
     return (

@@ -24,7 +24,7 @@ from transformers import BatchEncoding, GenerationConfig, PreTrainedModel, PreTr
 from transformers.cli.serving.model_manager import ModelManager
 
 from ..errors import InputError, require
-from ..inference.generation import Sampling, stop_tokens_of
+from ..inference.generation import Sampling, stop_token_ids
 from .request_answers import BodyLimit, UnknownModel, error_body, openai_stream
 from .request_fields import Limits, check_fields, prompt_ids
 from .request_queue import Busy, Ending, OneQueue
@@ -75,7 +75,7 @@ def build_app(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerF
     logging.getLogger("transformers.cli.serving").setLevel(logging.ERROR)
     model.generation_config.update(
         **Sampling().arguments(),
-        eos_token_id=stop_tokens_of(model, tokenizer),
+        eos_token_id=stop_token_ids(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
     chat = OneModel(name, model, _for_chat(tokenizer))
