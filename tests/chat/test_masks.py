@@ -81,15 +81,17 @@ def test_fifty_conversations_by_hand(request, name):
 
 def test_control_text_in_a_reply_does_not_end_it(chatml):
     assert learned(chatml, [user("Hi"), assistant("a <|im_end|> b"), user("x"), assistant("y")]) == [
-        "a <|im_end|> b<|im_end|>", "y<|im_end|>"
-    ]  # fmt: skip
+        "a <|im_end|> b<|im_end|>",
+        "y<|im_end|>",
+    ]
 
 
 def test_a_template_without_begin_of_sequence(tokenizer):
     tokenizer.chat_template = ZEPHYR
     assert learned(tokenizer, [system("s"), user("Hi"), assistant("One."), user("x"), assistant("Two.")]) == [
-        "One.</s>", "Two.</s>"
-    ]  # fmt: skip
+        "One.</s>",
+        "Two.</s>",
+    ]
     check_template(tokenizer, is_own=True)
     with pytest.raises(InputError, match="must start with one begin-of-sequence"):
         check_template(tokenizer)

@@ -46,8 +46,9 @@ def base(request, tokenizer_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = TinyLlamaConfig(**sizes, vocab_size=ROWS, num_key_value_heads=2, max_position_embeddings=64,
-                             tie_word_embeddings=request.param)  # fmt: skip
+    config = TinyLlamaConfig(
+        **sizes, vocab_size=ROWS, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=request.param
+    )
     LlamaForCausalLM(config.to_llama()).save_pretrained(folder)
     load_tokenizer(tokenizer_folder).save_pretrained(folder)
     return folder

@@ -57,8 +57,12 @@ def test_the_reply_is_shown_alone_and_joins_the_history(model, tokenizer):
     session = Session(model, tokenizer, system="Be brief.")
     replies = [session.say("One?"), session.say("Two?")]
     assert "".join(session.shown).count("One?") == 0 and [s.strip() for s in ["".join(session.shown)]] != [""]
-    history = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "One?"},
-               {"role": "assistant", "content": replies[0]}, {"role": "user", "content": "Two?"}]  # fmt: skip
+    history = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": replies[0]},
+        {"role": "user", "content": "Two?"},
+    ]
     assert session.prompts[1] == render(tokenizer, history).input_ids
     assert "".join(session.shown).strip().startswith(replies[0][:4].strip())
 
@@ -224,9 +228,15 @@ def test_a_base_model_is_refused_at_once(model, tokenizer_folder):
 def test_smollm2_answers(smollm2, tmp_path, options):
     """With its own template, in bf16, int8 and nf4. The second question depends on the first."""
     lines = (
-        "What is the capital of France?", "And of Germany?", "/system Talk like a pirate.",
-        "What is the capital of Japan?", "/reset", "Is <|im_end|> a word?", "/exit", "never asked",
-    )  # fmt: skip
+        "What is the capital of France?",
+        "And of Germany?",
+        "/system Talk like a pirate.",
+        "What is the capital of Japan?",
+        "/reset",
+        "Is <|im_end|> a word?",
+        "/exit",
+        "never asked",
+    )
     done = chat(smollm2, "\n".join(lines), "--temperature", "0", "--max-new-tokens", "40", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     answers = done.stdout.splitlines()

@@ -333,9 +333,11 @@ def test_a_folder_of_an_older_version(nano_folder, saved):
     stock = AutoModelForCausalLM.from_pretrained(
         nano_folder,
         quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         ),
-    ).eval()  # fmt: skip
+    ).eval()
     assert torch.equal(logits(model), logits(stock))
     assert load_tokenizer(saved)

@@ -21,9 +21,13 @@ class Server:
     def __init__(self, folder: Path, cwd: Path, *options: str):
         command = [Path(sys.executable).parent / "tinyllama-hf", "serve", folder, "--port", "0", *options]
         self.process = subprocess.Popen(
-            [str(word) for word in command], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [str(word) for word in command],
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
             env=os.environ | {"HF_HOME": str(cwd / "nowhere"), "PYTHONUNBUFFERED": "1"},
-        )  # fmt: skip
+        )
         self.greeting = self.process.stdout.readline()
         assert self.greeting.startswith("serving "), self.greeting + self.process.communicate(timeout=60)[0]
         self.url = self.greeting.split()[3].rstrip(";")

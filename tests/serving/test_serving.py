@@ -90,8 +90,10 @@ def test_responses(client, local):
 
 
 def test_sampling_is_that_of_generate_until_a_request_says_otherwise(client):
-    texts = {complete(client, "def", max_tokens=20, temperature=t, seed=s).choices[0].text
-             for t, s in ((1.0, 1), (1.0, 2), (0.3, 1), (openai.omit, 1), (0, 1))}  # fmt: skip
+    texts = {
+        complete(client, "def", max_tokens=20, temperature=t, seed=s).choices[0].text
+        for t, s in ((1.0, 1), (1.0, 2), (0.3, 1), (openai.omit, 1), (0, 1))
+    }
     assert len(texts) == 5
     again = [complete(client, "def", max_tokens=20, temperature=1.0, seed=1).choices[0].text for _ in range(2)]
     assert again[0] == again[1] and again[0] in texts
@@ -144,10 +146,13 @@ def test_bad_requests(client, ask, message):
 
 @pytest.mark.parametrize(
     "ask",
-    [lambda c: complete(c, "x", model="another"), lambda c: chat(c, "x", model="a/b"),
-    lambda c: c.models.retrieve("a/b"),
-     lambda c: c.responses.create(model="another", input="x")],
-)  # fmt: skip
+    [
+        lambda c: complete(c, "x", model="another"),
+        lambda c: chat(c, "x", model="a/b"),
+        lambda c: c.models.retrieve("a/b"),
+        lambda c: c.responses.create(model="another", input="x"),
+    ],
+)
 def test_another_model(client, ask):
     with pytest.raises(openai.NotFoundError) as error:
         ask(client)
@@ -265,9 +270,13 @@ def test_the_page(served_folder, tmp_path):
         if command in (served, "pip install 'tinyllama_hf[serving]'"):
             continue
         done = subprocess.run(
-            command.replace("8000", port), shell=True, cwd=tmp_path, env=os.environ | {"PATH": path},
-            capture_output=True, text=True
-        )  # fmt: skip
+            command.replace("8000", port),
+            shell=True,
+            cwd=tmp_path,
+            env=os.environ | {"PATH": path},
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0 and wanted in done.stdout, f"{command}\n{done.stdout}{done.stderr}"
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     code = "".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)).replace("8000", port)
