@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 from tinyllama_hf_cli.openmp import let_threads_sleep
 
+from tinyllama_hf_cli.openmp import let_threads_sleep
+
 
 def main() -> int:
     arguments = parse_arguments()
