@@ -117,7 +117,7 @@ def test_wheel_holds_everything_that_a_user_needs(distributions):
                 assert f"tinyllama_hf/{part}/{file.relative_to(ROOT / part).as_posix()}" in names
     for package in ("tinyllama_hf", "tinyllama_hf_cli"):
         for file in (ROOT / package).rglob("*"):
-            if file.suffix in (".py", ".yaml", ".typed"):
+            if file.is_file() and "__pycache__" not in file.parts:
                 assert file.relative_to(ROOT).as_posix() in names
         assert f"{package}/py.typed" in names  # type checkers of users read our annotations
     assert any(name.endswith("licenses/LICENSE") for name in names)
