@@ -59,19 +59,24 @@ def convert(
     losses: list[float] = []
     started = time.monotonic()
     check = (lambda checkpoint: losses.append(check_sanity(checkpoint))) if sanity else None
-    options = {
-        "dtype": dtype,
-        "max_shard_size": max_shard_size,
-        "vocab_rows": vocab_rows,
-        "config": config,
-        "force": force,
-    }
-    done = run(source, to, output, calibration=calibration or (), check=check, progress=sys.stderr.isatty(), **options)
+    done = run(
+        source,
+        to,
+        output,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        vocab_rows=vocab_rows,
+        config=config,
+        calibration=calibration or (),
+        check=check,
+        force=force,
+        progress=sys.stderr.isatty(),
+    )
     print(f"read        {source}: {done.layout}")
     for note in done.notes:
         print(f"note        {note}")
     if losses:
-        print(f"sanity      loss {losses[0]:.3f} nats a token on the bundled text")
+        print(f"sanity      loss {losses[0]:.3f} nats per token on the bundled text")
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     print(f"wrote {output}: {done.format}, {size / 1e6:,.1f} MB in {time.monotonic() - started:.1f} s")
     for line in done.next_lines:

@@ -21,7 +21,7 @@ COMPUTED = ("rotary_emb.inv_freq", "rope.freqs")
 _FIRST_LAYER = "model.layers.0."
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
           "intermediate_size", "max_position_embeddings")  # fmt: skip
-_MAX_BITS = {int: 31, float: 63}  # of sizes and of factors; rotary bases can be several billion
+_MAX_BITS: dict[type, int] = {int: 31, float: 63}  # of sizes and of factors; rotary bases can be several billion
 
 
 class LazyTensor(NamedTuple):
@@ -124,7 +124,8 @@ def positive_number(fields: Mapping[str, Any], name: str, where: object, default
     value = default if fields.get(name) is None else fields[name]
     bits = _MAX_BITS[kind]
     # The bound also refuses infinity and NaN, which Python's JSON and YAML readers accept.
-    if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < 2**bits:
+    is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+    if not is_number or not 0 < value < 2**bits:
         # Python refuses to print integers with thousands of digits.
         is_long = isinstance(value, int) and value.bit_length() > 99
         shown = f"a number of {value.bit_length()} bits" if is_long else f"{value!r:.80}"
@@ -164,6 +165,17 @@ def plain_config(where: object = "the configuration", /, **fields: Any) -> Llama
     """
     with refuse_damage(where):
         return TinyLlamaConfig(**fields).to_llama()
+
+
+def rope_parameters(config: LlamaConfig) -> dict[str, Any]:
+    """Returns the rotary parameters, which transformers declares as optional."""
+    return dict(config.rope_parameters or {})
+
+
+def head_sizes(config: LlamaConfig) -> tuple[int, int, int]:
+    """Returns the number of heads, the number of key/value heads and the head size."""
+    heads = config.num_attention_heads
+    return heads, config.num_key_value_heads or heads, config.head_dim or config.hidden_size // heads
 
 
 def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -227,11 +239,11 @@ def _check_config(checkpoint: Checkpoint) -> None:
     for name in _SIZES:
         positive_number({name: getattr(config, name)}, name, path)
     positive_number({"rms_norm_eps": config.rms_norm_eps}, "rms_norm_eps", path, kind=float)
-    positive_number(config.rope_parameters, "rope_theta", path, kind=float)
-    positive_number(config.rope_parameters, "factor", path, 1, float)
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    if heads % groups or config.head_dim % 2:
-        found = f"{heads} heads of size {config.head_dim} and {groups} key/value heads"
+    positive_number(rope_parameters(config), "rope_theta", path, kind=float)
+    positive_number(rope_parameters(config), "factor", path, 1, float)
+    heads, groups, width = head_sizes(config)
+    if heads % groups or width % 2:
+        found = f"{heads} heads of size {width} and {groups} key/value heads"
         raise InputError(f"{path}: {found}. The key/value heads must divide the heads, and the size must be even")
     if config.num_hidden_layers > len(checkpoint.tensors):
         raise damaged(path, f"{len(checkpoint.tensors)} tensors, but num_hidden_layers is {config.num_hidden_layers}")

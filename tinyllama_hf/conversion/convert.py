@@ -223,15 +223,15 @@ def _check_output(output: Path, source: str | Path, force: bool) -> None:
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:
     """Refuses a tokenizer with more tokens than embedding rows: readers of the output would crash on such a token."""
-    tokenizer, rows = checkpoint.load_tokenizer(), checkpoint.config.vocab_size
-    if tokenizer is None:
+    path, tokenizer, rows = checkpoint.tokenizer, checkpoint.load_tokenizer(), checkpoint.config.vocab_size
+    if path is None or tokenizer is None:
         return
     number = len(tokenizer)
     if number > rows:
         found = f"{number:,} tokens, but the model has {rows:,} embedding rows"
         fix = f"Use the model's own tokenizer, or pass --vocab-rows {number}"
-        raise InputError(f"{checkpoint.tokenizer}: {found}. {fix}")
-    config = checkpoint.tokenizer / "tokenizer_config.json"
+        raise InputError(f"{path}: {found}. {fix}")
+    config = path / "tokenizer_config.json"
     declared = declared_padding(read_json(config)) if config.is_file() else None
     if declared not in (None, tokenizer.pad_token):
         reason = "it begins or ends text, or has no id"

@@ -140,8 +140,8 @@ def compute_logits(checkpoint: Checkpoint, tokens: torch.Tensor) -> torch.Tensor
 def load_model(checkpoint: Checkpoint) -> LlamaForCausalLM:
     """Loads the whole model into memory, in fp32 and in evaluation mode."""
     state = {name: checkpoint.load(name, torch.float32) for name in checkpoint.tensors}
-    options = {"config": checkpoint.config, "state_dict": state, "dtype": torch.float32}
-    return LlamaForCausalLM.from_pretrained(None, **options).eval()
+    config = checkpoint.config
+    return LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32).eval()
 
 
 def _tokens(first: Checkpoint, second: Checkpoint, text: str | Path | None) -> tuple[torch.Tensor, str]:
@@ -153,8 +153,8 @@ def _tokens(first: Checkpoint, second: Checkpoint, text: str | Path | None) -> t
     if tokenizer is None:
         if text is not None:
             raise InputError(f"--text {text}: neither checkpoint has a tokenizer. Omit --text to use random ids")
-        ids = torch.randint(rows, (length,), generator=torch.Generator().manual_seed(0))
-        return ids, "random ids, since neither has a tokenizer"
+        random_ids = torch.randint(rows, (length,), generator=torch.Generator().manual_seed(0))
+        return random_ids, "random ids, since neither has a tokenizer"
     ids = encode_text(tokenizer, read_sample(text))
     if tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id, *ids]

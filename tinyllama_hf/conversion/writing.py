@@ -104,7 +104,8 @@ def write_torch_archive(path: Path, specs: Mapping[str, Spec], tensors: Iterable
     writer.write_record("byteorder", b"little", len(b"little"))
     for i, ((name, spec), tensor) in enumerate(zip(specs.items(), tensors, strict=True)):
         _raw(tensor, spec, name)
-        writer.write_record(f"data/{i}", tensor.contiguous().untyped_storage(), _num_bytes(spec))
+        storage = tensor.contiguous().untyped_storage()
+        writer.write_record(f"data/{i}", storage, _num_bytes(spec))  # type: ignore[arg-type]  # torch.save passes it too
     writer.write_end_of_file()
 
 
@@ -116,8 +117,8 @@ class _Stored:
 
     def __reduce__(self) -> tuple[Any, tuple]:
         strides = tuple(math.prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
-        arguments = (_Record(self), 0, self.shape, strides, False, collections.OrderedDict())
-        return torch._utils._rebuild_tensor_v2, arguments
+        hooks: dict[str, Any] = collections.OrderedDict()
+        return torch._utils._rebuild_tensor_v2, (_Record(self), 0, self.shape, strides, False, hooks)
 
 
 class _Record:
@@ -141,4 +142,4 @@ def _num_bytes(spec: Spec) -> int:
 def _raw(tensor: torch.Tensor, spec: Spec, name: str) -> memoryview:
     """Returns the bytes of a tensor after checking it against its spec."""
     assert (tensor.dtype, tuple(tensor.shape)) == (spec[0], tuple(spec[1])), name
-    return memoryview(tensor.contiguous().view(torch.uint8).numpy())
+    return tensor.contiguous().view(torch.uint8).numpy().data

@@ -154,16 +154,18 @@ def byte_level_tokenizer(vocabulary: Vocabulary) -> PreTrainedTokenizerFast:
     if vocabulary.pre not in PRE_TOKENIZERS:
         known = f"supported are {', '.join(PRE_TOKENIZERS)}"
         raise InputError(f"{path}: tokenizer.ggml.pre is {vocabulary.pre!r}; {known}. Pass the model's own tokenizer")
-    known = PRE_TOKENIZERS[vocabulary.pre]
+    steps = PRE_TOKENIZERS[vocabulary.pre]
     ids = vocabulary.ids()
-    merges = [tuple(merge.split(" ")) for merge in vocabulary.merges]
-    for merge in merges:
-        if len(merge) != 2 or not {*merge, "".join(merge)} <= ids.keys():
-            raise damaged(path, f"the merge {' '.join(merge)!r} does not join two tokens into one")
+    merges = []
+    for merge in vocabulary.merges:
+        left, _, right = merge.partition(" ")
+        if " " in right or not {left, right, left + right} <= ids.keys():
+            raise damaged(path, f"the merge {merge!r} does not join two tokens into one")
+        merges.append((left, right))
     state = json.loads(Tokenizer(models.BPE()).to_str())
-    state |= {"pre_tokenizer": known.pre_tokenizer, "normalizer": known.normalizer}
+    state |= {"pre_tokenizer": steps.pre_tokenizer, "normalizer": steps.normalizer}
     backend = Tokenizer.from_str(json.dumps(state))
-    backend.model = models.BPE(vocab=ids, merges=merges, ignore_merges=known.ignore_merges)
+    backend.model = models.BPE(vocab=ids, merges=merges, ignore_merges=steps.ignore_merges)
     backend.decoder = decoders.ByteLevel()
     backend.add_tokens(vocabulary.added())
     settings = {"add_bos_token": vocabulary.add_bos, "add_eos_token": vocabulary.add_eos, **vocabulary.special}

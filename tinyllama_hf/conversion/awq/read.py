@@ -36,8 +36,8 @@ def dequantize_awq(
 
 
 def _weight(tensors: Mapping[str, LazyTensor], module: str, group_size: Any) -> LazyTensor:
-    words, zeros, scales = (tensors.get(module + part) for part in (_WORDS, _ZEROS, _SCALES))
-    source = tensors[module + _WORDS].source
+    words, zeros, scales = tensors[module + _WORDS], tensors.get(module + _ZEROS), tensors.get(module + _SCALES)
+    source = words.source
     if zeros is None or scales is None:
         raise damaged(source, f"{module}.{'scales' if scales is None else 'qzeros'} is missing")
     width, columns = (*words.shape, 0, 0)[:2]  # [in, out / 8]

@@ -26,6 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from ...errors import InputError
 from ...tokenization_tinyllama import encode_text
+from ..checkpoint import head_sizes
 from .packing import dequantize_groups, quantize_groups
 
 
@@ -81,8 +82,8 @@ def layer_folds(config: LlamaConfig) -> tuple[Fold, ...]:
     which keeps the fold exact (AutoAWQ skips such an `o_proj`). The scales of `down_proj` are absorbed by `up_proj`,
     which has no activation function after it.
     """
-    groups = config.num_key_value_heads
-    heads = (groups, config.num_attention_heads // groups, config.head_dim)
+    queries, groups, width = head_sizes(config)
+    heads = (groups, queries // groups, width)
     attention, mlp = "self_attn.{}_proj.weight".format, "mlp.{}_proj.weight".format
     return (
         Fold("input_layernorm.weight", (attention("q"), attention("k"), attention("v"))),

@@ -98,8 +98,8 @@ def _config(header: GGUFHeader) -> LlamaConfig:
         eos_token_id=_token(header, "eos", 2, rows),
     )
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
-        if (found := metadata.get(key, config.head_dim)) != config.head_dim:
-            raise InputError(f"{path}: {key} is {found!r:.80}; it must be the head size {config.head_dim}")
+        if (size := metadata.get(key, config.head_dim)) != config.head_dim:
+            raise InputError(f"{path}: {key} is {size!r:.80}; it must be the head size {config.head_dim}")
     return config
 
 

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from ...errors import InputError, did_you_mean, require
 from ...gguf.vocabulary import NO_TOKENIZER
-from ..checkpoint import EMBEDDING, OUTPUT, Checkpoint, require_values
+from ..checkpoint import EMBEDDING, OUTPUT, Checkpoint, head_sizes, require_values, rope_parameters
 from .gguf_read import DTYPES, NAMES, SIZES
 from .gguf_write_tokenizer import add_tokenizer
 from .rotary import rotated_heads, to_pairwise
@@ -114,7 +114,7 @@ def _values(checkpoint: Checkpoint, name: str, type_: "GGMLQuantizationType") ->
 
 
 def _check_config(checkpoint: Checkpoint) -> None:
-    rope = checkpoint.config.rope_parameters
+    rope = rope_parameters(checkpoint.config)
     required = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "partial_rotary_factor": 1.0}
     require_values(checkpoint.config.to_dict() | rope, required, checkpoint.path, "GGUF")
     if rope["rope_type"] not in ("default", "linear"):
@@ -132,15 +132,17 @@ def _add_config(writer: "GGUFWriter", config: LlamaConfig, kind: str, name: str)
     for key, name in SIZES.items():  # always with head_count_kv, which readers otherwise set to head_count
         if name != "head_dim":
             writer.add_uint32(key, getattr(config, name))
-    if config.head_dim * config.num_attention_heads != config.hidden_size:
-        writer.add_key_length(config.head_dim)
-        writer.add_value_length(config.head_dim)
+    heads, _, width = head_sizes(config)
+    if width * heads != config.hidden_size:
+        writer.add_key_length(width)
+        writer.add_value_length(width)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    if config.rope_parameters["rope_type"] == "linear":
+    writer.add_rope_dimension_count(width)
+    rope = rope_parameters(config)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(config.rope_parameters["factor"])
+        writer.add_rope_scaling_factor(rope["factor"])
     writer.add_vocab_size(config.vocab_size)
 
 

@@ -22,10 +22,12 @@ from ..checkpoint import (
     OUTPUT,
     Checkpoint,
     LazyTensor,
+    head_sizes,
     plain_config,
     positive_number,
     read_sizes,
     require_values,
+    rope_parameters,
 )
 from ..writing import prefetch, write_torch_archive
 from .names import NameMap
@@ -129,14 +131,14 @@ def config_from_shapes(tensors: Mapping[str, LazyTensor], where: str) -> LlamaCo
     layers = 1 + max(layer for layer, _, _ in parts)
     fused = next(shape for _, part, shape in parts if part in (_GROUPED, _FUSED))
     widths = {shape[-1:] for _, part, shape in parts if NAMES.inside.get(part) == "mlp.down_proj.weight"}
+    wanted = (layers, fused, widths)
     for preset in PRESETS.values():
         head_dim = preset["hidden_size"] // preset["num_attention_heads"]
         rows = (preset["num_attention_heads"] + 2 * preset["num_key_value_heads"]) * head_dim
-        found = (layers, fused, widths)
-        if found == (preset["num_hidden_layers"], (rows, preset["hidden_size"]), {(preset["intermediate_size"],)}):
+        if wanted == (preset["num_hidden_layers"], (rows, preset["hidden_size"]), {(preset["intermediate_size"],)}):
             return plain_config(where, vocab_size=vocab_rows(tensors, where), **preset)
-    found = f"no {' or '.join(CONFIG_FILES)}, and no preset has {layers} layers with q/k/v {list(fused)}"
-    raise InputError(f"{where}: {found}. Pass --config with such a file or a config.json, for the number of heads")
+    reason = f"no {' or '.join(CONFIG_FILES)}, and no preset has {layers} layers with q/k/v {list(fused)}"
+    raise InputError(f"{where}: {reason}. Pass --config with such a file or a config.json, for the number of heads")
 
 
 def vocab_rows(tensors: Mapping[str, LazyTensor], where: str) -> int:
@@ -169,7 +171,7 @@ def to_hugging_face(tensors: Mapping[str, LazyTensor], config: LlamaConfig) -> d
 
 
 def _split_attention(fused: LazyTensor, config: LlamaConfig, by_group: bool) -> dict[str, LazyTensor]:
-    heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    heads, groups, width = head_sizes(config)
     hidden = config.hidden_size
     fused.check_shape(((heads + 2 * groups) * width, hidden))
     blocks = groups if by_group else 1  # each with q, k and v one after another
@@ -224,7 +226,7 @@ def complete_tokenizer_config(tokenizer: PreTrainedTokenizerBase, folder: Path) 
 
 
 def _litgpt_fields(config: LlamaConfig, name: str) -> dict[str, Any]:
-    rope = config.rope_parameters
+    rope = rope_parameters(config)
     kind = rope.get("rope_type", "default")
     required = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
     require_values(config.to_dict(), required, "--to litgpt", "litgpt")

@@ -126,6 +126,10 @@ class _Interpreter:
     def append(self, items: list[Any]) -> None:
         _checked(self.stack[-1], list).extend(items)
 
+    def new_dict(self, items: list[Any]) -> None:
+        self.push({})
+        self.set_items(items)
+
     def set_items(self, items: list[Any]) -> None:
         if len(items) % 2:
             raise ValueError("a key without a value")
@@ -210,7 +214,8 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any
     return StoredTensor(storage, offset, shape, strides, dtype)
 
 
-def _rebuild_tensor_v3(storage, offset, shape, strides, requires_grad, hooks, dtype, *_: Any) -> StoredTensor:
+def _rebuild_tensor_v3(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> StoredTensor:
+    _requires_grad, _hooks, dtype, *_ = rest
     return _rebuild_tensor(storage, offset, shape, strides, dtype=dtype)
 
 
@@ -260,7 +265,7 @@ _ACTIONS: dict[str, Callable[[_Interpreter, Any], Any]] = {
     "TUPLE3": lambda self, _: self.tuple_of(3),
     "TUPLE": lambda self, _: self.push(tuple(self.pop_to_mark())),
     "LIST": lambda self, _: self.push(self.pop_to_mark()),
-    "DICT": lambda self, _: (lambda items: (self.push({}), self.set_items(items)))(self.pop_to_mark()),
+    "DICT": lambda self, _: self.new_dict(self.pop_to_mark()),
     "APPEND": lambda self, _: self.append([self.stack.pop()]),
     "APPENDS": lambda self, _: self.append(self.pop_to_mark()),
     "SETITEM": lambda self, _: self.set_items([self.stack.pop() for _ in range(2)][::-1]),

@@ -113,9 +113,9 @@ def _open_weights(file: Path, given: Path, config: Path | None) -> Checkpoint:
             counted = {name: value[name] for name in ("step_count", "iter_num") if isinstance(value.get(name), int)}
             checkpoint.notes.append(f"the optimizer of the training checkpoint {counted or ''} was ignored")
         return checkpoint
-    if checkpoint := read_llama2c(file):
+    if llama2c := read_llama2c(file):
         _refuse_config(config, "llama2.c's files")
-        return checkpoint
+        return llama2c
     raise damaged(file, f"it begins with {begin[:4]!r}, unlike safetensors, torch's zip, GGUF and llama2.c files")
 
 
@@ -143,7 +143,7 @@ def _by_keys(tensors: dict[str, LazyTensor], file: Path, given: Path, config: Pa
 def _hugging_face(tensors: dict[str, LazyTensor], file: Path, given: Path, config: Path) -> Checkpoint:
     fields = _config_fields(config)
     quantization = fields.get("quantization_config")
-    if is_awq(quantization):
+    if quantization and is_awq(quantization):
         dequantized_tensors = dequantize_awq(tensors, quantization, str(config))
         return Checkpoint(given, "AWQ, dequantized", _llama_config(fields, config), dequantized_tensors)
     if quantization is not None or any(name.endswith(_QUANTIZED) for name in tensors):
