@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 from tinyllama_hf_cli.openmp import let_threads_sleep
 
-from tinyllama_hf_cli.openmp import let_threads_sleep
-
 
 def main() -> int:
     arguments = parse_arguments()

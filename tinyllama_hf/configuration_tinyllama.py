@@ -134,8 +134,8 @@ class _PlainLlamaConfig(LlamaConfig):
 
     def to_diff_dict(self) -> dict[str, Any]:
         fields = super().to_diff_dict()
-        scaling = {name: value for name, value in self.rope_parameters.items() if name != "rope_theta"}
-        fields["rope_theta"] = self.rope_parameters["rope_theta"]
+        scaling: dict[str, Any] = dict(self.rope_parameters or {})
+        fields["rope_theta"] = scaling.pop("rope_theta")
         if scaling.get("rope_type", "default") != "default":
             fields["rope_scaling"] = scaling
         fields["architectures"] = ["LlamaForCausalLM"]

@@ -3,6 +3,8 @@
 `benchmarks/loss.py` compares it with the stock loss and `torch.nn.functional.linear_cross_entropy`.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -45,7 +47,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Computes the gradient with the loss, so logits are neither stored nor computed twice."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels):
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         device_type = hidden.device.type
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
         weight_cast = weight.to(dtype)
@@ -60,9 +62,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             chunk = hidden[tokens].to(dtype)
             logits = chunk @ weight_cast.T
             _losses_and_gradients(logits, labels[tokens], losses[tokens], wants_hidden or wants_weight)
-            if wants_hidden:
+            if grad_hidden is not None:
                 grad_hidden[tokens] = logits @ weight_cast
-            if wants_weight:
+            if grad_weight is not None:
                 grad_weight += logits.T @ chunk
             del logits  # before those of the next chunk are allocated
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -70,7 +72,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return losses.sum()
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         # `once_differentiable` would not raise here: it accepts `create_graph=True` if the incoming gradient is a
         # constant, as for a loss. A compiled backward pass is traced with gradients enabled, and can never be
         # differentiated.

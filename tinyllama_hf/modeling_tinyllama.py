@@ -14,7 +14,14 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel, PreTrainedConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    LlamaModel,
+    LlamaPreTrainedModel,
+    PreTrainedConfig,
+)
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -40,14 +47,12 @@ from .packed_documents import document_mask, use_cache_for_positions
 _GENERATE_ARGUMENTS = tuple(inspect.signature(LlamaForCausalLM.generate).parameters)[3:-1]
 
 
-class _TinyLlamaInitialization:
+class _TinyLlamaInitialization(LlamaPreTrainedModel):
     """TinyLlama's initialization: std sqrt(2 / (5 d)), and 1 / (sqrt(d) layers) for the output projection of a block.
 
     d is the hidden size. Source: TinyLlama's lit_gpt/model.py, `_init_weights`. Uses `transformers.initialization`,
     which does not change loaded weights.
     """
-
-    config: TinyLlamaConfig
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -59,11 +64,11 @@ class _TinyLlamaInitialization:
         if self._ends_block(module):
             std = 1 / (math.sqrt(hidden_size) * self.config.num_hidden_layers)
         init.normal_(module.weight, mean=0.0, std=std)
-        if getattr(module, "bias", None) is not None:
+        if isinstance(module, nn.Linear) and module.bias is not None:
             init.zeros_(module.bias)
         # As in transformers: loaded weights have this mark, and indexing a row would lose it.
         is_loaded = getattr(module.weight, "_is_hf_initialized", False)
-        if getattr(module, "padding_idx", None) is not None and not is_loaded:
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None and not is_loaded:
             init.zeros_(module.weight[module.padding_idx])
 
     def _ends_block(self, module: nn.Module) -> bool:
@@ -129,7 +134,7 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[cls.__name__] = cls.__name__
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]  # `TransformersKwargs` names `position_ids` too, as in transformers
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -167,7 +172,7 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
                 rows.
             RuntimeError: the same, raised by the device.
         """
-        inputs = {
+        inputs: dict[str, Any] = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
@@ -239,7 +244,8 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
             # queries.
             packs = self.device.type == "cpu" and self.config._attn_implementation == "sdpa"
             with packed_attention(self) if packs else contextlib.nullcontext():
-                return super().generate(inputs, generation_config=generation_config, **kwargs)
+                # transformers types `self` of `generate` by a protocol that its own models do not match.
+                return super().generate(inputs, generation_config=generation_config, **kwargs)  # type: ignore[misc]
         input_ids = kwargs.pop("input_ids", None)
         if inputs is not None and input_ids is not None:
             raise ValueError("inputs and input_ids are both given. Pass one of them")
@@ -269,6 +275,7 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
             multiplied += embedding
         elif convention != "without_input_embedding":
             raise ValueError(f"convention={convention!r}: use 'without_input_embedding' or 'all_parameters'")
+        assert config.head_dim is not None  # `LlamaConfig` derives it
         attention_width = config.num_attention_heads * config.head_dim
         seq_len = config.max_position_embeddings if seq_len is None else seq_len
         return 6 * multiplied + 12 * config.num_hidden_layers * attention_width * seq_len
@@ -276,6 +283,7 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
     def kv_cache_bytes_per_token(self, dtype: torch.dtype = torch.bfloat16) -> int:
         """Returns the cache size of one token in bytes, all layers together."""
         config = self.config
+        assert config.num_key_value_heads is not None and config.head_dim is not None  # `LlamaConfig` derives them
         return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
     @classmethod
@@ -319,7 +327,9 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
         """
         if as_tinyllama:
             return super().save_pretrained(save_directory, *args, **kwargs)
-        own, self.config = self.config, self.config.to_llama()
+        own = self.config
+        assert isinstance(own, TinyLlamaConfig)
+        self.config = own.to_llama()
         try:
             return super().save_pretrained(save_directory, *args, **kwargs)
         finally:

@@ -55,9 +55,9 @@ class TinyLlamaTokenizer(PreTrainedTokenizerFast):
     sentencepiece_model: bytes | None = None
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # further positional arguments have no effect here
         cls, pretrained_model_name_or_path: str | os.PathLike, revision: str | None = None, **kwargs: Any
-    ):
+    ) -> PreTrainedTokenizerFast:
         """Loads with [`load_tokenizer`], so that `AutoTokenizer` returns the exact tokenizer for TinyLlama folders.
 
         Args:
@@ -80,7 +80,13 @@ class TinyLlamaTokenizer(PreTrainedTokenizerFast):
             setattr(tokenizer, key, value)
         return tokenizer
 
-    def _save_pretrained(self, save_directory, file_names, legacy_format=None, filename_prefix=None):
+    def _save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        file_names: tuple[str, ...],
+        legacy_format: bool | None = None,
+        filename_prefix: str | None = None,
+    ) -> tuple[str, ...]:
         saved = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
         config_file = Path(file_names[0])
         config = json.loads(config_file.read_text(encoding="utf-8"))
@@ -150,8 +156,9 @@ def _load(path: Path) -> PreTrainedTokenizerFast:
     raise InputError(f"{folder}: holds neither tokenizer.model nor tokenizer.json. Give the folder of a model")
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns the SHA-256 of everything that token ids depend on: equal fingerprints mean equal ids for any text."""
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)  # as all from `load_tokenizer`
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     decisive = {key: state[key] for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
@@ -202,7 +209,8 @@ def _from_tokenizer_json(json_file: Path, folder: Path | None) -> PreTrainedToke
     model = state["model"]
     if model.get("type") != "BPE" or not model.get("byte_fallback") or not _has_dummy_prefix(state):
         return _load_stock(folder) if folder else PreTrainedTokenizerFast(tokenizer_file=str(json_file))
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+    merges = [(left, right) for left, right in pairs]
     vocabulary = model["vocab"]
     added = {token["content"]: token["id"] for token in state["added_tokens"] if token["special"]}
     special = {"unk_token": model.get("unk_token") or "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -215,7 +223,7 @@ def _from_tokenizer_json(json_file: Path, folder: Path | None) -> PreTrainedToke
 def _load_stock(folder: Path) -> PreTrainedTokenizerFast:
     """Returns the stock tokenizer, without running code of the folder or asking on the terminal to do so."""
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
@@ -223,6 +231,7 @@ def _load_stock(folder: Path) -> PreTrainedTokenizerFast:
             f"{folder}: its tokenizer needs code from the folder (auto_map in tokenizer_config.json), which is "
             "never run. If tokenizer.json is complete without it, remove auto_map; otherwise use another model"
         ) from error
+    return tokenizer
 
 
 def _has_dummy_prefix(state: Mapping[str, Any]) -> bool:
@@ -243,7 +252,7 @@ def _from_gguf(path: Path) -> PreTrainedTokenizerFast:
     special = {role: vocabulary.special[role] for role in ("unk_token", "bos_token", "eos_token")}
     backend = _pipeline(vocabulary.ids(), merges_by_score(pieces), special["unk_token"], ())
     backend.add_tokens(vocabulary.added())
-    settings = {"add_bos_token": vocabulary.add_bos, "add_eos_token": vocabulary.add_eos}
+    settings: dict[str, Any] = {"add_bos_token": vocabulary.add_bos, "add_eos_token": vocabulary.add_eos}
     settings |= _padding(vocabulary.special.get("pad_token"), backend, special)
     tokenizer = _wrap(backend, special, None, settings)
     tokenizer.chat_template = vocabulary.chat_template
@@ -266,7 +275,9 @@ def merges_by_score(scores: Mapping[str, float]) -> list[tuple[str, str]]:
     return [(left, right) for *_, left, right in merges]
 
 
-def _pipeline(vocabulary: dict[str, int], merges: list, unknown: str, control: Iterable[str]) -> Tokenizer:
+def _pipeline(
+    vocabulary: dict[str, int], merges: list[tuple[str, str]], unknown: str, control: Iterable[str]
+) -> Tokenizer:
     backend = Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
@@ -281,7 +292,9 @@ def _pipeline(vocabulary: dict[str, int], merges: list, unknown: str, control: I
     return backend
 
 
-def _wrap(backend: Tokenizer, special: dict, folder: Path | None, settings: dict | None = None) -> TinyLlamaTokenizer:
+def _wrap(
+    backend: Tokenizer, special: dict[str, str], folder: Path | None, settings: dict[str, Any] | None = None
+) -> TinyLlamaTokenizer:
     """Returns the transformers tokenizer, with the settings and added tokens of the folder."""
     settings = {"add_bos_token": True, **special, "pad_token": special["unk_token"], **(settings or {})}
     config_file = folder / "tokenizer_config.json" if folder else None
@@ -291,7 +304,8 @@ def _wrap(backend: Tokenizer, special: dict, folder: Path | None, settings: dict
         _add_tokens(_added_tokens(folder, config), backend, folder)
     # From 5.0 on, transformers stores in the post-processor only whether begin- and end-of-sequence are added. That of
     # its LlamaTokenizer is wrong: it is saved without begin-of-sequence by default (5.23).
-    if "tokenizer_class" in config and not config["tokenizer_class"].startswith("Llama") and json_file.is_file():
+    is_llama = config.get("tokenizer_class", "Llama").startswith("Llama")
+    if json_file and json_file.is_file() and not is_llama:
         settings.update(_separators(read_json(json_file).get("post_processor"), settings))
     for name in _CARRIED_SETTINGS:
         if config.get(name) is not None:
@@ -316,12 +330,13 @@ def declared_padding(config: Mapping[str, Any]) -> str | None:
 
 def _padding(declared: str | None, backend: Tokenizer, settings: Mapping[str, Any]) -> dict[str, str]:
     """Returns the declared padding token as a setting, if it has an id and does not begin or end text."""
-    usable = declared is not None and backend.token_to_id(declared) is not None
+    if declared is None or backend.token_to_id(declared) is None:
+        return {}
     # Trainers mask padding in labels: with end-of-sequence as padding, a model would not learn to stop.
-    return {"pad_token": declared} if usable and declared not in (settings["bos_token"], settings["eos_token"]) else {}
+    return {} if declared in (settings["bos_token"], settings["eos_token"]) else {"pad_token": declared}
 
 
-def _separators(post_processor: dict | None, settings: Mapping[str, Any]) -> dict[str, bool]:
+def _separators(post_processor: dict[str, Any] | None, settings: Mapping[str, Any]) -> dict[str, bool]:
     """Returns which of begin- and end-of-sequence a saved post-processor adds."""
     if not post_processor or post_processor["type"] != "TemplateProcessing":
         return {}

@@ -2,11 +2,21 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import typer
 
 from .loading import note
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from tinyllama_hf.batch.job import BatchJob
+    from tinyllama_hf.decoding.proposals import Proposer
+    from tinyllama_hf.inference.generation import Sampling
 
 
 _MAX_SHOWN_LINES = 10
@@ -17,12 +27,12 @@ def generate_file(
     source: Path,
     output: Path | None,
     batch_size: int | None,
-    sampling: Any,
+    sampling: "Sampling",
     seed: int | None,
     draft: str | None,
     adapter: str | None,
     weights: dict[str, str],
-    load: Any,
+    load: "Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerFast, Proposer | None]]",
 ) -> None:
     """Generates for every line of a file.
 
@@ -59,7 +69,7 @@ def generate_file(
     _report_bad_lines(job, source)
 
 
-def _summary(job: Any, num_tokens: int, seconds: float) -> str:
+def _summary(job: "BatchJob", num_tokens: int, seconds: float) -> str:
     continued, before = len(job.pending), len(job.prompts.prompts) - len(job.pending)
     return (
         f"wrote {job.output}: {continued:,} prompts continued{f' ({before:,} before)' if before else ''}, "
@@ -67,7 +77,7 @@ def _summary(job: Any, num_tokens: int, seconds: float) -> str:
     )
 
 
-def _report_bad_lines(job: Any, source: Path) -> None:
+def _report_bad_lines(job: "BatchJob", source: Path) -> None:
     from tinyllama_hf.errors import InputError
 
     prompts, bad = job.prompts

@@ -3,6 +3,7 @@
 import collections
 import copy
 import functools
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -99,7 +100,7 @@ def generate_many(
     pad = (
         0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     )  # masked in prompts, and not part of the output
-    entropy = np.random.SeedSequence().entropy if seed is None else seed
+    entropy = secrets.randbits(128) if seed is None else seed
     begin = functools.partial(_begin, model, draft, sampling, seed, entropy, stop_tokens, pad)
     return _refilled(begin, draft, requests, batch_size, stop_tokens)
 
@@ -173,7 +174,7 @@ def _refilled(
     running: Decoding | None = None
     while waiting or (running and len(running.rows)):
         free = batch_size - (len(running.rows) if running else 0)
-        if waiting and free >= max(1, batch_size // _REFILL):
+        if running is None or (waiting and free >= max(1, batch_size // _REFILL)):
             joining = begin([waiting.popleft() for _ in range(min(free, len(waiting)))])
             if running is None:
                 running = joining

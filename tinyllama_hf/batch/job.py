@@ -60,15 +60,16 @@ def open_job(
     if output.resolve() == source.resolve():
         raise InputError(f"--output {output}: is the file of --input. Give another file")
     sampling = sampling or Sampling()
-    own_draft = draft is None or draft == LOOKUP or draft.startswith(LAYERS)
-    named = {"model": model} if own_draft else {"model": model, "draft": draft}
+    named = {"model": model}
+    if draft is not None and draft != LOOKUP and not draft.startswith(LAYERS):
+        named["draft"] = draft
     context = min((Context(_context(name), role) for role, name in named.items()), key=lambda context: context.tokens)
     prompts = read_prompts(source, load_adapted_tokenizer(adapter, model), context, sampling.max_new_tokens)
     folders = {role: model_folder(name, quantized=True) for role, name in named.items()}
     if adapter is not None:
         folders["adapter"] = adapter_folder(adapter)
     hashes = {f"{role}_sha256": _files_sha256(folder) for role, folder in folders.items()}
-    options = {**dataclasses.asdict(sampling), "draft": draft if own_draft else None, **settings}
+    options = {**dataclasses.asdict(sampling), "draft": None if "draft" in named else draft, **settings}
     named_options = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
     return BatchJob(output, prompts, {"input_sha256": file_sha256(source), **hashes, **named_options})
 

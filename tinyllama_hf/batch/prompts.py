@@ -36,12 +36,18 @@ class Prompt(NamedTuple):
 
     def result(self, tokenizer: PreTrainedTokenizerBase, new: list[int], finish_reason: str) -> dict[str, Any]:
         """Returns the output row: the fields of the line, and the generated text."""
-        text = tokenizer.decode(new, skip_special_tokens=True).strip()
         if "prompt" in self.fields:
             # Decoded alone, the new tokens would lose a leading space.
-            both, begin = (tokenizer.decode(ids, skip_special_tokens=True) for ids in ([*self.ids, *new], self.ids))
-            text = both[len(begin) :]
+            text = _decode([*self.ids, *new], tokenizer)[len(_decode(self.ids, tokenizer)) :]
+        else:
+            text = _decode(new, tokenizer).strip()
         return {**self.fields, **dict(zip(GENERATED, (text, finish_reason, len(new)), strict=True))}
+
+
+def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    assert isinstance(text, str)  # of one sequence
+    return text
 
 
 class BadLine(NamedTuple):

@@ -1,7 +1,7 @@
 """Acceptance of drafted tokens: the target's scores per row, and the rules for greedy decoding and for sampling."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -78,7 +78,7 @@ class RowProcessors:
                     f"logits processor {type(processor).__name__}: cannot be applied to rows of different lengths. "
                     "Generate one prompt at a time without a draft"
                 )
-        self._shared = None
+        self._shared: Callable[..., torch.Tensor] | None = None
         if all(isinstance(processor, _WITHOUT_CONTEXT) for processor in processors):
             self._shared = LogitsProcessorList(processors)
         # `generate` derives a minimum length from `min_new_tokens` for the padded batch, which has to be shifted. A
@@ -86,7 +86,7 @@ class RowProcessors:
         counts_new = any(
             isinstance(processor, generation.MinNewTokensLengthLogitsProcessor) for processor in processors
         )
-        self._rows = [
+        self._rows: list[Callable[..., torch.Tensor]] = [
             LogitsProcessorList(
                 processor
                 if isinstance(processor, generation.MinLengthLogitsProcessor) and not counts_new

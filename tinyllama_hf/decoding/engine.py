@@ -54,7 +54,7 @@ class Decoding:
         self.rows = Rows(self.input_ids, attention_mask, criteria, self._target.context, plans)
         self._target.check_length(max(self.rows.limits))
         self._processors = RowProcessors(processors, self.rows.paddings, self.rows.limits)
-        self._accept: Callable = accept_sampled if config.do_sample else accept_greedy
+        self._accept = accept_sampled if config.do_sample else accept_greedy
         self._draft = draft.begin(num_rows)
         self._length = (
             AdaptiveDraftLength(num_rows, LONGEST_DRAFT) if draft_length is None else DraftLength(draft_length)
@@ -180,7 +180,14 @@ def prepare(
     if draft is None:
         draft, draft_length = Proposer(), 0
 
-    def begin(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+    def begin(
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Decoding:
         _check_options(generation_config, model_kwargs)
         mask = model_kwargs.get("attention_mask")
         settings = logits_processor, stopping_criteria, generation_config, plans
@@ -188,9 +195,8 @@ def prepare(
 
     # `custom_generate` is called with everything prepared, in place of a decoding method; its result is returned. The
     # method of the mixin, since `TinyLlamaForCausalLM.generate` would look for a draft again.
-    return GenerationMixin.generate(
-        target, input_ids, attention_mask=attention_mask, custom_generate=begin, **arguments
-    )
+    generate: Callable[..., Any] = GenerationMixin.generate
+    return generate(target, input_ids, attention_mask=attention_mask, custom_generate=begin, **arguments)
 
 
 def _wait_for(tokens: torch.Tensor) -> None:

@@ -2,12 +2,13 @@
 
 import copy
 import dataclasses
-import math
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import InputError
 from .acceptance import Proposal, RowProcessors, draw
@@ -82,11 +83,11 @@ class Proposer:
     """Base class of drafts: proposes tokens for rows of different lengths. The base class itself proposes none.
 
     Attributes:
-        context (`float`): maximum number of tokens that it can read.
+        context (`int`): maximum number of tokens that it can read.
         statistics (`SpeculationStatistics`, *optional*): of the last generation that used it.
     """
 
-    context: float = math.inf
+    context: int = sys.maxsize
     statistics: SpeculationStatistics | None = None
 
     @property
@@ -236,7 +237,7 @@ def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
     Raises:
         InputError: if the number is out of range, or the model has no such layers.
     """
-    inner = getattr(model, "model", None)
+    inner: Any = getattr(model, "model", None)
     layers = getattr(inner, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise InputError(f"first_layers: {type(model).__name__} has no `model.layers`. Use a Llama")
@@ -250,9 +251,9 @@ def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
     return _view(model, config, model=inner)
 
 
-def _view(module: nn.Module, config, **submodules: nn.Module) -> nn.Module:
+def _view(module: nn.Module, config: PreTrainedConfig, **submodules: nn.Module) -> Any:
     """Returns a module that shares everything with another one except its configuration and the given submodules."""
-    view = copy.copy(module)
+    view: Any = copy.copy(module)
     view._modules = {**module._modules, **submodules}
     view.config = config
     return view

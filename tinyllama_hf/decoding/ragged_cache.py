@@ -52,6 +52,8 @@ class RaggedLayer(CacheLayerMixin):
     """Keys and values of one layer, `[rows, key_value_heads, slots, head_dim]`; see [`RaggedCache.place`]."""
 
     placement: _Placement
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Creates empty buffers of the states' dtype, device and sizes; they grow when they are written."""
@@ -105,12 +107,13 @@ class RaggedCache(Cache):
     """A cache for rows of different lengths; [`RaggedModel`] sets the slots of the tokens before each pass."""
 
     def __init__(self, num_layers: int):
-        super().__init__(layers=[RaggedLayer() for _ in range(num_layers)])
+        self.ragged_layers = [RaggedLayer() for _ in range(num_layers)]
+        super().__init__(layers=[*self.ragged_layers])
 
     def place(self, slots: torch.Tensor, ends: Sequence[int]) -> None:
         """Sets the slots `[rows, tokens]` of the next pass, negative at padding; `ends` are the last slots + 1."""
         placement = _Placement(slots, ends)
-        for layer in self.layers:
+        for layer in self.ragged_layers:
             layer.placement = placement
 
 
@@ -179,12 +182,12 @@ class RaggedModel:
     def keep(self, rows: Sequence[int]) -> None:
         """Keeps the rows with these indices."""
         kept = torch.tensor(rows, dtype=torch.long, device=self.model.device)
-        for layer in self.cache.layers:
+        for layer in self.cache.ragged_layers:
             layer.keep(kept)
 
     def join(self, other: "RaggedModel", end: int) -> None:
         """Adds the rows of another reader of the same model; no row is longer than `end`."""
-        for layer, joining in zip(self.cache.layers, other.cache.layers, strict=True):
+        for layer, joining in zip(self.cache.ragged_layers, other.cache.ragged_layers, strict=True):
             layer.join(joining, end)
         self.passes += other.passes
 

@@ -158,6 +158,7 @@ class Rows:
             return torch.rand(len(self), num_tokens, dtype=dtype, device=self.tokens.device)
         numbers = torch.zeros(len(self), num_tokens, dtype=dtype)
         for row, own in zip(numbers, self._rows, strict=True):
+            assert own.plan.draws is not None  # all rows of a batch have them, or none has
             drawn = own.plan.draws[purpose, own.new_tokens + offset :][:num_tokens]
             row[: len(drawn)] = drawn
         return numbers.to(self.tokens.device)

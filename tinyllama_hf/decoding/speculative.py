@@ -125,7 +125,8 @@ def _run(decoding: Decoding, streamer: BaseStreamer | None) -> torch.Tensor | Sp
     sequences = rows.sequences(decoding.input_ids, 0 if pad is None else int(pad))
     if not config.return_dict_in_generate:
         return sequences
-    return SpeculativeOutput(sequences=sequences, statistics=decoding.statistics, **decoding.token_scores.by_token())
+    fields: dict[str, Any] = {"sequences": sequences, **decoding.token_scores.by_token()}
+    return SpeculativeOutput(statistics=decoding.statistics, **fields)
 
 
 def pop_draft(

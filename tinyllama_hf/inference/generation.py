@@ -151,7 +151,7 @@ class Context:
     def of(cls, model: PreTrainedModel, draft: Proposer | None = None) -> "Context":
         """Returns the context of a model, or of a model and its draft."""
         tokens = model.config.max_position_embeddings
-        return cls(int(draft.context), "draft") if draft and draft.context < tokens else cls(tokens)
+        return cls(draft.context, "draft") if draft and draft.context < tokens else cls(tokens)
 
     def new_tokens(self, length: int, max_new_tokens: int | None = None, name: str = "prompt") -> int:
         """Returns the number of tokens to generate, after checking that they fit.
