@@ -3,12 +3,16 @@
 import functools
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .batch import generate_file
 from .loading import ADAPTER, DEVICE, DTYPE, MODEL, QUANTIZATION, load_model, note
+
+
+if TYPE_CHECKING:
+    from tinyllama_hf.inference.chat import ChatSession
 
 
 def list_released() -> None:
@@ -152,7 +156,7 @@ def chat(
         pass
 
 
-def _turn(session: Any, line: str) -> bool:
+def _turn(session: "ChatSession", line: str) -> bool:
     """Handles one line; on a terminal, errors and Ctrl-C do not end the conversation."""
     from tinyllama_hf.errors import InputError
 

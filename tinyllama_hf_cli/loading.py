@@ -1,10 +1,15 @@
 """Options and loading, shared by the commands that load a model."""
 
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from tinyllama_hf.decoding.proposals import Proposer
 
 MODEL = Annotated[str, typer.Argument(help="Model folder, released name or Hub id.")]
 DEVICE = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -20,7 +25,7 @@ ADAPTER = Annotated[
 
 def load_model(
     model: str, dtype: str, device: str, quantization: str, draft: str | None, adapter: str | None
-) -> tuple[Any, Any, Any]:
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerFast", "Proposer | None"]:
     """Returns model, tokenizer, and draft or `None`; prints the memory of a quantized model to standard error."""
     from tinyllama_hf.devices import find_dtype
     from tinyllama_hf.inference.drafts import load_draft

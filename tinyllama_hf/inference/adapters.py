@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..errors import InputError, one_line, require
 from ..files import read_json
@@ -46,7 +46,7 @@ def adapter_folder(path_or_id: str | os.PathLike) -> Path:
     return folder
 
 
-def load_adapted_tokenizer(adapter: str | os.PathLike | None, model: str | os.PathLike) -> PreTrainedTokenizerBase:
+def load_adapted_tokenizer(adapter: str | os.PathLike | None, model: str | os.PathLike) -> PreTrainedTokenizerFast:
     """Loads the tokenizer saved with the adapter if there is one, else the model's; likewise the chat template.
 
     Args:

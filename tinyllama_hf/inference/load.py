@@ -16,6 +16,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from ..configuration_tinyllama import TinyLlamaConfig
@@ -46,7 +47,7 @@ def load(
     compute_dtype: str | torch.dtype = "auto",
     adapter: str | os.PathLike | None = None,
     trainable: bool = False,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Loads a model in evaluation mode, with its tokenizer.
 
     Args:
