@@ -134,7 +134,7 @@ BAD = {
     "almost a released name": ("generate step-50k-105", "did you mean 'step-50k-105b'?"),
     "released name without a Hub": ("generate step-50k-105b", "cannot be fetched from the Hub"),
     "the peer of the table": ("generate pythia-1b", "is no Llama; it is listed as the peer"),
-    "not a number": ("generate model --temperature nan", "--temperature nan: must be 0"),
+    "not a number": ("generate model --temperature nan", "--temperature nan: must be"),
     "a bad row after good ones": (
         "prepare late.jsonl --tokenizer {tokenizer} --output out", "late.jsonl, row 2: 'text' is null, not a string"),
     "nothing to learn from": ("tokenizer train empty.txt --output out", "sources contain no text"),
@@ -146,7 +146,7 @@ BAD = {
     "no GPU": ("generate model --device cuda", "has no GPU that torch can use; use cpu or auto"),
     "no device": ("generate model --device gpu", "--device 'gpu': not a device"),
     "too many tokens": ("generate model --max-new-tokens 64", "the model's context of 64"),
-    "temperature": ("generate model --temperature -1", "--temperature -1.0: must be 0"),
+    "temperature": ("generate model --temperature -1", "--temperature -1.0: must be"),
     "missing source": ("prepare nowhere --tokenizer {tokenizer} --output out", "source nowhere does not exist"),
     "missing tokenizer": ("prepare {corpus} --tokenizer nowhere --output out", "model 'nowhere': no such folder"),
     "folder without a tokenizer": ("prepare {corpus} --tokenizer empty --output out", "holds neither tokenizer.model nor"),
@@ -210,7 +210,7 @@ BAD = {
         "sft.py sft.yaml data.conversations=long-reply.jsonl",
         "conversations are longer than data.max_length 64. The longest is long-reply.jsonl, row"),
     "longer conversations than the context": (
-        "sft.py sft.yaml data.max_length=65", "data.max_length: 65 is the model's context of 64"),
+        "sft.py sft.yaml data.max_length=65", "data.max_length: 65 is longer than the model's context of 64"),
     "a template without markers": (
         "sft.py sft.yaml chat.template=plain.jinja", "chat template, conversation of 2 messages, message 1: "),
     "an unknown key of fine-tuning": ("sft.py sft.yaml adapter.rnk=8", "adapter.rnk: unknown key; did you mean 'rank'?"),
