@@ -1,4 +1,4 @@
-"""The commands: help without torch, examples that are real, and bad input that ends in one message and exit status 2."""
+"""The commands: help without torch, examples that parse, and bad input that ends with one message and status 2."""
 
 import json
 import re
@@ -149,7 +149,8 @@ BAD = {
     "temperature": ("generate model --temperature -1", "--temperature -1.0: must be"),
     "missing source": ("prepare nowhere --tokenizer {tokenizer} --output out", "source nowhere does not exist"),
     "missing tokenizer": ("prepare {corpus} --tokenizer nowhere --output out", "model 'nowhere': no such folder"),
-    "folder without a tokenizer": ("prepare {corpus} --tokenizer empty --output out", "holds neither tokenizer.model nor"),
+    "folder without a tokenizer": (
+        "prepare {corpus} --tokenizer empty --output out", "holds neither tokenizer.model nor"),
     "separator": ("prepare {corpus} --tokenizer {tokenizer} --output out --separator bath", "did you mean 'both'?"),
     "prepared with another tokenizer": (
         "prepare {corpus} --tokenizer other-tokenizer --output {prepared} --validation-fraction 0.1",
@@ -190,7 +191,8 @@ BAD = {
         "plan {recipe} --devices 999", "does not divide the"),
     "copy over something": ("recipes copy empty", "empty: already exists"),
     "missing recipe": ("pretrain.py nowhere.yaml", "recipe nowhere.yaml does not exist"),
-    "unknown keys": ("pretrain.py misspelt.yaml", "data.sequence_lenght: unknown key; did you mean 'sequence_length'?"),
+    "unknown keys": (
+        "pretrain.py misspelt.yaml", "data.sequence_lenght: unknown key; did you mean 'sequence_length'?"),
     "other tokenizer than the data's": (
         "pretrain.py {recipe} data.tokenizer=other-tokenizer", "was prepared with a tokenizer of fingerprint"),
     "less than a block": (
@@ -205,7 +207,8 @@ BAD = {
         "sft.py sft.yaml data.conversations=assistant-first.jsonl",
         "assistant-first.jsonl, row 1: starts with the assistant"),
     "an empty reply": (
-        "sft.py sft.yaml data.conversations=empty-reply.jsonl", "empty-reply.jsonl, row 1, message 1: the reply is empty"),
+        "sft.py sft.yaml data.conversations=empty-reply.jsonl",
+        "empty-reply.jsonl, row 1, message 1: the reply is empty"),
     "a reply longer than the context": (
         "sft.py sft.yaml data.conversations=long-reply.jsonl",
         "conversations are longer than data.max_length 64. The longest is long-reply.jsonl, row"),
@@ -213,12 +216,14 @@ BAD = {
         "sft.py sft.yaml data.max_length=65", "data.max_length: 65 is longer than the model's context of 64"),
     "a template without markers": (
         "sft.py sft.yaml chat.template=plain.jinja", "chat template, conversation of 2 messages, message 1: "),
-    "an unknown key of fine-tuning": ("sft.py sft.yaml adapter.rnk=8", "adapter.rnk: unknown key; did you mean 'rank'?"),
+    "an unknown key of fine-tuning": (
+        "sft.py sft.yaml adapter.rnk=8", "adapter.rnk: unknown key; did you mean 'rank'?"),
     "chat with a base model": ("chat model", "the tokenizer has no chat template, so this is a base model"),
     "an unknown quantisation": ("generate model --quantization int4", "quantization 'int4': unknown"),
     "an unknown dtype": ("generate model --dtype fp8", "--dtype 'fp8': "),
     "no such draft": ("generate model --draft nowhere", "model 'nowhere': no such folder"),
-    "missing data": ("pretrain.py {recipe} data.sources=[{{path:\xa0nowhere,weight:\xa01}}]", "nowhere does not exist"),
+    "missing data": (
+        "pretrain.py {recipe} data.sources=[{{path:\xa0nowhere,weight:\xa01}}]", "nowhere does not exist"),
 }  # fmt: skip
 
 
