@@ -135,7 +135,7 @@ def test_a_long_history_is_cut_in_few_tries(model, tokenizer, message):
     kept = len(session.exchanges) // 2 - 1
     lengths = [len(ids([*exchange * n, {"role": "user", "content": message}], None)) for n in (kept, kept + 1)]
     assert lengths[0] + 8 <= 96 < lengths[1] + 8
-    assert len(tried) <= 10 and any(f"first {200 - kept} exchanges" in note for note in session.notes)
+    assert len(tried) <= 10 and any(f"oldest {200 - kept} exchanges" in note for note in session.notes)
 
 
 def test_a_seed_beyond_what_generators_take(model, tokenizer):
