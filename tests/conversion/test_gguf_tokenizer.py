@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.conftest import SMOLLM2_GGUF
 from tinyllama_hf import load_tokenizer
-from tinyllama_hf.conversion.formats.gguf_write_tokenizer import add_tokenizer, derived_scores
+from tinyllama_hf.conversion.formats.gguf_write_tokenizer import add_tokenizer, derive_scores
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.gguf.file import read_header
 from tinyllama_hf.gguf.vocabulary import PRE_TOKENIZERS
@@ -112,15 +112,13 @@ class TestSentencePiece:
 
     def test_merges_that_are_no_scores(self):
         merges = merges_by_score({"a": 0, "b": 0, "ab": -1, "abab": -3, "ba": -2})
-        assert merges_by_score(derived_scores(merges, ["a", "b"])) == merges
+        assert merges_by_score(derive_scores(merges, ["a", "b"])) == merges
         free = merges_by_score({"a": 0, "aa": -1, "aaa": -2})
         assert free == [("a", "a"), ("aa", "a"), ("a", "aa")]
-        assert derived_scores(free[:1] + free[:0:-1], "a") == derived_scores(
-            free, "a"
-        )  # transformers' order in a piece
+        assert derive_scores(free[:1] + free[:0:-1], "a") == derive_scores(free, "a")  # transformers' order in a piece
         for wrong in (free[1:], [free[1], free[0], free[2]]):
             with pytest.raises(InputError, match=r"Add the tokenizer\.model"):
-                derived_scores(wrong, ["a", "aa", "aaa"])
+                derive_scores(wrong, ["a", "aa", "aaa"])
 
     def test_added_tokens_and_rows_without_token(self, tokenizer_folder, tmp_path):
         tokenizer = load_tokenizer(tokenizer_folder)

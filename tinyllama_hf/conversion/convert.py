@@ -102,12 +102,12 @@ def convert(
         _check_space(checkpoint, to, dtype, output)
         if check is not None:
             check(checkpoint)
-        with new_folder(output, overwrite=force) as folder, _bar(checkpoint, progress):
+        with new_folder(output, overwrite=force) as folder, _show_progress(checkpoint, progress):
             notes, digests = _write_weights(
                 checkpoint, to, folder, find_dtype(dtype, DTYPES), shard_size, calibration, output.name
             )
             if not to.startswith("gguf-"):  # a GGUF file contains the tokenizer
-                notes += _write_surroundings(checkpoint, to, folder)
+                notes += _write_tokenizer_files(checkpoint, to, folder)
             settings = {"source": str(source), "to": to, "dtype": dtype, "vocab_rows": vocab_rows}
             _write_provenance(checkpoint, folder, settings, digests)
     next_lines = _next_commands(asked, output) if asked in HAND_OFF else ()
@@ -148,7 +148,7 @@ def _write_weights(
     return [], write_llama(checkpoint, folder, dtype, shard_size)
 
 
-def _write_surroundings(checkpoint: Checkpoint, to: str, folder: Path) -> list[str]:
+def _write_tokenizer_files(checkpoint: Checkpoint, to: str, folder: Path) -> list[str]:
     """Writes generation configuration and tokenizer; returns notes for the user."""
     tokenizer = checkpoint.load_tokenizer()
     # Without a tokenizer, padding is <unk> as in the rest of the package.
@@ -253,7 +253,7 @@ def _check_space(checkpoint: Checkpoint, to: str, dtype: str, output: Path) -> N
 
 
 @contextlib.contextmanager
-def _bar(checkpoint: Checkpoint, show: bool) -> Iterator[None]:
+def _show_progress(checkpoint: Checkpoint, show: bool) -> Iterator[None]:
     """Shows a bar of the bytes read on standard error."""
     text = TextColumn("{task.description}")
     columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())

@@ -79,7 +79,7 @@ def add_tokenizer(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerFast, rows
     return lines
 
 
-def derived_scores(merges: Sequence[Sequence[str]], pieces: Sequence[str]) -> dict[str, float]:
+def derive_scores(merges: Sequence[Sequence[str]], pieces: Sequence[str]) -> dict[str, float]:
     """Returns scores with which SentencePiece's rule, best result first, follows a list of merges.
 
     Args:
@@ -141,7 +141,7 @@ def _scores(
             kinds[i] = UNUSED if reference.is_unused(i) else kinds[i]
         return scores
     pieces = [token for token, kind in zip(tokens, kinds, strict=True) if kind == NORMAL and token in vocabulary]
-    for piece, score in derived_scores(model["merges"], pieces).items():
+    for piece, score in derive_scores(model["merges"], pieces).items():
         scores[vocabulary[piece]] = score
     return scores
 

@@ -133,7 +133,7 @@ def _by_keys(tensors: dict[str, LazyTensor], file: Path, given: Path, config: Pa
         raise InputError(f"{file}: contains Meta's tensors. Pass the folder with consolidated.00.pth and params.json")
     else:
         raise InputError(f"{file}: unknown layout; its first tensors are {', '.join(list(bare)[:3]) or 'none'}")
-    _add_surroundings(checkpoint, file.parent)
+    _add_folder_files(checkpoint, file.parent)
     if kind:  # lit-gpt's configurations do not contain these ids
         for name in ("bos_token_id", "eos_token_id"):
             setattr(checkpoint.config, name, (checkpoint.generation or {}).get(name, getattr(checkpoint.config, name)))
@@ -222,7 +222,7 @@ def _llama_config(fields: dict[str, Any], file: Path) -> LlamaConfig:
         return TinyLlamaConfig.from_llama(config).to_llama()
 
 
-def _add_surroundings(checkpoint: Checkpoint, folder: Path) -> None:
+def _add_folder_files(checkpoint: Checkpoint, folder: Path) -> None:
     """Adds tokenizer, generation configuration and provenance from the folder of the weights."""
     if (folder / "tokenizer.model").is_file() or (folder / "tokenizer.json").is_file():
         checkpoint.tokenizer = folder
