@@ -35,7 +35,7 @@ def test_what_is_in_it(prose, code):
 
 def test_code_is_valid_and_has_no_docstring(code):
     for document in code:
-        nodes = [n for n in ast.walk(ast.parse(document.text)) if isinstance(n, embedded._DOCUMENTED)]
+        nodes = [n for n in ast.walk(ast.parse(document.text)) if isinstance(n, embedded._Documented)]
         assert not any(ast.get_docstring(node) for node in nodes), document.name
 
 

@@ -166,7 +166,7 @@ def test_finished_does_nothing_and_another_request_is_refused(corpus, tokenizer_
         run([corpus], tokenizer_folder, tmp_path / "out", validation_fraction=0.1, separator="eos")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "precious.txt").write_text("x")
-    with pytest.raises(InputError, match="no data set"):
+    with pytest.raises(InputError, match="not a data set"):
         run([corpus], tokenizer_folder, tmp_path / "other")
     assert [p.name for p in (tmp_path / "other").iterdir()] == ["precious.txt"]
 
