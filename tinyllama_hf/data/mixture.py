@@ -46,7 +46,7 @@ class Mixture:
                 )
             first = self.sources[0]
             if source.metadata["separator"] != first.metadata["separator"]:
-                # The released TinyLlama models never learned to stop, since their separators changed between runs.
+                # TinyLlama's separators changed between runs, and the released models never learned to stop.
                 raise InputError(
                     f"{source.folder} was prepared with --separator {source.metadata['separator']}, {first.folder} "
                     f"with {first.metadata['separator']}. All data of a run need the same separators. Prepare one of "
