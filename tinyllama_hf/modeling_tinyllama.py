@@ -14,16 +14,10 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    LlamaForCausalLM,
-    LlamaModel,
-    LlamaPreTrainedModel,
-    PreTrainedConfig,
-)
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import (

@@ -77,11 +77,6 @@ class Rows:
         plans: Sequence[RowPlan] | None = None,
     ):
         paddings, width = _paddings(input_ids, attention_mask), input_ids.shape[1]
-        for row, padding in enumerate(paddings):
-            if width - padding >= context:
-                raise InputError(
-                    f"prompt {row}: its {width - padding} tokens leave no room in the context of {context}. Shorten it"
-                )
         limits = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
         if not limits:
             raise InputError("max_new_tokens: is missing, and no other setting limits the output. Give max_new_tokens")
@@ -91,21 +86,17 @@ class Rows:
         self.may_end_early = len(stopping_criteria) > len(limits)
         others = [c for c in stopping_criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
         plans = plans or [RowPlan(row, min(limits) - width) for row in range(len(paddings))]
-        self._rows = [
-            _Row(
-                plan,
-                input_ids[row, :padding],
-                width - padding,
-                width - padding,
-                row,
-                len(paddings),
-                list(map(_copy_if_stateful, others)),
-            )
-            for row, (plan, padding) in enumerate(zip(plans, paddings, strict=True))
-        ]
-        self.tokens = input_ids.new_zeros(len(self._rows), max(self.lengths) + 64)  # [rows, slots]
-        for row, padding in enumerate(paddings):
-            self.tokens[row, : width - padding] = input_ids[row, padding:]
+        self._rows: list[_Row] = []
+        self.tokens = input_ids.new_zeros(len(paddings), width - min(paddings) + 64)  # [rows, slots]
+        for row, (plan, padding) in enumerate(zip(plans, paddings, strict=True)):
+            length = width - padding
+            if length >= context:
+                raise InputError(
+                    f"prompt {row}: its {length} tokens leave no room in the context of {context}. Shorten it"
+                )
+            criteria = list(map(_copy_if_stateful, others))
+            self._rows.append(_Row(plan, input_ids[row, :padding], length, length, row, len(paddings), criteria))
+            self.tokens[row, :length] = input_ids[row, padding:]
         self.finished: dict[int, torch.Tensor] = {}  # key -> new tokens of the row
 
     def __len__(self) -> int:
