@@ -1,7 +1,7 @@
-"""Everything one does with a small Llama, as thin layers over the Hugging Face libraries.
+"""Tools for the whole life of a small Llama, as thin layers over the Hugging Face libraries.
 
-Importing this package makes `model_type: tinyllama` known to the Auto classes. Everything is imported on first use, so
-that the import itself costs next to nothing.
+Importing this package registers `model_type: tinyllama` with the Auto classes. Everything else is imported on first
+use, so that the import is fast.
 """
 
 import importlib
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-# Not lazily: a later import of the module would put itself under the function's name.
+# Not lazy: a later import of the module would replace the function of the same name.
 from .released import released
 
 
@@ -34,12 +34,21 @@ _MODULES = {
     "verify": ".conversion.verify",
 }
 
-__all__ = ["TinyLlamaConfig", "TinyLlamaForCausalLM", "TinyLlamaTokenizer", "convert", "load", "load_tokenizer", "released",
-           "speculative_generate", "verify"]  # fmt: skip
+__all__ = [
+    "TinyLlamaConfig",
+    "TinyLlamaForCausalLM",
+    "TinyLlamaTokenizer",
+    "convert",
+    "load",
+    "load_tokenizer",
+    "released",
+    "speculative_generate",
+    "verify",
+]
 
-# `AutoConfig.register` wants the class, and with it three seconds of imports that transformers itself puts off until
-# somebody asks for a Llama. Its mapping is lazy inside: a class name, looked up in a module. No public call reaches
-# that (transformers 5.23); tests/test_registration.py holds that this one works.
+# `AutoConfig.register` needs the class, and importing it takes three seconds that transformers itself defers until a
+# Llama is used. Its mapping is lazy inside: a class name, looked up in a module. No public function offers that
+# (transformers 5.23). tests/test_registration.py checks that this works.
 CONFIG_MAPPING._mapping["tinyllama"] = "TinyLlamaConfig"
 CONFIG_MAPPING._modules["tinyllama"] = sys.modules[__name__]
 

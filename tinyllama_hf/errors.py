@@ -1,4 +1,4 @@
-"""The exception for bad input, and the checks that all parts of the package share."""
+"""The exception for invalid input, and checks that all parts of the package share."""
 
 import contextlib
 import difflib
@@ -11,15 +11,15 @@ _SEED_RULE = f"must be an integer from 0 to {_LARGEST_SEED} (2**64 - 1)"
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used.
+    """Invalid input.
 
-    The message names the thing, its value, the rule and the fix. Commands print it without a traceback and exit with
-    status 2; library callers may catch it as a `ValueError`.
+    The message names the argument or file, its value, the rule and the fix. Commands print it without a traceback and
+    exit with status 2. Callers of the library can catch it as a `ValueError`.
     """
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """Returns `"; did you mean X?"` for the valid name nearest to `name`, else the list of valid names."""
+    """Returns `"; did you mean X?"` for the valid name closest to `name`, or else the list of valid names."""
     valid = sorted(valid)
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else f"; valid: {', '.join(valid)}"
@@ -37,17 +37,17 @@ def one_line(error: BaseException) -> str:
 
 
 def check_seed(seed: int, name: str = "--seed") -> int:
-    """Returns a seed that torch's generators and numpy's `SeedSequence` accept.
+    """Returns the seed if torch's generators and numpy's `SeedSequence` accept it.
 
-    torch also accepts negative seeds, and treats each as the one 2**64 larger; numpy refuses them.
+    torch also accepts a negative seed, as the same number plus 2**64. numpy does not.
 
     Args:
-        seed (`int`): of the draws.
-        name (`str`, *optional*, defaults to `"--seed"`): begins the message, followed by the value; with an empty name the
-            message is only the rule, for a validator that adds both.
+        seed (`int`): the seed to check.
+        name (`str`, *optional*, defaults to `"--seed"`): option or key that starts the message, before the value. If
+            empty, the message is only the rule, for a validator that adds both.
 
     Raises:
-        InputError: if it is negative or has more than 64 bits.
+        InputError: if the seed is negative or has more than 64 bits.
     """
     if not 0 <= seed <= _LARGEST_SEED:
         raise InputError(f"{name} {seed}: {_SEED_RULE}" if name else _SEED_RULE)
@@ -55,10 +55,10 @@ def check_seed(seed: int, name: str = "--seed") -> int:
 
 
 def require(package: str, extra: str, what: str) -> None:
-    """Refuses to go on without an optional package.
+    """Checks that an optional package is installed.
 
     Raises:
-        InputError: if it is not installed, naming the extra of `setup.cfg` that has it.
+        InputError: if it is not; names the extra of `setup.cfg` that installs it.
     """
     try:
         importlib.import_module(package)

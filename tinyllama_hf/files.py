@@ -1,11 +1,11 @@
 """Locks, and files and folders that are never seen in parts: by a reader, by a second process, or after a power cut.
 
-Everything is written under a temporary name, put on the disk, and renamed. Temporary names start with a dot and the final
-name, and end in `.tmp` or `.replaced`. Two processes never share one, and the next process that writes to the same name
-removes what a killed process left, or restores the folder that it had set aside.
+Everything is written under a temporary name, synced to the disk, and renamed. Temporary names start with a dot and the
+final name, and end in `.tmp` or `.replaced`. Two processes never share one. The next process that writes to the same
+name removes what a killed process left, or restores the folder that it had moved aside.
 
-All locks are `flock` locks: the operating system releases them when a process ends, however it ends. Where there are none
-(some network file systems, and Windows), [`locked`] refuses to start, and nothing that a killed process left is removed.
+All locks are `flock` locks, which the operating system releases when a process ends, even if it is killed. Windows and
+some network file systems have none. There [`locked`] raises an error, and what a killed process left is not removed.
 """
 
 import contextlib
@@ -23,11 +23,11 @@ from .errors import InputError, one_line
 
 @contextlib.contextmanager
 def locked(path: Path, name: str) -> Iterator[BinaryIO]:
-    """Holds a lock file, which keeps other processes from writing the same output. Gives the file, opened to append.
+    """Locks a file, so that other processes cannot write the same output. Yields the file, opened to append.
 
     Args:
         path (`Path`): the lock file, created with its parent folders if missing.
-        name (`str`): the option or key of the output and its value, which begin the messages.
+        name (`str`): option or key of the output, and its value; starts the error messages.
 
     Raises:
         InputError: if another process holds the lock, the file cannot be written, or the file system has no locks.
@@ -41,8 +41,8 @@ def locked(path: Path, name: str) -> Iterator[BinaryIO]:
         ) from error
     except _NoLocks as error:
         raise InputError(
-            f"{name}: {path} cannot be locked ({one_line(error.__cause__ or error)}). Without a lock two processes could write "
-            "to it at once. Choose a folder on a file system that has locks."
+            f"{name}: {path} cannot be locked ({one_line(error.__cause__ or error)}). Without a lock, two processes "
+            "could write to it at the same time. Choose a folder on a file system with locks."
         ) from error
     except OSError as error:
         raise InputError(f"{name}: cannot be written to ({error.strerror}). Make room, or choose another.") from error
@@ -69,7 +69,7 @@ def _open_locked(path: Path) -> BinaryIO:
         except BaseException:
             file.close()
             raise
-        file.close()  # renamed or removed by its last owner between the opening and the locking: another file is due
+        file.close()  # its last owner renamed or removed it between the opening and the locking; open the new one
 
 
 def _lock(descriptor: int) -> None:
@@ -93,9 +93,9 @@ def _is_named(file: BinaryIO, path: Path) -> bool:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """Gives a file to write into, which gets its name once its contents are on the disk.
+    """Yields a file to write to, which gets its name once its contents are on the disk.
 
-    After an exception it is removed, and an old file of that name is unchanged.
+    After an exception the file is removed, and an existing file of that name is unchanged.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -110,7 +110,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
             file.truncate(0)  # a killed process may have left some of it
             yield file
             file.flush()
-            os.fsync(file.fileno())  # before the renaming, or a power cut could leave the name without contents
+            os.fsync(file.fileno())  # before the rename, or a power cut could leave an empty file under the name
             os.replace(temporary, path)
         finally:
             if _is_named(file, temporary):
@@ -137,21 +137,21 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    # No JSON; not UTF-8; a number of more digits than Python converts; brackets deeper than its stack.
+    # Invalid JSON, not UTF-8, a number with more digits than Python converts, or nesting deeper than its stack.
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: damaged, not valid JSON ({error}); fetch or make it again") from error
+        raise InputError(f"{path}: damaged, not valid JSON ({error}). Download or create it again.") from error
 
 
 @contextlib.contextmanager
 def new_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Gives an empty folder to write into, which gets its name once its contents are on the disk.
+    """Yields an empty folder to write to, which gets its name once its contents are on the disk.
 
-    After an exception it is removed, and an old folder of that name is unchanged.
+    After an exception the new folder is removed, and an existing folder of that name is unchanged.
 
     Args:
-        folder (`Path`): the name.
-        overwrite (`bool`, *optional*, defaults to `False`): replace a folder of that name; otherwise it must not exist or
-            be empty.
+        folder (`Path`): final path of the folder.
+        overwrite (`bool`, *optional*, defaults to `False`): replace an existing folder. Otherwise it must be empty or
+            missing.
     """
     with _temporary_folder(folder) as temporary:
         yield temporary
@@ -160,11 +160,11 @@ def new_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_files(folder: Path, last: str) -> Iterator[Path]:
-    """Gives an empty folder; the files written into it replace those in `folder` one by one, once all are on the disk.
+    """Yields an empty folder; once all files in it are on the disk, they replace those in `folder` one by one.
 
     Args:
         folder (`Path`): an existing folder; its other files stay.
-        last (`str`): name of the file that is replaced after all others, as the one that readers look for.
+        last (`str`): name of the file to replace last, because readers look for it.
     """
     with _temporary_folder(folder) as temporary:
         yield temporary
@@ -176,12 +176,12 @@ def new_files(folder: Path, last: str) -> Iterator[Path]:
 
 
 def replace_folder(new: Path, folder: Path, overwrite: bool = True) -> None:
-    """Gives a complete folder its name, and returns once contents and name are on the disk.
+    """Renames a complete folder, and returns once its contents and its name are on the disk.
 
     Args:
         new (`Path`): the complete folder, on the same file system.
-        folder (`Path`): the name.
-        overwrite (`bool`, *optional*, defaults to `True`): replace a folder of that name.
+        folder (`Path`): final path of the folder.
+        overwrite (`bool`, *optional*, defaults to `True`): replace an existing folder.
     """
     sync(*new.rglob("*"), new)
     old = _unused_name(folder, "replaced")
@@ -200,20 +200,20 @@ def replace_folder(new: Path, folder: Path, overwrite: bool = True) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder; it loses its name first, so that a folder without some of its files never has it."""
+    """Removes a folder. It is renamed first, so that a folder under this name is never incomplete."""
     with _held(folder):
         shutil.rmtree(folder.rename(_unused_name(folder, "tmp")))
 
 
 @contextlib.contextmanager
 def _temporary_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder with a temporary name for a folder, removed at the end if it still has that."""
+    """Yields an empty folder with a temporary name, and removes it at the end if it still has that name."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _clear_abandoned(folder)
     unseen = folder.with_name(f".{uuid.uuid4().hex}")
     unseen.mkdir()
     try:
-        with _held(unseen):  # before it has a name that other processes clear
+        with _held(unseen):  # before it has a name that other processes may remove
             temporary = _unused_name(folder, "tmp")
             os.replace(unseen, temporary)
             try:
@@ -225,12 +225,12 @@ def _temporary_folder(folder: Path) -> Iterator[Path]:
 
 
 def _unused_name(path: Path, kind: str) -> Path:
-    """A temporary name that no other process uses."""
+    """Returns a temporary name that no other process uses."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{kind}")
 
 
 def _clear_abandoned(folder: Path) -> None:
-    """Removes what killed processes left next to a folder; a folder that was only set aside gets its name back."""
+    """Removes what killed processes left next to a folder; renames a folder back that was only moved aside."""
     pattern = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{8}}\.(tmp|replaced)")
     for path in folder.parent.iterdir():
         if not pattern.fullmatch(path.name):
@@ -244,9 +244,9 @@ def _clear_abandoned(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[bool]:
-    """Locks a folder, so that `_clear_abandoned` of other processes leaves it alone until the end of this one.
+    """Locks a folder, so that `_clear_abandoned` of other processes does not touch it while this process lives.
 
-    Gives `False` where another process holds it or there are no locks.
+    Yields `False` if another process holds the lock or there are no locks.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -261,7 +261,7 @@ def _held(folder: Path) -> Iterator[bool]:
 
 
 def sync(*paths: Path) -> None:
-    """Waits until the contents of files, and the entries of folders, are on the disk and not only in its cache."""
+    """Waits until the contents of files and the entries of folders are on the disk, not only in the page cache."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Records without what they tell of a machine: paths become their last part, names of the user and the host become words."""
+"""Removes traces of a machine from records: paths are cut to their last part, names of user and host are replaced."""
 
 import functools
 import getpass
@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 
-# Where a path may begin in a string: at the start, or after one of these. Not after a letter ("a/b"), a dot ("./a"), or a
-# closing bracket.
+# Where a path may begin in a string: at the start, or after one of these. Not after a letter ("a/b"), a dot ("./a") or
+# a closing bracket.
 _BEGIN = r"(?<![^\s=:,;|@\"'`({])"
-# A folder and its separator, and not the separator that ends a path. A folder may hold spaces and punctuation, but does not
-# end in any: there the next path begins. Possessive, since a text without a path must not cost the square of its length.
+# A folder and its separator, but not a separator at the end of a path. A folder can contain spaces and punctuation but
+# does not end in any, since the next path begins there. Quantifiers are possessive, so that a text without a path does
+# not take time quadratic in its length.
 _FOLDER = (
     r"(?:(?:[^/{0}\n\"'`\s,;:]|[,;:](?![\s/{0}])|[ ](?=[^\s/{0}]))++(?<![\s=:,;|@(\[{{<])[/{0}]++"
     r"(?=[^/{0}\s,;:\"'`)\]}}>|]))*+"
@@ -21,7 +22,7 @@ _POSIX_FOLDERS, _WINDOWS_FOLDERS = _FOLDER.format(""), _FOLDER.format("\\\\")
 _LAST = r"[^/\\\s\"'`,;:|(){}\[\]<>]*"
 _PATH = re.compile(
     rf"file:/+(?:[A-Za-z]:/+)?{_POSIX_FOLDERS}(?P<url>{_LAST})"
-    # Other addresses stay: they are no places of this machine.
+    # Other addresses are kept, since they do not refer to this machine.
     r"|(?P<address>(?<![\w+.-])[A-Za-z][\w+.-]++://[^\s\"'<>]*)"
     rf"|{_BEGIN}~[\w.-]*/+{_POSIX_FOLDERS}(?P<home>{_LAST})"
     rf"|(?<![\w.])(?:[A-Za-z]:[/\\]+|\\\\(?=\w)){_WINDOWS_FOLDERS}(?P<windows>{_LAST})"
@@ -34,14 +35,15 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(?:@[\w./-]+)?")
 
 
 def portable(value: Any, names: bool = True) -> Any:
-    """Returns a JSON-ready value as it may leave the machine. An equal value gives an equal result.
+    """Returns a JSON value without traces of this machine. Equal values give equal results.
 
     Args:
-        value (`Any`): of dicts, lists, strings and numbers. Absolute paths anywhere in a string, also of Windows, `~` and
-            `file:`, are cut to their last part; relative paths, Hub ids and addresses stay. A folder of the Hub's cache
-            becomes the id that it was fetched by. Of keys that become equal, all but the first get a number.
-        names (`bool`, *optional*, defaults to `True`): replace the names of the user and of the host too, by `user` and
-            `host`. Not for files that programs obey: a name may be one of their words.
+        value (`Any`): dicts, lists, strings and numbers. Absolute paths anywhere in a string, including Windows paths,
+            `~` and `file:`, are cut to their last part. Relative paths, Hub ids and addresses are kept. A folder of
+            the Hub cache becomes the Hub id it was downloaded from. If keys become equal, all but the first get a
+            number.
+        names (`bool`, *optional*, defaults to `True`): also replace the names of the user and the host with `user` and
+            `host`. Set it to `False` for files that programs read, since a name can be one of their keywords.
     """
     if isinstance(value, dict):
         return _portable_dict(value, names)
@@ -61,7 +63,7 @@ def portable_text(text: str, names: bool = True) -> str:
 
 
 def hub_id(path: str) -> str | None:
-    """The Hub id that a folder of the Hub's cache was fetched by, `None` for any other path."""
+    """Returns the Hub id of a folder in the cache of the Hub, or `None` for any other path."""
     match = _CACHED.search(path)
     return f"{match[1]}/{match[2]}" if match else None
 
@@ -69,7 +71,7 @@ def hub_id(path: str) -> str | None:
 def _portable_dict(value: dict[str, Any], names: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, entry in value.items():
-        # Keys are fields, in which a name means something else, or paths.
+        # Keys are field names, in which a word is not the name of a user, or paths.
         given = portable_text(key, names=False) if isinstance(key, str) else key
         number, unique = 1, given
         while unique in found:
@@ -89,12 +91,12 @@ def _last_part(match: re.Match[str]) -> str:
 
 @functools.cache
 def _own_names() -> list[tuple[re.Pattern[str], str]]:
-    """The names of the host and of the user, longest first, each with the word that replaces it."""
+    """Returns the names of the host and the user, longest first, each with its replacement."""
     host = socket.gethostname()
     words = {host: "host", host.partition(".")[0]: "host"}
     try:
         words[getpass.getuser()] = "user"
-    except (OSError, KeyError):  # a container without an entry for the user's number
+    except (OSError, KeyError):  # a container without an entry for the user's id
         pass
     words[Path.home().name] = "user"
     ordered = sorted(filter(None, words), key=len, reverse=True)

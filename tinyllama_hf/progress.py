@@ -1,4 +1,4 @@
-"""What libraries print: progress bars belong on terminals, and some warnings are for the libraries themselves."""
+"""Output of libraries: progress bars are shown on terminals only, and some warnings are silenced."""
 
 import logging as python_logging
 from collections.abc import Callable
@@ -8,9 +8,9 @@ from transformers.utils import logging
 
 
 def quiet_library_bars() -> None:
-    """Lets transformers' bars ("Loading weights") appear on terminals only, and vanish when they are done.
+    """Shows progress bars of transformers ("Loading weights") on terminals only, and removes them at the end.
 
-    For commands: it changes the library for the whole process. Downloads keep their own bars.
+    For commands only, since it changes transformers for the whole process. Download bars are not affected.
     """
     logging.set_tqdm_hook(_on_terminals)
 
@@ -20,9 +20,9 @@ def _on_terminals(bar: Callable[..., Any], arguments: tuple, options: dict[str, 
 
 
 def quiet_bitsandbytes() -> None:
-    """Silences what bitsandbytes (0.50.2) warns of as a matter of course.
+    """Silences warnings that bitsandbytes (0.50.2) always prints. Call it before importing bitsandbytes.
 
-    At its import on a CPU with AVX512_BF16: that an optional package is missing. In int8, once a layer and pass: that it
-    casts. Call it before the import.
+    On a CPU with AVX512_BF16, the import warns that an optional package is missing. In int8, each layer warns in each
+    forward pass that it casts its input.
     """
     python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)

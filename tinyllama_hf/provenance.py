@@ -1,4 +1,4 @@
-"""Where an artefact comes from: code, libraries, machine. Written beside everything that this package makes."""
+"""Provenance of everything that this package writes: code, libraries and machine."""
 
 import datetime
 import functools
@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 
-_LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "datatrove", "trl", "peft", "bitsandbytes", "lm_eval",
-              "evaluate", "huggingface_hub", "numpy")  # fmt: skip
+_LIBRARIES = (
+    *("torch", "transformers", "tokenizers", "accelerate", "datatrove", "trl", "peft", "bitsandbytes", "lm_eval"),
+    *("evaluate", "huggingface_hub", "numpy"),
+)
 
 
 def collect(**extra: Any) -> dict[str, Any]:
-    """Returns a JSON-ready record of this process; `extra` is added as it is."""
+    """Returns a record of this process that can be written as JSON, with `extra` added."""
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -32,7 +34,7 @@ def collect(**extra: Any) -> dict[str, Any]:
 
 @functools.cache
 def code_version() -> dict[str, Any]:
-    """The package's version and, in a clone, its commit and whether files differ from it."""
+    """Returns the package's version and, in a clone, its commit and whether files were modified."""
     version: dict[str, Any] = {"tinyllama_hf": _version("tinyllama_hf")}
     root = Path(__file__).parents[1]
     if (root / ".git").exists():
@@ -43,7 +45,7 @@ def code_version() -> dict[str, Any]:
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    """What a git command prints, `None` where there is no git or it refuses the folder."""
+    """Returns the output of a git command, or `None` if git is missing or fails."""
     try:
         done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
     except OSError:
@@ -53,9 +55,9 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 @functools.cache
 def machine() -> dict[str, Any]:
-    """Processor, cores, accelerator where torch is loaded and sees one."""
+    """Returns processor, cores and, if torch is already imported, threads and accelerators."""
     record: dict[str, Any] = {"platform": platform.platform(), "processor": _processor(), "cores": os.cpu_count()}
-    torch = sys.modules.get("torch")  # provenance of a data set must not pay for torch
+    torch = sys.modules.get("torch")  # the provenance of a dataset should not import torch
     if torch is not None:
         record["threads"] = torch.get_num_threads()
         record["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
@@ -64,12 +66,12 @@ def machine() -> dict[str, Any]:
 
 
 def fingerprint(value: Any) -> str:
-    """SHA-256 of a JSON-ready value, independent of the order of keys."""
+    """Returns the SHA-256 of a value as JSON, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's contents."""
+    """Returns the SHA-256 of a file's contents."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -1,6 +1,6 @@
-"""Reading a recipe, the YAML file of a training run, strictly.
+"""Reads a recipe, the YAML file of a training run, and reports all its problems at once.
 
-All problems of a file are reported at once, before anything else is loaded.
+Nothing else is loaded before the recipe is valid.
 """
 
 import os
@@ -19,15 +19,15 @@ Seed = Annotated[int, AfterValidator(lambda seed: check_seed(seed, ""))]
 
 
 class Section(BaseModel):
-    """A part of a recipe; every key is known."""
+    """A section of a recipe. Unknown keys are errors."""
 
-    # "forbid" makes a misspelt key an error; protected_namespaces would forbid names that begin with model_.
+    # "forbid" makes a misspelled key an error; protected_namespaces would forbid names that start with model_.
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     @field_validator("*")
     @classmethod
     def _integers_are_small(cls, value: Any) -> Any:
-        """Larger ones would overflow later, in arithmetic with floats or tensors."""
+        """Rejects integers that would overflow later, in arithmetic with floats or tensors."""
         for number in _integers(value):
             if abs(number) >= 2**64:
                 raise ValueError(f"{number} is too large; integers have at most 64 bits")
@@ -54,18 +54,18 @@ def read_recipe(
     """Reads a recipe and applies `section.key=value` overrides.
 
     Args:
-        schema (`type[Section]`): what the file holds.
+        schema (`type[Section]`): schema of the file.
         path (`str` or `os.PathLike`): the YAML file.
-        overrides (`Sequence[str]`): replace single values.
-        contradictions (`Callable`): given the sections that could be read, the broken rules between their keys.
+        overrides (`Sequence[str]`): values to replace.
+        contradictions (`Callable`): returns the problems between keys, given the valid sections.
 
     Raises:
-        InputError: naming every unknown key (with the nearest valid one), wrong type, value out of range and
-            contradiction of the file at once.
+        InputError: lists every unknown key (with the closest valid one), wrong type, value out of range and
+            contradiction in the file.
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"recipe {path} does not exist; `tinyllama-hf recipes list` shows those that come along")
+        raise InputError(f"recipe {path} does not exist; `tinyllama-hf recipes list` lists the bundled recipes")
     try:
         values = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
@@ -84,7 +84,7 @@ def read_recipe(
 
 
 def _read_sections(schema: type[Recipe], values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The sections that can be read by themselves, and the problems of all."""
+    """Returns the sections that are valid on their own, and the problems of all sections."""
     try:
         schema.model_validate(values)
         found = []
@@ -100,7 +100,7 @@ def _read_sections(schema: type[Recipe], values: dict[str, Any]) -> tuple[dict[s
 
 
 def _section_of(annotation: Any) -> type[Section] | None:
-    """The section that a field holds, `None` for a plain value."""
+    """Returns the section type of a field, or `None` for a plain value."""
     return next((kind for kind in (annotation, *get_args(annotation)) if _is_section(kind)), None)
 
 
@@ -124,14 +124,14 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def _problem(schema: type[Recipe], problem: dict[str, Any]) -> str:
-    """One line for one of pydantic's findings."""
+    """Formats an error of pydantic as one line."""
     *sections, key = problem["loc"]
     name = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
         return f"{name}: unknown key{did_you_mean(str(key), _fields(schema, sections))}"
     if problem["type"] == "missing":
         return f"{name}: is required"
-    message = problem["msg"].removeprefix("Value error, ")  # pydantic's, of a check of ours
+    message = problem["msg"].removeprefix("Value error, ")  # pydantic's prefix for our own checks
     return f"{name}: {problem['input']!r}: {message[0].lower()}{message[1:]}"
 
 

@@ -1,4 +1,4 @@
-"""The released ladder by name, and how a name becomes a folder."""
+"""The released checkpoints by name, and downloading them."""
 
 import functools
 import math
@@ -14,13 +14,14 @@ from .files import read_json
 
 
 _INTERMEDIATE = re.compile(r"step-(\d+)k-token-(\d+)B")
-# What is fetched from the Hub where only the tokenizer is wanted.
+# What is downloaded if only the tokenizer is needed.
 TOKENIZER_FILES = ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
-# Everything of a model but its weights; the configurations of lit-gpt, litgpt and Meta are included.
+# All files of a model except its weights, including the configurations of lit-gpt, litgpt and Meta.
 _SMALL_FILES = ("config.json", "generation_config.json", "provenance.json", "training.yaml",
                 "model_config.yaml", "lit_config.json", "params.json", *TOKENIZER_FILES)  # fmt: skip
-_FILES = (".gguf", ".safetensors", ".bin", ".pth", ".pt")  # that are fetched when they are named
-# Whole weights and index, in the order in which transformers looks for them; last what only `convert` reads.
+_FILES = (".gguf", ".safetensors", ".bin", ".pth", ".pt")  # downloaded if named
+# Weights in one file and the index of sharded ones, in the order transformers looks for them. Only `convert` reads
+# .pth files.
 _WEIGHTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
@@ -31,8 +32,8 @@ _WEIGHTS = (
 class Released(NamedTuple):
     """A released checkpoint.
 
-    `scores` holds the published seven, in percent, by task; it is empty where none were published. `average` is their
-    unweighted mean, which for one row is not the printed one (see `note`).
+    `scores` are the seven published scores in percent, by task, or empty if none were published. `average` is their
+    unweighted mean, which differs from the published one in one row (see `note`).
     """
 
     name: str
@@ -46,42 +47,42 @@ class Released(NamedTuple):
 
     @property
     def average(self) -> float | None:
-        """Unweighted mean of the published scores, `None` where there are none."""
+        """Unweighted mean of the published scores, or `None` if there are none."""
         return math.fsum(self.scores.values()) / len(self.scores) if self.scores else None
 
 
 @functools.cache
 def tables() -> dict[str, Any]:
-    """The contents of `released.yaml`."""
+    """Returns the contents of `released.yaml`."""
     return yaml.safe_load(Path(__file__).with_name("released.yaml").read_text(encoding="utf-8"))
 
 
 @functools.cache
 def released() -> tuple[Released, ...]:
-    """All released checkpoints: the ladder in the order of its tokens, then the chat models."""
-    facts = tables()
+    """Returns all released checkpoints: base models in the order of their tokens, then the chat models."""
+    table = tables()
     found: dict[str, Released] = {}
     for section in ("base", "chat"):
-        for row in facts[section]["rows"]:
+        for row in table[section]["rows"]:
             kind = "peer" if row.get("peer") else section
             step = row.get("step")
-            tokens = row.get("tokens") or (step * facts["tokens_per_step"] if step else found[row["base"]].tokens)
-            scores = dict(zip(facts[section]["columns"], row.get("scores", ()), strict=False))
+            tokens = row.get("tokens") or (step * table["tokens_per_step"] if step else found[row["base"]].tokens)
+            scores = dict(zip(table[section]["columns"], row.get("scores", ()), strict=False))
             found[row["name"]] = Released(row["name"], kind, row["hub"], "main", step, tokens, scores, row.get("note"))
     return tuple(found.values())
 
 
 def intermediate_checkpoint(name: str) -> tuple[str, str] | None:
-    """Hub id and revision of a checkpoint between the rungs of the ladder, as in `step-715k-token-1499B`.
+    """Returns Hub id and revision of an intermediate checkpoint, such as `step-715k-token-1499B`.
 
-    There is one every 5000 steps. After 480k, where the first run went wrong, the names mean the repaired run; the withdrawn
-    checkpoints are reached by their full id (`TinyLlama/tinyLlama-intermediate-checkpoints@step-500k-token-1049B`) only.
+    There is one every 5000 steps. The first run was faulty after step 480k, so later names refer to the repaired run.
+    A withdrawn checkpoint needs its full id (`TinyLlama/tinyLlama-intermediate-checkpoints@step-500k-token-1049B`).
 
     Returns:
-        `None` if the name is not of this form.
+        `None` if the name does not have this form.
 
     Raises:
-        InputError: if there is no such checkpoint.
+        InputError: if there is no checkpoint of this name.
     """
     match = _INTERMEDIATE.fullmatch(name)
     if match is None:
@@ -91,29 +92,30 @@ def intermediate_checkpoint(name: str) -> tuple[str, str] | None:
     last = max(model.step for model in released() if model.step)
     if step % 5000 or not 0 < step <= last:
         raise InputError(
-            f"model {name!r}: there is a checkpoint every 5k steps, up to {last // 1000}k; see `tinyllama-hf list`"
+            f"model {name!r}: checkpoints exist every 5k steps, up to {last // 1000}k. See `tinyllama-hf list`"
         )
-    # The repositories do not always round in the same way.
+    # The repositories do not always round the same way.
     if abs(billions - tokens / 1e9) >= 1:
-        raise InputError(f"model {name!r}: step {match[1]}k has {tokens / 1e9:,.1f}B tokens; did you mean "
-                         f"'step-{match[1]}k-token-{tokens / 1e9:.0f}B'?")  # fmt: skip
+        near = f"step-{match[1]}k-token-{tokens / 1e9:.0f}B"
+        raise InputError(f"model {name!r}: step {match[1]}k has {tokens / 1e9:,.1f}B tokens. Did you mean {near!r}?")
     first, repaired = (row["hub"] for row in tables()["intermediate_collections"][:2])
     return (first if step <= 480_000 else repaired), name
 
 
 def local_folder(name: str, only: Sequence[str] | None = None) -> Path:
-    """Returns the folder of a model: a local one unchanged, a released name or a Hub id downloaded.
+    """Returns the folder of a model: a local folder unchanged, or the download of a released name or Hub id.
 
-    Of a repository only what transformers would read is downloaded: configuration, tokenizer, and one kind of weights. Another
-    file of it, such as a GGUF, is downloaded when it is named.
+    Only the files that transformers would read are downloaded: configuration, tokenizer and one kind of weights. Any
+    other file of the repository, such as a GGUF file, is downloaded if it is named.
 
     Args:
-        name (`str`): a folder, a name from [`released`] or of an intermediate checkpoint (`step-715k-token-1499B`),
-            `user/repository`, with `@revision` if not main, or `user/repository/FILE`, which gives the path of that file.
-        only (`Sequence[str]`, *optional*): download only the files that match these patterns.
+        name (`str`): a folder, a name from [`released`], an intermediate checkpoint (`step-715k-token-1499B`),
+            `user/repository`, optionally with `@revision`, or `user/repository/FILE`, which returns the path of that
+            file.
+        only (`Sequence[str]`, *optional*): download only files that match these patterns.
 
     Raises:
-        InputError: if there is no such thing, or the Hub cannot be reached.
+        InputError: if there is no such model, or the Hub cannot be reached.
     """
     path = Path(name)
     if path.exists():
@@ -122,7 +124,7 @@ def local_folder(name: str, only: Sequence[str] | None = None) -> Path:
     known = {model.name: model for model in released()}
     loadable = [model.name for model in released() if model.kind != "peer"]
     if name in known and known[name].kind == "peer":
-        raise InputError(f"model {name!r}: is no Llama; it is listed as the peer of the published table only")
+        raise InputError(f"model {name!r}: not a Llama; it is listed only for comparison with the published scores")
     if name in known:
         repository, revision = known[name].hub, known[name].revision
     elif intermediate := intermediate_checkpoint(name):
@@ -137,7 +139,8 @@ def local_folder(name: str, only: Sequence[str] | None = None) -> Path:
         only = inside or only
     else:
         raise InputError(
-            f"model {name!r}: no such folder, and no released model{did_you_mean(name, loadable)} (see `tinyllama-hf list`)"
+            f"model {name!r}: no such folder, and no released model{did_you_mean(name, loadable)} "
+            "(see `tinyllama-hf list`)"
         )
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -145,8 +148,8 @@ def local_folder(name: str, only: Sequence[str] | None = None) -> Path:
         folder = _download(repository, revision or None, only)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"model {name!r}: {repository} cannot be fetched from the Hub ({one_line(error)}); check the "
-            "name and the connection, or give a local folder"
+            f"model {name!r}: {repository} cannot be fetched from the Hub ({one_line(error)}). Check the name and "
+            "the connection, or use a local folder"
         ) from error
     if inside and not (folder / inside[0]).exists():
         raise InputError(f"model {name!r}: {repository} has no file {inside[0]}")
@@ -154,12 +157,12 @@ def local_folder(name: str, only: Sequence[str] | None = None) -> Path:
 
 
 def _download(repository: str, revision: str | None, only: Sequence[str] | None) -> Path:
-    """The snapshot of a repository with the files that match, or with those of a model: the first kind of weights that it has."""
+    """Downloads the files of a repository that match; by default small files and the first kind of weights it has."""
     from huggingface_hub import snapshot_download
 
     folder = Path(snapshot_download(repository, revision=revision, allow_patterns=only or _SMALL_FILES))
     for whole, index in () if only else _WEIGHTS:
-        # By the commit's id, so that files of two commits are never mixed.
+        # By the id of the commit, so that files of two commits are never mixed.
         snapshot_download(repository, revision=folder.name, allow_patterns=[whole])
         if any(folder.glob(whole)):
             break
@@ -173,8 +176,8 @@ def _download(repository: str, revision: str | None, only: Sequence[str] | None)
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that an index names."""
+    """Returns the files that an index names."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: damaged, it has no weight_map; fetch the repository again")
+        raise InputError(f"{index}: damaged, it has no weight_map. Download the repository again")
     return sorted(set(weight_map.values()))

@@ -1,4 +1,4 @@
-"""Text that users give: files in UTF-8 with or without a byte order mark, and strings that are not text."""
+"""Text from users: files in UTF-8 with or without a byte order mark, and strings that are not valid text."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from .errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ENCODING = "utf-8-sig"  # UTF-8; the byte order mark that Windows programs put first is not part of the text
+ENCODING = "utf-8-sig"  # UTF-8; a byte order mark, which Windows programs write, is not part of the text
 
 
 def read_text(file: Path, newline: str | None = None) -> str:
@@ -18,7 +18,7 @@ def read_text(file: Path, newline: str | None = None) -> str:
 
     Args:
         file (`Path`): in UTF-8, with or without a byte order mark.
-        newline (`str`, *optional*): as for `open`: line ends become `"\\n"` by default, `""` keeps them.
+        newline (`str`, *optional*): as in `open`. By default line ends become `"\\n"`; `""` keeps them.
 
     Raises:
         InputError: if the file cannot be read, or is not UTF-8.
@@ -27,27 +27,26 @@ def read_text(file: Path, newline: str | None = None) -> str:
         with file.open(encoding=ENCODING, newline=newline) as stream:
             return stream.read()
     except UnicodeDecodeError as error:
-        raise InputError(f"{file}: not UTF-8 ({error.reason} at byte {error.start}); convert it first") from error
+        raise InputError(f"{file}: not UTF-8 ({error.reason} at byte {error.start}); convert it to UTF-8") from error
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}); check the name and the permissions") from error
 
 
 def check_text(text: str, where: str) -> None:
-    """Refuses half of a surrogate pair, which JSON can spell and no tokenizer takes.
+    """Checks that a string has no half of a surrogate pair, which JSON can contain and tokenizers reject.
 
     Args:
-        text (`str`): anything that a user wrote.
-        where (`str`): names its place in the error.
+        text (`str`): any text from a user.
+        where (`str`): its place, which starts the error message.
 
     Raises:
-        InputError: naming the character.
+        InputError: if it has one; names the character.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{where}: character {error.start} is {text[error.start]!a}, half of a surrogate pair, which is not text; "
-            "fix or remove it"
+            f"{where}: character {error.start} is {text[error.start]!a}, half of a surrogate pair. Fix or remove it"
         ) from error
 
 

@@ -1,7 +1,7 @@
 """The `tinyllama-hf` command.
 
-A package of its own, so that `--help` and completion run without torch: importing `tinyllama_hf` registers model
-classes, which needs it. Every command imports what it needs when it runs.
+It is a separate package, so that `--help` and completion do not import torch: importing `tinyllama_hf` registers model
+classes, which needs torch. Each command imports what it needs when it runs.
 """
 
 import sys
@@ -14,9 +14,9 @@ from .openmp import let_threads_sleep
 
 app = typer.Typer(
     name="tinyllama-hf",
-    help="Everything one does with a small Llama: data, training, evaluation, conversion, generation, chat, publishing.\n\n"
-    "Training itself is started with: accelerate launch recipes/pretrain.py RECIPE.yaml, fine-tuning with "
-    "recipes/sft.py (see `recipes copy`).",
+    help="Prepare data, evaluate, convert, generate, chat, serve and publish with a small Llama.\n\n"
+    "To train, run: accelerate launch recipes/pretrain.py RECIPE.yaml. To fine-tune, use recipes/sft.py instead. "
+    "`recipes copy` copies both.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -43,7 +43,7 @@ def main() -> None:
     try:
         app()
     except ValueError as error:
-        # Only our own error stands for bad input; it cannot be imported at the top, see the module's docstring.
+        # Only InputError means bad input. It cannot be imported at the top, see the module's docstring.
         errors = sys.modules.get("tinyllama_hf.errors")
         if errors is None or not isinstance(error, errors.InputError):
             raise
