@@ -159,9 +159,8 @@ def test_training_goes_on_where_a_score_or_a_picture_cannot_be_had(recipe, capsy
     assert len(names) == 2 and not (run / "scores.json").exists()
     for name in names:
         assert f"{name}: not scored (" in printed
-    assert (
-        f"`tinyllama-hf eval text {run}`" in printed and "training.png: not drawn (No space left on device)" in printed
-    )
+    assert f"`tinyllama-hf eval text {run}`" in printed
+    assert re.search(r"training\.png: not drawn \(.*No space left on device\)", printed)
 
 
 def test_training_goes_on_where_a_record_is_gone_or_a_card_cannot_be_written(recipe, capsys, monkeypatch):
@@ -182,7 +181,7 @@ def test_training_goes_on_where_a_record_is_gone_or_a_card_cannot_be_written(rec
     assert re.search(
         r"training.png: not drawn \(milestone .*: provenance.json is missing[^\n]*\); training continues", printed
     )
-    assert re.search(r"^step-2-token-[\d.]+M: no card \('preset'\); training continues", printed, re.MULTILINE)
+    assert re.search(r"^step-2-token-[\d.]+M: no card \(.*'preset'\); training continues", printed, re.MULTILINE)
     assert read_metrics(Path(config.output_dir))[-1]["step"] == 12
 
 

@@ -80,7 +80,7 @@ def test_an_early_run_is_scored(early_run):
 def test_an_early_run_is_reported_and_published(early_run, online):
     before = contents(early_run)
     page = write_report(early_run, Path("report")).read_text()
-    assert all(fact in page for fact in ("100% data", "left 2 milestones", f"{NAMES[1]} was made on"))
+    assert all(fact in page for fact in ("100% data", "2 milestones", f"{NAMES[1]} was created on"))
     publish(early_run, "demo/early")
     published = files_on_hub(online, "demo/early")
     assert published.keys() == {"main", *NAMES}
