@@ -112,12 +112,12 @@ class TestRefusals:
     def test_new_tokens_without_their_embeddings(self, base, tmp_path):
         """The new rows were random in training, and were not saved."""
         trained(base, "plain", True, tmp_path, save_embedding_layers=False)
-        with pytest.raises(InputError, match=r"has 515 tokens, .* 512 rows; .*save_embedding_layers=True"):
+        with pytest.raises(InputError, match=r"has 515 tokens, .* 512 rows.*save_embedding_layers=True"):
             load(base, adapter=tmp_path)
 
     def test_another_base_is_named(self, base, nano_folder, tmp_path):
         trained(base, "plain", True, tmp_path)
-        with pytest.raises(InputError, match=f"the model that it was trained on .*{base.name}"):
+        with pytest.raises(InputError, match=f"trained on .*{base.name}"):
             add_adapter(load(nano_folder)[0], tmp_path)
 
     def test_code_is_not_imported(self, base, tmp_path):
