@@ -86,6 +86,7 @@ def _last_part(match: re.Match[str]) -> str:
         return match["address"]
     if cached := _CACHED.search(match[0]):
         return f"{cached[1]}/{cached[2]}@{cached[3]}{match[0][cached.end() :]}"
+    assert match.lastgroup  # every alternative has a group
     return match[match.lastgroup]
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 
 from .errors import InputError, check_seed, did_you_mean
 from .text import read_text
@@ -123,7 +124,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise InputError(f"override {override!r}: its value is not valid YAML: {error}") from error
 
 
-def _problem(schema: type[Recipe], problem: dict[str, Any]) -> str:
+def _problem(schema: type[Recipe], problem: ErrorDetails) -> str:
     """Formats an error of pydantic as one line."""
     *sections, key = problem["loc"]
     name = ".".join(map(str, problem["loc"]))

@@ -160,7 +160,7 @@ def _download(repository: str, revision: str | None, only: Sequence[str] | None)
     """Downloads the files of a repository that match; by default small files and the first kind of weights it has."""
     from huggingface_hub import snapshot_download
 
-    folder = Path(snapshot_download(repository, revision=revision, allow_patterns=only or _SMALL_FILES))
+    folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(only or _SMALL_FILES)))
     for whole, index in () if only else _WEIGHTS:
         # By the id of the commit, so that files of two commits are never mixed.
         snapshot_download(repository, revision=folder.name, allow_patterns=[whole])
