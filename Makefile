@@ -16,7 +16,7 @@ COUNTED := --cov=tinyllama_hf --cov=tinyllama_hf_cli --cov-report=
 help:  ## Show the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-setup: $(VENV)/.installed  ## Make .venv and install the package with everything that tests and demo need.
+setup: $(VENV)/.installed  ## Create .venv and install the package with everything that the tests and the demo need.
 
 # torch comes first: asked for by name and version, the index offers the CPU build where there is one, while a range
 # asked for by another package may draw gigabytes of CUDA libraries.
@@ -27,14 +27,14 @@ $(VENV)/.installed: pyproject.toml setup.cfg constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[all,dev]'
 	@touch $@
 
-demo: setup  ## From a corpus to a chat model on a local Hub and its story, in runs/demo (about a quarter of an hour).
+demo: setup  ## From a corpus to a chat model on a local Hub with its run report, in runs/demo (about 15 minutes).
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.local_hub --storage $(RUN)/hub -- sh recipes/demo/demo.sh $(RUN)
 
-test: setup  ## Run the tests that take under 12 minutes together.
+test: setup  ## Run the fast tests.
 	$(if $(MONITORS),COVERAGE_CORE=sysmon) $(PYTEST) $(if $(COVERAGE),$(COUNTED)) -m "not slow"
 	@$(if $(COVERAGE),echo "lines run in the test processes: $$($(BIN)/python -m coverage report --format=total)%")
 
-test-slow: setup  ## Run the long tests, the whole demo among them.
+test-slow: setup  ## Run the slow tests, including the whole demo.
 	$(PYTEST) -m slow
 
 test-upstream: setup  ## Run transformers' own model tests on our class and on stock Llama; FROM=CHECKOUT completes them.
@@ -47,9 +47,9 @@ lint: setup  ## Check style, types and spelling.
 	$(BIN)/mypy
 	$(BIN)/codespell
 
-format: setup  ## Repair style.
+format: setup  ## Fix style.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## Remove what was built, .venv and runs included.
+clean:  ## Remove all build output, including .venv and runs.
 	rm -rf $(VENV) build dist *.egg-info runs

@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved rounds, ratios of medians, results with their provenance."""
+"""Shared by all benchmarks: interleaved rounds, medians, and results with their provenance."""
 
 import statistics
 import time
@@ -16,8 +16,8 @@ RESULTS = Path(__file__).parent / "results"
 def interleaved(
     variants: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds of each variant in each round, one variant after the other, so that a busy neighbour meets all of them."""
-    for variant in variants.values():  # the first call pays for allocation and for choosing kernels
+    """Returns the seconds of each variant in each round. The variants take turns, so that other load affects all alike."""
+    for variant in variants.values():  # the first call also allocates and selects kernels
         variant()
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
@@ -29,12 +29,12 @@ def interleaved(
 
 
 def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
-    """Median of each variant's rounds."""
+    """Returns the median of each variant's rounds."""
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def save(name: str, figures: Any) -> Path:
-    """Writes `results/NAME.json` with everything that says where the figures come from."""
+    """Writes `results/NAME.json`, with the provenance of the figures."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     write_json(path, {"figures": figures, "provenance": provenance.collect()})

@@ -171,7 +171,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
                 processes[json.dumps(engine[:2])] = started(engine, folder, arguments.peers)
                 ask(engine, arguments.threads[0], 2)  # loaded before the next one loads
         for threads in arguments.threads:
-            for engine in engines.values():  # the first call pays for allocation and for choosing kernels
+            for engine in engines.values():  # the first call also allocates and selects kernels
                 ask(engine, threads, 2)
             found: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
             for _ in range(arguments.rounds):

@@ -192,7 +192,7 @@ def compare(case: Case, default_malloc: bool = False) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--default-malloc", action="store_true", help="leave glibc as it is, and write nothing")
+    parser.add_argument("--default-malloc", action="store_true", help="do not tune malloc, and write no results")
     parser.add_argument("--only", help="the configurations whose names contain this; writes nothing")
     parser.add_argument("--gpu-results", action="store_true", help="compare with the H200; measures nothing")
     parser.add_argument("--measure", metavar="JSON", help="the process that is measured")

@@ -59,7 +59,7 @@ class Text:
 
 
 class Turns:
-    """Lets a loop of somebody else's run step by step in a thread: it waits at each batch that begins a step."""
+    """Runs the training loop of a library step by step, in a thread that waits at the first batch of each step."""
 
     def __init__(self, name: str, start: Callable[["Turns"], None]):
         self.name, self.seconds, self.losses = name, [], []

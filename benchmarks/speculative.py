@@ -1,4 +1,4 @@
-"""Speculative decoding in batches: tokens a second beside plain decoding and stock assisted generation, and the bound.
+"""Speculative decoding in batches: tokens/s compared with plain decoding and stock assisted generation, and the bound.
 
     python benchmarks/speculative.py --pair runs/demo/pretrain/milestones/NAME runs/demo/draft/milestones/NAME
 
@@ -126,7 +126,7 @@ class Row:
                 began = time.perf_counter()
                 variant()
                 _wait(self.target)
-                if number:  # the first pays for allocation
+                if number:  # the first round also allocates
                     seconds[name].append(time.perf_counter() - began)
         result = {name: round(self.tokens / statistics.median(times), 2) for name, times in seconds.items()}
         result |= {f"ours_over_{name}": round(result["ours"] / result[name], 3) for name in variants if name != "ours"}
@@ -217,7 +217,7 @@ def memory(target: LlamaForCausalLM, draft: LlamaForCausalLM, batch: int, length
 
 
 def measure(target: Any, draft: Any, batches: list[int], args: argparse.Namespace, name: str) -> list[dict[str, Any]]:
-    """Rows of the table, one for each batch size, printed as they come."""
+    """Rows of the table, one per batch size; each is printed when it is measured."""
     rows = []
     for batch in batches:
         sizes = target, draft, batch, args.new_tokens, args.prompt_tokens

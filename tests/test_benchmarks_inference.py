@@ -1,4 +1,4 @@
-"""The benchmarks of inference run on a CPU with a small model, and the one for GPUs without what a bare machine lacks."""
+"""Benchmarks of inference run on a CPU with a small model, and the GPU benchmark with a minimum of packages."""
 
 import argparse
 import json

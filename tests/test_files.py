@@ -45,7 +45,7 @@ def another_process(work: Callable[[Callable[[], None]], None]) -> Iterator[mult
         assert here.poll(30)
         yield process
     finally:
-        here.send("go on")
+        here.send("resume")
         process.join(30)
         process.kill()  # if it waits for what another one broke
 
@@ -263,11 +263,11 @@ class TestFolder:
                 raise RuntimeError
             kill(process)
         with pytest.raises(RuntimeError), new_folder(folder, overwrite=True):
-            assert self.contents_beside_temporary(folder) == {"a": "first"}
+            assert self.contents_next_to_temporary(folder) == {"a": "first"}
             raise RuntimeError
         assert self.contents(folder) == {"a": "first"}
 
-    def contents_beside_temporary(self, folder):
+    def contents_next_to_temporary(self, folder):
         assert len(names(folder.parent)) == 2
         return {path.name: path.read_text() for path in folder.iterdir()}
 

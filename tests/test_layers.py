@@ -1,4 +1,4 @@
-"""Imports point one way, and optional packages are imported in one place each. Read from the sources, not from a run."""
+"""Imports point one way, and each optional package is imported in one place. The sources are read, not run."""
 
 import ast
 import re
@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import ROOT
 
 
-# From the top down: a module imports from its own room and those below it, never from one beside it.
+# From top to bottom: a module imports from its own room and those below, never from another room at its level.
 MODEL = {"configuration_tinyllama", "modeling_tinyllama", "tokenization_tinyllama", "losses", "packed_documents"}
 FOUNDATION = {"errors", "files", "text", "progress", "provenance", "portable", "recipe", "released", "devices", ""}
 ROOMS: tuple[set[str], ...] = (
@@ -37,7 +37,7 @@ ROOMS: tuple[set[str], ...] = (
 CIRCLE = {
     f"tinyllama_hf.{name}" for name in ("configuration_tinyllama", "modeling_tinyllama", "tokenization_tinyllama")
 }
-# Launchers that are named after what they launch.
+# Launchers named after what they launch.
 LAUNCHERS = {"recipes/sft.py", "recipes/slurm/prepare.py", "eval/bits_per_byte.py", "eval/commonsense.py",
              "eval/metrics/bits_per_byte/bits_per_byte.py"}  # fmt: skip
 # Packages that `import tinyllama_hf` must do without, and the only module or folder that may import them at the top.

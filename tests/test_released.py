@@ -52,7 +52,7 @@ def test_names_that_are_none_and_a_hub_that_is_not_there(tmp_path):
     with pytest.raises(InputError, match="cannot be fetched from the Hub"):
         local_folder("step-50k-105b")
     with pytest.raises(InputError, match="cannot be fetched from the Hub"):
-        local_folder("nobody/nothing@revision")
+        local_folder("no-user/no-model@revision")
     assert local_folder(str(tmp_path)) == tmp_path
 
 

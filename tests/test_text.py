@@ -1,4 +1,4 @@
-"""Text of users is read the same way everywhere: a byte order mark is not part of it, half a surrogate pair is refused."""
+"""All text from users is read alike: a byte order mark is dropped, half of a surrogate pair is an error."""
 
 import codecs
 import gzip

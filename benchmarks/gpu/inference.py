@@ -1,6 +1,6 @@
-"""Generation with 1.1b on one GPU: batches, quantisation, a draft, and grouped-query attention beside its alternatives.
+"""Generation with 1.1b on one GPU: batches, quantization, a draft, and grouped-query attention variants.
 
-    python benchmarks/gpu/inference.py                          on an H100 or H200; --parts and --output to go on later
+    python benchmarks/gpu/inference.py                          on an H100 or H200; use --parts and --output to resume later
     python benchmarks/gpu/inference.py --device cpu --tiny      without one: the same parts, small
 
 Parts: `batch`, 1 to 128 rows, with the library's growing cache and its static one, for which it compiles the model; `samples`,

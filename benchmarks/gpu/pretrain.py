@@ -4,8 +4,8 @@
     python benchmarks/gpu/pretrain.py --preset micro --sequence-length 128 --micro-batch-sizes 2 4      without one
 
 Every setting runs in a process of its own: the micro-batches first, then from the fastest one each feature changed alone,
-then stock `LlamaForCausalLM` in the settings that are best for it. A setting that runs out of memory is a row too. What was
-measured is written after each row; repeated with the same --output, the command goes on with the rows that are missing.
+then stock `LlamaForCausalLM` in the settings that are best for it. A setting that runs out of memory is a row too. Each row
+is written as soon as it is measured. The same command with the same --output measures the missing rows.
 """
 
 import argparse

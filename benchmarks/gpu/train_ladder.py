@@ -5,7 +5,7 @@
 
 DATA are folders of `tinyllama-hf prepare`. Needs torch, transformers and accelerate, nothing else. Each model gets a share of
 the minutes by its size: its speed is measured, then as many tokens are trained as the rest of its time holds, by a cosine.
-Leaves a plain Llama folder in bf16 for each, and `ladder.json` with tokens, speed and validation loss.
+Writes a plain Llama folder in bf16 per model, and `models.json` with tokens, speed and validation loss.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def settings_of(arguments: argparse.Namespace, preset: str) -> dict[str, Any]:
 
 
 def use_cosine(config: SimpleNamespace, total_tokens: int, peak: float) -> None:
-    """A cosine over so many tokens, with a twentieth of them as warm-up."""
+    """A cosine schedule over `tokens`, with 5 % of them for warm-up."""
     step = config.steps.tokens_of(1)
     config.training.total_tokens = total_tokens
     config.steps = Steps(total_tokens, step)
@@ -86,7 +86,7 @@ def validation_loss(model: torch.nn.Module, mixture: Mixture, device: torch.devi
 def train(
     arguments: argparse.Namespace, preset: str, mixture: Mixture, tokenizer: Any, seconds: float
 ) -> dict[str, Any]:
-    """Trains one model for so many seconds and writes its folder."""
+    """Trains one model for `seconds` and writes its folder."""
     end = time.perf_counter() + seconds
     settings = settings_of(arguments, preset)
     config = config_of(settings)
@@ -149,7 +149,7 @@ def main() -> None:
         seconds = 60 * arguments.minutes * sizes[preset] / sum(sizes.values())
         rows.append(train(arguments, preset, mixture, tokenizer, seconds))
         print(json.dumps(rows[-1]), flush=True)
-        write_json(arguments.output / "ladder.json", {"figures": rows, "provenance": provenance.collect()})
+        write_json(arguments.output / "models.json", {"figures": rows, "provenance": provenance.collect()})
 
 
 if __name__ == "__main__":

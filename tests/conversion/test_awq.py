@@ -227,7 +227,7 @@ def test_folded_scales_change_nothing_but_the_rounding(fields, tokenizer_folder,
             scale_layer(model.config, weights, seen, GROUP_SIZE)
             assert all(not torch.equal(old[name], weights[name]) for name in weights), "some weight was left out"
             again = observe_layer(model.config, weights, before.hidden_states[i].clone())
-            for producer, inputs in seen.items():  # by which the clipping judges
+            for producer, inputs in seen.items():  # that clipping is measured with
                 scale = inputs.gram.abs().max()
                 assert torch.allclose(inputs.gram / scale, again[producer].gram / scale, atol=1e-4), producer
         assert torch.allclose(model(input_ids=ids).logits, before.logits, atol=1e-4)

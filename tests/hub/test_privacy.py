@@ -92,7 +92,7 @@ def test_every_file_of_every_revision(run, online, tmp_path, no_pictures):
     assert_private(
         {b: {p: c for p, c in f.items() if p != "tokenizer_config.json"} for b, f in files.items()}, tmp_path
     )
-    assert {path: path.read_bytes() for path in before} == before, "what lies here keeps its paths"
+    assert {path: path.read_bytes() for path in before} == before, "local files keep their paths"
     assert not any(published.changed for published in publish(run, REPO)), "and the same is not sent twice"
     for contents in files.values():
         record = json.loads(contents["provenance.json"])

@@ -18,7 +18,7 @@ from tinyllama_hf.hub.publish import Revision, _heads, _upload, plan_revisions, 
 
 
 REPO = "demo/micro"
-# Somebody who has transformers and nothing of ours.
+# A user with transformers alone.
 STOCK = """
 import json, sys
 sys.modules["tinyllama_hf"] = None

@@ -1,4 +1,4 @@
-"""Why the package does not run `transformers serve` (5.23) as it is. If a test fails, its workaround can go."""
+"""Why the package does not run `transformers serve` (5.23) itself. If a test fails, its workaround can go."""
 
 import asyncio
 

@@ -1,6 +1,6 @@
 """Serves one model through OpenAI's API, with the handlers of `transformers serve`.
 
-The command of transformers (5.23) is not used as it is, for these reasons (tests/serving/test_library.py shows them):
+The command of transformers (5.23) is not used directly, for these reasons (tests/serving/test_library.py shows them):
 
 - it loads the tokenizer with stock transformers, and finds control tokens in the text of messages;
 - it drops the space between a prompt and its continuation;
