@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 def interleaved(
     variants: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Returns the seconds of each variant in each round. The variants take turns, so that other load affects all alike."""
+    """Returns the seconds of each variant in each round. Variants take turns, so other load affects all alike."""
     for variant in variants.values():  # the first call also allocates and selects kernels
         variant()
     seconds: dict[str, list[float]] = {name: [] for name in variants}

@@ -1,13 +1,13 @@
-"""Decoding at batch 1 on a CPU: tokens/s and tokens per CPU-second of stock transformers, bitsandbytes, ours and llama.cpp.
+"""Decoding at batch 1 on a CPU: tokens/s and tokens per CPU second of transformers, bitsandbytes, ours and llama.cpp.
 
     pip install --target PEERS --no-deps xllamacpp==2026.10.11549
     python benchmarks/decode.py --scratch FOLDER --peers PEERS [--rounds 3] [--threads 1 2]
 
-One model of the preset's shape with random weights, in bf16 in SCRATCH (5 GB for 1.1b, kept for the next run), and what our
-`convert` makes of it for llama.cpp. Each engine is a process of its own; all are loaded first (16 GB for 1.1b), then they
-take turns. Timed is decoding alone, from the first new token to the last, in wall time and in CPU time of the whole process:
-tokens per CPU-second of one thread are what a busy neighbour disturbs least. `forward passes alone` is what bitsandbytes
-gives without the library's `generate` around it.
+The model has the shape of the preset and random weights. It is kept in SCRATCH in bf16 (5 GB for 1.1b), with the
+files that `convert` writes for llama.cpp. Each engine runs in its own process. All are loaded first (16 GB for 1.1b),
+then they take turns. Only decoding is timed, from the first new token to the last, in wall time and in CPU time.
+Other load affects tokens per CPU second with one thread the least. `forward passes alone` is bitsandbytes without the
+`generate` of the library.
 """
 
 import argparse

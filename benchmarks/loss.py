@@ -104,9 +104,8 @@ def main() -> None:
         }
         print(f"{shape}: tokens, hidden size, vocabulary = {SHAPES[shape]}")
         for variant, row in figures[shape].items():
-            print(
-                f"  {variant:<36} {row['milliseconds']:>9} ms  {row['time_of_stock']:>6} x stock  {row['peak_megabytes']:>8} MB"
-            )
+            time = f"{row['milliseconds']:>9} ms  {row['time_of_stock']:>6} x stock"
+            print(f"  {variant:<36} {time}  {row['peak_megabytes']:>8} MB")
     print(f"wrote {os.path.relpath(save('loss', figures))}")
 
 

@@ -1,13 +1,12 @@
-"""The memory estimate of `tinyllama-hf plan` against real steps.
+"""The memory estimate of `tinyllama-hf plan` compared with real training steps.
 
     python benchmarks/plan_memory.py
-    python benchmarks/plan_memory.py --gpu-results      against the steps of the H200 in results/gpu_h200_*.json
+    python benchmarks/plan_memory.py --gpu-results      compared with the steps of the H200 in results/gpu_h200_*.json
 
-Each configuration differs from the first of its precision in one thing. Every one runs in a process of its own: three
-optimiser steps through the real model, loss and fused AdamW. On a CPU the figure is the peak of the resident set minus what
-was resident just before the model was built; on a GPU torch's `max_memory_allocated`. The C library is told to hand freed
-memory back (`MALLOC_MMAP_THRESHOLD_`), as its habit of keeping it for later would be measured otherwise; `--default-malloc`
-shows by how much.
+Each configuration differs from the first of its precision in one setting, and runs three optimizer steps in its own
+process, with the real model, loss and fused AdamW. On a CPU, memory is the peak resident set minus the resident set
+before the model is created; on a GPU, it is `max_memory_allocated`. `MALLOC_MMAP_THRESHOLD_` makes glibc return freed
+memory, which it would otherwise keep; `--default-malloc` shows the difference.
 """
 
 import argparse
@@ -218,7 +217,8 @@ def main() -> None:
             continue
         row = figures[name] = compare(case, arguments.default_malloc)
         print(
-            f"{row['estimated_megabytes']:>11} {row['measured_megabytes']:>11} {row['ratio']:>6}  {name} ({row['moment']})",
+            f"{row['estimated_megabytes']:>11} {row['measured_megabytes']:>11} {row['ratio']:>6}"
+            f"  {name} ({row['moment']})",
             flush=True,
         )
     if not arguments.default_malloc and not arguments.only:

@@ -4,10 +4,11 @@
         jsonargparse docstring-parser typeshed-client
     python benchmarks/pretrain_step.py --peers PEERS [--rounds 9] [--profile]
 
-Same architecture, initial weights, batches, bf16 autocast over fp32 weights, clipping and AdamW; no weight decay, since
-Trainer leaves norms out of it. Each variant runs in its own loop, unchanged: `Trainer.train`, litgpt's `pretrain.fit` (its
-`GPT`, its loss, Fabric in bf16-mixed; with and without the `torch.compile` of its `main`), our `TrainStep`. They take turns
-step by step in one process, each waiting at its next batch for its turn. A turn is timed from batch to batch.
+All use the same architecture, initial weights, batches, bf16 autocast over fp32 weights, gradient clipping and AdamW,
+without weight decay, which Trainer does not apply to norms. Each variant runs its own unchanged loop: `Trainer.train`;
+`pretrain.fit` of litgpt with its `GPT`, its loss and Fabric in bf16-mixed, with and without the `torch.compile` of its
+`main`; and our `TrainStep`. They take turns step by step in one process; each waits at its next batch for its turn. A
+turn is timed from batch to batch.
 """
 
 import argparse
@@ -29,10 +30,16 @@ sys.path.insert(0, str(Path(__file__).parent / "gpu"))
 
 SHAPES = {
     # 37M parameters, four sequences of 512: the step that was measured before there was a package
-    "37M": {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2},
+    "37M": {
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+    },
     # the preset of recipes/pretrain/nano.yaml
     "nano": {},
-}  # fmt: skip
+}
 LENGTH, MICRO, ACCUMULATION, VOCABULARY, RATE = 512, 4, 2, 32_000, 5e-4
 
 
@@ -206,8 +213,16 @@ def litgpt(architecture: dict[str, Any], text: Text, compiled: bool) -> Callable
                 return 10**6
 
         state = {"model": model, "optimizer": optimizer, "iter_num": 0, "step_count": 0}
-        train = TrainArgs(global_batch_size=MICRO * ACCUMULATION, micro_batch_size=MICRO, max_tokens=10**12, max_norm=1.0,
-                          min_lr=RATE, lr_warmup_steps=0, log_interval=1, save_interval=None)  # fmt: skip
+        train = TrainArgs(
+            global_batch_size=MICRO * ACCUMULATION,
+            micro_batch_size=MICRO,
+            max_tokens=10**12,
+            max_norm=1.0,
+            min_lr=RATE,
+            lr_warmup_steps=0,
+            log_interval=1,
+            save_interval=None,
+        )
         log_dict = fabric.log_dict
         fabric.log_dict = lambda metrics, step=None: (turns.losses.append(metrics["loss"]), log_dict(metrics, step))
         fabric.print = lambda *_: None
@@ -318,12 +333,16 @@ def main() -> None:
     for shape in arguments.shapes:
         figures[shape] = measure(shape, arguments.rounds, arguments.warmup, arguments.peers is not None)
         print(
-            f"{shape}: matmul {figures[shape]['matmul_gflops']} GFLOP/s, {figures[shape]['gflop_per_token']:.3f} GFLOP a token"
+            f"{shape}: matmul {figures[shape]['matmul_gflops']} GFLOP/s, "
+            f"{figures[shape]['gflop_per_token']:.3f} GFLOP per token"
         )
         for name, row in figures[shape]["variants"].items():
-            print(f"  {name:<24} {row['tokens_per_second']:>8} tokens/s  {row['share_of_matmul_rate']:.1%} of the matmul rate  "
-                  f"ours is {row['ours_is_times_as_fast']:.2f} times as fast  loss {row['loss_after_equal_steps']} after "
-                  f"{row['steps']} steps")  # fmt: skip
+            print(
+                f"  {name:<24} {row['tokens_per_second']:>8} tokens/s"
+                f"  {row['share_of_matmul_rate']:.1%} of the matmul rate"
+                f"  ours is {row['ours_is_times_as_fast']:.2f} times as fast"
+                f"  loss {row['loss_after_equal_steps']} after {row['steps']} steps"
+            )
     print(f"wrote {os.path.relpath(save('pretrain_step', figures))}")
 
 

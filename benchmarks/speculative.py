@@ -2,10 +2,10 @@
 
     python benchmarks/speculative.py --pair runs/demo/pretrain/milestones/NAME runs/demo/draft/milestones/NAME
 
-Two kinds of pairs: a trained one, whose agreement is what it is, and one of 1.1b geometry whose agreement is chosen. There
-the target's blocks add nothing to the token that was read (their last projections are zero, the work is the same), so that
-the next token is a function of the last one; the draft is a tenth of the size, with its blocks silent too, and its head
-says the target's next token for a chosen share of the vocabulary, another one for the rest.
+There are two kinds of pairs: a trained one, and one with the geometry of 1.1b and a chosen agreement. In the second,
+the blocks of the target do their work but add nothing, since their last projections are zero, so the next token is a
+function of the last one. The draft has a tenth of the size, and its blocks add nothing either. For a chosen share of
+the vocabulary its head predicts the next token of the target, and for the rest another one.
 """
 
 import argparse
@@ -50,8 +50,8 @@ def controlled_pair(
 ) -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
     """A target of 1.1b geometry, and a draft that proposes its greedy choice with probability `agreement`.
 
-    With silent blocks the hidden state is the normalised embedding. The embedding holds in its first `bits` places the
-    binary code of the token that follows, +1 and -1, and the head scores each token by that code, so that the follower wins.
+    If the blocks add nothing, the hidden state is the normalized embedding. The first `bits` values of the embedding are
+    the binary code of the next token, as +1 and -1. The head scores each token by that code, so the next token wins.
     """
     models = []
     for overrides in ({} if layers is None else {"num_hidden_layers": layers}, DRAFT_GEOMETRY):
@@ -160,7 +160,7 @@ class Row:
 
 
 class QueuedRow(Row):
-    """The same with more prompts than rows: the place of one that is done goes to the next, with a draft and without."""
+    """The same with more prompts than rows: a finished row is given to the next prompt, with and without a draft."""
 
     pad_token_id, eos_token_id = 0, None  # in the place of a tokenizer: tokens have no text here
 

@@ -1,9 +1,9 @@
-"""What importing the package and asking for help cost.
+"""The time to import the package and to print help.
 
     python benchmarks/start_up.py [--rounds 9]
 
-Fresh processes, interleaved, medians: `import torch, transformers.models.llama`; `import tinyllama_hf` after it, timed inside
-the process; and the whole of `tinyllama-hf --help`.
+Medians of new processes in interleaved rounds: `import torch, transformers.models.llama`; `import tinyllama_hf` after
+it, timed inside the process; and all of `tinyllama-hf --help`.
 """
 
 import argparse

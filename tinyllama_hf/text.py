@@ -54,6 +54,6 @@ def decode_text(
     tokenizer: "PreTrainedTokenizerBase", ids: int | Sequence[int], skip_special_tokens: bool = True
 ) -> str:
     """Returns the text of one sequence of token ids, by default without control tokens."""
-    text = tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+    text = tokenizer.decode(ids if isinstance(ids, int) else list(ids), skip_special_tokens=skip_special_tokens)
     assert isinstance(text, str)  # a list only for a batch of sequences
     return text

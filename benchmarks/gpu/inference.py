@@ -1,14 +1,17 @@
 """Generation with 1.1b on one GPU: batches, quantization, a draft, and grouped-query attention variants.
 
-    python benchmarks/gpu/inference.py                          on an H100 or H200; use --parts and --output to resume later
-    python benchmarks/gpu/inference.py --device cpu --tiny      without one: the same parts, small
+    python benchmarks/gpu/inference.py                          # on an H100 or H200; --parts and --output resume it
+    python benchmarks/gpu/inference.py --device cpu --tiny      # the same parts with a small model
 
-Parts: `batch`, 1 to 128 rows, with the library's growing cache and its static one, for which it compiles the model; `samples`,
-100 prompts with 10 samples each (TinyLlama's published figure is 7094.5 tokens/s in vLLM on an A40, its lengths not given);
-`quantization`, int8 and nf4 of bitsandbytes; `speculative`, a draft a tenth of the size whose agreement is chosen
-(benchmarks/speculative.py); `heads`, one key/value head for all, for each group, for every head, at equal size. Weights are
-random, in bf16 on a GPU and fp32 on a CPU; no end of sequence ends a row. Prompts of equal length; decoding is timed apart from
-the pass over the prompts. Running out of memory is a row too.
+Parts:
+- `batch`: 1 to 128 rows, with the growing cache of transformers and its static one, for which it compiles the model;
+- `samples`: 100 prompts with 10 samples each (TinyLlama published 7094.5 tokens/s in vLLM on an A40, without lengths);
+- `quantization`: int8 and nf4 of bitsandbytes;
+- `speculative`: a draft of a tenth of the size with a chosen agreement (benchmarks/speculative.py);
+- `heads`: one key/value head for all, per group or per head, at equal model size.
+
+Weights are random, in bf16 on a GPU and fp32 on a CPU, and no row ends early. Prompts have equal length. Decoding is
+timed separately from the prompt. A variant that runs out of memory is a row too.
 """
 
 import argparse
@@ -95,7 +98,7 @@ class Bench:
         return run
 
     def rows(self, batch: int, calls: dict[str, Call], samples: int = 1) -> list[Figures]:
-        """Measures each call once a round, one after the other; the first round, which allocates and compiles, is left out."""
+        """Measures each call once per round, in turns. The first round, which allocates and compiles, is left out."""
         found: dict[str, list[Figures] | str] = {name: [] for name in calls}
         for number in range(self.rounds + 1):
             for name, call in calls.items():
@@ -189,7 +192,7 @@ def quantizations(bench: Bench) -> Iterator[Figures]:
 
 
 def speculation(bench: Bench) -> Iterator[Figures]:
-    """Plain and assisted decoding on the same target; stock assists one prompt at a time, and is asked for one only."""
+    """Plain and assisted decoding with the same target. Stock transformers assists one prompt at a time."""
     for agreement in bench.sizes["agreements"]:
         target, draft = controlled_pair(agreement, bench.dtype, bench.device, bench.sizes["layers"])
         for batch in bench.sizes["speculative"]:
@@ -254,8 +257,13 @@ def main() -> None:
         )
     bench, output = Bench(arguments.device, arguments.tiny), arguments.output
     name = torch.cuda.get_device_name() if bench.device == "cuda" else "CPU"
-    settings = {"device": name, "dtype": str(bench.dtype), "preset": bench.preset, "prompt_tokens": bench.prompt_tokens,
-                "new_tokens": bench.new_tokens}  # fmt: skip
+    settings = {
+        "device": name,
+        "dtype": str(bench.dtype),
+        "preset": bench.preset,
+        "prompt_tokens": bench.prompt_tokens,
+        "new_tokens": bench.new_tokens,
+    }
     rows = read_json(output)["figures"]["rows"] if output.is_file() else []
     output.parent.mkdir(parents=True, exist_ok=True)
     for part in arguments.parts:

@@ -1,11 +1,11 @@
 """Pretraining of 1.1b on one GPU: tokens/s, MFU, memory, an ablation per feature, and stock Llama with the same loop.
 
-    python benchmarks/gpu/pretrain.py                                   on an H100 or H200, in under ten minutes
-    python benchmarks/gpu/pretrain.py --preset micro --sequence-length 128 --micro-batch-sizes 2 4      without one
+    python benchmarks/gpu/pretrain.py                               # on an H100 or H200, in under ten minutes
+    python benchmarks/gpu/pretrain.py --preset micro --sequence-length 128 --micro-batch-sizes 2 4      # on a CPU
 
-Every setting runs in a process of its own: the micro-batches first, then from the fastest one each feature changed alone,
-then stock `LlamaForCausalLM` in the settings that are best for it. A setting that runs out of memory is a row too. Each row
-is written as soon as it is measured. The same command with the same --output measures the missing rows.
+Each setting runs in its own process: the micro-batch sizes first; then, from the fastest one, each feature changed
+alone; then stock `LlamaForCausalLM` in its best settings. A setting that runs out of memory is a row too. Each row is
+written as soon as it is measured. The same command with the same --output measures the missing rows.
 """
 
 import argparse
@@ -142,7 +142,8 @@ def sweep(arguments: argparse.Namespace, session: Session) -> None:
         "settings"
     ]
     changes: list[dict[str, Any]] = [
-        {"compile": "off"}, {"compile": "model"}, {"attention": "flash_attention_2"}, {"attention": "flash_attention_3"},
+        {"compile": "off"}, {"compile": "model"},
+        {"attention": "flash_attention_2"}, {"attention": "flash_attention_3"},
         {"attention": "flex"}, {"kernels": "liger", "compile": "off"}, {"activation_checkpointing": True},
         {"loss_chunk_megabytes": 32}, {"loss_chunk_megabytes": 512}, {"accumulation": 4},
     ]  # fmt: skip

@@ -1,11 +1,12 @@
-"""Trains a draft and a target with one tokenizer in a given number of minutes, on tokens that travel with the command.
+"""Trains a draft and a target with one tokenizer in a given number of minutes, on tokens copied with the command.
 
-    python benchmarks/gpu/train_ladder.py --data DATA [DATA ...] --weights 0.35 ... --minutes 9 --output OUT       one GPU
-    python benchmarks/gpu/train_ladder.py --data DATA --minutes 1 --models micro --output OUT                     without one
+    python benchmarks/gpu/train_ladder.py --data DATA [DATA ...] --weights 0.35 ... --minutes 9 --output OUT  # one GPU
+    python benchmarks/gpu/train_ladder.py --data DATA --minutes 1 --models micro --output OUT                 # a CPU
 
-DATA are folders of `tinyllama-hf prepare`. Needs torch, transformers and accelerate, nothing else. Each model gets a share of
-the minutes by its size: its speed is measured, then as many tokens are trained as the rest of its time holds, by a cosine.
-Writes a plain Llama folder in bf16 per model, and `models.json` with tokens, speed and validation loss.
+DATA are folders written by `tinyllama-hf prepare`. Needs torch, transformers and accelerate only. Each model gets a
+share of the minutes by its size. Its speed is measured, then it is trained on as many tokens as fit in the rest of its
+time, with a cosine schedule. Writes a plain Llama folder in bf16 per model, and `models.json` with tokens, speed and
+validation loss.
 """
 
 import argparse
@@ -42,9 +43,17 @@ _TRIAL_STEPS = 12  # the first of them compile and set up
 
 def settings_of(arguments: argparse.Namespace, preset: str) -> dict[str, Any]:
     """The settings of a model, as in benchmarks/gpu/workload.py."""
-    return {"preset": preset, "sequence_length": arguments.sequence_length, "micro_batch_size": arguments.micro_batch_size,
-            "accumulation": 1, "precision": "bf16", "compile": "auto", "attention": "sdpa", "kernels": "none",
-            "activation_checkpointing": False}  # fmt: skip
+    return {
+        "preset": preset,
+        "sequence_length": arguments.sequence_length,
+        "micro_batch_size": arguments.micro_batch_size,
+        "accumulation": 1,
+        "precision": "bf16",
+        "compile": "auto",
+        "attention": "sdpa",
+        "kernels": "none",
+        "activation_checkpointing": False,
+    }
 
 
 def use_cosine(config: SimpleNamespace, total_tokens: int, peak: float) -> None:
@@ -114,10 +123,13 @@ def train(
     if int(train_step.bad_step) >= 0:
         sys.exit(f"{preset}: step {int(train_step.bad_step)} was not finite")
     row = {
-        "preset": preset, "parameters": sum(p.numel() for p in model.parameters()), "tokens": total,
-        "tokens_per_second": round(total / took), "validation_loss": validation_loss(model, mixture, accelerator.device, 8),
+        "preset": preset,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokens": total,
+        "tokens_per_second": round(total / took),
+        "validation_loss": validation_loss(model, mixture, accelerator.device, 8),
         "epochs": [round(epoch, 2) for epoch in mixture.epochs(total // arguments.sequence_length)],
-    }  # fmt: skip
+    }
     record = {
         "step": config.steps.number,
         "tokens": total,

@@ -1,6 +1,6 @@
-"""A pretraining step on made-up tokens, through the step of the package, for our model and for stock Llama.
+"""A pretraining step on random tokens, with the training step of the package, for our model and for stock Llama.
 
-Needs torch, transformers and accelerate, nothing else: not even what reads recipes.
+Needs torch, transformers and accelerate only, not even the packages that read recipes.
 """
 
 from types import SimpleNamespace
@@ -83,9 +83,9 @@ def build(settings: dict[str, Any], tokens: Any = None) -> tuple[TrainStep, int]
     """The step of some settings, and FLOPs per token in the default convention.
 
     Args:
-        settings (`dict`): `preset`, `model` (`ours` or `stock`), `sequence_length`, `micro_batch_size`, `accumulation`,
-            `precision`, `compile`, `attention`, `kernels`, `activation_checkpointing`, `loss_chunk_megabytes`, and optionally
-            `architecture`, fields that differ from the preset.
+        settings (`dict`): `preset`, `model` (`ours` or `stock`), `sequence_length`, `micro_batch_size`,
+            `accumulation`, `precision`, `compile`, `attention`, `kernels`, `activation_checkpointing`,
+            `loss_chunk_megabytes`, and optionally `architecture`, fields that differ from the preset.
         tokens (*optional*): with the methods of [`RandomTokens`], which is the default.
     """
     config = config_of(settings)
