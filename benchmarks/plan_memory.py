@@ -3,10 +3,11 @@
     python benchmarks/plan_memory.py
     python benchmarks/plan_memory.py --gpu-results      compared with the steps of the H200 in results/gpu_h200_*.json
 
-Each configuration differs from the first of its precision in one setting, and runs three optimizer steps in its own
-process, with the real model, loss and fused AdamW. On a CPU, memory is the peak resident set minus the resident set
-before the model is created; on a GPU, it is `max_memory_allocated`. `MALLOC_MMAP_THRESHOLD_` makes glibc return freed
-memory, which it would otherwise keep; `--default-malloc` shows the difference.
+Each configuration differs from the first one of its precision in one setting. Each runs in its own process: three
+optimizer steps of the real model with its loss and fused AdamW. On a CPU the figure is the peak of the resident set
+minus its size before the model was built; on a GPU it is torch's `max_memory_allocated`. The C library is told to
+return freed memory (`MALLOC_MMAP_THRESHOLD_`), since memory that it keeps for later would be measured, too;
+`--default-malloc` shows how much.
 """
 
 import argparse
@@ -29,7 +30,7 @@ STEPS = 3
 
 
 class Case(NamedTuple):
-    """A configuration of the measurement; widths follow from `hidden_size`."""
+    """A configuration to measure; all widths follow from `hidden_size`."""
 
     layers: int = 8
     hidden_size: int = 512
@@ -42,7 +43,7 @@ class Case(NamedTuple):
     accumulation: int = 1
 
     def model_config(self) -> TinyLlamaConfig:
-        """Heads of 64, four to a key/value head; the MLP 2.75 times as wide, as the 1.1b model's."""
+        """Heads of width 64, four per key/value head; the MLP is 2.75 times as wide, as in the 1.1b model."""
         return TinyLlamaConfig.preset(
             "120m",
             num_hidden_layers=self.layers,
@@ -55,7 +56,7 @@ class Case(NamedTuple):
         )
 
     def layout(self) -> Layout:
-        """What the estimate wants to know of it."""
+        """The settings for the estimate."""
         return Layout(
             micro_batch_size=self.micro_batch_size,
             sequence_length=self.sequence_length,
@@ -94,7 +95,7 @@ LARGE = {
 
 
 def gpu_results() -> Iterator[tuple[str, TinyLlamaConfig, Layout, float]]:
-    """Name, model, step and measured bytes of each row of the committed results that has a peak."""
+    """Yields name, model, settings and measured bytes of each committed result with a peak."""
     results = Path(__file__).parent / "results"
     rows = json.loads((results / "gpu_h200_pretrain.json").read_text())["figures"]
     settings_of = {row["name"]: row["settings"] for row in rows if "settings" in row}
@@ -128,13 +129,13 @@ def gpu_results() -> Iterator[tuple[str, TinyLlamaConfig, Layout, float]]:
 
 
 def resident_bytes(field: str) -> int:
-    """A line of `/proc/self/status`: VmRSS is now, VmHWM the peak of this process alone."""
+    """Returns a field of `/proc/self/status`: VmRSS is the current size, VmHWM the peak of this process."""
     status = Path("/proc/self/status").read_text()
     return int(status.split(f"{field}:")[1].split()[0]) * 1024
 
 
 def measured_here(case: Case) -> int:
-    """Runs the steps in this process; bytes at the peak, beyond what was there before the model."""
+    """Runs the steps in this process. Returns the bytes at the peak without those before the model was built."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     torch.manual_seed(0)
@@ -169,17 +170,17 @@ def measured_here(case: Case) -> int:
 
 
 def measure(case: Case, default_malloc: bool = False) -> int:
-    """The same in a fresh process."""
+    """Runs [`measured_here`] in a new process."""
     environment = dict(os.environ)
     if not default_malloc:
-        environment["MALLOC_MMAP_THRESHOLD_"] = "131072"  # glibc's own start value, but it stays there
+        environment["MALLOC_MMAP_THRESHOLD_"] = "131072"  # glibc's default; set explicitly, it is not adjusted
     command = [sys.executable, __file__, "--measure", json.dumps(case._asdict())]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return int(done.stdout)
 
 
 def compare(case: Case, default_malloc: bool = False) -> dict[str, Any]:
-    """Estimate and measurement of a configuration."""
+    """Returns estimate and measurement of a configuration."""
     estimate, measured = step_memory(case.model_config(), case.layout()), measure(case, default_malloc)
     return {
         "estimated_megabytes": round(estimate.total / 1e6, 1),
@@ -191,7 +192,7 @@ def compare(case: Case, default_malloc: bool = False) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--default-malloc", action="store_true", help="do not tune malloc, and write no results")
+    parser.add_argument("--default-malloc", action="store_true", help="do not configure glibc; writes nothing")
     parser.add_argument("--only", help="the configurations whose names contain this; writes nothing")
     parser.add_argument("--gpu-results", action="store_true", help="compare with the H200; measures nothing")
     parser.add_argument("--measure", metavar="JSON", help="the process that is measured")
@@ -211,14 +212,14 @@ def main() -> None:
     from common import save
 
     figures = {}
-    print(f"{'estimate MB':>11} {'measured MB':>11} {'ratio':>6}  configuration (height of the estimate)")
+    print(f"{'estimate MB':>11} {'measured MB':>11} {'ratio':>6}  configuration (highest moment of the estimate)")
     for name, case in CASES.items():
         if arguments.only and arguments.only not in name:
             continue
         row = figures[name] = compare(case, arguments.default_malloc)
         print(
-            f"{row['estimated_megabytes']:>11} {row['measured_megabytes']:>11} {row['ratio']:>6}"
-            f"  {name} ({row['moment']})",
+            f"{row['estimated_megabytes']:>11} {row['measured_megabytes']:>11} {row['ratio']:>6}  "
+            f"{name} ({row['moment']})",
             flush=True,
         )
     if not arguments.default_malloc and not arguments.only:

@@ -44,7 +44,7 @@ def main() -> int:
     # Imported here, so that --help needs no torch.
     from tinyllama_hf.errors import InputError
     from tinyllama_hf.evaluation.series import check_can_score
-    from tinyllama_hf.planning.run_plan import costs, plan
+    from tinyllama_hf.planning.run_plan import cost_lines, plan_run
     from tinyllama_hf.pretrain.checkpoints import FullDiskError
     from tinyllama_hf.pretrain.config import load_config
     from tinyllama_hf.pretrain.loop import Hooks, NonFiniteError, prepare_run, train_run
@@ -64,10 +64,10 @@ def main() -> int:
         prepared.print(*prepared.summary)
         # Print the plan, or train.
         if arguments.dry_run:
-            planned = plan(
+            planned = plan_run(
                 config, len(prepared.run.tokenizer), prepared.accelerator.num_processes, prepared.known_device()
             )
-            prepared.print(*costs(planned), *prepared.dry_run_lines())
+            prepared.print(*cost_lines(planned), *prepared.dry_run_lines())
             return 0
         can_draw = find_spec("matplotlib") is not None
         if not can_draw:

@@ -53,7 +53,7 @@ CASES = {
     "prepare x --tokenizer t --output o --dry-run": {"tinyllama_hf.data.prepare.plan_preparation": (None, {"tokenizer": "t"})},
     "prepare --check c": {"tinyllama_hf.data.shards.check_contents": (None, {"folder": Path("c")})},
     "plan {recipe} training.seed=77 --devices 2 --device h100 --mfu 0.3": {
-        "tinyllama_hf.planning.run_plan.plan": (None, {"config.training.seed": 77, "num_devices": 2,
+        "tinyllama_hf.planning.run_plan.plan_run": (None, {"config.training.seed": 77, "num_devices": 2,
                                                    "device.name": "NVIDIA H100 80GB HBM3", "mfu": 0.3}),
     },
     "eval text m --data x --data y --baselines --output o --rescore --quantization nf4 --device cpu": {
@@ -115,10 +115,10 @@ CASES = {
         }),
     },
     "memory micro --batch 3 --context 50 --quantization nf4 --dtype fp32 --device 16GB": {
-        "tinyllama_hf.planning.inference_memory.memory": ("found", {
+        "tinyllama_hf.planning.inference_memory.batch_memory": ("found", {
             "batch": 3, "context": 50, "setup.quantization": "nf4", "setup.dtype": torch.float32,
         }),
-        "tinyllama_hf.planning.inference_memory.lines": ([], {"found": "found"}),
+        "tinyllama_hf.planning.inference_memory.memory_lines": ([], {"found": "found"}),
         "tinyllama_hf.planning.inference_memory.fit_lines": (None, {"found": "found", "available": 16 * 10**9}),
     },
     "convert s --to llama --output o --dtype bf16 --max-shard-size 2GB --vocab-rows 9 --config c --calibration x "
@@ -148,7 +148,7 @@ CASES = {
     },
     "pretrain.py {recipe} --dry-run": {
         "tinyllama_hf.pretrain.loop.prepare_run": (PREPARED, {"overwrite": False}),
-        "tinyllama_hf.planning.run_plan.plan": (None, {"vocab_size": 512, "num_devices": 2}),
+        "tinyllama_hf.planning.run_plan.plan_run": (None, {"vocab_size": 512, "num_devices": 2}),
     },
     "sft.py {sft} training.seed=77 --overwrite": {
         "tinyllama_hf.finetune.sft.open_run": ("run", {"config.training.seed": 77, "overwrite": True}),

@@ -16,30 +16,29 @@ def memory(
     ],
     batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
     context: Annotated[
-        int | None, typer.Option(help="Tokens of each, prompt and continuation; default: the model's context.")
+        int | None, typer.Option(help="Tokens per sequence, prompt and continuation; default: the model's context.")
     ] = None,
     quantization: QUANTIZATION = "none",
     dtype: Annotated[
-        str, typer.Option(help="Of the weights: auto (the file's; bf16 without one), fp32 or bf16.")
+        str, typer.Option(help="Of the weights: auto (from config.json; bf16 without a folder), fp32 or bf16.")
     ] = "auto",
     cache: Annotated[str, typer.Option(hidden=True)] = "dynamic",
     device: Annotated[
         str | None,
         typer.Option(
-            help="What it has to fit: a100-40g, 4090, ..., or a size such as 16GB; default: what is free here."
+            help="Device to fit: a100-40g, 4090, ..., or a size such as 16GB; default: the free memory here."
         ),
     ] = None,
 ) -> None:
-    """Work out the memory of generation: weights, cache, and the largest batch that fits. Loads nothing.
+    """Compute the memory of generation: weights, cache, and the largest batch that fits. Loads no weights.
 
-    Ends with status 2 if the batch does not fit.
+    Exits with status 2 if the batch does not fit.
 
     Example: tinyllama-hf memory step-1431k-3T --batch 100 --context 2048 --quantization nf4 --device 4090
     """
     from tinyllama_hf.devices import find_dtype
     from tinyllama_hf.errors import InputError
-    from tinyllama_hf.planning.inference_memory import Setup, check_batch, fit_lines, lines
-    from tinyllama_hf.planning.inference_memory import memory as work_out
+    from tinyllama_hf.planning.inference_memory import Setup, batch_memory, check_batch, fit_lines, memory_lines
     from tinyllama_hf.planning.named_architecture import find_architecture
     from tinyllama_hf.quantization.bitsandbytes import choose_quantization
 
@@ -52,16 +51,16 @@ def memory(
     source = found.source if found.quantization == "none" else f"{found.source}, saved as {found.quantization}"
     weights_dtype = find_dtype(dtype) or found.dtype
     if weights_dtype is None:
-        raise InputError("--dtype auto: the model's config.json names no dtype; give fp32 or bf16")
+        raise InputError("--dtype auto: the model's config.json has no dtype; use fp32 or bf16")
     setup = Setup(found.config, weights_dtype, kind)
     available, where = _available(device)
-    needed = work_out(setup, batch, found.config.max_position_embeddings if context is None else context)
-    print("\n".join([*lines(f"{model} ({source})", needed), *fit_lines(needed, available, where)]), flush=True)
+    needed = batch_memory(setup, batch, found.config.max_position_embeddings if context is None else context)
+    print("\n".join([*memory_lines(f"{model} ({source})", needed), *fit_lines(needed, available, where)]), flush=True)
     check_batch(needed, available)
 
 
 def _available(device: str | None) -> tuple[int, str]:
-    """Bytes of a device, and its name."""
+    """Returns the bytes of a device and its name."""
     import re
 
     import torch
@@ -74,11 +73,11 @@ def _available(device: str | None) -> tuple[int, str]:
 
     if device is None:
         here = torch.device(choose_device("auto"))
-        return free_memory(here), f"{here} of this machine, what is free now"
+        return free_memory(here), f"{here} of this machine, free memory"
     if re.fullmatch(r"\d+(\.\d+)?[KMG]I?B", device.upper()):
-        return convert_file_size_to_int(device.upper()), device  # it takes a small b for bits
+        return convert_file_size_to_int(device.upper()), device  # a lowercase b would mean bits
     try:
         known = find_device(device)
     except InputError as error:
-        raise InputError(f"{error}; or give a size such as 16GB") from error
+        raise InputError(f"{error}; or use a size such as 16GB") from error
     return known.memory, known.name

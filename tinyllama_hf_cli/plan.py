@@ -29,8 +29,7 @@ def plan(
     """
     from tinyllama_hf.devices import find_device
     from tinyllama_hf.errors import InputError
-    from tinyllama_hf.planning.run_plan import DEFAULT_MFU, lines
-    from tinyllama_hf.planning.run_plan import plan as work_out
+    from tinyllama_hf.planning.run_plan import DEFAULT_MFU, plan_lines, plan_run
     from tinyllama_hf.pretrain.config import load_config
 
     if devices < 1:
@@ -42,7 +41,7 @@ def plan(
     kind = find_device(device) if device is not None else None
     config = load_config(recipe, overrides or ())
     vocab_size, source = _vocabulary(config.data.tokenizer)
-    print("\n".join(lines(work_out(config, vocab_size, devices, kind, DEFAULT_MFU if mfu is None else mfu))))
+    print("\n".join(plan_lines(plan_run(config, vocab_size, devices, kind, DEFAULT_MFU if mfu is None else mfu))))
     print(f"vocabulary  {source}")
 
 

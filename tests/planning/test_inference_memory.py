@@ -1,5 +1,5 @@
-"""The memory of generation: weights byte for byte as they are loaded, a prompt's pass as torch's allocator counts it, the
-largest batch at its edge, and the command, which loads nothing; of folders that were saved quantised as well."""
+"""The memory of generation: weights to the byte, the forward pass over prompts against torch's allocator, the largest
+batch, and the command, also for folders that were saved quantized."""
 
 import itertools
 import json
@@ -26,10 +26,10 @@ from tinyllama_hf.planning.inference_memory import (
     MEMORY_RESERVE,
     Setup,
     _container_free,
+    batch_memory,
     check_fits,
     free_memory,
     largest_batch,
-    memory,
     prefill_bytes,
     weight_bytes,
 )
@@ -44,7 +44,7 @@ ODD = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "n
 
 @pytest.fixture(scope="module")
 def folders(tokenizer_folder, tmp_path_factory, shared, smollm2):
-    """A random model, one with biases and one matrix for both embeddings, one of odd widths, and a real one in bf16."""
+    """A random model, one with biases and tied embeddings, one of odd widths, and a trained one in bf16."""
     made = tmp_path_factory.mktemp("models")
     for name, fields in (("nano", {}), ("odd", ODD)):
         config = TinyLlamaConfig.preset("nano", vocab_size=512, max_position_embeddings=64, **fields)
@@ -64,33 +64,33 @@ class TestWeights:
         assert weight_bytes(Setup(found.config, found.dtype, quantization)) == measure_footprint(model).weights
 
     def test_in_another_type(self, folders):
-        """Scales stay as they are, buffers in fp32."""
+        """Scales are unchanged, buffers stay in fp32."""
         model, _ = load(folders["nano"], dtype=torch.bfloat16, quantization="nf4")
         config = find_architecture(str(folders["nano"])).config
         assert weight_bytes(Setup(config, torch.bfloat16, "nf4")) == measure_footprint(model).weights
 
     def test_published_size(self):
-        """2200 MB in bf16, and 4 bits for all but embeddings and head, with 127 to 129 bits for the scales of 1000 weights."""
+        """2200 MB in bf16; 4 bits per weight except for embeddings and head, and 0.125 to 0.129 bits for scales."""
         assert weight_bytes(Setup(PUBLISHED)) == 2 * 1_100_048_384 + 2 * 32 * 4
         linear = 22 * (2 * 2048 * 2048 + 2 * 2048 * 256 + 3 * 2048 * 5632)
         scales = weight_bytes(Setup(PUBLISHED, quantization="nf4")) - weight_bytes(Setup(PUBLISHED)) + linear * 3 // 2
         assert scales / linear * 8 == pytest.approx(0.127, abs=0.002)
 
     def test_after_a_pass_in_another_layout(self, folders):
-        """What repacking on some processors adds lies within the reserve."""
+        """The scales that repacking adds on some processors are smaller than the reserve."""
         model, _ = load(folders["smollm2"], quantization="nf4")
         before = measure_footprint(model).weights
         with torch.inference_mode():
             model(torch.arange(3, 20)[None])
-        quantised = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
-        assert 0 <= measure_footprint(model).weights - before <= quantised // 64 * 2 < MEMORY_RESERVE * before
+        quantized = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
+        assert 0 <= measure_footprint(model).weights - before <= quantized // 64 * 2 < MEMORY_RESERVE * before
 
 
 def allocated(model, ids, mask, path):
-    """The most that torch's allocator gave out in a pass beside what it began with, and the cache.
+    """Returns the peak of torch's allocator in a forward pass, without what was allocated before, and the cache.
 
-    What an operator takes and returns before it ends is scratch of its kernel and is left out: it differs with the processor
-    and the threads, up to an fp32 copy of a bf16 product.
+    What an operator allocates and frees before it returns is scratch memory of its kernel and is not counted:
+    it depends on the processor and the number of threads, and can be an fp32 copy of a bf16 product.
     """
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
         output = model(ids, attention_mask=mask, logits_to_keep=1, use_cache=True)
@@ -135,12 +135,12 @@ class TestPrefill:
         peak, cache = allocated(model, ids, mask, tmp_path / "trace.json")
         assert peak == cache + prefill_bytes(Setup(config, dtype), batch, context)
 
-    def test_nothing_is_said_of_int8(self):
+    def test_int8_is_unknown(self):
         assert prefill_bytes(Setup(PUBLISHED, quantization="int8"), 1, 100) is None
 
     def test_the_configuration_is_left_alone(self):
         config = TinyLlamaConfig.preset("1.1b")
-        memory(Setup(config), 1, 16)
+        batch_memory(Setup(config), 1, 16)
         assert config.to_dict() == TinyLlamaConfig.preset("1.1b").to_dict()
 
 
@@ -149,11 +149,11 @@ class TestLargestBatch:
     @pytest.mark.parametrize("usable", [5_000_000_000, 8_123_456_789])
     def test_one_more_does_not_fit(self, setup, usable):
         largest = largest_batch(setup, 2048, usable)
-        assert memory(setup, largest, 2048).total <= usable < memory(setup, largest + 1, 2048).total
+        assert batch_memory(setup, largest, 2048).total <= usable < batch_memory(setup, largest + 1, 2048).total
 
     def test_with_full_prompts(self):
         def needed(batch):
-            found = memory(Setup(PUBLISHED), batch, 1000)
+            found = batch_memory(Setup(PUBLISHED), batch, 1000)
             return found.total + found.prefill
 
         largest = largest_batch(Setup(PUBLISHED), 1000, 10**10, with_prefill=True)
@@ -161,7 +161,7 @@ class TestLargestBatch:
         assert largest < largest_batch(Setup(PUBLISHED), 1000, 10**10)
 
     def test_exactly_full(self):
-        total = memory(Setup(PUBLISHED), 7, 2048).total
+        total = batch_memory(Setup(PUBLISHED), 7, 2048).total
         assert [largest_batch(Setup(PUBLISHED), 2048, total - less) for less in (0, 1)] == [7, 6]
 
     def test_not_even_the_weights(self):
@@ -169,7 +169,7 @@ class TestLargestBatch:
 
 
 class TestCheckFits:
-    """With as many tokens as make a request take a share of what is free."""
+    """With a context for which a request takes a given share of the free memory."""
 
     @pytest.fixture
     def model(self):
@@ -197,7 +197,7 @@ class TestCheckFits:
         check_fits(model, 4, 2048)
 
     def test_a_draft_has_a_cache_too(self, model, tokenizer_folder, monkeypatch):
-        """One of half the layers takes half as much again; one that is no model, nothing."""
+        """A draft of half the layers adds half as much; a draft without a model adds nothing."""
         tokenizer = load_tokenizer(tokenizer_folder)
         layers = model.config.num_hidden_layers // 2
         half, lookup = (load_draft(name, model, tokenizer) for name in (f"layers:{layers}", "lookup"))
@@ -210,7 +210,7 @@ class TestCheckFits:
 
     @pytest.mark.parametrize("draft", [None, "layers:1"])
     def test_counts_what_generation_holds(self, model, tokenizer_folder, monkeypatch, draft):
-        """Of the cache at its largest, to the byte."""
+        """Equal to the largest size of the cache, to the byte."""
         tokenizer, held = load_tokenizer(tokenizer_folder), []
         draft = load_draft(draft, model, tokenizer) if draft else None
         wanted = [Request(i, [5] * 30, 40) for i in range(8)]
@@ -231,7 +231,7 @@ class TestCheckFits:
         with pytest.raises(InputError, match=r"the largest that fits is 4$"):
             check_fits(model, 5, 70, draft)
 
-    def test_a_quantised_model(self, folders):
+    def test_a_quantized_model(self, folders):
         model, _ = load(folders["smollm2"], quantization="nf4")
         check_fits(model, 2, 100)
         with pytest.raises(InputError, match="--batch-size 1000000: keys and values"):
@@ -246,7 +246,7 @@ CGROUPS = {
 
 @pytest.mark.parametrize("version", CGROUPS)
 def test_the_limit_of_a_container(version, tmp_path):
-    """Files as the kernel writes them; the cache of files counts as free."""
+    """Files in the format of the kernel; the file cache counts as free."""
     folder, limit, used, cached = CGROUPS[version]
     (tmp_path / folder).mkdir(exist_ok=True)
     for name, text in (
@@ -279,7 +279,7 @@ class TestArchitecture:
         fields = json.loads((folders["nano"] / "config.json").read_text())
         for key, value in (("hidden_size", "wide"), ("num_attention_heads", 0), ("num_attention_heads", 7)):
             (tmp_path / "config.json").write_text(json.dumps(fields | {key: value}))
-            with pytest.raises(InputError, match=r"config\.json: describes no model \("):
+            with pytest.raises(InputError, match=r"config\.json: is not a valid configuration \("):
                 find_architecture(str(tmp_path))
 
 
@@ -306,35 +306,47 @@ class TestCommand:
         """In a process that cannot import bitsandbytes."""
         (tmp_path / "bitsandbytes.py").write_text("raise ImportError")
         done = run_command(
-            "tinyllama-hf", "memory", "step-1431k-3T", "--batch", "100", "--context", "2048", "--quantization", "nf4",
-            "--device", "a100-40g", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)},
-        )  # fmt: skip
+            "tinyllama-hf",
+            "memory",
+            "step-1431k-3T",
+            "--batch",
+            "100",
+            "--context",
+            "2048",
+            "--quantization",
+            "nf4",
+            "--device",
+            "a100-40g",
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(tmp_path)},
+        )
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines() == [
             "model       step-1431k-3T (preset 1.1b)",
             "weights     762.3 MB (nf4; 2.20 GB in bfloat16)",
             "cache       4.61 GB (bfloat16): 22,528 bytes a token, 46.1 MB a request of 2,048 tokens, 100 requests",
-            "            36.91 GB if each of the 32 heads had its own keys and values: 180,224 bytes a token, 8 times as much",
+            "            36.91 GB if each of the 32 heads had its own keys and values: 180,224 bytes a token, "
+            "8 times as much",
             "total       5.38 GB of weights and cache",
-            "prefill     10.70 GB more for a moment where prompts of 2,048 tokens are read at once",
+            "prefill     10.70 GB more for a moment when prompts of 2,048 tokens are read at once",
             "device      NVIDIA A100-SXM4-40GB: 38.06 GB of 42.28 GB, less 10%",
-            "fits        up to 808 sequences of 2,048 tokens; 243 where full prompts are read at once",
+            "fits        up to 808 sequences of 2,048 tokens; 243 if full prompts are read at once",
         ]
 
     def test_a_batch_that_does_not_fit(self, call):
-        """The table first; of two kinds of quantisation that take the same, one is named."""
+        """The table is printed first."""
         status, out, error = call("1.1b --batch 1000 --device 24GB")
         assert status == 2 and "\ntotal       48.34 GB" in out and "\nfits        up to 420 sequences" in out
         assert error == (
-            "error: --batch 1000: takes 48.34 GB of weights and cache, and 21.60 GB can be used; the largest that fits is "
-            "420, 441 with --quantization int8, 451 with --quantization nf4\n"
+            "error: --batch 1000: weights and cache take 48.34 GB, and 21.60 GB can be used; the largest batch that "
+            "fits is 420, 441 with --quantization int8, 451 with --quantization nf4\n"
         )
 
     def test_a_folder_on_this_machine(self, call, folders):
         status, out, error = call(f"{folders['smollm2']} --quantization int8 --batch 2 --context 50")
         assert (status, error) == (0, "")
-        assert "(config.json)" in out and "bfloat16" in out and "prefill     not contained" in out
-        assert re.search(r"device      \w+ of this machine, what is free now: [\d.]+ [GM]B of", out)
+        assert "(config.json)" in out and "bfloat16" in out and "prefill     not included" in out
+        assert re.search(r"device      \w+ of this machine, free memory: [\d.]+ [GM]B of", out)
 
     def test_every_head_has_its_own_already(self, call, tmp_path):
         config = TinyLlamaConfig.preset("nano", num_key_value_heads=4)
@@ -342,11 +354,11 @@ class TestCommand:
         status, out, _ = call("model --dtype fp32 --device 1GiB")
         assert status == 0 and "if each" not in out and "of 1.07 GB" in out and "8,192 bytes a token" in out
 
-    def test_small_letters_are_bytes_too(self, call):
+    def test_lowercase_units(self, call):
         assert "16gb: 14.40 GB of 16.00 GB" in call("nano --device 16gb")[1]
 
-    def test_fetched_before(self, run_command, tmp_path, folders):
-        """The Hub's cache knows more than the preset, as the type of the weights."""
+    def test_downloaded_before(self, run_command, tmp_path, folders):
+        """The configuration in the Hub's cache has the type of the weights, which the preset has not."""
         repository = tmp_path / "models--TinyLlama--TinyLlama-1.1B-Chat-v1.0"
         snapshot = repository / "snapshots" / "abc"
         snapshot.mkdir(parents=True)
@@ -354,25 +366,23 @@ class TestCommand:
         (repository / "refs" / "main").write_text("abc")
         fields = PUBLISHED.to_llama().to_dict() | {"dtype": "float32"}
         (snapshot / "config.json").write_text(json.dumps(fields))
-        done = run_command(
-            "tinyllama-hf", "memory", "chat-v1.0", cwd=tmp_path, env={"HF_HUB_CACHE": str(tmp_path)}
-        )  # fmt: skip
-        assert "model       chat-v1.0 (fetched before)\nweights     4.40 GB (float32)\n" in done.stdout, done.stderr
+        done = run_command("tinyllama-hf", "memory", "chat-v1.0", cwd=tmp_path, env={"HF_HUB_CACHE": str(tmp_path)})
+        assert "model       chat-v1.0 (downloaded before)\nweights     4.40 GB (float32)\n" in done.stdout, done.stderr
 
     @pytest.mark.parametrize(
         ("words", "message"),
         [
             ("1.1b --batch 0", "--batch 0: must be at least 1"),
-            ("1.1b --context 2049", "--context 2049: must lie between 1 and 2048, the model's context"),
-            ("1.1b --context 0", "--context 0: must lie between 1 and 2048"),
+            ("1.1b --context 2049", "--context 2049: must be between 1 and 2048"),
+            ("1.1b --context 0", "--context 0: must be between 1 and 2048"),
             ("1.1b --quantization nf5", "--quantization 'nf5': unknown quantization; did you mean 'nf4'?"),
             ("1.1b --cache fp8", "--cache 'fp8': quantized caches were removed"),
             ("1.1b --dtype fp8", "--dtype 'fp8': "),
             ("1.1b --device a100", "--device 'a100': unknown device; use a100-40g"),
-            ("1.1b --device 16XB", "or give a size such as 16GB"),
+            ("1.1b --device 16XB", "or use a size such as 16GB"),
             ("pythia-1b", "is no Llama; it is listed as the peer"),
             ("nanoo", "model 'nanoo': no such folder, and no released model"),
-            ("nanoo", "or give a size: 1.1b, 120m, nano, micro"),
+            ("nanoo", "or use a size: 1.1b, 120m, nano, micro"),
             ("someone/else", "cannot be fetched from the Hub"),
             ("step-3k-token-1B", "there is a checkpoint every 5k steps"),
             (".", "holds no config.json"),
@@ -382,11 +392,11 @@ class TestCommand:
         status, out, error = call(words)
         assert (status, out) == (2, "") and error.startswith("error: ") and message in error
 
-    def test_a_folder_that_does_not_say_its_type(self, call, tmp_path):
+    def test_a_folder_without_a_type(self, call, tmp_path):
         fields = {name: value for name, value in PUBLISHED.to_llama().to_dict().items() if name != "dtype"}
         (tmp_path / "config.json").write_text(json.dumps(fields))
         status, _, error = call(".")
-        assert status == 2 and "--dtype auto: the model's config.json names no dtype; give fp32 or bf16" in error
+        assert status == 2 and "--dtype auto: the model's config.json has no dtype" in error
         assert "4.40 GB (float32)" in call(". --dtype fp32")[1]
 
     def test_reserve(self):
@@ -404,8 +414,8 @@ SAVED = {
 }
 
 
-class TestSavedQuantised:
-    """A folder that was saved quantised is what it is."""
+class TestSavedQuantized:
+    """Folders that were saved quantized."""
 
     @pytest.fixture
     def nf4(self, nano_folder, tmp_path):
@@ -434,8 +444,8 @@ class TestSavedQuantised:
             wanted, logits = model(ids).logits.float(), changed(ids).logits.float()
         assert (logits - wanted).std() < 0.05 * wanted.std(), "the same but for bf16's rounding"
 
-    def test_the_command_says_so(self, call, nf4, nano_folder):
-        """Its table is that of the plain folder with the option, but for the first line."""
+    def test_the_command(self, call, nf4, nano_folder):
+        """The table equals that of the unquantized folder with the option, except for the first line."""
         words = "--device 1GiB --batch 3"
         status, out, error = call(f"nf4 {words}")
         assert (status, error) == (0, "")
@@ -458,7 +468,7 @@ class TestSavedQuantised:
         fields = json.loads((nf4 / "config.json").read_text())
         for key, value, message in (
             ("quant_method", "awq", "quantized by awq, "),
-            ("llm_int8_skip_modules", 5, "describes no model (TypeError: llm_int8_skip_modules: "),
+            ("llm_int8_skip_modules", 5, "(TypeError: llm_int8_skip_modules: "),
         ):
             changed = fields["quantization_config"] | {key: value}
             (nf4 / "config.json").write_text(json.dumps(fields | {"quantization_config": changed}))
@@ -468,10 +478,10 @@ class TestSavedQuantised:
     def test_a_batch_that_does_not_fit(self, call, nf4):
         """A saved quantization cannot be changed, so that none is suggested."""
         status, _, error = call("nf4 --batch 1000 --device 20MB")
-        assert status == 2 and "--batch 1000: takes" in error and "--quantization" not in error
+        assert status == 2 and "--batch 1000: " in error and "--quantization" not in error
 
     def test_on_the_hub(self, nf4, run_command, tmp_path):
-        """Of which the configuration alone is fetched."""
+        """Only the configuration is downloaded."""
         hub = LocalHub(tmp_path / "hub")
         hub.storage.create("models", "someone/nf4", private=False)
         changes = [change(hub, file) for file in sorted(nf4.iterdir())]

@@ -1,4 +1,4 @@
-"""The memory of caches: published figures, real generations, and what is not known is refused."""
+"""The memory of caches: published figures, real generations, and refusal of unknown layers."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -24,14 +24,19 @@ def model():
 
 
 def generate(model, prompt_tokens, new_tokens, **options):
-    """The cache after a real generation for three prompts, of which one is padded on the left."""
+    """Returns the cache after a real generation for three prompts, one of them padded on the left."""
     ids = torch.randint(3, 512, (3, prompt_tokens), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
     output = model.generate(
-        ids, attention_mask=mask, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False,
-        return_dict_in_generate=True, **options,
-    )  # fmt: skip
+        ids,
+        attention_mask=mask,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+        **options,
+    )
     return output.past_key_values
 
 
@@ -45,7 +50,7 @@ def test_published_figures():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_equal_to_what_the_model_says(preset, dtype):
+def test_equal_to_the_method_of_the_model(preset, dtype):
     config = TinyLlamaConfig.preset(preset)
     for each in (config, multi_head(config)):
         with torch.device("meta"):
@@ -54,10 +59,10 @@ def test_equal_to_what_the_model_says(preset, dtype):
     assert cache_size(LlamaConfig(), 1, 10).per_token == 2 * 32 * 32 * 128 * 2, "any Llama, as Llama-2-7B"
 
 
-@pytest.mark.parametrize("handed_over", [True, False])
-def test_a_real_generation(model, handed_over):
-    """The last token is never read, so that it is in no cache."""
-    options = {"past_key_values": DynamicCache(config=model.config)} if handed_over else {}
+@pytest.mark.parametrize("given", [True, False])
+def test_a_real_generation(model, given):
+    """The last token is never read and has no cache entry."""
+    options = {"past_key_values": DynamicCache(config=model.config)} if given else {}
     cache = generate(model, 17, 9, **options)
     measured = measure_cache(cache)
     assert measured == CacheSize(sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers), 3, 17 + 9 - 1)
@@ -80,8 +85,8 @@ def test_a_cropped_cache_keeps_its_memory(model):
     assert measure_cache(cache) == replace(before, tokens=15)
 
 
-def test_shared_memory_counts_once_and_any_layer_with_keys_will_do():
-    """As a layer of our own that grows one buffer for both."""
+def test_shared_memory_counts_once():
+    """As in RaggedCache, where keys and values share one buffer."""
     buffer = torch.zeros(2, 3, 4, 50, 8)
     layer = SimpleNamespace(keys=buffer[0, :, :, :20], values=buffer[1, :, :, :20], lengths=torch.tensor([20, 7, 3]))
     assert measure_cache(SimpleNamespace(layers=[layer])) == CacheSize(buffer.nbytes, 3, 20)
@@ -92,7 +97,7 @@ def filled(layer):
     return layer
 
 
-def test_what_is_not_known_is_refused(model):
+def test_unknown_layers_are_refused(model):
     with pytest.raises(InputError, match="cache DynamicCache: its layers hold no keys and values; measure it after a"):
         measure_cache(DynamicCache(config=NANO))
     with pytest.raises(InputError, match="cache EncoderDecoderCache: its layers hold no keys"):

@@ -1,4 +1,4 @@
-"""The plan: its arithmetic against TinyLlama's published figures, its memory against tensors that exist and steps that run."""
+"""The plan: its arithmetic against published figures, its memory against real tensors and measured steps."""
 
 import sys
 
@@ -11,7 +11,7 @@ from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM
 from tinyllama_hf.devices import find_device
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.planning import training_memory
-from tinyllama_hf.planning.run_plan import lines, plan, training_seconds
+from tinyllama_hf.planning.run_plan import plan_lines, plan_run, training_seconds
 from tinyllama_hf.planning.training_memory import Layout, step_memory
 from tinyllama_hf.pretrain.config import load_config
 
@@ -27,7 +27,7 @@ A100 = find_device("a100-40g")
 
 @pytest.fixture(scope="module")
 def published():
-    return plan(load_config(RECIPE), 32000, 16, A100, mfu=0.56)
+    return plan_run(load_config(RECIPE), 32000, 16, A100, mfu=0.56)
 
 
 class TestPublishedFigures:
@@ -46,7 +46,7 @@ class TestPublishedFigures:
         assert published.flops_per_token["all_parameters"] / 1e9 == pytest.approx(7.71, abs=0.005)
 
     def test_3456_gpu_hours_for_300b_tokens(self):
-        """At 24 000 tokens/s, which are 56.3 %: the published hours are those of 24 113."""
+        """At 24 000 tokens/s, which is 56.3 %. The published hours correspond to 24 113."""
         mfu = 24_000 * FLOPS / PEAK
         assert training_seconds(300_000_000_000, FLOPS, PEAK, 1, mfu) / 3600 == pytest.approx(3456, rel=0.01)
 
@@ -64,7 +64,7 @@ class TestPublishedFigures:
         assert rates["last step"] == (1_430_512, pytest.approx(4e-5, rel=1e-3))
 
     def test_micro_batch_8_fits_40_gb_as_the_original_ran_it(self, published):
-        """Sharded; with everything on each device it does not."""
+        """With sharding; without it, it does not fit."""
         largest = {way.name: way.largest_micro_batch for way in published.sharded}
         assert largest["FSDP2, full shard"] == 8 and largest["DDP"] < 8
         assert "FSDP2, hybrid over nodes of 8" in largest
@@ -73,16 +73,24 @@ class TestPublishedFigures:
         assert published.checkpoint_bytes == 3 * 12 * 1_100_048_384  # keep 2, and the one being written
         assert published.milestone_bytes == 7 * (4 + 12) * 1_100_048_384
 
-    def test_as_text(self, published):
-        text = "\n".join(lines(published))
-        for part in ("1,100,048,384 parameters", "1,430,512 steps", "7.314 GFLOP", "7.708", "90.8 days", "step-480k-token-1007B",
-                     "56% of the 312 TFLOP/s", "communication 4.40"):  # fmt: skip
+    def test_lines(self, published):
+        text = "\n".join(plan_lines(published))
+        for part in (
+            "1,100,048,384 parameters",
+            "1,430,512 steps",
+            "7.314 GFLOP",
+            "7.708",
+            "90.8 days",
+            "step-480k-token-1007B",
+            "56% of the 312 TFLOP/s",
+            "communication 4.40",
+        ):
             assert part in text
 
     def test_rates_and_hours_are_of_all_devices_and_of_one(self, published):
         one = 0.56 * PEAK / FLOPS
         hours = published.tokens / (16 * one) / 3600
-        text = "\n".join(lines(published))
+        text = "\n".join(plan_lines(published))
         for part in (
             f"{16 * hours:,.1f} GPU-hours",
             f"{16 * one:,.0f} tokens/s",
@@ -94,17 +102,17 @@ class TestPublishedFigures:
 
 class TestPlan:
     def test_unknown_device_has_no_time(self):
-        without = plan(load_config(RECIPE), 32000, 16)
+        without = plan_run(load_config(RECIPE), 32000, 16)
         assert without.seconds is None and without.sharded[0].largest_micro_batch is None
-        assert "time        n/a" in "\n".join(lines(without))
+        assert "time        n/a" in "\n".join(plan_lines(without))
 
     def test_batches_that_do_not_divide(self):
         with pytest.raises(InputError, match="does not divide the 1024 sequences of a step"):
-            plan(load_config(RECIPE), 32000, 3)
+            plan_run(load_config(RECIPE), 32000, 3)
 
     def test_the_largest_micro_batch_is_the_largest(self):
-        """The next that divides the step does not fit."""
-        found = plan(load_config(RECIPE), 32000, 1, A100).sharded[0]
+        """The next one that divides the step does not fit."""
+        found = plan_run(load_config(RECIPE), 32000, 1, A100).sharded[0]
         config = TinyLlamaConfig.preset("1.1b", max_position_embeddings=2048)
 
         def needs(micro):
@@ -125,7 +133,9 @@ class TestPlan:
         ],
     )
     def test_what_is_known_of_the_error(self, overrides, device, known):
-        text = "\n".join(lines(plan(load_config(RECIPE, ["model.preset=micro", *overrides]), 32000, 1, device)))
+        text = "\n".join(
+            plan_lines(plan_run(load_config(RECIPE, ["model.preset=micro", *overrides]), 32000, 1, device))
+        )
         notes = ("liger and compilation", "compile: model", "attention: flex")
         assert [note for note in notes if note in text] == ([known] if known else [])
         assert "DDP and FSDP2 were not measured" in text
@@ -141,19 +151,19 @@ class TestPlan:
     )
     def test_layers_are_compiled_as_the_run_compiles_them(self, overrides, device, compiled):
         """`auto` compiles on a GPU."""
-        found = plan(load_config(RECIPE, ["model.preset=micro", *overrides]), 32000, 1, device).sharded[0].memory
+        found = plan_run(load_config(RECIPE, ["model.preset=micro", *overrides]), 32000, 1, device).sharded[0].memory
         layout = Layout(8, 2048, "bf16", compiled=compiled, accumulates=True, device_type="cuda" if device else "cpu")
         assert found == step_memory(TinyLlamaConfig.preset("micro"), layout)
 
     def test_nothing_fits(self):
         big = load_config(RECIPE, ["model.overrides.num_hidden_layers=80"])
-        planned = plan(big, 32000, 1, A100)
+        planned = plan_run(big, 32000, 1, A100)
         assert planned.sharded[0].largest_micro_batch == 0
-        assert "none, not even of 1 sequence" in "\n".join(lines(planned))
+        assert "none, not even of 1 sequence" in "\n".join(plan_lines(planned))
 
-    def test_a_model_that_cannot_be(self):
+    def test_an_invalid_model(self):
         with pytest.raises(InputError, match=r"model\.overrides: make no model"):
-            plan(load_config(RECIPE, ["model.overrides.num_attention_heads=7"]), 32000)
+            plan_run(load_config(RECIPE, ["model.overrides.num_attention_heads=7"]), 32000)
 
     def test_command_without_data_and_tokenizer(self, run_command, tmp_path):
         done = run_command(
@@ -173,7 +183,7 @@ SMALL = TinyLlamaConfig.preset("120m", num_hidden_layers=3, vocab_size=1000, max
 
 
 def kept_by_engine(layout):
-    """Bytes of activations that a third layer adds."""
+    """Returns the bytes of activations that a third layer adds."""
     total = []
     for layers in (3, 2):
         config = TinyLlamaConfig.from_llama(SMALL)
@@ -184,12 +194,12 @@ def kept_by_engine(layout):
 
 
 def dtype_of(layout):
-    """FSDP2 gathers weights in bf16: the model is bf16 then."""
+    """FSDP2 gathers weights in bf16, so that the model is bf16."""
     return torch.bfloat16 if layout.sharding == "fsdp" else torch.float32
 
 
 def kept_by_autograd(layout, compiled=False):
-    """The same by a real forward pass, as the hooks of autograd see it."""
+    """Returns the same for a real forward pass, from the hooks of autograd."""
 
     def kept(layers):
         config = TinyLlamaConfig.from_llama(SMALL)
@@ -254,7 +264,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_three_layers_stand_for_all(layout):
-    """To the byte, in every phase of a step."""
+    """Equal to the byte, in every phase of a step."""
     config = TinyLlamaConfig.preset("micro", num_hidden_layers=6, vocab_size=1000)
     dtype = dtype_of(layout)
     peaks = training_memory._peaks(config.to_json_string(), layout, dtype)
@@ -265,8 +275,8 @@ def test_three_layers_stand_for_all(layout):
     assert whole["the backward pass of the next layer"].total() <= max(each.total() for each in peaks.values())
 
 
-def test_memory_grows_as_it_should():
-    """Sharding takes from weights, gradients and optimizer; checkpointing from activations; nothing else changes them."""
+def test_sharding_and_checkpointing():
+    """Sharding reduces weights, gradients and optimizer; checkpointing reduces activations."""
     config, plain = (
         TinyLlamaConfig.preset("1.1b", max_position_embeddings=2048),
         Layout(8, 2048, "bf16", accumulates=True),
@@ -290,14 +300,23 @@ FIRST = ("ours mb16 compile auto", "ours mb16 liger compile off", "fp32", "bf16,
     [pytest.param(*row, id=name, marks=() if name in FIRST else pytest.mark.slow) for name, *row in GPU_RESULTS],
 )
 def test_within_4_percent_of_the_h200(config, layout, measured):
-    """The steps of benchmarks/results/gpu_h200_*.json."""
+    """The measured steps of benchmarks/results/gpu_h200_*.json."""
     assert step_memory(config, layout).total == pytest.approx(measured, rel=0.04)
 
 
-# One thing changed at a time, from the first: layers, width, vocabulary, batch, sequence, loss, checkpointing, precision.
-# The rest is in benchmarks/plan_memory.py.
-MEASURED = ["fp32", "fp32, layers 16", "fp32, width 1024", "fp32, vocabulary 8192", "fp32, micro-batch 8", "fp32, sequence 128",
-            "fp32, stock loss", "fp32, checkpointing at micro-batch 8", "bf16"]  # fmt: skip
+# One setting changed at a time: layers, width, vocabulary, batch, sequence, loss, checkpointing, precision.
+# The other cases are in benchmarks/plan_memory.py.
+MEASURED = [
+    "fp32",
+    "fp32, layers 16",
+    "fp32, width 1024",
+    "fp32, vocabulary 8192",
+    "fp32, micro-batch 8",
+    "fp32, sequence 128",
+    "fp32, stock loss",
+    "fp32, checkpointing at micro-batch 8",
+    "bf16",
+]
 
 
 @pytest.mark.slow

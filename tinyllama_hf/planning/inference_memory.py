@@ -1,9 +1,9 @@
-"""Memory of generation, worked out before it is needed: weights, cache, and the largest batch that fits a device.
+"""Memory of generation, computed in advance: weights, cache, and the largest batch that fits a device.
 
-Nothing here is fitted. Weights are counted from the configuration, byte for byte as bitsandbytes holds them; the cache is
-measured on the library's own object (`kv_cache.py`); the forward pass of a prompt is run by the real model on tensors
-without storage. Not in it: the logits of each new token, what sampling sorts, the allocator's losses, and on a GPU the CUDA
-context, for all of which `MEMORY_RESERVE` is left.
+Nothing is fitted. Weights are counted from the configuration, to the byte that bitsandbytes stores; the cache is
+measured on the object of transformers ([`kv_cache`]); the forward pass over the prompts is run by the real model on
+fake tensors ([`memory_engine`]). Not included: the logits of each new token, the buffers of sampling, allocator
+overhead, and the CUDA context. `MEMORY_RESERVE` is kept free for them.
 """
 
 import bisect
@@ -27,18 +27,15 @@ from ..devices import format_bytes
 from ..errors import InputError
 from ..quantization.bitsandbytes import QUANTIZATIONS
 from .kv_cache import CacheSize, cache_size, multi_head
-from .memory_engine import LiveBytes
-
-
-MEMORY_RESERVE = 0.1  # of a device
+from .memory_engine import MEMORY_RESERVE, LiveBytes
 
 
 class Setup(NamedTuple):
-    """What a model generates with.
+    """A model and how it is loaded.
 
     Attributes:
-        config (`TinyLlamaConfig`): the architecture; if the weights were saved quantised, with how in `quantization_config`.
-        dtype (`torch.dtype`): of what is not quantised: embeddings, norms, head, activations, and the cache by default.
+        config (`TinyLlamaConfig`): the architecture; of weights that were saved quantized, with `quantization_config`.
+        dtype (`torch.dtype`): of everything that is not quantized: embeddings, norms, head, activations and cache.
         quantization (`str`): from `choose_quantization`.
     """
 
@@ -48,67 +45,67 @@ class Setup(NamedTuple):
 
 
 def weight_bytes(setup: Setup) -> int:
-    """Bytes of parameters and buffers as `load` holds them, with the scales of quantised ones; needs no bitsandbytes.
+    """Returns the bytes of parameters and buffers after `load`, including quantization scales. Needs no bitsandbytes.
 
-    On a CPU with AVX512_BF16 the first pass adds the scales of 4-bit weights in another layout: 2 bytes for 64 weights.
+    On a CPU with AVX512_BF16 the first forward pass adds the scales of 4-bit weights in a second layout: 2 bytes per
+    64 weights.
     """
-    config = copy.deepcopy(setup.config)  # the library notes the type in it
+    config = copy.deepcopy(setup.config)  # transformers writes the type into it
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=setup.dtype)
     held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     if setup.quantization == "none":
         return held
     saved = _saved_quantization(config)
-    nested = saved.get("bnb_4bit_use_double_quant", not saved)  # `load` quantises scales too, the library if told
+    # `load` quantizes the scales as well; bitsandbytes does so only on request.
+    nested = saved.get("bnb_4bit_use_double_quant", not saved)
     plain = saved.get("llm_int8_skip_modules")
-    # The output embedding, outside the inner model, is not quantised.
-    linear = [module.weight for name, module in model.model.named_modules(prefix="model")
-              if isinstance(module, nn.Linear) and should_convert_module(name, plain)]  # fmt: skip
+    # The output embedding is outside the inner model and is not quantized.
+    linear = [
+        module.weight
+        for name, module in model.model.named_modules(prefix="model")
+        if isinstance(module, nn.Linear) and should_convert_module(name, plain)
+    ]
     return held + sum(_quantized_bytes(weight, setup.quantization, nested) - weight.nbytes for weight in linear)
 
 
 def _saved_quantization(config: TinyLlamaConfig) -> dict[str, Any]:
-    """The library's configuration of weights that were saved quantised, empty if they were not."""
+    """Returns `quantization_config` of weights that were saved quantized, empty if they were not."""
     return getattr(config, "quantization_config", None) or {}
 
 
 def _quantized_bytes(weight: torch.Tensor, quantization: str, nested: bool) -> int:
-    """Bytes that bitsandbytes holds for a weight of `[out_features, in_features]`."""
+    """Returns the bytes that bitsandbytes stores for a weight of `[out_features, in_features]`."""
     if quantization == "int8":
-        return weight.numel() + 4 * weight.shape[0]  # a scale in fp32 for each row
+        return weight.numel() + 4 * weight.shape[0]  # an fp32 scale per row
     blocks = math.ceil(weight.numel() / 64)
-    # A scale of 64 weights takes a byte, with an fp32 scale for 256 of these, their fp32 mean and a table; or it is fp32.
+    # Per 64 weights one scale: in fp32, or in a byte, with an fp32 scale per 256 scales, their fp32 mean and a table.
     scales = blocks + 4 * (math.ceil(blocks / 256) + 1 + 256) if nested else 4 * blocks
-    return math.ceil(weight.numel() / 2) + scales + 4 * 16  # and the table of values
+    return math.ceil(weight.numel() / 2) + scales + 4 * 16  # and the table of the 16 values
 
 
 def prefill_bytes(setup: Setup, batch: int, context: int) -> int | None:
-    """Bytes beside weights and cache at the height of the pass that reads prompts which fill the context, at once.
+    """Returns the peak of the forward pass over prompts that fill the context, without weights and cache.
 
-    The model runs on tensors without storage, and what lives of them is counted: the bytes of torch's allocator on a CPU
-    (`tests/planning/test_inference_memory.py` holds them to a real pass), scratch of single kernels aside. `None` for int8, whose
-    products take more; 4-bit ones may have a dequantised weight beside, one at a time.
+    Equal to what torch's allocator hands out on a CPU, except for scratch memory inside kernels. With 4-bit weights a
+    kernel may hold one dequantized weight at a time. `None` for int8, where the memory of a product is not known.
     """
     if setup.quantization == "int8":
         return None
     config = copy.deepcopy(setup.config)
-    config.num_hidden_layers = min(2, config.num_hidden_layers)  # each further layer is as high as the second
+    config.num_hidden_layers = min(2, config.num_hidden_layers)  # the peak is the same in every further layer
     with FakeTensorMode(), torch.no_grad():
         model = AutoModelForCausalLM.from_config(config, dtype=setup.dtype).eval()
-        ids, mask = torch.ones(2, batch, context, dtype=torch.long)  # a mask, as prompts of different lengths have
+        ids, mask = torch.ones(2, batch, context, dtype=torch.long)  # prompts of different lengths have a mask
         with LiveBytes() as live:
             live.count([ids, mask, *model.parameters(), *model.buffers()], "given")
             output = model(ids, attention_mask=mask, logits_to_keep=1, use_cache=True)
-    peak = live.peaks[live.phase]
-    return (
-        peak.total()
-        - peak["given"]
-        - sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers)
-    )
+    peak, layers = live.peaks[live.phase], output.past_key_values.layers
+    return peak.total() - peak["given"] - sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
 
-class Memory(NamedTuple):
-    """Bytes of a batch; see [`weight_bytes`], [`cache_size`] and [`prefill_bytes`]."""
+class BatchMemory(NamedTuple):
+    """Bytes of a batch: of [`weight_bytes`], [`cache_size`] and [`prefill_bytes`]."""
 
     setup: Setup
     weights: int
@@ -117,37 +114,38 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Weights and cache: what is held to the end."""
+        """Weights and cache: what is held throughout."""
         return self.weights + self.cache.total
 
 
-def memory(setup: Setup, batch: int, context: int) -> Memory:
-    """Works out the memory of a batch.
+def batch_memory(setup: Setup, batch: int, context: int) -> BatchMemory:
+    """Computes the memory of a batch.
 
     Args:
-        setup (`Setup`): the model, and how it is held.
+        setup (`Setup`): the model and how it is loaded.
         batch (`int`): sequences at a time.
-        context (`int`): tokens of each, prompt and continuation.
+        context (`int`): tokens per sequence, prompt and continuation.
 
     Raises:
-        InputError: if a value is out of range, there is no such quantization.
+        InputError: if a value is out of range.
     """
     limit = setup.config.max_position_embeddings
     if batch < 1:
         raise InputError(f"--batch {batch}: must be at least 1")
     if not 1 <= context <= limit:
-        raise InputError(f"--context {context}: must lie between 1 and {limit}, the model's context")
+        raise InputError(f"--context {context}: must be between 1 and {limit}, the model's context")
     cache = cache_size(setup.config, batch, context, setup.dtype)
-    return Memory(setup, weight_bytes(setup), cache, prefill_bytes(setup, batch, context))
+    return BatchMemory(setup, weight_bytes(setup), cache, prefill_bytes(setup, batch, context))
 
 
 def largest_batch(setup: Setup, context: int, usable: int, with_prefill: bool = False) -> int:
-    """The largest batch whose weights and cache fit, and with `with_prefill` the pass that reads full prompts too.
+    """Returns the largest batch whose weights and cache fit.
 
     Args:
-        setup (`Setup`): the model, and how it is held.
-        context (`int`): tokens of a sequence.
+        setup (`Setup`): the model and how it is loaded.
+        context (`int`): tokens per sequence.
         usable (`int`): bytes.
+        with_prefill (`bool`, *optional*, defaults to `False`): the forward pass over full prompts has to fit, too.
     """
     weights = weight_bytes(setup)
 
@@ -159,12 +157,12 @@ def largest_batch(setup: Setup, context: int, usable: int, with_prefill: bool = 
     return bisect.bisect_right(range(1, max(usable - weights, 0) // one + 2), usable, key=needed)
 
 
-def lines(name: str, found: Memory) -> list[str]:
-    """What a batch takes, as text.
+def memory_lines(name: str, found: BatchMemory) -> list[str]:
+    """Describes the memory of a batch.
 
     Args:
         name (`str`): of the model, with the source of its architecture.
-        found (`Memory`): from [`memory`].
+        found (`BatchMemory`): from [`batch_memory`].
     """
     setup, cache = found.setup, found.cache
     dtype = str(setup.dtype).removeprefix("torch.")
@@ -177,49 +175,50 @@ def lines(name: str, found: Memory) -> list[str]:
         f"cache       {format_bytes(cache.total)} ({dtype}): {cache.per_token:,.0f} bytes a token, "
         f"{format_bytes(cache.per_request)} a request of {cache.tokens:,} tokens, {cache.requests:,} requests",
     ]
-    if setup.config.num_key_value_heads < setup.config.num_attention_heads:
+    heads = setup.config.num_attention_heads
+    if setup.config.num_key_value_heads != heads:
         every = cache_size(multi_head(setup.config), cache.requests, cache.tokens, setup.dtype)
         text.append(
-            f"            {format_bytes(every.total)} if each of the {setup.config.num_attention_heads} heads had its own keys and "
-            f"values: {every.per_token:,.0f} bytes a token, {every.total / cache.total:.3g} times as much"
+            f"            {format_bytes(every.total)} if each of the {heads} heads had its own keys and values: "
+            f"{every.per_token:,.0f} bytes a token, {every.total / cache.total:.3g} times as much"
         )
     text.append(f"total       {format_bytes(found.total)} of weights and cache")
     if found.prefill is None:
-        return [*text, "prefill     not contained: what bitsandbytes takes within an int8 product is not known here"]
-    return [
-        *text,
-        f"prefill     {format_bytes(found.prefill)} more for a moment where prompts of {cache.tokens:,} tokens are read at once",
-    ]
+        return [*text, "prefill     not included: the memory of bitsandbytes inside an int8 product is not known"]
+    prefill = (
+        f"{format_bytes(found.prefill)} more for a moment when prompts of {cache.tokens:,} tokens are read at once"
+    )
+    return [*text, f"prefill     {prefill}"]
 
 
-def fit_lines(found: Memory, available: int, device: str) -> list[str]:
-    """The largest batches that fit a device, as text.
+def fit_lines(found: BatchMemory, available: int, device: str) -> list[str]:
+    """Describes the largest batches that fit a device.
 
     Args:
-        found (`Memory`): from [`memory`].
+        found (`BatchMemory`): from [`batch_memory`].
         available (`int`): bytes of the device.
-        device (`str`): in words.
+        device (`str`): its name.
     """
     usable, tokens = _usable(available), found.cache.tokens
     text = f"fits        up to {largest_batch(found.setup, tokens, usable):,} sequences of {tokens:,} tokens"
     if found.prefill is not None:
         full = largest_batch(found.setup, tokens, usable, with_prefill=True)
-        text += f"; {full:,} where full prompts are read at once"
+        text += f"; {full:,} if full prompts are read at once"
     return [
         f"device      {device}: {format_bytes(usable)} of {format_bytes(available)}, less {MEMORY_RESERVE:.0%}",
         text,
     ]
 
 
-def check_batch(found: Memory, available: int) -> None:
-    """Refuses a batch whose weights and cache do not fit.
+def check_batch(found: BatchMemory, available: int) -> None:
+    """Refuses a batch that does not fit with its weights and cache.
 
     Args:
-        found (`Memory`): from [`memory`].
+        found (`BatchMemory`): from [`batch_memory`].
         available (`int`): bytes of the device.
 
     Raises:
-        InputError: naming the largest batch that fits, as asked and with what takes less.
+        InputError: with the largest batch that fits, unchanged and with each smaller quantization.
     """
     usable, setup, cache = _usable(available), found.setup, found.cache
     if found.total <= usable:
@@ -232,25 +231,25 @@ def check_batch(found: Memory, available: int) -> None:
         better.setdefault(largest_batch(changed, cache.tokens, usable), option)
     others = "".join(f", {largest:,} with {option}" for largest, option in better.items() if largest > fitting)
     raise InputError(
-        f"--batch {cache.requests}: takes {format_bytes(found.total)} of weights and cache, and {format_bytes(usable)} can be used; "
-        f"the largest that fits is {fitting:,}{others}"
+        f"--batch {cache.requests}: weights and cache take {format_bytes(found.total)}, and {format_bytes(usable)} "
+        f"can be used; the largest batch that fits is {fitting:,}{others}"
     )
 
 
 def check_fits(model: PreTrainedModel, batch_size: int, context: int, draft: Proposer | None = None) -> None:
-    """Refuses a batch whose keys and values cannot fit the free memory of a loaded model's device.
+    """Refuses a batch if its keys and values cannot fit the free memory of the device of a loaded model.
 
     Args:
-        model (`PreTrainedModel`): a Llama, quantised or not.
+        model (`PreTrainedModel`): a Llama, quantized or not.
         batch_size (`int`): sequences at a time.
-        context (`int`): tokens of the longest, prompt and continuation.
-        draft (`Proposer`, *optional*): loaded too; where it is a model it keeps keys and values of its own.
+        context (`int`): tokens of the longest sequence, prompt and continuation.
+        draft (`Proposer`, *optional*): loaded as well; a draft model has keys and values of its own.
 
     Raises:
-        InputError: naming `--batch-size` and the largest that fits.
+        InputError: with the largest batch size that fits.
     """
     usable = _usable(free_memory(model.device))
-    models = [model]
+    models: list[Any] = [model]
     if isinstance(draft, ModelProposer):
         models.append(draft.model)
     slots = num_slots(context + LONGEST_DRAFT if draft else context)
@@ -258,15 +257,15 @@ def check_fits(model: PreTrainedModel, batch_size: int, context: int, draft: Pro
     if needed > usable:
         largest = usable * batch_size // needed
         fix = f"the largest that fits is {largest:,}" if largest else "not even 1 fits; shorten the sequences"
-        whose = " in model and draft" if len(models) > 1 else ""
+        where = " in model and draft" if len(models) > 1 else ""
         raise InputError(
-            f"--batch-size {batch_size}: keys and values of {context:,} tokens each{whose} take {format_bytes(needed)}, and "
-            f"{format_bytes(usable)} of {model.device} can be used; {fix}"
+            f"--batch-size {batch_size}: keys and values of {context:,} tokens each{where} take "
+            f"{format_bytes(needed)}, and {format_bytes(usable)} of {model.device} can be used; {fix}"
         )
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device now; on a CPU without swapping, and within the limit of a container."""
+    """Returns the bytes that are free on a device; on a CPU without swapping and within the limit of a container."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return int(min(psutil.virtual_memory().available, _container_free()))
@@ -277,7 +276,7 @@ def _usable(available: int) -> int:
 
 
 def _container_free(root: Path = Path("/sys/fs/cgroup")) -> float:
-    """What the limit of a container leaves; psutil (7.2) sees the whole machine's memory alone."""
+    """Returns what the limit of the container leaves; psutil (7.2) reports only the memory of the whole machine."""
     for limit, used, cached in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),

@@ -1,11 +1,12 @@
-"""Memory of the keys and values that generation keeps, measured on the cache object itself.
+"""Memory of the keys and values of generation, measured on the cache object.
 
-[`measure_cache`] adds up what a filled cache holds. [`cache_size`] fills a cache of transformers for a configuration on the meta
-device, without weights and without memory, and measures it in the same way.
+[`measure_cache`] adds up the tensors of a filled cache. [`cache_size`] fills a cache of transformers for a
+configuration on the meta device, without weights and without memory, and measures it in the same way.
 """
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -23,7 +24,7 @@ class CacheSize:
     Attributes:
         total (`int`): of all layers and requests.
         requests (`int`): rows of the batch.
-        tokens (`int`): positions of a request: the filled ones, or all of a preallocated cache.
+        tokens (`int`): positions per request: the filled ones, or all of a preallocated cache.
     """
 
     total: int
@@ -32,12 +33,12 @@ class CacheSize:
 
     @property
     def per_request(self) -> float:
-        """Bytes of a request: all its positions in all layers."""
+        """Bytes per request: all its positions in all layers."""
         return self.total / self.requests
 
     @property
     def per_token(self) -> float:
-        """Bytes of a position in all layers."""
+        """Bytes per position in all layers."""
         return self.total / (self.requests * self.tokens)
 
 
@@ -49,7 +50,7 @@ def measure_cache(cache: Cache) -> CacheSize:
             `[batch, num_key_value_heads, positions, head_dim]`.
 
     Raises:
-        InputError: if it is empty, or a layer holds something other than keys and values, as quantized ones do.
+        InputError: if it is empty, or a layer holds other tensors, as a quantized one does.
     """
     layers = [layer for layer in getattr(cache, "layers", ()) if _holds_keys(layer)]
     if not layers:
@@ -59,46 +60,44 @@ def measure_cache(cache: Cache) -> CacheSize:
     memory: dict[StorageWeakRef, int] = {}
     for layer in layers:
         for tensor in (layer.keys, layer.values):
-            storage = tensor.untyped_storage()  # a cropped tensor keeps all of it
+            storage = tensor.untyped_storage()  # cropping a tensor does not shrink its storage
             memory[StorageWeakRef(storage)] = storage.nbytes()
     requests, tokens = (max(layer.keys.shape[axis] for layer in layers) for axis in (0, -2))
     return CacheSize(sum(memory.values()), requests, tokens)
 
 
 def cache_size(config: LlamaConfig, requests: int, tokens: int, dtype: torch.dtype = torch.bfloat16) -> CacheSize:
-    """Measures what the cache of a Llama with this configuration holds once it is filled; no weights are needed.
+    """Measures the filled cache of a Llama with this configuration, without weights.
 
-    One layer of a real cache is filled, on the meta device; all layers hold as much.
+    One layer of a real cache is filled on the meta device; all layers have the same size.
 
     Args:
         config (`LlamaConfig`): of the model.
         requests (`int`): rows of the batch.
-        tokens (`int`): positions of each.
-        dtype (`torch.dtype`): of keys and values, which is that of the model's embeddings.
+        tokens (`int`): positions per request.
+        dtype (`torch.dtype`): of keys and values; that of the embeddings.
     """
     cache = DynamicCache(config=config)
-    shape = (requests, config.num_key_value_heads, tokens, config.head_dim)
+    shape: tuple[Any, ...] = (requests, config.num_key_value_heads, tokens, config.head_dim)
     states = torch.empty(shape, dtype=dtype, device="meta")
     cache.update(states, states.clone(), layer_idx=0)
     return CacheSize(measure_cache(cache).total * config.num_hidden_layers, requests, tokens)
 
 
 def multi_head(config: LlamaConfig) -> LlamaConfig:
-    """The same configuration with keys and values of their own for every head of the queries."""
+    """Returns the configuration with keys and values for every query head."""
     config = copy.deepcopy(config)
     config.num_key_value_heads = config.num_attention_heads
     return config
 
 
 def _holds_keys(layer: CacheLayerMixin) -> bool:
-    """Whether a layer is filled. A layer that holds more than keys and values is refused: a part of it would not be counted."""
+    """Whether a layer is filled. Refuses a layer with other tensors, which would not be counted."""
     kind = type(layer).__name__
     if not hasattr(layer, "keys") or not hasattr(layer, "values"):
-        raise InputError(f"cache layer {kind}: has no keys and values; only caches of keys and values can be measured")
+        raise InputError(f"cache layer {kind}: has no keys and values; it cannot be measured")
     for name, value in vars(layer).items():
         floating = (each for each in tree_leaves(value) if isinstance(each, torch.Tensor) and each.is_floating_point())
         if name not in ("keys", "values") and any(True for _ in floating):
-            raise InputError(
-                f"cache layer {kind}: holds {name} in addition to keys and values; only caches of keys and values can be measured"
-            )
+            raise InputError(f"cache layer {kind}: holds {name} in addition to keys and values; it cannot be measured")
     return layer.keys is not None and layer.keys.shape[-2] > 0

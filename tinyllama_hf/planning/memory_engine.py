@@ -1,11 +1,12 @@
-"""Memory of the real model, counted without allocating it.
+"""Counts the memory of the real model without allocating it.
 
-The model runs on fake tensors, which have shapes and no storage, and [`LiveBytes`] counts what is alive. Layers that
-`torch.compile` would compile run as the two graphs that AOTAutograd makes of them, so that what is kept between the forward
-and the backward pass is what its partitioner keeps. Nothing is generated: no compiler and no GPU are needed.
+The model runs on fake tensors, which have a shape and no data, and [`LiveBytes`] counts the live ones. A compiled
+layer runs as the two graphs into which AOTAutograd splits it, so that its partitioner decides what is kept for the
+backward pass. No code is generated: neither a compiler nor a GPU is needed.
 
-Not counted: scratch memory inside a kernel, what the allocator loses, and on a GPU the CUDA context and the workspaces of
-cuBLAS (32 MiB on Hopper, 8 MiB elsewhere, for each of the two threads of a training step; torch's notes on CUDA).
+Not counted: scratch memory inside kernels, allocator overhead, and on a GPU the CUDA context and the cuBLAS workspaces
+(32 MiB on Hopper, about 8 MiB on others, one for the forward and one for the backward thread; see the notes on CUDA in
+torch's docs).
 """
 
 import contextlib
@@ -17,19 +18,22 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama
 
 
+MEMORY_RESERVE = 0.1  # share of a device that is kept free for what is not counted
+
+
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of live tensors by kind, and remembers the highest moment of each phase.
+    """Counts the bytes of live tensors by kind, and records the peak of each phase.
 
     Attributes:
-        phase (`str`): the part of the run that is being executed.
-        peaks (`dict[str, Counter[str]]`): bytes by kind when their sum was highest, for each phase.
+        phase (`str`): the current part of the run.
+        peaks (`dict[str, Counter[str]]`): bytes by kind at the highest moment, by phase.
     """
 
     def __init__(self) -> None:
@@ -49,7 +53,7 @@ class LiveBytes(TorchDispatchMode):
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """New tensors are not counted; counted ones are still removed when they are freed."""
+        """Does not count new tensors. Tensors that were counted are still subtracted once they are freed."""
         before, self._paused = self._paused, True
         try:
             yield
@@ -57,7 +61,7 @@ class LiveBytes(TorchDispatchMode):
             self._paused = before
 
     def count(self, value: Any, kind: str | None = None) -> None:
-        """Counts the tensors in a value that are not counted yet. With `kind`, all of them become of this kind."""
+        """Counts the tensors in a value that are not counted yet. With `kind`, all of them get this kind."""
         for tensor in tree_leaves(value):
             if not isinstance(tensor, torch.Tensor):
                 continue
@@ -83,14 +87,16 @@ class LiveBytes(TorchDispatchMode):
 
 
 class _FusedGraph:
-    """Runs a graph of a compiled layer and counts the tensors that inductor's code makes.
+    """Runs a graph of a compiled layer and counts the tensors that the code of inductor allocates.
 
-    Inductor fuses elementwise operations and reductions, so that a tensor which only they read never exists: it is computed
-    again from its inputs wherever it is read. What exists is what a matrix product or attention reads or writes, and what
-    leaves the graph. A fused kernel may write its result over an input that is not read later.
+    Inductor fuses elementwise operations and reductions: a tensor that only they read is recomputed from its inputs
+    and never allocated. Allocated are the inputs and outputs of matrix products and attention, and the outputs of the
+    graph. A fused kernel may overwrite an input that is not read later.
     """
 
-    _boxed_call = True  # inputs come in a list, which is emptied: saved tensors are freed once they have been read
+    _boxed_call = (
+        True  # the inputs are in a list that is emptied, so that saved tensors are freed after their last use
+    )
 
     def __init__(self, module: fx.GraphModule, live: Callable[[], LiveBytes]):
         self.module, self.live = module, live
@@ -138,17 +144,17 @@ def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
 
 
 def _is_kernel(node: fx.Node) -> bool:
-    """Whether inductor calls a library for it: matrix products and attention."""
+    """Whether a library computes the node: matrix products and attention."""
     name = getattr(node.target, "__name__", "")
     return name.split(".")[0] in ("mm", "bmm", "addmm", "baddbmm") or name.startswith("_scaled_dot_product")
 
 
 def compile_layers(model: PreTrainedModel, live: Callable[[], LiveBytes]) -> None:
-    """Runs each decoder layer as `torch.compile` would run it, one compiled layer at a time.
+    """Makes each decoder layer run as the graphs of a compiled layer.
 
     Args:
         model (`PreTrainedModel`): a Llama of fake tensors.
-        live (`Callable`): returns what counts.
+        live (`Callable`): returns the current counter.
     """
     from functorch.compile import aot_function, min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
@@ -156,11 +162,11 @@ def compile_layers(model: PreTrainedModel, live: Callable[[], LiveBytes]) -> Non
     layer = type(model.model.layers[0])(model.config, 0)
     num_parameters = len(list(layer.parameters()))
 
-    def forward(parameters: dict[str, nn.Parameter], hidden: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+    def forward(parameters: dict[str, torch.Tensor], hidden: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
         return torch.func.functional_call(layer, parameters, (hidden,), options)
 
     def partition(joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **_: Any) -> Any:
-        # As inductor calls it: keeping a parameter costs nothing.
+        # As torch.compile does: parameters stay in memory, so that keeping one costs nothing.
         return min_cut_rematerialization_partition(
             joint, inputs, num_fwd_outputs=num_fwd_outputs, static_lifetime_input_indices=list(range(num_parameters))
         )
@@ -176,18 +182,19 @@ def compile_layers(model: PreTrainedModel, live: Callable[[], LiveBytes]) -> Non
         decompositions=select_decomp_table(),
     )
 
-    def run(parameters: dict[str, nn.Parameter], hidden: torch.Tensor, **options: Any) -> torch.Tensor:
-        with live().paused():  # the first call traces
+    def run(parameters: dict[str, torch.Tensor], hidden: torch.Tensor, **options: Any) -> torch.Tensor:
+        with live().paused():  # the graphs count their tensors; the first call traces them
             return compiled(parameters, hidden, options)
 
     for each in model.model.layers:
-        each.forward = functools.partial(run, dict(each.named_parameters()))
+        parameters: dict[str, torch.Tensor] = dict(each.named_parameters())
+        each.forward = functools.partial(run, parameters)
         if each.gradient_checkpointing:
             each.forward = functools.partial(each._gradient_checkpointing_func, each.forward)
 
 
 class _LigerNorm(torch.autograd.Function):
-    """Keeps the input and a number for each row; the gradient is written over the incoming one."""
+    """Saves the input and one number per row. Writes the gradient over the incoming one."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -200,7 +207,7 @@ class _LigerNorm(torch.autograd.Function):
 
 
 class _LigerProduct(torch.autograd.Function):
-    """silu(gate) * up: keeps both, and writes their gradients over them."""
+    """silu(gate) * up: saves both, and overwrites them with their gradients."""
 
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -214,15 +221,16 @@ class _LigerProduct(torch.autograd.Function):
 
 @contextlib.contextmanager
 def liger_kernels(model: PreTrainedModel) -> Iterator[None]:
-    """Gives a Llama of fake tensors modules that allocate what Liger's kernels allocate (0.8; they need no triton here).
+    """Replaces modules of a Llama of fake tensors by ones that allocate what Liger's kernels allocate (0.8), without
+    triton.
 
-    Rotary embedding is written over queries and keys, in both directions.
+    Liger's rotary embedding overwrites queries and keys, and in the backward pass their gradients.
     """
-    for module in model.modules():
+    for module in model.modules():  # mypy: only the instance gets another method
         if isinstance(module, modeling_llama.LlamaRMSNorm):
-            module.forward = functools.partial(_LigerNorm.apply, weight=module.weight)
+            module.forward = functools.partial(_LigerNorm.apply, weight=module.weight)  # type: ignore[method-assign]
         elif isinstance(module, modeling_llama.LlamaMLP):
-            module.forward = functools.partial(_liger_mlp, module)
+            module.forward = functools.partial(_liger_mlp, module)  # type: ignore[method-assign]
     with patch.object(modeling_llama, "apply_rotary_pos_emb", lambda queries, keys, *_: (queries, keys)):
         yield
 

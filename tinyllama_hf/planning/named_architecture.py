@@ -1,4 +1,4 @@
-"""The architecture behind the name of a model, for which no weights are fetched."""
+"""The architecture of a model by its name, without downloading weights."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -21,9 +21,10 @@ class Architecture(NamedTuple):
 
     Attributes:
         config (`TinyLlamaConfig`): its configuration.
-        dtype (`torch.dtype`, *optional*): of the weights: what their folder says, `None` if it does not, bf16 without one.
+        dtype (`torch.dtype`, *optional*): of the weights: from `config.json`, `None` if it has none, bf16 without a
+            folder.
         source (`str`): where the configuration is from.
-        quantization (`str`): that the weights were saved with, `"none"` if they were not; its details are in `config`.
+        quantization (`str`): of the saved weights, `"none"` if they are not quantized; details are in `config`.
     """
 
     config: TinyLlamaConfig
@@ -35,14 +36,15 @@ class Architecture(NamedTuple):
 def find_architecture(name: str) -> Architecture:
     """Finds the configuration of a model.
 
-    A released checkpoint that was fetched before is read from the Hub's cache; else it is TinyLlama's, the same for all,
-    and nothing is fetched. Of another model on the Hub `config.json` alone is fetched.
+    A released checkpoint is read from the Hub's cache if it was downloaded before. Otherwise it has the configuration
+    that all TinyLlama checkpoints share, and nothing is downloaded. Of other models on the Hub only `config.json` is
+    downloaded.
 
     Args:
         name (`str`): a folder, a released name, a preset of `TinyLlamaConfig`, or a Hub id.
 
     Raises:
-        InputError: if there is no such model, it is no Llama, or its configuration is damaged.
+        InputError: if the model does not exist, is not a Llama, or has a damaged configuration.
     """
     if Path(name).exists():
         return _of_folder(Path(name))
@@ -53,14 +55,14 @@ def find_architecture(name: str) -> Architecture:
         repository, revision = found
         cached = try_to_load_from_cache(repository, "config.json", revision=revision)
         if isinstance(cached, str):
-            return _of_folder(Path(cached).parent)._replace(source="fetched before")
+            return _of_folder(Path(cached).parent)._replace(source="downloaded before")
         rows = {row["name"]: row["vocab_rows"] for row in tables()["chat"]["rows"]}
         config = TinyLlamaConfig.preset("1.1b", vocab_size=rows.get(name, 32000))
         return Architecture(config, torch.bfloat16, "preset 1.1b")
     try:
         return _of_folder(local_folder(name, only=("config.json",)))
     except InputError as error:
-        raise InputError(f"{error}; or give a size: {', '.join(PRESETS)}") from error
+        raise InputError(f"{error}; or use a size: {', '.join(PRESETS)}") from error
 
 
 def _of_folder(folder: Path) -> Architecture:
@@ -69,9 +71,9 @@ def _of_folder(folder: Path) -> Architecture:
     saved = saved_quantization(fields, str(folder))
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        plain = saved != "none" and fields["quantization_config"].get("llm_int8_skip_modules")
-        if plain and not (isinstance(plain, list) and all(isinstance(name, str) for name in plain)):
-            raise TypeError(f"llm_int8_skip_modules: {plain!r} is no list of names")
+        skipped = saved != "none" and fields["quantization_config"].get("llm_int8_skip_modules")
+        if skipped and not (isinstance(skipped, list) and all(isinstance(name, str) for name in skipped)):
+            raise TypeError(f"llm_int8_skip_modules: {skipped!r} is not a list of names")
         return Architecture(TinyLlamaConfig.from_llama(config), config.dtype, "config.json", saved)
     except (OSError, ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
-        raise InputError(f"{folder / 'config.json'}: describes no model ({one_line(error)})") from error
+        raise InputError(f"{folder / 'config.json'}: is not a valid configuration ({one_line(error)})") from error

@@ -1,7 +1,7 @@
-"""What a recipe comes to before anything is paid for: steps, milestones, memory, days, disk."""
+"""The plan of a run, derived from its recipe: steps, milestones, memory, time, disk space."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from ..configuration_tinyllama import TinyLlamaConfig
 from ..devices import Device, format_bytes
@@ -10,25 +10,26 @@ from ..pretrain.config import PretrainConfig
 from ..pretrain.milestones import milestone_names, milestone_steps
 from ..pretrain.schedule import learning_rate
 from ..pretrain.setup import architecture, check_batches, shapes_only
-from .training_memory import PARTS, Layout, Memory, Sharding, step_memory
+from .memory_engine import MEMORY_RESERVE
+from .training_memory import PARTS, Layout, Sharding, StepMemory, step_memory
 
 
-# What peers publish for models of this size on H100 lies at 40 to 45 %, on A100 at 55 to 60 % (llm-foundry's tables).
+# Published figures for models of this size are 40 to 45 % on H100 and 55 to 60 % on A100 (llm-foundry's tables).
 DEFAULT_MFU = 0.4
-# Left for the CUDA context, communication buffers, and what the allocator cannot use.
-MEMORY_RESERVE = 0.1
-DEVICES_PER_NODE = 8  # what hybrid sharding splits weights over
+DEVICES_PER_NODE = 8  # hybrid sharding splits weights over the devices of a node
 
 
-class Sharded(NamedTuple):
-    """What a way of distributing the model needs on each device."""
+@dataclass(frozen=True)
+class Sharded:
+    """Memory per device for one way of distributing the model."""
 
     name: str
-    memory: Memory
-    largest_micro_batch: int | None  # of those that divide the step; 0: none fits, `None`: the device is not known
+    memory: StepMemory
+    largest_micro_batch: int | None  # that divides the step; 0: none fits, `None`: unknown device
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True)
+class Plan:
     """The quantities that follow from a recipe and a number of devices."""
 
     config: PretrainConfig
@@ -38,34 +39,34 @@ class Plan(NamedTuple):
     mfu: float
     parameters: int
     tokens: int
-    accumulation: list[int]  # micro-batches of a device in a step, for each size of a step in turn
+    accumulation: list[int]  # micro-batches per device and step, for each step size in turn
     milestones: dict[int, str]  # step -> name
     flops_per_token: dict[str, int]  # by convention
     learning_rates: list[tuple[str, int, float]]  # landmark, step, rate
     sharded: list[Sharded]
-    seconds: float | None  # of the whole run; `None`: the device is not known
-    checkpoint_bytes: int  # the rolling ones, while a new one is written
+    seconds: float | None  # of the whole run; `None`: unknown device
+    checkpoint_bytes: int  # the last ones, while a new one is written
     milestone_bytes: int  # all of them
 
 
-def plan(
+def plan_run(
     config: PretrainConfig,
     vocab_size: int,
     num_devices: int = 1,
     device: Device | None = None,
     mfu: float = DEFAULT_MFU,
 ) -> Plan:
-    """Works out a recipe without its data and without building the model.
+    """Plans a run without its data and without allocating the model.
 
     Args:
         config (`PretrainConfig`): from `load_config`.
-        vocab_size (`int`): pieces of the tokenizer.
-        num_devices (`int`): processes, one a device.
-        device (`Device`, *optional*): without one there is no time and no largest micro-batch.
-        mfu (`float`): share of the device's peak, by the convention without the input embedding.
+        vocab_size (`int`): tokens in the vocabulary.
+        num_devices (`int`): processes, one per device.
+        device (`Device`, *optional*): needed for the time and for the largest micro-batch.
+        mfu (`float`): share of the device's peak rate, by the convention without the input embedding.
 
     Raises:
-        InputError: if the recipe makes no model, or its batches do not divide.
+        InputError: if the model is not valid, or the batches do not divide.
     """
     built = architecture(config, vocab_size)
     check_batches(config, num_devices)
@@ -100,7 +101,7 @@ def plan(
 
 
 def training_seconds(tokens: int, flops_per_token: int, peak_flops: float, num_devices: int, mfu: float) -> float:
-    """Time of a run: its arithmetic over what the devices do of it in a second."""
+    """Returns the time of a run: its operations divided by the rate of the devices."""
     return tokens * flops_per_token / (peak_flops * num_devices * mfu)
 
 
@@ -117,7 +118,7 @@ def _landmarks(config: PretrainConfig) -> list[tuple[str, int, float]]:
 
 
 def _sharded(config: PretrainConfig, built: TinyLlamaConfig, num_devices: int, device: Device | None) -> list[Sharded]:
-    """The ways that so many devices have."""
+    """Computes the memory of each way to distribute the model over the devices."""
     ways: list[tuple[str, Sharding, int]] = [("one process", "none", 1)]
     if num_devices > 1:
         ways = [("DDP", "ddp", 1), ("FSDP2, full shard", "fsdp", num_devices)]
@@ -129,7 +130,7 @@ def _sharded(config: PretrainConfig, built: TinyLlamaConfig, num_devices: int, d
     for name, sharding, shards in ways:
         layout = _layout(config, device)._replace(sharding=sharding, num_shards=shards)
 
-        def memory(micro: int, layout: Layout = layout) -> Memory:
+        def memory(micro: int, layout: Layout = layout) -> StepMemory:
             return step_memory(built, layout._replace(micro_batch_size=micro, accumulates=max(sequences) > micro))
 
         largest = None if device is None else _largest(dividing, planned, device, memory)
@@ -151,8 +152,8 @@ def _layout(config: PretrainConfig, device: Device | None) -> Layout:
     )
 
 
-def _largest(sizes: list[int], planned: int, device: Device, memory: Callable[[int], Memory]) -> int:
-    """The largest micro-batch that fits, 0 if none does. A recipe is close to it: sizes are tried outward from the planned one."""
+def _largest(sizes: list[int], planned: int, device: Device, memory: Callable[[int], StepMemory]) -> int:
+    """Returns the largest micro-batch that fits, 0 if none does. Sizes are tried outward from the planned one."""
     limit = (1 - MEMORY_RESERVE) * device.memory
     largest = next((size for size in reversed(sizes) if size <= planned and memory(size).total <= limit), 0)
     if largest == planned:
@@ -163,8 +164,8 @@ def _largest(sizes: list[int], planned: int, device: Device, memory: Callable[[i
     return largest
 
 
-def lines(plan: Plan) -> list[str]:
-    """The plan as text."""
+def plan_lines(plan: Plan) -> list[str]:
+    """Describes a plan."""
     training, length = plan.config.training, plan.config.data.sequence_length
     sizes = ", then ".join(f"{size:,}" for size in plan.config.steps.sizes)
     micro_batches = ", then ".join(map(str, plan.accumulation))
@@ -180,17 +181,17 @@ def lines(plan: Plan) -> list[str]:
         f"{large:.4g} counting every parameter",
     ]
     text += [f"milestone   step {step:,} -> {name}" for step, name in plan.milestones.items()]
-    return text + costs(plan)
+    return text + cost_lines(plan)
 
 
-def costs(plan: Plan) -> list[str]:
-    """The part of the plan that a run does not print by itself: learning rate, memory, time, disk."""
+def cost_lines(plan: Plan) -> list[str]:
+    """Describes what a run does not print by itself: learning rate, memory, time, disk space."""
     text = [f"rate        {rate:.3g} at step {step:,}, {name}" for name, step, rate in plan.learning_rates]
     text += _memory_lines(plan)
     text += _time_lines(plan)
     text.append(
-        f"disk        {format_bytes(plan.checkpoint_bytes)} of checkpoints (the last {plan.config.checkpoints.keep}, and "
-        f"the one being written), {format_bytes(plan.milestone_bytes)} of milestones"
+        f"disk        {format_bytes(plan.checkpoint_bytes)} of checkpoints (the last {plan.config.checkpoints.keep}, "
+        f"and the one being written), {format_bytes(plan.milestone_bytes)} of milestones"
     )
     return text
 
@@ -198,30 +199,31 @@ def costs(plan: Plan) -> list[str]:
 def _memory_lines(plan: Plan) -> list[str]:
     text = []
     for way in plan.sharded:
-        text.append(
-            f"memory      {way.memory.total / 1e9:.2f} GB a device, {way.name}; highest in {way.memory.moment}:"
-        )
-        text.append("            " + ", ".join(_parts(way.memory)))
+        memory = way.memory
+        text += [
+            f"memory      {memory.total / 1e9:.2f} GB per device, {way.name}; highest in {memory.moment}:",
+            ", ".join(f"{name} {memory.parts[kind] / 1e9:.2f}" for kind, name in PARTS.items() if memory.parts[kind]),
+        ]
         if plan.device is not None:
             limit = (1 - MEMORY_RESERVE) * plan.device.memory / 1e9
-            fits = (
-                f"{way.largest_micro_batch} sequences" if way.largest_micro_batch else "none, not even of 1 sequence"
+            largest = (
+                f"{way.largest_micro_batch} sequences" if way.largest_micro_batch else "none, not even 1 sequence"
             )
             text.append(
-                f"            largest micro-batch that divides the step and fits {limit:.1f} GB (the device, less "
-                f"{MEMORY_RESERVE:.0%}): {fits}"
+                f"largest micro-batch that divides the step and fits {limit:.1f} GB (the device, less "
+                f"{MEMORY_RESERVE:.0%}): {largest}"
             )
-    return text + [f"            {line}" for line in _known_error(plan)]
+    return [line if line.startswith("memory") else f"            {line}" for line in text + _known_errors(plan)]
 
 
-def _known_error(plan: Plan) -> list[str]:
-    """How far the estimate was off where it was measured, for the kind of run that is planned."""
+def _known_errors(plan: Plan) -> list[str]:
+    """Describes the accuracy of the estimate for this kind of run, as far as it was measured."""
     training = plan.config.training
-    text = ["measured with one process on an H200: 0 to 2 % above the estimate; DDP and FSDP2 were not measured"]
+    text = ["steps of one process on an H200 took 0 to 2 % more than the estimate; DDP and FSDP2 were not measured"]
     if plan.device is not None and training.compile != "off":
         if training.kernels == "liger":
             text.append(
-                "with liger and compilation the measured peak was 4 % below the estimate, which is that of liger alone"
+                "with liger and compilation they took 4 % less; the estimate is that of liger without compilation"
             )
         elif training.compile == "model":
             text.append("compile: model is estimated as compile: layers")
@@ -230,20 +232,15 @@ def _known_error(plan: Plan) -> list[str]:
     return text
 
 
-def _parts(memory: Memory) -> Sequence[str]:
-    says = {"buffers": "communication", "copies": "bf16 copies of weights", "loss": "logits and loss"}
-    return [f"{says.get(part, part)} {memory.parts[part] / 1e9:.2f}" for part in PARTS if memory.parts[part]]
-
-
 def _time_lines(plan: Plan) -> list[str]:
     if plan.device is None or plan.seconds is None:
-        return ["time        n/a: the device's peak rate is not known"]
+        return ["time        n/a: the peak rate of the device is not known"]
     rate = plan.tokens / plan.seconds
     hours = plan.seconds / 3600
     duration = f"{hours / 24:.1f} days" if hours >= 48 else f"{hours:.2f} hours"
     return [
         f"time        {duration}, {hours * plan.num_devices:,.1f} GPU-hours: {rate:,.0f} tokens/s, "
-        f"{rate / plan.num_devices:,.0f} a device, at {plan.mfu:.0%} of the {plan.device.flops / 1e12:g} TFLOP/s of "
+        f"{rate / plan.num_devices:,.0f} per device, at {plan.mfu:.0%} of the {plan.device.flops / 1e12:g} TFLOP/s of "
         f"{plan.num_devices} x {plan.device.name}",
         f"            {plan.device.source}",
     ]

@@ -1,9 +1,9 @@
-"""Memory of a training step, by part, at its highest moment.
+"""Memory of a training step at its highest moment, by part.
 
-A real step (forward and backward pass, AdamW) of the real model runs on fake tensors ([`memory_engine`]), for two and for
-three layers; each further layer adds to every moment what the third one does. What DDP and FSDP2 add and split is arithmetic.
-Nothing is fitted; `benchmarks/plan_memory.py` compares it with measured steps. Not in it: what [`memory_engine`] does not count,
-and a dense document mask.
+A step of the real model (forward pass, backward pass, AdamW) runs on fake tensors ([`memory_engine`]) with two and
+with three layers. Each further layer adds as much as the third. What DDP and FSDP2 add and split is computed on top.
+Nothing is fitted; `benchmarks/plan_memory.py` compares the estimate with measured steps. Not included: what
+[`memory_engine`] does not count, and a dense document mask.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 from unittest.mock import patch
 
@@ -28,24 +29,34 @@ from .memory_engine import LiveBytes, compile_layers, liger_kernels
 
 
 Sharding = Literal["none", "ddp", "fsdp"]
-PARTS = ("weights", "gradients", "optimizer", "buffers", "copies", "activations", "loss")
+# What is counted, and its name in a plan.
+PARTS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "buffers": "communication",
+    "copies": "bf16 copies of weights",
+    "activations": "activations",
+    "loss": "logits and loss",
+}
 
 
 class Layout(NamedTuple):
-    """What a step does apart from the model.
+    """The settings of a step.
 
     Args:
         micro_batch_size (`int`): sequences of a forward pass.
         sequence_length (`int`): tokens of a sequence.
         precision (`str`): `"fp32"`, or `"bf16"`: autocast over fp32 weights.
         activation_checkpointing (`bool`): layers keep only their input and are computed again.
-        attention (`str`): as in the recipe; only `"eager"` keeps more.
-        compiled (`bool`): layers are compiled, each by itself.
-        kernels (`str`): as in the recipe; layers with `"liger"` count as not compiled, since compilation breaks at its kernels.
-        accumulates (`bool`): more than one micro-batch a step, so that gradients exist from the second one on.
-        loss (`str`): `"chunked"`, this library's, or `"stock"`, that of `LlamaForCausalLM`.
-        sharding (`str`): `"none"`; `"ddp"`: everything on every device; `"fsdp"`: FSDP2, resharded after the forward pass.
-        num_shards (`int`): devices that weights are split over.
+        attention (`str`): as in the recipe; all but `"eager"` are estimated as `"sdpa"`.
+        compiled (`bool`): each layer is compiled.
+        kernels (`str`): as in the recipe. Layers with `"liger"` are never compiled here, since its kernels break the
+            graph.
+        accumulates (`bool`): a step has several micro-batches: gradients exist from the second one on.
+        loss (`str`): `"chunked"`, that of `TinyLlamaForCausalLM`, or `"stock"`, that of `LlamaForCausalLM`.
+        sharding (`str`): `"none"`, `"ddp"`, or `"fsdp"`: FSDP2, resharded after the forward pass.
+        num_shards (`int`): number of devices that share the weights.
         device_type (`str`): `"cpu"` or `"cuda"`.
     """
 
@@ -63,8 +74,9 @@ class Layout(NamedTuple):
     device_type: str = "cpu"
 
 
-class Memory(NamedTuple):
-    """The highest moment of a step: its name, and the bytes of each of `PARTS` then."""
+@dataclass(frozen=True)
+class StepMemory:
+    """The highest moment of a step, and the bytes of each of `PARTS` at that moment."""
 
     moment: str
     parts: dict[str, int]
@@ -75,33 +87,33 @@ class Memory(NamedTuple):
         return sum(self.parts.values())
 
 
-def step_memory(config: TinyLlamaConfig, layout: Layout) -> Memory:
-    """The highest moment of a step, from the second one on (the optimizer's states exist after the first).
+def step_memory(config: TinyLlamaConfig, layout: Layout) -> StepMemory:
+    """Computes the highest moment of a step, after the first step, which creates the states of the optimizer.
 
     Args:
         config (`TinyLlamaConfig`): the model.
         layout (`Layout`): the step.
     """
-    # FSDP2 gathers weights in bf16: no fp32 weight makes the residual stream fp32.
+    # FSDP2 gathers weights in bf16, which makes the residual stream bf16, too.
     in_bf16 = layout.sharding == "fsdp" and layout.precision == "bf16"
     plain = layout._replace(sharding="none", num_shards=1)
     peaks = _peaks(config.to_json_string(), plain, torch.bfloat16 if in_bf16 else torch.float32)
-    moments = [Memory(phase, _shard(parts, config, layout)) for phase, parts in peaks.items()]
+    moments = [StepMemory(phase, _shard(parts, config, layout)) for phase, parts in peaks.items()]
     return max(moments, key=lambda memory: memory.total)
 
 
 def _shard(traced: Counter[str], config: TinyLlamaConfig, layout: Layout) -> dict[str, int]:
-    """The parts on a device, given those of one process."""
+    """Returns the parts per device, from those of one process."""
     parts = {part: traced[part] for part in PARTS}
     if layout.sharding == "none":
         return parts
     model = shapes_only(config)
     total = sum(p.numel() for p in model.parameters())
     if layout.sharding == "ddp":
-        return parts | {"buffers": 4 * total}  # a copy of every gradient in its buckets
-    # FSDP2 gathers the layer at work and the next one, in the type of the products, and holds embedding and head
-    # throughout the step; a gathering has a buffer of its own besides the weights. Gradients of the layer at work are whole
-    # twice: as autograd makes them, and in the fp32 buffer of the reduction.
+        return parts | {"buffers": 4 * total}  # buckets with a copy of every gradient
+    # FSDP2 gathers the current layer and the next one, in the type of the products, and keeps embedding and head
+    # gathered throughout the step. Gathering needs a buffer in addition to the weights. The full gradients of the
+    # current layer exist twice: as autograd computes them, and in the fp32 buffer of the reduction.
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
     outside = total - config.num_hidden_layers * layer
     itemsize, shards = 2 if layout.precision == "bf16" else 4, layout.num_shards
@@ -115,7 +127,7 @@ def _shard(traced: Counter[str], config: TinyLlamaConfig, layout: Layout) -> dic
 
 @functools.lru_cache(maxsize=64)
 def _peaks(config_json: str, layout: Layout, dtype: torch.dtype) -> dict[str, Counter[str]]:
-    """Bytes by part at the highest moment of each phase, everything on one device."""
+    """Returns the bytes by part at the highest moment of each phase, for one process."""
     config = TinyLlamaConfig.from_dict(json.loads(config_json))
     layers = config.num_hidden_layers
     config.num_hidden_layers = min(layers, 3)
@@ -135,15 +147,15 @@ def _peaks(config_json: str, layout: Layout, dtype: torch.dtype) -> dict[str, Co
 
 @contextlib.contextmanager
 def _kernels(config: TinyLlamaConfig, layout: Layout) -> Iterator[None]:
-    """What the device of the step does in its own way."""
+    """Uses the kernels of the device of the step."""
     rows, real = losses.ROWS[layout.device_type], losses._losses_and_gradients
 
     def two_blocks(logits: torch.Tensor, labels: torch.Tensor, found: torch.Tensor, wants_gradients: bool) -> None:
-        # The loss goes through chunks of tokens, and through a chunk in blocks of rows: all are like the second one.
+        # Every chunk of tokens and every block of rows in it allocates as much as the second one.
         if found.storage_offset() < 2 * len(found):
             real(logits[: 2 * rows], labels[: 2 * rows], found[: 2 * rows], wants_gradients)
 
-    # Fused attention for fp32 on a GPU does not take grouped heads.
+    # The fused kernels for fp32 on a GPU do not support grouped heads; torch then computes the attention weights.
     grouped = config.num_key_value_heads != config.num_attention_heads
     unfused = layout.device_type == "cuda" and layout.precision == "fp32" and grouped
     with (
@@ -169,12 +181,12 @@ class _Step:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         if layout.compiled and layout.kernels == "none":
             compile_layers(self.model, lambda: self.live)
-            self._loss()  # traces the layers; what the trace holds is not counted
+            self._loss()  # traces the layers; what tracing keeps is not counted
         self._watch_phases()
 
     def _watch_phases(self) -> None:
         def enters(output: torch.Tensor, phase: Callable[[], str]) -> None:
-            output.register_hook(lambda _: self._enter(phase()))  # once the gradient of the output is there
+            output.register_hook(lambda _: self._enter(phase()))
 
         inner = self.model.model
         inner.norm.register_forward_pre_hook(lambda *_: self._enter("the loss, forward"))
@@ -190,7 +202,7 @@ class _Step:
         self.live.phase = phase
 
     def peaks(self, layers: int) -> dict[str, Counter[str]]:
-        """Bytes by part at the highest moment of each phase of a step through the first layers; drops the others."""
+        """Removes all but the first layers, runs a step, and returns the bytes by part at the peak of each phase."""
         model, layout, live = self.model, self.layout, LiveBytes()
         self.live = live
         del model.model.layers[layers:]
