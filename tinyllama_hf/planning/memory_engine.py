@@ -140,6 +140,7 @@ class _FusedGraph:
 
 def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    # An operator: a name only where the node calls a method or a module.
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
@@ -226,10 +227,12 @@ def liger_kernels(model: PreTrainedModel) -> Iterator[None]:
 
     Liger's rotary embedding overwrites queries and keys, and in the backward pass their gradients.
     """
-    for module in model.modules():  # mypy: only the instance gets another method
+    for module in model.modules():
         if isinstance(module, modeling_llama.LlamaRMSNorm):
+            # Only this instance gets another method.
             module.forward = functools.partial(_LigerNorm.apply, weight=module.weight)  # type: ignore[method-assign]
         elif isinstance(module, modeling_llama.LlamaMLP):
+            # As above.
             module.forward = functools.partial(_liger_mlp, module)  # type: ignore[method-assign]
     with patch.object(modeling_llama, "apply_rotary_pos_emb", lambda queries, keys, *_: (queries, keys)):
         yield
