@@ -362,7 +362,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (["--input", "in.jsonl"], "--output: is needed with --input in.jsonl"),
+            (["--input", "in.jsonl"], "--output: is required with --input in.jsonl"),
             (["text", "--input", "in.jsonl", "--output", "o"], "PROMPT 'text': not valid with --input"),
             (["--output", "o"], "--output o: only valid with --input"),
             (["--batch-size", 4], "--batch-size 4: only valid with --input"),
