@@ -57,7 +57,7 @@ def requests(setting: str, number: int) -> list[Request]:
 
 
 def batches(wanted: list[Request], size: int) -> list[list[Request]]:
-    """Neighbours in length."""
+    """Returns batches of requests with similar length."""
     order = sorted(wanted, key=lambda request: len(request.ids), reverse=True)
     return [order[i : i + size] for i in range(0, len(order), size)]
 

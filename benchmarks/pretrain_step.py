@@ -97,7 +97,7 @@ class Turns:
             raise self.error
 
     def step(self) -> None:
-        """One optimiser step of the loop, timed."""
+        """Runs one optimizer step of the loop and records its time."""
         began = time.perf_counter()
         self._go.release()
         self._done.acquire()

@@ -50,8 +50,8 @@ def controlled_pair(
 ) -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
     """A target of 1.1b geometry, and a draft that proposes its greedy choice with probability `agreement`.
 
-    If the blocks add nothing, the hidden state is the normalized embedding. The first `bits` values of the embedding are
-    the binary code of the next token, as +1 and -1. The head scores each token by that code, so the next token wins.
+    If the blocks add nothing, the hidden state is the normalized embedding. The first `bits` values of the embedding
+    are the binary code of the next token, as +1 and -1. The head scores each token by that code, so the next one wins.
     """
     models = []
     for overrides in ({} if layers is None else {"num_hidden_layers": layers}, DRAFT_GEOMETRY):

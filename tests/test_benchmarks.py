@@ -43,8 +43,10 @@ def test_pretrain_on_a_cpu():
 def test_train_ladder_on_a_cpu(prepared, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    command = [sys.executable, ROOT / "benchmarks" / "gpu" / "train_ladder.py", "--data", prepared, "--minutes", 0.3, "--models",
-               "micro", "--sequence-length", 64, "--micro-batch-size", 4, "--output", tmp_path / "out"]  # fmt: skip
+    command = [
+        *(sys.executable, ROOT / "benchmarks" / "gpu" / "train_ladder.py", "--data", prepared, "--minutes", 0.3),
+        *("--models", "micro", "--sequence-length", 64, "--micro-batch-size", 4, "--output", tmp_path / "out"),
+    ]
     subprocess.run([str(c) for c in command], check=True, capture_output=True, text=True)
     row = json.loads((tmp_path / "out" / "models.json").read_text())["figures"][0]
     assert row["validation_loss"] < 6.2, "untrained it would be 6.24"

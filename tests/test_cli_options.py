@@ -32,115 +32,242 @@ LOADED = (SimpleNamespace(device="cpu"), SimpleNamespace(chat_template=None), "d
 LOAD = {"model": "m", "dtype": "bf16", "device": "cpu", "quantization": "nf4", "draft": "d", "adapter": "a"}
 LOADING = "--dtype bf16 --device cpu --quantization nf4 --adapter a"
 SAMPLING = "--temperature 0.5 --top-p 0.6 --max-new-tokens 7"
-# Words of a call -> functions in the order of their calls: what they return (nothing: the case ends there), and arguments.
+# Words of a command, and the functions it calls in this order: what each returns (the case ends at `None`), and its
+# arguments.
 CASES = {
     "tokenizer train x --output o --vocab-size 300 --text-column body --overwrite": {
         "tinyllama_hf.data.sources.open_sources": ("opened", {"sources": ["x"], "text_column": "body"}),
-        "tinyllama_hf.data.train_tokenizer.train_tokenizer": (None, {"vocab_size": 300, "output": Path("o"), "overwrite": True}),
+        "tinyllama_hf.data.train_tokenizer.train_tokenizer": (
+            None,
+            {"vocab_size": 300, "output": Path("o"), "overwrite": True},
+        ),
     },
     "tokenizer verify . --against {file} --text x --text-column body --stock": {
         "tinyllama_hf.data.sources.open_sources": ("opened", {"sources": ["x"], "text_column": "body"}),
         "transformers.AutoTokenizer.from_pretrained": ("stock", {}),
-        "tinyllama_hf.data.train_tokenizer.verify_tokenizer": (None, {"tokenizer": "stock", "reference": Path("{file}")}),
+        "tinyllama_hf.data.train_tokenizer.verify_tokenizer": (
+            None,
+            {"tokenizer": "stock", "reference": Path("{file}")},
+        ),
     },
-    "prepare x --tokenizer t --output o --separator bos --validation-fraction 0.1 --sample-fraction 0.2 --text-column body "
-    "--where a==1 --workers 3": {
-        "tinyllama_hf.data.prepare.prepare": (None, {
-            "sources": ["x"], "tokenizer": "t", "output": Path("o"), "separator": "bos", "validation_fraction": 0.1,
-            "sample_fraction": 0.2, "text_column": "body", "where": "a==1", "workers": 3,
-        }),
+    "prepare x --tokenizer t --output o --separator bos --validation-fraction 0.1 --sample-fraction 0.2 "
+    "--text-column body --where a==1 --workers 3": {
+        "tinyllama_hf.data.prepare.prepare": (
+            None,
+            {
+                "sources": ["x"],
+                "tokenizer": "t",
+                "output": Path("o"),
+                "separator": "bos",
+                "validation_fraction": 0.1,
+                "sample_fraction": 0.2,
+                "text_column": "body",
+                "where": "a==1",
+                "workers": 3,
+            },
+        ),
     },
-    "prepare x --tokenizer t --output o --dry-run": {"tinyllama_hf.data.prepare.plan_preparation": (None, {"tokenizer": "t"})},
+    "prepare x --tokenizer t --output o --dry-run": {
+        "tinyllama_hf.data.prepare.plan_preparation": (None, {"tokenizer": "t"})
+    },
     "prepare --check c": {"tinyllama_hf.data.shards.check_contents": (None, {"folder": Path("c")})},
     "plan {recipe} training.seed=77 --devices 2 --device h100 --mfu 0.3": {
-        "tinyllama_hf.planning.run_plan.plan_run": (None, {"config.training.seed": 77, "num_devices": 2,
-                                                   "device.name": "NVIDIA H100 80GB HBM3", "mfu": 0.3}),
+        "tinyllama_hf.planning.run_plan.plan_run": (
+            None,
+            {"config.training.seed": 77, "num_devices": 2, "device.name": "NVIDIA H100 80GB HBM3", "mfu": 0.3},
+        ),
     },
     "eval text m --data x --data y --baselines --output o --rescore --quantization nf4 --device cpu": {
-        "tinyllama_hf.evaluation.series.score": (None, {
-            "models": ["m"], "data": ["x", "y"], "baselines": True, "output": Path("o"), "rescore": True,
-            "quantization": "nf4", "device": "cpu",
-        }),
+        "tinyllama_hf.evaluation.series.score": (
+            None,
+            {
+                "models": ["m"],
+                "data": ["x", "y"],
+                "baselines": True,
+                "output": Path("o"),
+                "rescore": True,
+                "quantization": "nf4",
+                "device": "cpu",
+            },
+        ),
     },
     "eval text m --watch --every 9 --output o --rescore --quantization nf4 --device cpu": {
-        "tinyllama_hf.evaluation.series.watch": (None, {
-            "run": Path("m"), "every_seconds": 9, "output": Path("o"), "rescore": True, "quantization": "nf4", "device": "cpu",
-        }),
+        "tinyllama_hf.evaluation.series.watch": (
+            None,
+            {
+                "run": Path("m"),
+                "every_seconds": 9,
+                "output": Path("o"),
+                "rescore": True,
+                "quantization": "nf4",
+                "device": "cpu",
+            },
+        ),
     },
     "eval tasks m n --data x --limit 5 --batch-size 3 --samples s --output o --published v1.1 "
     "--quantization nf4 --device cpu": {
-        "tinyllama_hf.evaluation.commonsense.score_commonsense": (SimpleNamespace(protocol="protocol", models="rows"), {
-            "models": ["m", "n"], "data": "x", "limit": 5, "batch_size": 3, "samples": Path("s"), "output": Path("o"),
-            "quantization": "nf4", "device": "cpu",
-        }),
-        "tinyllama_hf.evaluation.table.table_lines": (None, {"protocol": "protocol", "rows": "rows", "published.name": "v1.1"}),
+        "tinyllama_hf.evaluation.commonsense.score_commonsense": (
+            SimpleNamespace(protocol="protocol", models="rows"),
+            {
+                "models": ["m", "n"],
+                "data": "x",
+                "limit": 5,
+                "batch_size": 3,
+                "samples": Path("s"),
+                "output": Path("o"),
+                "quantization": "nf4",
+                "device": "cpu",
+            },
+        ),
+        "tinyllama_hf.evaluation.table.table_lines": (
+            None,
+            {"protocol": "protocol", "rows": "rows", "published.name": "v1.1"},
+        ),
     },
     "eval replies m --data x --limit 5 --max-new-tokens 7 --output o --quantization nf4 --device cpu": {
-        "tinyllama_hf.finetune.replies.score_replies": (None, {
-            "models": ["m"], "data": "x", "limit": 5, "max_new_tokens": 7, "output": Path("o"), "quantization": "nf4",
-            "device": "cpu",
-        }),
+        "tinyllama_hf.finetune.replies.score_replies": (
+            None,
+            {
+                "models": ["m"],
+                "data": "x",
+                "limit": 5,
+                "max_new_tokens": 7,
+                "output": Path("o"),
+                "quantization": "nf4",
+                "device": "cpu",
+            },
+        ),
     },
     "report r --output o --prompt p --prompt q --stages s --chat c": {
-        "tinyllama_hf.report.page.write_report": (None, {
-            "run": Path("r"), "output": Path("o"), "prompts": ["p", "q"], "stages": Path("s"), "chat": Path("c"),
-        }),
+        "tinyllama_hf.report.page.write_report": (
+            None,
+            {
+                "run": Path("r"),
+                "output": Path("o"),
+                "prompts": ["p", "q"],
+                "stages": Path("s"),
+                "chat": Path("c"),
+            },
+        ),
     },
     f"generate m text {SAMPLING} --seed 5 --draft d {LOADING}": {
         "tinyllama_hf_cli.inference.load_model": (LOADED, LOAD),
         "tinyllama_hf.inference.generation.ExactTextStreamer": ("streamer", {"tokenizer": LOADED[1]}),
-        "tinyllama_hf.inference.generation.generate_text": (None, {
-            "prompt": "text", "temperature": 0.5, "top_p": 0.6, "max_new_tokens": 7, "seed": 5, "draft": "draft",
-        }),
+        "tinyllama_hf.inference.generation.generate_text": (
+            None,
+            {
+                "prompt": "text",
+                "temperature": 0.5,
+                "top_p": 0.6,
+                "max_new_tokens": 7,
+                "seed": 5,
+                "draft": "draft",
+            },
+        ),
     },
     f"generate m --input i --output o --batch-size 3 {SAMPLING} --seed 5 --draft d {LOADING}": {
-        "tinyllama_hf_cli.inference.generate_file": (None, {
-            "model": "m", "source": Path("i"), "output": Path("o"), "batch_size": 3, "seed": 5, "draft": "d",
-            "adapter": "a", "sampling.temperature": 0.5, "sampling.top_p": 0.6, "sampling.max_new_tokens": 7,
-            "weights": {"dtype": "bf16", "quantization": "nf4"}, "load.args": tuple(LOAD.values()),
-        }),
+        "tinyllama_hf_cli.inference.generate_file": (
+            None,
+            {
+                "model": "m",
+                "source": Path("i"),
+                "output": Path("o"),
+                "batch_size": 3,
+                "seed": 5,
+                "draft": "d",
+                "adapter": "a",
+                "sampling.temperature": 0.5,
+                "sampling.top_p": 0.6,
+                "sampling.max_new_tokens": 7,
+                "weights": {"dtype": "bf16", "quantization": "nf4"},
+                "load.args": tuple(LOAD.values()),
+            },
+        ),
     },
     f"chat m --system s {SAMPLING} --seed 5 --draft d {LOADING}": {
         "tinyllama_hf_cli.inference.load_model": (LOADED, LOAD),
-        "tinyllama_hf.inference.chat.ChatSession": (None, {
-            "system": "s", "sampling.temperature": 0.5, "sampling.top_p": 0.6, "sampling.max_new_tokens": 7, "seed": 5,
-            "draft": "draft",
-        }),
+        "tinyllama_hf.inference.chat.ChatSession": (
+            None,
+            {
+                "system": "s",
+                "sampling.temperature": 0.5,
+                "sampling.top_p": 0.6,
+                "sampling.max_new_tokens": 7,
+                "seed": 5,
+                "draft": "draft",
+            },
+        ),
     },
     f"serve m --host h --port 9 --template llama2 {LOADING}": {
         "tinyllama_hf.serving.app.bind": ("bound", {"host": "h", "port": 9}),
         "tinyllama_hf_cli.serving.load_model": (LOADED, {**LOAD, "draft": None}),
-        "tinyllama_hf.serving.app.build_app": (None, {
-            "name": "m", "tokenizer.chat_template": (ROOT / "tinyllama_hf" / "chat" / "llama2.jinja").read_text(),
-        }),
+        "tinyllama_hf.serving.app.build_app": (
+            None,
+            {
+                "name": "m",
+                "tokenizer.chat_template": (ROOT / "tinyllama_hf" / "chat" / "llama2.jinja").read_text(),
+            },
+        ),
     },
     "memory micro --batch 3 --context 50 --quantization nf4 --dtype fp32 --device 16GB": {
-        "tinyllama_hf.planning.inference_memory.batch_memory": ("found", {
-            "batch": 3, "context": 50, "setup.quantization": "nf4", "setup.dtype": torch.float32,
-        }),
+        "tinyllama_hf.planning.inference_memory.batch_memory": (
+            "found",
+            {
+                "batch": 3,
+                "context": 50,
+                "setup.quantization": "nf4",
+                "setup.dtype": torch.float32,
+            },
+        ),
         "tinyllama_hf.planning.inference_memory.memory_lines": ([], {"found": "found"}),
         "tinyllama_hf.planning.inference_memory.fit_lines": (None, {"found": "found", "available": 16 * 10**9}),
     },
     "convert s --to llama --output o --dtype bf16 --max-shard-size 2GB --vocab-rows 9 --config c --calibration x "
     "--calibration y --force": {
-        "tinyllama_hf.conversion.convert.convert": (None, {
-            "source": "s", "to": "llama", "output": Path("o"), "dtype": "bf16", "max_shard_size": "2GB", "vocab_rows": 9,
-            "config": Path("c"), "calibration": [Path("x"), Path("y")], "check": None, "force": True,
-        }),
+        "tinyllama_hf.conversion.convert.convert": (
+            None,
+            {
+                "source": "s",
+                "to": "llama",
+                "output": Path("o"),
+                "dtype": "bf16",
+                "max_shard_size": "2GB",
+                "vocab_rows": 9,
+                "config": Path("c"),
+                "calibration": [Path("x"), Path("y")],
+                "check": None,
+                "force": True,
+            },
+        ),
     },
     "convert s --to llama --output o --sanity": {
         "tinyllama_hf.conversion.convert.convert": (None, {"check.__name__": "<lambda>", "force": False}),
     },
     "verify x y --text t --tolerance 0.5 --tensors --config c": {
         "tinyllama_hf.conversion.verify.compare_tensors": ([], {"a": "x", "b": "y", "config": Path("c")}),
-        "tinyllama_hf.conversion.verify.verify": (None, {
-            "a": "x", "b": "y", "text": Path("t"), "tolerance": 0.5, "config": Path("c"),
-        }),
+        "tinyllama_hf.conversion.verify.verify": (
+            None,
+            {
+                "a": "x",
+                "b": "y",
+                "text": Path("t"),
+                "tolerance": 0.5,
+                "config": Path("c"),
+            },
+        ),
     },
     "publish r --repo me/x --private --license mit --dry-run --base-model me/y": {
-        "tinyllama_hf.hub.publish.publish": (None, {
-            "run": Path("r"), "repo": "me/x", "private": True, "license": "mit", "dry_run": True, "base_model": "me/y",
-        }),
+        "tinyllama_hf.hub.publish.publish": (
+            None,
+            {
+                "run": Path("r"),
+                "repo": "me/x",
+                "private": True,
+                "license": "mit",
+                "dry_run": True,
+                "base_model": "me/y",
+            },
+        ),
     },
     "pretrain.py {recipe} training.seed=77 --overwrite --measure-peak": {
         "tinyllama_hf.pretrain.loop.prepare_run": (PREPARED, {"config.training.seed": 77, "overwrite": True}),
@@ -159,7 +286,7 @@ CASES = {
         "tinyllama_hf.finetune.sft.open_run": ("run", {"overwrite": False}),
         "tinyllama_hf.finetune.sft.print_summary": (None, {"run": "run", "dry_run": True}),
     },
-}  # fmt: skip
+}
 
 
 def run(words: list[str], monkeypatch) -> None:

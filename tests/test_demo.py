@@ -16,8 +16,10 @@ from tests.conftest import ROOT
 from tests.evaluation.test_bits_per_byte import STOCK
 
 
-STAGES = ["tokenizer", "prose", "code", "pretrain", "score", "commonsense", "generate", "chat", "replies", "talk-8-bit",
-          "talk-4-bit", "draft", "drafted", "publish", "report"]  # fmt: skip
+STAGES = [
+    *("tokenizer", "prose", "code", "pretrain", "score", "commonsense", "generate", "chat", "replies"),
+    *("talk-8-bit", "talk-4-bit", "draft", "drafted", "publish", "report"),
+]
 
 
 def demo(folder: Path) -> subprocess.Popen:
@@ -170,7 +172,8 @@ import sys
 sys.modules["tinyllama_hf"] = None
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model, tokenizer = AutoModelForCausalLM.from_pretrained(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[1])
-inputs = tokenizer.apply_chat_template([{"role": "user", "content": sys.argv[2]}], return_tensors="pt", return_dict=True)
+messages = [{"role": "user", "content": sys.argv[2]}]
+inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
 output = model.generate(**inputs, max_new_tokens=64, do_sample=False)[0, inputs["input_ids"].shape[1]:]
 print(tokenizer.decode(output, skip_special_tokens=True).strip())
 """

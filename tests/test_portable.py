@@ -29,7 +29,8 @@ PATHS = {
     "C:/Users/me/x": "x",
     "out=D:\\x\\y": "out=y",
     "\\\\server\\share\\x": "x",
-    "data.sources=[{path: /home/u/my-data, weight: 1.0}, {path: /x/y, weight: 0.5}]": "data.sources=[{path: my-data, weight: 1.0}, {path: y, weight: 0.5}]",
+    "data.sources=[{path: /home/u/my-data, weight: 1.0}, {path: /x/y, weight: 0.5}]":
+        "data.sources=[{path: my-data, weight: 1.0}, {path: y, weight: 0.5}]",
     '{"path": "/home/u/x"}': '{"path": "x"}',
     "[/home/u/a,/home/u/b]": "[a,b]",
     "/x/a,/y/b": "a,b",
@@ -46,10 +47,10 @@ PATHS = {
     "at /cache/models--org--name/snapshots/0123abc/config.json": "at org/name@0123abc/config.json",
 }  # fmt: skip
 OTHERS = [
-    "org/name", "org/name@step-3", "a/b and 1/2, km/h", "runs/a/b", "./a/b", "../a", "..\\x\\y", "${HOME}/x", "embedded:sample",
-    "https://huggingface.co/a/b?c=/d", "hf://datasets/a/b", "s3://bucket/key", "2026-11-28T08:46:38+00:00", " / ", "/", "and / or",
-    "[INST] x [/INST] </s> <s>", "{% if a %}/b{% endif %}", "def f(a): return a // b", "Intel(R) Xeon(R) CPU @ 2.20GHz", "~", "~5 GB",
-    "Linux-6.1.0-x86_64-with-glibc2.36", "", "a: b", "C: the language",
+    "org/name", "org/name@step-3", "a/b and 1/2, km/h", "runs/a/b", "./a/b", "../a", "..\\x\\y", "${HOME}/x",
+    "embedded:sample", "https://huggingface.co/a/b?c=/d", "hf://datasets/a/b", "s3://bucket/key", " / ", "/",
+    "and / or", "2026-11-28T08:46:38+00:00", "[INST] x [/INST] </s> <s>", "{% if a %}/b{% endif %}", "def f(a): return a // b",
+    "Intel(R) Xeon(R) CPU @ 2.20GHz", "~", "~5 GB", "Linux-6.1.0-x86_64-with-glibc2.36", "", "a: b", "C: the language",
 ]  # fmt: skip
 
 

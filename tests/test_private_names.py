@@ -26,6 +26,7 @@ INTERNAL = (
     "accelerate.state",
     "datatrove.pipeline.tokens.tokenizer",
     "datatrove.utils.batching",
+    "functorch",
     "huggingface_hub.repocard_data",
     "huggingface_hub.utils.sha",
     "lm_eval.api",
@@ -47,7 +48,7 @@ INTERNAL = (
 LIBRARIES = (
     *("torch", "transformers", "accelerate", "bitsandbytes", "datatrove", "lm_eval", "trl", "peft", "datasets"),
     *("evaluate", "huggingface_hub", "tokenizers", "safetensors", "sentencepiece", "gguf", "torchao", "multiprocess"),
-    *("numpy", "matplotlib", "typer", "rich", "pydantic", "fastapi", "uvicorn", "jinja2"),
+    *("numpy", "matplotlib", "typer", "rich", "pydantic", "fastapi", "uvicorn", "jinja2", "functorch"),
 )
 # Names that begin with an underscore and are documented.
 PUBLIC = {"_asdict", "_exit", "_fields", "_make", "_replace"}

@@ -13,7 +13,9 @@ from tests.conftest import ROOT
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-MICRO = "accelerate launch --quiet --config_file recipes/accelerate/cpu.yaml recipes/pretrain.py recipes/pretrain/micro.yaml      "
+LAUNCH = "accelerate launch --quiet --config_file recipes/accelerate/cpu.yaml"
+MICRO = f"{LAUNCH} recipes/pretrain.py recipes/pretrain/micro.yaml      "
+MILESTONE = "my-run/milestones/step-98-token-0.2M"
 # What each command must print, by its beginning; a command that is not listed must only succeed.
 PRINTS = {
     "tinyllama-hf tokenizer train": "wrote my-tokenizer: 2,048 ids",
@@ -30,8 +32,8 @@ PRINTS = {
     "tinyllama-hf eval replies my-chat": "wrote my-chat/replies.json",
     'echo "What': "",
     "tinyllama-hf report": "wrote my-report/index.html",
-    'tinyllama-hf generate my-run/milestones/step-98-token-0.2M "Return a list of" --temperature 0.7': "Return a list of",
-    'tinyllama-hf generate my-run/milestones/step-98-token-0.2M "Return a list of" --temperature 0  ': "Return a list of",
+    f'tinyllama-hf generate {MILESTONE} "Return a list of" --temperature 0.7': "Return a list of",
+    f'tinyllama-hf generate {MILESTONE} "Return a list of" --temperature 0  ': "Return a list of",
     "echo '{": "",
     "tinyllama-hf generate my-run/milestones/step-98-token-0.2M --input": "my-texts.jsonl",
     "tinyllama-hf memory": "cache       4.61 GB",
