@@ -49,7 +49,8 @@ PATHS = {
 OTHERS = [
     "org/name", "org/name@step-3", "a/b and 1/2, km/h", "runs/a/b", "./a/b", "../a", "..\\x\\y", "${HOME}/x",
     "embedded:sample", "https://huggingface.co/a/b?c=/d", "hf://datasets/a/b", "s3://bucket/key", " / ", "/",
-    "and / or", "2026-11-28T08:46:38+00:00", "[INST] x [/INST] </s> <s>", "{% if a %}/b{% endif %}", "def f(a): return a // b",
+    "and / or", "2026-11-28T08:46:38+00:00",
+    "[INST] x [/INST] </s> <s>", "{% if a %}/b{% endif %}", "def f(a): return a // b",
     "Intel(R) Xeon(R) CPU @ 2.20GHz", "~", "~5 GB", "Linux-6.1.0-x86_64-with-glibc2.36", "", "a: b", "C: the language",
 ]  # fmt: skip
 
