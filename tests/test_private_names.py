@@ -64,7 +64,7 @@ USED: dict[str, tuple[str, ...]] = {
         "modeling_tinyllama.py",
         "packed_documents.py",
     ),
-    "transformers.PreTrainedModel._from_config": ("pretrain/setup.py",),
+    "transformers.PreTrainedModel._from_config": ("planning/training_memory.py", "pretrain/setup.py"),
     "transformers.PreTrainedModel._hf_peft_config_loaded": ("inference/adapters.py",),
     "transformers.PreTrainedModel._init_weights": ("modeling_tinyllama.py",),
     "transformers.PreTrainedModel._supports_attention_backend": ("decoding/ragged_cache.py",),
@@ -77,7 +77,6 @@ USED: dict[str, tuple[str, ...]] = {
     "transformers.cli.serving.model_manager.ModelManager._load_processor": ("serving/app.py",),
     "transformers.cli.serving.response.ResponseHandler": ("serving/app.py",),
     "transformers.cli.serving.server.build_server": ("serving/app.py",),
-    "transformers.cli.serving.utils.BaseHandler": ("serving/app.py",),
     "transformers.cli.serving.utils.BaseHandler._build_generation_config": ("serving/app.py",),
     "transformers.cli.serving.utils.BaseHandler._validate_request": ("serving/app.py",),
     "transformers.cli.serving.utils.GenerateManager": ("serving/request_queue.py",),
@@ -86,7 +85,6 @@ USED: dict[str, tuple[str, ...]] = {
     "transformers.generation.logits_process.PrefixConstrainedLogitsProcessor._prefix_allowed_tokens_fn": (
         "decoding/acceptance.py",
     ),
-    "transformers.cache_utils.QuantizedLayer._quantized_keys": ("planning/kv_cache.py",),
     "transformers.generation.utils.GenerationMixin._is_user_defined": ("decoding/engine.py",),
     "transformers.generation.utils.GenerationMixin._pad_token_tensor": ("decoding/speculative.py",),
     "transformers.integrations.sdpa_attention.sdpa_attention_forward": (
@@ -99,6 +97,9 @@ USED: dict[str, tuple[str, ...]] = {
     "transformers.masking_utils.sdpa_mask": ("decoding/grouped_attention.py",),
     "transformers.modeling_utils._is_hf_initialized": ("modeling_tinyllama.py",),
     "transformers.core_model_loading._weight_conversions": ("quantization/bitsandbytes.py",),
+    "transformers.modeling_layers.GradientCheckpointingLayer._gradient_checkpointing_func": (
+        "planning/memory_engine.py",
+    ),
     "transformers.models.auto.configuration_auto.CONFIG_MAPPING": ("__init__.py",),
     "transformers.models.auto.configuration_auto.CONFIG_MAPPING._mapping": ("__init__.py",),
     "transformers.models.auto.configuration_auto.CONFIG_MAPPING._modules": ("__init__.py",),
@@ -115,10 +116,15 @@ USED: dict[str, tuple[str, ...]] = {
     "torch._C": ("conversion/writing.py", "modeling_tinyllama.py"),
     "torch._C._are_functorch_transforms_active": ("modeling_tinyllama.py",),
     "torch._assert_async": ("packed_documents.py",),
-    "torch._subclasses.fake_tensor.FakeTensorMode": ("planning/inference_memory.py",),
+    "torch._inductor.decomposition.select_decomp_table": ("planning/memory_engine.py",),
+    "torch._subclasses.fake_tensor.FakeTensorMode": ("planning/inference_memory.py", "planning/training_memory.py"),
+    "torch.utils._python_dispatch.TorchDispatchMode": ("planning/memory_engine.py",),
+    "torch.utils._pytree.tree_leaves": ("planning/kv_cache.py", "planning/memory_engine.py"),
+    "functorch.compile.aot_function": ("planning/memory_engine.py",),
+    "functorch.compile.min_cut_rematerialization_partition": ("planning/memory_engine.py",),
     "torch._utils": ("conversion/writing.py",),
     "torch._utils._rebuild_tensor_v2": ("conversion/writing.py",),
-    "torch.distributed._tools.mem_tracker.MemTracker": ("planning/inference_memory.py",),
+    "torch.ops.aten._to_copy": ("planning/memory_engine.py",),
     "torch.distributed.checkpoint.api.CheckpointException": ("pretrain/checkpoints.py",),
     "torch.distributed.checkpoint.planner.ReadItem": ("pretrain/checkpoint_reader.py",),
     "torch.multiprocessing.reductions.StorageWeakRef": ("planning/kv_cache.py",),
@@ -153,6 +159,10 @@ USED: dict[str, tuple[str, ...]] = {
 }
 
 
+# Attributes that are named by a string, apart from `getattr` and its like.
+SPELLED = {"_weight_conversions"}
+
+
 def is_private(name: str) -> bool:
     return bool(re.match(r"_[^_]", name)) and name not in PUBLIC
 
@@ -185,6 +195,9 @@ EVERYWHERE = set().union(*map(own_names, TREES.values()))
 def found(tree: ast.AST, ours: set[str]) -> set[str]:
     """The private and internal names in a source that are not ours."""
     names = set()
+    relative = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+    our_modules = {alias.asname or alias.name for node in relative for alias in node.names}
+    names |= {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and node.value in SPELLED}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] in LIBRARIES:
             module = node.module or ""
@@ -195,7 +208,8 @@ def found(tree: ast.AST, ours: set[str]) -> set[str]:
             owner = ast.unparse(node.value)
             # A method of ours that calls the one it replaces; and attributes that a base class of ours sets.
             replaces = owner == "super()" and METHODS[node.attr] == 1
-            if replaces or node.attr not in (ours | EVERYWHERE if owner == "self" else ours):
+            is_ours = owner == "self" or owner in our_modules
+            if replaces or node.attr not in (ours | EVERYWHERE if is_ours else ours):
                 names.add(node.attr)
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in {"getattr", "hasattr", "setattr", "delattr"}:
             name = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
@@ -287,7 +301,7 @@ def test_a_library_with_private_names_in_use_has_an_upper_bound():
         if not line.startswith("#"):
             requirement = Requirement(line)
             bounds.setdefault(canonicalize_name(requirement.name), []).append(requirement)
-    for library in {name.partition(".")[0] for name in USED} - {"multiprocess"}:  # which datatrove requires
+    for library in {name.partition(".")[0] for name in USED} - {"multiprocess", "functorch"}:  # of datatrove, torch
         requirements = bounds[canonicalize_name(library)]
         assert any("<" in str(r.specifier).replace("<=", "") for r in requirements), f"{library}: has no upper bound"
 
