@@ -219,9 +219,8 @@ def make_safe(model: PreTrainedModel, where: str) -> None:
 
     check_layers(model, where)
     make_reversible(model)
-    vars(model)[
-        "_weight_conversions"
-    ] = []  # with them transformers (5.23) refuses to save a model it loaded quantized
+    # With them transformers (5.23) refuses to save a model that it loaded quantized.
+    vars(model)["_weight_conversions"] = []
 
 
 def cast_unquantized(model: nn.Module, dtype: torch.dtype) -> None:
