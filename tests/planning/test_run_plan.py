@@ -23,6 +23,7 @@ from plan_memory import CASES, gpu_results, measure, measured_here
 RECIPE = ROOT / "recipes" / "pretrain" / "tinyllama-1.1b.yaml"
 FLOPS, PEAK = 7_314_370_560, 312e12
 A100 = find_device("a100-40g")
+QUICK = ["model.preset=micro", "training.tokens_per_step=32768"]  # few sizes of a micro-batch divide a step of 16
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ class TestPublishedFigures:
         for part in (
             f"{16 * hours:,.1f} GPU-hours",
             f"{16 * one:,.0f} tokens/s",
-            f"{one:,.0f} a device",
+            f"{one:,.0f} per device",
             "of 16 x NVIDIA A100",
         ):
             assert part in text
@@ -133,9 +134,7 @@ class TestPlan:
         ],
     )
     def test_what_is_known_of_the_error(self, overrides, device, known):
-        text = "\n".join(
-            plan_lines(plan_run(load_config(RECIPE, ["model.preset=micro", *overrides]), 32000, 1, device))
-        )
+        text = "\n".join(plan_lines(plan_run(load_config(RECIPE, [*QUICK, *overrides]), 32000, 1, device)))
         notes = ("liger and compilation", "compile: model", "attention: flex")
         assert [note for note in notes if note in text] == ([known] if known else [])
         assert "DDP and FSDP2 were not measured" in text
@@ -151,7 +150,7 @@ class TestPlan:
     )
     def test_layers_are_compiled_as_the_run_compiles_them(self, overrides, device, compiled):
         """`auto` compiles on a GPU."""
-        found = plan_run(load_config(RECIPE, ["model.preset=micro", *overrides]), 32000, 1, device).sharded[0].memory
+        found = plan_run(load_config(RECIPE, [*QUICK, *overrides]), 32000, 1, device).sharded[0].memory
         layout = Layout(8, 2048, "bf16", compiled=compiled, accumulates=True, device_type="cuda" if device else "cpu")
         assert found == step_memory(TinyLlamaConfig.preset("micro"), layout)
 
@@ -159,10 +158,10 @@ class TestPlan:
         big = load_config(RECIPE, ["model.overrides.num_hidden_layers=80"])
         planned = plan_run(big, 32000, 1, A100)
         assert planned.sharded[0].largest_micro_batch == 0
-        assert "none, not even of 1 sequence" in "\n".join(plan_lines(planned))
+        assert "none, not even 1 sequence" in "\n".join(plan_lines(planned))
 
     def test_an_invalid_model(self):
-        with pytest.raises(InputError, match=r"model\.overrides: make no model"):
+        with pytest.raises(InputError, match=r"model\.overrides: "):
             plan_run(load_config(RECIPE, ["model.overrides.num_attention_heads=7"]), 32000)
 
     def test_command_without_data_and_tokenizer(self, run_command, tmp_path):
@@ -170,7 +169,7 @@ class TestPlan:
             "tinyllama-hf", "plan", RECIPE, "--devices", "16", "--device", "a100-40g", "--mfu", "0.56", cwd=tmp_path
         )
         assert done.returncode == 0, done.stderr
-        assert "90.8 days" in done.stdout and "is not there yet" in done.stdout
+        assert "90.8 days" in done.stdout and "does not exist yet" in done.stdout
         assert not list(tmp_path.iterdir())
 
     def test_command_takes_the_tokenizers_vocabulary(self, run_command, tmp_path, tokenizer_folder):
@@ -282,10 +281,11 @@ def test_sharding_and_checkpointing():
         Layout(8, 2048, "bf16", accumulates=True),
     )
     whole = step_memory(config, plain).parts
-    assert (whole["weights"], whole["optimizer"]) == (4 * 1_100_048_384, 8 * 1_100_048_384)
+    assert whole["weights"] == 4 * 1_100_048_384
+    assert whole["optimizer"] == 8 * 1_100_048_384 + 4 * 201, "and a count of steps per parameter tensor"
     sharded = step_memory(config, plain._replace(sharding="fsdp", num_shards=16)).parts
     for part in ("weights", "gradients", "optimizer"):
-        assert sharded[part] == whole[part] // 16
+        assert sharded[part] == pytest.approx(whole[part] / 16, rel=1e-6)
     checkpointed = step_memory(config, plain._replace(activation_checkpointing=True)).parts
     assert checkpointed["weights"] == whole["weights"] and checkpointed["activations"] < 0.3 * whole["activations"]
     assert step_memory(config, plain._replace(sharding="ddp")).parts["buffers"] == whole["weights"]
