@@ -18,9 +18,8 @@ def read_messages(row: Any, where: str) -> list[dict[str, Any]]:
 
     Args:
         row (`Any`): an object with a list under `messages`. The content of a message is a string, or a list of text
-        parts,
-            which are joined with a space as by the server. `"weight": 0`, `"train": false` and `"training": false`
-            mark a reply that is not trained on. Keys with null or empty values are ignored.
+            parts, which are joined with a space as by the server. `"weight": 0`, `"train": false` and `"training":
+            false` mark a reply that is not trained on. Keys with null or empty values are ignored.
         where (`str`): name of the conversation in error messages.
 
     Returns:
@@ -28,7 +27,7 @@ def read_messages(row: Any, where: str) -> list[dict[str, Any]]:
 
     Raises:
         InputError: if a key is unknown or has no effect, or a content is not text; the message has the place and the
-        key.
+            key.
     """
     messages = row.get("messages") if isinstance(row, Mapping) else None
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):

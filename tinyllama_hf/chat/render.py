@@ -29,8 +29,7 @@ class Rendering(NamedTuple):
     Attributes:
         input_ids (`list[int]`): the tokens.
         assistant_masks (`list[int]`, *optional*): 1 for each token of a reply and its stop token, else 0; the name is
-        that of
-            transformers and TRL. `None` if the template does not mark them, and with a generation prompt.
+            that of transformers and TRL. `None` if the template does not mark them, and with a generation prompt.
     """
 
     input_ids: list[int]

@@ -51,8 +51,7 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, name: str, model: str) -
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the tokenizer of the model; its `chat_template` is set.
         name (`str`): `"own"` for the model's template; `"auto"` for the same, or `llama2` if the model has none;
-        otherwise
-            as in [`load_template`].
+            otherwise as in [`load_template`].
         model (`str`): name of the model in error messages.
 
     Returns:

@@ -74,10 +74,9 @@ def add_adapter(model: PreTrainedModel, folder: Path, num_tokens: int = 0, train
         model (`PreTrainedModel`): plain or quantized.
         folder (`Path`): from [`adapter_folder`].
         num_tokens (`int`, *optional*, defaults to 0): size of the tokenizer's vocabulary; the embeddings need at least
-        as
-            many rows.
+            as many rows.
         trainable (`bool`, *optional*, defaults to `False`): require gradients of the adapter's weights, and of no
-        others.
+            others.
 
     Returns:
         The model itself, for which `save_pretrained` then writes the adapter; with `trainable`, PEFT's wrapper around

@@ -38,8 +38,7 @@ class ChatSession:
 
     Raises:
         InputError: if the tokenizer has no chat template, if the template refuses a system prompt, if the system
-        prompt does
-            not fit the context, or if the seed is out of range.
+            prompt does not fit the context, or if the seed is out of range.
     """
 
     def __init__(

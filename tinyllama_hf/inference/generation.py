@@ -108,7 +108,8 @@ class Sampling:
     Attributes:
         temperature (`float`, *optional*, defaults to 0.8): 0 always takes the most likely token.
         top_p (`float`, *optional*, defaults to 0.95): sample from the smallest set of tokens with this total
-        probability. max_new_tokens (`int`, *optional*): defaults to 256, or less if the context is nearly full.
+            probability.
+        max_new_tokens (`int`, *optional*): defaults to 256, or less if the context is nearly full.
 
     Raises:
         InputError: if a value is out of range, with the name of the command's option.

@@ -53,31 +53,27 @@ def load(
     Args:
         path_or_name (`str` or `os.PathLike`): a folder, the name of a released checkpoint, or a Hub id.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): dtype of the weights; `"auto"` keeps the
-        saved one. device (`str`, *optional*, defaults to `"auto"`): where the model runs; `"auto"` is a GPU if there
-        is one. quantization (`str`, *optional*, defaults to `"none"`): `"int8"` or `"nf4"` (4 bit), through
-        bitsandbytes. A folder that was saved quantized keeps its quantization, with or without this argument.
+            saved one.
+        device (`str`, *optional*, defaults to `"auto"`): where the model runs; `"auto"` is a GPU if there is one.
+        quantization (`str`, *optional*, defaults to `"none"`): `"int8"` or `"nf4"` (4 bit), through bitsandbytes. A
+            folder that was saved quantized keeps its quantization, with or without this argument.
         double_quantization (`bool`, *optional*, defaults to `True`): also quantize the scales of nf4. No effect on a
-        folder
-            that was saved quantized.
+            folder that was saved quantized.
         compute_dtype (`torch.dtype`, *optional*, defaults to `"auto"`): dtype of the products with dequantized nf4
-        weights;
-            `"auto"` is the folder's, or the fastest on this hardware. The library's kernel for CPUs with AVX512_BF16
-            always computes in bf16.
+            weights; `"auto"` is the folder's, or the fastest on this hardware. The library's kernel for CPUs with
+            AVX512_BF16 always computes in bf16.
         adapter (`str` or `os.PathLike`, *optional*): folder or Hub id of a PEFT adapter to load on top of the model. A
             tokenizer and a chat template in its folder replace the model's.
         trainable (`bool`, *optional*, defaults to `False`): return the class that TRL, PEFT and Trainer recognize by
-        name,
-            to train an adapter on it. Training continues `adapter` if one is given.
+            name, to train an adapter on it. Training continues `adapter` if one is given.
 
     Returns:
         `(model, tokenizer)`: a `TinyLlamaForCausalLM`, or with `trainable` a `LlamaForCausalLM`, wrapped by PEFT if
-        there is
-            an adapter.
+        there is an adapter.
 
     Raises:
         InputError: if the folder is not a Llama model, is damaged or incomplete, or was quantized by another library;
-        if
-            the adapter does not fit the model; or if the device or a package is not available.
+            if the adapter does not fit the model; or if the device or a package is not available.
     """
     device = choose_device(device)
     check_quantization_name(quantization)

@@ -55,8 +55,7 @@ class Limits(NamedTuple):
         vocab_size (`int`): size of the model's vocabulary.
         context (`int`): the model's context in tokens.
         characters (`int`): most characters that fit the context. Longer prompts are refused before they are encoded,
-        since
-            encoding megabytes takes half a minute.
+            since encoding megabytes takes half a minute.
     """
 
     vocab_size: int
