@@ -324,11 +324,12 @@ class TestCommand:
         assert done.stdout.splitlines() == [
             "model       step-1431k-3T (preset 1.1b)",
             "weights     762.3 MB (nf4; 2.20 GB in bfloat16)",
-            "cache       4.61 GB (bfloat16): 22,528 bytes a token, 46.1 MB a request of 2,048 tokens, 100 requests",
-            "            36.91 GB if each of the 32 heads had its own keys and values: 180,224 bytes a token, "
+            "cache       4.61 GB (bfloat16): 22,528 bytes per token, 46.1 MB per request of "
+            "2,048 tokens, 100 requests",
+            "            36.91 GB if each of the 32 heads had its own keys and values: 180,224 bytes per token, "
             "8 times as much",
             "total       5.38 GB of weights and cache",
-            "prefill     10.70 GB more for a moment when prompts of 2,048 tokens are read at once",
+            "prefill     10.70 GB more while prompts of 2,048 tokens are read at once",
             "device      NVIDIA A100-SXM4-40GB: 38.06 GB of 42.28 GB, less 10%",
             "fits        up to 808 sequences of 2,048 tokens; 243 if full prompts are read at once",
         ]
@@ -352,7 +353,7 @@ class TestCommand:
         config = TinyLlamaConfig.preset("nano", num_key_value_heads=4)
         config.to_llama().save_pretrained(tmp_path / "model")
         status, out, _ = call("model --dtype fp32 --device 1GiB")
-        assert status == 0 and "if each" not in out and "of 1.07 GB" in out and "8,192 bytes a token" in out
+        assert status == 0 and "if each" not in out and "of 1.07 GB" in out and "8,192 bytes per token" in out
 
     def test_lowercase_units(self, call):
         assert "16gb: 14.40 GB of 16.00 GB" in call("nano --device 16gb")[1]

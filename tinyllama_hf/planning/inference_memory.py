@@ -172,22 +172,20 @@ def memory_lines(name: str, found: BatchMemory) -> list[str]:
     text = [
         f"model       {name}",
         f"weights     {format_bytes(found.weights)} ({held})",
-        f"cache       {format_bytes(cache.total)} ({dtype}): {cache.per_token:,.0f} bytes a token, "
-        f"{format_bytes(cache.per_request)} a request of {cache.tokens:,} tokens, {cache.requests:,} requests",
+        f"cache       {format_bytes(cache.total)} ({dtype}): {cache.per_token:,.0f} bytes per token, "
+        f"{format_bytes(cache.per_request)} per request of {cache.tokens:,} tokens, {cache.requests:,} requests",
     ]
     heads = setup.config.num_attention_heads
     if setup.config.num_key_value_heads != heads:
         every = cache_size(multi_head(setup.config), cache.requests, cache.tokens, setup.dtype)
         text.append(
             f"            {format_bytes(every.total)} if each of the {heads} heads had its own keys and values: "
-            f"{every.per_token:,.0f} bytes a token, {every.total / cache.total:.3g} times as much"
+            f"{every.per_token:,.0f} bytes per token, {every.total / cache.total:.3g} times as much"
         )
     text.append(f"total       {format_bytes(found.total)} of weights and cache")
     if found.prefill is None:
         return [*text, "prefill     not included: the memory of bitsandbytes inside an int8 product is not known"]
-    prefill = (
-        f"{format_bytes(found.prefill)} more for a moment when prompts of {cache.tokens:,} tokens are read at once"
-    )
+    prefill = f"{format_bytes(found.prefill)} more while prompts of {cache.tokens:,} tokens are read at once"
     return [*text, f"prefill     {prefill}"]
 
 
