@@ -133,7 +133,7 @@ BAD = {
     "missing model": ("generate nowhere", "model 'nowhere': no such folder, and no released model"),
     "almost a released name": ("generate step-50k-105", "did you mean 'step-50k-105b'?"),
     "released name without a Hub": ("generate step-50k-105b", "cannot be fetched from the Hub"),
-    "the peer of the table": ("generate pythia-1b", "is no Llama; it is listed as the peer"),
+    "the peer of the table": ("generate pythia-1b", "not a Llama"),
     "not a number": ("generate model --temperature nan", "--temperature nan: must be"),
     "a bad row after good ones": (
         "prepare late.jsonl --tokenizer {tokenizer} --output out", "late.jsonl, row 2: 'text' is null, not a string"),

@@ -22,7 +22,7 @@ def memory(
     dtype: Annotated[
         str, typer.Option(help="Of the weights: auto (from config.json; bf16 without a folder), fp32 or bf16.")
     ] = "auto",
-    cache: Annotated[str, typer.Option(hidden=True)] = "dynamic",
+    cache: Annotated[str, typer.Option(hidden=True, help="Removed; ends in a message.")] = "dynamic",
     device: Annotated[
         str | None,
         typer.Option(

@@ -78,7 +78,7 @@ MEANS = {
 # A withdrawn checkpoint, a step between two checkpoints, and a revision and a repository that the Hub does not have.
 REFUSED = {
     "step-600k-token-1258B": f"{REPAIRED} cannot be fetched from the Hub (RevisionNotFoundError",
-    "step-603k-token-1265B": "a checkpoint every 5k steps",
+    "step-603k-token-1265B": "checkpoints exist every 5k steps",
     f"{FIRST}@step-715k-token-1499B": f"{FIRST} cannot be fetched from the Hub (RevisionNotFoundError",
     "step-240k-503b": "step-240k-503b cannot be fetched from the Hub (RepositoryNotFoundError",
 }

@@ -381,11 +381,11 @@ class TestCommand:
             ("1.1b --dtype fp8", "--dtype 'fp8': "),
             ("1.1b --device a100", "--device 'a100': unknown device; use a100-40g"),
             ("1.1b --device 16XB", "or use a size such as 16GB"),
-            ("pythia-1b", "is no Llama; it is listed as the peer"),
+            ("pythia-1b", "not a Llama"),
             ("nanoo", "model 'nanoo': no such folder, and no released model"),
             ("nanoo", "or use a size: 1.1b, 120m, nano, micro"),
             ("someone/else", "cannot be fetched from the Hub"),
-            ("step-3k-token-1B", "there is a checkpoint every 5k steps"),
+            ("step-3k-token-1B", "checkpoints exist every 5k steps"),
             (".", "holds no config.json"),
         ],
     )

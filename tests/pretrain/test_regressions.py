@@ -78,7 +78,7 @@ class TestSeparatorPolicyChangedThreeTimes:
             if first == second:
                 assert len(Mixture(folders, [0.5, 0.5], 16, 0, fingerprint).sources) == 2
                 continue
-            with pytest.raises(InputError, match=f"--separator {second}, .* with {first};"):
+            with pytest.raises(InputError, match=f"--separator {second}, .* with {first}"):
                 Mixture(folders, [0.5, 0.5], 16, 0, fingerprint)
 
     def test_regression_a_changed_policy_is_another_data_set(self, documents, tokenizer_folder, tmp_path):

@@ -58,7 +58,7 @@ class TestSpace:
 
     def test_too_little(self, recipe, monkeypatch):
         self.room(monkeypatch, 2_000_000)
-        with pytest.raises(InputError, match=r"3 checkpoints and 2 milestones need \d MB, and 2 MB are"):
+        with pytest.raises(InputError, match=r"3 checkpoints and 2 milestones need [\d.]+ MB, and 2.0 MB are"):
             run(recipe)
         assert not (recipe.parent / "run").exists()
 
