@@ -71,7 +71,7 @@ def test_converting(my_model, documents):
 
 @pytest.mark.slow
 def test_memory(my_model):
-    run("memory.md", my_model, at_least=6)
+    run("memory.md", my_model, at_least=4)
 
 
 @pytest.mark.slow
