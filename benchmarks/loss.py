@@ -3,7 +3,7 @@
     python benchmarks/loss.py [--rounds 9]
 
 Forward and backward of the output projection and the loss, by themselves. Time: interleaved in one process, medians.
-Memory: growth of the peak resident set in a process of its own. Decides which one `tinyllama_hf/losses.py` uses.
+Memory: growth of the peak resident set in a separate process. Decides which one `tinyllama_hf/losses.py` uses.
 """
 
 import argparse

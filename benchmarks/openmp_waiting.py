@@ -3,7 +3,7 @@
     python benchmarks/openmp_waiting.py [--rounds 7] [--seconds 3] [--shapes nano 37M]
 
 The variants are the default of OpenMP, `GOMP_SPINCOUNT` of 1,000 and 10,000, and `OMP_WAIT_POLICY=PASSIVE`. Each runs
-the package's training step in a process of its own, since OpenMP reads these variables once. The processes take turns,
+the package's training step in a separate process, since OpenMP reads these variables once. The processes take turns,
 and those that wait for theirs sleep. Run it on a machine that is otherwise idle.
 """
 

@@ -16,7 +16,7 @@ SIGINT after a checkpoint, 143 or 130 stopped at once by a second signal. After 
 stopped.json until the run resumes. Signals within 3 seconds of the first count as one request, since launchers forward
 what a job has received already.
 
-`accelerate launch` turns every failure into status 1; `--quiet` keeps it from printing a traceback of its own. With
+`accelerate launch` turns every failure into status 1; `--quiet` keeps it from printing its own traceback. With
 one process it forwards no signals (1.15): send them to this script, or to all processes as Ctrl-C and Slurm do. With
 several processes it forwards them and waits 30 seconds; set TORCH_ELASTIC_SHUTDOWN_TIMEOUT if a checkpoint takes
 longer.

@@ -9,7 +9,7 @@ plain Llama folder with a chat template:
     tinyllama-hf chat runs/sft/full
 
 Invalid input ends with one message and exit status 2 (`accelerate launch` turns every failure into 1; `--quiet` keeps
-it from printing a traceback of its own).
+it from printing its own traceback).
 """
 
 import argparse

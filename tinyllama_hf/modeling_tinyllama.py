@@ -67,7 +67,7 @@ class _TinyLlamaInitialization(LlamaPreTrainedModel):
 
     def _ends_block(self, module: nn.Module) -> bool:
         # By identity, since only the module is given. For classes outside transformers, the library does not visit
-        # modules without parameters of their own, such as the attention and MLP modules, which know their output
+        # modules without their own parameters, such as the attention and MLP modules, which know their output
         # projections.
         names = ("o_proj", "down_proj")
         return any(found is module for name, found in self.named_modules() if name.endswith(names))

@@ -89,5 +89,5 @@ def _restarts(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -
 def _error_message(joining: Sequence[str]) -> str:
     return (
         f"position_ids restart within a row, so documents are packed, but {', '.join(joining)} is given too, which "
-        "would join the documents. Leave it out (use_cache=False), or give each document a row of its own"
+        "would join the documents. Leave it out (use_cache=False), or give each document its own row"
     )

@@ -275,7 +275,7 @@ def _next_commands(to: str, output: Path) -> list[str]:
         data = 'load_dataset("json", data_files="calibration.jsonl", split="train")'
         return [
             "llm-compressor makes GPTQ from the plain Llama folder just written and a calibration.jsonl, with a",
-            '"text" in each row. In an environment of its own (pip install llmcompressor==0.14.0.1) run:',
+            '"text" in each row. In a separate environment (pip install llmcompressor==0.14.0.1) run:',
             "python -c 'from datasets import load_dataset; from llmcompressor import oneshot; "
             "from llmcompressor.modifiers.gptq import GPTQModifier; "
             f'oneshot(model="{output}", dataset={data}, recipe={recipe}, max_seq_length=512, '

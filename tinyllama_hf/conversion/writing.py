@@ -38,7 +38,7 @@ def write_safetensors(
 ) -> dict[str, str]:
     """Writes `model.safetensors`, or shards of at most `max_shard_size` bytes with an index.
 
-    A tensor larger than a shard is written to a shard of its own.
+    A tensor larger than a shard is written to a separate shard.
 
     Args:
         specs (`Mapping[str, tuple]`): dtype and shape by name.
@@ -110,7 +110,7 @@ def write_torch_archive(path: Path, specs: Mapping[str, Spec], tensors: Iterable
 
 
 class _Stored:
-    """Pickles as a tensor at the start of a record of its own."""
+    """Pickles as a tensor at the start of a separate record."""
 
     def __init__(self, record: int, dtype: torch.dtype, shape: tuple[int, ...]):
         self.record, self.dtype, self.shape = record, dtype, shape

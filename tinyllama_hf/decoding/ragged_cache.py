@@ -1,4 +1,4 @@
-"""A cache and a reader for rows of different lengths, each starting at slot 0 of its own part of the cache.
+"""A cache and a reader for rows of different lengths, each starting at slot 0 of its part of the cache.
 
 A forward pass reads the same number of tokens of every row, up to that row's end. Slots after a row's end are masked
 and are overwritten later, so rejecting tokens costs nothing and no row waits for another.

@@ -87,7 +87,7 @@ def speculative_generate(
     for name in _UNUSED:
         if (value := kwargs.pop(name, None)) is not None:
             raise InputError(f"{name}={value!r}: is not supported with a draft. Leave it out")
-    # As a criterion of our own, since `generate` (5.23) does not accept a `tokenizer` together with `custom_generate`.
+    # As our own criterion, since `generate` (5.23) does not accept a `tokenizer` together with `custom_generate`.
     stop_strings = _pop_option("stop_strings", target, generation_config, kwargs)
     criteria = StoppingCriteriaList(stopping_criteria or [])
     if stop_strings:

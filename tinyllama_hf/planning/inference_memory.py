@@ -241,7 +241,7 @@ def check_fits(model: PreTrainedModel, batch_size: int, context: int, draft: Pro
         model (`PreTrainedModel`): a Llama, quantized or not.
         batch_size (`int`): sequences at a time.
         context (`int`): tokens of the longest sequence, prompt and continuation.
-        draft (`Proposer`, *optional*): loaded as well; a draft model has keys and values of its own.
+        draft (`Proposer`, *optional*): loaded as well; a draft model has its own keys and values.
 
     Raises:
         InputError: with the largest batch size that fits.

@@ -160,7 +160,7 @@ def validation_losses(run: "PretrainRun", accelerator: Accelerator, model: torch
     """Mean loss per token on the held-out blocks of each source; a collective call of all processes.
 
     Micro-batches are distributed round-robin. The processes of a sharded model run every forward pass together, so a
-    process without a micro-batch of its own repeats the first one and discards the result.
+    process without its own micro-batch repeats the first one and discards the result.
 
     Args:
         run (`PretrainRun`): has the `validation` blocks.
