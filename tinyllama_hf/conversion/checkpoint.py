@@ -27,8 +27,8 @@ _MAX_BITS: dict[type, int] = {int: 31, float: 63}  # of sizes and of factors; ro
 class LazyTensor(NamedTuple):
     """A tensor in a file.
 
-    `read` returns the tensor in newly allocated memory, with this shape and dtype. `source` is the file and the key, for
-    messages.
+    `read` returns the tensor in newly allocated memory, with this shape and dtype. `source` is the file and the key,
+    for messages.
     """
 
     shape: tuple[int, ...]
