@@ -1,5 +1,6 @@
 """Helpers that run recipes, in this process or launched, and compare two runs."""
 
+import json
 import os
 import runpy
 import subprocess
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from tests.conftest import ROOT
 from tinyllama_hf.pretrain import loop
 from tinyllama_hf.pretrain.config import load_config
-from tinyllama_hf.pretrain.metrics import read_metrics
+from tinyllama_hf.pretrain.metrics import METRICS_FILE
 from tinyllama_hf.pretrain.milestones import list_milestones
 
 
@@ -49,6 +50,12 @@ def run_script(*arguments: str | Path) -> int:
         return SCRIPT.main()
     finally:
         sys.argv = before
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """The rows of `metrics.jsonl`; an incomplete last line, left by a killed process, is ignored."""
+    with (run / METRICS_FILE).open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def exact_rows(output: Path) -> list[dict]:

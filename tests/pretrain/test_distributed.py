@@ -16,10 +16,10 @@ from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT, write_recipe
+from tests.pretrain.runs import read_metrics
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.pretrain import launch, loop
 from tinyllama_hf.pretrain.config import load_config
-from tinyllama_hf.pretrain.metrics import read_metrics
 from tinyllama_hf.pretrain.milestones import list_milestones
 
 

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from tests.conftest import ROOT, write_recipe
-from tests.pretrain.runs import SCRIPT, run_script
+from tests.pretrain.runs import SCRIPT, read_metrics, run_script
 from tests.report.test_plots import assert_draws
 from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.errors import InputError
@@ -25,7 +25,6 @@ from tinyllama_hf.files import write_json
 from tinyllama_hf.pretrain import loop
 from tinyllama_hf.pretrain.config import SourceSection, load_config
 from tinyllama_hf.pretrain.loop import Hooks, pretrain
-from tinyllama_hf.pretrain.metrics import read_metrics
 from tinyllama_hf.pretrain.milestones import list_milestones
 from tinyllama_hf.pretrain.setup import training_yaml
 

@@ -14,13 +14,12 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from tests.conftest import ROOT
-from tests.pretrain.runs import run_script
+from tests.pretrain.runs import read_metrics, run_script
 from tinyllama_hf import TinyLlamaForCausalLM
 from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.pretrain import launch, loop, setup
 from tinyllama_hf.pretrain.config import load_config
-from tinyllama_hf.pretrain.metrics import read_metrics
 from tinyllama_hf.pretrain.milestones import list_milestones
 from tinyllama_hf.pretrain.step import TrainStep
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from tests.conftest import ROOT
-from tests.pretrain.runs import assert_same_run, exact_rows, run, signal_after
+from tests.pretrain.runs import assert_same_run, exact_rows, read_metrics, run, signal_after
 from tinyllama_hf import TinyLlamaForCausalLM, load_tokenizer
 from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.data.shards import TokenDataset, read_metadata
@@ -28,7 +28,7 @@ from tinyllama_hf.errors import InputError
 from tinyllama_hf.pretrain import checkpoints, setup
 from tinyllama_hf.pretrain.config import load_config
 from tinyllama_hf.pretrain.loop import Hooks
-from tinyllama_hf.pretrain.metrics import METRICS_FILE, Metrics, read_metrics
+from tinyllama_hf.pretrain.metrics import METRICS_FILE, Metrics
 from tinyllama_hf.pretrain.milestones import list_milestones
 from tinyllama_hf.pretrain.resume import check_same_run, identity
 from tinyllama_hf.pretrain.run_record import record_of_recipe

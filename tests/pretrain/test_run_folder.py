@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.pretrain.runs import assert_same_run, run, signal_after
+from tests.pretrain.runs import assert_same_run, read_metrics, run, signal_after
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.pretrain import loop
 from tinyllama_hf.pretrain.checkpoints import BYTES_PER_PARAMETER, FullDiskError
 from tinyllama_hf.pretrain.loop import Hooks
-from tinyllama_hf.pretrain.metrics import Metrics, read_metrics
+from tinyllama_hf.pretrain.metrics import Metrics
 from tinyllama_hf.pretrain.milestones import list_milestones
 from tinyllama_hf.pretrain.run_folder import STOPPED_FILE
 from tinyllama_hf.pretrain.signals import Stopped

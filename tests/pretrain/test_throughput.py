@@ -7,14 +7,13 @@ against a clock that the tests move.
 import pytest
 import torch
 
-from tests.pretrain.runs import run
+from tests.pretrain.runs import read_metrics, run
 from tinyllama_hf import TinyLlamaForCausalLM
 from tinyllama_hf.data.mixture import Mixture
 from tinyllama_hf.devices import DEVICES, GIB, find_device, known_device
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.pretrain import loop, step, throughput
 from tinyllama_hf.pretrain.loop import Hooks
-from tinyllama_hf.pretrain.metrics import read_metrics
 from tinyllama_hf.pretrain.throughput import measure_matmul_flops, model_flops_utilization, peak_memory_bytes
 
 

@@ -14,11 +14,12 @@ import pytest
 from accelerate import Accelerator
 
 from tests.conftest import ROOT
+from tests.pretrain.runs import read_metrics
 from tests.pretrain.test_resume import signal_after
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.pretrain.config import load_config
 from tinyllama_hf.pretrain.loop import Hooks, pretrain
-from tinyllama_hf.pretrain.metrics import RUN_ID_FILE, read_metrics, row_values, start_trackers
+from tinyllama_hf.pretrain.metrics import RUN_ID_FILE, row_values, start_trackers
 from tinyllama_hf.pretrain.signals import Stopped
 
 

@@ -106,12 +106,6 @@ def duration(seconds: float) -> str:
     return f"{minutes:.0f} min" if minutes >= 2 else f"{seconds:.0f} s"
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The rows of `metrics.jsonl`; an incomplete last line, left by a killed process, is ignored."""
-    with (run / METRICS_FILE).open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
 def _remove_later_rows(run: Path, step: int) -> None:
     """Removes the rows after a step. Parses only the last rows, so that a long file costs no more than a short one."""
     path = run / METRICS_FILE
