@@ -100,9 +100,9 @@ USED: dict[str, tuple[str, ...]] = {
     "transformers.modeling_layers.GradientCheckpointingLayer._gradient_checkpointing_func": (
         "planning/memory_engine.py",
     ),
-    "transformers.models.auto.configuration_auto.CONFIG_MAPPING": ("__init__.py",),
-    "transformers.models.auto.configuration_auto.CONFIG_MAPPING._mapping": ("__init__.py",),
-    "transformers.models.auto.configuration_auto.CONFIG_MAPPING._modules": ("__init__.py",),
+    "transformers.models.auto.configuration_auto.CONFIG_MAPPING": ("registration.py",),
+    "transformers.models.auto.configuration_auto.CONFIG_MAPPING._mapping": ("registration.py",),
+    "transformers.models.auto.configuration_auto.CONFIG_MAPPING._modules": ("registration.py",),
     "transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING": ("modeling_tinyllama.py",),
     "transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": ("modeling_tinyllama.py",),
     "transformers.models.auto.modeling_auto.MODEL_MAPPING": ("modeling_tinyllama.py",),

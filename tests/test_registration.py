@@ -46,10 +46,21 @@ def test_auto_classes(tmp_path, tokenizer_folder):
         tinyllama_hf.TinyLlamaTokenizer.from_pretrained(tmp_path, subfolder="x")
 
 
+@pytest.mark.parametrize("order", ["import tinyllama_hf, transformers", "import transformers, tinyllama_hf"])
+def test_either_may_be_imported_first(order):
+    """The module of the Auto classes keeps its own loader, which reads its source."""
+    code = (
+        f"{order}; import inspect, sys; print(type(transformers.AutoConfig.for_model('tinyllama')).__name__);"
+        "auto = sys.modules['transformers.models.auto.configuration_auto'];"
+        "print(auto.__loader__ is auto.__spec__.loader, 'CONFIG_MAPPING' in inspect.getsource(auto));"
+        "print([f for f in sys.meta_path if 'tinyllama' in type(f).__module__])"
+    )
+    assert python(code).splitlines() == ["TinyLlamaConfig", "True True", "[]"]
+
+
 def test_import_is_lean():
     loaded = python("import tinyllama_hf, sys; print(*sys.modules)").split()
-    assert not set(OPTIONAL).intersection(loaded)
-    assert "transformers.models.llama.modeling_llama" not in loaded
+    assert not {"torch", "transformers", *OPTIONAL}.intersection(loaded)
 
 
 def test_classes_need_no_optional_package():

@@ -1,14 +1,13 @@
 """Tools for the whole life of a small Llama, as thin layers over the Hugging Face libraries.
 
-Importing this package registers `model_type: tinyllama` with the Auto classes. Everything else is imported on first
-use, so that the import is fast.
+Importing this package registers `model_type: tinyllama` with the Auto classes. Everything else, including torch and
+transformers, is imported on first use, so that the import is fast.
 """
 
 import importlib
-import sys
 from typing import TYPE_CHECKING, Any
 
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from .registration import register_model_type
 
 # Not lazy: a later import of the module would replace the function of the same name.
 from .released import released
@@ -46,11 +45,7 @@ __all__ = [
     "verify",
 ]
 
-# `AutoConfig.register` needs the class, and importing it takes three seconds that transformers itself defers until a
-# Llama is used. Its mapping is lazy inside: a class name, looked up in a module. No public function offers that
-# (transformers 5.23). tests/test_registration.py checks that this works.
-CONFIG_MAPPING._mapping["tinyllama"] = "TinyLlamaConfig"
-CONFIG_MAPPING._modules["tinyllama"] = sys.modules[__name__]
+register_model_type()
 
 
 def __getattr__(name: str) -> Any:

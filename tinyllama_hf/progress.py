@@ -4,14 +4,14 @@ import logging as python_logging
 from collections.abc import Callable
 from typing import Any
 
-from transformers.utils import logging
-
 
 def quiet_library_bars() -> None:
     """Shows progress bars of transformers ("Loading weights") on terminals only, and removes them at the end.
 
     For commands only, since it changes transformers for the whole process. Download bars are not affected.
     """
+    from transformers.utils import logging
+
     logging.set_tqdm_hook(_on_terminals)
 
 
