@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from .configuration_tinyllama import TinyLlamaConfig
 from .errors import InputError, did_you_mean, one_line
 from .files import read_json
-from .gguf.vocabulary import NORMAL, UNUSED, byte_level_tokenizer, read_vocabulary
+from .gguf.vocabulary import TokenType, byte_level_tokenizer, read_vocabulary
 from .released import TOKENIZER_FILES, local_folder
 from .text import ENCODING
 
@@ -248,7 +248,7 @@ def _from_gguf(path: Path) -> PreTrainedTokenizerFast:
             f"{path}: tokenizer.ggml.add_space_prefix is false, and Llama 2's tokenizer has a dummy prefix"
         )
     rows = zip(vocabulary.tokens, vocabulary.scores, vocabulary.kinds, strict=True)
-    pieces = {token: score for token, score, kind in rows if kind in (NORMAL, UNUSED)}
+    pieces = {token: score for token, score, kind in rows if kind in (TokenType.NORMAL, TokenType.UNUSED)}
     special = {role: vocabulary.special[role] for role in ("unk_token", "bos_token", "eos_token")}
     backend = _pipeline(vocabulary.ids(), merges_by_score(pieces), special["unk_token"], ())
     backend.add_tokens(vocabulary.added())

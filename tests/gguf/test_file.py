@@ -9,7 +9,7 @@ from gguf import GGML_QUANT_SIZES, GGUFReader, GGUFWriter
 from gguf.gguf_reader import GGUFReader as Library
 
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.gguf.file import _TYPES, GGUFTensor, read_header, read_values
+from tinyllama_hf.gguf.file import _TYPES, GGUFTensor, check_readable, read_header, read_values
 
 
 METADATA = {"general.architecture": "llama", "a.string": "naïve ▁ 🚀", "a.flag": True, "a.number": 7, "a.negative": -3,
@@ -95,7 +95,7 @@ class TestReading:
         with pytest.raises(
             InputError, match=r"one has the unsupported type IQ4_NL.*Q8_0, Q4_0, Q4_1, Q4_K, Q5_K, Q6_K"
         ):
-            read_values(path, GGUFTensor("one", (32,), "IQ4_NL", 0, 18))
+            check_readable(path, GGUFTensor("one", (32,), "IQ4_NL", 0, 18))
 
 
 class TestDamage:

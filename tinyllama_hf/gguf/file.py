@@ -8,7 +8,6 @@ against the rest of the file before anything is read or allocated.
 import math
 import os
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -30,11 +29,7 @@ _TYPES = {
     29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17),
     40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
 }  # fmt: skip
-PLAIN: dict[str, np.dtype[Any]] = {
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-}  # numpy has no bfloat16
+PLAIN = {"F32": "<f4", "F16": "<f2", "BF16": "<i2"}  # names of numpy, which has no bfloat16
 QUANTIZED = ("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
 # Types of metadata values: number -> numpy's name. 8 is a string, 9 an array.
 _SCALARS = {
@@ -106,20 +101,19 @@ def read_header(path: str | os.PathLike) -> GGUFHeader:
             if not tensor.name or tensor.name in infos:
                 raise header.damaged(f"the tensor name {tensor.name!r} is empty or repeated")
             infos[tensor.name] = tensor
-        return GGUFHeader(path, metadata, dict(_placed(header, metadata, infos)))
+        return GGUFHeader(path, metadata, _placed(header, metadata, infos))
 
 
 def read_values(path: Path, tensor: GGUFTensor) -> np.ndarray:
     """Reads one tensor.
 
     Returns:
-        `np.ndarray` of the tensor's shape: float32 and float16 unchanged, bfloat16 as uint16 bits, and quantized
+        `np.ndarray` of the tensor's shape: float32 and float16 unchanged, bfloat16 as int16 bits, and quantized
         tensors dequantized to float32 by the reference implementation of the package `gguf`.
 
     Raises:
-        InputError: if the type is not supported, or the file has become shorter since its header was read.
+        InputError: if the file has become shorter since its header was read.
     """
-    check_readable(path, tensor)
     data = np.fromfile(path, np.uint8, count=tensor.num_bytes, offset=tensor.offset)
     if data.size != tensor.num_bytes:
         raise InputError(f"{path}: ends within {tensor.name}; the file was changed while it was read")
@@ -147,10 +141,8 @@ def check_readable(path: Path, tensor: GGUFTensor) -> None:
         raise InputError(f"{path}: {tensor.name} has the unsupported type {tensor.type}; supported: {types}. {fix}")
 
 
-def _placed(
-    header: "_Stream", metadata: dict[str, Any], infos: dict[str, GGUFTensor]
-) -> Iterator[tuple[str, GGUFTensor]]:
-    """Yields the tensors with offsets from the start of the file, after checking that they fill it without gaps."""
+def _placed(header: "_Stream", metadata: dict[str, Any], infos: dict[str, GGUFTensor]) -> dict[str, GGUFTensor]:
+    """Returns the tensors with offsets from the start of the file, after checking that they fill it without gaps."""
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
         raise header.damaged(f"general.alignment is {alignment!r}, not a power of two")
@@ -166,8 +158,7 @@ def _placed(
             raise header.damaged(f"{tensor.name} ends at byte {start + end}, but the file at {header.size}")
     if header.size - start - end >= alignment:
         raise header.damaged(f"{header.size - start - end} bytes after its last tensor")
-    for name, tensor in infos.items():
-        yield name, tensor._replace(offset=start + tensor.offset)
+    return {name: tensor._replace(offset=start + tensor.offset) for name, tensor in infos.items()}
 
 
 class _Stream:

@@ -5,6 +5,7 @@ names and splits like GPT-2 for all others, among them SmolLM2's. White space be
 (shown in tests/conversion/test_gguf_tokenizer.py). Here unknown names are refused.
 """
 
+import enum
 import json
 import os
 from collections.abc import Mapping
@@ -19,9 +20,11 @@ from .file import GGUFHeader, read_header
 
 
 # llama.cpp's token types, which are SentencePiece's.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+TokenType = enum.IntEnum("TokenType", "NORMAL UNKNOWN CONTROL USER_DEFINED UNUSED BYTE")
+_ADDED = (TokenType.CONTROL, TokenType.USER_DEFINED)
 NO_TOKENIZER = ("none", "no_vocab")  # tokenizer models of files without a tokenizer
 ROLES = {"unk_token": "unknown", "bos_token": "bos", "eos_token": "eos", "pad_token": "padding"}
+PADDING = "[PAD{}]"  # llama.cpp's placeholder for an embedding row without a token, which is marked as unused
 # llama.cpp's defaults for a SentencePiece vocabulary.
 _LLAMA_IDS = {"unk_token": 0, "bos_token": 1, "eos_token": 2}
 
@@ -34,28 +37,23 @@ class PreTokenizer(NamedTuple):
     ignore_merges: bool = False  # a piece that is a token is not split
 
 
-def _split(digits: str) -> dict[str, Any]:
-    pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-
-
-def _sequence(*steps: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "Sequence", "pretokenizers": list(steps)}
-
-
+_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3 = {"type": "Split", "pattern": {"Regex": _PATTERN}, "behavior": "Isolated", "invert": False}
+_QWEN2 = _LLAMA3 | {"pattern": {"Regex": _PATTERN.replace("{1,3}", "")}}
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 _GPT2 = _BYTES | {"use_regex": True}
+_SEQUENCE = {"type": "Sequence"}
 # Copied from the models' tokenizer.json (GPT-2, SmolLM, Llama 3, Qwen 2). llama.cpp's llama-vocab.cpp splits the same
 # way under these names; tests/conversion/test_gguf_peer.py compares the ids. Its qwen2 does not normalize: text that
 # is not in form NFC gets other ids there.
 PRE_TOKENIZERS = {
     "gpt-2": PreTokenizer(_GPT2),
-    "smollm": PreTokenizer(_sequence({"type": "Digits", "individual_digits": True}, _GPT2)),
-    "llama-bpe": PreTokenizer(_sequence(_split("{1,3}"), _BYTES), ignore_merges=True),
-    "qwen2": PreTokenizer(_sequence(_split(""), _BYTES), normalizer={"type": "NFC"}),
+    "smollm": PreTokenizer(_SEQUENCE | {"pretokenizers": [{"type": "Digits", "individual_digits": True}, _GPT2]}),
+    "llama-bpe": PreTokenizer(_SEQUENCE | {"pretokenizers": [_LLAMA3, _BYTES]}, ignore_merges=True),
+    "qwen2": PreTokenizer(_SEQUENCE | {"pretokenizers": [_QWEN2, _BYTES]}, normalizer={"type": "NFC"}),
 }
 
 
@@ -77,18 +75,13 @@ class Vocabulary(NamedTuple):
 
     def ids(self) -> dict[str, int]:
         """Returns the ids of the tokens, without those added after the vocabulary."""
-        behind = (i + 1 for i in reversed(range(len(self.tokens))) if self.kinds[i] not in (CONTROL, USER_DEFINED))
-        return {token: i for i, token in enumerate(self.tokens[: next(behind, 0)])}
+        last = max((i for i, kind in enumerate(self.kinds) if kind not in _ADDED), default=-1)
+        return {token: i for i, token in enumerate(self.tokens[: last + 1])}
 
     def added(self) -> list[AddedToken]:
         """Returns the control and user-defined tokens in the order of their ids."""
-        rows = [row for row in zip(self.tokens, self.kinds, strict=True) if row[1] in (CONTROL, USER_DEFINED)]
-        return [AddedToken(token, special=kind == CONTROL, normalized=False) for token, kind in rows]
-
-
-def padding_token(i: int) -> str:
-    """Returns llama.cpp's placeholder for an embedding row without a token, which is marked as unused."""
-    return f"[PAD{i}]"
+        rows = [row for row in zip(self.tokens, self.kinds, strict=True) if row[1] in _ADDED]
+        return [AddedToken(token, special=kind == TokenType.CONTROL, normalized=False) for token, kind in rows]
 
 
 def read_vocabulary(path: str | os.PathLike) -> Vocabulary:
@@ -106,13 +99,13 @@ def read_vocabulary(path: str | os.PathLike) -> Vocabulary:
         raise InputError(f"{path}: tokenizer.ggml.model is {model!r}; {known}. Pass the model's own tokenizer")
     is_llama = model == "llama"
     tokens = header.array("tokenizer.ggml.tokens", str)
-    kinds = header.array("tokenizer.ggml.token_type", int) or [NORMAL] * len(tokens)
+    kinds = header.array("tokenizer.ggml.token_type", int) or [TokenType.NORMAL] * len(tokens)
     scores = header.array("tokenizer.ggml.scores", float) or [0.0] * len(tokens)
     if not tokens or not len(set(tokens)) == len(tokens) == len(kinds) == len(scores):
         numbers = f"{len(tokens)} tokens ({len(set(tokens))} different), {len(kinds)} types and {len(scores)} scores"
         raise damaged(path, f"its tokenizer has {numbers}")
-    filling = {i for i, token in enumerate(tokens) if kinds[i] == UNUSED and token == padding_token(i)}
-    size = next((i + 1 for i in reversed(range(len(tokens))) if i not in filling), 0)
+    used = [kind != TokenType.UNUSED or tokens[i] != PADDING.format(i) for i, kind in enumerate(kinds)]
+    size = max((i + 1 for i, is_used in enumerate(used) if is_used), default=0)
     vocabulary = Vocabulary(
         path=header.path,
         model=model,

@@ -14,18 +14,7 @@ from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ...errors import InputError
-from ...gguf.vocabulary import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    PRE_TOKENIZERS,
-    ROLES,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    padding_token,
-    pre_tokenizer_name,
-)
+from ...gguf.vocabulary import PADDING, PRE_TOKENIZERS, ROLES, TokenType, pre_tokenizer_name
 from ...tokenization_tinyllama import TinyLlamaTokenizer, merges_by_score
 
 
@@ -40,13 +29,13 @@ def add_tokenizer(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerFast, rows
     """Adds tokens, merges or scores, special ids and chat template.
 
     Args:
-        rows (`int`): rows of the model's embedding. Rows without a token get a token that is marked as unused.
+        rows (`int`): rows of the model's embedding, one for every token. Other rows get a token marked as unused.
 
     Returns:
         Notes for the user about differences in llama.cpp.
 
     Raises:
-        InputError: if there are more tokens than rows, or llama.cpp does not support the tokenizer.
+        InputError: if llama.cpp does not support the tokenizer.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     tokens, kinds = _tokens_and_kinds(tokenizer, state, rows)
@@ -106,13 +95,9 @@ def derive_scores(merges: Sequence[Sequence[str]], pieces: Sequence[str]) -> dic
 def _tokens_and_kinds(
     tokenizer: PreTrainedTokenizerFast, state: Mapping[str, Any], rows: int
 ) -> tuple[list[str], list[int]]:
-    ids = tokenizer.get_vocab()
-    if max(ids.values()) >= rows:
-        found = f"ids up to {max(ids.values())}, but the model has {rows} embedding rows"
-        raise InputError(f"{found}. Use the model's own tokenizer")
-    tokens, kinds = [padding_token(i) for i in range(rows)], [UNUSED] * rows
-    for token, i in ids.items():
-        kinds[i] = UNUSED if token == tokens[i] else NORMAL
+    tokens, kinds = [PADDING.format(i) for i in range(rows)], [int(TokenType.UNUSED)] * rows
+    for token, i in tokenizer.get_vocab().items():
+        kinds[i] = TokenType.UNUSED if token == tokens[i] else TokenType.NORMAL
         tokens[i] = token
     for added in state["added_tokens"]:
         if flag := next((flag for flag in ("lstrip", "rstrip", "single_word") if added[flag]), None):
@@ -120,7 +105,7 @@ def _tokens_and_kinds(
         if added["normalized"] and state["normalizer"]:
             found = f"the added token {added['content']!r} is matched in normalized text, unlike in llama.cpp"
             raise InputError(f"{found}. Add it with normalized=False")
-        kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+        kinds[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
     return tokens, kinds
 
 
@@ -129,18 +114,19 @@ def _scores(
 ) -> list[float]:
     """Returns the scores of a SentencePiece vocabulary, and corrects the kinds of its pieces."""
     vocabulary = model["vocab"]
-    kinds[vocabulary[model["unk_token"]]] = UNKNOWN
+    kinds[vocabulary[model["unk_token"]]] = TokenType.UNKNOWN
     for piece, i in vocabulary.items():
-        if kinds[i] == NORMAL and _BYTE_PIECE.fullmatch(piece):
-            kinds[i] = BYTE
+        if kinds[i] == TokenType.NORMAL and _BYTE_PIECE.fullmatch(piece):
+            kinds[i] = TokenType.BYTE
     scores = [0.0 if token in vocabulary else _BEHIND for token in tokens]
     if tokenizer.sentencepiece_model is not None:
         reference = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.sentencepiece_model)
         for i in range(reference.get_piece_size()):
             scores[i] = reference.get_score(i)
-            kinds[i] = UNUSED if reference.is_unused(i) else kinds[i]
+            kinds[i] = TokenType.UNUSED if reference.is_unused(i) else kinds[i]
         return scores
-    pieces = [token for token, kind in zip(tokens, kinds, strict=True) if kind == NORMAL and token in vocabulary]
+    rows = zip(tokens, kinds, strict=True)
+    pieces = [token for token, kind in rows if kind == TokenType.NORMAL and token in vocabulary]
     for piece, score in derive_scores(model["merges"], pieces).items():
         scores[vocabulary[piece]] = score
     return scores
