@@ -56,7 +56,10 @@ class QuantizedTinyLlama(TinyLlamaForCausalLM):
             super().save_pretrained(temporary, *args, **kwargs)
             names = {file.name for file in temporary.iterdir()}
         if "config.json" in names and not kwargs.get("variant"):  # the model was written, not an adapter
-            _remove_other_weights(folder, names)
+            # Some readers load every weight file, and would mix these with those of an earlier save.
+            for file in (*folder.glob("model.safetensors*"), *folder.glob("model-*-of-*.safetensors")):
+                if file.name not in names:
+                    file.unlink()
 
     save_as_llama = save_pretrained
 
@@ -76,14 +79,6 @@ class QuantizedTinyLlama(TinyLlamaForCausalLM):
         if getattr(self, "is_loaded_in_8bit", False) and fn(torch.empty(0, device=self.device)).device != self.device:
             raise InputError("an int8 model cannot be moved to another device; load it there with device=...")
         return super()._apply(fn, recurse)
-
-
-def _remove_other_weights(folder: Path, written: set[str]) -> None:
-    """Removes weights of an earlier save, since some readers load every weight file and would mix the two."""
-    for pattern in ("model.safetensors*", "model-*-of-*.safetensors"):
-        for file in folder.glob(pattern):
-            if file.name not in written:
-                file.unlink()
 
 
 def choose_quantization(asked: str, saved: str, where: str) -> str:
@@ -215,35 +210,11 @@ def make_safe(model: PreTrainedModel, where: str) -> None:
     Raises:
         InputError: naming the first layer in which weights and scales do not match.
     """
-    from .repacking import make_reversible
-
-    check_layers(model, where)
-    make_reversible(model)
-    # With them transformers (5.23) refuses to save a model that it loaded quantized.
-    vars(model)["_weight_conversions"] = []
-
-
-def cast_unquantized(model: nn.Module, dtype: torch.dtype) -> None:
-    """Casts the parameters that are not quantized, in place."""
-    for parameter in model.parameters():
-        # 4-bit weights may be stored in tensors of any dtype, floating-point ones included.
-        if parameter.is_floating_point() and getattr(parameter, "quant_state", None) is None:
-            parameter.data = parameter.data.to(dtype)
-
-
-def check_layers(model: nn.Module, where: str) -> None:
-    """Checks that weights and scales of every quantized layer match.
-
-    The kernels do not check it, and would read beyond the end of a tensor that is too short.
-
-    Args:
-        where (`str`): name of the model's folder, for the error message.
-
-    Raises:
-        InputError: naming the first layer where they do not.
-    """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
+    from .repacking import make_reversible
+
+    # The kernels would read beyond the end of a tensor that is too short.
     for name, layer in model.named_modules():
         sound = True
         if isinstance(layer, Linear4bit):
@@ -255,6 +226,17 @@ def check_layers(model: nn.Module, where: str) -> None:
             sound = sound and layer.weight.shape == shape and layer.weight.dtype == torch.int8
         if not sound:
             raise InputError(f"model {where}: weights and scales of {name} do not match; download it again")
+    make_reversible(model)
+    # With them transformers (5.23) refuses to save a model that it loaded quantized.
+    vars(model)["_weight_conversions"] = []
+
+
+def cast_unquantized(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts the parameters that are not quantized, in place."""
+    for parameter in model.parameters():
+        # 4-bit weights may be stored in tensors of any dtype, floating-point ones included.
+        if parameter.is_floating_point() and getattr(parameter, "quant_state", None) is None:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _is_sound_4bit(layer: Any) -> bool:
