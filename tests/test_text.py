@@ -11,7 +11,6 @@ from tests.conftest import ROOT
 from tinyllama_hf import load_tokenizer
 from tinyllama_hf.batch.prompts import read_prompts
 from tinyllama_hf.chat.templates import load_template
-from tinyllama_hf.conversion.verify import read_sample
 from tinyllama_hf.data.row_files import read_rows, zstd_library
 from tinyllama_hf.data.sources import open_sources, read_documents
 from tinyllama_hf.errors import InputError
@@ -74,13 +73,12 @@ def test_templates(tmp_path, tokenizer_folder):
     assert load_tokenizer(tmp_path / "folder").chat_template == text
 
 
-def test_conversations_prompts_and_a_text_to_verify_on(tmp_path, tokenizer_folder):
+def test_conversations_and_prompts(tmp_path, tokenizer_folder):
     talk = as_windows_writes(tmp_path / "talk.jsonl", lines({"messages": TALK}))
     assert [c.messages for c in read_conversations(str(talk))] == [TALK]
     file = as_windows_writes(tmp_path / "prompts.jsonl", lines({"prompt": "Once"}, {"prompt": "The cat"}))
     prompts, bad = read_prompts(file, load_tokenizer(tokenizer_folder), Context(96))
     assert [prompt.fields["prompt"] for prompt in prompts] == ["Once", "The cat"] and not bad
-    assert read_sample(as_windows_writes(tmp_path / "a.txt", "é\n")) == "é\n"
 
 
 def test_the_cases(shared, tokenizer_folder):

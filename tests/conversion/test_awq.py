@@ -383,6 +383,4 @@ def test_calibration_needs_a_tokenizer_and_a_sequence(tmp_path, tokenizer_folder
         write_awq(as_checkpoint(random_model()), tmp_path, ["text"], 1 << 30)
     with pytest.raises(InputError, match=r"\d+ tokens; .* 128"):
         write_awq(as_checkpoint(random_model(), tokenizer_folder), tmp_path, ["too short"], 1 << 30)
-    with pytest.raises(InputError, match=r"token id \d+.* 400 embedding rows"):
-        write_awq(as_checkpoint(random_model(vocab_size=400), tokenizer_folder), tmp_path, ["word " * 400], 1 << 30)
     assert not list(tmp_path.iterdir())

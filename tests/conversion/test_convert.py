@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from tests.conftest import ROOT
 from tests.conversion import layouts
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, convert, load_tokenizer, verify
 from tinyllama_hf.conversion.convert import FORMATS
@@ -259,9 +260,7 @@ class TestVerify:
 
 
 def open_text() -> str:
-    from tinyllama_hf.conversion.verify import read_sample
-
-    return read_sample()
+    return (ROOT / "tinyllama_hf" / "conversion" / "sample.txt").read_text()
 
 
 def write(path, text=""):

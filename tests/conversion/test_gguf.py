@@ -17,7 +17,7 @@ from tinyllama_hf import TinyLlamaConfig
 from tinyllama_hf.conversion.checkpoint import Checkpoint, LazyTensor
 from tinyllama_hf.conversion.formats.gguf_read import read_gguf
 from tinyllama_hf.conversion.formats.gguf_write import write_gguf
-from tinyllama_hf.conversion.formats.rotary import to_half_split, to_pairwise
+from tinyllama_hf.conversion.formats.layout import to_half_split, to_pairwise
 from tinyllama_hf.gguf import file
 from tinyllama_hf.gguf.file import read_header
 

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -18,7 +18,6 @@ EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 # Tensors that some exporters save although they are computed from the configuration.
 COMPUTED = ("rotary_emb.inv_freq", "rope.freqs")
-_FIRST_LAYER = "model.layers.0."
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
           "intermediate_size", "max_position_embeddings")  # fmt: skip
 _MAX_BITS: dict[type, int] = {int: 31, float: 63}  # of sizes and of factors; rotary bases can be several billion
@@ -41,11 +40,9 @@ class LazyTensor(NamedTuple):
         """Size of the tensor in memory."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
-    def map(
-        self, change: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...] | None = None
-    ) -> "LazyTensor":
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...] | None = None) -> Self:
         """Applies `change` to the tensor when it is read; `shape` is that of the result, by default this tensor's."""
-        return LazyTensor(self.shape if shape is None else shape, self.dtype, lambda: change(self.read()), self.source)
+        return self._replace(shape=self.shape if shape is None else shape, read=lambda: change(self.read()))
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
         """Raises an `InputError` unless the tensor has this shape."""
@@ -186,15 +183,11 @@ def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         found = {name: tuple(tensor.shape) for name, tensor in LlamaForCausalLM(one).state_dict().items()}
     if config.tie_word_embeddings:
         del found[OUTPUT]
-    layer = {name: shape for name, shape in found.items() if name.startswith(_FIRST_LAYER)}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in found.items():
-        if name not in layer:
-            shapes[name] = shape
-        elif name == next(iter(layer)):
-            for i in range(config.num_hidden_layers):
-                shapes |= {inside.replace(".0.", f".{i}.", 1): size for inside, size in layer.items()}
-    return shapes
+    layer = {name: found.pop(name) for name in list(found) if name.startswith("model.layers.0.")}
+    shapes = {EMBEDDING: found.pop(EMBEDDING)}
+    for i in range(config.num_hidden_layers):
+        shapes |= {name.replace(".0.", f".{i}.", 1): shape for name, shape in layer.items()}
+    return shapes | found
 
 
 def validate(checkpoint: Checkpoint) -> Checkpoint:
@@ -211,13 +204,11 @@ def validate(checkpoint: Checkpoint) -> Checkpoint:
         else:  # as transformers does
             checkpoint.config.tie_word_embeddings = False
             checkpoint.notes.append(f"tie_word_embeddings is true, but {OUTPUT} differs; both are kept, untied")
-    for name in [name for name in tensors if name.endswith(COMPUTED)]:
-        del tensors[name]
     with refuse_damage(f"{path}: its configuration"):
         shapes = expected_shapes(checkpoint.config)
     if missing := [name for name in shapes if name not in tensors]:
         raise damaged(path, f"{len(missing)} tensors are missing, such as {missing[0]}")
-    if extra := [name for name in tensors if name not in shapes]:
+    if extra := [name for name in tensors if name not in shapes and not name.endswith(COMPUTED)]:
         raise InputError(f"{tensors[extra[0]].source}: a Llama with this configuration has no such tensor")
     for name, shape in shapes.items():
         found = tensors[name]
@@ -237,8 +228,8 @@ def _check_config(checkpoint: Checkpoint) -> None:
     """Checks what transformers does not check before it builds or runs a model."""
     config, path = checkpoint.config, checkpoint.path
     for name in _SIZES:
-        positive_number({name: getattr(config, name)}, name, path)
-    positive_number({"rms_norm_eps": config.rms_norm_eps}, "rms_norm_eps", path, kind=float)
+        positive_number(vars(config), name, path)
+    positive_number(vars(config), "rms_norm_eps", path, kind=float)
     positive_number(rope_parameters(config), "rope_theta", path, kind=float)
     positive_number(rope_parameters(config), "factor", path, 1, float)
     heads, groups, width = head_sizes(config)

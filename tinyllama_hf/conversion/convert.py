@@ -1,17 +1,17 @@
 """Converts a checkpoint between formats. The output appears complete or not at all."""
 
-import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from shlex import quote
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate.utils import convert_file_size_to_int
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from .. import provenance
 from ..devices import find_dtype
@@ -90,28 +90,35 @@ def convert(
         InputError: if the arguments or the source cannot be used. Nothing is written then.
     """
     output = Path(output).absolute() if Path(output).name in ("", "..") else Path(output)
-    _check_arguments(to, dtype, max_shard_size, calibration)
-    shard_size = _parse_size(max_shard_size)
+    torch_dtype = find_dtype(dtype, DTYPES)
+    shard_size = _check_arguments(to, dtype, max_shard_size, calibration)
     _check_output(output, source, force)
     asked, to = to, HAND_OFF.get(to, to)
     checkpoint = open_checkpoint(source, config)
+    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, disable=not progress, console=Console(stderr=True), transient=True)
     with tempfile.TemporaryDirectory(prefix="tinyllama-hf-") as scratch:
         if vocab_rows is not None:
             resize_vocabulary(checkpoint, vocab_rows, Path(scratch))
         _check_tokenizer(checkpoint)
-        _check_space(checkpoint, to, dtype, output)
+        _check_space(checkpoint, to, torch_dtype, output)
         if check is not None:
             check(checkpoint)
-        with new_folder(output, overwrite=force) as folder, _show_progress(checkpoint, progress):
-            notes, digests = _write_weights(
-                checkpoint, to, folder, find_dtype(dtype, DTYPES), shard_size, calibration, output.name
-            )
+        with new_folder(output, overwrite=force) as folder, bar:
+            checkpoint.advance = partial(bar.advance, bar.add_task("converting", total=checkpoint.num_bytes))
+            notes, digests = _write_weights(checkpoint, to, folder, torch_dtype, shard_size, calibration, output.name)
             if not to.startswith("gguf-"):  # a GGUF file contains the tokenizer
                 notes += _write_tokenizer_files(checkpoint, to, folder)
+            weights = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf", ".pth"))
             settings = {"source": str(source), "to": to, "dtype": dtype, "vocab_rows": vocab_rows}
-            _write_provenance(checkpoint, folder, settings, digests)
+            record = provenance.collect(
+                conversion={"layout": checkpoint.layout, **settings},
+                sha256={path.name: digests.get(path.name) or provenance.file_sha256(path) for path in weights},
+                **({"converted_from": checkpoint.provenance} if checkpoint.provenance else {}),
+            )
+            write_json(folder / "provenance.json", record)
     next_lines = _next_commands(asked, output) if asked in HAND_OFF else ()
-    return Conversion(output, to, checkpoint.layout, (*checkpoint.notes, *notes), tuple(next_lines))
+    return Conversion(output, to, checkpoint.layout, (*checkpoint.notes, *notes), next_lines)
 
 
 def _write_weights(
@@ -156,30 +163,19 @@ def _write_tokenizer_files(checkpoint: Checkpoint, to: str, folder: Path) -> lis
     if tokenizer is None:
         return ["the source has no tokenizer, so none was written; add one to the folder"]
     tokenizer.save_pretrained(folder)
-    if to == "litgpt":
-        from .formats.lit_gpt import complete_tokenizer_config
-
-        complete_tokenizer_config(tokenizer, folder)
+    if to == "litgpt":  # without `add_bos_token`, it removes the begin-of-sequence token
+        file = folder / "tokenizer_config.json"
+        add_bos_token = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        write_json(file, read_json(file) | {"add_bos_token": add_bos_token})
     if not (folder / "tokenizer.model").is_file() and isinstance(tokenizer, TinyLlamaTokenizer):
         return ["the source has no tokenizer.model, so only tokenizer.json was written"]
     return []
 
 
-def _write_provenance(checkpoint: Checkpoint, folder: Path, settings: dict[str, Any], digests: dict[str, str]) -> None:
-    """Writes `provenance.json` with a hash of every weight file and the source's own record."""
-    weights = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf", ".pth")]
-    record = provenance.collect(
-        conversion={"layout": checkpoint.layout, **settings},
-        sha256={path.name: digests.get(path.name) or provenance.file_sha256(path) for path in sorted(weights)},
-        **({"converted_from": checkpoint.provenance} if checkpoint.provenance else {}),
-    )
-    write_json(folder / "provenance.json", record)
-
-
-def _check_arguments(to: str, dtype: str, max_shard_size: str, calibration: Sequence) -> None:
+def _check_arguments(to: str, dtype: str, max_shard_size: str, calibration: Sequence) -> int:
+    """Checks the arguments against the format, and returns the size of a shard in bytes."""
     if to not in FORMATS and to not in HAND_OFF:
         raise InputError(f"--to {to!r}: unknown format{did_you_mean(to, (*FORMATS, *HAND_OFF))}")
-    find_dtype(dtype, DTYPES)
     if dtype != "auto" and to not in ("llama", "litgpt"):
         raise InputError(f"--dtype {dtype}: the format {to} has fixed dtypes. Use --dtype with llama or litgpt")
     if max_shard_size != MAX_SHARD_SIZE and (to == "litgpt" or to.startswith("gguf-")):
@@ -189,16 +185,14 @@ def _check_arguments(to: str, dtype: str, max_shard_size: str, calibration: Sequ
     for path in calibration:
         if not Path(path).is_file():
             raise InputError(f"--calibration {path}: file not found")
-
-
-def _parse_size(size: str) -> int:
     try:
-        parsed = convert_file_size_to_int(size)
+        shard_size = convert_file_size_to_int(max_shard_size)
     except ValueError as error:
-        raise InputError(f"--max-shard-size {size!r}: not a size. Use KB, MB, GB or TB, such as 2GB") from error
-    if parsed < 1:
-        raise InputError(f"--max-shard-size {size!r}: must be above 0")
-    return parsed
+        rule = "not a size. Use KB, MB, GB or TB, such as 2GB"
+        raise InputError(f"--max-shard-size {max_shard_size!r}: {rule}") from error
+    if shard_size < 1:
+        raise InputError(f"--max-shard-size {max_shard_size!r}: must be above 0")
+    return shard_size
 
 
 def _check_output(output: Path, source: str | Path, force: bool) -> None:
@@ -206,10 +200,8 @@ def _check_output(output: Path, source: str | Path, force: bool) -> None:
     if blocked := next((path for path in output.absolute().parents if path.exists() and not path.is_dir()), None):
         raise InputError(f"--output {output}: {blocked} is a file. Choose another folder")
     given = Path(source)
-    if given.exists() and output.exists():
-        inside = [given.resolve(), *given.resolve().parents]
-        if output.resolve() in inside:
-            raise InputError(f"--output {output}: contains the source {source}. Choose another folder")
+    if given.exists() and given.resolve().is_relative_to(output.resolve()):
+        raise InputError(f"--output {output}: contains the source {source}. Choose another folder")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not force:
@@ -222,14 +214,14 @@ def _check_output(output: Path, source: str | Path, force: bool) -> None:
 
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:
-    """Refuses a tokenizer with more tokens than embedding rows: readers of the output would crash on such a token."""
+    """Refuses a tokenizer with ids that have no embedding row: readers of the output would crash on such a token."""
     path, tokenizer, rows = checkpoint.tokenizer, checkpoint.load_tokenizer(), checkpoint.config.vocab_size
     if path is None or tokenizer is None:
         return
-    number = len(tokenizer)
-    if number > rows:
-        found = f"{number:,} tokens, but the model has {rows:,} embedding rows"
-        fix = f"Use the model's own tokenizer, or pass --vocab-rows {number}"
+    last = max(tokenizer.get_vocab().values())
+    if last >= rows:
+        found = f"ids up to {last:,}, but the model has {rows:,} embedding rows"
+        fix = f"Use the model's own tokenizer, or pass --vocab-rows {last + 1}"
         raise InputError(f"{path}: {found}. {fix}")
     config = path / "tokenizer_config.json"
     declared = declared_padding(read_json(config)) if config.is_file() else None
@@ -238,13 +230,13 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
         checkpoint.notes.append(f"padding token {declared!r} replaced by {tokenizer.pad_token!r}: {reason}")
 
 
-def _check_space(checkpoint: Checkpoint, to: str, dtype: str, output: Path) -> None:
-    numbers = {name: tensor.num_bytes // tensor.dtype.itemsize for name, tensor in checkpoint.tensors.items()}
-    kind = find_dtype(dtype, DTYPES)
-    per_number = {name: _BYTES.get(to) or (kind or checkpoint.tensors[name].dtype).itemsize for name in numbers}
-    if to == "gguf-q4_0":  # the head is q8_0
-        per_number[OUTPUT if OUTPUT in numbers else EMBEDDING] = _BYTES["gguf-q8_0"]
-    needed = int(sum(numbers[name] * per_number[name] for name in numbers))
+def _check_space(checkpoint: Checkpoint, to: str, dtype: torch.dtype | None, output: Path) -> None:
+    needed = 0.0
+    for name, tensor in checkpoint.tensors.items():
+        is_head = name == (OUTPUT if OUTPUT in checkpoint.tensors else EMBEDDING)
+        format_ = "gguf-q8_0" if to == "gguf-q4_0" and is_head else to
+        bytes_per_number = _BYTES.get(format_) or (dtype or tensor.dtype).itemsize
+        needed += tensor.num_bytes / tensor.dtype.itemsize * bytes_per_number
     parent = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
     free = shutil.disk_usage(parent).free
     if needed > free:
@@ -252,39 +244,24 @@ def _check_space(checkpoint: Checkpoint, to: str, dtype: str, output: Path) -> N
         raise InputError(f"--output {output}: {sizes}. Free some space, or choose another disk")
 
 
-@contextlib.contextmanager
-def _show_progress(checkpoint: Checkpoint, show: bool) -> Iterator[None]:
-    """Shows a bar of the bytes read on standard error."""
-    text = TextColumn("{task.description}")
-    columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not show, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("converting", total=checkpoint.num_bytes)
-        checkpoint.advance = lambda num_bytes: bar.advance(task, num_bytes)
-        yield
-
-
-def _next_commands(to: str, output: Path) -> list[str]:
+def _next_commands(to: str, output: Path) -> tuple[str, ...]:
     """Returns the commands that make a format of [`HAND_OFF`] from what was written to `output`.
 
     Both were tested, see benchmarks/README.md, "Formats that other programs make".
     """
-    sentencepiece = "tokenizer.model"
-    has_model = (output / sentencepiece).is_file()  # llm-compressor does not copy it
     if to == "gptq":
+        model = output / "tokenizer.model"  # llm-compressor does not copy it
         recipe = 'GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"])'
         data = 'load_dataset("json", data_files="calibration.jsonl", split="train")'
-        return [
+        return (
             "llm-compressor makes GPTQ from the plain Llama folder just written and a calibration.jsonl, with a",
             '"text" in each row. In a separate environment (pip install llmcompressor==0.14.0.1) run:',
             "python -c 'from datasets import load_dataset; from llmcompressor import oneshot; "
             "from llmcompressor.modifiers.gptq import GPTQModifier; "
             f'oneshot(model="{output}", dataset={data}, recipe={recipe}, max_seq_length=512, '
             f'num_calibration_samples=128, output_dir="{output}-gptq")\'',
-            *([f"cp {quote(f'{output}/{sentencepiece}')} {quote(f'{output}-gptq/')}"] if has_model else []),
-        ]
+            *([f"cp {quote(str(model))} {quote(f'{output}-gptq/')}"] if model.is_file() else []),
+        )
     kind = to.removeprefix("gguf-").upper()
     files = " ".join(quote(f"{output}/model-{name}.gguf") for name in ("f16", kind.lower()))
-    return [
-        "llama.cpp makes K-quants from the f16 file just written. Run:",
-        f"llama-quantize {files} {kind}",
-    ]
+    return "llama.cpp makes K-quants from the f16 file just written. Run:", f"llama-quantize {files} {kind}"

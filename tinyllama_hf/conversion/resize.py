@@ -20,7 +20,8 @@ def resize_vocabulary(checkpoint: Checkpoint, rows: int, folder: Path) -> None:
     """Changes the number of embedding rows of a checkpoint, for example from a chat model's 32003 to 32000.
 
     The last rows are removed, or rows with the mean of all rows are added. If tokens lose their rows, the tokenizer
-    without them is saved to `folder`, and the checkpoint refers to it.
+    without them is saved to `folder`, and the checkpoint refers to it. Ids without a row in the configurations become
+    Llama's.
 
     Raises:
         InputError: if `rows` is not positive, or smaller than the tokenizer's own vocabulary.
@@ -40,7 +41,14 @@ def resize_vocabulary(checkpoint: Checkpoint, rows: int, folder: Path) -> None:
         if tokenizer is not None and len(tokenizer) > rows:
             _trimmed(tokenizer, rows, checkpoint).save_pretrained(folder)
             checkpoint.tokenizer = folder
-        _reset_special_ids(checkpoint, rows)
+        llama = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+        for name, value in llama.items():
+            found = getattr(checkpoint.config, name)
+            if _is_beyond(found, rows):
+                setattr(checkpoint.config, name, value)
+                checkpoint.notes.append(f"{name} {found} has no row; {value} was written")
+            if checkpoint.generation and _is_beyond(checkpoint.generation.get(name), rows):
+                checkpoint.generation[name] = 0 if name == "pad_token_id" else value
 
 
 def _resized(tensor: LazyTensor, rows: int) -> LazyTensor:
@@ -64,7 +72,8 @@ def _trimmed(tokenizer: PreTrainedTokenizerFast, rows: int, checkpoint: Checkpoi
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < rows]
     if any(name in json.dumps(state["post_processor"], ensure_ascii=False) for name in gone):
         state["post_processor"] = None  # TinyLlamaTokenizer builds it from `add_bos_token`
-    roles = {role: _kept(getattr(tokenizer, role), gone, tokenizer.vocab) for role in _ROLES}
+    fallback = next((name for name in ("</s>", "<unk>") if name in tokenizer.vocab and name not in gone), None)
+    roles = {role: fallback if (token := getattr(tokenizer, role)) in gone else token for role in _ROLES}
     settings = roles | {name: getattr(tokenizer, name, None) for name in _SETTINGS}
     settings = {name: value for name, value in settings.items() if value is not None}
     backend = Tokenizer.from_str(json.dumps(state))
@@ -77,25 +86,6 @@ def _trimmed(tokenizer: PreTrainedTokenizerFast, rows: int, checkpoint: Checkpoi
     else:
         trimmed.chat_template = tokenizer.chat_template
     return trimmed
-
-
-def _kept(token: str | None, gone: list[str], vocabulary: dict[str, int]) -> str | None:
-    """Returns a special token; a removed one is replaced by `</s>`, or by `<unk>` if there is no `</s>`."""
-    if token not in gone:
-        return token
-    return next((known for known in ("</s>", "<unk>") if known in vocabulary and known not in gone), None)
-
-
-def _reset_special_ids(checkpoint: Checkpoint, rows: int) -> None:
-    """Replaces ids without a row in both configurations by Llama's."""
-    llama = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
-    for name, value in llama.items():
-        found = getattr(checkpoint.config, name)
-        if _is_beyond(found, rows):
-            setattr(checkpoint.config, name, value)
-            checkpoint.notes.append(f"{name} {found} has no row; {value} was written")
-        if checkpoint.generation and _is_beyond(checkpoint.generation.get(name), rows):
-            checkpoint.generation[name] = 0 if name == "pad_token_id" else value
 
 
 def _is_beyond(ids: int | list[int] | None, rows: int) -> bool:

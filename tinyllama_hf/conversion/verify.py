@@ -75,25 +75,24 @@ def verify(
     """
     if not tolerance >= 0:
         raise InputError(f"--tolerance {tolerance}: it must be 0 or more")
-    first, second = _open_both(a, b, config)
+    first, second = _open(a, config), _open(b, config)
     tokens, inputs = _tokens(first, second, text)
     sizes = first.config.vocab_size, second.config.vocab_size
     rows = min(sizes)
-    notes = []
-    if sizes[0] != sizes[1]:
-        notes.append(f"{sizes[0]:,} and {sizes[1]:,} embedding rows; the first {rows:,} are compared")
+    note = f"{sizes[0]:,} and {sizes[1]:,} embedding rows; the first {rows:,} are compared"
     logits = [compute_logits(each, tokens)[:, :rows] for each in (first, second)]  # one model in memory at a time
     differences = (logits[1] - logits[0]).abs()  # [tokens, vocabulary]
     beyond = (differences.amax(-1) > tolerance).nonzero().flatten()
     layouts, largest, mean = (first.layout, second.layout), float(differences.max()), float(differences.mean())
     position = int(beyond[0]) if len(beyond) else None
+    notes = (note,) if sizes[0] != sizes[1] else ()
     agreement = float((logits[0].argmax(-1) == logits[1].argmax(-1)).float().mean())
-    return Verification(layouts, inputs, len(tokens), largest, mean, position, agreement, tolerance, tuple(notes))
+    return Verification(layouts, inputs, len(tokens), largest, mean, position, agreement, tolerance, notes)
 
 
 def compare_tensors(a: str | Path, b: str | Path, config: str | Path | None = None) -> Iterator[TensorDifference]:
     """Compares two checkpoints tensor by tensor in fp32, one pair at a time; raises like [`verify`]."""
-    first, second = _open_both(a, b, config)
+    first, second = _open(a, config), _open(b, config)
     for name in dict.fromkeys([*first.tensors, *second.tensors]):
         if name not in first.tensors or name not in second.tensors:
             only = a if name in first.tensors else b
@@ -110,17 +109,14 @@ def compare_tensors(a: str | Path, b: str | Path, config: str | Path | None = No
         yield TensorDifference(name, is_same, float(difference.max()), float(difference.mean()), what)
 
 
-def _open_both(a: str | Path, b: str | Path, config: str | Path | None) -> tuple[Checkpoint, Checkpoint]:
-    """Opens two checkpoints; `config` is used for those that cannot be opened without it."""
-    found = []
-    for source in (a, b):
-        try:
-            found.append(open_checkpoint(source))
-        except InputError:
-            if config is None:
-                raise
-            found.append(open_checkpoint(source, config))
-    return found[0], found[1]
+def _open(source: str | Path, config: str | Path | None) -> Checkpoint:
+    """Opens a checkpoint; `config` is used if it cannot be opened without it."""
+    try:
+        return open_checkpoint(source)
+    except InputError:
+        if config is None:
+            raise
+        return open_checkpoint(source, config)
 
 
 def compute_logits(checkpoint: Checkpoint, tokens: torch.Tensor) -> torch.Tensor:
@@ -129,19 +125,15 @@ def compute_logits(checkpoint: Checkpoint, tokens: torch.Tensor) -> torch.Tensor
     Raises:
         InputError: if they are not all finite.
     """
-    model = load_model(checkpoint)
+    state = {name: checkpoint.load(name, torch.float32) for name in checkpoint.tensors}
+    config = checkpoint.config
+    model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32).eval()
+    del state
     with torch.no_grad():
         logits = model(tokens[None], use_cache=False).logits[0]
     if not torch.isfinite(logits).all():
         raise InputError(f"{checkpoint.path}: its logits are not finite. Check where the weights come from")
     return logits
-
-
-def load_model(checkpoint: Checkpoint) -> LlamaForCausalLM:
-    """Loads the whole model into memory, in fp32 and in evaluation mode."""
-    state = {name: checkpoint.load(name, torch.float32) for name in checkpoint.tensors}
-    config = checkpoint.config
-    return LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32).eval()
 
 
 def _tokens(first: Checkpoint, second: Checkpoint, text: str | Path | None) -> tuple[torch.Tensor, str]:
@@ -155,7 +147,7 @@ def _tokens(first: Checkpoint, second: Checkpoint, text: str | Path | None) -> t
             raise InputError(f"--text {text}: neither checkpoint has a tokenizer. Omit --text to use random ids")
         random_ids = torch.randint(rows, (length,), generator=torch.Generator().manual_seed(0))
         return random_ids, "random ids, since neither has a tokenizer"
-    ids = encode_text(tokenizer, read_sample(text))
+    ids = encode_text(tokenizer, read_text(Path(text or _SAMPLE)))
     if tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id, *ids]
     ids = ids[:length]
@@ -165,15 +157,6 @@ def _tokens(first: Checkpoint, second: Checkpoint, text: str | Path | None) -> t
         rule = f"At least 2 tokens with ids below {rows} are needed; {source.tokenizer} may belong to another model"
         raise InputError(f"{name}: {found}. {rule}")
     return torch.tensor(ids), f"{name}, tokenizer of {source.tokenizer}"
-
-
-def read_sample(text: str | Path | None = None) -> str:
-    """Reads a text file, by default the bundled text.
-
-    Raises:
-        InputError: if the file cannot be read or is not UTF-8.
-    """
-    return read_text(_SAMPLE if text is None else Path(text))
 
 
 def check_sanity(checkpoint: Checkpoint) -> float:

@@ -9,7 +9,7 @@ import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -109,29 +109,28 @@ def write_torch_archive(path: Path, specs: Mapping[str, Spec], tensors: Iterable
     writer.write_end_of_file()
 
 
+class _Record(NamedTuple):
+    number: int
+    dtype: torch.dtype
+    numel: int
+
+
 class _Stored:
     """Pickles as a tensor at the start of a separate record."""
 
-    def __init__(self, record: int, dtype: torch.dtype, shape: tuple[int, ...]):
-        self.record, self.dtype, self.shape = record, dtype, shape
+    def __init__(self, number: int, dtype: torch.dtype, shape: tuple[int, ...]):
+        self.record, self.shape = _Record(number, dtype, math.prod(shape)), shape
 
     def __reduce__(self) -> tuple[Any, tuple]:
         strides = tuple(math.prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
         hooks: dict[str, Any] = collections.OrderedDict()
-        return torch._utils._rebuild_tensor_v2, (_Record(self), 0, self.shape, strides, False, hooks)
-
-
-class _Record:
-    def __init__(self, stored: _Stored):
-        self.stored = stored
+        return torch._utils._rebuild_tensor_v2, (self.record, 0, self.shape, strides, False, hooks)
 
 
 class _Pickler(pickle.Pickler):
     def persistent_id(self, value: Any) -> Any:
-        if not isinstance(value, _Record):
-            return None
-        stored = value.stored
-        return "storage", _STORAGES[stored.dtype], str(stored.record), "cpu", math.prod(stored.shape)
+        is_record = isinstance(value, _Record)
+        return ("storage", _STORAGES[value.dtype], str(value.number), "cpu", value.numel) if is_record else None
 
 
 def _num_bytes(spec: Spec) -> int:

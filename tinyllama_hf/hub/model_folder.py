@@ -149,7 +149,8 @@ def _quantized(folder: Path) -> ModelFolder:
     config = _llama_fields(folder)
     saved_quantization(config, str(folder))
     tensors = _stored(folder)
-    shapes = expected_shapes(read_llama_config(folder / "config.json", quantized=True))
+    llama, _ = read_llama_config(folder / "config.json")
+    shapes = expected_shapes(llama)
     for name, shape in shapes.items():
         # Only the matrices of the layers are packed.
         is_packed = name in tensors and tensors[name].dtype in (torch.int8, torch.uint8)

@@ -16,8 +16,9 @@ model computes, and no layer compensates for earlier ones on calibration text al
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -100,24 +101,19 @@ def calibration_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase,
         Ids `[sequences, tokens]`: at most 128 sequences of 512 tokens, or of the model's context if that is shorter.
 
     Raises:
-        InputError: if the text is shorter than one sequence, or has ids without an embedding row.
+        InputError: if the text is shorter than one sequence.
     """
     length = min(SEQUENCE_TOKENS, config.max_position_embeddings)
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids: list[int] = []
     for text in texts:
-        if tokenizer.bos_token_id is not None:
-            ids.append(tokenizer.bos_token_id)
-        ids += encode_text(tokenizer, text)
+        ids += begin + encode_text(tokenizer, text)
         if len(ids) >= MAX_SEQUENCES * length:
             break
     count = min(len(ids) // length, MAX_SEQUENCES)
     if count == 0:
         raise InputError(f"--calibration: {len(ids)} tokens; at least one sequence of {length} is needed. Add text")
-    tokens = torch.tensor(ids[: count * length]).view(count, length)
-    if tokens.max() >= config.vocab_size:
-        found = f"token id {int(tokens.max())}, but the model has {config.vocab_size} embedding rows"
-        raise InputError(f"--calibration: {found}. Use the model's own tokenizer")
-    return tokens
+    return torch.tensor(ids[: count * length]).view(count, length)
 
 
 @torch.no_grad()
@@ -144,19 +140,16 @@ def observe_layer(config: LlamaConfig, weights: dict[str, torch.Tensor], hidden:
         width = weights[fold.consumers[0]].shape[1]
         seen[fold.producer] = Inputs(torch.zeros(width, width), torch.zeros(width))
         module = layer.get_submodule(fold.consumers[0].removesuffix(".weight"))
-        module.register_forward_pre_hook(_keeper(seen[fold.producer], hidden.shape[0] * hidden.shape[1]))
+        module.register_forward_pre_hook(partial(_observe, seen[fold.producer], hidden.shape[0] * hidden.shape[1]))
     for batch in hidden.split(BATCH_SEQUENCES):  # views of `hidden`
         batch.copy_(layer(batch, position_ids=positions, position_embeddings=rotary))
     return seen
 
 
-def _keeper(inputs: Inputs, num_tokens: int) -> Callable[..., None]:
-    def keep(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        x = arguments[0].flatten(0, 1)  # [tokens of the batch, in]
-        inputs.gram.addmm_(x.T, x, alpha=1 / num_tokens)
-        inputs.magnitude.add_(x.abs().sum(0), alpha=1 / num_tokens)
-
-    return keep
+def _observe(inputs: Inputs, num_tokens: int, module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+    x = arguments[0].flatten(0, 1)  # [tokens of the batch, in]
+    inputs.gram.addmm_(x.T, x, alpha=1 / num_tokens)
+    inputs.magnitude.add_(x.abs().sum(0), alpha=1 / num_tokens)
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ With calibration text the scales are activation-aware (search.py). Without it th
 format, and the notes do not call it AWQ.
 """
 
-import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -47,9 +46,7 @@ def write_awq(
     specs = _specs(checkpoint)
     tokens = None if calibration is None else _read_calibration(checkpoint, calibration)
     digests = write_safetensors(folder, specs, _tensors(checkpoint, tokens), max_shard_size)
-    config = copy.deepcopy(checkpoint.config)
-    config.quantization_config = copy.deepcopy(QUANTIZATION)
-    write_config(config, folder, torch.float16)
+    write_config(checkpoint.config, folder, dtype=torch.float16, quantization_config=dict(QUANTIZATION))
     layout = f"{BITS} bit with zero points in groups of {GROUP_SIZE} inputs, the rest float16"
     if tokens is None:
         return f"{ROUNDING}: {layout}. Pass calibration text for activation-aware scales", digests

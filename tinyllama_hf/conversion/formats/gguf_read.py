@@ -12,8 +12,7 @@ from ...errors import InputError, damaged
 from ...gguf.file import PLAIN, GGUFHeader, GGUFTensor, check_readable, read_header, read_values
 from ...gguf.vocabulary import NO_TOKENIZER
 from ..checkpoint import EMBEDDING, OUTPUT, Checkpoint, LazyTensor, plain_config, positive_number, read_sizes, validate
-from .names import NameMap
-from .rotary import rotated_heads, to_half_split
+from .layout import NameMap
 
 
 NAMES = NameMap(
@@ -54,23 +53,18 @@ def read_gguf(path: Path) -> Checkpoint:
     tensors: dict[str, LazyTensor] = {}
     for tensor in header.tensors.values():
         check_readable(path, tensor)
-        name = NAMES.to_llama(tensor.name)
-        read = partial(_read, path, tensor, rotated_heads(config, name))
-        dtype = DTYPES.get(tensor.type, torch.float32)
-        tensors[name] = LazyTensor(tensor.shape, dtype, read, f"{path}: {tensor.name}")
+        source, dtype = f"{path}: {tensor.name}", DTYPES.get(tensor.type, torch.float32)
+        tensors[tensor.name] = LazyTensor(tensor.shape, dtype, partial(_read, path, tensor), source)
     has_tokenizer = header.metadata.get("tokenizer.ggml.model") not in (None, *NO_TOKENIZER)
     model = path.with_name("tokenizer.model")
     tokenizer = path if has_tokenizer else model if model.is_file() else None
+    tensors = NAMES.from_pairwise(tensors, config)
     return validate(Checkpoint(path, "GGUF", config, tensors, tokenizer, notes=_notes(header)))
 
 
-def _read(path: Path, tensor: GGUFTensor, heads: int | None) -> torch.Tensor:
-    values = read_values(path, tensor)
-    if tensor.type == "BF16":
-        weight = torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
-    else:
-        weight = torch.from_numpy(values)
-    return to_half_split(weight, heads) if heads else weight
+def _read(path: Path, tensor: GGUFTensor) -> torch.Tensor:
+    weight = torch.from_numpy(read_values(path, tensor))
+    return weight.view(torch.bfloat16) if tensor.type == "BF16" else weight
 
 
 def _config(header: GGUFHeader) -> LlamaConfig:

@@ -8,20 +8,17 @@ import numpy as np
 import torch
 from transformers import LlamaConfig
 
-from ...errors import InputError, did_you_mean, require
+from ...errors import InputError, require
 from ...gguf.vocabulary import NO_TOKENIZER
 from ..checkpoint import EMBEDDING, OUTPUT, Checkpoint, head_sizes, require_values, rope_parameters
 from .gguf_read import DTYPES, NAMES, SIZES
 from .gguf_write_tokenizer import add_tokenizer
-from .rotary import rotated_heads, to_pairwise
+from .layout import rotated_heads, to_pairwise
 
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
 
-# For each kind of file: the names of the tensor type and of the file type in the package `gguf`.
-KINDS = {"f32": ("F32", "ALL_F32"), "f16": ("F16", "MOSTLY_F16"), "bf16": ("BF16", "MOSTLY_BF16"),
-         "q8_0": ("Q8_0", "MOSTLY_Q8_0"), "q4_0": ("Q4_0", "MOSTLY_Q4_0")}  # fmt: skip
 _LARGEST_F16 = 65504.0
 _STEPS = {"Q8_0": 127, "Q4_0": 8}  # largest value of a block in units of its scale, which is float16
 
@@ -44,8 +41,6 @@ def write_gguf(checkpoint: Checkpoint, folder: Path, kind: str, name: str | None
         InputError: if llama.cpp does not support the configuration or the tokenizer, or a value exceeds the type's
             range.
     """
-    if kind not in KINDS:
-        raise InputError(f"gguf kind {kind!r}: unknown kind{did_you_mean(kind, KINDS)}")
     _check_config(checkpoint)
     require("gguf", "gguf", "writing a GGUF file")
     from gguf import GGUFWriter
@@ -55,7 +50,15 @@ def write_gguf(checkpoint: Checkpoint, folder: Path, kind: str, name: str | None
     types = _types(checkpoint, kind)
     with contextlib.closing(GGUFWriter(path, "llama")) as writer:
         _add_config(writer, checkpoint.config, kind, name or checkpoint.path.resolve().name)
-        lines = _add_tokenizer(writer, checkpoint)
+        tokenizer = checkpoint.load_tokenizer()
+        if tokenizer is None:
+            writer.add_tokenizer_model(NO_TOKENIZER[0])
+            lines = ["the source has no tokenizer, so none was written; llama.cpp can only process ids"]
+        else:
+            try:
+                lines = add_tokenizer(writer, tokenizer, checkpoint.config.vocab_size)
+            except InputError as error:
+                raise InputError(f"{checkpoint.tokenizer}: {error}") from error
         for name, type_ in types.items():
             shape = checkpoint.tensors[name].shape
             num_bytes = int(np.prod(quant_shape_to_byte_shape(shape, type_)))
@@ -72,11 +75,6 @@ def write_gguf(checkpoint: Checkpoint, folder: Path, kind: str, name: str | None
     return lines
 
 
-def head_type(kind: str) -> str:
-    """Returns the type of the output matrix; llama.cpp's quantizer also keeps more than 4 bit for it."""
-    return "Q8_0" if kind == "q4_0" else KINDS[kind][0]
-
-
 def _types(checkpoint: Checkpoint, kind: str) -> dict[str, "GGMLQuantizationType"]:
     """Returns the type of each tensor in the file."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -84,7 +82,8 @@ def _types(checkpoint: Checkpoint, kind: str) -> dict[str, "GGMLQuantizationType
     head = OUTPUT if OUTPUT in checkpoint.tensors else EMBEDDING
     types = {}
     for name, tensor in checkpoint.tensors.items():
-        wanted = GGMLQuantizationType[head_type(kind) if name == head else KINDS[kind][0]]
+        # llama.cpp's quantizer also keeps more than 4 bit for the output matrix.
+        wanted = GGMLQuantizationType["Q8_0" if kind == "q4_0" and name == head else kind.upper()]
         if len(tensor.shape) == 1:
             wanted = GGMLQuantizationType.F32
         elif tensor.shape[-1] % GGML_QUANT_SIZES[wanted][0]:
@@ -127,7 +126,7 @@ def _add_config(writer: "GGUFWriter", config: LlamaConfig, kind: str, name: str)
 
     writer.add_type("model")
     writer.add_name(name)
-    writer.add_file_type(LlamaFileType[KINDS[kind][1]])
+    writer.add_file_type(LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     for key, name in SIZES.items():  # always with head_count_kv, which readers otherwise set to head_count
         if name != "head_dim":
@@ -144,14 +143,3 @@ def _add_config(writer: "GGUFWriter", config: LlamaConfig, kind: str, name: str)
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
     writer.add_vocab_size(config.vocab_size)
-
-
-def _add_tokenizer(writer: "GGUFWriter", checkpoint: Checkpoint) -> list[str]:
-    tokenizer = checkpoint.load_tokenizer()
-    if tokenizer is None:
-        writer.add_tokenizer_model(NO_TOKENIZER[0])
-        return ["the source has no tokenizer, so none was written; llama.cpp can only process ids"]
-    try:
-        return add_tokenizer(writer, tokenizer, checkpoint.config.vocab_size)
-    except InputError as error:
-        raise InputError(f"{checkpoint.tokenizer}: {error}") from error

@@ -6,17 +6,16 @@ before 2025) order the rows by key/value group: its query heads, its key head, i
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from transformers import LlamaConfig, PreTrainedTokenizerBase
+from transformers import LlamaConfig
 
 from ...configuration_tinyllama import PRESETS
 from ...errors import InputError, damaged
-from ...files import read_json, write_json
 from ..checkpoint import (
     EMBEDDING,
     OUTPUT,
@@ -30,7 +29,7 @@ from ..checkpoint import (
     rope_parameters,
 )
 from ..writing import prefetch, write_torch_archive
-from .names import NameMap
+from .layout import NameMap
 
 
 CONFIG_FILES = ("model_config.yaml", "lit_config.json")  # litgpt's, lit-gpt's
@@ -66,12 +65,12 @@ _REQUIRED = {
 
 def find_layout(names: Mapping[str, Any]) -> str | None:
     """Returns which of the four layouts has these tensor names, or `None`."""
-    inside = {found[1] for name in names if (found := NAMES.layer_and_part(name))}
-    if _FUSED in inside:
+    parts = {NAMES.layer_and_part(name)[1] for name in names}
+    if _FUSED in parts:
         return "C"
-    if _GROUPED not in inside:
+    if _GROUPED not in parts:
         return None
-    return "A'" if _PACKED_MLP in inside else "A" if any("swiglu" in name for name in inside) else "B"
+    return "A'" if _PACKED_MLP in parts else "A" if any("swiglu" in part for part in parts) else "B"
 
 
 def config_from_fields(fields: Mapping[str, Any], where: str, rows: int) -> LlamaConfig:
@@ -127,7 +126,7 @@ def config_from_shapes(tensors: Mapping[str, LazyTensor], where: str) -> LlamaCo
     Raises:
         InputError: if no preset has these shapes.
     """
-    parts = [(*found, tensor.shape) for name, tensor in tensors.items() if (found := NAMES.layer_and_part(name))]
+    parts = [(*NAMES.layer_and_part(name), tensor.shape) for name, tensor in tensors.items()]
     layers = 1 + max(layer for layer, _, _ in parts)
     fused = next(shape for _, part, shape in parts if part in (_GROUPED, _FUSED))
     widths = {shape[-1:] for _, part, shape in parts if NAMES.inside.get(part) == "mlp.down_proj.weight"}
@@ -150,7 +149,7 @@ def vocab_rows(tensors: Mapping[str, LazyTensor], where: str) -> int:
     return positive_number({what: (*tensors[name].shape, 0)[0]}, what, where)
 
 
-def to_hugging_face(tensors: Mapping[str, LazyTensor], config: LlamaConfig) -> dict[str, LazyTensor]:
+def to_llama_tensors(tensors: Mapping[str, LazyTensor], config: LlamaConfig) -> dict[str, LazyTensor]:
     """Returns the tensors under Hugging Face's names; unknown names are kept.
 
     Raises:
@@ -158,7 +157,7 @@ def to_hugging_face(tensors: Mapping[str, LazyTensor], config: LlamaConfig) -> d
     """
     found: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
-        layer, part = NAMES.layer_and_part(name) or (0, "")
+        layer, part = NAMES.layer_and_part(name)
         if part in (_GROUPED, _FUSED):
             parts = _split_attention(tensor, config, by_group=part == _GROUPED)
             found |= {f"model.layers.{layer}.self_attn.{key}": rows for key, rows in parts.items()}
@@ -172,29 +171,24 @@ def to_hugging_face(tensors: Mapping[str, LazyTensor], config: LlamaConfig) -> d
 
 def _split_attention(fused: LazyTensor, config: LlamaConfig, by_group: bool) -> dict[str, LazyTensor]:
     heads, groups, width = head_sizes(config)
-    hidden = config.hidden_size
-    fused.check_shape(((heads + 2 * groups) * width, hidden))
+    fused.check_shape(((heads + 2 * groups) * width, config.hidden_size))
     blocks = groups if by_group else 1  # each with q, k and v one after another
-
-    def rows(first: int, last: int) -> LazyTensor:
-        """Returns heads `first` to `last` of each block."""
-
-        shape = ((last - first) * blocks * width, hidden)
-        return fused.map(lambda w: w.view(blocks, -1, width, hidden)[:, first:last].reshape(shape).clone(), shape)
-
     q, k = heads // blocks, groups // blocks
-    return {"q_proj.weight": rows(0, q), "k_proj.weight": rows(q, q + k), "v_proj.weight": rows(q + k, q + 2 * k)}
+    bounds = {"q_proj.weight": (0, q), "k_proj.weight": (q, q + k), "v_proj.weight": (q + k, q + 2 * k)}
+    return {key: _rows(fused, blocks, width, first, last) for key, (first, last) in bounds.items()}
 
 
 def _split_mlp(packed: LazyTensor, config: LlamaConfig) -> dict[str, LazyTensor]:
     """Splits xformers' `w12`: the rows of `gate_proj`, then those of `up_proj`."""
     inner = config.intermediate_size
     packed.check_shape((2 * inner, config.hidden_size))
+    return {"gate_proj.weight": _rows(packed, 1, inner, 0, 1), "up_proj.weight": _rows(packed, 1, inner, 1, 2)}
 
-    def rows(first: int) -> LazyTensor:
-        return packed.map(lambda weight: weight[first : first + inner].clone(), (inner, config.hidden_size))
 
-    return {"gate_proj.weight": rows(0), "up_proj.weight": rows(inner)}
+def _rows(fused: LazyTensor, blocks: int, size: int, first: int, last: int) -> LazyTensor:
+    """Returns parts `first` to `last`, of `size` rows each, of each of the equal blocks of rows."""
+    shape = ((last - first) * blocks * size, fused.shape[1])
+    return fused.map(lambda w: w.view(blocks, -1, size, shape[1])[:, first:last].reshape(shape).clone(), shape)
 
 
 def write_litgpt(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None, name: str) -> list[str]:
@@ -212,22 +206,15 @@ def write_litgpt(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None
     notes = []
     if checkpoint.config.tie_word_embeddings:
         notes.append("lm_head.weight is a copy of the embedding, since litgpt has no tied output")
-    tensors = list(_litgpt_tensors(checkpoint, dtype))
-    specs = {key: (kind, shape) for key, kind, shape, _ in tensors}
-    write_torch_archive(folder / WEIGHTS_FILE, specs, prefetch(load() for *_, load in tensors))
+    tensors = _litgpt_tensors(checkpoint, dtype)
+    specs = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    write_torch_archive(folder / WEIGHTS_FILE, specs, prefetch(tensor.read() for tensor in tensors.values()))
     return notes
-
-
-def complete_tokenizer_config(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Adds `add_bos_token` to a saved tokenizer, without which litgpt removes the begin-of-sequence token."""
-    file = folder / "tokenizer_config.json"
-    begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    write_json(file, read_json(file) | {"add_bos_token": begins})
 
 
 def _litgpt_fields(config: LlamaConfig, name: str) -> dict[str, Any]:
     rope = rope_parameters(config)
-    kind = rope.get("rope_type", "default")
+    kind = rope["rope_type"]
     required = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
     require_values(config.to_dict(), required, "--to litgpt", "litgpt")
     if kind not in ("default", "linear", "llama3"):
@@ -243,31 +230,30 @@ def _litgpt_fields(config: LlamaConfig, name: str) -> dict[str, Any]:
         "rope_base": int(rope["rope_theta"]), "rope_condense_ratio": int(rope["factor"]) if kind == "linear" else 1,
     }  # fmt: skip
     if kind == "llama3":
-        original = rope["original_max_position_embeddings"]
-        fields["rope_adjustments"] = {name: rope[name] for name in ("factor", "low_freq_factor", "high_freq_factor")}
-        fields["rope_adjustments"]["original_max_seq_len"] = original
+        adjustments = {name: rope[name] for name in ("factor", "low_freq_factor", "high_freq_factor")}
+        original = {"original_max_seq_len": rope["original_max_position_embeddings"]}
+        fields["rope_adjustments"] = adjustments | original
     return fields
 
 
-def _litgpt_tensors(
-    checkpoint: Checkpoint, dtype: torch.dtype | None
-) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], Callable[[], torch.Tensor]]]:
-    """Yields name, dtype, shape and reader of each tensor in layout C."""
+def _litgpt_tensors(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str, LazyTensor]:
+    """Returns the tensors of layout C in the order of the file."""
     tensors = checkpoint.tensors
 
-    def one(key: str, *names: str) -> tuple[str, torch.dtype, tuple[int, ...], Callable[[], torch.Tensor]]:
+    def joined(*names: str) -> LazyTensor:
         parts = [tensors[name] for name in names]
         shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
         # A tensor has one dtype, so mixed parts get the widest.
         kind = dtype or functools.reduce(torch.promote_types, (part.dtype for part in parts))
-        return key, kind, shape, lambda: torch.cat([checkpoint.load(name, kind) for name in names])
+        source = parts[0].source
+        return LazyTensor(shape, kind, lambda: torch.cat([checkpoint.load(name, kind) for name in names]), source)
 
-    yield one("lm_head.weight", OUTPUT if OUTPUT in tensors else EMBEDDING)
-    yield one("transformer.wte.weight", EMBEDDING)
+    found = {
+        "lm_head.weight": joined(OUTPUT if OUTPUT in tensors else EMBEDDING),
+        "transformer.wte.weight": joined(EMBEDDING),
+    }
     for layer in range(checkpoint.config.num_hidden_layers):
         here, there = f"transformer.h.{layer}", f"model.layers.{layer}"
-        yield one(f"{here}.{_FUSED}", *(f"{there}.self_attn.{part}_proj.weight" for part in "qkv"))
-        for part, name in NAMES.inside.items():
-            if "swiglu" not in part:
-                yield one(f"{here}.{part}", f"{there}.{name}")
-    yield one("transformer.ln_f.weight", "model.norm.weight")
+        found[f"{here}.{_FUSED}"] = joined(*(f"{there}.self_attn.{part}_proj.weight" for part in "qkv"))
+        found |= {f"{here}.{p}": joined(f"{there}.{name}") for p, name in NAMES.inside.items() if "swiglu" not in p}
+    return found | {"transformer.ln_f.weight": joined("model.norm.weight")}

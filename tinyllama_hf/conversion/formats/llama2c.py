@@ -5,11 +5,12 @@ import struct
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ...errors import damaged
 from ..checkpoint import Checkpoint, LazyTensor, plain_config, validate
-from .meta import NAMES, to_hugging_face
+from .meta import NAMES
 
 
 _HEADER = struct.Struct("<7i")
@@ -44,7 +45,7 @@ def read_llama2c(path: Path) -> Checkpoint | None:
     config = plain_config(path, **sizes, tie_word_embeddings=vocab > 0)
     model = path.with_name("tokenizer.model")
     tokenizer = model if model.is_file() else None
-    return validate(Checkpoint(path, "llama2.c", config, to_hugging_face(tensors, config), tokenizer))
+    return validate(Checkpoint(path, "llama2.c", config, NAMES.from_pairwise(tensors, config), tokenizer))
 
 
 def _read_header(path: Path) -> tuple[int, ...] | None:
@@ -76,9 +77,7 @@ def _parts(header: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _read(path: Path, position: int, shape: tuple[int, ...]) -> torch.Tensor:
-    data = bytearray(4 * math.prod(shape))
-    with path.open("rb") as file:
-        file.seek(position)
-        if file.readinto(data) != len(data):
-            raise damaged(path, "it ends early")
-    return torch.frombuffer(data, dtype=torch.float32).view(shape)
+    values = np.fromfile(path, "<f4", math.prod(shape), offset=position)
+    if values.size != math.prod(shape):
+        raise damaged(path, "it ends early")
+    return torch.from_numpy(values).view(shape)

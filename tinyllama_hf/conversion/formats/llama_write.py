@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig
@@ -24,14 +25,14 @@ def write_llama(
     names = sorted(kinds, key=lambda name: -kinds[name].itemsize)
     specs = {name: (kinds[name], checkpoint.tensors[name].shape) for name in names}
     digests = write_safetensors(folder, specs, (checkpoint.load(name, kinds[name]) for name in names), max_shard_size)
-    write_config(checkpoint.config, folder, kinds[EMBEDDING])
+    write_config(checkpoint.config, folder, dtype=kinds[EMBEDDING])
     return digests
 
 
-def write_config(config: LlamaConfig, folder: Path, dtype: torch.dtype) -> None:
-    """Writes `config.json` with the dtype that readers should use."""
+def write_config(config: LlamaConfig, folder: Path, **fields: Any) -> None:
+    """Writes `config.json` with other or additional values of fields, such as the dtype that readers should use."""
     config = copy.deepcopy(config)
-    config.dtype = dtype
+    config.update(fields)
     config.save_pretrained(folder)
 
 

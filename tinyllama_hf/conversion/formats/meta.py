@@ -11,8 +11,7 @@ from transformers import LlamaConfig
 from ...errors import InputError, damaged
 from ..checkpoint import EMBEDDING, OUTPUT, Checkpoint, LazyTensor, plain_config, positive_number, read_sizes, validate
 from ..reading.containers import as_state_dict, open_torch_archive, read_fields
-from .names import NameMap
-from .rotary import rotated_heads, to_half_split
+from .layout import NameMap
 
 
 NAMES = NameMap(
@@ -37,7 +36,7 @@ _TIKTOKEN_NOTE = "tokenizer.model is not a SentencePiece model. Use tokenizer.js
 
 def is_meta(names: Mapping[str, Any]) -> bool:
     """Whether these are Meta's tensor names."""
-    return any((NAMES.layer_and_part(name) or (0, ""))[1] == "attention.wq" for name in names)
+    return any(NAMES.layer_and_part(name)[1] == "attention.wq" for name in names)
 
 
 def read_meta(folder: Path) -> Checkpoint:
@@ -68,7 +67,7 @@ def read_meta(folder: Path) -> Checkpoint:
     if tokenizer is not None and tokenizer.read_bytes()[:1] != b"\n":  # the first byte of every SentencePiece model
         tokenizer = None
         notes = [_TIKTOKEN_NOTE, _CONTEXT_NOTE]
-    tensors = to_hugging_face(merged, config)
+    tensors = NAMES.from_pairwise(merged, config)
     return validate(Checkpoint(folder, f"Meta, {len(files)} file(s)", config, tensors, tokenizer, notes=notes))
 
 
@@ -105,7 +104,7 @@ def _merge(name: str, parts: list[LazyTensor], hidden: int) -> LazyTensor:
     first = parts[0]
     if len(parts) == 1:
         return first
-    _, kind = NAMES.layer_and_part(name) or (0, name)
+    kind = NAMES.layer_and_part(name)[1] or name
     if kind == "tok_embeddings.weight":  # split by columns in Llama 1 and 2, by rows in Llama 3
         dim = 0 if first.shape[-1:] == (hidden,) else 1
     elif kind in _BY_ROWS + _BY_COLUMNS:
@@ -124,18 +123,3 @@ def _same_in_all(whole: torch.Tensor, parts: list[LazyTensor]) -> torch.Tensor:
     if other := next((part for part in parts[1:] if not part.read().equal(whole)), None):
         raise damaged(other.source, f"it differs from {parts[0].source}")
     return whole
-
-
-def to_hugging_face(tensors: Mapping[str, LazyTensor], config: LlamaConfig) -> dict[str, LazyTensor]:
-    """Returns Meta's tensors under Hugging Face's names and with its row order; unknown names are kept."""
-    found = NAMES.renamed(tensors)
-    for name, tensor in found.items():
-        if heads := rotated_heads(config, name):
-            if len(tensor.shape) != 2 or tensor.shape[0] % (2 * heads):
-                raise damaged(tensor.source, f"{heads} heads do not divide its shape {list(tensor.shape)}")
-            found[name] = tensor.map(partial(_half_split, heads=heads))
-    return found
-
-
-def _half_split(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    return to_half_split(weight, heads).contiguous()

@@ -5,7 +5,7 @@ the size of the file.
 """
 
 import math
-import mmap
+import os
 import struct
 import zipfile
 import zlib
@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 
@@ -46,14 +47,6 @@ def read_fields(path: Path) -> dict[str, Any]:
     return fields
 
 
-def is_file(path: Path) -> bool:
-    """Whether a file exists; a damaged name can be too long for the file system."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:
     """Returns the tensors of a safetensors file by name.
 
@@ -85,8 +78,7 @@ def open_torch_archive(path: Path) -> Any:
     Raises:
         InputError: if the file is damaged, compressed, in torch's old container, or contains forbidden names.
     """
-    archive = _Archive(path)
-    return archive.tensors_in(read_pickle(archive.description(), str(path)))
+    return _Archive(path).contents()
 
 
 class _Archive:
@@ -96,42 +88,32 @@ class _Archive:
         self.path = path
         self.checked: set[str] = set()
         with path.open("rb") as file:
-            begin = file.read(4)
-        if begin[:1] == b"\x80":
-            raise InputError(f"{path}: a pickle without a container. Save it again with torch 1.6 or later")
-        if begin != b"PK\x03\x04":
-            raise damaged(path, f"it begins with {begin!r}, unlike files of torch.save")
+            if file.read(1) == b"\x80":
+                raise InputError(f"{path}: a pickle without a container. Save it again with torch 1.6 or later")
         with refuse_damage(path), zipfile.ZipFile(path) as opened:
             records = opened.infolist()
         pickles = [record for record in records if record.filename.rpartition("/")[2] == "data.pkl"]
         if len(pickles) != 1 or len({record.filename for record in records}) < len(records):
             raise damaged(path, f"{len(pickles)} records data.pkl among {len(records)}")
         self.pickle = pickles[0]
-        self.root = self.pickle.filename.removesuffix("data.pkl")
-        inside = [record for record in records if record.filename.startswith(self.root)]
-        self.records = {record.filename.removeprefix(self.root): record for record in inside}
-        size = path.stat().st_size
+        root = self.pickle.filename.removesuffix("data.pkl")
+        self.records = {r.filename.removeprefix(root): r for r in records if r.filename.startswith(root)}
         for record in records:
             is_packed = record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size
             if is_packed or record.flag_bits & 1:
                 raise InputError(f"{path}: {record.filename} is compressed or encrypted. Use files of torch.save")
-            if record.header_offset < 0 or record.header_offset + record.file_size > size:
-                raise damaged(path, f"{record.filename} is outside the file")
         if "byteorder" in self.records and self._bytes(self.records["byteorder"]) != b"little":
             raise InputError(f"{path}: big-endian. Save it again on a little-endian machine")
 
-    def description(self) -> bytes:
+    def contents(self) -> Any:
+        """Returns the data of the pickle with lazy tensors."""
         if self.pickle.file_size > _MAX_PICKLE:
             raise damaged(self.path, f"a pickle of {self.pickle.file_size} bytes")
-        return bytes(self._bytes(self.pickle))
-
-    def tensors_in(self, value: Any) -> Any:
-        """Returns a copy of the data with lazy tensors."""
-        # Bounded, since data that refers to itself or repeatedly to one object unfolds without limit.
         self.unfolded = 0
-        return self._replace(value, "", 0)
+        return self._replace(read_pickle(bytes(self._bytes(self.pickle)), str(self.path)), "", 0)
 
     def _replace(self, value: Any, where: str, depth: int) -> Any:
+        # Bounded, since data that refers to itself or repeatedly to one object unfolds without limit.
         self.unfolded += 1
         if depth > 20 or self.unfolded > self.pickle.file_size:
             raise damaged(self.path, "its pickle refers to itself")
@@ -145,8 +127,7 @@ class _Archive:
 
     def _lazy(self, stored: StoredTensor, where: str) -> LazyTensor:
         record = self.records.get(f"data/{stored.storage.key}")
-        itemsize = stored.storage.dtype.itemsize if stored.storage.dtype else 1
-        if record is None or record.file_size != stored.storage.numel * itemsize:
+        if record is None or record.file_size != stored.storage.num_bytes:
             raise damaged(self.path, f"{where}: record data/{stored.storage.key} is missing or of another size")
         read = partial(self._read, stored, record)
         return LazyTensor(stored.shape, stored.dtype, read, f"{self.path}: {where}")
@@ -168,13 +149,8 @@ class _Archive:
         """
         if not record.file_size:
             return memoryview(b"")
-        with self.path.open("rb") as file:
-            begin = self._begin(file, record)
-            page = begin % mmap.ALLOCATIONGRANULARITY
-            length_from_page = page + record.file_size
-            with refuse_damage(self.path):  # the file may have become shorter
-                mapped = mmap.mmap(file.fileno(), length_from_page, access=mmap.ACCESS_COPY, offset=begin - page)
-        contents = memoryview(mapped)[page:]
+        with refuse_damage(self.path):  # for positions outside the file, which may have become shorter
+            contents = np.memmap(self.path, np.uint8, "c", self._begin(record), (record.file_size,)).data
         if record.filename not in self.checked:
             checksum = 0
             for position in range(0, record.file_size, _CHUNK):
@@ -184,15 +160,16 @@ class _Archive:
             self.checked.add(record.filename)
         return contents[offset : None if length is None else offset + length]
 
-    def _begin(self, file: Any, record: zipfile.ZipInfo) -> int:
+    def _begin(self, record: zipfile.ZipInfo) -> int:
         """Returns the position of a record's contents after its local header, which can differ from the directory."""
-        file.seek(record.header_offset)
-        header = file.read(30)
-        if len(header) < 30 or header[:4] != b"PK\x03\x04":
-            raise damaged(self.path, f"{record.filename} has no header at its position")
-        name_length, extra_length = struct.unpack("<HH", header[26:30])
-        if file.read(name_length) != record.orig_filename.encode("utf-8" if record.flag_bits & 0x800 else "cp437"):
-            raise damaged(self.path, f"{record.filename} has another name in its header")
+        with self.path.open("rb") as file:
+            file.seek(record.header_offset)
+            header = file.read(30)
+            if len(header) < 30 or header[:4] != b"PK\x03\x04":
+                raise damaged(self.path, f"{record.filename} has no header at its position")
+            name_length, extra_length = struct.unpack("<HH", header[26:30])
+            if file.read(name_length) != record.orig_filename.encode("utf-8" if record.flag_bits & 0x800 else "cp437"):
+                raise damaged(self.path, f"{record.filename} has another name in its header")
         return record.header_offset + 30 + name_length + extra_length
 
 
@@ -210,7 +187,7 @@ def open_sharded(index: Path) -> dict[str, LazyTensor]:
         shard = index.parent / name
         if Path(name).name != name:
             raise damaged(index, f"it refers to {name!r} outside its folder")
-        if not is_file(shard):
+        if not os.path.isfile(shard):  # unlike `Path.is_file`, without an error for a damaged name that is too long
             raise InputError(f"{shard}: file not found, but listed in {index.name}. Download it")
         is_safetensors = shard.suffix == ".safetensors"
         found = open_safetensors(shard) if is_safetensors else as_state_dict(open_torch_archive(shard), shard)

@@ -1,12 +1,14 @@
 """Reads the pickles in torch's checkpoints without calling anything that they name.
 
-This interprets the few opcodes that plain data and tensors need, on top of the standard library's decoder
-(`pickletools.genops`). It supports protocols up to 5, including the files of TinyLlama's exporter, which
-`torch.load(weights_only=True)` refuses (torch 2.13: "Unsupported operand 149"). A tensor becomes a description of
-where its values are stored. All names except those that rebuild tensors are refused.
+This limits the standard library's unpickler to the few opcodes that plain data and tensors need. It supports protocols
+up to 5, including the files of TinyLlama's exporter, which `torch.load(weights_only=True)` refuses (torch 2.13:
+"Unsupported operand 149"). A tensor becomes a description of where its values are stored. All names except those that
+rebuild tensors are refused.
 """
 
+import io
 import math
+import pickle
 import pickletools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,7 +23,7 @@ class Storage(NamedTuple):
 
     key: str
     dtype: torch.dtype | None
-    numel: int
+    num_bytes: int
 
 
 class StoredTensor(NamedTuple):
@@ -59,7 +61,16 @@ _KEYS = (str, int, float, type(None))  # types of dict keys; hashing nested tupl
 # Bits of a number. Random states have hundreds; Python refuses to print numbers with many thousands. Keys have fewer,
 # since any number of larger keys can have the same hash.
 _MAX_BITS, _MAX_KEY_BITS, _MAX_KEY_LENGTH = 4096, 60, 1024
-_MARK = object()
+# Opcodes that only move plain data between pickle, stack and memo, or that call `find_class` or `persistent_load`.
+_STANDARD = [
+    getattr(pickle, name)[0]
+    for name in (
+        "PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT "
+        "BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES "
+        "SHORT_BINBYTES BINBYTES8 EMPTY_LIST EMPTY_DICT EMPTY_SET EMPTY_TUPLE LIST APPEND APPENDS TUPLE TUPLE1 TUPLE2 "
+        "TUPLE3 MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL BINPERSID"
+    ).split()
+]
 
 
 def read_pickle(data: bytes, what: str) -> Any:
@@ -73,62 +84,81 @@ def read_pickle(data: bytes, what: str) -> Any:
         InputError: if the pickle is damaged, or contains a name that is not needed to rebuild tensors. No code is run.
     """
     try:
-        # On damaged data, genops and the interpreter raise many errors, such as an IndexError for the stack.
+        # On damaged data, genops and the unpickler raise many errors, such as an IndexError for the stack.
         with refuse_damage(f"{what}: its pickle"):
-            return _Interpreter().run(data)
+            for _, argument, position in pickletools.genops(data):  # also checks every length against the data
+                if isinstance(argument, int) and argument.bit_length() > _MAX_BITS:
+                    raise ValueError(f"a number of {argument.bit_length()} bits at byte {position}")
+            return _Unpickler(data).load()
     except UnsafePickleError as error:
         raise InputError(f"{what}: {error}. No code was run. Use safetensors, or a source that you trust") from error
 
 
-class _Interpreter:
-    """The stack machine of a pickle. Opcodes that are not in the tables below are refused."""
+class _Methods(dict[int, Callable[[Any], None]]):
+    """Methods by opcode. Looking up another opcode raises an error."""
 
-    def __init__(self) -> None:
-        self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
-        self.copied = 0
+    def __missing__(self, opcode: int) -> None:
+        name = next(known.name for known in pickletools.opcodes if ord(known.code) == opcode)
+        raise UnsafePickleError(f"its pickle uses the forbidden opcode {name}")
 
-    def run(self, data: bytes) -> Any:
-        self.length = len(data)
-        for opcode, argument, position in pickletools.genops(data):
-            if opcode.name == "STOP":
-                if len(self.stack) != 1:
-                    raise ValueError(f"{len(self.stack)} objects on the stack at the end")
-                return self.stack.pop()
-            if opcode.name in _PUSHED:
-                if isinstance(argument, int) and argument.bit_length() > _MAX_BITS:
-                    raise ValueError(f"a number of {argument.bit_length()} bits at byte {position}")
-                self.stack.append(argument)
-            elif opcode.name in _NEW:
-                self.stack.append(_NEW[opcode.name]())
-            elif action := _ACTIONS.get(opcode.name):
-                action(self, argument)
-            else:
-                raise UnsafePickleError(f"its pickle uses the forbidden opcode {opcode.name} at byte {position}")
-        raise ValueError("no STOP")
 
-    def pop_to_mark(self) -> list[Any]:
-        begin = next(i for i in reversed(range(len(self.stack))) if self.stack[i] is _MARK)
-        items = self.stack[begin + 1 :]
-        del self.stack[begin:]
-        return items
+class _Unpickler(pickle._Unpickler):
+    """The standard library's unpickler in Python, limited to the opcodes that plain data and tensors need."""
 
-    def push(self, value: Any) -> None:
-        self.stack.append(value)
+    stack: list[Any]  # the objects since the last mark
+    pop_mark: Callable[[], list[Any]]  # returns these objects, and continues with those before the mark
 
-    def tuple_of(self, number: int) -> None:
-        items = tuple(self.stack[len(self.stack) - number :])
-        if len(items) != number or any(item is _MARK for item in items):
-            raise IndexError("stack too short")
-        del self.stack[len(self.stack) - number :]
-        self.push(items)
+    def __init__(self, data: bytes):
+        super().__init__(io.BytesIO(data), encoding="latin-1")
+        self.can_copy = len(data)
 
-    def append(self, items: list[Any]) -> None:
-        _checked(self.stack[-1], list).extend(items)
+    def find_class(self, module: str, name: str) -> Any:
+        found = Name(module, name)
+        if found not in _KNOWN:
+            raise UnsafePickleError(f"its pickle names {_shown(found)}, which is not needed to rebuild tensors")
+        return _KNOWN[found] if isinstance(_KNOWN[found], torch.dtype) else found
 
-    def new_dict(self, items: list[Any]) -> None:
-        self.push({})
+    def persistent_load(self, pid: Any) -> Storage:
+        kind, storage, key, _, numel = _checked(pid, tuple)
+        name = storage.attribute if isinstance(storage, Name) else ""
+        if kind != "storage" or name not in STORAGES:
+            raise UnsafePickleError(f"its pickle refers to {_shown(storage)} of {_shown(kind)}, not to a storage")
+        # The key is a string in files of torch.save and a number in those of TinyLlama's exporter.
+        if not isinstance(key, (str, int)) or not isinstance(numel, int) or numel < 0:
+            raise ValueError(f"a storage {key!r} of {numel!r} elements")
+        dtype = STORAGES[name]
+        return Storage(str(key), dtype, numel * (dtype.itemsize if dtype else 1))
+
+    def load_reduce(self) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        rebuild = _KNOWN.get(function) if isinstance(function, Name) else None
+        if not callable(rebuild):
+            raise UnsafePickleError(f"its pickle calls {_shown(function)}")
+        # Bounded, since calls that copy one memoized object again and again would need unlimited memory.
+        for argument in _checked(arguments, tuple):
+            self.can_copy -= len(argument) if isinstance(argument, (str, list, tuple, dict, set, bytes)) else 0
+        if self.can_copy < 0:
+            raise ValueError("its calls copy more data than it contains")
+        self.stack.append(rebuild(*arguments))
+
+    def load_build(self) -> None:
+        """Drops the attributes of an OrderedDict, which `state_dict()` sets."""
+        self.stack.pop()
+        if not isinstance(self.stack[-1], dict):
+            raise UnsafePickleError(f"its pickle sets the state of a {type(self.stack[-1]).__name__}")
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.stack.append({})
         self.set_items(items)
+
+    def load_setitem(self) -> None:
+        items = self.stack[-2:]
+        del self.stack[-2:]
+        self.set_items(items)
+
+    def load_setitems(self) -> None:
+        self.set_items(self.pop_mark())
 
     def set_items(self, items: list[Any]) -> None:
         if len(items) % 2:
@@ -136,46 +166,14 @@ class _Interpreter:
         keys = [_key(key) for key in items[::2]]
         _checked(self.stack[-1], dict).update(zip(keys, items[1::2], strict=True))
 
-    def add_items(self, items: list[Any]) -> None:
+    def load_additems(self) -> None:
+        items = self.pop_mark()
         _checked(self.stack[-1], set).update(map(_key, items))
 
-    def name(self, module: Any, attribute: Any) -> None:
-        name = Name(_checked(module, str), _checked(attribute, str))
-        if name not in _KNOWN:
-            raise UnsafePickleError(f"its pickle names {_shown(name)}, which is not needed to rebuild tensors")
-        self.push(_KNOWN[name] if isinstance(_KNOWN[name], torch.dtype) else name)
-
-    def stack_name(self) -> None:
-        attribute, module = self.stack.pop(), self.stack.pop()
-        self.name(module, attribute)
-
-    def reduce(self) -> None:
-        arguments, function = self.stack.pop(), self.stack.pop()
-        rebuild = _KNOWN.get(function) if isinstance(function, Name) else None
-        if not callable(rebuild) or isinstance(rebuild, torch.dtype):
-            raise UnsafePickleError(f"its pickle calls {_shown(function)}")
-        # Bounded, since calls that copy one memoized object again and again would need unlimited memory.
-        for argument in _checked(arguments, tuple):
-            self.copied += len(argument) if isinstance(argument, (str, list, tuple, dict, set, bytes)) else 0
-        if self.copied > self.length:
-            raise ValueError("its calls copy more data than it contains")
-        self.push(rebuild(*arguments))
-
-    def build(self) -> None:
-        """Drops the attributes of an OrderedDict, which `state_dict()` sets."""
-        self.stack.pop()
-        if not isinstance(self.stack[-1], dict):
-            raise UnsafePickleError(f"its pickle sets the state of a {type(self.stack[-1]).__name__}")
-
-    def persistent(self) -> None:
-        kind, storage, key, _, numel = _checked(self.stack.pop(), tuple)
-        name = storage.attribute if isinstance(storage, Name) else ""
-        if kind != "storage" or name not in STORAGES:
-            raise UnsafePickleError(f"its pickle refers to {_shown(storage)} of {_shown(kind)}, not to a storage")
-        # The key is a string in files of torch.save and a number in those of TinyLlama's exporter.
-        if not isinstance(key, (str, int)) or not isinstance(numel, int) or numel < 0:
-            raise ValueError(f"a storage {key!r} of {numel!r} elements")
-        self.push(Storage(str(key), STORAGES[name], numel))
+    dispatch = _Methods({code: pickle._Unpickler.dispatch[code] for code in _STANDARD} | {
+        pickle.REDUCE[0]: load_reduce, pickle.BUILD[0]: load_build, pickle.DICT[0]: load_dict,
+        pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems, pickle.ADDITEMS[0]: load_additems,
+    })  # fmt: skip
 
 
 def _checked(value: Any, kind: type | tuple[type, ...]) -> Any:
@@ -207,10 +205,9 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any
     if len(shape) > _MAX_DIMENSIONS or dtype is None:
         raise ValueError(f"a tensor with {len(shape)} dimensions and dtype {dtype}")
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-    num_bytes = storage.numel * (storage.dtype.itemsize if storage.dtype else 1)
     # The number of elements is bounded too, since strides of 0 expand a few bytes without limit.
-    if math.prod(shape) and max(last + 1, math.prod(shape)) * dtype.itemsize > num_bytes:
-        raise ValueError(f"a tensor of shape {shape} exceeds its storage of {num_bytes} bytes")
+    if math.prod(shape) and max(last + 1, math.prod(shape)) * dtype.itemsize > storage.num_bytes:
+        raise ValueError(f"a tensor of shape {shape} exceeds its storage of {storage.num_bytes} bytes")
     return StoredTensor(storage, offset, shape, strides, dtype)
 
 
@@ -245,38 +242,3 @@ _KNOWN: dict[Name, Any] = {
     Name("torch.storage", "UntypedStorage"): None,
     **{Name("torch", name): dtype for name, dtype in _DTYPES.items()},
 }  # fmt: skip
-
-# Opcodes with the object as argument.
-_PUSHED = frozenset(("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "UNICODE",
-                     "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINSTRING", "BINSTRING", "STRING",
-                     "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"))  # fmt: skip
-# Opcodes that push a new object.
-_NEW: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "MARK": lambda: _MARK,
-    "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set, "EMPTY_TUPLE": tuple,
-}  # fmt: skip
-_ACTIONS: dict[str, Callable[[_Interpreter, Any], Any]] = {
-    "PROTO": lambda self, version: None,
-    "FRAME": lambda self, length: None,
-    "POP": lambda self, _: self.stack.pop(),
-    "POP_MARK": lambda self, _: self.pop_to_mark(),
-    "TUPLE1": lambda self, _: self.tuple_of(1),
-    "TUPLE2": lambda self, _: self.tuple_of(2),
-    "TUPLE3": lambda self, _: self.tuple_of(3),
-    "TUPLE": lambda self, _: self.push(tuple(self.pop_to_mark())),
-    "LIST": lambda self, _: self.push(self.pop_to_mark()),
-    "DICT": lambda self, _: self.new_dict(self.pop_to_mark()),
-    "APPEND": lambda self, _: self.append([self.stack.pop()]),
-    "APPENDS": lambda self, _: self.append(self.pop_to_mark()),
-    "SETITEM": lambda self, _: self.set_items([self.stack.pop() for _ in range(2)][::-1]),
-    "SETITEMS": lambda self, _: self.set_items(self.pop_to_mark()),
-    "ADDITEMS": lambda self, _: self.add_items(self.pop_to_mark()),
-    "MEMOIZE": lambda self, _: self.memo.update({len(self.memo): self.stack[-1]}),
-    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), lambda self, index: self.memo.update({index: self.stack[-1]})),
-    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda self, index: self.push(self.memo[index])),
-    "GLOBAL": lambda self, names: self.name(*names.split(" ", 1)),
-    "STACK_GLOBAL": lambda self, _: self.stack_name(),
-    "REDUCE": lambda self, _: self.reduce(),
-    "BUILD": lambda self, _: self.build(),
-    "BINPERSID": lambda self, _: self.persistent(),
-}

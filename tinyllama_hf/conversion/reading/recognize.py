@@ -6,6 +6,7 @@ find the weights in a folder. llama2.c's format has no magic number; it is recog
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from .containers import (
     BIN_INDEX,
     SAFETENSORS_INDEX,
     as_state_dict,
-    is_file,
     open_safetensors,
     open_sharded,
     open_torch_archive,
@@ -33,8 +33,8 @@ from .containers import (
 )
 
 
-# Prefixes that training wrappers add to tensor names.
-_WRAPPERS = ("module.", "_forward_module.", "_orig_mod.", "_fsdp_wrapped_module.")
+# Parts that training wrappers add to tensor names.
+_WRAPPERS = ("module", "_forward_module", "_orig_mod", "_fsdp_wrapped_module")
 # In order of preference.
 _WEIGHTS = (SAFETENSORS_INDEX, "model.safetensors", BIN_INDEX, "pytorch_model.bin", lit_gpt.WEIGHTS_FILE)
 _SUFFIXES = (".safetensors", ".gguf", ".pth", ".bin", ".pt")
@@ -72,12 +72,12 @@ def open_checkpoint(source: str | Path, config: str | Path | None = None) -> Che
 
 
 def _open_folder(folder: Path, config: Path | None) -> Checkpoint:
-    if any(folder.glob("consolidated.*.pth")) and not any((folder / name).is_file() for name in _WEIGHTS):
-        _refuse_config(config, "Meta's files")
-        return meta.read_meta(folder)
     for name in _WEIGHTS:
         if (folder / name).is_file():
             return _open_weights(folder / name, folder, config)
+    if any(folder.glob("consolidated.*.pth")):
+        _refuse_config(config, "Meta's files")
+        return meta.read_meta(folder)
     files = sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES)
     if len(files) == 1:
         return _open_weights(files[0], folder, config)
@@ -120,8 +120,8 @@ def _open_weights(file: Path, given: Path, config: Path | None) -> Checkpoint:
 
 
 def _by_keys(tensors: dict[str, LazyTensor], file: Path, given: Path, config: Path | None) -> Checkpoint:
-    """Opens a state dict; the layout is detected from the tensor names."""
-    bare = {_bare(name): tensor for name, tensor in tensors.items()}
+    """Opens a state dict and the other files in its folder; the layout is detected from the tensor names."""
+    bare = {".".join(p for p in name.split(".") if p not in _WRAPPERS): tensor for name, tensor in tensors.items()}
     if len(bare) < len(tensors):
         raise InputError(f"{file}: two tensor names differ only in the prefix of a training wrapper. Remove one model")
     kind = lit_gpt.find_layout(bare)
@@ -133,7 +133,14 @@ def _by_keys(tensors: dict[str, LazyTensor], file: Path, given: Path, config: Pa
         raise InputError(f"{file}: contains Meta's tensors. Pass the folder with consolidated.00.pth and params.json")
     else:
         raise InputError(f"{file}: unknown layout; its first tensors are {', '.join(list(bare)[:3]) or 'none'}")
-    _add_folder_files(checkpoint, file.parent)
+    folder = file.parent
+    if (folder / "tokenizer.model").is_file() or (folder / "tokenizer.json").is_file():
+        checkpoint.tokenizer = folder
+    if (folder / "generation_config.json").is_file():
+        generation = read_fields(folder / "generation_config.json")
+        with refuse_damage(folder / "generation_config.json"):
+            checkpoint.generation = json.loads(GenerationConfig(**generation).to_json_string())
+    _add_provenance(checkpoint, folder)
     if kind:  # lit-gpt's configurations do not contain these ids
         for name in ("bos_token_id", "eos_token_id"):
             setattr(checkpoint.config, name, (checkpoint.generation or {}).get(name, getattr(checkpoint.config, name)))
@@ -141,23 +148,12 @@ def _by_keys(tensors: dict[str, LazyTensor], file: Path, given: Path, config: Pa
 
 
 def _hugging_face(tensors: dict[str, LazyTensor], file: Path, given: Path, config: Path) -> Checkpoint:
-    fields = _config_fields(config)
-    quantization = fields.get("quantization_config")
+    llama, quantization = read_llama_config(config)
     if quantization and is_awq(quantization):
-        dequantized_tensors = dequantize_awq(tensors, quantization, str(config))
-        return Checkpoint(given, "AWQ, dequantized", _llama_config(fields, config), dequantized_tensors)
+        return Checkpoint(given, "AWQ, dequantized", llama, dequantize_awq(tensors, quantization, str(config)))
     if quantization is not None or any(name.endswith(_QUANTIZED) for name in tensors):
         raise InputError(f"{file}: the weights are quantized. Convert the original model")
-    return Checkpoint(given, f"Hugging Face, {file.name}", _llama_config(fields, config), tensors)
-
-
-def _bare(name: str) -> str:
-    before = None
-    while name != before:
-        before = name
-        for wrapper in _WRAPPERS:
-            name = name.removeprefix(wrapper).replace(f".{wrapper}", ".")
-    return name
+    return Checkpoint(given, f"Hugging Face, {file.name}", llama, tensors)
 
 
 def _lit_gpt(tensors: dict[str, LazyTensor], kind: str, file: Path, given: Path, config: Path | None) -> Checkpoint:
@@ -166,10 +162,10 @@ def _lit_gpt(tensors: dict[str, LazyTensor], kind: str, file: Path, given: Path,
     if config is None:
         read = lit_gpt.config_from_shapes(tensors, str(file))
     elif config.name == "config.json":
-        read = read_llama_config(config)
+        read, _ = read_llama_config(config)
     else:
         read = lit_gpt.config_from_fields(_fields(config), str(config), lit_gpt.vocab_rows(tensors, str(config)))
-    converted = lit_gpt.to_hugging_face(tensors, read)
+    converted = lit_gpt.to_llama_tensors(tensors, read)
     if are_equal(converted.get(OUTPUT), converted.get(EMBEDDING)):
         read.tie_word_embeddings = True
     return Checkpoint(given, f"{'litgpt' if kind == 'C' else 'lit-gpt'}, layout {kind}", read, converted)
@@ -192,49 +188,23 @@ def _fields(config: Path) -> dict[str, Any]:
     return fields
 
 
-def read_llama_config(file: Path, quantized: bool = False) -> LlamaConfig:
+def read_llama_config(file: Path) -> tuple[LlamaConfig, Any]:
     """Reads the `config.json` of a Llama.
 
-    Args:
-        file (`Path`): the file.
-        quantized (`bool`, *optional*, defaults to `False`): accept the configuration of a quantized model.
+    Returns:
+        The configuration, and its `quantization_config`, which is `None` if the weights are not quantized.
 
     Raises:
-        InputError: if the file is missing, quantized, not a Llama's, or has invalid fields.
+        InputError: if the file is missing, not a Llama's, or has invalid fields.
     """
-    fields = _config_fields(file)
-    if fields.get("quantization_config") is not None and not quantized:
-        raise InputError(f"{file}: the weights are quantized. Convert the original model")
-    return _llama_config(fields, file)
-
-
-def _config_fields(file: Path) -> dict[str, Any]:
-    if not is_file(file):
+    if not os.path.isfile(file):  # unlike `Path.is_file`, without an error for a damaged name that is too long
         raise InputError(f"{file}: file not found. Add it to the folder, or pass --config")
-    return read_fields(file)
-
-
-def _llama_config(fields: dict[str, Any], file: Path) -> LlamaConfig:
+    fields = read_fields(file)
     if fields.get("model_type") not in ("llama", TinyLlamaConfig.model_type):
         raise InputError(f"{file}: model_type is {fields.get('model_type')!r}; it must be 'llama'")
     with refuse_damage(file):
         config = LlamaConfig(**{name: value for name, value in fields.items() if name in _FIELDS})
-        return TinyLlamaConfig.from_llama(config).to_llama()
-
-
-def _add_folder_files(checkpoint: Checkpoint, folder: Path) -> None:
-    """Adds tokenizer, generation configuration and provenance from the folder of the weights."""
-    if (folder / "tokenizer.model").is_file() or (folder / "tokenizer.json").is_file():
-        checkpoint.tokenizer = folder
-    if (folder / "generation_config.json").is_file():
-        checkpoint.generation = _generation(folder / "generation_config.json")
-    _add_provenance(checkpoint, folder)
-
-
-def _generation(file: Path) -> dict[str, Any]:
-    fields = read_fields(file)
-    with refuse_damage(file):
-        return json.loads(GenerationConfig(**fields).to_json_string())
+        return TinyLlamaConfig.from_llama(config).to_llama(), fields.get("quantization_config")
 
 
 def _add_provenance(checkpoint: Checkpoint, folder: Path) -> None:
@@ -247,7 +217,7 @@ def _add_provenance(checkpoint: Checkpoint, folder: Path) -> None:
         file = folder / Path(name).name
         if checkpoint.path.is_file() and checkpoint.path.name != file.name:
             continue
-        if not is_file(file):
+        if not os.path.isfile(file):
             raise InputError(f"{file}: file not found, but listed in {_PROVENANCE}. Download it")
         if file_sha256(file) != digest:
             raise damaged(file, f"its SHA-256 differs from the one in {_PROVENANCE}")
