@@ -80,12 +80,12 @@ def verify(
     sizes = first.config.vocab_size, second.config.vocab_size
     rows = min(sizes)
     note = f"{sizes[0]:,} and {sizes[1]:,} embedding rows; the first {rows:,} are compared"
+    notes = (note,) if sizes[0] != sizes[1] else ()
     logits = [compute_logits(each, tokens)[:, :rows] for each in (first, second)]  # one model in memory at a time
     differences = (logits[1] - logits[0]).abs()  # [tokens, vocabulary]
     beyond = (differences.amax(-1) > tolerance).nonzero().flatten()
     layouts, largest, mean = (first.layout, second.layout), float(differences.max()), float(differences.mean())
     position = int(beyond[0]) if len(beyond) else None
-    notes = (note,) if sizes[0] != sizes[1] else ()
     agreement = float((logits[0].argmax(-1) == logits[1].argmax(-1)).float().mean())
     return Verification(layouts, inputs, len(tokens), largest, mean, position, agreement, tolerance, notes)
 

@@ -2,7 +2,6 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -102,8 +101,9 @@ def _real(header: GGUFHeader, key: str, default: float | None = None) -> float:
     return float(str(np.float32(positive_number(header.metadata, key, header.path, default, float))))
 
 
-def _rope(header: GGUFHeader) -> dict[str, Any]:
-    rope = {"rope_type": "default", "rope_theta": _real(header, "llama.rope.freq_base", 10000.0)}
+def _rope(header: GGUFHeader) -> dict[str, str | float]:
+    theta = _real(header, "llama.rope.freq_base", 10000.0)
+    rope: dict[str, str | float] = {"rope_type": "default", "rope_theta": theta}
     scaling = header.metadata.get("llama.rope.scaling.type", "none")
     if scaling not in ("none", "linear") or "llama.rope.scale_linear" in header.metadata:
         rule = "supported are none and linear, without llama.rope.scale_linear"

@@ -102,8 +102,9 @@ def config_from_fields(fields: Mapping[str, Any], where: str, rows: int) -> Llam
     )
 
 
-def _rope(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
-    rope = {"rope_theta": positive_number(fields, "rope_base", where, 10000, float), "rope_type": "default"}
+def _rope(fields: Mapping[str, Any], where: str) -> dict[str, str | float]:
+    theta = positive_number(fields, "rope_base", where, 10000, float)
+    rope: dict[str, str | float] = {"rope_type": "default", "rope_theta": theta}
     ratio = positive_number(fields, "rope_condense_ratio", where, 1, float)
     adjustments = fields.get("rope_adjustments")
     if ratio != 1:

@@ -34,11 +34,6 @@ _CONTEXT_NOTE = "max_position_embeddings is 4096 as in Llama 2, since Meta's fil
 _TIKTOKEN_NOTE = "tokenizer.model is not a SentencePiece model. Use tokenizer.json from the Hugging Face folder"
 
 
-def is_meta(names: Mapping[str, Any]) -> bool:
-    """Whether these are Meta's tensor names."""
-    return any(NAMES.layer_and_part(name)[1] == "attention.wq" for name in names)
-
-
 def read_meta(folder: Path) -> Checkpoint:
     """Opens a folder with `consolidated.*.pth` and `params.json`.
 

@@ -134,16 +134,15 @@ class _Archive:
 
     def _read(self, stored: StoredTensor, record: zipfile.ZipInfo) -> torch.Tensor:
         """Reads the part of a storage that a tensor covers."""
-        itemsize = stored.dtype.itemsize
-        span = 1 + sum((n - 1) * stride for n, stride in zip(stored.shape, stored.strides, strict=True))
         if not math.prod(stored.shape):
             return torch.empty(stored.shape, dtype=stored.dtype)
-        data = self._bytes(record, stored.offset * itemsize, span * itemsize)
-        flat = torch.frombuffer(data, dtype=stored.dtype)
+        span = 1 + sum((n - 1) * stride for n, stride in zip(stored.shape, stored.strides, strict=True))
+        offset = stored.offset * stored.dtype.itemsize
+        flat = torch.frombuffer(self._bytes(record), dtype=stored.dtype, count=span, offset=offset)
         return flat.as_strided(stored.shape, stored.strides).contiguous()
 
-    def _bytes(self, record: zipfile.ZipInfo, offset: int = 0, length: int | None = None) -> memoryview:
-        """Maps a part of a record into memory; copying it would take longer than everything else.
+    def _bytes(self, record: zipfile.ZipInfo) -> memoryview:
+        """Maps a record into memory; copying it would take longer than everything else.
 
         The mapping is private and ends with the last tensor in it. The first call verifies the checksum of the record.
         """
@@ -158,7 +157,7 @@ class _Archive:
             if checksum != record.CRC:
                 raise damaged(self.path, f"wrong checksum of {record.filename}")
             self.checked.add(record.filename)
-        return contents[offset : None if length is None else offset + length]
+        return contents
 
     def _begin(self, record: zipfile.ZipInfo) -> int:
         """Returns the position of a record's contents after its local header, which can differ from the directory."""

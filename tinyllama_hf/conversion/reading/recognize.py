@@ -129,7 +129,7 @@ def _by_keys(tensors: dict[str, LazyTensor], file: Path, given: Path, config: Pa
         checkpoint = _lit_gpt(bare, kind, file, given, config)
     elif any(name.startswith("model.layers.") for name in bare):
         checkpoint = _hugging_face(bare, file, given, config or file.parent / "config.json")
-    elif meta.is_meta(bare):
+    elif any(meta.NAMES.layer_and_part(name)[1] == "attention.wq" for name in bare):
         raise InputError(f"{file}: contains Meta's tensors. Pass the folder with consolidated.00.pth and params.json")
     else:
         raise InputError(f"{file}: unknown layout; its first tensors are {', '.join(list(bare)[:3]) or 'none'}")
