@@ -134,8 +134,8 @@ def score_milestone(run: Path, milestone: Path) -> None:
 
     with optional_output(f"{milestone.name}: not scored", f"score it with `tinyllama-hf eval text {run}`"):
         scores = score([str(run)], output=run / SCORES_FILE, show_progress=False)
-        row = next(row for row in scores["models"] if row["name"] == milestone.name)
-        print(f"{row['bits_per_byte']:.4f} bits per byte  {row['name']}", flush=True)
+        row = next(row for row in scores.models if row.name == milestone.name)
+        print(f"{row.bits_per_byte:.4f} bits per byte  {row.name}", flush=True)
 
 
 class TrainingPicture:

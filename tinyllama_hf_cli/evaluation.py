@@ -85,6 +85,7 @@ def text(
     from tinyllama_hf.errors import InputError
     from tinyllama_hf.evaluation import series
     from tinyllama_hf.evaluation.models import find_run
+    from tinyllama_hf.evaluation.score_files import BaselineRow, TextRow
     from tinyllama_hf.progress import quiet_library_bars
 
     quiet_library_bars()
@@ -103,9 +104,10 @@ def text(
     target = _target(output, find_run(models), "scores", quantization)
     scores = series.score(models, data or [], baselines, device, target, rescore, quantization=quantization)
     print(f"{'bits per byte':>13}  {'tokens':>12}  model")
-    for row in sorted([*scores["baselines"], *scores["models"]], key=lambda row: row.get("tokens", 0)):
-        tokens = f"{row['tokens']:,}" if "tokens" in row else ""
-        print(f"{row['bits_per_byte']:>13.4f}  {tokens:>12}  {row['name']}")
+    rows: list[TextRow | BaselineRow] = [*scores.baselines, *scores.models]
+    for row in sorted(rows, key=lambda row: row.tokens or 0):
+        tokens = f"{row.tokens:,}" if row.tokens is not None else ""
+        print(f"{row.bits_per_byte:>13.4f}  {tokens:>12}  {row.name}")
     if target:
         print(f"wrote {target}")
 
@@ -152,7 +154,7 @@ def tasks(
     row = published_row(published) if published is not None else None
     target = _target(output, find_run(models), "commonsense", quantization)
     scores = score_commonsense(models, folder, limit, batch_size, device, target, samples, print, quantization)
-    for line in table_lines(scores.protocol, scores.models, row):
+    for line in table_lines(scores, row):
         print(line)
     for path in filter(None, (target, samples)):
         print(f"wrote {path}")

@@ -14,6 +14,7 @@ from tinyllama_hf.data.mixture import Mixture
 from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.evaluation.bits_per_byte import HeldOut, held_out_documents, score_documents, summarize, windows
+from tinyllama_hf.evaluation.score_files import TextProtocol
 from tinyllama_hf.evaluation.series import _baselines, score
 from tinyllama_hf.pretrain.config import load_config
 from tinyllama_hf.pretrain.loop import pretrain
@@ -107,27 +108,27 @@ def test_bytes_are_those_of_utf8(tokenizer_folder, tmp_path):
     prepare([str(tmp_path / "a.jsonl")], tokenizer_folder, folder, validation_fraction=0.4, workers=1, progress=False)
     splits = json.loads((folder / "dataset.json").read_text())["splits"]
     assert (splits["train"]["bytes"], splits["validation"]["bytes"]) == (10 + 2, 4 + 8 + 6)
-    (data,) = score([str(tmp_path / "model")], [str(folder)], device="cpu", show_progress=False)["data"]
-    assert (data["documents"], data["bytes"]) == (3, 18)
+    (data,) = score([str(tmp_path / "model")], [str(folder)], device="cpu", show_progress=False).data
+    assert (data.documents, data.bytes) == (3, 18)
 
 
 def test_a_run_with_baselines(recipe):
     config = load_config(recipe)
     pretrain(config)
     scores = score([config.output_dir], baselines=True)
-    assert [row["step"] for row in scores["models"]] == [6, 12]
-    assert [(row["name"], row["step"]) for row in scores["baselines"]] == [
+    assert [row.step for row in scores.models] == [6, 12]
+    assert [(row.name, row.step) for row in scores.baselines] == [
         ("unigram", 6),
         ("5-gram", 6),
         ("unigram", 12),
         ("5-gram", 12),
     ]
-    assert scores["baselines"][3]["distinct_tokens"] == 12 * 256
-    assert scores["baselines"][1]["bits_per_byte"] > scores["baselines"][3]["bits_per_byte"], "more text, fewer bits"
-    assert scores["models"][0]["protocol"] == {"context": 32, "stride": 16, "bos": True, "dtype": "float32"}
-    assert scores["data"][0]["documents"] > 0 and scores["provenance"]["machine"]
-    again = score([scores["models"][1]["path"]], [scores["data"][0]["path"]])
-    assert again["models"][0]["bits_per_byte"] == scores["models"][1]["bits_per_byte"]
+    assert scores.baselines[3].distinct_tokens == 12 * 256
+    assert scores.baselines[1].bits_per_byte > scores.baselines[3].bits_per_byte, "more text, fewer bits"
+    assert scores.models[0].protocol == TextProtocol(context=32, stride=16, bos=True, dtype="float32")
+    assert scores.data[0].documents > 0 and scores.provenance["machine"]
+    again = score([scores.models[1].path], [scores.data[0].path])
+    assert again.models[0].bits_per_byte == scores.models[1].bits_per_byte
 
 
 def test_baselines_are_fitted_on_each_block_once(documents, tokenizer_folder, tmp_path):

@@ -17,8 +17,8 @@ from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.evaluation import suite as suites
 from tinyllama_hf.evaluation.commonsense import score_commonsense
-from tinyllama_hf.evaluation.protocol import TASKS, Protocol, compare, published_row
-from tinyllama_hf.evaluation.score_files import CommonsenseRow, TaskResult
+from tinyllama_hf.evaluation.protocol import TASKS, compare, published_row
+from tinyllama_hf.evaluation.score_files import CommonsenseRow, CommonsenseScoreFile, Protocol, TaskScore
 from tinyllama_hf.evaluation.suite import open_suite, task_files
 from tinyllama_hf.evaluation.table import table_lines
 from tinyllama_hf.evaluation.task_rows import check_rows, decisive_fields
@@ -367,7 +367,7 @@ def made_up(shift: float = 0.0, average_shift: float = 0.0) -> CommonsenseRow:
     """The published scores of pythia-1b, the first one moved by `shift`."""
     published = published_row("pythia-1b")
     results = {
-        task: TaskResult("acc", published.scores[task], 1.0, items, 1)
+        task: TaskScore("acc", published.scores[task], 1.0, items, 1)
         for task, items in tables()["protocol"]["items"].items()
     }
     results["hellaswag"] = replace(results["hellaswag"], score=published.scores["hellaswag"] + shift)
@@ -387,7 +387,7 @@ def made_up(shift: float = 0.0, average_shift: float = 0.0) -> CommonsenseRow:
 def table(row: CommonsenseRow, published=None) -> list[str]:
     metrics = tables()["protocol"]["metric"]
     protocol = Protocol("lm-eval", {}, metrics, "float32", 0, False, False, 512, None, {}, sample=False)
-    return list(table_lines(protocol, [row], published))
+    return list(table_lines(CommonsenseScoreFile(protocol=protocol, models=[row]), published))
 
 
 @pytest.mark.parametrize(

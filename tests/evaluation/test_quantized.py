@@ -76,7 +76,7 @@ def score(few):
     def run(task, models, quantization="none", **options):
         models, how = [str(model) for model in models], {"quantization": quantization, **options}
         if task == "bits_per_byte":
-            return series.score(models, [str(few)], **how)["models"]
+            return [row.to_json() for row in series.score(models, [str(few)], **how).models]
         if task == "commonsense":
             scores = commonsense.score_commonsense(models, "embedded:sample", limit=2, **how)
             return [row.to_json() for row in scores.models]
@@ -211,8 +211,8 @@ def test_scores_of_a_quantized_run_have_a_file_of_their_own(few, tokenizer_folde
     rows = json.loads((run / "scores-nf4.json").read_text())["models"]
     assert [(row["step"], row["quantization"]) for row in rows] == [(6, "nf4"), (12, "nf4")]
     assert all(row["name"].endswith(" (nf4)") for row in rows)
-    plain = series.score([str(run)], output=run / "scores-nf4.json")["models"]
-    assert all(a["bits_per_byte"] != b["bits_per_byte"] for a, b in zip(rows, plain, strict=True))
+    plain = series.score([str(run)], output=run / "scores-nf4.json").models
+    assert all(a["bits_per_byte"] != b.bits_per_byte for a, b in zip(rows, plain, strict=True))
     call("text", run, "--quantization", "nf4", "--rescore")
     monkeypatch.setattr(series, "_score_folder", lambda *_: pytest.fail("scored again"))
     assert call("text", run, "--watch", "--quantization", "nf4").count("bits per byte  ") == 2

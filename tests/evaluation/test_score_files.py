@@ -7,11 +7,14 @@ import pytest
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.evaluation.score_files import (
     BaselineRow,
-    CommonsenseRow,
-    ScoreFile,
     TextProtocol,
     TextRow,
-    read_records,
+    TextScoreFile,
+    TextSource,
+    read_run_scores,
+    read_scores,
+    replace_rows,
+    write_scores,
 )
 from tinyllama_hf.files import write_json
 
@@ -30,9 +33,7 @@ EARLY_ROW = {
 PROTOCOL = TextProtocol(32, 16, True, "float32")
 
 
-def open_file(path, **options):
-    settings = {"data": [{"path": "data/prose", "fingerprint": "f" * 64, "documents": 6, "bytes": 31415}]}
-    return ScoreFile(path, "bits_per_byte", settings, TextRow, lambda row: {row.path}, extra=["baselines"], **options)
+SOURCE = TextSource("data/prose", "f" * 64, documents=6, bytes=31415)
 
 
 def row(path: str, bits: float = 3.0) -> TextRow:
@@ -40,42 +41,25 @@ def row(path: str, bits: float = 3.0) -> TextRow:
 
 
 def test_the_layout_on_disk(tmp_path):
-    file = open_file(tmp_path / "new" / "scores.json")
     later = {"quantization": "nf4", "scored_with": {"torch": "2.13.0"}, "created": "2026-11-01T00:00:00+00:00"}
-    file.add(TextRow(**EARLY_ROW | later | {"protocol": PROTOCOL}))
-    file.add(row("other"))
+    first = TextRow(**EARLY_ROW | later | {"protocol": PROTOCOL})
+    file = TextScoreFile(data=[SOURCE], models=[first, row("other")])
+    write_scores(tmp_path / "new" / "scores.json", file)
     written = json.loads((tmp_path / "new" / "scores.json").read_text())
     assert list(written) == ["task", "data", "models", "baselines", "provenance"] and written["baselines"] == []
+    assert written["data"] == [{"path": "data/prose", "fingerprint": "f" * 64, "documents": 6, "bytes": 31415}]
     assert written["models"][0] == {**EARLY_ROW, **later}
     assert written["models"][1].keys() == written["models"][0].keys() - {"step", "tokens"}
-    assert written["models"][1]["created"] is None
-    assert {key: value for key, value in file.contents().items() if key != "provenance"} == {
-        key: value for key, value in written.items() if key != "provenance"
-    }
+    assert written["models"][1]["created"] is None and written["provenance"] == file.provenance
+    assert read_scores(tmp_path / "new" / "scores.json", TextScoreFile) == file
 
 
-def test_a_row_replaces_that_of_the_same_model_and_no_other(tmp_path):
-    path = tmp_path / "scores.json"
-    file = open_file(path)
-    for name, bits in (("a", 1.0), ("b", 2.0), ("a", 3.0)):
-        file.add(row(name, bits))
-        assert json.loads(path.read_text()) | {"provenance": None} == file.contents() | {"provenance": None}
-    assert [(r.name, r.bits_per_byte) for r in open_file(path).rows] == [("a", 3.0), ("b", 2.0)]
-    assert file.find("a").bits_per_byte == 3.0 and file.find("c") is None
-    file.keep([file.find("a")])
-    assert [r.name for r in open_file(path).rows] == ["a"]
-    assert open_file(path, rescore=True).rows == []
-
-
-def test_a_model_is_the_same_by_its_path_or_by_its_files():
-    def scored(path, fingerprint):
-        figures = {"results": {}, "average": 1.0, "average_standard_error": 1.0, "cut_requests": 0, "seconds": 1.0}
-        return CommonsenseRow(name=path, path=path, fingerprint=fingerprint, **figures)
-
-    file = ScoreFile(None, "commonsense", {}, CommonsenseRow, lambda row: {row.path, row.fingerprint})
-    for model in (("a", "1"), ("b", "2"), ("c", "3"), ("b", "1")):
-        file.add(scored(*model))
-    assert [(row.path, row.fingerprint) for row in file.rows] == [("b", "1"), ("c", "3")]
+def test_a_row_replaces_that_of_the_same_model_and_no_other():
+    rows = [row("a", 1.0), row("b", 2.0), row("a", 1.5), row("c", 4.0)]
+    replace_rows(rows, [rows[0], rows[2]], row("a", 3.0))
+    assert [(r.name, r.bits_per_byte) for r in rows] == [("a", 3.0), ("b", 2.0), ("c", 4.0)]
+    replace_rows(rows, [], row("d"))
+    assert [r.name for r in rows] == ["a", "b", "c", "d"]
 
 
 def test_a_file_of_an_early_version_is_read_and_kept(tmp_path):
@@ -89,12 +73,19 @@ def test_a_file_of_an_early_version_is_read_and_kept(tmp_path):
         "by_source": {},
     }
     write_json(path, {"task": "bits_per_byte", "data": [], "models": [EARLY_ROW], "baselines": [counted]})
-    file = open_file(path)
-    assert file.rows[0].quantization == "none" and file.rows[0].scored_with == {}
-    file.add(row("other"))
+    file = read_scores(path, TextScoreFile)
+    assert file.models[0].quantization == "none" and file.models[0].scored_with == {}
+    assert file.baselines == [BaselineRow(**counted)]
+    write_scores(path, file)
     written = json.loads(path.read_text())
     assert written["models"][0].items() >= EARLY_ROW.items() and written["baselines"] == [counted]
-    assert read_records(written["baselines"], BaselineRow, "") == [BaselineRow(**counted)]
+
+
+def test_the_scores_of_a_folder_and_of_one_model(tmp_path):
+    write_scores(tmp_path / "scores.json", TextScoreFile(data=[SOURCE], models=[row("a"), row("b")]))
+    scores = read_run_scores(tmp_path)
+    assert [r.name for r in scores.text.models] == ["a", "b"] and scores.commonsense is scores.replies is None
+    assert [r.name for r in scores.of_model("b").text.models] == ["b"] and scores.of_model("c").text is None
 
 
 @pytest.mark.parametrize(
@@ -103,10 +94,13 @@ def test_a_file_of_an_early_version_is_read_and_kept(tmp_path):
         ('{"task": "bits_per_byte", "models": [', r"scores\.json: damaged, not valid JSON"),
         ("[]", r"scores\.json: is not a file of bits_per_byte scores"),
         ('{"task": "commonsense", "models": []}', r"scores\.json: is not a file of bits_per_byte scores"),
-        ('{"task": "bits_per_byte"}', r"scores\.json: models: Input should be a valid list"),
-        ('{"task": "bits_per_byte", "models": [{"name": "a"}]}', r"scores\.json: models\.0\.path: Field required"),
+        ('{"task": "bits_per_byte", "data": []}', r"scores\.json: models: Field required"),
         (
-            json.dumps({"task": "bits_per_byte", "models": [EARLY_ROW | {"bits_per_byte": "two"}]}),
+            '{"task": "bits_per_byte", "data": [], "models": [{"name": "a"}]}',
+            r"scores\.json: models\.0\.path: Field required",
+        ),
+        (
+            json.dumps({"task": "bits_per_byte", "data": [], "models": [EARLY_ROW | {"bits_per_byte": "two"}]}),
             r"scores\.json: models\.0\.bits_per_byte: Input should be a valid number",
         ),
     ],
@@ -115,17 +109,12 @@ def test_a_damaged_file_or_one_of_another_task_is_left_as_it_is(tmp_path, text, 
     path = tmp_path / "scores.json"
     path.write_text(text)
     with pytest.raises(InputError, match=message):
-        open_file(path)
+        read_scores(path, TextScoreFile)
     assert path.read_text() == text
+    assert read_scores(path, TextScoreFile, rescore=True) is None
 
 
-def test_other_settings_are_refused(tmp_path):
-    def refuse(before):
-        raise InputError(f"of {before['task']}, on {before['data'][0]['path']}")
-
-    path = tmp_path / "scores.json"
-    open_file(path, check_settings=refuse).add(row("a"))
-    with pytest.raises(InputError, match="of bits_per_byte, on data/prose"):
-        open_file(path, check_settings=refuse)
-    with pytest.raises(InputError, match="is a folder"):
-        open_file(tmp_path)
+def test_a_folder_is_refused(tmp_path):
+    for rescore in (False, True):
+        with pytest.raises(InputError, match="is a folder"):
+            read_scores(tmp_path, TextScoreFile, rescore)

@@ -118,7 +118,7 @@ def test_inline_scores_equal_those_of_the_command(finished, tmp_path):
     inline = json.loads((run / "scores.json").read_text())
     assert [row["name"] for row in inline["models"]] == [folder.name for folder in list_milestones(run)]
     again = score([str(run)], output=tmp_path / "again.json")
-    assert [row["bits_per_byte"] for row in again["models"]] == [row["bits_per_byte"] for row in inline["models"]]
+    assert [row.bits_per_byte for row in again.models] == [row["bits_per_byte"] for row in inline["models"]]
     for row in inline["models"]:
         assert f"{row['bits_per_byte']:.4f} bits per byte  {row['name']}" in printed
 
@@ -224,7 +224,8 @@ class TestIncremental:
     def test_another_protocol_is_refused(self, finished, tmp_path):
         run, _ = finished
         output = tmp_path / "scores.json"
-        scores = score([str(run)], output=output)
+        score([str(run)], output=output)
+        scores = json.loads(output.read_text())
         scores["models"] = scores["models"][:1]
         scores["models"][0]["protocol"] |= {"dtype": "bfloat16"}
         write_json(output, scores)
@@ -239,7 +240,7 @@ class TestIncremental:
         first = score([str(run)], output=run / "scores.json")
         moved = Path(shutil.copytree(run, tmp_path / "elsewhere"))
         monkeypatch.setattr(series, "_score_folder", lambda *_: pytest.fail("scored again"))
-        assert score([str(moved)], output=moved / "scores.json")["models"] == first["models"]
+        assert score([str(moved)], output=moved / "scores.json").models == first.models
 
     def test_counting_models_are_not_fitted_again(self, finished, tmp_path, monkeypatch):
         from tinyllama_hf.evaluation import series
@@ -247,9 +248,9 @@ class TestIncremental:
         run, _ = finished
         output = tmp_path / "scores.json"
         first = score([str(run)], baselines=True, output=output)
-        assert len(first["baselines"]) == 4
+        assert len(first.baselines) == 4
         monkeypatch.setattr(series, "NGramModel", lambda *_: pytest.fail("fitted again"))
-        assert score([str(run)], baselines=True, output=output)["baselines"] == first["baselines"]
+        assert score([str(run)], baselines=True, output=output).baselines == first.baselines
 
     def test_what_is_scored_is_not_scored_again(self, finished, tmp_path, monkeypatch):
         from tinyllama_hf.evaluation import series
@@ -258,7 +259,7 @@ class TestIncremental:
         output = tmp_path / "scores.json"
         first = score([str(run)], output=output)
         monkeypatch.setattr(series, "_score_folder", lambda *_: pytest.fail("scored again"))
-        assert score([str(run)], output=output)["models"] == first["models"]
+        assert score([str(run)], output=output).models == first.models
 
     def test_a_killed_call_keeps_what_it_had(self, finished, tmp_path, monkeypatch):
         from tinyllama_hf.evaluation import series
@@ -276,15 +277,16 @@ class TestIncremental:
         with pytest.raises(KeyboardInterrupt):
             score([str(run)], output=output)
         assert len(json.loads(output.read_text())["models"]) == 1
-        assert len(score([str(run)], output=output)["models"]) == 2 and len(calls) == 3
+        assert len(score([str(run)], output=output).models) == 2 and len(calls) == 3
 
     def test_a_milestone_that_was_written_again_is_scored_again(self, finished, tmp_path):
         run, _ = finished
         output = tmp_path / "scores.json"
-        before = score([str(run)], output=output)
+        score([str(run)], output=output)
+        before = json.loads(output.read_text())
         before["models"][0] |= {"created": "2020-01-01T00:00:00+00:00", "bits_per_byte": 99.0}
         write_json(output, before)
-        assert score([str(run)], output=output)["models"][0]["bits_per_byte"] < 20
+        assert score([str(run)], output=output).models[0].bits_per_byte < 20
 
 
 def test_watch_scores_as_they_appear(recipe):

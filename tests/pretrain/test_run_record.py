@@ -60,9 +60,9 @@ def test_an_early_run_is_scored(early_run):
         load_config(early_run / "training.yaml")
     before = contents(early_run)
     scores = score([str(early_run)], baselines=True, device="cpu", show_progress=False)
-    assert [row["name"] for row in scores["models"]] == NAMES
-    assert [row["bits_per_byte"] for row in scores["models"]] == pytest.approx([5.807368393255524, 5.640636664268547])
-    counted = {(row["name"], row["step"]): row["bits_per_byte"] for row in scores["baselines"]}
+    assert [row.name for row in scores.models] == NAMES
+    assert [row.bits_per_byte for row in scores.models] == pytest.approx([5.807368393255524, 5.640636664268547])
+    counted = {(row.name, row.step): row.bits_per_byte for row in scores.baselines}
     assert counted == pytest.approx(
         {
             ("unigram", 6): 4.296213020720292,

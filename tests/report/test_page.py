@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.hub.conftest import commonsense_scores
 from tests.report.test_plots import assert_draws, series
 from tests.report.test_training import training_row
 from tinyllama_hf.errors import InputError
@@ -25,15 +26,25 @@ def score_file(run: Path, tokens: tuple[int, ...]) -> dict:
     """Scores as `tinyllama-hf eval text RUN --baselines` writes them, with recognizable values."""
     path = "data/a & b"
     rows = [
-        {"name": f"step-{i}", "tokens": t, "bits_per_byte": 3 - i / 8, "by_source": {path: 3 - i / 8}}
+        {
+            "name": f"step-{i}",
+            "path": f"run/milestones/step-{i}",
+            "step": i,
+            "tokens": t,
+            "bits_per_byte": 3 - i / 8,
+            "by_source": {path: 3 - i / 8},
+            "protocol": {"context": 32, "stride": 16, "bos": True, "dtype": "float32"},
+            "seconds": 1.0,
+        }
         for i, t in enumerate(tokens)
     ]
     baselines = [
-        {"name": n, "tokens": t, "bits_per_byte": b, "by_source": {path: b}}
+        {"name": n, "step": 1, "tokens": t, "distinct_tokens": t, "bits_per_byte": b, "by_source": {path: b}}
         for t in tokens
         for n, b in (("unigram", 4.125), ("5-gram", 2.9375))
     ]
-    return {"data": [{"path": path, "documents": 7}], "models": rows, "baselines": baselines}
+    data = [{"path": path, "fingerprint": "f" * 64, "documents": 7, "bytes": 31_415}]
+    return {"task": "bits_per_byte", "data": data, "models": rows, "baselines": baselines}
 
 
 def test_page_of_a_scored_run(run, tmp_path, drawn):
@@ -79,9 +90,15 @@ def test_what_became_of_the_last_milestone(run, tmp_path):
     with pytest.raises(InputError, match=r"chat: no scores of the replies.*tinyllama-hf eval replies .*chat"):
         write_report(run, tmp_path / "report", chat=chat)
     assert not (tmp_path / "report").exists()
-    samples = [{"question": f"What is <{i}>?", "reply": f"It is {i}.", "true": "No & yes."} for i in range(40)]
+    samples = [
+        {"question": f"What is <{i}>?", "reply": f"It is {i}.", "stopped": True, "true": "No & yes."}
+        for i in range(40)
+    ]
     replies = {
         "name": "chat",
+        "path": "chat",
+        "data_sha256": "0" * 64,
+        "loss": 2.5,
         "replies": 40,
         "stop_rate": 0.975,
         "median_length": 12.5,
@@ -89,15 +106,17 @@ def test_what_became_of_the_last_milestone(run, tmp_path):
         "samples": samples,
     }
     other = replies | {"name": "another", "stop_rate": 0.125}
-    (chat / "replies.json").write_text(json.dumps({"models": [other, replies]}))
+    (chat / "replies.json").write_text(json.dumps({"task": "replies", "models": [other, replies]}))
     record = {
         "held_out_loss": {"before": 5.83, "after": 2.74},
         "conversations": {"train": 1728, "source": "embedded:questions"},
     }
     (chat / "provenance.json").write_text(json.dumps(record))
-    results = {name: {"score": 25.04, "standard_error": 4.26, "items": 100} for name in ("hellaswag", "piqa")}
-    rows = [{"name": "step-12", "results": results, "average": 25.04, "average_standard_error": 3.01}]
-    (run / "commonsense.json").write_text(json.dumps({"protocol": {"sample": False}, "models": rows}))
+    scores = commonsense_scores(["step-12"], limit=100)
+    for result in scores["models"][0]["results"].values():
+        result |= {"score": 25.04, "standard_error": 4.26}
+    scores["models"][0] |= {"average": 25.04, "average_standard_error": 3.01}
+    (run / "commonsense.json").write_text(json.dumps(scores))
     page = write_report(run, tmp_path / "report", chat=chat).read_text()
     for fact in (
         "1,728 conversations (embedded:questions)",
@@ -108,8 +127,9 @@ def test_what_became_of_the_last_milestone(run, tmp_path):
         "No &amp; yes.",
         "25.0 ± 4.3",
         "<b>25.0 ± 3.0</b>",
-        "over 200 questions",
-        "Scored on 100 of 10042 items of hellaswag, 100 of 1838 items of piqa; not comparable",
+        "over 700 questions",
+        "Scored on 100 of 10042 items of hellaswag, ",
+        "100 of 1838 items of piqa; not comparable",
     ):
         assert fact in page, fact
     assert "What is &lt;36&gt;?" not in page, "some of the replies are shown, not all"

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.report.test_training import training_row, write
+from tinyllama_hf.evaluation.score_files import BaselineRow, TextProtocol, TextRow, TextScoreFile
 from tinyllama_hf.report import plots
 from tinyllama_hf.report.training import TrainingCurves
 
@@ -127,15 +128,21 @@ def test_training_panels(curves, drawn, tmp_path):
     assert_colors(tmp_path / "training.png", *(plots._COLORS[name] for name in ("model", "validation", "5-gram")))
 
 
+def scored(tokens: int, bits: float) -> TextRow:
+    protocol = TextProtocol(context=32, stride=16, bos=True, dtype="float32")
+    figures = {"bits_per_byte": bits, "by_source": {}, "protocol": protocol, "seconds": 1.0}
+    return TextRow(name="a", path="a", tokens=tokens, **figures)
+
+
 def test_trajectory(drawn, tmp_path):
     """Shows every milestone with its value, and both n-gram models."""
-    models = [{"tokens": 1000 * i, "bits_per_byte": 3 - i / 8} for i in range(1, 5)]
     baselines = [
-        {"name": name, "tokens": 1000 * i, "bits_per_byte": bits - i / 100}
+        BaselineRow(name=name, step=i, tokens=1000 * i, distinct_tokens=9, bits_per_byte=bits - i / 100, by_source={})
         for i in range(1, 5)
         for name, bits in (("unigram", 4.0), ("5-gram", 2.9))
     ]
-    plots.trajectory({"models": models, "baselines": baselines}, tmp_path / "trajectory.png")
+    scores = TextScoreFile(data=[], models=[scored(1000 * i, 3 - i / 8) for i in range(1, 5)], baselines=baselines)
+    plots.trajectory(scores, tmp_path / "trajectory.png")
     [[axes]] = [figure.axes for figure in drawn]
     tokens = [1000, 2000, 3000, 4000]
     assert series(axes, "model") == (tokens, [2.875, 2.75, 2.625, 2.5])
@@ -149,7 +156,7 @@ def test_trajectory(drawn, tmp_path):
 
 
 def test_trajectory_without_counting_models(drawn, tmp_path):
-    plots.trajectory({"models": [{"tokens": 5, "bits_per_byte": 2.0}], "baselines": []}, tmp_path / "trajectory.png")
+    plots.trajectory(TextScoreFile(data=[], models=[scored(5, 2.0)]), tmp_path / "trajectory.png")
     [[axes]] = [figure.axes for figure in drawn]
     assert series(axes, "model") == ([5], [2.0]) and legend(axes) == ["model"]
 

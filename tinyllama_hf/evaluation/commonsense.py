@@ -17,23 +17,23 @@ from ..files import read_json, write_text
 from ..inference.load import choose_device
 from ..released import tables
 from .harness import BATCH_SIZE, Item, run_suite
-from .models import EvalModel, list_eval_models, load_eval_model
-from .protocol import TASKS, Protocol
-from .score_files import CommonsenseRow, ScoreFile
+from .models import list_eval_models, load_eval_model
+from .protocol import TASKS
+from .score_files import (
+    CommonsenseRow,
+    CommonsenseScoreFile,
+    Protocol,
+    ScoredModel,
+    read_scores,
+    replace_rows,
+    write_scores,
+)
 from .score_metrics import average_standard_error, commonsense_average
 from .suite import Suite, open_suite
 
 
 # The files that affect scores: stock transformers loads no others.
 MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-
-
-@dataclasses.dataclass(frozen=True)
-class CommonsenseScores:
-    """Commonsense scores of models under one protocol."""
-
-    protocol: Protocol
-    models: list[CommonsenseRow]
 
 
 def score_commonsense(
@@ -46,7 +46,7 @@ def score_commonsense(
     samples: Path | None = None,
     note: Callable[[str], Any] = lambda line: None,
     quantization: str = "none",
-) -> CommonsenseScores:
+) -> CommonsenseScoreFile:
     """Scores models under the published protocol. Models that are in the output file are not scored again.
 
     Args:
@@ -64,7 +64,7 @@ def score_commonsense(
             saved quantized keep their own.
 
     Returns:
-        `CommonsenseScores`: the protocol, and the rows of the given models in their order.
+        `CommonsenseScoreFile`: the contents of the score file, with only the given models, in their order.
 
     Raises:
         InputError: for missing or contradictory input, before the first model is loaded.
@@ -79,21 +79,24 @@ def score_commonsense(
         rows: list[CommonsenseRow] = []
         lines: list[str] = []
         for model in chosen:
-            known = {**model.record(), "fingerprint": _fingerprint(model.folder)}
-            before = file.find(("fingerprint", known["fingerprint"], model.quantization))
+            fingerprint = _fingerprint(model.folder)
+            own = [row for row in file.models if row.quantization == model.quantization]
+            own = [row for row in own if row.path == model.path or row.fingerprint == fingerprint]
+            before = next((row for row in own if row.fingerprint == fingerprint), None)
             if before and not samples:
                 note(f"{model.name}: already scored under this protocol, with the same weights")
-                rows.append(dataclasses.replace(before, **known))
+                row = dataclasses.replace(before, **vars(model))
             else:
-                row, items = _score_folder(model, known, suite, protocol, batch_size, device, note)
-                rows.append(row)
-                about = {"model": str(model.folder), "quantization": model.quantization}
+                row, items = _score_folder(model, fingerprint, suite, protocol, batch_size, device, note)
+                about = {"model": model.path, "quantization": model.quantization}
                 lines += [json.dumps({**about, **dataclasses.asdict(item)}) + "\n" for item in items]
-            file.add(rows[-1])
+            rows.append(row)
+            replace_rows(file.models, own, row)
+            write_scores(output, file)
             if samples:
                 samples.parent.mkdir(parents=True, exist_ok=True)
                 write_text(samples, "".join(lines))
-    return CommonsenseScores(protocol, rows)
+    return dataclasses.replace(file, models=rows)
 
 
 def _check_options(limit: int | None, batch_size: int, output: Path | None, samples: Path | None) -> None:
@@ -134,24 +137,15 @@ def _published_protocol(suite: Suite, context: int, limit: int | None) -> Protoc
     )
 
 
-def _open_file(output: Path | None, protocol: Protocol) -> ScoreFile[CommonsenseRow]:
-    """Opens the score file. A model is identified by its path or its files, and its quantization."""
-
-    def check_protocol(before: dict[str, Any]) -> None:
-        if differences := protocol.differences(before.get("protocol", {})):
-            raise InputError(
-                f"--output {output} has scores of another protocol (different: {'; '.join(differences)}). A file has "
-                "one protocol; name another file, or remove this one"
-            )
-
-    return ScoreFile(
-        output,
-        "commonsense",
-        {"protocol": protocol.to_dict()},
-        CommonsenseRow,
-        lambda row: {("path", row.path, row.quantization), ("fingerprint", row.fingerprint, row.quantization)},
-        check_protocol,
-    )
+def _open_file(output: Path | None, protocol: Protocol) -> CommonsenseScoreFile:
+    """Reads the score file, or starts a new one."""
+    file = read_scores(output, CommonsenseScoreFile) or CommonsenseScoreFile(protocol=protocol, models=[])
+    if differences := protocol.differences(file.protocol):
+        raise InputError(
+            f"--output {output} has scores of another protocol (different: {'; '.join(differences)}). A file has "
+            "one protocol; name another file, or remove this one"
+        )
+    return file
 
 
 def _fingerprint(folder: Path) -> str:
@@ -160,8 +154,8 @@ def _fingerprint(folder: Path) -> str:
 
 
 def _score_folder(
-    model: EvalModel,
-    known: dict[str, Any],
+    model: ScoredModel,
+    fingerprint: str,
     suite: Suite,
     protocol: Protocol,
     batch_size: int,
@@ -172,7 +166,7 @@ def _score_folder(
     began = time.perf_counter()
     loaded, tokenizer = load_eval_model(model, device, getattr(torch, protocol.dtype))
     with Progress(transient=True, disable=not Console().is_terminal) as bar:
-        task = bar.add_task(f"Scoring {known['name']}", total=None)
+        task = bar.add_task(f"Scoring {model.name}", total=None)
 
         def progress(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
@@ -180,12 +174,13 @@ def _score_folder(
         outcome = run_suite(loaded, tokenizer, suite, protocol, batch_size, progress)
     if outcome.num_cut:
         note(
-            f"{known['name']}: {outcome.num_cut} requests are longer than the context of {protocol.context_length} "
+            f"{model.name}: {outcome.num_cut} requests are longer than the context of {protocol.context_length} "
             "tokens and were truncated from the left"
         )
     results = [outcome.results[name] for name in TASKS]
     row = CommonsenseRow(
-        **known,
+        **vars(model),
+        fingerprint=fingerprint,
         results=outcome.results,
         average=commonsense_average([result.score for result in results], TASKS),
         average_standard_error=average_standard_error([result.standard_error for result in results]),

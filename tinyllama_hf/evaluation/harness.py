@@ -13,8 +13,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
-from .protocol import Protocol
-from .score_files import TaskResult
+from .score_files import Protocol, TaskScore
 from .suite import Suite, quiet_harness, right_choice
 
 
@@ -35,7 +34,7 @@ class Item:
 class Outcome(NamedTuple):
     """The result of a model: `results` by task, all items, and the number of requests truncated to the context."""
 
-    results: dict[str, TaskResult]
+    results: dict[str, TaskScore]
     items: list[Item]
     num_cut: int
 
@@ -84,7 +83,7 @@ def run_suite(
         samples = output["samples"][name]
         items += [_item(name, suite.tasks[name], metric, sample) for sample in samples]
         scores = output["results"][name]
-        results[name] = TaskResult(
+        results[name] = TaskScore(
             metric=metric,
             score=100 * scores[f"{metric},none"],
             standard_error=100 * scores[f"{metric}_stderr,none"],

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,31 +11,10 @@ from ..files import read_json
 from ..inference.load import load, load_stock, model_folder, stock_tokenizer
 from ..pretrain.milestones import CONFIG_FILE, MILESTONES_FOLDER, list_milestones, read_record
 from ..quantization.bitsandbytes import cast_unquantized, check_quantization, choose_quantization, saved_quantization
+from .score_files import ScoredModel
 
 
-class EvalModel(NamedTuple):
-    """A model to evaluate.
-
-    Attributes:
-        folder (`Path`): the model folder.
-        name (`str`): the model's name; of a quantized model with the kind, `"my-model (nf4)"`, so that its scores
-            cannot be mistaken for those of the plain model.
-        quantization (`str`): one of `QUANTIZATIONS`.
-    """
-
-    folder: Path
-    name: str
-    quantization: str
-
-    def record(self) -> dict[str, Any]:
-        """The fields of a score file row that identify the model; milestones add `step` and `tokens`."""
-        is_milestone = (self.folder / "provenance.json").is_file() and (self.folder / CONFIG_FILE).is_file()
-        made = read_record(self.folder) if is_milestone else {}
-        place: dict[str, Any] = {key: made[key] for key in ("step", "tokens") if key in made}
-        return {"name": self.name, "path": str(self.folder), "quantization": self.quantization, **place}
-
-
-def describe_model(folder: Path, quantization: str = "none", name: str = "") -> EvalModel:
+def describe_model(folder: Path, quantization: str = "none", name: str = "") -> ScoredModel:
     """Returns the description of a model folder. Loads no weights.
 
     Args:
@@ -52,10 +30,18 @@ def describe_model(folder: Path, quantization: str = "none", name: str = "") -> 
     kind = choose_quantization(quantization, saved_quantization(read_json(config), str(config)), str(folder))
     check_quantization(kind)
     name = name or folder.name
-    return EvalModel(folder, name if kind == "none" else f"{name} ({kind})", kind)
+    is_milestone = (folder / "provenance.json").is_file() and (folder / CONFIG_FILE).is_file()
+    made = read_record(folder) if is_milestone else {}
+    return ScoredModel(
+        name=name if kind == "none" else f"{name} ({kind})",
+        path=str(folder),
+        quantization=kind,
+        step=made.get("step"),
+        tokens=made.get("tokens"),
+    )
 
 
-def list_eval_models(models: Sequence[str], quantization: str = "none") -> list[EvalModel]:
+def list_eval_models(models: Sequence[str], quantization: str = "none") -> list[ScoredModel]:
     """Returns the models to evaluate: all milestones if `models` is one run, else each model. Loads no weights.
 
     Raises:
@@ -70,7 +56,7 @@ def list_eval_models(models: Sequence[str], quantization: str = "none") -> list[
 
 
 def load_eval_model(
-    model: EvalModel, device: str = "auto", dtype: torch.dtype = torch.float32
+    model: ScoredModel, device: str = "auto", dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads model and tokenizer as stock transformers classes.
 
@@ -78,7 +64,7 @@ def load_eval_model(
     `load(..., quantization=...)`.
 
     Args:
-        model (`EvalModel`): the model to load.
+        model (`ScoredModel`): the model to load.
         device (`str`, *optional*, defaults to `"auto"`): the device to run on.
         dtype (`torch.dtype`, *optional*, defaults to fp32): dtype of all weights that are not quantized.
 

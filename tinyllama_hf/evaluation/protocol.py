@@ -1,62 +1,13 @@
-"""The protocol of the commonsense evaluation, and the published scores to compare with."""
+"""The published commonsense scores to compare with, and what makes scores incomparable."""
 
 import dataclasses
-from typing import Any
 
 from ..errors import InputError, did_you_mean
 from ..released import Released, released, tables
-from .score_files import CommonsenseRow
+from .score_files import CommonsenseRow, CommonsenseScoreFile
 
 
 TASKS = tuple(tables()["protocol"]["metric"])
-
-
-@dataclasses.dataclass(frozen=True)
-class Protocol:
-    """All settings that change a commonsense score. Scores are comparable if their protocols are equal.
-
-    Attributes:
-        harness (`str`): name and version of the harness.
-        task_versions (`dict`): the harness's version of each task.
-        metrics (`dict`): the reported metric of each task. `"acc"` picks the choice with the highest log-likelihood,
-            `"acc_norm"` the one with the highest log-likelihood per character.
-        dtype (`str`): dtype of weights and arithmetic.
-        num_fewshot (`int`): number of solved examples before each question.
-        add_bos_token (`bool`): whether each request starts with the begin-of-sequence token.
-        apply_chat_template (`bool`): whether each question is formatted as a user turn.
-        context_length (`int`): context of the model in tokens. Longer requests are truncated from the left.
-        limit (`int`, *optional*): number of items per task, from the first; `None` for all.
-        data (`dict`): for each task, the SHA-256 of the file that was read, or the location on the Hub.
-        sample (`bool`): whether the data are the made-up items that ship with the package.
-    """
-
-    harness: str
-    task_versions: dict[str, Any]
-    metrics: dict[str, str]
-    dtype: str
-    num_fewshot: int
-    add_bos_token: bool
-    apply_chat_template: bool
-    context_length: int
-    limit: int | None
-    data: dict[str, str]
-    sample: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the protocol as it is written to a score file."""
-        return dataclasses.asdict(self)
-
-    def differences(self, other: dict[str, Any]) -> list[str]:
-        """Lists the differences from a protocol of a score file: `"limit (100, not None)"`, `"data of piqa"`."""
-        own, found = self.to_dict(), []
-        for key in (key for key in own | other if own.get(key) != other.get(key)):
-            mine, theirs = own.get(key), other.get(key)
-            if isinstance(mine, dict) and isinstance(theirs, dict):
-                tasks = [task for task in mine | theirs if mine.get(task) != theirs.get(task)]
-                found.append(f"{key} of {', '.join(tasks)}")
-            else:
-                found.append(f"{key} ({theirs}, not {mine})")
-        return found
 
 
 def published_row(name: str) -> Released:
@@ -105,15 +56,13 @@ def compare(row: CommonsenseRow, published: Released) -> Comparison:
     return Comparison(printed, differences, outside)
 
 
-def caveat(protocol: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:
+def caveat(file: CommonsenseScoreFile) -> str:
     """Returns why scores are not a benchmark result (sample data or a subset of the items), or `""` if they are one.
 
-    Args:
-        protocol (`dict`): the protocol of a score file.
-        results (`dict`): the results of one of its models, by task.
+    The rows of a file have the same items, so the first one decides.
     """
-    if protocol["sample"]:
+    if file.protocol.sample:
         return "a few made-up items that test the pipeline; the scores have no meaning"
-    official = tables()["protocol"]["items"]
-    partial = [f"{r['items']} of {official[t]} items of {t}" for t, r in results.items() if r["items"] != official[t]]
+    official, results = tables()["protocol"]["items"], file.models[0].results
+    partial = [f"{r.items} of {official[t]} items of {t}" for t, r in results.items() if r.items != official[t]]
     return f"{', '.join(partial)}; not comparable with scores on all items" if partial else ""

@@ -1,10 +1,9 @@
 """Score files: JSON files with one row per model, for one task under one protocol. Written after each model."""
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -18,7 +17,8 @@ class ScoredModel:
     """The fields that all rows share.
 
     Attributes:
-        name (`str`): name of the model, including its quantization.
+        name (`str`): the model's name; of a quantized model with the kind, `"my-model (nf4)"`, so that its scores
+            cannot be mistaken for those of the plain model.
         path (`str`): the model folder.
         quantization (`str`): one of `QUANTIZATIONS`. Files of early versions do not have it; their models are plain.
         step (`int`, *optional*): training step, for milestones.
@@ -30,6 +30,11 @@ class ScoredModel:
     quantization: str = "none"
     step: int | None = None
     tokens: int | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The model folder."""
+        return Path(self.path)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the row as it is written to the file, without `step` and `tokens` where they are `None`."""
@@ -86,7 +91,51 @@ class TextSource:
 
 
 @dataclasses.dataclass(frozen=True)
-class TaskResult:
+class Protocol:
+    """All settings that change a commonsense score. Scores are comparable if their protocols are equal.
+
+    Attributes:
+        harness (`str`): name and version of the harness.
+        task_versions (`dict`): the harness's version of each task.
+        metrics (`dict`): the reported metric of each task. `"acc"` picks the choice with the highest log-likelihood,
+            `"acc_norm"` the one with the highest log-likelihood per character.
+        dtype (`str`): dtype of weights and arithmetic.
+        num_fewshot (`int`): number of solved examples before each question.
+        add_bos_token (`bool`): whether each request starts with the begin-of-sequence token.
+        apply_chat_template (`bool`): whether each question is formatted as a user turn.
+        context_length (`int`): context of the model in tokens. Longer requests are truncated from the left.
+        limit (`int`, *optional*): number of items per task, from the first; `None` for all.
+        data (`dict`): for each task, the SHA-256 of the file that was read, or the location on the Hub.
+        sample (`bool`): whether the data are the made-up items that ship with the package.
+    """
+
+    harness: str
+    task_versions: dict[str, Any]
+    metrics: dict[str, str]
+    dtype: str
+    num_fewshot: int
+    add_bos_token: bool
+    apply_chat_template: bool
+    context_length: int
+    limit: int | None
+    data: dict[str, str]
+    sample: bool
+
+    def differences(self, other: "Protocol") -> list[str]:
+        """Lists the differences from another protocol: `"limit (100, not None)"`, `"data of piqa"`."""
+        found = []
+        for key, mine in vars(self).items():
+            theirs = vars(other)[key]
+            if isinstance(mine, dict):
+                tasks = [task for task in mine | theirs if mine.get(task) != theirs.get(task)]
+                found += [f"{key} of {', '.join(tasks)}"] if tasks else []
+            elif mine != theirs:
+                found.append(f"{key} ({theirs}, not {mine})")
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskScore:
     """Score and standard error on a commonsense task, in percent."""
 
     metric: str
@@ -101,7 +150,7 @@ class CommonsenseRow(ScoredModel):
     """Commonsense scores of a model. `fingerprint` is the hash of its files."""
 
     fingerprint: str
-    results: dict[str, TaskResult]
+    results: dict[str, TaskScore]
     average: float
     average_standard_error: float
     cut_requests: int
@@ -137,104 +186,126 @@ class ReplyRow(ReplyScores, ScoredModel):
     data_sha256: str
 
 
+@dataclasses.dataclass(kw_only=True)
+class TextScoreFile:
+    """Bits per byte of models on one text."""
+
+    task: str = "bits_per_byte"
+    data: list[TextSource]
+    models: list[TextRow]
+    baselines: list[BaselineRow] = dataclasses.field(default_factory=list)
+    provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(kw_only=True)
+class CommonsenseScoreFile:
+    """Commonsense scores of models under one protocol."""
+
+    task: str = "commonsense"
+    protocol: Protocol
+    models: list[CommonsenseRow]
+    provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(kw_only=True)
+class ReplyScoreFile:
+    """Scores of the replies of chat models."""
+
+    task: str = "replies"
+    decoding: str = "greedy"
+    models: list[ReplyRow]
+    provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
 Row = TypeVar("Row", bound=ScoredModel)
-Record = TypeVar("Record")
+File = TypeVar("File", TextScoreFile, CommonsenseScoreFile, ReplyScoreFile)
 
 
-class ScoreFile(Generic[Row]):
-    """The rows of a score file. Each change is written at once, so an interrupted evaluation loses one model at most.
-
-    Args:
-        path (`Path`, *optional*): the JSON file. Existing rows are read from it. Without a path, rows are kept in
-            memory only.
-        task (`str`): name of the task.
-        settings (`dict`): what all rows share, JSON-ready.
-        row_type (`type`): the subclass of [`ScoredModel`] of the rows.
-        identities (`Callable`): returns the identities of a row. Two rows that share one belong to the same model.
-        check_settings (`Callable`): gets the contents of an existing file; raises `InputError` if its settings differ.
-        extra (`Sequence[str]`, *optional*): names of further lists in the file, available as `extra`.
-        rescore (`bool`, *optional*, defaults to `False`): ignore an existing file and replace it.
+def read_contents(path: Path | None, task: str, rescore: bool = False) -> dict[str, Any] | None:
+    """Returns the JSON object in a score file, or `None` if there is no file, or with `rescore`.
 
     Raises:
-        InputError: if an existing file is damaged, or has scores of another task or with other settings.
+        InputError: if the path is a folder, or the file is not valid JSON or has the scores of another task.
     """
-
-    def __init__(
-        self,
-        path: Path | None,
-        task: str,
-        settings: dict[str, Any],
-        row_type: type[Row],
-        identities: Callable[[Row], set[Hashable]],
-        check_settings: Callable[[dict[str, Any]], None] = lambda before: None,
-        extra: Sequence[str] = (),
-        rescore: bool = False,
-    ):
-        if path and path.is_dir():
-            raise InputError(f"--output {path} is a folder. Name a file")
-        self.path, self.settings, self._identities = path, {"task": task, **settings}, identities
-        before = {} if rescore else read_score_file(path, task) or {}
-        if before:
-            check_settings(before)
-        self.rows: list[Row] = read_records(before.get("models"), row_type, f"{path}: models") if before else []
-        self.extra: dict[str, list[dict[str, Any]]] = {name: before.get(name, []) for name in extra}
-
-    def find(self, identity: Hashable) -> Row | None:
-        """Returns the row with this identity, or `None`."""
-        return next((row for row in self.rows if identity in self._identities(row)), None)
-
-    def add(self, row: Row) -> None:
-        """Adds a row, or replaces the rows of the same model, and writes the file."""
-        is_other = [self._identities(other).isdisjoint(self._identities(row)) for other in self.rows]
-        place = is_other.index(False) if False in is_other else len(self.rows)
-        others = list(itertools.compress(self.rows, is_other))
-        self.keep([*others[:place], row, *others[place:]])
-
-    def keep(self, rows: Sequence[Row]) -> None:
-        """Replaces all rows and writes the file."""
-        self.rows = list(rows)
-        self.write()
-
-    def contents(self, rows: Sequence[Row] | None = None) -> dict[str, Any]:
-        """Returns the contents of the file, with all rows or only the given ones."""
-        models = [row.to_json() for row in (self.rows if rows is None else rows)]
-        return {**self.settings, "models": models, **self.extra, "provenance": provenance.collect()}
-
-    def write(self) -> None:
-        """Writes the file atomically: a reader sees the old contents or the new ones."""
-        if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, self.contents())
-
-
-def read_score_file(path: Path | None, task: str) -> dict[str, Any] | None:
-    """Returns the contents of a score file, or `None` if it does not exist.
-
-    Raises:
-        InputError: if the file is not valid JSON, or has the scores of another task.
-    """
-    if path is None or not path.is_file():
+    if path and path.is_dir():
+        raise InputError(f"--output {path} is a folder. Name a file")
+    if rescore or path is None or not path.is_file():
         return None
     contents = read_json(path)
     if not isinstance(contents, dict) or contents.get("task") != task:
-        raise InputError(f"--output {path}: is not a file of {task} scores. Choose another file.")
+        raise InputError(f"{path}: is not a file of {task} scores. Choose another file.")
     return contents
 
 
-def read_records(values: Any, record_type: type[Record], where: str) -> list[Record]:
-    """Converts the JSON of a list in a score file to dataclasses.
+def read_scores(path: Path | None, kind: type[File], rescore: bool = False) -> File | None:
+    """Reads a score file; returns `None` if there is none.
 
     Args:
-        values (`Any`): the list.
-        record_type (`type`): a dataclass of this module.
-        where (`str`): file and key, for error messages.
+        path (`Path`, *optional*): the JSON file.
+        kind (`type`): one of the three types of score files.
+        rescore (`bool`, *optional*, defaults to `False`): ignore an existing file.
 
     Raises:
-        InputError: if a field is missing or has the wrong type; names the field.
+        InputError: as [`read_contents`]; if a field is missing or has the wrong type.
     """
+    contents = read_contents(path, kind.task, rescore)
     try:
-        return TypeAdapter(list[record_type]).validate_python(values)  # type: ignore[valid-type]  # known only here
+        return None if contents is None else TypeAdapter(kind).validate_python(contents)
     except ValidationError as error:
         problem = error.errors()[0]
-        field = ".".join(map(str, (where, *problem["loc"])))
-        raise InputError(f"{field}: {problem['msg']}. The file is damaged; remove it and score again") from error
+        field = ".".join(map(str, problem["loc"]))
+        raise InputError(
+            f"{path}: {field}: {problem['msg']}. The file is damaged; remove it and score again"
+        ) from error
+
+
+def replace_rows(rows: list[Row], old: Sequence[Row], new: Row) -> None:
+    """Puts a row in the place of the old rows of the same model, or at the end if there are none."""
+    place = next((number for number, row in enumerate(rows) if row in old), len(rows))
+    rows[:] = [*rows[:place], new, *(row for row in rows[place:] if row not in old)]
+
+
+def write_scores(path: Path | None, file: TextScoreFile | CommonsenseScoreFile | ReplyScoreFile) -> None:
+    """Records this process in the provenance and, if there is a path, writes the file.
+
+    Called after each model, so that an interrupted evaluation loses one model at most. A reader sees the old contents
+    or the new ones.
+    """
+    file.provenance = provenance.collect()
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {**dataclasses.asdict(file), "models": [row.to_json() for row in file.models]})
+
+
+@dataclasses.dataclass(frozen=True)
+class RunScores:
+    """The score files of a run or a model folder; `None` for missing files."""
+
+    text: TextScoreFile | None = None
+    commonsense: CommonsenseScoreFile | None = None
+    replies: ReplyScoreFile | None = None
+
+    def of_model(self, name: str) -> "RunScores":
+        """Returns the files with only the row of one model, and without the files that do not have it."""
+        return RunScores(_only(self.text, name), _only(self.commonsense, name), _only(self.replies, name))
+
+
+NO_SCORES = RunScores()
+
+
+def _only(file: File | None, name: str) -> File | None:
+    rows = [row for row in file.models if row.name == name] if file else []
+    return dataclasses.replace(file, models=rows[:1]) if file and rows else None
+
+
+def read_run_scores(folder: Path) -> RunScores:
+    """Reads the score files that `tinyllama-hf eval` writes into a run or a model folder.
+
+    Raises:
+        InputError: as [`read_scores`].
+    """
+    return RunScores(
+        read_scores(folder / "scores.json", TextScoreFile),
+        read_scores(folder / "commonsense.json", CommonsenseScoreFile),
+        read_scores(folder / "replies.json", ReplyScoreFile),
+    )

@@ -4,7 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import Progress, track
@@ -19,22 +19,32 @@ from ..pretrain.run_record import RunRecord, open_mixture, read_run_record
 from ..quantization.bitsandbytes import check_quantization, check_quantization_name
 from ..tokenization_tinyllama import load_tokenizer, tokenizer_fingerprint
 from .bits_per_byte import HeldOut, document_tokens, held_out_documents, score_documents, summarize
-from .models import EvalModel, describe_model, find_run, list_eval_models, load_eval_model
+from .models import describe_model, find_run, list_eval_models, load_eval_model
 from .ngram import NGramModel
-from .score_files import BaselineRow, ScoreFile, TextRow, TextSource, read_records, read_score_file
+from .score_files import (
+    BaselineRow,
+    ScoredModel,
+    TextRow,
+    TextScoreFile,
+    TextSource,
+    read_scores,
+    replace_rows,
+    write_scores,
+)
 
 
-TASK = "bits_per_byte"
 SCORES_FILE = "scores.json"
 BASELINES = {"unigram": 1, "5-gram": 5}
 
 
-class _Text(NamedTuple):
-    """The text to score on. `run` and `record` are set if the models are the milestones of a run."""
+class _Series(NamedTuple):
+    """The text to score on, and the score file. `run` and `record` are set for the milestones of a run."""
 
     run: Path | None
     record: RunRecord | None
     held_out: list[HeldOut]
+    output: Path | None
+    file: TextScoreFile
 
 
 def score(
@@ -46,7 +56,7 @@ def score(
     rescore: bool = False,
     show_progress: bool = True,
     quantization: str = "none",
-) -> dict[str, Any]:
+) -> TextScoreFile:
     """Scores models, or all milestones of a run, in bits per byte. Models in the output file are not scored again.
 
     Args:
@@ -63,28 +73,26 @@ def score(
             saved quantized keep their own.
 
     Returns:
-        `dict`: contents of the score file.
+        `TextScoreFile`: contents of the score file.
 
     Raises:
         InputError: for missing input, or an output file with scores of another task or on other text, before the first
             model is scored.
     """
-    text = _open_text(models, data, baselines)
+    series = _open_series(models, data, baselines, output, rescore)
     chosen = list_eval_models(models, quantization)
-    file = _open_file(output, text, rescore)
-    opened = _open_mixture(text.record) if text.record and baselines else None
-    before = list(file.rows)
-    rows = [_score(model, file, text, device, show_progress) for model in chosen]
-    file.keep(rows)
+    opened = _open_mixture(series.record) if series.record and baselines else None
+    file, before = series.file, list(series.file.models)
+    file.models = [_score(model, series, device, show_progress) for model in chosen]
+    write_scores(output, file)
     if opened:
         # Baselines belong to the training text of a milestone, so only those of unchanged milestones are reused.
-        kept = {row.step for row in rows if any(row is old for old in before)}
-        known = read_records(file.extra["baselines"], BaselineRow, f"{output}: baselines")
-        known = [row for row in known if row.step in kept]
-        for fitted in _baselines(*opened, [model.folder for model in chosen], text.held_out, known):
-            file.extra["baselines"] = [dataclasses.asdict(row) for row in fitted]
-            file.write()
-    return file.contents()
+        kept = {row.step for row in file.models if any(row is old for old in before)}
+        known = [row for row in file.baselines if row.step in kept]
+        for rows in _baselines(*opened, [model.folder for model in chosen], series.held_out, known):
+            file.baselines = rows
+            write_scores(output, file)
+    return file
 
 
 def watch(
@@ -113,12 +121,11 @@ def watch(
     last = read_run_record(run).num_steps
     check_quantization_name(quantization)
     check_quantization(quantization)
-    text = _open_text([str(run)])
-    file = _open_file(output, text, rescore)
+    series = _open_series([str(run)], output=output, rescore=rescore)
     logged = set()
     while True:
         for folder in list_milestones(run):
-            row = _score(describe_model(folder, quantization), file, text, device)
+            row = _score(describe_model(folder, quantization), series, device)
             if (folder, row.created) not in logged:  # a resumed run may write a milestone again
                 logged.add((folder, row.created))
                 log(f"{row.bits_per_byte:.4f} bits per byte  {row.name}")
@@ -133,15 +140,19 @@ def check_can_score(run: Path | None, data: Sequence[str]) -> None:
     Raises:
         InputError: if the score file of the run is of another task or text.
     """
-    scores = read_score_file(run / SCORES_FILE, TASK) if run else None
-    if run and scores:
-        _check_text(
-            scores, [(folder, read_metadata(Path(folder))["fingerprint"]) for folder in data], run / SCORES_FILE
-        )
+    if run and (file := read_scores(run / SCORES_FILE, TextScoreFile)):
+        text = [(folder, read_metadata(Path(folder))["fingerprint"]) for folder in data]
+        _check_text(file, text, run / SCORES_FILE)
 
 
-def _open_text(models: Sequence[str], data: Sequence[str] = (), baselines: bool = False) -> _Text:
-    """Checks models and data, and reads the held-out documents."""
+def _open_series(
+    models: Sequence[str],
+    data: Sequence[str] = (),
+    baselines: bool = False,
+    output: Path | None = None,
+    rescore: bool = False,
+) -> _Series:
+    """Checks models and data, and reads the held-out documents and an existing score file."""
     if len({Path(folder).resolve() for folder in data}) < len(data):
         raise InputError(f"--data {', '.join(data)} has the same data set twice. Name each one once")
     run = find_run(models)
@@ -160,67 +171,54 @@ def _open_text(models: Sequence[str], data: Sequence[str] = (), baselines: bool 
     elif not data:
         raise InputError("--data is required to score model folders. Name prepared data sets")
     held_out = [held_out_documents(folder) for folder in data]
-    return _Text(run, record, held_out)
+    sources = [TextSource(h.name, h.fingerprint, len(h.texts), h.num_bytes) for h in held_out]
+    file = TextScoreFile(data=sources, models=[])
+    if before := read_scores(output, TextScoreFile, rescore):
+        _check_text(before, [(source.path, source.fingerprint) for source in sources], output)
+        file = dataclasses.replace(before, data=sources)
+    return _Series(run, record, held_out, output, file)
 
 
-def _open_file(output: Path | None, text: _Text, rescore: bool) -> ScoreFile[TextRow]:
-    """Opens the score file. Milestones of a run are identified by name, so that a moved run is not scored again."""
-    data = [TextSource(h.name, h.fingerprint, len(h.texts), h.num_bytes) for h in text.held_out]
-    return ScoreFile(
-        output,
-        TASK,
-        {"data": [dataclasses.asdict(source) for source in data]},
-        TextRow,
-        lambda row: {(row.name if text.run else row.path, row.quantization)},
-        lambda before: _check_text(before, [(source.path, source.fingerprint) for source in data], output),
-        extra=["baselines"],
-        rescore=rescore,
-    )
-
-
-def _check_text(scores: dict[str, Any], text: Sequence[tuple[str, str]], file: Path | None) -> None:
+def _check_text(file: TextScoreFile, text: Sequence[tuple[str, str]], path: Path | None) -> None:
     """Raises `InputError` if scores are on other text than these pairs of path and fingerprint."""
-    sources = read_records(scores.get("data"), TextSource, f"{file}: data")
-    there = [(source.path, source.fingerprint) for source in sources]
+    there = [(source.path, source.fingerprint) for source in file.data]
     if there != list(text):
         lines = [
-            f"  {name}: {', '.join(f'{path} ({print_[:12]})' for path, print_ in sources)}"
+            f"  {name}: {', '.join(f'{folder} ({print_[:12]})' for folder, print_ in sources)}"
             for name, sources in (("file", there), ("now", text))
         ]
         raise InputError(
-            f"{file} has scores on other text. A file has scores on one text: replace them with --rescore, or write "
+            f"{path} has scores on other text. A file has scores on one text: replace them with --rescore, or write "
             "to another file with --output\n" + "\n".join(lines)
         )
 
 
-def _score(
-    model: EvalModel, file: ScoreFile[TextRow], text: _Text, device: str, show_progress: bool = True
-) -> TextRow:
+def _score(model: ScoredModel, series: _Series, device: str, show_progress: bool = True) -> TextRow:
     """Returns the score of a model: the one in the file if the folder was not written since, else a new one."""
-    created = _created(model.folder)
-    known = file.find((model.name if text.run else str(model.folder), model.quantization))
+    file, run = series.file, series.run
+    # Milestones of a run are identified by name, so that a moved run is not scored again.
+    own = [row for row in file.models if (row.name == model.name if run else row.path == model.path)]
+    own = [row for row in own if row.quantization == model.quantization]
+    known = own[0] if own else None
+    is_ours = (model.folder / "provenance.json").is_file()  # written by this package
+    created = read_record(model.folder).get("created") if is_ours else None
     if known and created is not None and known.created == created:
         return known
-    row = _score_folder(model, text.held_out, device, created, show_progress)
-    for other in file.rows:
+    row = _score_folder(model, series.held_out, device, created, show_progress)
+    for other in file.models:
         old, new = other.protocol, row.protocol
         if old.context == new.context and old != new and other is not known:
             raise InputError(
-                f"{file.path}: {other.name} was scored under {vars(old)}, {row.name} under {vars(new)}. A file has "
-                "one protocol: score all models again with --rescore, or write to another file with --output"
+                f"{series.output}: {other.name} was scored under {vars(old)}, {row.name} under {vars(new)}. A file "
+                "has one protocol: score all models again with --rescore, or write to another file with --output"
             )
-    file.add(row)
+    replace_rows(file.models, own, row)
+    write_scores(series.output, file)
     return row
 
 
-def _created(folder: Path) -> str | None:
-    """Returns the time at which a folder of this package was written; `None` for other folders."""
-    is_ours = (folder / "provenance.json").is_file()
-    return read_record(folder).get("created") if is_ours else None
-
-
 def _score_folder(
-    model: EvalModel, held_out: Sequence[HeldOut], device: str, created: str | None, show_progress: bool
+    model: ScoredModel, held_out: Sequence[HeldOut], device: str, created: str | None, show_progress: bool
 ) -> TextRow:
     """Scores a model with stock transformers classes, as users without this package load it."""
     began = time.perf_counter()
@@ -231,7 +229,7 @@ def _score_folder(
         scores, protocol = score_documents(loaded, tokenizer, held_out, advance=lambda n: bar.advance(task, n))
     libraries = provenance.collect()["libraries"]
     return TextRow(
-        **model.record(),
+        **vars(model),
         created=created,
         **vars(scores),
         protocol=protocol,

@@ -3,31 +3,31 @@
 from collections.abc import Iterator, Sequence
 
 from ..released import Released, tables
-from .protocol import TASKS, Protocol, caveat, compare
-from .score_files import CommonsenseRow
+from .protocol import TASKS, caveat, compare
+from .score_files import CommonsenseRow, CommonsenseScoreFile
 
 
 COLUMNS = (*TASKS, "average")
 WIDTHS = [max(len(name), 8) + 2 for name in COLUMNS]
 
 
-def table_lines(
-    protocol: Protocol, rows: Sequence[CommonsenseRow], published: Released | None = None
-) -> Iterator[str]:
+def table_lines(scores: CommonsenseScoreFile, published: Released | None = None) -> Iterator[str]:
     """Yields the lines of the table.
 
     Args:
-        protocol (`Protocol`): the protocol of the scores.
-        rows (`Sequence[CommonsenseRow]`): the models.
+        scores (`CommonsenseScoreFile`): the protocol and the models.
         published (`Released`, *optional*): a row of the published table to compare each model with.
     """
-    labels = [row.name for row in rows] + ["standard error", *([f"published {published.name}"] if published else [])]
+    labels = [row.name for row in scores.models] + [
+        "standard error",
+        *([f"published {published.name}"] if published else []),
+    ]
     label_width = max(map(len, labels)) + 2
-    if made_on := caveat(protocol.to_dict(), rows[0].to_json()["results"]):
-        yield f"{'SAMPLE' if protocol.sample else 'SUBSET'}: {made_on}"
+    if made_on := caveat(scores):
+        yield f"{'SAMPLE' if scores.protocol.sample else 'SUBSET'}: {made_on}"
     yield _line("", COLUMNS, label_width)
-    yield _line("", [*protocol.metrics.values(), ""], label_width)
-    for row in rows:
+    yield _line("", [*scores.protocol.metrics.values(), ""], label_width)
+    for row in scores.models:
         results = [row.results[task] for task in TASKS]
         yield _line(row.name, [f"{r.score:.2f}" for r in results] + [f"{row.average:.2f}"], label_width)
         errors = [r.standard_error for r in results] + [row.average_standard_error]

@@ -15,7 +15,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..chat.render import Messages, render
 from ..errors import InputError
 from ..evaluation.models import list_eval_models, load_eval_model
-from ..evaluation.score_files import ReplyRow, ReplySample, ReplyScores, ScoreFile, read_score_file
+from ..evaluation.score_files import (
+    ReplyRow,
+    ReplySample,
+    ReplyScoreFile,
+    ReplyScores,
+    read_contents,
+    replace_rows,
+    write_scores,
+)
 from ..evaluation.score_metrics import median_length, stop_rate
 from ..inference.generation import Context
 from ..provenance import file_sha256
@@ -58,18 +66,19 @@ def score_replies(
             raise InputError(f"{option} {value}: must be at least 1")
     chosen = list_eval_models(models, quantization)
     held_out = [_read_held_out(model.folder, data, limit) for model in chosen]
-    read_score_file(output, "replies")  # raises for a file of another task
     # Rows do not record the weights, so all models are scored again.
-    settings = {"decoding": "greedy"}
-    file = ScoreFile(output, "replies", settings, ReplyRow, lambda row: {(row.path, row.quantization)}, rescore=True)
+    file = ReplyScoreFile(models=[])
+    read_contents(output, file.task)  # raises for a file of another task
     for model, (source, conversations) in zip(chosen, held_out, strict=True):
         (loaded, _), tokenizer = load_eval_model(model, device), load_tokenizer(model.folder)
         with Progress(transient=True, disable=not Console().is_terminal) as bar:
             task = bar.add_task(f"Scoring {model.name}", total=len(conversations))
             advance = functools.partial(bar.advance, task)
             scores = score_model_replies(loaded, tokenizer, conversations, max_new_tokens, advance)
-        file.add(ReplyRow(**model.record(), data_sha256=file_sha256(source), **vars(scores)))
-    return file.rows
+        row = ReplyRow(**vars(model), data_sha256=file_sha256(source), **vars(scores))
+        replace_rows(file.models, [other for other in file.models if other.path == row.path], row)
+        write_scores(output, file)
+    return file.models
 
 
 def _read_held_out(folder: Path, data: str | None, limit: int | None) -> tuple[Path, Sequence[Messages]]:

@@ -8,14 +8,14 @@ import yaml
 
 from ..conversion.reading.containers import open_safetensors
 from ..evaluation.protocol import caveat
+from ..evaluation.score_files import NO_SCORES, RunScores
 from ..portable import portable
 from ..pretrain.milestones import CONFIG_FILE
 from ..quantization.bitsandbytes import saved_quantization
 from ..report.jinja import render_template
-from ..report.run_scores import NO_SCORES, Scores, row_of
 from .card_file import write_card
 from .model_folder import ADAPTER_WEIGHTS, ModelFolder, open_trained_folder
-from .scores import average_of, eval_results
+from .scores import eval_results
 
 
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -27,7 +27,7 @@ def model_card(
     revision: str,
     model: ModelFolder,
     milestones: Sequence[ModelFolder] = (),
-    scores: Scores = NO_SCORES,
+    scores: RunScores = NO_SCORES,
     license: str | None = None,
     pictures: Sequence[str] = (),
 ) -> str:
@@ -38,7 +38,7 @@ def model_card(
         revision (`str`): `"main"` or the name of a milestone.
         model (`ModelFolder`): the model of this revision.
         milestones (`Sequence[ModelFolder]`): all milestones of the run in order; none for a single model.
-        scores (`Scores`): scores of the run or the model.
+        scores (`RunScores`): scores of the run or the model.
         license (`str`, *optional*): license identifier of the Hub.
         pictures (`Sequence[str]`, *optional*): PNG files of this revision.
 
@@ -48,16 +48,17 @@ def model_card(
     from huggingface_hub.repocard_data import eval_results_to_model_index
 
     title, metadata = repo.split("/")[1], _metadata(model, license)
-    if model.kind == "trained" and (results := eval_results(model.name, scores)):
+    own = scores.of_model(model.name) if model.kind == "trained" else NO_SCORES
+    if results := eval_results(own):
         metadata["model-index"] = eval_results_to_model_index(title, results)
     text = _text(
         model,
         title=title,
         repo=repo,
         revision="" if revision == "main" else revision,
-        milestones=_milestone_rows(milestones, scores),
+        milestones=[(milestone, scores.of_model(milestone.name)) for milestone in milestones],
         pictures=pictures,
-        **(_score_sections(model, scores) if model.kind == "trained" else {}),
+        scores=own,
     )
     return write_card(metadata, text)
 
@@ -78,7 +79,7 @@ def milestone_card(folder: Path, name: str) -> str:
 def _text(model: ModelFolder, **values: Any) -> str:
     """The text of a card. `values` override the default values of the template."""
     defaults: dict[str, Any] = {"revision": "", "milestones": [], "pictures": []}
-    defaults |= dict.fromkeys(("loss", "bits", "commonsense", "replies"))
+    defaults |= {"loss": None, "scores": NO_SCORES, "caveat": caveat}
     settings, files = None, [file.name for file in model.files]
     if model.kind == "trained":
         settings = portable(yaml.safe_load((model.path / CONFIG_FILE).read_text(encoding="utf-8")))
@@ -116,46 +117,6 @@ def _metadata(model: ModelFolder, license: str | None = None) -> dict[str, Any]:
     if model.base and (is_quantized or model.kind == "adapter"):
         fields["base_model_relation"] = "quantized" if is_quantized else "adapter"
     return {name: value for name, value in fields.items() if value}
-
-
-def _milestone_rows(milestones: Sequence[ModelFolder], scores: Scores) -> list[dict[str, Any]]:
-    """The rows of the table of revisions, one per milestone."""
-    rows = []
-    for model in milestones:
-        bits, answered = row_of(model.name, scores.bits_per_byte), row_of(model.name, scores.commonsense)
-        rows.append(
-            {
-                "name": model.name,
-                **{key: model.record[key] for key in ("step", "tokens", "validation_loss")},
-                "bits_per_byte": bits and bits["bits_per_byte"],
-                "average": answered and average_of(answered)["average"],
-                "is_partial": bool(answered and caveat(scores.commonsense["protocol"], answered["results"])),
-            }
-        )
-    return rows
-
-
-def _score_sections(model: ModelFolder, scores: Scores) -> dict[str, Any]:
-    """The values of the sections with scores; `None` for a section without scores of this model."""
-    bits, answered = row_of(model.name, scores.bits_per_byte), row_of(model.name, scores.commonsense)
-    return {
-        "bits": bits
-        and {
-            "row": bits,
-            "texts": scores.bits_per_byte["data"],
-            "scored_with": bits.get(
-                "scored_with", scores.bits_per_byte["provenance"]["libraries"]
-            ),  # missing in early rows
-        },
-        "commonsense": answered
-        and {
-            "protocol": scores.commonsense["protocol"],
-            "results": answered["results"],
-            "average": average_of(answered),
-            "caveat": caveat(scores.commonsense["protocol"], answered["results"]),
-        },
-        "replies": row_of(model.name, scores.replies),
-    }
 
 
 def _adapter_settings(config: dict[str, Any]) -> dict[str, Any]:

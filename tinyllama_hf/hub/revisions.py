@@ -11,11 +11,11 @@ import yaml
 
 from ..errors import InputError, require
 from ..evaluation.models import require_milestones
+from ..evaluation.score_files import RunScores
 from ..files import read_json
 from ..portable import portable, portable_text
 from ..pretrain.metrics import METRICS_FILE
 from ..pretrain.milestones import CONFIG_FILE, MILESTONES_FOLDER
-from ..report.run_scores import Scores
 from .card import model_card
 from .card_file import CARD_FILE
 from .model_folder import ADAPTER_CONFIG, PROVENANCE_FILE, ModelFolder, open_folder, open_trained_folder
@@ -97,7 +97,7 @@ def _contents(model: ModelFolder) -> dict[str, Path | bytes]:
     }
 
 
-def _draw_pictures(run: Path, milestones: Sequence[ModelFolder], scores: Scores) -> dict[str, bytes]:
+def _draw_pictures(run: Path, milestones: Sequence[ModelFolder], scores: RunScores) -> dict[str, bytes]:
     """The curves of a run as PNG files. Equal runs give equal bytes."""
     require("matplotlib", "report", "the card's pictures")
     from ..report import plots
@@ -112,8 +112,8 @@ def _draw_pictures(run: Path, milestones: Sequence[ModelFolder], scores: Scores)
         folder = Path(scratch)
         tokens = [model.record["tokens"] for model in milestones]
         plots.loss_curve(curves, tokens, folder / "loss.png")
-        if scores.bits_per_byte:
-            plots.trajectory(scores.bits_per_byte, folder / "trajectory.png")
+        if scores.text:
+            plots.trajectory(scores.text, folder / "trajectory.png")
         return {picture.name: picture.read_bytes() for picture in sorted(folder.iterdir())}
 
 

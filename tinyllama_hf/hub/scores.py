@@ -5,64 +5,52 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..evaluation.protocol import caveat
-from ..evaluation.score_metrics import average_standard_error, commonsense_average
+from ..evaluation.score_files import RunScores, read_run_scores
 from ..evaluation.suite import SAMPLE, task_files
 from ..portable import portable_text
 from ..provenance import file_sha256
-from ..report.run_scores import Scores, read_scores, row_of
 
 
-def read_published_scores(folder: Path) -> Scores:
+def read_published_scores(folder: Path) -> RunScores:
     """Reads the scores of a run or a model without those on the bundled sample items, which mean nothing."""
-    scores = read_scores(folder)
-    is_sample = bool(scores.commonsense) and _uses_sample(scores.commonsense["protocol"])
-    return replace(scores, commonsense={}) if is_sample else scores
+    scores = read_run_scores(folder)
+    if scores.commonsense:
+        # Even if only one task was scored on the sample.
+        sample = {file_sha256(file) for file in task_files(SAMPLE).values()}
+        if scores.commonsense.protocol.sample or not sample.isdisjoint(scores.commonsense.protocol.data.values()):
+            return replace(scores, commonsense=None)
+    return scores
 
 
-def _uses_sample(protocol: dict[str, Any]) -> bool:
-    """Whether any task was scored on the bundled sample, even if others were not."""
-    sample = {file_sha256(file) for file in task_files(SAMPLE).values()}
-    return protocol["sample"] or not sample.isdisjoint(protocol["data"].values())
-
-
-def eval_results(name: str, scores: Scores) -> list[Any]:
-    """The entries of `model-index`. Only scores on a complete text or task are included."""
+def eval_results(scores: RunScores) -> list[Any]:
+    """The entries of `model-index` for one model. Only scores on a complete text or task are included."""
     from huggingface_hub import EvalResult
 
     results = []
-    if row := row_of(name, scores.bits_per_byte):
-        for source in scores.bits_per_byte["data"]:
-            label = PurePosixPath(portable_text(source["path"])).name
+    if scores.text:
+        for source in scores.text.data:
+            label = PurePosixPath(portable_text(source.path)).name
             results.append(
                 EvalResult(
                     task_type="text-generation",
                     dataset_type=label,
                     dataset_name=f"{label}, held-out documents",
-                    dataset_config=source["fingerprint"],
+                    dataset_config=source.fingerprint,
                     metric_type="bits_per_byte",
                     metric_name="bits per byte",
-                    metric_value=round(row["by_source"][source["path"]], 4),
+                    metric_value=round(scores.text.models[0].by_source[source.path], 4),
                 )
             )
-    if (row := row_of(name, scores.commonsense)) and not caveat(scores.commonsense["protocol"], row["results"]):
-        for task, metric in scores.commonsense["protocol"]["metrics"].items():
+    if scores.commonsense and not caveat(scores.commonsense):
+        for task, result in scores.commonsense.models[0].results.items():
             results.append(
                 EvalResult(
                     task_type="text-generation",
                     dataset_type=task,
                     dataset_name=task,
-                    dataset_args={"num_few_shot": scores.commonsense["protocol"]["num_fewshot"]},
-                    metric_type=metric,
-                    metric_value=round(row["results"][task]["score"], 2),
+                    dataset_args={"num_few_shot": scores.commonsense.protocol.num_fewshot},
+                    metric_type=result.metric,
+                    metric_value=round(result.score, 2),
                 )
             )
     return results
-
-
-def average_of(row: dict[str, Any]) -> dict[str, float]:
-    """The mean of the tasks and its standard error, by the same metric as `eval`."""
-    results = row["results"].values()
-    return {
-        "average": commonsense_average([result["score"] for result in results], list(row["results"])),
-        "standard_error": average_standard_error([result["standard_error"] for result in results]),
-    }

@@ -9,13 +9,13 @@ import yaml
 
 from ..errors import InputError, require
 from ..evaluation.protocol import caveat
+from ..evaluation.score_files import ReplyRow, read_run_scores
 from ..files import read_json, write_text
 from ..inference.generation import generate_text
 from ..inference.load import load
 from ..pretrain.metrics import METRICS_FILE
 from ..pretrain.milestones import CONFIG_FILE, list_milestones, read_record
 from .jinja import render_template
-from .run_scores import read_scores, row_of
 from .training import TrainingCurves
 
 
@@ -58,8 +58,8 @@ def write_report(
 
     milestones = [(folder, read_record(folder)) for folder in list_milestones(run)]
     samples = _samples([folder for folder, _ in milestones], prompts)
-    found = read_scores(run)
-    scores, commonsense = found.bits_per_byte, found.commonsense
+    found = read_run_scores(run)
+    scores, commonsense = found.text, found.commonsense
     output.mkdir(parents=True, exist_ok=True)
     plots.loss_curve(curves, [record["tokens"] for _, record in milestones], output / "loss.png")
     plots.learning_rate_curve(curves, output / "learning_rate.png")
@@ -76,11 +76,11 @@ def write_report(
         milestones=milestones,
         pictures={name: base64.b64encode((output / f"{name}.png").read_bytes()).decode() for name in pictures},
         scores=scores,
-        counted_bits={(row["name"], row["tokens"]): row["bits_per_byte"] for row in scores.get("baselines", ())},
+        counted_bits={(row.name, row.tokens): row.bits_per_byte for row in scores.baselines} if scores else {},
         samples=samples,
         sampling=f"temperature {_TEMPERATURE}, top-p {_TOP_P}, seed {_SEED}",
         commonsense=commonsense,
-        caveat=commonsense and caveat(commonsense["protocol"], commonsense["models"][0]["results"]),
+        caveat=commonsense and caveat(commonsense),
         replies=replies,
         shown_replies=_SHOWN_REPLIES,
         chat=chat_record,
@@ -93,21 +93,21 @@ def write_report(
     return page
 
 
-def _chat(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _chat(folder: Path) -> tuple[ReplyRow, dict[str, Any]]:
     """The scores of a fine-tuned model's replies, and its `provenance.json`.
 
     Raises:
         InputError: if it was not scored.
     """
     record, name = folder / "provenance.json", folder.resolve().name
-    row = row_of(name, read_scores(folder).replies)
-    if row is None:
+    replies = read_run_scores(folder).of_model(name).replies
+    if replies is None:
         raise InputError(
             f"--chat {folder}: no scores of the replies of {name}. Run `tinyllama-hf eval replies {folder}`"
         )
     if not record.is_file():
         raise InputError(f"--chat {folder}: {record.name} is missing. recipes/sft.py writes it")
-    return row, read_json(record)
+    return replies.models[0], read_json(record)
 
 
 def _samples(milestones: Sequence[Path], prompts: Sequence[str]) -> dict[str, list[tuple[str, str]]]:

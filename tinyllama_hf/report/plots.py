@@ -12,6 +12,7 @@ matplotlib.use("Agg")  # files only: works without a display
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from ..evaluation.score_files import TextScoreFile
 from ..files import new_file
 from .training import TrainingCurves
 
@@ -125,37 +126,18 @@ def _short(value: float, position: int = 0) -> str:
     return f"{value:g}"
 
 
-def trajectory(scores: dict[str, Any], path: Path) -> None:
+def trajectory(scores: TextScoreFile, path: Path) -> None:
     """Plots bits per byte of each milestone over tokens, with the n-gram models that were fitted on the same text."""
     figure, axes = plt.subplots(figsize=_SIZE)
-    series = {name: [row for row in scores["baselines"] if row["name"] == name] for name in ("unigram", "5-gram")}
-    for name, rows in series.items():
-        if rows:
-            axes.plot(
-                [r["tokens"] for r in rows],
-                [r["bits_per_byte"] for r in rows],
-                "s--",
-                color=_COLORS[name],
-                markersize=4,
-                label=f"{name}, same text",
-            )
-    models = scores["models"]
-    axes.plot(
-        [r["tokens"] for r in models],
-        [r["bits_per_byte"] for r in models],
-        "o-",
-        color=_COLORS["model"],
-        label="model",
-    )
-    for row in models:
-        axes.annotate(
-            f"{row['bits_per_byte']:.2f}",
-            (row["tokens"], row["bits_per_byte"]),
-            textcoords="offset points",
-            xytext=(0, -13),
-            ha="center",
-            fontsize=8,
-        )
+    for name in ("unigram", "5-gram"):
+        counted = [(row.tokens, row.bits_per_byte) for row in scores.baselines if row.name == name]
+        if counted:
+            label = f"{name}, same text"
+            axes.plot(*zip(*counted, strict=True), "s--", color=_COLORS[name], markersize=4, label=label)
+    points = [(row.tokens, row.bits_per_byte) for row in scores.models]
+    axes.plot(*zip(*points, strict=True), "o-", color=_COLORS["model"], label="model")
+    for point in points:
+        axes.annotate(f"{point[1]:.2f}", point, textcoords="offset points", xytext=(0, -13), ha="center", fontsize=8)
     axes.margins(y=0.12)  # room for the labels below the points
     axes.xaxis.set_major_formatter(FuncFormatter(_short))
     axes.set(xlabel="tokens", ylabel="bits per byte, held-out text", title="Bits per byte of each milestone")
