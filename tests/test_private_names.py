@@ -152,7 +152,6 @@ USED: dict[str, tuple[str, ...]] = {
     # huggingface_hub, evaluate, multiprocess
     "huggingface_hub.repocard_data.eval_results_to_model_index": ("hub/card.py",),
     "huggingface_hub.utils.sha.git_hash": ("hub/publish.py",),
-    "huggingface_hub.utils.sha.sha_fileobj": ("hub/publish.py",),
     "evaluate.Metric._compute": METRICS,
     "evaluate.Metric._info": METRICS,
     "multiprocess.pool.Pool._pool": ("data/pipeline.py",),

@@ -187,9 +187,10 @@ def test_private_repositories_and_those_of_others(run, hub, commands):
 def test_a_fine_tuned_model_lies_on_main(chat, online):
     """A folder without milestones. Its held-out conversations are not published."""
     (chat / "validation.jsonl").write_text("{}\n")
-    replies = {"name": "chat", "replies": 100, "stop_rate": 0.975, "median_length": 12.5, "max_new_tokens": 64}
+    figures = {"replies": 100, "stop_rate": 0.975, "median_length": 12.5, "max_new_tokens": 64, "loss": 2.5}
+    replies = {"name": "chat", "path": "chat", "data_sha256": "0" * 64, "samples": [], **figures}
     other = replies | {"name": "another", "stop_rate": 0.125}
-    (chat / "replies.json").write_text(json.dumps({"models": [other, replies]}))
+    (chat / "replies.json").write_text(json.dumps({"task": "replies", "models": [other, replies]}))
     publish(chat, REPO)
     there = on_hub(online)
     assert there == meant(chat) and there.keys() == {"main"} and "validation.jsonl" not in there["main"]

@@ -37,16 +37,6 @@ def check_repo(repo: str, option: str = "--repo") -> None:
         raise InputError(f"{option} {repo!r}: {reason}, for example me/my-model")
 
 
-def check_base(base_model: str | None) -> None:
-    """Checks that a base model has the form `USER/NAME` or `USER/NAME@REVISION`.
-
-    Raises:
-        InputError: as [`check_repo`] does.
-    """
-    if base_model is not None:
-        check_repo(base_model.partition("@")[0], "--base-model")
-
-
 def require_hub() -> None:
     """Checks that the client is online and has a token.
 
@@ -89,19 +79,15 @@ def check_may_write(api: Any, repo: str) -> None:
             f"The Hub token {token.get('displayName')!r} is read-only, and publishing writes to {repo}. Create one "
             f"with the role write at {_TOKENS_PAGE}"
         )
-    if token.get("role") == "fineGrained" and not _writes(token.get("fineGrained", {}), namespace, repo):
+    scopes = token.get("fineGrained", {}).get("scoped", ())
+    writable = [
+        scope.get("entity", {}).get("name") for scope in scopes if "repo.write" in scope.get("permissions", ())
+    ]
+    if token.get("role") == "fineGrained" and not {namespace, repo} & set(writable):
         raise InputError(
             f"The Hub token {token.get('displayName')!r} lacks the permission repo.write for {repo}. Grant it for "
             f"{namespace} or for this repository at {_TOKENS_PAGE}"
         )
-
-
-def _writes(permissions: dict[str, Any], namespace: str, repo: str) -> bool:
-    """Whether a fine-grained token may write to a repository."""
-    return any(
-        "repo.write" in scope.get("permissions", ()) and scope.get("entity", {}).get("name") in (namespace, repo)
-        for scope in permissions.get("scoped", ())
-    )
 
 
 @contextlib.contextmanager
@@ -123,27 +109,21 @@ def explain_errors(api: Any, repo: str) -> Iterator[None]:
         cause: BaseException = error
         if type(error) is RuntimeError and error.__cause__:  # the client's wrapper around a failed upload
             cause = error.__cause__
-        reason = one_line(cause)
-        if not isinstance(cause, HTTPError):
-            raise InputError(
-                f"Publishing to the Hub {api.endpoint} failed ({reason}). Fix the cause, then {again}"
-            ) from error
-        if not isinstance(cause, HfHubHTTPError):
+        reason, hub = one_line(cause), f"The Hub {api.endpoint}"
+        if isinstance(cause, HfHubHTTPError):
+            message = cause.server_message or reason
+            others = f"{hub} answered with status {cause.response.status_code} ({message}); {again}"
+            explained = {
+                401: f"{hub} rejects the token ({message}). Set HF_TOKEN to a valid one from {_TOKENS_PAGE}",
+                403: f"{hub} denies this token write access to {repo} ({message}). Use a token with write permission "
+                f"from {_TOKENS_PAGE}, then {again}",
+                412: f"{repo} was changed on the Hub in the meantime ({message}); {again}",
+            }
+            raise InputError(explained.get(cause.response.status_code, others)) from error
+        if isinstance(cause, HTTPError):
             raise Unreachable(
-                f"The Hub {api.endpoint} cannot be reached ({reason}). Check the connection and HF_ENDPOINT, then "
-                f"{again}"
+                f"{hub} cannot be reached ({reason}). Check the connection and HF_ENDPOINT, then {again}"
             ) from error
-        status, message = cause.response.status_code, cause.server_message or reason
-        if status == 401:
-            raise InputError(
-                f"The Hub {api.endpoint} rejects the token ({message}). Set HF_TOKEN to a valid one from "
-                f"{_TOKENS_PAGE}"
-            ) from error
-        if status == 403:
-            raise InputError(
-                f"The Hub {api.endpoint} denies this token write access to {repo} ({message}). Use a token with write "
-                f"permission from {_TOKENS_PAGE}, then {again}"
-            ) from error
-        if status == 412:
-            raise InputError(f"{repo} was changed on the Hub in the meantime ({message}); {again}") from error
-        raise InputError(f"The Hub {api.endpoint} answered with status {status} ({message}); {again}") from error
+        raise InputError(
+            f"Publishing to the Hub {api.endpoint} failed ({reason}). Fix the cause, then {again}"
+        ) from error

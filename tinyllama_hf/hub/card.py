@@ -71,7 +71,7 @@ def milestone_card(folder: Path, name: str) -> str:
         folder (`Path`): the complete milestone.
         name (`str`): final name of the folder.
     """
-    model = open_trained_folder(folder)._replace(given_name=name)
+    model = open_trained_folder(folder)._replace(name=name)
     text = _text(model, title=name, repo=f"milestones/{name}", loss=model.record["validation_loss"])
     return write_card(_metadata(model), text)
 

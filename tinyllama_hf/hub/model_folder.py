@@ -21,7 +21,12 @@ from ..released import released
 PROVENANCE_FILE = "provenance.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# Files to publish besides the weights. All others (logs, held-out rows, temporary files) are not published.
+_WEIGHTS = ("model.safetensors", SAFETENSORS_INDEX, "model-*-of-*.safetensors")
+# Files to publish, by kind, and with all kinds. Others (logs, held-out rows, temporary files) are not published.
+_FILES = dict.fromkeys(("trained", "llama", "awq", "quantized"), ("config.json", *_WEIGHTS)) | {
+    "gguf": ("*.gguf",),
+    "adapter": (ADAPTER_CONFIG, ADAPTER_WEIGHTS),
+}
 _OTHER_FILES = (
     "generation_config.json",
     "tokenizer.json",
@@ -32,20 +37,11 @@ _OTHER_FILES = (
     "chat_template.jinja",
     PROVENANCE_FILE,
 )
-_WEIGHTS = ("model.safetensors", SAFETENSORS_INDEX, "model-*-of-*.safetensors")
-_FILES = {
-    "trained": ("config.json", *_WEIGHTS, *_OTHER_FILES, CONFIG_FILE),
-    "llama": ("config.json", *_WEIGHTS, *_OTHER_FILES),
-    "awq": ("config.json", *_WEIGHTS, *_OTHER_FILES),
-    "quantized": ("config.json", *_WEIGHTS, *_OTHER_FILES),
-    "gguf": ("*.gguf", *_OTHER_FILES),
-    "adapter": (ADAPTER_CONFIG, ADAPTER_WEIGHTS, *_OTHER_FILES),
-}
 # Files that an earlier version of a revision may have had, also as a folder of another kind: deleted if they are no
 # longer part of it. Of GGUF files only those named as by `convert`.
-OUTDATED = tuple(
-    {pattern.replace("*.gguf", "model-*.gguf") for patterns in _FILES.values() for pattern in patterns}
-    | {"loss.png", "trajectory.png"}
+OUTDATED = (
+    *("config.json", *_WEIGHTS, "model-*.gguf", ADAPTER_CONFIG, ADAPTER_WEIGHTS),
+    *(*_OTHER_FILES, CONFIG_FILE, "loss.png", "trajectory.png"),
 )
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
@@ -61,8 +57,8 @@ class ModelFolder(NamedTuple):
         config (`dict`): content of `config.json` or `adapter_config.json`.
         record (`dict`): content of `provenance.json` without paths and names of this machine; empty if there is none.
         num_parameters (`int`): counted from the headers of the weights, shared weights once.
+        name (`str`): name of the model in score files, which is that of the folder.
         base (`str`, *optional*): Hub id of the base model, with `@REVISION` if it is not main.
-        given_name (`str`): name of the model if the folder has a temporary one.
     """
 
     path: Path
@@ -71,13 +67,8 @@ class ModelFolder(NamedTuple):
     config: dict[str, Any]
     record: dict[str, Any]
     num_parameters: int
+    name: str
     base: str | None = None
-    given_name: str = ""
-
-    @property
-    def name(self) -> str:
-        """Name of the model in score files, which is that of the folder."""
-        return self.given_name or self.path.resolve().name
 
 
 def open_trained_folder(folder: Path, base: str | None = None) -> ModelFolder:
@@ -148,7 +139,8 @@ def _quantized(folder: Path) -> ModelFolder:
     """Opens a folder that bitsandbytes saved: weights have the usual names, and packed shapes."""
     config = _llama_fields(folder)
     saved_quantization(config, str(folder))
-    tensors = _stored(folder)
+    index = folder / SAFETENSORS_INDEX
+    tensors = open_sharded(index) if index.is_file() else open_safetensors(folder / "model.safetensors")
     llama, _ = read_llama_config(folder / "config.json")
     shapes = expected_shapes(llama)
     for name, shape in shapes.items():
@@ -184,9 +176,11 @@ def _model(folder: Path, kind: str, config: dict[str, Any], tensors: dict[str, L
     for name in _TOKENIZER:
         if (folder / name).is_file():
             read_fields(folder / name)
-    files = sorted({file for pattern in _FILES[kind] for file in folder.glob(pattern) if file.is_file()})
+    patterns = (*_FILES[kind], *_OTHER_FILES, *([CONFIG_FILE] if kind == "trained" else ()))
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
     num_parameters = sum(torch.Size(tensor.shape).numel() for tensor in tensors.values())
-    return ModelFolder(folder, kind, files, portable(config, names=False), portable(_record(folder)), num_parameters)
+    config, record = portable(config, names=False), portable(_record(folder))
+    return ModelFolder(folder, kind, files, config, record, num_parameters, folder.resolve().name)
 
 
 def _llama_fields(folder: Path) -> dict[str, Any]:
@@ -202,11 +196,6 @@ def _llama_fields(folder: Path) -> dict[str, Any]:
     if not any((folder / name).is_file() for name in _WEIGHTS[:2]):
         raise InputError(f"{folder}: model.safetensors is missing. Download or recreate the folder")
     return config
-
-
-def _stored(folder: Path) -> dict[str, LazyTensor]:
-    index = folder / SAFETENSORS_INDEX
-    return open_sharded(index) if index.is_file() else open_safetensors(folder / "model.safetensors")
 
 
 def _require(folder: Path, names: Sequence[str], fix: str) -> None:

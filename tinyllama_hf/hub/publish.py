@@ -1,7 +1,7 @@
 """Publishing to the Hub: the milestones of a run as revisions, with the newest on main; or a single model folder."""
 
 import fnmatch
-import io
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from .. import provenance
 from ..errors import InputError
-from .access import Unreachable, check_base, check_may_write, check_repo, explain_errors, require_hub
+from .access import Unreachable, check_may_write, check_repo, explain_errors, require_hub
 from .card_file import CARD_FILE, COMMIT_PREFIX, is_marked, merge_with_existing, read_card
 from .model_folder import OUTDATED, PROVENANCE_FILE
 from .revisions import MAIN, Revision, content_bytes, plan_revisions
@@ -62,7 +62,8 @@ def publish(
 
     api = HfApi()
     check_repo(repo)
-    check_base(base_model)
+    if base_model is not None:
+        check_repo(base_model.partition("@")[0], "--base-model")
     if not dry_run:
         require_hub()
     revisions = plan_revisions(Path(run), repo, license, base_model)
@@ -71,12 +72,12 @@ def publish(
     with explain_errors(api, repo):
         heads = _heads(api, repo, private)
         check_may_write(api, repo)
-        revisions = _merge_cards(api, repo, heads or {}, revisions)
+        revisions = _merge_cards(api, repo, heads, revisions)
         _check_card(revisions[-1])
-        if heads is None:
+        if not heads:
             api.create_repo(repo, private=private or None)  # None: the default of the account
             heads = _heads(api, repo, private)
-        return [_upload(api, repo, heads or {}, revision, note) for revision in revisions]
+        return [_upload(api, repo, heads, revision, note) for revision in revisions]
 
 
 def _check_card(revision: Revision) -> None:
@@ -101,8 +102,8 @@ def _merge_cards(api: Any, repo: str, heads: dict[str, str], revisions: Sequence
     return merged
 
 
-def _heads(api: Any, repo: str, private: bool) -> dict[str, str] | None:
-    """The commit of each branch, `None` if the repository does not exist.
+def _heads(api: Any, repo: str, private: bool) -> dict[str, str]:
+    """The commit of each branch; none if the repository does not exist.
 
     Raises:
         InputError: if it is public although `private` is set, or holds files of another origin.
@@ -112,7 +113,7 @@ def _heads(api: Any, repo: str, private: bool) -> dict[str, str] | None:
     try:
         info = api.model_info(repo, timeout=30)  # without it the client waits forever
     except RepositoryNotFoundError:
-        return None
+        return {}
     if private and not info.private:
         raise InputError(f"--private: {repo} exists and is public. Make it private in its settings, or choose another")
     present = {sibling.rfilename for sibling in info.siblings} - {_GIT_FILE, CARD_FILE}
@@ -155,20 +156,17 @@ def _dry_run(
 ) -> list[Published]:
     """Prints what would be uploaded, compared with the Hub if it can be reached."""
     note(f"{repo}{', private' if private else ''}: {len(revisions)} revision{'s' * (len(revisions) > 1)}")
-    heads, reached = _ask(api, repo, private, note)
-    if heads:
-        with explain_errors(api, repo):
-            revisions = _merge_cards(api, repo, heads, revisions)
+    heads = _ask(api, repo, private, note)
     results, contents = [], set()
-    for revision in revisions:
-        added, removed = list(revision.files), list[str]()
-        if heads and revision.name in heads:
-            with explain_errors(api, repo):
-                added, removed = _difference(api, repo, heads[revision.name], revision)
+    with explain_errors(api, repo):
+        revisions = _merge_cards(api, repo, heads, revisions)
+        changes = [_difference(api, repo, heads.get(revision.name), revision) for revision in revisions]
+    for revision, (added, removed) in zip(revisions, changes, strict=True):
         results.append(Published(revision.name, _url(api, repo, revision), [*added, *removed]))
-        state = "up to date" if reached and not results[-1].changed else f"to upload: {_amount(revision, added)}"
+        state = f"to upload: {_amount(revision, added)}" if results[-1].changed else "up to date"
         origin = "" if revision.name == revision.source else f"from {revision.source}, "
-        note(f"{revision.name}  {origin}{revision.num_bytes:,} bytes; {state}")
+        num_bytes = sum(map(content_bytes, revision.files.values()))
+        note(f"{revision.name}  {origin}{num_bytes:,} bytes; {state}")
         for path, content in sorted(revision.files.items()):
             note(f"  {content_bytes(content):>14,}  {path}{'' if path in added else '  up to date'}")
         for path in removed:
@@ -180,8 +178,8 @@ def _dry_run(
     return results
 
 
-def _ask(api: Any, repo: str, private: bool, note: Callable[[str], Any]) -> tuple[dict[str, str] | None, bool]:
-    """The branches on the Hub, and whether it could be reached."""
+def _ask(api: Any, repo: str, private: bool, note: Callable[[str], Any]) -> dict[str, str]:
+    """The commit of each branch on the Hub; empty if it cannot be reached or the repository does not exist."""
     from huggingface_hub import get_token
 
     try:
@@ -191,18 +189,17 @@ def _ask(api: Any, repo: str, private: bool, note: Callable[[str], Any]) -> tupl
                 check_may_write(api, repo)
     except Unreachable as error:
         note(f"not compared with the Hub: {error}")
-        return None, False
+        return {}
     note("the repository exists" if heads else "the repository does not exist, or this token has no access to it")
-    return heads, True
+    return heads
 
 
-def _difference(api: Any, repo: str, commit: str, revision: Revision) -> tuple[list[str], list[str]]:
-    """The paths to add or replace, and those to delete, to get from a commit to a revision."""
+def _difference(api: Any, repo: str, commit: str | None, revision: Revision) -> tuple[list[str], list[str]]:
+    """The paths to add or replace, and those to delete, to get from a commit, if there is one, to a revision."""
     from huggingface_hub import RepoFile
 
-    existing = {
-        f.path: f for f in api.list_repo_tree(repo, revision=commit, recursive=True) if isinstance(f, RepoFile)
-    }
+    entries = api.list_repo_tree(repo, revision=commit, recursive=True) if commit else ()
+    existing = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
     added = [path for path, content in revision.files.items() if not _equal(content, existing.get(path))]
     ours = [path for path in existing if "/" not in path and any(fnmatch.fnmatch(path, name) for name in OUTDATED)]
     return added, sorted(set(ours) - revision.files.keys())
@@ -210,15 +207,14 @@ def _difference(api: Any, repo: str, commit: str, revision: Revision) -> tuple[l
 
 def _equal(content: Path | bytes, existing: Any) -> bool:
     """Whether a file on the Hub has this content, by size and SHA-256, or by the git hash of a small file."""
-    from huggingface_hub.utils.sha import git_hash, sha_fileobj
+    from huggingface_hub.utils.sha import git_hash
 
     if existing is None or existing.size != content_bytes(content):
         return False
     if existing.lfs is None:
         return git_hash(content if isinstance(content, bytes) else content.read_bytes()) == existing.blob_id
-    if isinstance(content, Path):
-        return provenance.file_sha256(content) == existing.lfs.sha256
-    return sha_fileobj(io.BytesIO(content)).hex() == existing.lfs.sha256
+    sha256 = provenance.file_sha256(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
+    return sha256 == existing.lfs.sha256
 
 
 def _amount(revision: Revision, paths: Sequence[str]) -> str:

@@ -14,7 +14,6 @@ from ..evaluation.models import require_milestones
 from ..evaluation.score_files import RunScores
 from ..files import read_json
 from ..portable import portable, portable_text
-from ..pretrain.metrics import METRICS_FILE
 from ..pretrain.milestones import CONFIG_FILE, MILESTONES_FOLDER
 from .card import model_card
 from .card_file import CARD_FILE
@@ -51,11 +50,6 @@ class Revision:
     def files(self) -> dict[str, Path | bytes]:
         """Content by path of all files, including the card."""
         return {**self.other_files, CARD_FILE: self.card.encode()}
-
-    @property
-    def num_bytes(self) -> int:
-        """Total size of the files."""
-        return sum(map(content_bytes, self.files.values()))
 
 
 def content_bytes(content: Path | bytes) -> int:
@@ -103,10 +97,6 @@ def _draw_pictures(run: Path, milestones: Sequence[ModelFolder], scores: RunScor
     from ..report import plots
     from ..report.training import TrainingCurves
 
-    if not (run / METRICS_FILE).is_file():
-        raise InputError(
-            f"run {run}: {METRICS_FILE} is missing, which the loss curve is drawn from. Publish the complete run"
-        )
     curves = TrainingCurves(run)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

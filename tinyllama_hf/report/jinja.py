@@ -12,9 +12,8 @@ def render_template(path: Path, **values: Any) -> str:
     """Renders a template file. Values are escaped in HTML templates.
 
     Filters besides those of jinja2: `number(spec)` formats a number with a Python format spec, by default with
-        thousands
-    separators; `cell` escapes text for a Markdown table; `portable` shortens absolute paths; `basename` is the last
-    part of a path.
+    thousands separators; `cell` escapes text for a Markdown table; `portable` shortens absolute paths; `basename` is
+    the last part of a path.
 
     Args:
         path (`Path`): the template.
@@ -27,17 +26,10 @@ def render_template(path: Path, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=_number, cell=_cell, portable=portable_text, basename=_basename)
+    environment.filters.update(
+        number=lambda value, spec=",": format(value, spec),
+        cell=lambda text: text.replace("|", "\\|"),
+        portable=portable_text,
+        basename=lambda path: Path(path).name,
+    )
     return environment.get_template(path.name).render(values)
-
-
-def _number(value: float, spec: str = ",") -> str:
-    return format(value, spec)
-
-
-def _basename(path: str) -> str:
-    return Path(path).name
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")

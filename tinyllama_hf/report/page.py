@@ -43,11 +43,9 @@ def write_report(
         InputError: if the folder is not a run or has no logged step, a file is missing, or matplotlib is not
             installed. Raised before anything is written.
     """
-    if not (run / METRICS_FILE).is_file():
-        raise InputError(f"run {run}: {METRICS_FILE} is missing, so this is not a pretraining run")
     curves = TrainingCurves(run)
     if not curves.last:
-        raise InputError(f"run {run}: no training step is logged yet. Wait for the first one")
+        raise InputError(f"run {run}: no training step is logged yet in {METRICS_FILE}. Wait for the first one")
     if stages and not stages.is_file():
         raise InputError(f"--stages {stages}: the file does not exist")
     if output.exists() and not output.is_dir():
@@ -57,9 +55,9 @@ def write_report(
     from . import plots
 
     milestones = [(folder, read_record(folder)) for folder in list_milestones(run)]
-    samples = _samples([folder for folder, _ in milestones], prompts)
     found = read_run_scores(run)
     scores, commonsense = found.text, found.commonsense
+    samples = _samples([folder for folder, _ in milestones], prompts)
     output.mkdir(parents=True, exist_ok=True)
     plots.loss_curve(curves, [record["tokens"] for _, record in milestones], output / "loss.png")
     plots.learning_rate_curve(curves, output / "learning_rate.png")
@@ -84,9 +82,7 @@ def write_report(
         replies=replies,
         shown_replies=_SHOWN_REPLIES,
         chat=chat_record,
-        stages=[line.split("\t") for line in stages.read_text(encoding="utf-8").splitlines() if line]
-        if stages
-        else [],
+        stages=[line.split("\t") for line in stages.read_text("utf-8").splitlines() if line] if stages else [],
         recipe=run / CONFIG_FILE,
     )
     write_text(page, text)

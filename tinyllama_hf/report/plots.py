@@ -68,19 +68,14 @@ def training_panels(curves: TrainingCurves, milestones: Sequence[int], title: st
 
 
 def _loss(axes: Any, curves: TrainingCurves, milestones: Sequence[int]) -> None:
-    for number, tokens in enumerate(milestones):
-        axes.axvline(tokens, color="#cccccc", linewidth=0.8, zorder=0, label="_" * (number > 0) + "milestone")
+    for number, milestone in enumerate(milestones):
+        axes.axvline(milestone, color="#cccccc", linewidth=0.8, zorder=0, label="_" * (number > 0) + "milestone")
     _line(axes, curves, "loss", _COLORS["model"], label="training")
     if curves.validation:
         style = "o-" if len(curves.validation) <= _MAX_MARKERS else "-"
-        axes.plot(
-            *zip(*curves.validation, strict=True),
-            style,
-            color=_COLORS["validation"],
-            markersize=3,
-            linewidth=1,
-            label="validation, held-out text",
-        )
+        tokens, losses = zip(*curves.validation, strict=True)
+        label, color = "validation, held-out text", _COLORS["validation"]
+        axes.plot(tokens, losses, style, color=color, markersize=3, linewidth=1, label=label)
     axes.set(title="Loss, nats per token")
     _logarithmic(axes)
     axes.legend(frameon=False)

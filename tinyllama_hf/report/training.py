@@ -39,11 +39,13 @@ class TrainingCurves:
         first, last (`dict`): the first and the last training row, `None` if there is none yet.
 
     Raises:
-        InputError: if a complete row is damaged.
+        InputError: if there is no file, or a complete row is damaged.
     """
 
     def __init__(self, run: Path):
         self._file = run / METRICS_FILE
+        if not self._file.is_file():
+            raise InputError(f"run {run}: {METRICS_FILE} is missing, so this is not a complete pretraining run")
         self._inode = -1
         self.refresh()
 
@@ -98,7 +100,5 @@ class TrainingCurves:
 
 
 def _summary(rows: list[tuple[float, ...]]) -> np.ndarray:
-    if len(rows) == 1:
-        return np.array([rows[0]] * 3)
     values = np.array(rows)
     return np.stack([values.mean(0), values.min(0), values.max(0)])
