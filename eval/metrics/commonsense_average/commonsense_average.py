@@ -10,26 +10,24 @@ import evaluate
 from tinyllama_hf.evaluation.score_metrics import average_standard_error, commonsense_average
 
 
-_INPUTS = """
-Args:
-    predictions (`list[float]`): one score per task, all in the same unit.
-    references (`list[str]`): the names of the seven tasks, each once, in the order of the scores.
-    standard_errors (`list[float]`, *optional*): standard errors, in the order of the scores.
-
-Returns:
-    `dict`: `average`, and `standard_error` (`None` without `standard_errors`), in the unit of the scores.
-"""
-
-
 class CommonsenseAverage(evaluate.Metric):
-    """Wraps [`tinyllama_hf.evaluation.score_metrics.commonsense_average`]."""
+    """Wraps [`tinyllama_hf.evaluation.score_metrics.commonsense_average`].
+
+    Args:
+        predictions (`list[float]`): one score per task, all in the same unit.
+        references (`list[str]`): the names of the seven tasks, each once, in the order of the scores.
+        standard_errors (`list[float]`, *optional*): standard errors, in the order of the scores.
+
+    Returns:
+        `dict`: `average`, and `standard_error` (`None` without `standard_errors`), in the unit of the scores.
+    """
 
     def _info(self) -> evaluate.MetricInfo:
         features = {"predictions": datasets.Value("float64"), "references": datasets.Value("string")}
         return evaluate.MetricInfo(
             description=commonsense_average.__doc__,
             citation="",
-            inputs_description=_INPUTS,
+            inputs_description=self.__doc__,
             features=datasets.Features(features),
         )
 

@@ -10,25 +10,23 @@ import evaluate
 from tinyllama_hf.evaluation.score_metrics import median_length, stop_rate
 
 
-_INPUTS = """
-Args:
-    predictions (`list[list[int]]`): the generated token ids of each reply, without the prompt.
-    eos_token_id (`int`): the stop token.
-
-Returns:
-    `dict`: `stop_rate` between 0 and 1, and `median_length` in tokens without the stop token.
-"""
-
-
 class StopRate(evaluate.Metric):
-    """Wraps [`tinyllama_hf.evaluation.score_metrics.stop_rate`]."""
+    """Wraps [`tinyllama_hf.evaluation.score_metrics.stop_rate`].
+
+    Args:
+        predictions (`list[list[int]]`): the generated token ids of each reply, without the prompt.
+        eos_token_id (`int`): the stop token.
+
+    Returns:
+        `dict`: `stop_rate` between 0 and 1, and `median_length` in tokens without the stop token.
+    """
 
     def _info(self) -> evaluate.MetricInfo:
         features = {"predictions": datasets.Sequence(datasets.Value("int64"))}
         return evaluate.MetricInfo(
             description=stop_rate.__doc__,
             citation="",
-            inputs_description=_INPUTS,
+            inputs_description=self.__doc__,
             features=datasets.Features(features),
         )
 
