@@ -57,9 +57,8 @@ def main() -> int:
         # Load the recipe, check it against data and machine, and build the model; nothing is written yet.
         config = load_config(arguments.recipe, arguments.overrides)
         scores_milestones = config.evaluate_at_milestones == "inline"
-        if scores_milestones:
-            run_folder = None if arguments.overwrite else Path(config.output_dir)
-            check_can_score(run_folder, [source.path for source in config.data.sources])
+        if scores_milestones and not arguments.overwrite:
+            check_can_score(Path(config.output_dir), [source.path for source in config.data.sources])
         prepared = prepare_run(config, arguments.overwrite)
         prepared.print(*prepared.summary)
         # Print the plan, or train.

@@ -7,7 +7,7 @@ The bits of all documents are summed and divided by their UTF-8 bytes.
 
 import gzip
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,11 +29,6 @@ class HeldOut(NamedTuple):
     name: str
     fingerprint: str
     texts: tuple[str, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Number of UTF-8 bytes of all documents."""
-        return sum(len(text.encode()) for text in self.texts)
 
 
 class Window(NamedTuple):
@@ -79,19 +74,15 @@ def windows(document: int, tokens: np.ndarray, context: int, stride: int) -> Ite
 
 
 @torch.inference_mode()
-def log_probabilities(
-    model: PreTrainedModel, batches: Iterable[Sequence[Window]], advance: Callable[[int], Any] = lambda n: None
-) -> Iterator[tuple[int, float]]:
-    """Yields the document and the log-probability (in nats) of the scored tokens of each window."""
-    for batch in batches:
-        # Padded on the right: with causal attention, no scored token attends to padding.
-        tokens = pad_sequence([torch.from_numpy(window.tokens) for window in batch], batch_first=True).to(model.device)
-        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits.float()
-        scores = logits.gather(2, tokens[:, 1:, None]).squeeze(2) - logits.logsumexp(2)  # [batch, longest - 1]
-        for row, window in zip(scores.double().cpu(), batch, strict=True):
-            end = len(window.tokens) - 1
-            yield window.document, row[end - window.num_scored : end].sum().item()
-            advance(window.num_scored)
+def _negative_log_likelihoods(model: PreTrainedModel, batch: Sequence[Window]) -> list[float]:
+    """Returns the negative log-likelihood, in nats, of the scored tokens of each window."""
+    # Padded on the right: with causal attention, no scored token attends to padding.
+    tokens = pad_sequence([torch.from_numpy(window.tokens) for window in batch], batch_first=True).to(model.device)
+    logits = model(input_ids=tokens[:, :-1], use_cache=False).logits.float()
+    scores = logits.gather(2, tokens[:, 1:, None]).squeeze(2) - logits.logsumexp(2)  # [batch, longest - 1]
+    ends = [len(window.tokens) - 1 for window in batch]
+    rows = zip(scores.double().cpu(), ends, batch, strict=True)
+    return [-row[end - window.num_scored : end].sum().item() for row, end, window in rows]
 
 
 def score_documents(
@@ -127,10 +118,12 @@ def score_documents(
     for number, text in enumerate(documents):
         all_windows += windows(number, document_tokens(tokenizer, text), context, stride)
     all_windows.sort(key=lambda window: len(window.tokens))  # little padding in a batch
-    batches = (all_windows[i : i + batch_size] for i in range(0, len(all_windows), batch_size))
     nats = [0.0] * len(documents)
-    for number, log_probability in log_probabilities(model, batches, advance):
-        nats[number] -= log_probability
+    for start in range(0, len(all_windows), batch_size):
+        batch = all_windows[start : start + batch_size]
+        for window, negative in zip(batch, _negative_log_likelihoods(model, batch), strict=True):
+            nats[window.document] += negative
+        advance(sum(window.num_scored for window in batch))
     protocol = TextProtocol(context, stride, bos=True, dtype=str(model.dtype).removeprefix("torch."))
     return summarize(nats, held_out), protocol
 

@@ -1,6 +1,7 @@
 """Scores models, or all milestones of a run, on the commonsense tasks, and writes the score file."""
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -124,12 +125,11 @@ def _common_context(folders: Sequence[Path]) -> int:
 def _published_protocol(suite: Suite, context: int, limit: int | None) -> Protocol:
     """Returns the protocol of TinyLlama's table, completed with the fields that it does not define."""
     table = tables()["protocol"]
-    fixed = {key: table[key] for key in ("dtype", "num_fewshot", "add_bos_token", "apply_chat_template")}
     return Protocol(
         harness=suite.harness,
         task_versions=suite.versions,
         metrics=table["metric"],
-        **fixed,
+        **{key: table[key] for key in ("dtype", "num_fewshot", "add_bos_token", "apply_chat_template")},
         context_length=context,
         limit=limit,
         data=suite.data,
@@ -167,24 +167,21 @@ def _score_folder(
     loaded, tokenizer = load_eval_model(model, device, getattr(torch, protocol.dtype))
     with Progress(transient=True, disable=not Console().is_terminal) as bar:
         task = bar.add_task(f"Scoring {model.name}", total=None)
-
-        def progress(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        outcome = run_suite(loaded, tokenizer, suite, protocol, batch_size, progress)
-    if outcome.num_cut:
+        update = functools.partial(bar.update, task)
+        results, items, num_cut = run_suite(loaded, tokenizer, suite, protocol, batch_size, update)
+    if num_cut:
         note(
-            f"{model.name}: {outcome.num_cut} requests are longer than the context of {protocol.context_length} "
+            f"{model.name}: {num_cut} requests are longer than the context of {protocol.context_length} "
             "tokens and were truncated from the left"
         )
-    results = [outcome.results[name] for name in TASKS]
+    scores = [results[name] for name in TASKS]
     row = CommonsenseRow(
         **vars(model),
         fingerprint=fingerprint,
-        results=outcome.results,
-        average=commonsense_average([result.score for result in results], TASKS),
-        average_standard_error=average_standard_error([result.standard_error for result in results]),
-        cut_requests=outcome.num_cut,
+        results=results,
+        average=commonsense_average([score.score for score in scores], TASKS),
+        average_standard_error=average_standard_error([score.standard_error for score in scores]),
+        cut_requests=num_cut,
         seconds=round(time.perf_counter() - began, 1),
     )
-    return row, outcome.items
+    return row, items

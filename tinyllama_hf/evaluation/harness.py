@@ -7,7 +7,7 @@ lm-eval defines prompts, choices, tokenization and log-likelihoods. This module 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,22 +31,14 @@ class Item:
     gold: int
 
 
-class Outcome(NamedTuple):
-    """The result of a model: `results` by task, all items, and the number of requests truncated to the context."""
-
-    results: dict[str, TaskScore]
-    items: list[Item]
-    num_cut: int
-
-
 def run_suite(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     suite: Suite,
     protocol: Protocol,
-    batch_size: int = BATCH_SIZE,
-    progress: Callable[[int, int], Any] = lambda done, total: None,
-) -> Outcome:
+    batch_size: int,
+    update: Callable[..., Any],
+) -> tuple[dict[str, TaskScore], list[Item], int]:
     """Scores a loaded model on the seven tasks.
 
     Args:
@@ -55,11 +47,10 @@ def run_suite(
         suite (`Suite`): the opened tasks.
         protocol (`Protocol`): the settings of the evaluation.
         batch_size (`int`): rows per forward pass. Does not change scores in fp32.
-        progress (`Callable`): called with the number of finished requests and the total.
+        update (`Callable`): called with `completed` and `total` numbers of requests, as `rich.Progress.update`.
 
     Returns:
-        `Outcome`: scores and standard errors in percent; for each item the log-likelihood of every choice in nats, the
-        chosen and the right choice.
+        `tuple`: the scores by task, all items, and the number of requests that were truncated to the context.
 
     Raises:
         InputError: if a log-likelihood is not finite, or a choice is longer than the context.
@@ -67,7 +58,7 @@ def run_suite(
     # Not `simple_evaluate`, which runs git and nvidia-smi to describe the machine, and sets all seeds.
     from lm_eval import evaluate
 
-    harness_model = _harness_model(model, tokenizer, protocol, batch_size, progress)
+    harness_model = _harness_model(model, tokenizer, protocol, batch_size, update)
     for task in suite.tasks.values():
         task.set_config("num_fewshot", protocol.num_fewshot)
     with quiet_harness():
@@ -90,7 +81,7 @@ def run_suite(
             items=len(samples),
             version=suite.versions[name],
         )
-    return Outcome(results, items, harness_model.num_cut)
+    return results, items, harness_model.num_cut
 
 
 def _harness_model(
@@ -98,7 +89,7 @@ def _harness_model(
     tokenizer: PreTrainedTokenizerBase,
     protocol: Protocol,
     batch_size: int,
-    progress: Callable[[int, int], Any],
+    update: Callable[..., Any],
 ) -> Any:
     """Wraps a loaded model in lm-eval's own `hf` model, with checks of requests and log-likelihoods."""
     from lm_eval.models.huggingface import HFLM
@@ -120,7 +111,7 @@ def _harness_model(
                 )
             # A request may have one token more than the context, since the last token is predicted but not read.
             self.num_cut = sum(len(c) + len(k) > self.max_length + 1 for _, c, k in requests)
-            self.set_cache_hook(_Counter(len(requests), progress))
+            self.set_cache_hook(_Counter(len(requests), update))
             answers = super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)
             if bad := [
                 request for request, answer in zip(requests, answers, strict=True) if not math.isfinite(answer[0])
@@ -144,12 +135,12 @@ def _harness_model(
 class _Counter:
     """Counts finished requests, in place of lm-eval's cache hook, which is called after each request."""
 
-    def __init__(self, total: int, progress: Callable[[int, int], Any]):
-        self.done, self.total, self.progress = 0, total, progress
+    def __init__(self, total: int, update: Callable[..., Any]):
+        self.completed, self.total, self.update = 0, total, update
 
     def add_partial(self, *answer: Any) -> None:
-        self.done += 1
-        self.progress(self.done, self.total)
+        self.completed += 1
+        self.update(completed=self.completed, total=self.total)
 
 
 def _item(name: str, task: Any, metric: str, sample: dict[str, Any]) -> Item:

@@ -110,7 +110,7 @@ class Protocol:
     """
 
     harness: str
-    task_versions: dict[str, Any]
+    task_versions: dict[str, int | float | str]
     metrics: dict[str, str]
     dtype: str
     num_fewshot: int
@@ -142,7 +142,7 @@ class TaskScore:
     score: float
     standard_error: float
     items: int
-    version: Any
+    version: int | float | str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

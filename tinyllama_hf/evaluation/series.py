@@ -134,13 +134,13 @@ def watch(
         time.sleep(every_seconds)
 
 
-def check_can_score(run: Path | None, data: Sequence[str]) -> None:
+def check_can_score(run: Path, data: Sequence[str]) -> None:
     """Checks before a run starts that its milestones can be scored. Reads no documents.
 
     Raises:
         InputError: if the score file of the run is of another task or text.
     """
-    if run and (file := read_scores(run / SCORES_FILE, TextScoreFile)):
+    if file := read_scores(run / SCORES_FILE, TextScoreFile):
         text = [(folder, read_metadata(Path(folder))["fingerprint"]) for folder in data]
         _check_text(file, text, run / SCORES_FILE)
 
@@ -171,7 +171,9 @@ def _open_series(
     elif not data:
         raise InputError("--data is required to score model folders. Name prepared data sets")
     held_out = [held_out_documents(folder) for folder in data]
-    sources = [TextSource(h.name, h.fingerprint, len(h.texts), h.num_bytes) for h in held_out]
+    sources = [
+        TextSource(h.name, h.fingerprint, len(h.texts), sum(len(text.encode()) for text in h.texts)) for h in held_out
+    ]
     file = TextScoreFile(data=sources, models=[])
     if before := read_scores(output, TextScoreFile, rescore):
         _check_text(before, [(source.path, source.fingerprint) for source in sources], output)
@@ -204,7 +206,7 @@ def _score(model: ScoredModel, series: _Series, device: str, show_progress: bool
     created = read_record(model.folder).get("created") if is_ours else None
     if known and created is not None and known.created == created:
         return known
-    row = _score_folder(model, series.held_out, device, created, show_progress)
+    row = _score_folder(model, series, device, created, show_progress)
     for other in file.models:
         old, new = other.protocol, row.protocol
         if old.context == new.context and old != new and other is not known:
@@ -218,15 +220,15 @@ def _score(model: ScoredModel, series: _Series, device: str, show_progress: bool
 
 
 def _score_folder(
-    model: ScoredModel, held_out: Sequence[HeldOut], device: str, created: str | None, show_progress: bool
+    model: ScoredModel, series: _Series, device: str, created: str | None, show_progress: bool
 ) -> TextRow:
     """Scores a model with stock transformers classes, as users without this package load it."""
     began = time.perf_counter()
     loaded, tokenizer = load_eval_model(model, device)
-    total = sum(h.num_bytes for h in held_out)
+    num_bytes = sum(source.bytes for source in series.file.data)
     with Progress(transient=True, disable=not (show_progress and Console().is_terminal)) as bar:
-        task = bar.add_task(f"Scoring {model.name}", total=total // 3)  # estimated tokens
-        scores, protocol = score_documents(loaded, tokenizer, held_out, advance=lambda n: bar.advance(task, n))
+        task = bar.add_task(f"Scoring {model.name}", total=num_bytes // 3)  # estimated tokens
+        scores, protocol = score_documents(loaded, tokenizer, series.held_out, advance=lambda n: bar.advance(task, n))
     libraries = provenance.collect()["libraries"]
     return TextRow(
         **vars(model),

@@ -30,7 +30,7 @@ class Suite(NamedTuple):
 
     harness: str
     tasks: dict[str, Any]  # of lm-eval, by name
-    versions: dict[str, Any]
+    versions: dict[str, int | float | str]
     data: dict[str, str]  # SHA-256 of the file, or location on the Hub
     sample: bool
 
@@ -54,10 +54,9 @@ def task_files(folder: str | Path) -> dict[str, Path]:
     files, missing = {}, []
     for name in TASKS:
         (split,) = _redirection(name)["dataset_kwargs"]["data_files"].values()
-        plain = folder / split
-        found = [path for path in (plain, plain.with_name(f"{plain.name}.gz")) if path.is_file()]
-        files[name] = found[0] if found else plain
-        missing += [] if found else [split]
+        plain, compressed = folder / split, folder / f"{split}.gz"
+        files[name] = compressed if compressed.is_file() and not plain.is_file() else plain
+        missing += [] if files[name].is_file() else [split]
     if missing:
         raise InputError(f"--data {folder} has no {', '.join(missing)}. {WHERE_DATA_COME_FROM}")
     return files
@@ -86,8 +85,9 @@ def open_suite(data: str | Path | None = None) -> Iterator[Suite]:
             if not files:
                 rows = tasks[name].dataset[tasks[name].config.test_split or tasks[name].config.validation_split]
                 check_rows(name, enumerate(rows, start=1), _fields(name), name)
-        fingerprints = {
-            name: file_sha256(files[name]) if files else _hub_place(task.config) for name, task in tasks.items()
+        fingerprints = {name: file_sha256(file) for name, file in files.items()} or {
+            name: "/".join(filter(None, ("hf://datasets", task.config.dataset_path, task.config.dataset_name)))
+            for name, task in tasks.items()
         }
         versions = {name: task.VERSION for name, task in tasks.items()}
         sample = {name: file_sha256(file) for name, file in task_files(SAMPLE).items()}
@@ -96,10 +96,6 @@ def open_suite(data: str | Path | None = None) -> Iterator[Suite]:
 
 def _redirection(name: str) -> dict[str, Any]:
     return yaml.safe_load((eval_folder() / "tasks" / f"{name}.yaml").read_text(encoding="utf-8"))
-
-
-def _hub_place(config: Any) -> str:
-    return "/".join(filter(None, ("hf://datasets", config.dataset_path, config.dataset_name)))
 
 
 @functools.cache

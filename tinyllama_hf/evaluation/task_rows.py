@@ -10,13 +10,8 @@ from ..errors import InputError
 from ..text import check_text
 
 
-BAD_ROW = (
-    UndefinedError,
-    KeyError,
-    ValueError,
-    TypeError,
-    AttributeError,
-)  # raised by a task definition for a malformed row
+# Raised by a task definition for a malformed row.
+BAD_ROW = (UndefinedError, KeyError, ValueError, TypeError, AttributeError)
 
 
 def decisive_fields(task: Any, row: dict[str, Any]) -> dict[str, Any]:
