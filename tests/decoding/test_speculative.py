@@ -20,7 +20,7 @@ from transformers import (
 
 from tests.exactness import first_difference, left_padded
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer, speculative_generate
-from tinyllama_hf.decoding.draft_length import AdaptiveDraftLength
+from tinyllama_hf.decoding.draft_length import DraftLength
 from tinyllama_hf.decoding.proposals import PromptLookup, first_layers
 from tinyllama_hf.decoding.ragged_cache import check_full_attention
 from tinyllama_hf.decoding.rows import Rows
@@ -307,13 +307,13 @@ class TestOutput:
 class TestDraftLength:
     def test_rows_that_end_with_their_prompt_are_forgotten(self, target, draft, monkeypatch):
         """Their acceptance would otherwise count for the remaining rows."""
-        seen, observe = [], AdaptiveDraftLength.observe
+        seen, observe = [], DraftLength.observe
 
         def spy(self, width, limits, accepted, *seconds):
             seen.append((len(self._tried), len(accepted)))
             observe(self, width, limits, accepted, *seconds)
 
-        monkeypatch.setattr(AdaptiveDraftLength, "observe", spy)
+        monkeypatch.setattr(DraftLength, "observe", spy)
         first = alone(target, PROMPTS[0])[0]
         speculative_generate(target, draft, **left_padded(PROMPTS), eos_token_id=first, **GREEDY)
         assert seen and seen[0][1] < len(PROMPTS) and all(known == active for known, active in seen)

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation import GenerationMode
 
-from ..decoding.engine import Decoding, prepare
+from ..decoding.engine import SUPPORTED_MODES, Decoding, prepare_engine
 from ..decoding.proposals import Proposer
 from ..decoding.rows import RowPlan
 from ..decoding.speculative import check_pair
@@ -118,7 +117,7 @@ def _check_mode(model: PreTrainedModel, sampling: Sampling) -> None:
     config = copy.deepcopy(model.generation_config)
     config.update(**sampling.arguments())
     mode = config.get_generation_mode()
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+    if mode not in SUPPORTED_MODES:
         raise InputError(
             f"generation_config.json of the model: asks for {mode.value} (num_beams {config.num_beams}). Only greedy "
             "decoding and sampling are supported for many prompts. Remove it there"
@@ -139,7 +138,7 @@ def _begin(
     prompts = [torch.tensor(request.ids, device=model.device) for request in requests]
     padded = functools.partial(pad_sequence, batch_first=True, padding_side="left")
     plans = [RowPlan(r.key, r.max_new_tokens, _draws(r, entropy) if sampling.temperature else None) for r in requests]
-    decoding = prepare(
+    decoding = prepare_engine(
         model,
         draft,
         None if seed is None else SEEDED_DRAFT_LENGTH,

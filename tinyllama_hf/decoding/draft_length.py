@@ -20,47 +20,16 @@ _MARGIN = 1.03  # speedup over plain decoding that drafting must promise
 
 
 class DraftLength:
-    """A fixed number of drafted tokens per round, and the interface of an adaptive one.
-
-    Args:
-        num_tokens (`int`): tokens to draft; 0 is plain decoding.
-    """
-
-    def __init__(self, num_tokens: int):
-        self._num_tokens = num_tokens
-
-    def choose(self) -> int:
-        """Returns the number of tokens to draft in the next round."""
-        return self._num_tokens
-
-    def observe(self, width: int, limits: Sequence[int], accepted: Sequence[int], draft: float, target: float) -> None:
-        """Records the outcome of a round.
-
-        Args:
-            width (`int`): number of drafted columns.
-            limits (`Sequence[int]`): maximum number of drafted tokens per row, given the room before its end.
-            accepted (`Sequence[int]`): number of accepted tokens per row.
-            draft (`float`): seconds of drafting.
-            target (`float`): seconds of the target pass.
-        """
-
-    def keep(self, kept: Sequence[int]) -> None:
-        """Keeps the rows with these indices."""
-
-    def join(self, num_rows: int) -> None:
-        """Adds rows without any history."""
-
-
-class AdaptiveDraftLength(DraftLength):
     """The number of drafted tokens with the highest expected throughput; 0 where plain decoding is faster.
 
     Args:
         num_rows (`int`): batch size; acceptance is estimated per row.
         longest (`int`): maximum number of tokens to draft.
+        fixed (`int`, *optional*): always draft this number; 0 is plain decoding.
     """
 
-    def __init__(self, num_rows: int, longest: int):
-        self._longest = longest
+    def __init__(self, num_rows: int, longest: int, fixed: int | None = None):
+        self._longest, self._fixed = longest, fixed
         self._tried = [0.0] * num_rows
         self._accepted = [0.0] * num_rows
         self._draft_seconds: deque[float] = deque(maxlen=_SAMPLES)  # per drafted token
@@ -71,6 +40,8 @@ class AdaptiveDraftLength(DraftLength):
 
     def choose(self) -> int:
         """Returns 0 first, to time a plain round, then a short draft, then the best number by all known times."""
+        if self._fixed is not None:
+            return self._fixed
         if not self._target_seconds[1]:
             return 0
         if not self._draft_seconds:
@@ -95,6 +66,15 @@ class AdaptiveDraftLength(DraftLength):
         return 1  # acceptance may have changed with the text
 
     def observe(self, width: int, limits: Sequence[int], accepted: Sequence[int], draft: float, target: float) -> None:
+        """Records the outcome of a round.
+
+        Args:
+            width (`int`): number of drafted columns.
+            limits (`Sequence[int]`): maximum number of drafted tokens per row, given the room before its end.
+            accepted (`Sequence[int]`): number of accepted tokens per row.
+            draft (`float`): seconds of drafting.
+            target (`float`): seconds of the target pass.
+        """
         self._target_seconds[width + 1].append(target)
         if not width:
             return
@@ -105,6 +85,7 @@ class AdaptiveDraftLength(DraftLength):
             self._accepted[row] = _MEMORY * self._accepted[row] + taken
 
     def keep(self, kept: Sequence[int]) -> None:
+        """Keeps the rows with these indices."""
         self._tried = [self._tried[row] for row in kept]
         self._accepted = [self._accepted[row] for row in kept]
 
@@ -115,19 +96,17 @@ class AdaptiveDraftLength(DraftLength):
 
     def _tokens_per_second(self) -> list[float]:
         """Expected throughput of a round by number of drafted tokens, starting at 0."""
-        acceptances, draft = self._acceptances(), statistics.median(self._draft_seconds)
+        # Per row, shrunk towards the acceptance of the batch, which is shrunk towards the prior.
+        whole = (sum(self._accepted) + _PRIOR_WEIGHT * _PRIOR_ACCEPTANCE) / (sum(self._tried) + _PRIOR_WEIGHT)
+        pairs = zip(self._accepted, self._tried, strict=True)
+        acceptances = [(accepted + 4 * whole) / (tried + 4) for accepted, tried in pairs]
+        draft = statistics.median(self._draft_seconds)
         known = {count: statistics.median(times) for count, times in self._target_seconds.items() if times}
         return [
             sum(expected_tokens(acceptance, width) for acceptance in acceptances)
             / (width * draft + _target_time(known, width + 1))
             for width in range(self._longest + 1)
         ]
-
-    def _acceptances(self) -> list[float]:
-        """Estimates per row, shrunk towards the batch's estimate, which is shrunk towards the prior."""
-        whole = (sum(self._accepted) + _PRIOR_WEIGHT * _PRIOR_ACCEPTANCE) / (sum(self._tried) + _PRIOR_WEIGHT)
-        pairs = zip(self._accepted, self._tried, strict=True)
-        return [(accepted + 4 * whole) / (tried + 4) for accepted, tried in pairs]
 
 
 def _target_time(known: dict[int, float], tokens: int) -> float:

@@ -11,7 +11,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from ..errors import InputError
 from .acceptance import Proposal, RowProcessors, TokenScores, accept_greedy, accept_sampled
-from .draft_length import AdaptiveDraftLength, DraftLength
+from .draft_length import DraftLength
 from .proposals import Proposer, SpeculationStatistics, empty_proposal
 from .ragged_cache import RaggedModel
 from .rows import RowPlan, Rows
@@ -19,11 +19,11 @@ from .rows import RowPlan, Rows
 
 LONGEST_DRAFT = 8
 _PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
-_OUTPUTS = ("output_attentions", "output_hidden_states")
+SUPPORTED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
 class Decoding:
-    """A batch of rows that is being generated, from [`prepare`].
+    """A batch of rows that is being generated, from [`prepare_engine`].
 
     Rows have their own lengths and limits. A round adds one or more tokens to each row; finished rows are removed at
     its end, and the rows of another `Decoding` can be added between rounds.
@@ -52,13 +52,16 @@ class Decoding:
         self.input_ids, self.config = input_ids.to(target.device), config
         self._target = RaggedModel(target)
         self.rows = Rows(self.input_ids, attention_mask, criteria, self._target.context, plans)
-        self._target.check_length(max(self.rows.limits))
+        longest, context = max(self.rows.limits), self._target.context
+        if self._target.has_position_table and longest > context:
+            raise InputError(
+                f"max_new_tokens: rows of {longest} tokens are longer than the context of {context}, and this "
+                "model has no positions beyond it. Lower max_new_tokens"
+            )
         self._processors = RowProcessors(processors, self.rows.paddings, self.rows.limits)
         self._accept = accept_sampled if config.do_sample else accept_greedy
         self._draft = draft.begin(num_rows)
-        self._length = (
-            AdaptiveDraftLength(num_rows, LONGEST_DRAFT) if draft_length is None else DraftLength(draft_length)
-        )
+        self._length = DraftLength(num_rows, LONGEST_DRAFT, draft_length)
         self.statistics = SpeculationStatistics(num_rows)
         self.token_scores = TokenScores()
 
@@ -85,7 +88,7 @@ class Decoding:
         self._processors.join(other._processors)
         self._length.join(len(other.rows))
         self.rows.join(other.rows)
-        self._count_passes()
+        self.statistics.target_passes, self.statistics.draft_passes = self._target.passes, self._draft.passes
 
     @torch.no_grad()
     def round(self) -> list[list[int]]:
@@ -137,6 +140,7 @@ class Decoding:
         counts, accepted = torch.stack([proposal.counts, accepted]).tolist()  # one wait for the device
         # Rejected tokens are not erased from the caches: the next round overwrites their slots.
         appended, unfinished = rows.append(tokens, [count + 1 for count in accepted])
+        statistics.target_passes, statistics.draft_passes = self._target.passes, self._draft.passes
         statistics.row_passes += len(accepted)
         statistics.drafted += sum(counts)
         statistics.accepted += sum(min(count, len(new)) for count, new in zip(accepted, appended, strict=True))
@@ -146,14 +150,10 @@ class Decoding:
         if len(unfinished) < len(accepted):
             for part in (rows, self._target, self._draft, self._processors):
                 part.keep(unfinished)
-        self._count_passes()
         return accepted, unfinished, appended
 
-    def _count_passes(self) -> None:
-        self.statistics.target_passes, self.statistics.draft_passes = self._target.passes, self._draft.passes
 
-
-def prepare(
+def prepare_engine(
     target: PreTrainedModel,
     draft: Proposer | None,
     draft_length: int | None,
@@ -179,24 +179,21 @@ def prepare(
     """
     if draft is None:
         draft, draft_length = Proposer(), 0
-
-    def begin(
-        model: PreTrainedModel,
-        input_ids: torch.Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        **model_kwargs: Any,
-    ) -> Decoding:
-        _check_options(generation_config, model_kwargs)
-        mask = model_kwargs.get("attention_mask")
-        settings = logits_processor, stopping_criteria, generation_config, plans
-        return Decoding(target, draft, draft_length, input_ids, mask, *settings)
-
     # `custom_generate` is called with everything prepared, in place of a decoding method; its result is returned. The
     # method of the mixin, since `TinyLlamaForCausalLM.generate` would look for a draft again.
     generate: Callable[..., Any] = GenerationMixin.generate
-    return generate(target, input_ids, attention_mask=attention_mask, custom_generate=begin, **arguments)
+    input_ids, prepared = generate(
+        target,
+        input_ids,
+        attention_mask=attention_mask,
+        custom_generate=lambda model, input_ids, **prepared: (input_ids, prepared),
+        **arguments,
+    )
+    names = ("logits_processor", "stopping_criteria", "generation_config")
+    processors, criteria, config = (prepared.pop(name) for name in names)
+    _check_options(config, prepared)
+    mask = prepared.get("attention_mask")
+    return Decoding(target, draft, draft_length, input_ids, mask, processors, criteria, config, plans)
 
 
 def _wait_for(tokens: torch.Tensor) -> None:
@@ -206,25 +203,21 @@ def _wait_for(tokens: torch.Tensor) -> None:
 
 def _check_options(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
     """Refuses options of other decoding methods, which this one would ignore."""
-    mode = config.get_generation_mode()
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+    mode, chunk, kind = config.get_generation_mode(), config.prefill_chunk_size, config.cache_implementation
+    if mode not in SUPPORTED_MODES:
         raise InputError(f"{mode.value}: a draft supports greedy decoding and sampling only. Generate without a draft")
-    if not config.use_cache:
-        raise InputError("use_cache=False: rows of different lengths need a cache. Leave it on")
-    for name in _OUTPUTS:
-        if getattr(config, name):
-            raise InputError(f"{name}=True: is not supported for rows of different lengths. Leave it out")
-    if config.prefill_chunk_size is not None:
-        raise InputError(
-            f"prefill_chunk_size={config.prefill_chunk_size}: prompts are read in one pass here. Leave it out"
-        )
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and getattr(cache, "_is_user_defined", False):
-        raise InputError("past_key_values: rows of different lengths need their own kind of cache. Leave it out")
-    if config.cache_implementation not in (None, "dynamic"):
-        raise InputError(
-            f"cache_implementation={config.cache_implementation!r}: rows of different lengths need their own kind of "
-            "cache. Leave it out"
-        )
-    if unknown := sorted(set(model_kwargs) - _PREPARED):
-        raise InputError(f"{unknown[0]}: is not supported with a draft. Generate without a draft")
+    own_cache = "rows of different lengths need their own kind of cache. Leave it out"
+    outputs = "is not supported for rows of different lengths. Leave it out"
+    refused = {
+        "use_cache=False: rows of different lengths need a cache. Leave it on": not config.use_cache,
+        f"output_attentions=True: {outputs}": config.output_attentions,
+        f"output_hidden_states=True: {outputs}": config.output_hidden_states,
+        f"prefill_chunk_size={chunk}: prompts are read in one pass here. Leave it out": chunk is not None,
+        f"past_key_values: {own_cache}": getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False),
+        f"cache_implementation={kind!r}: {own_cache}": kind not in (None, "dynamic"),
+    }
+    for name in sorted(set(model_kwargs) - _PREPARED):
+        refused[f"{name}: is not supported with a draft. Generate without a draft"] = True
+    for message, applies in refused.items():
+        if applies:
+            raise InputError(message)

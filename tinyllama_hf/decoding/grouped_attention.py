@@ -69,27 +69,25 @@ def gqa_packed_attention(
 
 
 @contextlib.contextmanager
-def packed_attention(*models: PreTrainedModel) -> Iterator[None]:
+def packed_attention(model: PreTrainedModel) -> Iterator[None]:
     """Sets `gqa_packed` attention in a context; several threads may use the same model.
 
     When the last context exits, the implementation from before is restored, even if another one was set meanwhile.
     """
-    configs = [model.config.get_text_config(decoder=True) for model in models]
+    config = model.config.get_text_config(decoder=True)
     with _lock:
-        for config in configs:
-            users, before = _packed.get(id(config), (0, config._attn_implementation))
-            _packed[id(config)] = (users + 1, before)
-            config._attn_implementation = GQA_PACKED
+        users, before = _packed.get(id(config), (0, config._attn_implementation))
+        _packed[id(config)] = (users + 1, before)
+        config._attn_implementation = GQA_PACKED
     try:
         yield
     finally:
         with _lock:
-            for config in configs:
-                users, before = _packed.pop(id(config))
-                if users > 1:
-                    _packed[id(config)] = (users - 1, before)
-                else:
-                    config._attn_implementation = before
+            users, before = _packed.pop(id(config))
+            if users > 1:
+                _packed[id(config)] = (users - 1, before)
+            else:
+                config._attn_implementation = before
 
 
 AttentionInterface.register(GQA_PACKED, gqa_packed_attention)

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..errors import InputError
 from .grouped_attention import packed_attention
-from .rows import pad_or_trim
 
 
 _GROWTH = 32  # the number of slots is a multiple of this
@@ -70,7 +70,7 @@ class RaggedLayer(CacheLayerMixin):
         end = self.placement.end
         if end > self.keys.shape[2]:
             # With zeros: a masked slot still enters the attention product, with weight zero, so it must be finite.
-            self.keys, self.values = (pad_or_trim(states, 2, num_slots(end)) for states in (self.keys, self.values))
+            self.keys, self.values = _resized(self.keys, end), _resized(self.values, end)
         self.placement.write(self.keys, key_states)
         self.placement.write(self.values, value_states)
         return self.keys[:, :, :end], self.values[:, :, :end]
@@ -94,13 +94,18 @@ class RaggedLayer(CacheLayerMixin):
 
     def join(self, other: "RaggedLayer", end: int) -> None:
         """Adds the rows of another layer; all rows end before slot `end`."""
-        self.keys = torch.cat([pad_or_trim(layer.keys, 2, num_slots(end)) for layer in (self, other)])
-        self.values = torch.cat([pad_or_trim(layer.values, 2, num_slots(end)) for layer in (self, other)])
+        self.keys = torch.cat([_resized(layer.keys, end) for layer in (self, other)])
+        self.values = torch.cat([_resized(layer.values, end) for layer in (self, other)])
 
 
 def num_slots(end: int) -> int:
     """Number of slots per row of a cache in which the longest row has `end` tokens."""
     return -(-end // _GROWTH) * _GROWTH
+
+
+def _resized(states: torch.Tensor, end: int) -> torch.Tensor:
+    """Returns `[rows, heads, slots, head_dim]` with the slots for `end` tokens: cut, or padded with zeros."""
+    return nn.functional.pad(states, (0, 0, 0, num_slots(end) - states.shape[2]))
 
 
 class RaggedCache(Cache):
@@ -123,12 +128,17 @@ class RaggedModel:
     Args:
         model (`PreTrainedModel`): any causal language model of transformers with full attention and `position_ids`,
             see [`check_full_attention`].
+
+    Attributes:
+        context (`int`): maximum number of tokens that the model was trained for.
+        has_position_table (`bool`): whether the model has no positions beyond its context, unlike rotary models.
+        passes (`int`): number of forward passes.
     """
 
     def __init__(self, model: PreTrainedModel):
         config = model.config.get_text_config(decoder=True)
         self.model, self.context = model, config.max_position_embeddings
-        self._has_position_table = getattr(config, "rope_parameters", None) is None
+        self.has_position_table = getattr(config, "rope_parameters", None) is None
         self.cache = RaggedCache(config.num_hidden_layers)
         self.passes = 0
 
@@ -157,27 +167,14 @@ class RaggedModel:
             output = self.model(
                 input_ids=tokens,
                 attention_mask=mask,
-                position_ids=slots.clamp(0, self.context - 1 if self._has_position_table else None),
+                # Drafted tokens may exceed a table of positions. They use its last entry and are never accepted.
+                position_ids=slots.clamp(0, self.context - 1 if self.has_position_table else None),
                 past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=num_logits,
             )
         self.passes += 1
         return output.logits[:, -num_logits:].float()
-
-    def check_length(self, length: int) -> None:
-        """Refuses rows that are longer than a table of positions; rotary models have no such limit, as in `generate`.
-
-        Drafted tokens may exceed the table. They use its last entry and are never accepted.
-
-        Raises:
-            InputError: if the model has a table that is shorter than `length`.
-        """
-        if self._has_position_table and length > self.context:
-            raise InputError(
-                f"max_new_tokens: rows of {length} tokens are longer than the context of {self.context}, and this "
-                "model has no positions beyond it. Lower max_new_tokens"
-            )
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keeps the rows with these indices."""

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
     MaxLengthCriteria,
@@ -43,13 +45,10 @@ class _Row:
     padding: torch.Tensor  # the padding tokens on the left of its prompt
     prompt: int  # tokens of the prompt
     length: int  # tokens, including the prompt
+    limit: int  # maximum length
     place: int  # index in its prompt batch
     num_prompts: int  # of its prompt batch
     criteria: list[StoppingCriteria]
-
-    @property
-    def new_tokens(self) -> int:
-        return self.length - self.prompt
 
 
 class Rows:
@@ -94,8 +93,11 @@ class Rows:
                 raise InputError(
                     f"prompt {row}: its {length} tokens leave no room in the context of {context}. Shorten it"
                 )
-            criteria = list(map(_copy_if_stateful, others))
-            self._rows.append(_Row(plan, input_ids[row, :padding], length, length, row, len(paddings), criteria))
+            # Criteria of users may keep state, so each row has its own. Those of transformers have none.
+            criteria = [c if type(c).__module__ == StoppingCriteria.__module__ else copy.deepcopy(c) for c in others]
+            limit = length + plan.max_new_tokens
+            filling = input_ids[row, :padding]
+            self._rows.append(_Row(plan, filling, length, length, limit, row, len(paddings), criteria))
             self.tokens[row, :length] = input_ids[row, padding:]
         self.finished: dict[int, torch.Tensor] = {}  # key -> new tokens of the row
 
@@ -115,12 +117,12 @@ class Rows:
     @property
     def remaining(self) -> list[int]:
         """Number of tokens that each row can still get."""
-        return [row.plan.max_new_tokens - row.new_tokens for row in self._rows]
+        return [row.limit - row.length for row in self._rows]
 
     @property
     def limits(self) -> list[int]:
         """Maximum length of each row, including its prompt."""
-        return [row.prompt + row.plan.max_new_tokens for row in self._rows]
+        return [row.limit for row in self._rows]
 
     @property
     def paddings(self) -> list[int]:
@@ -150,7 +152,7 @@ class Rows:
         numbers = torch.zeros(len(self), num_tokens, dtype=dtype)
         for row, own in zip(numbers, self._rows, strict=True):
             assert own.plan.draws is not None  # all rows of a batch have them, or none has
-            drawn = own.plan.draws[purpose, own.new_tokens + offset :][:num_tokens]
+            drawn = own.plan.draws[purpose, own.length - own.prompt + offset :][:num_tokens]
             row[: len(drawn)] = drawn
         return numbers.to(self.tokens.device)
 
@@ -158,7 +160,7 @@ class Rows:
         """Writes drafted tokens `[rows, width]` after each row's end, without changing the lengths."""
         width = tokens.shape[1]
         if (missing := max(self.lengths) + offset + width - self.tokens.shape[1]) > 0:
-            self.tokens = torch.nn.functional.pad(self.tokens, (0, missing + 64))
+            self.tokens = F.pad(self.tokens, (0, missing + 64))
         starts = torch.tensor(self.lengths, device=self.tokens.device)[:, None] + offset
         self.tokens.scatter_(1, starts + torch.arange(width, device=self.tokens.device), tokens)
 
@@ -171,27 +173,32 @@ class Rows:
         self.put(tokens)
         appended: list[list[int]] = []
         unfinished: list[int] = []
-        for row, (new, count, remaining) in enumerate(zip(tokens.tolist(), counts, self.remaining, strict=True)):
-            taken, ends = self._until_end(row, new[: min(count, remaining)])
-            self._rows[row].length += taken
-            appended.append(new[:taken])
-            if not ends and taken < remaining:
+        for row, (own, new, count) in enumerate(zip(self._rows, tokens.tolist(), counts, strict=True)):
+            new = new[: min(count, own.limit - own.length)]
+            end = next(
+                (n for n, token in enumerate(new, start=1) if token in self.eos or self._is_stopped(row, n)), None
+            )
+            appended.append(new[:end])
+            own.length += len(appended[row])
+            if end is None and own.length < own.limit:
                 unfinished.append(row)
         return appended, unfinished
-
-    def _until_end(self, row: int, new: list[int]) -> tuple[int, bool]:
-        """Returns how many of the new tokens belong to the row, and whether the last of them ends it."""
-        for taken, token in enumerate(new, start=1):
-            if token in self.eos or (self._rows[row].criteria and self._is_stopped(row, taken)):
-                return taken, True
-        return len(new), False
 
     def _is_stopped(self, row: int, taken: int) -> bool:
         """Returns whether a criterion ends the row after its first `taken` new tokens."""
         own = self._rows[row]
-        padded = torch.cat([own.padding, self.tokens[row, : own.length + taken]])
-        batch = padded.expand(own.num_prompts, -1)
-        return any(_ends(criterion, batch, own.place) for criterion in own.criteria)
+        for criterion in own.criteria:
+            padded = torch.cat([own.padding, self.tokens[row, : own.length + taken]])
+            try:
+                ended = criterion(padded.expand(own.num_prompts, -1), None)
+            except Exception as error:
+                raise InputError(
+                    f"stopping criterion {type(criterion).__name__}: failed on tokens without scores "
+                    f"({one_line(error)}). Scores are not available with a draft. Generate without a draft"
+                ) from error
+            if ended[own.place] if isinstance(ended, torch.Tensor) and ended.dim() else ended:
+                return True
+        return False
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keeps the rows with these indices; the others are finished."""
@@ -204,7 +211,7 @@ class Rows:
     def join(self, other: "Rows") -> None:
         """Adds the rows of another batch that was prepared with the same settings, after the own ones."""
         width = max([*self.lengths, *other.lengths], default=0) + 64
-        self.tokens = torch.cat([pad_or_trim(tokens, 1, width) for tokens in (self.tokens, other.tokens)])
+        self.tokens = torch.cat([F.pad(rows.tokens, (0, width - rows.tokens.shape[1])) for rows in (self, other)])
         self._rows += other._rows
         self.finished |= other.finished
 
@@ -216,37 +223,7 @@ class Rows:
     def sequences(self, input_ids: torch.Tensor, pad_token_id: int) -> torch.Tensor:
         """Returns left-padded prompts and new tokens, `[rows, prompt + new]`, padded on the right."""
         new = [self.finished[row] for row in range(len(input_ids))]
-        output = input_ids.new_full((len(new), input_ids.shape[1] + max(map(len, new))), pad_token_id)
-        output[:, : input_ids.shape[1]] = input_ids
-        for row, tokens in enumerate(new):
-            output[row, input_ids.shape[1] :][: len(tokens)] = tokens
-        return output
-
-
-def pad_or_trim(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    """Returns the tensor with `size` entries in a dimension, cut or padded with zeros at its end."""
-    if tensor.shape[dim] >= size:
-        return tensor.narrow(dim, 0, size)
-    filling = list(tensor.shape)
-    filling[dim] = size - tensor.shape[dim]
-    return torch.cat([tensor, tensor.new_zeros(filling)], dim=dim)
-
-
-def _copy_if_stateful(criterion: StoppingCriteria) -> StoppingCriteria:
-    """Returns a criterion for one row: user-defined criteria may keep state, those of transformers do not."""
-    is_stateless = type(criterion).__module__ == StoppingCriteria.__module__
-    return criterion if is_stateless else copy.deepcopy(criterion)
-
-
-def _ends(criterion: StoppingCriteria, batch: torch.Tensor, row: int) -> bool:
-    try:
-        ended = criterion(batch, None)
-    except Exception as error:
-        raise InputError(
-            f"stopping criterion {type(criterion).__name__}: failed on tokens without scores "
-            f"({one_line(error)}). Scores are not available with a draft. Generate without a draft"
-        ) from error
-    return bool(ended[row] if isinstance(ended, torch.Tensor) and ended.dim() else ended)
+        return torch.cat([input_ids, pad_sequence(new, batch_first=True, padding_value=pad_token_id)], dim=1)
 
 
 def _paddings(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[int]:

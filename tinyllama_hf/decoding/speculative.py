@@ -5,6 +5,7 @@ number of tokens: rows are neither realigned nor made to wait, see `ragged_cache
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
 from .acceptance import TokenScores
-from .engine import Decoding, prepare
+from .engine import Decoding, prepare_engine
 from .proposals import ModelProposer, PromptLookup, Proposer, SpeculationStatistics, first_layers
 from .ragged_cache import check_full_attention
 
@@ -94,7 +95,7 @@ def speculative_generate(
         criteria.append(_stop_string_criterion(stop_strings, tokenizer))
 
     kwargs |= {"generation_config": generation_config, "stopping_criteria": criteria}
-    decoding = prepare(target, draft, draft_length, input_ids, attention_mask, **kwargs)
+    decoding = prepare_engine(target, draft, draft_length, input_ids, attention_mask, **kwargs)
     draft.statistics = decoding.statistics
     return _run(decoding, streamer)
 
@@ -139,10 +140,7 @@ def pop_draft(
     Raises:
         InputError: if several drafts are given, or the draft has its own tokenizer.
     """
-
-    def pop(name: str) -> Any:
-        return _pop_option(name, target, generation_config, kwargs)
-
+    pop = functools.partial(_pop_option, target=target, config=generation_config, kwargs=kwargs)
     assistant = kwargs.pop("assistant_model", None)
     lookup, early_exit = map(pop, _DRAFTS)
     if sum(draft is not None for draft in (assistant, lookup, early_exit)) > 1:
@@ -162,7 +160,7 @@ def pop_draft(
 
 
 def check_pair(target: PreTrainedModel, draft: Proposer | None) -> None:
-    """Refuses a target or a draft that [`~decoding.engine.prepare`] does not support.
+    """Refuses a target or a draft that [`~decoding.engine.prepare_engine`] does not support.
 
     Raises:
         InputError: if one of them does not support rows of different lengths, or vocabularies or devices differ.
