@@ -28,8 +28,7 @@ def load_model(
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerFast", "Proposer | None"]:
     """Returns model, tokenizer, and draft or `None`; prints the memory of a quantized model to standard error."""
     from tinyllama_hf.devices import find_dtype
-    from tinyllama_hf.inference.drafts import load_draft
-    from tinyllama_hf.inference.load import load
+    from tinyllama_hf.inference.load import load, load_draft
     from tinyllama_hf.progress import quiet_library_bars
     from tinyllama_hf.quantization.bitsandbytes import QuantizedTinyLlama, describe_footprint
 

@@ -9,8 +9,8 @@ from tests.exactness import assert_greedy
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
 from tinyllama_hf.decoding.proposals import ModelProposer, first_layers
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.inference.drafts import check_vocabulary, load_draft
 from tinyllama_hf.inference.generation import Sampling, generate_ids, generate_text
+from tinyllama_hf.inference.load import load_draft
 
 
 @pytest.fixture(scope="module")
@@ -88,17 +88,17 @@ def pair(tokenizer_folder, tmp_path):
 
 class TestRefusals:
     def test_another_size_of_vocabulary(self, pair):
-        target, draft = load(pair / "target"), load(pair / "other")
+        target = load(pair / "target")
         with pytest.raises(InputError, match="--draft: its vocabulary has 384 entries, the target's 512"):
-            check_vocabulary(*draft, *target)
+            load_draft(str(pair / "other"), *target)
 
     def test_other_entries(self, pair, documents):
         from tinyllama_hf.data.train_tokenizer import train_tokenizer
 
-        target, (model, _) = load(pair / "target"), load(pair / "draft")
-        other = train_tokenizer(documents[::2], 512, pair / "tokenizer")
+        target = load(pair / "target")
+        train_tokenizer(documents[::2], 512, pair / "tokenizer").save_pretrained(pair / "draft")
         with pytest.raises(InputError, match="its vocabulary has 512 entries, as the target's"):
-            check_vocabulary(model, other, *target)
+            load_draft(str(pair / "draft"), *target)
 
     def test_a_shorter_context(self, pair):
         target = load(pair / "target")

@@ -19,8 +19,8 @@ from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_token
 from tinyllama_hf.batch.generate_many import Request, generate_many
 from tinyllama_hf.decoding.ragged_cache import RaggedCache
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.inference.drafts import load_draft
 from tinyllama_hf.inference.generation import Sampling
+from tinyllama_hf.inference.load import load_draft
 from tinyllama_hf.planning import inference_memory as memory_module
 from tinyllama_hf.planning.inference_memory import (
     MEMORY_RESERVE,

@@ -42,7 +42,7 @@ FIELDS = [
     ({"generation_config": '{"top_k": -1}'}, "generation_config.top_k -1: must be greater than or equal to 0"),
     ({"generation_config": '{"repetition_penalty": 1e-40}'},
      "repetition_penalty 1e-40: must be greater than or equal to 0.000001"),
-    ({"prompt": "\ud83d"}, "body: contains half of a surrogate pair"),
+    ({"prompt": "\ud83d"}, r"is '\ud83d', half of a surrogate pair"),
     ({"nonsense": 1}, "Unexpected fields in the request: {'nonsense'}"),
     ([1], "body: must be a JSON object"),
     (b'{"prompt": "x"', "body: not valid JSON (Expecting ',' delimiter)"),

@@ -5,7 +5,7 @@ import copy
 import functools
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +17,7 @@ from ..decoding.proposals import Proposer
 from ..decoding.rows import RowPlan
 from ..decoding.speculative import check_pair
 from ..errors import InputError, check_seed
-from ..inference.drafts import SEEDED_DRAFT_LENGTH
-from ..inference.generation import Context, Sampling, stop_token_ids
+from ..inference.generation import SEEDED_DRAFT_LENGTH, Context, Sampling, stop_token_ids
 
 
 DEFAULT_BATCH_SIZE = 8
@@ -96,11 +95,12 @@ def generate_many(
         raise InputError("requests: two of them have the same key. Give each its own")
     check_pair(model, draft)
     stop_tokens = stop_token_ids(model, tokenizer)
-    pad = (
-        0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    )  # masked in prompts, and not part of the output
+    # Padding is masked in prompts, and not part of the output.
+    pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    arguments = {"pad_token_id": pad, "eos_token_id": stop_tokens or None, **sampling.arguments()}
     entropy = secrets.randbits(128) if seed is None else seed
-    begin = functools.partial(_begin, model, draft, sampling, seed, entropy, stop_tokens, pad)
+    length = None if seed is None else SEEDED_DRAFT_LENGTH
+    begin = functools.partial(_begin, model, draft, length, entropy if sampling.temperature else None, **arguments)
     return _refilled(begin, draft, requests, batch_size, stop_tokens)
 
 
@@ -127,34 +127,28 @@ def _check_mode(model: PreTrainedModel, sampling: Sampling) -> None:
 def _begin(
     model: PreTrainedModel,
     draft: Proposer | None,
-    sampling: Sampling,
-    seed: int | None,
-    entropy: int,
-    stop_tokens: list[int],
-    pad_token_id: int,
+    draft_length: int | None,
+    entropy: int | None,
     requests: Sequence[Request],
+    pad_token_id: int,
+    **arguments: Any,
 ) -> Decoding:
-    """Reads prompts in one pass and returns the engine with their first new tokens."""
+    """Reads prompts in one pass and returns the engine with their first new tokens; samples if `entropy` is given."""
     prompts = [torch.tensor(request.ids, device=model.device) for request in requests]
     padded = functools.partial(pad_sequence, batch_first=True, padding_side="left")
-    plans = [RowPlan(r.key, r.max_new_tokens, _draws(r, entropy) if sampling.temperature else None) for r in requests]
-    decoding = prepare_engine(
-        model,
-        draft,
-        None if seed is None else SEEDED_DRAFT_LENGTH,
-        padded(prompts, padding_value=pad_token_id),
-        padded([torch.ones_like(prompt) for prompt in prompts]),
-        plans,
-        max_new_tokens=max(request.max_new_tokens for request in requests),
-        pad_token_id=pad_token_id,
-        eos_token_id=stop_tokens or None,
-        **sampling.arguments(),
-    )
+    ids = padded(prompts, padding_value=pad_token_id)
+    mask = padded([torch.ones_like(prompt) for prompt in prompts])
+    plans = [RowPlan(request.key, request.max_new_tokens, _draws(request, entropy)) for request in requests]
+    longest = max(request.max_new_tokens for request in requests)
+    arguments |= {"max_new_tokens": longest, "pad_token_id": pad_token_id}
+    decoding = prepare_engine(model, draft, draft_length, ids, mask, plans, **arguments)
     decoding.start()
     return decoding
 
 
-def _draws(request: Request, entropy: int) -> torch.Tensor:
+def _draws(request: Request, entropy: int | None) -> torch.Tensor | None:
+    if entropy is None:
+        return None
     return torch.from_numpy(np.random.default_rng([entropy, request.key]).random((3, request.max_new_tokens)))
 
 
@@ -170,20 +164,24 @@ def _refilled(
     The longest prompts come first, so that a batch that is too large for the device fails at once.
     """
     waiting = collections.deque(sorted(requests, key=lambda request: len(request.ids), reverse=True))
-    running: Decoding | None = None
-    while waiting or (running and len(running.rows)):
-        free = batch_size - (len(running.rows) if running else 0)
-        if running is None or (waiting and free >= max(1, batch_size // _REFILL)):
-            joining = begin([waiting.popleft() for _ in range(min(free, len(waiting)))])
-            if running is None:
-                running = joining
-                if draft:
-                    draft.statistics = running.statistics
-            else:
-                running.join(joining)
-        else:
-            running.round()
+
+    def begin_next(number: int) -> Decoding:
+        return begin([waiting.popleft() for _ in range(min(number, len(waiting)))])
+
+    if not waiting:
+        return
+    running = begin_next(batch_size)
+    if draft:
+        draft.statistics = running.statistics
+    while True:
         for key, ids in running.rows.take_finished():
             new = ids.tolist()
             stopped = new[-1] in stop_tokens
             yield Completion(key, new[: len(new) - stopped], "stop" if stopped else "length")
+        free = batch_size - len(running.rows)
+        if waiting and free >= max(1, batch_size // _REFILL):
+            running.join(begin_next(free))
+        elif len(running.rows):
+            running.round()
+        else:
+            return

@@ -21,9 +21,8 @@ from ..decoding.proposals import Proposer
 from ..errors import InputError
 from ..files import locked, read_json, write_json, write_text
 from ..inference.adapters import adapter_folder, load_adapted_tokenizer
-from ..inference.drafts import LAYERS, LOOKUP
 from ..inference.generation import Context, Sampling
-from ..inference.load import model_folder
+from ..inference.load import LAYERS, LOOKUP, model_folder
 from ..provenance import collect, file_sha256, fingerprint
 from ..released import TOKENIZER_FILES, local_folder
 from .generate_many import DEFAULT_BATCH_SIZE, Completion, Request, generate_many
@@ -49,7 +48,7 @@ def open_job(
         output (`Path`): JSON Lines file to write.
         model (`str`): folder, released name or Hub id. Configuration and tokenizer are downloaded first, weights only
             after the lines have been checked.
-        draft (`str`, *optional*): see [`~inference.drafts.load_draft`].
+        draft (`str`, *optional*): see [`~inference.load.load_draft`].
         adapter (`str`, *optional*): folder or Hub id.
         sampling (`Sampling`, *optional*): sampling settings.
         **settings: further settings that the results depend on.

@@ -12,7 +12,7 @@ from ..chat.messages import read_messages
 from ..chat.render import Messages, render
 from ..errors import InputError
 from ..inference.generation import Context
-from ..text import check_text
+from ..text import check_text, decode_text
 
 
 GENERATED = ("generated", "finish_reason", "new_tokens")
@@ -38,16 +38,10 @@ class Prompt(NamedTuple):
         """Returns the output row: the fields of the line, and the generated text."""
         if "prompt" in self.fields:
             # Decoded alone, the new tokens would lose a leading space.
-            text = _decode([*self.ids, *new], tokenizer)[len(_decode(self.ids, tokenizer)) :]
+            text = decode_text(tokenizer, [*self.ids, *new])[len(decode_text(tokenizer, self.ids)) :]
         else:
-            text = _decode(new, tokenizer).strip()
+            text = decode_text(tokenizer, new).strip()
         return {**self.fields, **dict(zip(GENERATED, (text, finish_reason, len(new)), strict=True))}
-
-
-def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    assert isinstance(text, str)  # of one sequence
-    return text
 
 
 class BadLine(NamedTuple):

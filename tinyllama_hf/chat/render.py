@@ -36,21 +36,6 @@ class Rendering(NamedTuple):
     assistant_masks: list[int] | None
 
 
-class _Escaped(NamedTuple):
-    """Messages with a placeholder character for each control token in their text, and the tokens by placeholder."""
-
-    messages: list[dict[str, str]]
-    originals: dict[str, str]
-
-    def restore(self, text: str) -> str:
-        return "".join(self.originals.get(character, character) for character in text)
-
-
-def has_generation_markers(template: str) -> bool:
-    """Returns whether a chat template marks the replies of the assistant."""
-    return _GENERATION_MARKER.search(template) is not None
-
-
 def render(
     tokenizer: PreTrainedTokenizerBase,
     messages: Messages,
@@ -76,21 +61,18 @@ def render(
         )
     check_messages(messages, where)
     control = _control_tokens(tokenizer)
-    escaped = _escape(messages, control, where)
+    escaped, originals = _escape(messages, control, where)
     # Only training needs the masks, and finding them is slow: transformers (5.23) joins the text so far at each reply.
-    marked = not add_generation_prompt and has_generation_markers(template)
-    options: dict[str, Any] = {
-        "add_generation_prompt": add_generation_prompt,
-        "return_assistant_tokens_mask": marked,
-        **tokenizer.special_tokens_map,
-    }
+    marked = not add_generation_prompt and _GENERATION_MARKER.search(template) is not None
+    named: Any = tokenizer.special_tokens_map
+    options = {"add_generation_prompt": add_generation_prompt, "return_assistant_tokens_mask": marked, **named}
     try:
         # Annotated as a string, but it returns two lists: texts, and spans of replies.
-        output: Any = render_jinja_template([escaped.messages], chat_template=template, **options)
+        output: Any = render_jinja_template([escaped], chat_template=template, **options)
     except TemplateError as error:
         raise InputError(f"{where}: refused by the chat template: {error}") from error
     texts, spans = output
-    ids, masks = _encode(tokenizer, texts[0], spans[0] if marked else [], control, escaped)
+    ids, masks = _encode(tokenizer, texts[0], spans[0] if marked else [], control, originals)
     return Rendering(ids, masks if marked else None)
 
 
@@ -125,42 +107,45 @@ def check_messages(messages: Messages, where: str = "conversation") -> None:
 
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Returns the tokens that the tokenizer would find in a rendered text, with their ids."""
-    found = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    trimmed = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and (t.lstrip or t.rstrip)]
-    if trimmed:
+    special = {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if trimmed := [token.content for token in special.values() if token.lstrip or token.rstrip]:
         raise InputError(
             f"the tokenizer's control token {trimmed[0]!r} strips the spaces next to it (lstrip, rstrip), which is "
             "not supported"
         )
-    return found
+    return {token.content: i for i, token in special.items()}
 
 
-def _escape(messages: Messages, control: Mapping[str, int], where: str) -> _Escaped:
-    """Replaces each control token in the text of messages by a character that occurs in none of them."""
+def _escape(messages: Messages, control: Mapping[str, int], where: str) -> tuple[list[dict[str, str]], dict[int, str]]:
+    """Replaces each control token in the text of messages by a character that occurs in none of them.
+
+    Returns:
+        The messages, and the replaced token by character code.
+    """
     texts = "".join(message["content"] for message in messages)
     written = [token for token in control if token in texts]
     if not written:
-        return _Escaped([dict(message) for message in messages], {})
+        return [dict(message) for message in messages], {}
     used = set(texts)
-    free = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
+    free = (code for code in _PRIVATE_USE if chr(code) not in used)
     originals = dict(zip(free, written, strict=False))
     if len(originals) < len(written):
         raise InputError(
             f"{where}: contains the control token {written[-1]!r} as text, and all characters of Unicode's plane 15, "
             "of which one is needed as its placeholder. Remove one of them"
         )
-    characters = {token: character for character, token in originals.items()}
+    characters = {token: chr(code) for code, token in originals.items()}
     pattern = _any_of(written)
     replaced = [
         {**message, "content": pattern.sub(lambda match: characters[match[0]], message["content"])}
         for message in messages
     ]
-    return _Escaped(replaced, originals)
+    return replaced, originals
 
 
 def _any_of(tokens: Sequence[str] | Mapping[str, int]) -> re.Pattern:
-    """Returns a pattern that matches the longest token at each position, as the tokenizer does."""
-    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+    """Returns a pattern that matches the longest token at each position, as the tokenizer does, in a group."""
+    return re.compile(f"({'|'.join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))})")
 
 
 def _encode(
@@ -168,57 +153,35 @@ def _encode(
     rendered: str,
     spans: Sequence[tuple[int, int]],
     control: Mapping[str, int],
-    escaped: _Escaped,
+    originals: Mapping[int, str],
 ) -> tuple[list[int], list[int]]:
-    """Encodes a rendered text; returns ids, and a mask with 1 for tokens inside the character spans."""
-    parts = _split(rendered, control)
-    pieces = [rendered[start:end] for start, end, token in parts if token is None]
+    """Encodes a rendered text; returns ids, and a mask with 1 for tokens that overlap the character spans."""
+    pieces = [piece for piece in (_any_of(control).split(rendered) if control else [rendered]) if piece]
+    texts = [piece.translate(originals) for piece in pieces if piece not in control]
     encoded: Any = iter(())
-    if pieces:  # in one call, since the overhead of a call exceeds the cost of a short text
-        batch: Any = tokenizer(
-            [escaped.restore(piece) for piece in pieces],
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
+    if texts:  # in one call, since the overhead of a call exceeds the cost of a short text
+        options = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
+        batch: Any = tokenizer(texts, verbose=False, **options)
         encoded = zip(batch["input_ids"], batch["offset_mapping"], strict=True)
+    marked = bytearray(len(rendered))  # whether a character is in a span
+    for start, end in spans:
+        marked[start:end] = b"\1" * (end - start)
     ids: list[int] = []
-    places: list[tuple[int, int]] = []
-    for start, end, token in parts:
-        if token is not None:
-            ids.append(token)
-            places.append((start, end))
-            continue
-        piece_ids, offsets = next(encoded)
-        # Position in the rendered text of each character of the restored text, which is longer than its placeholders.
-        origin = [i for i in range(start, end) for _ in escaped.originals.get(rendered[i], rendered[i])]
-        origin.append(end)
-        ids += piece_ids
-        places += [(origin[first], max(origin[stop], origin[first] + 1)) for first, stop in offsets]
-    return ids, _masks(places, spans)
-
-
-def _split(rendered: str, control: Mapping[str, int]) -> list[tuple[int, int, int | None]]:
-    """Splits a text at control tokens; returns (start, end, token id) of each part, with `None` as the id of text."""
-    parts: list[tuple[int, int, int | None]] = []
-    position = 0
-    for match in _any_of(control).finditer(rendered) if control else ():
-        if match.start() > position:
-            parts.append((position, match.start(), None))
-        parts.append((match.start(), match.end(), control[match[0]]))
-        position = match.end()
-    if position < len(rendered):
-        parts.append((position, len(rendered), None))
-    return parts
-
-
-def _masks(places: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
-    """Returns 1 for each place that overlaps a span. Both are sorted, so one pass over each is enough."""
-    masks = []
-    current = 0
-    for start, end in places:
-        while current < len(spans) and spans[current][1] <= start:
-            current += 1
-        masks.append(int(current < len(spans) and spans[current][0] < end))
-    return masks
+    masks: list[int] = []
+    start = 0
+    for piece in pieces:
+        end = start + len(piece)
+        if piece in control:
+            ids.append(control[piece])
+            masks.append(int(any(marked[start:end])))
+        else:
+            piece_ids, offsets = next(encoded)
+            # Position in the rendered text of each character of the restored text, which is longer than its
+            # placeholders.
+            origin = [i for i in range(start, end) for _ in originals.get(ord(rendered[i]), rendered[i])]
+            origin.append(end)
+            places = ((origin[first], max(origin[stop], origin[first] + 1)) for first, stop in offsets)
+            ids += piece_ids
+            masks += [int(any(marked[first:stop])) for first, stop in places]
+        start = end
+    return ids, masks

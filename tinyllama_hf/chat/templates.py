@@ -117,7 +117,8 @@ def _check_probe(tokenizer: PreTrainedTokenizerBase, messages: Messages, is_own:
             "tokens. The tokenizer encodes text after a control token differently, which is not supported"
         )
     replies = [message["content"] for message in messages if message["role"] == "assistant"]
-    learned_ids = [ids[start:end] for start, end in reply_spans(masks)]
+    spans = reply_spans(masks)
+    learned_ids = [ids[start:end] for start, end in spans]
     learned = [decode_text(tokenizer, span, skip_special_tokens=False) for span in learned_ids]
     for reply, span in zip(replies, learned_ids, strict=False):
         if span[-1] != eos:
@@ -130,9 +131,7 @@ def _check_probe(tokenizer: PreTrainedTokenizerBase, messages: Messages, is_own:
             f"chat template: the generation markers include {learned}; they must include the replies {replies} with "
             "their stop tokens, and nothing else"
         )
-    before_last_reply = reply_spans(masks)[-1][0]
-    prompt = render(tokenizer, messages[:-1], add_generation_prompt=True).input_ids
-    if prompt != ids[:before_last_reply]:
+    if render(tokenizer, messages[:-1], add_generation_prompt=True).input_ids != ids[: spans[-1][0]]:
         raise InputError(
             "chat template: the generation prompt differs from the tokens before a reply in a whole conversation, so "
             "a model would be prompted in another format than in training"

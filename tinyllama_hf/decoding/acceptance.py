@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import generation
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
@@ -219,28 +218,3 @@ def _count_leading(accepted: torch.Tensor, counts: torch.Tensor) -> torch.Tensor
     """Returns how many tokens of each row are accepted before the first rejected one, `[rows]`."""
     is_drafted = torch.arange(accepted.shape[1], device=accepted.device) < counts[:, None]
     return (accepted & is_drafted).long().cumprod(dim=1).sum(dim=1)
-
-
-class TokenScores:
-    """Collects the target's scores and logits of new tokens, for `output_scores` and `output_logits`.
-
-    Args:
-        names (`Sequence[str]`, *optional*): what to collect: `"scores"` (after processing) and `"logits"` (before).
-        num_rows (`int`, *optional*, defaults to 0): number of rows, which are identified by their index.
-    """
-
-    def __init__(self, names: Sequence[str] = (), num_rows: int = 0):
-        self._collected: dict[str, list[list[torch.Tensor]]] = {name: [[] for _ in range(num_rows)] for name in names}
-
-    def add(self, rows: Sequence[int], counts: Sequence[int], **values: torch.Tensor) -> None:
-        """Keeps the first `counts[row]` positions of `[rows, positions, vocab_size]`, for each collected name."""
-        for name, collected in self._collected.items():
-            for row, count, of_row in zip(rows, counts, values[name], strict=True):
-                collected[row].append(of_row[:count].clone())
-
-    def by_token(self) -> dict[str, tuple[torch.Tensor, ...]]:
-        """Returns per name one tensor `[rows, vocab_size]` per new token; zero after a row's end."""
-        return {
-            name: tuple(pad_sequence([torch.cat(of_row) for of_row in collected]))
-            for name, collected in self._collected.items()
-        }

@@ -10,7 +10,7 @@ from transformers.generation import GenerationConfig, GenerationMixin, Generatio
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from ..errors import InputError
-from .acceptance import Proposal, RowProcessors, TokenScores, accept_greedy, accept_sampled
+from .acceptance import Proposal, RowProcessors, accept_greedy, accept_sampled
 from .draft_length import DraftLength
 from .proposals import Proposer, SpeculationStatistics, empty_proposal
 from .ragged_cache import RaggedModel
@@ -33,7 +33,8 @@ class Decoding:
         config (`GenerationConfig`): as `generate` resolved it.
         rows (`Rows`): the unfinished rows.
         statistics (`SpeculationStatistics`): counts and times up to the last round.
-        token_scores (`TokenScores`): collects the scores of new tokens.
+        token_scores (`dict`): what to collect, `"scores"` (after processing) or `"logits"` (before): a list per row,
+            to which each round adds `[new tokens, vocab_size]`.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Decoding:
         self._draft = draft.begin(num_rows)
         self._length = DraftLength(num_rows, LONGEST_DRAFT, draft_length)
         self.statistics = SpeculationStatistics(num_rows)
-        self.token_scores = TokenScores()
+        self.token_scores: dict[str, list[list[torch.Tensor]]] = {}
 
     @torch.no_grad()
     def start(self) -> list[list[int]]:
@@ -146,7 +147,9 @@ class Decoding:
         statistics.accepted += sum(min(count, len(new)) for count, new in zip(accepted, appended, strict=True))
         statistics.verified += sum(min(taken + 1, count) for taken, count in zip(accepted, counts, strict=True))
         statistics.new_tokens += sum(map(len, appended))
-        self.token_scores.add(rows.keys, [len(new) for new in appended], scores=scores, logits=logits)
+        for name, collected in self.token_scores.items():
+            for key, new, values in zip(rows.keys, appended, scores if name == "scores" else logits, strict=True):
+                collected[key].append(values[: len(new)].clone())
         if len(unfinished) < len(accepted):
             for part in (rows, self._target, self._draft, self._processors):
                 part.keep(unfinished)

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
-from .acceptance import TokenScores
 from .engine import Decoding, prepare_engine
 from .proposals import ModelProposer, PromptLookup, Proposer, SpeculationStatistics, first_layers
 from .ragged_cache import check_full_attention
@@ -109,10 +109,9 @@ def _run(decoding: Decoding, streamer: BaseStreamer | None) -> torch.Tensor | Sp
         raise InputError("pad_token_id: is missing, and rows may end at different lengths. Give pad_token_id")
     if streamer is not None:
         streamer.put(decoding.input_ids.cpu())
-    names = [
-        name for name in ("scores", "logits") if config.return_dict_in_generate and getattr(config, f"output_{name}")
-    ]
-    decoding.token_scores = TokenScores(names, len(rows))
+    for name in ("scores", "logits"):
+        if config.return_dict_in_generate and getattr(config, f"output_{name}"):
+            decoding.token_scores[name] = [[] for _ in range(len(rows))]
     appended = decoding.start()
     while True:
         if streamer is not None and appended[0]:
@@ -126,7 +125,10 @@ def _run(decoding: Decoding, streamer: BaseStreamer | None) -> torch.Tensor | Sp
     sequences = rows.sequences(decoding.input_ids, 0 if pad is None else int(pad))
     if not config.return_dict_in_generate:
         return sequences
-    fields: dict[str, Any] = {"sequences": sequences, **decoding.token_scores.by_token()}
+    # Per name one tensor `[rows, vocab_size]` per new token, zero after a row's end.
+    collected = decoding.token_scores.items()
+    fields: Any = {name: tuple(pad_sequence([torch.cat(row) for row in of_rows])) for name, of_rows in collected}
+    fields["sequences"] = sequences
     return SpeculativeOutput(statistics=decoding.statistics, **fields)
 
 

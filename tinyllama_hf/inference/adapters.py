@@ -93,9 +93,7 @@ def add_adapter(model: PreTrainedModel, folder: Path, num_tokens: int = 0, train
         weights = load_peft_weights(str(folder), device="cpu")
         _resize(model, weights, num_tokens, folder)
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # of PEFT (0.21.2), about names in transformers and keys that are checked below
+            warnings.simplefilter("ignore")  # PEFT's (0.21.2), about names in transformers, and keys: see below
             # Not `model.load_adapter` (transformers 5.23), which rounds the adapter to the dtype of the model.
             wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable).eval()
     except InputError:
@@ -106,10 +104,8 @@ def add_adapter(model: PreTrainedModel, folder: Path, num_tokens: int = 0, train
     # PEFT (0.21.2) saves resized modules twice, the second time with their full names but without the adapter's name.
     known = {*parameters, *(name.replace(".default.", ".") for name in parameters)}
     wanted = get_peft_model_state_dict(wrapped, parameters, save_embedding_layers=False).keys()
-    for problem, keys in (
-        ("are missing", wanted - saved),
-        ("belong to no layer of this model", saved - wanted - known),
-    ):
+    problems = {"are missing": wanted - saved, "belong to no layer of this model": saved - wanted - known}
+    for problem, keys in problems.items():
         if keys:
             raise InputError(f"adapter {folder}: {len(keys)} weights {problem}, the first is {min(keys)}; {fix}")
     if trainable:
@@ -121,11 +117,8 @@ def add_adapter(model: PreTrainedModel, folder: Path, num_tokens: int = 0, train
 def _resize(model: PreTrainedModel, weights: dict[str, torch.Tensor], num_tokens: int, folder: Path) -> None:
     """Resizes the embeddings if the adapter contains all their rows, which would be random otherwise."""
     rows, head_rows = ({len(t) for name, t in weights.items() if name.endswith(ends)} for ends in (_EMBEDDING, _HEAD))
-    if (
-        len(rows) == 1
-        and (rows == head_rows or model.config.tie_word_embeddings)
-        and rows != {model.config.vocab_size}
-    ):
+    is_complete = len(rows) == 1 and (rows == head_rows or model.config.tie_word_embeddings)
+    if is_complete and rows != {model.config.vocab_size}:
         model.resize_token_embeddings(rows.pop(), mean_resizing=False)
         model.eval()
     if num_tokens > model.config.vocab_size:

@@ -108,15 +108,14 @@ class ChatSession:
         stop = stop_token_ids(self.model, self.tokenizer)
         streamer = ExactTextStreamer(self.tokenizer, self.write, skip_prompt=True, hidden=stop)
         num_new = min(self._max_new_tokens, self.context.tokens - len(ids))
-        options: dict[str, Any] = {"draft": self.draft, "seeded": self._seeded, "eos_token_id": stop}
-        reply = generate_ids(self.model, self.tokenizer, ids, num_new, self.sampling, streamer, **options)
+        settings = self.sampling, streamer, self.draft, self._seeded
+        new = generate_ids(self.model, self.tokenizer, ids, num_new, *settings, eos_token_id=stop)
         self.write("\n")
         if self.draft:
             self.note(str(self.draft.statistics))
-        reply = [token for token in reply if token not in stop]
-        reply_text = decode_text(self.tokenizer, reply).strip()
-        self.exchanges += [{"role": "user", "content": text}, {"role": "assistant", "content": reply_text}]
-        return reply_text
+        reply = decode_text(self.tokenizer, [token for token in new if token not in stop]).strip()
+        self.exchanges += [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
+        return reply
 
     def _ids(self, turns: list[dict[str, str]], system: str | None) -> list[int]:
         first = [] if system is None else [{"role": "system", "content": system}]

@@ -14,14 +14,14 @@ from ..decoding.proposals import Proposer
 from ..decoding.speculative import speculative_generate
 from ..errors import InputError, check_seed
 from ..text import check_text, decode_text
-from .drafts import SEEDED_DRAFT_LENGTH
 
 
 DEFAULT_NEW_TOKENS = 256
+# With a seed, the number of drafted tokens must not depend on measured times, or the samples would.
+SEEDED_DRAFT_LENGTH = 4
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
-_UNFINISHED = (
-    "\ufffd"  # decoded from the first bytes of a character at the end of a text, with a byte-level vocabulary
-)
+# Decoded from the first bytes of a character at the end of a text, with a byte-level vocabulary.
+_UNFINISHED = "\ufffd"
 _KEPT_TOKENS = 7  # up to 3 for the first bytes of a character, and up to 4 for the complete character before it
 
 
@@ -38,6 +38,8 @@ class ExactTextStreamer(TextStreamer):
         skip_prompt (`bool`, *optional*, defaults to `False`): stream only the generated text.
         hidden (`Collection[int]`, *optional*): ids of tokens to skip, in addition to control tokens.
     """
+
+    _window: list[int]
 
     def __init__(
         self,
@@ -58,40 +60,30 @@ class ExactTextStreamer(TextStreamer):
             self.next_tokens_are_prompt = False
             return
         for token in value.reshape(-1).tolist():
-            self._take(token)
-        self._show_closed()
+            piece = self.tokenizer.convert_ids_to_tokens(token)  # `None` for an id beyond the vocabulary
+            if not isinstance(piece, str) or token in self._hidden:
+                continue
+            self._window.append(token)
+            # A run of byte tokens is decoded as a whole: an invalid byte changes the text of its neighbors.
+            if _BYTE_PIECE.fullmatch(piece) is None:
+                self._num_closed = len(self._window)
+        closed = self._window[: self._num_closed]
+        self._show(decode_text(self.tokenizer, closed).removesuffix(_UNFINISHED))
+        kept = closed[-_KEPT_TOKENS:]  # they affect how the next tokens are decoded
+        self._num_shown = len(decode_text(self.tokenizer, kept).removesuffix(_UNFINISHED))
+        self._window = kept + self._window[self._num_closed :]
+        self._num_closed = len(kept)
 
     def end(self) -> None:
         """Writes the text that was held back."""
-        self._show(self._decode(self._window))
+        self._show(decode_text(self.tokenizer, self._window))
         self._begin()
         self.next_tokens_are_prompt = True
 
     def _begin(self) -> None:
-        self._window: list[int] = []  # the last tokens of the written text, then those that are not written yet
+        self._window = []  # the last tokens of the written text, then those that are not written yet
         self._num_shown = 0  # characters of the window's text that are written
         self._num_closed = 0  # tokens of the window before an unfinished run of byte tokens
-
-    def _take(self, token: int) -> None:
-        piece = self.tokenizer.convert_ids_to_tokens(token)  # `None` for an id beyond the vocabulary
-        if not isinstance(piece, str) or token in self._hidden:
-            return
-        self._window.append(token)
-        # A run of byte tokens is decoded as a whole: an invalid byte changes the text of its neighbors.
-        if _BYTE_PIECE.fullmatch(piece) is None:
-            self._num_closed = len(self._window)
-
-    def _show_closed(self) -> None:
-        """Writes the text before an unfinished run of bytes; keeps the tokens that affect how the next are decoded."""
-        closed = self._window[: self._num_closed]
-        self._show(self._decode(closed).removesuffix(_UNFINISHED))
-        kept = closed[-_KEPT_TOKENS:]
-        self._num_shown = len(self._decode(kept).removesuffix(_UNFINISHED))
-        self._window = kept + self._window[self._num_closed :]
-        self._num_closed = len(kept)
-
-    def _decode(self, ids: list[int]) -> str:
-        return decode_text(self.tokenizer, ids)
 
     def _show(self, text: str) -> None:
         if len(text) > self._num_shown:

@@ -1,4 +1,4 @@
-"""Loads a model with its tokenizer for inference."""
+"""Loads a model with its tokenizer, and its draft, for inference."""
 
 import contextlib
 import os
@@ -12,7 +12,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,6 +19,8 @@ from transformers import (
 )
 
 from ..configuration_tinyllama import TinyLlamaConfig
+from ..decoding.proposals import ModelProposer, PromptLookup, Proposer, first_layers
+from ..decoding.speculative import check_vocabulary_size
 from ..errors import InputError, one_line
 from ..files import read_json
 from ..modeling_tinyllama import TinyLlamaForCausalLM
@@ -34,7 +35,11 @@ from ..quantization.bitsandbytes import (
     saved_quantization,
 )
 from ..released import local_folder
+from ..tokenization_tinyllama import tokenizer_fingerprint
 from .adapters import adapter_folder, add_adapter, load_adapted_tokenizer
+
+
+LOOKUP, LAYERS = "lookup", "layers:"  # drafts without a model of their own; see `load_draft`
 
 
 def load(
@@ -83,7 +88,11 @@ def load(
     check_quantization(kind, double_quantization, compute_dtype)
     on_top = adapter_folder(adapter) if adapter else None
     tokenizer = load_adapted_tokenizer(on_top, folder)
-    options = {"config": _config(folder, compute_dtype if saved != "none" else "auto", trainable)}
+    with _reading(folder):
+        config = TinyLlamaConfig.from_llama(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    if saved != "none" and compute_dtype != "auto":
+        config.quantization_config["bnb_4bit_compute_dtype"] = str(compute_dtype).removeprefix("torch.")
+    options = {"config": config.to_llama() if trainable else config}
     if kind != saved:
         options["quantization_config"] = quantization_config(kind, device, double_quantization, compute_dtype)
     own = TinyLlamaForCausalLM if kind == "none" else QuantizedTinyLlama
@@ -91,6 +100,35 @@ def load(
     if on_top:
         model = add_adapter(model, on_top, len(tokenizer), trainable)
     return model, tokenizer
+
+
+def load_draft(
+    name: str,
+    target: PreTrainedModel,
+    target_tokenizer: PreTrainedTokenizerBase,
+    dtype: str | torch.dtype = "auto",
+    device: str = "auto",
+) -> Proposer:
+    """Loads a draft by name: a model, `lookup`, or `layers:N` for the target's own first layers.
+
+    Raises:
+        InputError: if the name is unknown, or the draft does not match the target.
+    """
+    if name == LOOKUP:
+        return PromptLookup()
+    if name.startswith(LAYERS):
+        number = name.removeprefix(LAYERS)
+        if not number.isdecimal():
+            raise InputError(f"--draft {name}: {LAYERS} needs a number of layers, such as {LAYERS}4")
+        return ModelProposer(first_layers(target, int(number)))
+    model, tokenizer = load(name, dtype, device)
+    check_vocabulary_size(target, model, "--draft")
+    if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(target_tokenizer):
+        raise InputError(
+            f"--draft: its vocabulary has {model.config.vocab_size} entries, as the target's, but other tokens. A "
+            "draft must have the target's own tokenizer"
+        )
+    return ModelProposer(model)
 
 
 def load_stock(
@@ -120,15 +158,6 @@ def stock_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     with _reading(folder):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-
-
-def _config(folder: Path, compute_dtype: str | torch.dtype, trainable: bool) -> LlamaConfig:
-    """Returns the configuration of a folder; `compute_dtype` replaces that of 4-bit weights unless it is `"auto"`."""
-    with _reading(folder):
-        config = TinyLlamaConfig.from_llama(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    if compute_dtype != "auto":
-        config.quantization_config["bnb_4bit_compute_dtype"] = str(compute_dtype).removeprefix("torch.")
-    return config.to_llama() if trainable else config
 
 
 def _load_weights(
@@ -196,19 +225,14 @@ def _open_folder(path_or_name: str | os.PathLike) -> tuple[Path, str]:
     folder = local_folder(str(path_or_name))
     config = folder / "config.json"
     if not config.is_file():
-        raise InputError(
-            f"model {folder}: holds no config.json, so it is not a model folder{_milestones_hint(folder)}"
-        )
+        milestones = sorted(path.parent for path in folder.glob("milestones/*/config.json"))
+        hint = f"; did you mean {milestones[-1]}?" if milestones else ""
+        raise InputError(f"model {folder}: holds no config.json, so it is not a model folder{hint}")
     fields = read_json(config)
     model_type = fields.get("model_type")
     if model_type not in ("llama", TinyLlamaConfig.model_type):
         raise InputError(f"{config}: model_type {model_type!r} is not a Llama; tinyllama_hf loads Llama folders only")
     return folder, saved_quantization(fields, str(config))
-
-
-def _milestones_hint(folder: Path) -> str:
-    inside = sorted(path.parent for path in folder.glob("milestones/*/config.json")) if folder.is_dir() else []
-    return f"; did you mean {inside[-1]}?" if inside else ""
 
 
 def choose_device(device: str) -> str:

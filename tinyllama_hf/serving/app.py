@@ -176,9 +176,8 @@ def _strict(handler: Any, needed: str, tokenizer: PreTrainedTokenizerFast, limit
             checked, ids = await self.generation_state.manager.prepare(self._prepare, body)
             _PROMPT.set(ids)
             response = await super().handle_request(checked, request_id)
-            if (
-                isinstance(response, StreamingResponse) and needed != "input"
-            ):  # /v1/responses streams in another format
+            # /v1/responses streams in another format.
+            if isinstance(response, StreamingResponse) and needed != "input":
                 with_usage = checked.get("stream_options", {}).get("include_usage", False)
                 assert isinstance(response.body_iterator, AsyncGenerator)
                 response.body_iterator = openai_stream(response.body_iterator, with_usage)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from ..batch.prompts import chat_ids
 from ..chat.messages import TEXT_PARTS, content_text
 from ..errors import InputError, check_seed, did_you_mean
+from ..text import check_text
 
 
 # These fields do not change the answer.
@@ -167,12 +168,7 @@ def check_fields(body: dict[str, Any], needed: str, limits: Limits) -> dict[str,
     for name in sorted(body.keys() - _Fields.model_fields.keys() - _HARMLESS - {needed}):
         if not _is_default(name, body[name]):
             raise InputError(f"{name}: not supported by this server; leave it out")
-    try:
-        json.dumps(body, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"body: contains half of a surrogate pair, which is not valid text ({error.reason})"
-        ) from error
+    check_text(json.dumps(body, ensure_ascii=False), "body")
     try:
         known = _Fields.model_validate(body, context=limits)
     except ValidationError as error:
@@ -199,9 +195,7 @@ def _describe(error: ValidationError) -> str:
     name = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
         section, key = first["loc"]
-        sections: dict[int | str, type[BaseModel]]
-        sections = {"generation_config": _GenerationConfig, "stream_options": _StreamOptions}
-        known = sections[section].model_fields
+        known = (_StreamOptions if section == "stream_options" else _GenerationConfig).model_fields
         valid = did_you_mean(str(key), known.keys() - {"transformers_version"})
         return f"{name} {first['input']!r}: not supported by this server{valid}"
     rule = first["msg"].removeprefix("Value error, ").replace("input should", "must").replace("Input should", "must")
@@ -244,16 +238,13 @@ def _ids_of_text(prompt: Any, tokenizer: PreTrainedTokenizerFast, limits: Limits
     if isinstance(prompt, str):
         _check_length([prompt], limits)
         return tokenizer(prompt, split_special_tokens=True, verbose=False)["input_ids"]
-    if not prompt or not isinstance(prompt, list) or not all(_is_id(item, limits) for item in prompt):
+    ids = range(limits.vocab_size)
+    if not prompt or not isinstance(prompt, list) or not all(type(item) is int and item in ids for item in prompt):
         raise InputError(
             f"prompt: must be a string or a list of token ids from 0 to {limits.vocab_size - 1}. Send one request "
             "per prompt"
         )
     return prompt
-
-
-def _is_id(value: Any, limits: Limits) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < limits.vocab_size
 
 
 def _check_length(texts: Iterable[str], limits: Limits) -> None:
