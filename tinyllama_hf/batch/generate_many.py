@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..decoding.engine import SUPPORTED_MODES, Decoding, prepare_engine
+from ..decoding.engine import SUPPORTED_MODES, Decoding
 from ..decoding.proposals import Proposer
 from ..decoding.rows import RowPlan
 from ..decoding.speculative import check_pair
@@ -141,7 +141,7 @@ def _begin(
     plans = [RowPlan(request.key, request.max_new_tokens, _draws(request, entropy)) for request in requests]
     longest = max(request.max_new_tokens for request in requests)
     arguments |= {"max_new_tokens": longest, "pad_token_id": pad_token_id}
-    decoding = prepare_engine(model, draft, draft_length, ids, mask, plans, **arguments)
+    decoding = Decoding(model, draft, draft_length, ids, mask, plans, **arguments)
     decoding.start()
     return decoding
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.generation import GenerationConfig, GenerationMixin, GenerationMode, LogitsProcessorList
-from transformers.generation.stopping_criteria import StoppingCriteriaList
+from transformers.generation import GenerationConfig, GenerationMixin, GenerationMode
 
 from ..errors import InputError
 from .acceptance import Proposal, RowProcessors, accept_greedy, accept_sampled
@@ -23,44 +22,65 @@ SUPPORTED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
 class Decoding:
-    """A batch of rows that is being generated, from [`prepare_engine`].
+    """A batch of prompts that is being continued, with the processors, criteria and settings that `generate` prepares.
 
     Rows have their own lengths and limits. A round adds one or more tokens to each row; finished rows are removed at
     its end, and the rows of another `Decoding` can be added between rounds.
 
+    Args:
+        target (`PreTrainedModel`): the model to generate with.
+        draft (`Proposer`, *optional*): proposes tokens; must match the target, see
+            [`~decoding.speculative.check_pair`]. `None` is plain decoding.
+        draft_length (`int`, *optional*): see [`~decoding.speculative.speculative_generate`].
+        input_ids (`torch.Tensor`): `[rows, prompt]`, padded on the left.
+        attention_mask (`torch.Tensor`, *optional*): `[rows, prompt]`.
+        plans (`Sequence[RowPlan]`, *optional*): see [`Rows`].
+        **arguments: arguments of `generate`.
+
     Attributes:
-        input_ids (`torch.Tensor`): `[rows, prompt]`, padded on the left, on the target's device.
+        input_ids (`torch.Tensor`): `[rows, prompt]`, on the target's device.
         config (`GenerationConfig`): as `generate` resolved it.
         rows (`Rows`): the unfinished rows.
         statistics (`SpeculationStatistics`): counts and times up to the last round.
         token_scores (`dict`): what to collect, `"scores"` (after processing) or `"logits"` (before): a list per row,
             to which each round adds `[new tokens, vocab_size]`.
+
+    Raises:
+        InputError: if an option is not supported, or a prompt fills the context.
     """
 
     def __init__(
         self,
         target: PreTrainedModel,
-        draft: Proposer,
+        draft: Proposer | None,
         draft_length: int | None,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        processors: LogitsProcessorList,
-        criteria: StoppingCriteriaList,
-        config: GenerationConfig,
         plans: Sequence[RowPlan] | None = None,
+        **arguments: Any,
     ):
-        num_rows = input_ids.shape[0]
-        self.input_ids, self.config = input_ids.to(target.device), config
+        if draft is None:
+            draft, draft_length = Proposer(), 0
+        # `custom_generate` is called with everything prepared, in place of a decoding method; its result is returned.
+        # The method of the mixin, since `TinyLlamaForCausalLM.generate` would look for a draft again.
+        arguments["custom_generate"] = lambda model, input_ids, **prepared: (input_ids, prepared)
+        generate: Callable[..., Any] = GenerationMixin.generate
+        input_ids, prepared = generate(target, input_ids, attention_mask=attention_mask, **arguments)
+        names = ("logits_processor", "stopping_criteria", "generation_config")
+        processors, criteria, self.config = (prepared.pop(name) for name in names)
+        _check_options(self.config, prepared)
+        self.input_ids = input_ids.to(target.device)
         self._target = RaggedModel(target)
-        self.rows = Rows(self.input_ids, attention_mask, criteria, self._target.context, plans)
-        longest, context = max(self.rows.limits), self._target.context
+        context = self._target.context
+        self.rows = Rows(self.input_ids, prepared.get("attention_mask"), criteria, context, plans)
+        longest, num_rows = max(self.rows.limits), len(self.rows)
         if self._target.has_position_table and longest > context:
             raise InputError(
                 f"max_new_tokens: rows of {longest} tokens are longer than the context of {context}, and this "
                 "model has no positions beyond it. Lower max_new_tokens"
             )
         self._processors = RowProcessors(processors, self.rows.paddings, self.rows.limits)
-        self._accept = accept_sampled if config.do_sample else accept_greedy
+        self._accept = accept_sampled if self.config.do_sample else accept_greedy
         self._draft = draft.begin(num_rows)
         self._length = DraftLength(num_rows, LONGEST_DRAFT, draft_length)
         self.statistics = SpeculationStatistics(num_rows)
@@ -154,49 +174,6 @@ class Decoding:
             for part in (rows, self._target, self._draft, self._processors):
                 part.keep(unfinished)
         return accepted, unfinished, appended
-
-
-def prepare_engine(
-    target: PreTrainedModel,
-    draft: Proposer | None,
-    draft_length: int | None,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    plans: Sequence[RowPlan] | None = None,
-    **arguments: Any,
-) -> Decoding:
-    """Returns the engine for a batch of prompts, with the processors, criteria and settings that `generate` prepares.
-
-    Args:
-        target (`PreTrainedModel`): the model to generate with.
-        draft (`Proposer`, *optional*): proposes tokens; must match the target, see
-            [`~decoding.speculative.check_pair`]. `None` is plain decoding.
-        draft_length (`int`, *optional*): see [`~decoding.speculative.speculative_generate`].
-        input_ids (`torch.Tensor`): `[rows, prompt]`, padded on the left.
-        attention_mask (`torch.Tensor`, *optional*): `[rows, prompt]`.
-        plans (`Sequence[RowPlan]`, *optional*): see [`Rows`].
-        **arguments: arguments of `generate`.
-
-    Raises:
-        InputError: if an option is not supported, or a prompt fills the context.
-    """
-    if draft is None:
-        draft, draft_length = Proposer(), 0
-    # `custom_generate` is called with everything prepared, in place of a decoding method; its result is returned. The
-    # method of the mixin, since `TinyLlamaForCausalLM.generate` would look for a draft again.
-    generate: Callable[..., Any] = GenerationMixin.generate
-    input_ids, prepared = generate(
-        target,
-        input_ids,
-        attention_mask=attention_mask,
-        custom_generate=lambda model, input_ids, **prepared: (input_ids, prepared),
-        **arguments,
-    )
-    names = ("logits_processor", "stopping_criteria", "generation_config")
-    processors, criteria, config = (prepared.pop(name) for name in names)
-    _check_options(config, prepared)
-    mask = prepared.get("attention_mask")
-    return Decoding(target, draft, draft_length, input_ids, mask, processors, criteria, config, plans)
 
 
 def _wait_for(tokens: torch.Tensor) -> None:

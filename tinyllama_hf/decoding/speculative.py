@@ -17,7 +17,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
-from .engine import Decoding, prepare_engine
+from .engine import Decoding
 from .proposals import ModelProposer, PromptLookup, Proposer, SpeculationStatistics, first_layers
 from .ragged_cache import check_full_attention
 
@@ -95,7 +95,7 @@ def speculative_generate(
         criteria.append(_stop_string_criterion(stop_strings, tokenizer))
 
     kwargs |= {"generation_config": generation_config, "stopping_criteria": criteria}
-    decoding = prepare_engine(target, draft, draft_length, input_ids, attention_mask, **kwargs)
+    decoding = Decoding(target, draft, draft_length, input_ids, attention_mask, **kwargs)
     draft.statistics = decoding.statistics
     return _run(decoding, streamer)
 
@@ -162,7 +162,7 @@ def pop_draft(
 
 
 def check_pair(target: PreTrainedModel, draft: Proposer | None) -> None:
-    """Refuses a target or a draft that [`~decoding.engine.prepare_engine`] does not support.
+    """Refuses a target or a draft that [`~decoding.engine.Decoding`] does not support.
 
     Raises:
         InputError: if one of them does not support rows of different lengths, or vocabularies or devices differ.

@@ -25,9 +25,9 @@ from transformers.cli.serving.model_manager import ModelManager
 
 from ..errors import InputError, require
 from ..inference.generation import Sampling, stop_token_ids
-from .request_answers import BodyLimit, UnknownModel, error_body, openai_stream
+from .request_answers import BodyLimit, Refusal, error_body, openai_stream
 from .request_fields import Limits, check_fields, prompt_ids
-from .request_queue import Busy, Ending, OneQueue
+from .request_queue import OneQueue
 
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def build_app(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerF
     # Innermost, or the middleware of transformers would wrap its exception in a group, which FastAPI reports as bad
     # JSON.
     app.user_middleware.append(Middleware(BodyLimit, num_bytes=MAX_BODY_BYTES))
-    for kind in (InputError, HTTPException, RequestValidationError, UnknownModel, Busy, Ending, Exception):
+    for kind in (InputError, HTTPException, RequestValidationError, Refusal, Exception):
         app.add_exception_handler(kind, _error_response)
     app.state.ending = state.manager.ending
     return app
@@ -235,7 +235,8 @@ class OneModel(ModelManager):
     def check_name(self, asked: str | None) -> None:
         """Checks the model's name in a request, which may omit it."""
         if asked not in (None, self._name):
-            raise UnknownModel(asked, self._name)
+            message = f"model {asked!r}: not served here; the only model is {self._name!r}"
+            raise Refusal(404, message, "model_not_found")
 
     # transformers wraps its static method in `lru_cache`.
     def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:  # type: ignore[override]

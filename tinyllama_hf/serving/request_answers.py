@@ -13,13 +13,19 @@ _DISCARDED = 8  # an oversized body is read up to this multiple of the limit; th
 _TYPES = {429: "rate_limit_error"}
 
 
-class UnknownModel(Exception):
-    """A request names another model than the served one."""
+class Refusal(Exception):
+    """An answer in place of the requested one: the server is busy or shutting down, or has no such model.
 
-    status_code, code = 404, "model_not_found"
+    Args:
+        status_code (`int`): HTTP status of the answer.
+        message (`str`): the error message.
+        code (`str`, *optional*): OpenAI's code for the error.
+        headers (`dict`, *optional*): headers of the answer.
+    """
 
-    def __init__(self, asked: str, served: str):
-        super().__init__(f"model {asked!r}: not served here; the only model is {served!r}")
+    def __init__(self, status_code: int, message: str, code: str | None = None, headers: dict[str, str] | None = None):
+        super().__init__(message)
+        self.status_code, self.code, self.headers = status_code, code, headers
 
 
 def error_body(message: str, status: int, code: str | None = None) -> dict[str, Any]:

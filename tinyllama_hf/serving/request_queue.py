@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from transformers.cli.serving.utils import GenerateManager, GenerationState, _StreamError
 
 from ..inference.generation import Context, ExactTextStreamer
+from .request_answers import Refusal
 
 
 MAX_WAITING = 64  # requests in the queue, without the one that is being generated
@@ -51,7 +52,7 @@ class Generation(GenerateManager):
         """Checks and encodes a request in a thread, so that the event loop can answer others.
 
         Raises:
-            Busy: if the queue is full.
+            Refusal: if the queue is full.
         """
         self._enter()
         try:
@@ -77,7 +78,7 @@ class Generation(GenerateManager):
             except _Cancelled:
                 put(None)
             except Exception as error:  # of any kind: the client waits for the end of the stream
-                put(_StreamError(str(getattr(error, "detail", error))))
+                put(_StreamError(str(error)))
 
         self.submit(self._in_place(generate))
         return queue, streamer
@@ -92,7 +93,8 @@ class Generation(GenerateManager):
 
     def _enter(self) -> None:
         if not self._places.acquire(blocking=False):
-            raise Busy
+            message = f"{MAX_WAITING} requests are waiting; try again in {_RETRY_SECONDS} seconds"
+            raise Refusal(429, message, "rate_limit_exceeded", {"Retry-After": str(_RETRY_SECONDS)})
 
     def _in_place(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Wraps a function so that it occupies a place in the queue until it has finished."""
@@ -130,25 +132,11 @@ class Generation(GenerateManager):
 
     def _check_ending(self) -> None:
         if self.ending.is_set():
-            raise Ending
+            raise Refusal(503, "the server is shutting down")
 
 
 class _Cancelled(Exception):
     """The client has closed the stream."""
-
-
-class Ending(Exception):
-    """The server is shutting down."""
-
-    status_code, detail = 503, "the server is shutting down"
-
-
-class Busy(Exception):
-    """The queue is full."""
-
-    status_code, code = 429, "rate_limit_exceeded"
-    headers = {"Retry-After": str(_RETRY_SECONDS)}
-    detail = f"{MAX_WAITING} requests are waiting; try again in {_RETRY_SECONDS} seconds"
 
 
 class _QueueStreamer(ExactTextStreamer):
