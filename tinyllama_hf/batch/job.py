@@ -123,7 +123,6 @@ class BatchJob:
         sampling: Sampling | None = None,
         seed: int | None = None,
         draft: Proposer | None = None,
-        show_progress: bool = True,
     ) -> int:
         """Generates for the pending prompts and writes the output; arguments are those of [`generate_many`].
 
@@ -144,7 +143,7 @@ class BatchJob:
                 completions = generate_many(model, tokenizer, requests, batch_size, sampling, seed, draft)
                 write_json(self.record, {"settings": self.settings, "finished": False, "provenance": collect()})
                 part.truncate(self._whole)
-                num_tokens = self._write_part(part, completions, tokenizer, show_progress)
+                num_tokens = self._write_part(part, completions, tokenizer)
                 self._finish()
         except torch.OutOfMemoryError as error:
             raise InputError(
@@ -220,22 +219,13 @@ class BatchJob:
         return done, whole
 
     def _write_part(
-        self,
-        part: BinaryIO,
-        completions: Iterable[Completion],
-        tokenizer: PreTrainedTokenizerBase,
-        show_progress: bool,
+        self, part: BinaryIO, completions: Iterable[Completion], tokenizer: PreTrainedTokenizerBase
     ) -> int:
         by_line, num_tokens = {prompt.line: prompt for prompt in self.pending}, 0
         console = Console(stderr=True)
-        columns = (
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[tokens]:,} tokens"),
-            TimeRemainingColumn(),
-        )
-        shown = show_progress and console.is_terminal
-        with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
+        tokens = TextColumn("{task.fields[tokens]:,} tokens")
+        columns = BarColumn(), MofNCompleteColumn(), tokens, TimeRemainingColumn()
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("", total=len(self.prompts.prompts), completed=len(self._done), tokens=0)
             for completion in completions:
                 result = by_line[completion.key].result(tokenizer, completion.ids, completion.finish_reason)
