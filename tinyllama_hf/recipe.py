@@ -4,7 +4,7 @@ Nothing else is loaded before the recipe is valid.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -50,7 +50,7 @@ def read_recipe(
     schema: type[Recipe],
     path: str | os.PathLike,
     overrides: Sequence[str],
-    contradictions: Callable[[Mapping[str, Any]], list[str]],
+    contradictions: Callable[[Mapping[str, Any]], Iterable[str]],
 ) -> Recipe:
     """Reads a recipe and applies `section.key=value` overrides.
 
@@ -58,7 +58,7 @@ def read_recipe(
         schema (`type[Section]`): schema of the file.
         path (`str` or `os.PathLike`): the YAML file.
         overrides (`Sequence[str]`): values to replace.
-        contradictions (`Callable`): returns the problems between keys, given the valid sections.
+        contradictions (`Callable`): gives the problems between keys, from the valid sections.
 
     Raises:
         InputError: lists every unknown key (with the closest valid one), wrong type, value out of range and
