@@ -61,12 +61,11 @@ def submit(preparation: "Preparation", arguments: argparse.Namespace) -> None:
     """Submits the tasks and, after all of them, the job that counts and writes `dataset.json`."""
     from datatrove.executor import SlurmPipelineExecutor
 
-    from tinyllama_hf.data.pipeline import steps
-    from tinyllama_hf.data.prepare import translate_write_errors, write_request
+    from tinyllama_hf.data.pipeline import PrepareTask
+    from tinyllama_hf.data.prepare import write_request
     from tinyllama_hf.data.tasks import logging_folder
 
-    with translate_write_errors(preparation.output):
-        write_request(preparation)
+    write_request(preparation)
     output = preparation.output.absolute()
     jobs: list[str] = []
 
@@ -75,7 +74,7 @@ def submit(preparation: "Preparation", arguments: argparse.Namespace) -> None:
         return jobs[-1]
 
     executor = SlurmPipelineExecutor(
-        pipeline=steps(preparation.source, output, preparation.request),
+        pipeline=[PrepareTask(preparation.source, output, preparation.request)],
         tasks=preparation.source.num_tasks,
         time=arguments.time,
         partition=arguments.partition,

@@ -159,8 +159,8 @@ def test_finished_does_nothing_and_another_request_is_refused(corpus, tokenizer_
     first = run([corpus], tokenizer_folder, tmp_path / "out", validation_fraction=0.1)
     stamp = (tmp_path / "out" / "dataset.json").stat().st_mtime_ns
     second = run([corpus], tokenizer_folder, tmp_path / "out", validation_fraction=0.1)
-    assert (first.was_finished, second.was_finished) == (False, True)
-    assert second.metadata == first.metadata
+    assert (first[1], second[1]) == (False, True)
+    assert second[0] == first[0]
     assert (tmp_path / "out" / "dataset.json").stat().st_mtime_ns == stamp
     with pytest.raises(InputError, match=r"another request \(different: begin, separator\)"):
         run([corpus], tokenizer_folder, tmp_path / "out", validation_fraction=0.1, separator="eos")

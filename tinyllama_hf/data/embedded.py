@@ -45,8 +45,8 @@ _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 _MIN_CHARACTERS = 200  # shorter documents are mostly headings
 
 
-class EmbeddedDocument(NamedTuple):
-    """A document of the embedded corpus, with a stable name."""
+class SourceDocument(NamedTuple):
+    """A document of a source, with its place as `name`."""
 
     name: str
     text: str
@@ -62,7 +62,7 @@ def check_kind(kind: str) -> None:
         raise InputError(f"embedded:{kind} is not part of the embedded corpus{did_you_mean(kind, KINDS)}")
 
 
-def documents(kind: str) -> Iterator[EmbeddedDocument]:
+def documents(kind: str) -> Iterator[SourceDocument]:
     """Yields the documents of one kind, ordered by name.
 
     Args:
@@ -72,12 +72,12 @@ def documents(kind: str) -> Iterator[EmbeddedDocument]:
         InputError: if `kind` is unknown.
     """
     check_kind(kind)
-    found = _code() if kind == "code" else _prose()
+    code = ((name, without_docstrings(source)) for name, source in stdlib_files())
     seen: set[str] = set()
-    for document in sorted(found):
-        if len(document.text) >= _MIN_CHARACTERS and document.text not in seen:
-            seen.add(document.text)
-            yield document
+    for name, text in sorted(code if kind == "code" else _prose()):
+        if len(text) >= _MIN_CHARACTERS and text not in seen:
+            seen.add(text)
+            yield SourceDocument(name, text)
 
 
 def stdlib_files(pattern: str = "*.py", for_conversations: bool = False) -> Iterator[tuple[str, str]]:
@@ -103,25 +103,19 @@ def stdlib_files(pattern: str = "*.py", for_conversations: bool = False) -> Iter
             continue  # a few sources declare another encoding, for tests
 
 
-def _code() -> Iterator[EmbeddedDocument]:
+def _prose() -> Iterator[tuple[str, str]]:
     for name, source in stdlib_files():
-        yield EmbeddedDocument(name, without_docstrings(source))
-
-
-def _prose() -> Iterator[EmbeddedDocument]:
-    for name, source in stdlib_files():
-        yield EmbeddedDocument(name, _docstrings(name, source))
+        yield name, _docstrings(name, source)
     for pattern in ("*.rst", "*.txt"):
         for name, text in stdlib_files(pattern):
-            if name.endswith("Grammar.txt"):
-                continue  # a grammar table, not prose
-            yield EmbeddedDocument(name, text)
+            if not name.endswith("Grammar.txt"):  # a grammar table, not prose
+                yield name, text
     from pydoc_data.topics import topics
 
     for name, text in topics.items():
-        yield EmbeddedDocument(f"help/{name}", text.strip() + "\n")
+        yield f"help/{name}", text.strip() + "\n"
     for name in _C_MODULES:
-        yield EmbeddedDocument(f"builtin/{name}", _builtin_docstrings(name))
+        yield f"builtin/{name}", _builtin_docstrings(name)
 
 
 def without_docstrings(source: str) -> str:

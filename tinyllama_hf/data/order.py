@@ -13,6 +13,7 @@ a
 import heapq
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -127,11 +128,11 @@ class _Piece(NamedTuple):
         return self.c + 2 * self.a * x + self.b * x * x
 
 
+@dataclass(frozen=True)
 class _DueTimes:
     """The due times of the blocks of one source, in grid units."""
 
-    def __init__(self, pieces: list[_Piece]):
-        self.pieces = pieces
+    pieces: list[_Piece]
 
     def count(self, time: int) -> int:
         """The number of blocks due up to a time: round(W(time))."""
@@ -167,8 +168,10 @@ class _DueTimes:
 
 def _pieces(weights: Sequence[float], changes: Sequence[WeightChange]) -> list[list[_Piece]]:
     """The intervals of each source: constant, ramp, constant, ramp, ..., constant."""
-    # Decimal fractions are exact: 0.7 is 7/10.
-    levels = [_normalize(shares) for shares in (weights, *(change.weights for change in changes))]
+    levels = []
+    for shares in (weights, *(change.weights for change in changes)):
+        exact = [Fraction(str(share)) for share in shares]  # 0.7 is 7/10
+        levels.append([share / sum(exact) for share in exact])
     starts = [int(change.start * _GRID) for change in changes]
     ends = [start + int(change.ramp * _GRID) for start, change in zip(starts, changes, strict=True)]
     bounds = [0, *(bound for pair in zip(starts, ends, strict=True) for bound in pair)]
@@ -180,24 +183,15 @@ def _pieces(weights: Sequence[float], changes: Sequence[WeightChange]) -> list[l
             before, after = levels[number // 2][source], levels[(number + 1) // 2][source]
             if start == end:
                 continue  # no interval before the first change, or a change without a ramp
-            piece = _piece(start, end, integral, before, after)
+            slope = Fraction(0) if before == after else (after - before) / (int(end) - start) / _GRID
+            per_unit = before / _GRID
+            scale = math.lcm(integral.denominator, per_unit.denominator, slope.denominator)
+            piece = _Piece(start, end, scale, int(2 * integral * scale), int(per_unit * scale), int(slope * scale))
             pieces.append(piece)
             if end != math.inf:
                 integral = Fraction(piece.twice_integral(int(end) - start), 2 * piece.scale)
         found.append(pieces)
     return found
-
-
-def _piece(start: int, end: float, integral: Fraction, before: Fraction, after: Fraction) -> _Piece:
-    slope = Fraction(0) if before == after else (after - before) / (int(end) - start) / _GRID
-    per_unit = before / _GRID
-    scale = math.lcm(integral.denominator, per_unit.denominator, slope.denominator)
-    return _Piece(start, end, scale, int(2 * integral * scale), int(per_unit * scale), int(slope * scale))
-
-
-def _normalize(weights: Sequence[float]) -> list[Fraction]:
-    shares = [Fraction(str(weight)) for weight in weights]
-    return [share / sum(shares) for share in shares]
 
 
 def permute(positions: np.ndarray, size: int, key: Sequence[int]) -> np.ndarray:

@@ -27,9 +27,10 @@ from tokenizers import Tokenizer
 from .. import provenance
 from ..errors import InputError
 from ..files import write_json
+from .embedded import SourceDocument
 from .shards import SPLITS
-from .sources import Source, SourceDocument, read_documents
-from .tasks import Request, completions_folder, counts_file, logging_folder, remove_task_files, shard_name
+from .sources import Source, read_documents
+from .tasks import Request, completions_folder, counts_file, logging_folder, shard_name
 
 
 _BATCH_DOCUMENTS = 256
@@ -44,7 +45,7 @@ def run_pipeline(source: Source, output: Path, request: Request, workers: int, s
     """
     output = output.absolute()  # fsspec (2026.9) caches the working directory for relative paths
     executor = _QuietExecutor(
-        pipeline=steps(source, output, request),
+        pipeline=[PrepareTask(source, output, request)],
         tasks=source.num_tasks,
         workers=min(workers, source.num_tasks),
         logging_dir=logging_folder(output),
@@ -93,11 +94,6 @@ def _show(thread: threading.Thread, output: Path, num_tasks: int, token_bytes: i
             bar.update(task, completed=done, tokens=written / token_bytes / 1e6)
             # Listing a hundred thousand shards takes a while; spend at most a twentieth of the time on it.
             pause = max(0.2, 20 * (time.monotonic() - began))
-
-
-def steps(source: Source, output: Path, request: Request) -> list[PipelineStep]:
-    """The pipeline for any datatrove executor, with `source.num_tasks` tasks."""
-    return [PrepareTask(source, output, request)]
 
 
 class _QuietExecutor(LocalPipelineExecutor):
@@ -152,6 +148,8 @@ def _run_task(rank: int) -> None:
 class PrepareTask(PipelineStep):
     """Reads the documents of a task, tokenizes them as text, and writes each to the split that its hash selects.
 
+    A pipeline of its own for any datatrove executor, with `source.num_tasks` tasks.
+
     Control tokens in a document are encoded as text; only the separators are added as ids. The readers of datatrove
     are not used, since they skip rows that they cannot parse.
     """
@@ -164,7 +162,8 @@ class PrepareTask(PipelineStep):
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         # Otherwise held-out text of an earlier attempt would remain if the file now has none.
-        remove_task_files(self.output, rank)
+        for file in (counts_file(self.output, rank), self.output / "validation" / f"{rank:05d}.jsonl.gz"):
+            file.unlink(missing_ok=True)
         tokenizer = Tokenizer.from_file(str(self.output / "tokenizer" / "tokenizer.json"))
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()  # a tokenizer file may enable both; truncation would silently cut documents

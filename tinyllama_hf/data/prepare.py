@@ -35,13 +35,6 @@ from .tasks import Request, complete_tasks, read_task_result
 SEPARATORS = ("both", "bos", "eos")
 
 
-class PreparedData(NamedTuple):
-    """Result of `prepare`: the metadata, and whether the data set was already finished."""
-
-    metadata: dict[str, Any]
-    was_finished: bool
-
-
 def prepare(
     sources: Sequence[str],
     tokenizer: str | os.PathLike,
@@ -53,7 +46,7 @@ def prepare(
     where: str | None = None,
     workers: int | None = None,
     progress: bool = True,
-) -> PreparedData:
+) -> tuple[dict[str, Any], bool]:
     """Tokenizes documents into shards, and holds out a share of them for validation.
 
     The split of a document depends only on the hash of its text, so equal documents are always in the same split.
@@ -74,6 +67,9 @@ def prepare(
         workers (`int`, *optional*, defaults to the number of cores): number of processes.
         progress (`bool`, *optional*, defaults to `True`): show a progress bar.
 
+    Returns:
+        `tuple[dict, bool]`: the metadata, and whether the data set was already finished.
+
     Raises:
         InputError: if a source is missing or unreadable, the output holds something else, a value is out of range, or
             the output cannot be written, as on a full disk. Complete tasks are kept, and the same call resumes.
@@ -84,21 +80,21 @@ def prepare(
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers} must be at least 1")
     if preparation.is_finished:
-        return PreparedData(read_json(preparation.output / METADATA_FILE), True)
+        return read_json(preparation.output / METADATA_FILE), True
     with locked(preparation.output / "work" / "lock", f"--output {preparation.output}"):
         if _is_finished(preparation.output, preparation.request):  # in the meantime, by another process
-            return PreparedData(read_json(preparation.output / METADATA_FILE), True)
+            return read_json(preparation.output / METADATA_FILE), True
         metadata = _run(preparation, workers or os.cpu_count() or 1, progress)
     shutil.rmtree(preparation.output / "work", ignore_errors=True)
-    return PreparedData(metadata, False)
+    return metadata, False
 
 
 def _run(preparation: "Preparation", workers: int, progress: bool) -> dict[str, Any]:
     from .pipeline import run_pipeline
 
     try:
-        with translate_write_errors(preparation.output):
-            write_request(preparation)
+        write_request(preparation)
+        with _translate_write_errors(preparation.output):
             run_pipeline(preparation.source, preparation.output, preparation.request, workers, progress)
     except InputError as error:
         if done := len(complete_tasks(preparation.output, preparation.source, preparation.request.token_bytes)):
@@ -112,14 +108,14 @@ def _run(preparation: "Preparation", workers: int, progress: bool) -> dict[str, 
     if not any(shard.tokens for shard in shards["train"]):
         shutil.rmtree(preparation.output, ignore_errors=True)  # another call may use other settings
         raise InputError(_nothing_to_train_on(preparation, rows))
-    with translate_write_errors(preparation.output):
-        metadata = _describe(preparation, shards, rows)
+    metadata = _describe(preparation, shards, rows)
+    with _translate_write_errors(preparation.output):
         write_json(preparation.output / METADATA_FILE, metadata)
     return metadata
 
 
 @contextlib.contextmanager
-def translate_write_errors(output: Path) -> Iterator[None]:
+def _translate_write_errors(output: Path) -> Iterator[None]:
     """Translates failed writes, as on a full disk, into an [`InputError`]."""
     try:
         yield
@@ -134,18 +130,22 @@ def write_request(preparation: "Preparation") -> None:
     """Writes what the tasks need, and the request, which identifies the folder in later calls.
 
     Tasks with changed input are marked as incomplete.
+
+    Raises:
+        InputError: if the output cannot be written.
     """
     work = preparation.output / "work"
-    work.mkdir(parents=True, exist_ok=True)
-    write_json(work / "request.json", preparation.request.to_json())
-    try:
-        # Saved by each call: small compared with the data, and complete after an interruption.
-        preparation.tokenizer.save_pretrained(preparation.output / "tokenizer")
-    except Exception as error:  # tokenizers (0.23) raises no subclass
-        if "os error" in str(error):
-            raise OSError(str(error)) from error
-        raise
-    complete_tasks(preparation.output, preparation.source, preparation.request.token_bytes)
+    with _translate_write_errors(preparation.output):
+        work.mkdir(parents=True, exist_ok=True)
+        write_json(work / "request.json", preparation.request.to_json())
+        try:
+            # Saved by each call: small compared with the data, and complete after an interruption.
+            preparation.tokenizer.save_pretrained(preparation.output / "tokenizer")
+        except Exception as error:  # tokenizers (0.23) raises no subclass
+            if "os error" in str(error):
+                raise OSError(str(error)) from error
+            raise
+        complete_tasks(preparation.output, preparation.source, preparation.request.token_bytes)
 
 
 class Preparation(NamedTuple):
@@ -239,10 +239,10 @@ def _results(preparation: Preparation) -> tuple[dict[str, list[Shard]], dict[str
         result = read_task_result(preparation.output, preparation.source, rank, preparation.request.token_bytes)
         if result is None:
             raise InputError(f"{preparation.output}: the files of task {rank} are missing. Run the same command again")
-        for split in SPLITS:
-            shards[split].append(result.shards[split])
+        for split, shard in result[0].items():
+            shards[split].append(shard)
         for name in rows:
-            rows[name] += result.rows[name]
+            rows[name] += result[1][name]
     return shards, rows
 
 

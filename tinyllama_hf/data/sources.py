@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ..errors import InputError, one_line
 from ..provenance import file_sha256
 from ..text import check_text, read_text
-from . import embedded
+from .embedded import SourceDocument, check_kind, documents
 from .expressions import Expression, MissingColumn, value_at
 from .row_files import JSON_LINES, PARQUET, read_rows
 
@@ -26,13 +26,6 @@ _EMBEDDED_TASKS = 2  # each task reads the whole standard library to find its sh
 _HASHED_WHOLE_BYTES = 4 * 2**30
 _SAMPLES, _SAMPLE_BYTES = 16, 2**16
 _HUB_SOURCE = re.compile(r"hub:(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<pattern>.+))?")
-
-
-class SourceDocument(NamedTuple):
-    """A document, with its place as `name` for messages."""
-
-    name: str
-    text: str
 
 
 class Source(NamedTuple):
@@ -95,11 +88,11 @@ def open_sources(sources: Sequence[str], text_column: str = "text", where: str |
         raise InputError(f"--where {where!r}: text files have no columns to select rows by. Leave it out")
     if kind != "text":
         for file in files:  # find a wrong column or format now, not after hours
-            row = next(_read_rows(file), None)
-            if row is None:
+            number, row = next(read_rows(file), (0, None))
+            if not number:
                 raise InputError(f"{file} contains no rows. Remove it, or download it again")
-            _text_of(row, text_column)
-            _is_chosen(row, chosen)
+            _text_of(row, f"{file}, row {number}", text_column)
+            _is_chosen(row, f"{file}, row {number}", chosen)
     try:
         record: dict[str, Any] = {"kind": kind, "files": _identify(files)}
     except OSError as error:
@@ -126,7 +119,7 @@ def read_documents(
     """
     counts = Counter() if counts is None else counts
     if source.kind == "embedded":
-        named = ((kind, document) for kind in source.files for document in embedded.documents(kind))
+        named = ((kind, document) for kind in source.files for document in documents(kind))
         for kind, document in itertools.islice(named, task, None, num_tasks):
             counts.update(("read", "kept"))
             yield SourceDocument(f"{kind}/{document.name}", document.text)
@@ -138,11 +131,12 @@ def read_documents(
             counts.update(("read", "kept"))
             yield SourceDocument(str(file), read_text(file, newline=""))
         else:
-            for row in _read_rows(file):
+            for number_of_row, row in read_rows(file):
+                place = f"{file}, row {number_of_row}"
                 counts["read"] += 1
-                if _is_chosen(row, where):
+                if _is_chosen(row, place, where):
                     counts["kept"] += 1
-                    yield SourceDocument(f"{file}/{row.number}", _text_of(row, source.text_column))
+                    yield SourceDocument(f"{file}/{number_of_row}", _text_of(row, place, source.text_column))
         if _stamp(file) != source.stamps[number]:  # `record` does not identify what was read
             raise InputError(f"{file} was changed while this command was running. Run the command again")
 
@@ -163,38 +157,26 @@ def _kind(file: Path) -> str:
     return "parquet" if file.name.endswith(PARQUET) else "text"
 
 
-class _Row(NamedTuple):
-    """A row of a file, with its place for messages."""
-
-    number: int
-    value: Any
-    place: str
-
-
-def _read_rows(file: Path) -> Iterator[_Row]:
-    return (_Row(number, value, f"{file}, row {number}") for number, value in read_rows(file))
-
-
-def _is_chosen(row: _Row, where: Expression | None) -> bool:
+def _is_chosen(row: Any, place: str, where: Expression | None) -> bool:
     if where is None:
         return True
     try:
-        return where(row.value)
+        return where(row)
     except MissingColumn as error:
-        raise InputError(f"{row.place}: {error.args[0]}. Check --where {where.text!r}") from error
+        raise InputError(f"{place}: {error.args[0]}. Check --where {where.text!r}") from error
     except InputError as error:
-        raise InputError(f"{row.place}: {error}") from error
+        raise InputError(f"{place}: {error}") from error
 
 
-def _text_of(row: _Row, text_column: str) -> str:
+def _text_of(row: Any, place: str, text_column: str) -> str:
     try:
-        text = value_at(row.value, text_column)
+        text = value_at(row, text_column)
     except MissingColumn as error:
-        raise InputError(f"{row.place}: no text: {error.args[0]}. Check --text-column") from error
+        raise InputError(f"{place}: no text: {error.args[0]}. Check --text-column") from error
     if not isinstance(text, str):
         shown = json.dumps(text, default=str)[:40]
-        raise InputError(f"{row.place}: {text_column!r} is {shown}, not a string. Fix or remove the row")
-    check_text(text, f"{row.place}, {text_column!r}")
+        raise InputError(f"{place}: {text_column!r} is {shown}, not a string. Fix or remove the row")
+    check_text(text, f"{place}, {text_column!r}")
     return text
 
 
@@ -232,7 +214,7 @@ def _embedded(sources: Sequence[str], text_column: str) -> Source:
         )
     names = [source.removeprefix("embedded:") for source in sources]
     for name in names:
-        embedded.check_kind(name)
+        check_kind(name)
     _check_distinct(sources)
     record = {"kind": "embedded", "names": names, "python": sys.version.split()[0]}
     return Source("embedded", tuple(names), text_column, None, record, _EMBEDDED_TASKS)

@@ -45,14 +45,6 @@ class Request:
         return {name: value for name, value in vars(self).items() if name != "where" or value is not None}
 
 
-@dataclass(frozen=True)
-class TaskResult:
-    """What a complete task has written: the shard of each split, and the numbers of rows read, kept and empty."""
-
-    shards: dict[str, Shard]
-    rows: dict[str, int]
-
-
 def shard_name(split: str, rank: int) -> str:
     """Path of the tokens of a task in a split, relative to the output."""
     return f"{split}/{rank:05d}.tokens"
@@ -74,14 +66,13 @@ def completions_folder(output: Path) -> Path:
     return Path(logging_folder(output)) / "completions"
 
 
-def remove_task_files(output: Path, rank: int) -> None:
-    """Deletes files of an earlier attempt at a task that the next one may not overwrite."""
-    for file in (counts_file(output, rank), output / "validation" / f"{rank:05d}.jsonl.gz"):
-        file.unlink(missing_ok=True)
+def read_task_result(
+    output: Path, source: Source, rank: int, token_bytes: int
+) -> tuple[dict[str, Shard], dict[str, int]] | None:
+    """The shard of each split that a task has written, and the numbers of rows read, kept and empty.
 
-
-def read_task_result(output: Path, source: Source, rank: int, token_bytes: int) -> TaskResult | None:
-    """The result of a task; `None` if it is not complete for its current input."""
+    `None` if the task is not complete for its current input.
+    """
     try:
         counts = read_json(counts_file(output, rank))
         if counts.get("input") != source.identity(rank) or "rows" not in counts:  # written by an older version
@@ -91,7 +82,7 @@ def read_task_result(output: Path, source: Source, rank: int, token_bytes: int) 
             check_sizes(output, shard, token_bytes)
     except (FileNotFoundError, InputError):
         return None
-    return TaskResult(shards, counts["rows"])
+    return shards, counts["rows"]
 
 
 def complete_tasks(output: Path, source: Source, token_bytes: int) -> list[int]:

@@ -19,11 +19,8 @@ from ..tokenization_tinyllama import DUMMY_PREFIX, encode_text, load_sentencepie
 # 256 bytes and three control tokens, in addition to the learned tokens.
 _FIXED_TOKENS = 259
 _MAX_LINE_BYTES = 1 << 16
-_FILES = {
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-}  # the files that training writes and may replace
+# The files that training writes and may replace.
+_FILES = {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"}
 
 
 def train_tokenizer(
