@@ -46,44 +46,40 @@ def main() -> int:
     from tinyllama_hf.evaluation.series import check_can_score
     from tinyllama_hf.planning.run_plan import cost_lines, plan_run
     from tinyllama_hf.pretrain.checkpoints import FullDiskError
-    from tinyllama_hf.pretrain.config import load_config
+    from tinyllama_hf.pretrain.config import load_pretrain_config
     from tinyllama_hf.pretrain.loop import Hooks, NonFiniteError, prepare_run, train_run
-    from tinyllama_hf.pretrain.signals import EXIT_STATUS, Stopped
+    from tinyllama_hf.pretrain.signals import Stopped
     from tinyllama_hf.progress import quiet_library_bars
 
     quiet_library_bars()
-    stops: dict[type[Exception], int] = {NonFiniteError: 3, FullDiskError: 4, Stopped: EXIT_STATUS}
     try:
-        # Load the recipe, check it against data and machine, and build the model; nothing is written yet.
-        config = load_config(arguments.recipe, arguments.overrides)
+        # Load the recipe.
+        config = load_pretrain_config(arguments.recipe, arguments.overrides)
         scores_milestones = config.evaluate_at_milestones == "inline"
+        # Check it against data and machine, and build the model; nothing is written yet.
         if scores_milestones and not arguments.overwrite:
             check_can_score(Path(config.output_dir), [source.path for source in config.data.sources])
         prepared = prepare_run(config, arguments.overwrite)
         prepared.print(*prepared.summary)
         # Print the plan, or train.
         if arguments.dry_run:
-            planned = plan_run(
-                config, len(prepared.run.tokenizer), prepared.accelerator.num_processes, prepared.known_device()
-            )
-            prepared.print(*cost_lines(planned), *prepared.dry_run_lines())
+            processes, device = prepared.accelerator.num_processes, prepared.known_device()
+            plan = plan_run(config, len(prepared.run.tokenizer), processes, device)
+            prepared.print(*cost_lines(plan), *prepared.dry_run_lines())
             return 0
-        can_draw = find_spec("matplotlib") is not None
-        if not can_draw:
+        picture = TrainingPicture() if find_spec("matplotlib") else None
+        if not picture:
             prepared.print("pictures    none: matplotlib is not installed (pip install 'tinyllama_hf[report]')")
-        hooks = Hooks(
-            write_card, score_milestone if scores_milestones else None, TrainingPicture() if can_draw else None
-        )
+        hooks = Hooks(write_card, score_milestone if scores_milestones else None, picture)
         train_run(prepared, arguments.measure_peak, hooks)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except tuple(stops) as error:
+    except (NonFiniteError, FullDiskError, Stopped) as error:
         print(f"stopped: {error}", file=sys.stderr)
-        return stops[type(error)]
+        return error.exit_status
     except KeyboardInterrupt:
-        after = "the same command resumes from the last checkpoint"
-        print(f"interrupted; {after}", file=sys.stderr)
+        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130
     return 0
 
@@ -115,16 +111,16 @@ def optional_output(failure: str, instead: str) -> Iterator[None]:
         print(f"{failure} ({one_line(error)}); training continues; {instead}", flush=True)
 
 
-def write_card(milestone: Path) -> None:
+def write_card(folder: Path, name: str) -> None:
     """Adds the card to the folder of a milestone, which still has a temporary name."""
-    from tinyllama_hf.files import read_json, write_text
+    from tinyllama_hf.files import write_text
     from tinyllama_hf.hub.card import milestone_card
 
-    name, text = read_json(milestone / "provenance.json")["name"], None
+    text = None
     with optional_output(f"{name}: no card", "`tinyllama-hf publish` writes one"):
-        text = milestone_card(milestone, name)
+        text = milestone_card(folder, name)
     if text is not None:
-        write_text(milestone / "README.md", text)  # outside of optional_output: a full disk ends the run
+        write_text(folder / "README.md", text)  # outside of optional_output: a full disk ends the run
 
 
 def score_milestone(run: Path, milestone: Path) -> None:
@@ -140,8 +136,7 @@ def score_milestone(run: Path, milestone: Path) -> None:
 class TrainingPicture:
     """Draws `training.png` at each checkpoint. Keeps the metrics that it has read, so that each row is read once."""
 
-    def __init__(self) -> None:
-        self.curves: TrainingCurves | None = None
+    curves: "TrainingCurves | None" = None
 
     def __call__(self, run: Path) -> None:
         with optional_output("training.png: not drawn", "the next checkpoint draws it again"):

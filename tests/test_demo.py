@@ -59,7 +59,7 @@ def test_every_command_of_the_demo_has_a_meaning(tmp_path):
     """The script with its commands only recorded: recipes with their overrides are valid, options exist."""
     from tests.test_cli import COMMANDS
     from tinyllama_hf.finetune.config import load_config as finetune_config
-    from tinyllama_hf.pretrain.config import load_config as pretrain_config
+    from tinyllama_hf.pretrain.config import load_pretrain_config as pretrain_config
     from tinyllama_hf.pretrain.setup import check_batches
 
     log = tmp_path / "calls.jsonl"

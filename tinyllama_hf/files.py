@@ -199,6 +199,22 @@ def replace_folder(new: Path, folder: Path, overwrite: bool = True) -> None:
             shutil.rmtree(old)
 
 
+def link_folder(source: Path, folder: Path) -> None:
+    """Gives the files of a folder a second place, through [`new_folder`]. Replaces an existing folder.
+
+    The files are hard links, which need no space, or copies if the file system has no hard links.
+    """
+
+    def link(file: str, name: str) -> None:
+        try:
+            os.link(file, name)
+        except OSError:
+            shutil.copyfile(file, name)
+
+    with new_folder(folder, overwrite=True) as temporary:
+        shutil.copytree(source, temporary, copy_function=link, dirs_exist_ok=True)
+
+
 def remove_folder(folder: Path) -> None:
     """Removes a folder. It is renamed first, so that a folder under this name is never incomplete."""
     with _held(folder):

@@ -30,7 +30,7 @@ def plan(
     from tinyllama_hf.devices import find_device
     from tinyllama_hf.errors import InputError
     from tinyllama_hf.planning.run_plan import DEFAULT_MFU, plan_lines, plan_run
-    from tinyllama_hf.pretrain.config import load_config
+    from tinyllama_hf.pretrain.config import load_pretrain_config
 
     if devices < 1:
         raise InputError(f"--devices {devices}: must be at least 1")
@@ -39,7 +39,7 @@ def plan(
     if mfu is not None and device is None:
         raise InputError("--mfu: needs --device, since it is a share of the device's peak rate")
     kind = find_device(device) if device is not None else None
-    config = load_config(recipe, overrides or ())
+    config = load_pretrain_config(recipe, overrides or ())
     vocab_size, source = _vocabulary(config.data.tokenizer)
     print("\n".join(plan_lines(plan_run(config, vocab_size, devices, kind, DEFAULT_MFU if mfu is None else mfu))))
     print(f"vocabulary  {source}")

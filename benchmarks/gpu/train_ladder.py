@@ -79,7 +79,7 @@ def seconds_of(train_step: TrainStep, numbers: range) -> float:
 def validation_loss(model: torch.nn.Module, mixture: Mixture, device: torch.device, micro: int) -> float:
     """Mean loss per token on held-out blocks, by the sources' weights."""
     losses = []
-    for blocks in mixture.validation_blocks(131_072, mixture.weights):
+    for blocks in mixture.validation_blocks(131_072, mixture.weights)[0]:
         total = 0.0
         for start in range(0, len(blocks), micro):
             tokens = torch.from_numpy(blocks[start : start + micro]).to(device)

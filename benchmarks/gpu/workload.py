@@ -90,8 +90,7 @@ def build(settings: dict[str, Any], tokens: Any = None) -> tuple[TrainStep, int]
     """
     config = config_of(settings)
     accelerator = launch.make_accelerator(config)
-    launch.check_attention(config.training, False, accelerator.device)
-    launch.check_kernels(config.training.kernels, accelerator.device)
+    launch.check_attention_and_kernels(config.training, False, accelerator.device)
     compiled, _ = launch.resolve_compile(config.training.compile, accelerator.device)
     losses.CHUNK_BYTES = settings["loss_chunk_megabytes"] * 2**20
     torch.manual_seed(0)

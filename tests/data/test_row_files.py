@@ -167,9 +167,9 @@ class TestShippedRecipes:
 
     def test_the_mixture_is_seven_to_three(self):
         from tinyllama_hf.data.config import load_prepare_config
-        from tinyllama_hf.pretrain.config import load_config
+        from tinyllama_hf.pretrain.config import load_pretrain_config
 
-        config = load_config(ROOT / "recipes" / "pretrain" / "tinyllama-1.1b.yaml")
+        config = load_pretrain_config(ROOT / "recipes" / "pretrain" / "tinyllama-1.1b.yaml")
         assert [source.weight for source in config.data.sources] == [0.693584, 0.306416]
         recipes = {
             load_prepare_config(path).output: load_prepare_config(path)

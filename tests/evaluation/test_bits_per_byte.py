@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.pretrain.runs import pretrain
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
 from tinyllama_hf.data.mixture import Mixture
 from tinyllama_hf.data.prepare import prepare
@@ -16,8 +17,7 @@ from tinyllama_hf.errors import InputError
 from tinyllama_hf.evaluation.bits_per_byte import HeldOut, held_out_documents, score_documents, summarize, windows
 from tinyllama_hf.evaluation.score_files import TextProtocol
 from tinyllama_hf.evaluation.series import _baselines, score
-from tinyllama_hf.pretrain.config import load_config
-from tinyllama_hf.pretrain.loop import pretrain
+from tinyllama_hf.pretrain.config import load_pretrain_config
 from tinyllama_hf.tokenization_tinyllama import tokenizer_fingerprint
 
 
@@ -113,7 +113,7 @@ def test_bytes_are_those_of_utf8(tokenizer_folder, tmp_path):
 
 
 def test_a_run_with_baselines(recipe):
-    config = load_config(recipe)
+    config = load_pretrain_config(recipe)
     pretrain(config)
     scores = score([config.output_dir], baselines=True)
     assert [row.step for row in scores.models] == [6, 12]
@@ -176,7 +176,7 @@ def test_refusals(prepared, tmp_path, corpus, tokenizer_folder):
 
 @pytest.mark.slow
 def test_the_command_keeps_baselines_and_writes_into_runs_only(recipe, run_command, tmp_path):
-    config = load_config(recipe)
+    config = load_pretrain_config(recipe)
     pretrain(config)
     run = tmp_path / "run"
     (milestone, *_) = sorted((run / "milestones").iterdir())

@@ -9,6 +9,7 @@ import torch
 
 import tinyllama_hf_cli
 from tests.conftest import write_recipe
+from tests.pretrain.runs import pretrain
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
 from tinyllama_hf.chat.templates import load_template
 from tinyllama_hf.data.prepare import prepare
@@ -16,8 +17,7 @@ from tinyllama_hf.errors import InputError
 from tinyllama_hf.evaluation import commonsense, series
 from tinyllama_hf.evaluation.models import describe_model, load_eval_model
 from tinyllama_hf.finetune import replies
-from tinyllama_hf.pretrain.config import load_config
-from tinyllama_hf.pretrain.loop import pretrain
+from tinyllama_hf.pretrain.config import load_pretrain_config
 
 
 pytest.importorskip("bitsandbytes")
@@ -204,7 +204,7 @@ def test_the_tables_name_it(folders, call, few):
 
 def test_scores_of_a_quantized_run_have_a_file_of_their_own(few, tokenizer_folder, call, tmp_path, monkeypatch):
     """They are written to scores-nf4.json, which a second call reads, and calls for the plain run do not."""
-    pretrain(load_config(write_recipe(tmp_path, few, tokenizer_folder)))
+    pretrain(load_pretrain_config(write_recipe(tmp_path, few, tokenizer_folder)))
     run = tmp_path / "run"
     printed = call("text", run, "--quantization", "nf4")
     assert f"wrote {run}/scores-nf4.json" in printed and not (run / "scores.json").exists()

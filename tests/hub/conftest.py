@@ -161,12 +161,12 @@ def commands(python) -> Callable[..., list[Result]]:
 def trained(request, tmp_path_factory) -> Path:
     """A micro run with two milestones, bits per byte and commonsense scores with recognizable values."""
     from tests.conftest import write_recipe
-    from tinyllama_hf.pretrain.config import load_config
-    from tinyllama_hf.pretrain.loop import pretrain
+    from tests.pretrain.runs import pretrain
+    from tinyllama_hf.pretrain.config import load_pretrain_config
 
     folder = tmp_path_factory.mktemp("trained")
     prepared, tokenizer = (request.getfixturevalue(name) for name in ("prepared", "tokenizer_folder"))
-    pretrain(load_config(write_recipe(folder, prepared, tokenizer)))
+    pretrain(load_pretrain_config(write_recipe(folder, prepared, tokenizer)))
     run = folder / "run"
     names = sorted((path.name for path in (run / "milestones").iterdir()), key=lambda name: int(name.split("-")[1]))
     (run / "scores.json").write_text(json.dumps(bits_per_byte_scores(names, str(prepared))))

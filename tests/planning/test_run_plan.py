@@ -13,7 +13,7 @@ from tinyllama_hf.errors import InputError
 from tinyllama_hf.planning import training_memory
 from tinyllama_hf.planning.run_plan import plan_lines, plan_run, training_seconds
 from tinyllama_hf.planning.training_memory import Layout, step_memory
-from tinyllama_hf.pretrain.config import load_config
+from tinyllama_hf.pretrain.config import load_pretrain_config
 
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -28,7 +28,7 @@ QUICK = ["model.preset=micro", "training.tokens_per_step=32768"]  # few sizes of
 
 @pytest.fixture(scope="module")
 def published():
-    return plan_run(load_config(RECIPE), 32000, 16, A100, mfu=0.56)
+    return plan_run(load_pretrain_config(RECIPE), 32000, 16, A100, mfu=0.56)
 
 
 class TestPublishedFigures:
@@ -103,17 +103,17 @@ class TestPublishedFigures:
 
 class TestPlan:
     def test_unknown_device_has_no_time(self):
-        without = plan_run(load_config(RECIPE), 32000, 16)
+        without = plan_run(load_pretrain_config(RECIPE), 32000, 16)
         assert without.seconds is None and without.sharded[0].largest_micro_batch is None
         assert "time        n/a" in "\n".join(plan_lines(without))
 
     def test_batches_that_do_not_divide(self):
         with pytest.raises(InputError, match="does not divide the 1024 sequences of a step"):
-            plan_run(load_config(RECIPE), 32000, 3)
+            plan_run(load_pretrain_config(RECIPE), 32000, 3)
 
     def test_the_largest_micro_batch_is_the_largest(self):
         """The next one that divides the step does not fit."""
-        found = plan_run(load_config(RECIPE), 32000, 1, A100).sharded[0]
+        found = plan_run(load_pretrain_config(RECIPE), 32000, 1, A100).sharded[0]
         config = TinyLlamaConfig.preset("1.1b", max_position_embeddings=2048)
 
         def needs(micro):
@@ -134,7 +134,7 @@ class TestPlan:
         ],
     )
     def test_what_is_known_of_the_error(self, overrides, device, known):
-        text = "\n".join(plan_lines(plan_run(load_config(RECIPE, [*QUICK, *overrides]), 32000, 1, device)))
+        text = "\n".join(plan_lines(plan_run(load_pretrain_config(RECIPE, [*QUICK, *overrides]), 32000, 1, device)))
         notes = ("liger and compilation", "compile: model", "attention: flex")
         assert [note for note in notes if note in text] == ([known] if known else [])
         assert "DDP and FSDP2 were not measured" in text
@@ -150,19 +150,19 @@ class TestPlan:
     )
     def test_layers_are_compiled_as_the_run_compiles_them(self, overrides, device, compiled):
         """`auto` compiles on a GPU."""
-        found = plan_run(load_config(RECIPE, [*QUICK, *overrides]), 32000, 1, device).sharded[0].memory
+        found = plan_run(load_pretrain_config(RECIPE, [*QUICK, *overrides]), 32000, 1, device).sharded[0].memory
         layout = Layout(8, 2048, "bf16", compiled=compiled, accumulates=True, device_type="cuda" if device else "cpu")
         assert found == step_memory(TinyLlamaConfig.preset("micro"), layout)
 
     def test_nothing_fits(self):
-        big = load_config(RECIPE, ["model.overrides.num_hidden_layers=80"])
+        big = load_pretrain_config(RECIPE, ["model.overrides.num_hidden_layers=80"])
         planned = plan_run(big, 32000, 1, A100)
         assert planned.sharded[0].largest_micro_batch == 0
         assert "none, not even 1 sequence" in "\n".join(plan_lines(planned))
 
     def test_an_invalid_model(self):
         with pytest.raises(InputError, match=r"model\.overrides: "):
-            plan_run(load_config(RECIPE, ["model.overrides.num_attention_heads=7"]), 32000)
+            plan_run(load_pretrain_config(RECIPE, ["model.overrides.num_attention_heads=7"]), 32000)
 
     def test_command_without_data_and_tokenizer(self, run_command, tmp_path):
         done = run_command(

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT
-from tinyllama_hf.pretrain import loop
-from tinyllama_hf.pretrain.config import load_config
+from tinyllama_hf.pretrain.config import PretrainConfig, load_pretrain_config
+from tinyllama_hf.pretrain.loop import Hooks, prepare_run, train_run
 from tinyllama_hf.pretrain.metrics import METRICS_FILE
 from tinyllama_hf.pretrain.milestones import list_milestones
 
@@ -34,9 +34,15 @@ EXACT = (
 )
 
 
+def pretrain(config: PretrainConfig, overwrite: bool = False, measure_peak: bool = False, hooks: Hooks | None = None):
+    prepared = prepare_run(config, overwrite)
+    prepared.print(*prepared.summary)
+    train_run(prepared, measure_peak, hooks)
+
+
 def run(recipe: Path, *overrides: str, **options) -> Path:
-    config = load_config(recipe, overrides)
-    loop.pretrain(config, **options)
+    config = load_pretrain_config(recipe, overrides)
+    pretrain(config, **options)
     return Path(config.output_dir)
 
 

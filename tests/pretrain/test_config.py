@@ -7,7 +7,7 @@ import yaml
 from tests.conftest import ROOT, assert_recipe_is_complete
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.pretrain import setup
-from tinyllama_hf.pretrain.config import load_config
+from tinyllama_hf.pretrain.config import load_pretrain_config
 
 
 RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name in ("pretrain", "demo"))
@@ -15,7 +15,7 @@ RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_recipe_is_valid_complete_and_says_how_to_run_it(path):
-    assert_recipe_is_complete(path, load_config(path))
+    assert_recipe_is_complete(path, load_pretrain_config(path))
 
 
 def test_all_problems_at_once(recipe):
@@ -29,7 +29,7 @@ def test_all_problems_at_once(recipe):
     values["milestones"]["tokens"] = [5, 4]
     recipe.write_text(yaml.safe_dump(values))
     with pytest.raises(InputError) as caught:
-        load_config(recipe)
+        load_pretrain_config(recipe)
     message = str(caught.value)
     assert message.startswith(f"{recipe}: 6 problems")
     assert "schedule.floor: 9.0 is above schedule.peak 0.005" in message, "rules between keys are checked as well"
@@ -63,18 +63,18 @@ def test_all_problems_at_once(recipe):
 )
 def test_contradictions(recipe, overrides, message):
     with pytest.raises(InputError, match=message):
-        load_config(recipe, overrides)
+        load_pretrain_config(recipe, overrides)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 10**30])
 def test_a_seed_that_no_generator_takes(recipe, seed):
     with pytest.raises(InputError, match=rf"training.seed: {seed}: .*{2**64 - 1}"):
-        load_config(recipe, [f"training.seed={seed}"])
+        load_pretrain_config(recipe, [f"training.seed={seed}"])
 
 
 def test_the_largest_seed_works(recipe):
     """For the weights and for the order of the data."""
-    opened = setup.open_pretrain_run(load_config(recipe, [f"training.seed={2**64 - 1}"]))
+    opened = setup.open_pretrain_run(load_pretrain_config(recipe, [f"training.seed={2**64 - 1}"]))
     torch.manual_seed(opened.config.training.seed)
     assert len(opened.mixture.blocks(0, 8)) == 8
 
@@ -104,33 +104,35 @@ LISTS = {
 @pytest.mark.parametrize("key", [*INTEGERS, *LISTS])
 def test_integers_of_more_than_64_bits(recipe, key):
     with pytest.raises(InputError, match=rf"{key}.*{2**64}"):
-        load_config(recipe, [f"{key}={LISTS.get(key, '{}').format(2**64)}"])
+        load_pretrain_config(recipe, [f"{key}={LISTS.get(key, '{}').format(2**64)}"])
 
 
 def test_overrides(recipe):
-    config = load_config(recipe, ["training.total_tokens=10_000", "schedule.peak=4e-4", "training.compile=off"])
+    config = load_pretrain_config(
+        recipe, ["training.total_tokens=10_000", "schedule.peak=4e-4", "training.compile=off"]
+    )
     assert (config.training.total_tokens, config.schedule.peak, config.training.compile) == (10_000, 4e-4, "off")
     assert config.steps.number == 40 and config.sequences(1) == 8
 
 
 def test_what_is_no_recipe(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
-        load_config(tmp_path / "none.yaml")
+        load_pretrain_config(tmp_path / "none.yaml")
     (tmp_path / "a.yaml").write_text("{")
     with pytest.raises(InputError, match="not valid YAML"):
-        load_config(tmp_path / "a.yaml")
+        load_pretrain_config(tmp_path / "a.yaml")
     (tmp_path / "a.yaml").write_text("- 1")
     with pytest.raises(InputError, match="mapping of sections"):
-        load_config(tmp_path / "a.yaml")
+        load_pretrain_config(tmp_path / "a.yaml")
 
 
 def test_thirds_sum_to_one(recipe):
     third = 0.3333333333333333
     sources = ", ".join(f"{{path: {name}, weight: {third}}}" for name in "abc")
-    assert len(load_config(recipe, [f"data.sources=[{sources}]"]).data.sources) == 3
+    assert len(load_pretrain_config(recipe, [f"data.sources=[{sources}]"]).data.sources) == 3
 
 
 def test_a_recipe_that_is_no_text(tmp_path):
     (tmp_path / "a.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="not UTF-8"):
-        load_config(tmp_path / "a.yaml")
+        load_pretrain_config(tmp_path / "a.yaml")

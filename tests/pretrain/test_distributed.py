@@ -16,10 +16,10 @@ from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT, write_recipe
-from tests.pretrain.runs import read_metrics
+from tests.pretrain.runs import pretrain, read_metrics
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.pretrain import launch, loop
-from tinyllama_hf.pretrain.config import load_config
+from tinyllama_hf.pretrain import launch
+from tinyllama_hf.pretrain.config import load_pretrain_config
 from tinyllama_hf.pretrain.milestones import list_milestones
 
 
@@ -57,8 +57,8 @@ def launched(recipe: Path, config: str, processes: int, *overrides: str, options
 
 
 def run(recipe: Path, *overrides: str) -> Path:
-    config = load_config(recipe, overrides)
-    loop.pretrain(config)
+    config = load_pretrain_config(recipe, overrides)
+    pretrain(config)
     return Path(config.output_dir)
 
 
@@ -99,7 +99,7 @@ def test_processes_wait_two_hours_for_each_other(recipe, monkeypatch, sharded):
     for state in (AcceleratorState, PartialState):
         monkeypatch.setattr(state, "_shared_state", {})
     with pytest.raises(Reached):
-        launch.make_accelerator(load_config(recipe))
+        launch.make_accelerator(load_pretrain_config(recipe))
     assert given == [datetime.timedelta(hours=2)]
 
 
@@ -193,9 +193,9 @@ def test_configurations_leave_the_recipe_its_decisions(path):
 class TestRefusals:
     def test_sharding_of_the_first_version(self, recipe, tmp_path):
         script = f"""
-from tinyllama_hf.pretrain.config import load_config
+from tinyllama_hf.pretrain.config import load_pretrain_config
 from tinyllama_hf.pretrain.launch import make_accelerator
-make_accelerator(load_config({str(recipe)!r}))
+make_accelerator(load_pretrain_config({str(recipe)!r}))
 """
         env = os.environ | {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}
         done = subprocess.run([sys.executable, "-c", script], env=env, cwd=ROOT, capture_output=True, text=True)

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from tests.conftest import ROOT, write_recipe
-from tests.pretrain.runs import SCRIPT, read_metrics, run_script
+from tests.pretrain.runs import SCRIPT, pretrain, read_metrics, run_script
 from tests.report.test_plots import assert_draws
 from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.errors import InputError
@@ -23,8 +23,8 @@ from tinyllama_hf.evaluation.bits_per_byte import held_out_documents
 from tinyllama_hf.evaluation.series import score, watch
 from tinyllama_hf.files import write_json
 from tinyllama_hf.pretrain import loop
-from tinyllama_hf.pretrain.config import SourceSection, load_config
-from tinyllama_hf.pretrain.loop import Hooks, pretrain
+from tinyllama_hf.pretrain.config import SourceSection, load_pretrain_config
+from tinyllama_hf.pretrain.loop import Hooks
 from tinyllama_hf.pretrain.milestones import list_milestones
 from tinyllama_hf.pretrain.setup import training_yaml
 
@@ -103,7 +103,7 @@ def test_a_published_card_is_another(finished):
 
 def test_scoring_does_not_move_training(finished, recipe):
     run, _ = finished
-    config = load_config(recipe)
+    config = load_pretrain_config(recipe)
     pretrain(config)
     keys = ("step", "loss", "gradient_norm", "block_ids", "validation_loss")
     rows = [
@@ -131,7 +131,7 @@ def test_share_of_the_measured_matrix_rate(finished):
 
 def test_scores_on_other_text_are_known_before_the_first_step(prepared, finished, recipe, capsys):
     run, _ = finished
-    output = Path(load_config(recipe).output_dir)
+    output = Path(load_pretrain_config(recipe).output_dir)
     output.mkdir()
     (output / "training.yaml").touch()  # which makes it the folder of a run
     scores = json.loads((run / "scores.json").read_text())
@@ -153,7 +153,7 @@ def test_training_goes_on_where_a_score_or_a_picture_cannot_be_had(recipe, capsy
     monkeypatch.setattr(plots, "training_panels", no_room)
     monkeypatch.setattr(series, "held_out_documents", lambda folder: held_out_documents("gone"))
     assert run_script(recipe, "evaluate_at_milestones=inline") == 0
-    run, printed = Path(load_config(recipe).output_dir), capsys.readouterr().out
+    run, printed = Path(load_pretrain_config(recipe).output_dir), capsys.readouterr().out
     names = [folder.name for folder in list_milestones(run)]
     assert len(names) == 2 and not (run / "scores.json").exists()
     for name in names:
@@ -170,7 +170,7 @@ def test_training_goes_on_where_a_record_is_gone_or_a_card_cannot_be_written(rec
         raise KeyError("preset")
 
     monkeypatch.setattr(card, "milestone_card", fails)
-    config = load_config(recipe, ["milestones.tokens=[512]"])
+    config = load_pretrain_config(recipe, ["milestones.tokens=[512]"])
 
     def archive(run: Path, milestone: Path) -> None:
         (milestone / "provenance.json").unlink()
@@ -190,7 +190,8 @@ def test_the_measured_rate_is_that_of_the_runs_precision(recipe, capsys, monkeyp
     for precision in ("fp32", "bf16"):
         settings = [f"training.precision={precision}", f"output_dir={recipe.parent / precision}"]
         pretrain(
-            load_config(recipe, [*settings, "training.total_tokens=1024", "milestones.tokens=[]"]), measure_peak=True
+            load_pretrain_config(recipe, [*settings, "training.total_tokens=1024", "milestones.tokens=[]"]),
+            measure_peak=True,
         )
         rows = [row for row in read_metrics(recipe.parent / precision) if "loss" in row]
         assert {row["matmul_precision"] for row in rows} == {precision}
@@ -291,7 +292,7 @@ class TestIncremental:
 
 def test_watch_scores_as_they_appear(recipe):
     """Training in this thread and watching in another, which ends after the last milestone."""
-    config = load_config(recipe)
+    config = load_pretrain_config(recipe)
     run, lines = Path(config.output_dir), []
     watcher = threading.Thread(target=watch, args=(run, "cpu", run / "scores.json", 0.05, lines.append))
 
@@ -306,7 +307,7 @@ def test_watch_scores_as_they_appear(recipe):
 
 
 def test_watch_refuses_at_once_what_it_could_not_score(recipe, tmp_path):
-    config = load_config(recipe)
+    config = load_pretrain_config(recipe)
     run = Path(config.output_dir)
     with pytest.raises(InputError, match=r"is not a run folder.*training\.yaml"):
         watch(run, "cpu", run / "scores.json", 1, print)

@@ -14,19 +14,19 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from tests.conftest import ROOT
-from tests.pretrain.runs import read_metrics, run_script
+from tests.pretrain.runs import pretrain, read_metrics, run_script
 from tinyllama_hf import TinyLlamaForCausalLM
 from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.pretrain import launch, loop, setup
-from tinyllama_hf.pretrain.config import load_config
+from tinyllama_hf.pretrain.config import load_pretrain_config
 from tinyllama_hf.pretrain.milestones import list_milestones
 from tinyllama_hf.pretrain.step import TrainStep
 
 
 def run(recipe: Path, *overrides: str) -> Path:
-    config = load_config(recipe, overrides)
-    loop.pretrain(config)
+    config = load_pretrain_config(recipe, overrides)
+    pretrain(config)
     return Path(config.output_dir)
 
 
@@ -108,7 +108,7 @@ print(type(model).__name__, tokenizer.decode(ids)[:9])
 
     def test_the_last_rows_are_on_the_unwrapped_model(self, finished):
         """The exported weights have the logged validation loss."""
-        config = load_config(finished / "training.yaml")
+        config = load_pretrain_config(finished / "training.yaml")
         opened = setup.open_pretrain_run(config.model_copy(update={"output_dir": "/nonexistent/folder"}))
         model = TinyLlamaForCausalLM.from_pretrained(list_milestones(finished)[-1]).train()
         tokens = torch.from_numpy(opened.validation[0])
@@ -148,7 +148,7 @@ class TestArithmetic:
             f"optimizer.weight_decay={decay}",
             f"optimizer.gradient_clip={clip}",
         )
-        config = load_config(output / "training.yaml")
+        config = load_pretrain_config(output / "training.yaml")
         opened = setup.open_pretrain_run(config.model_copy(update={"output_dir": "/nonexistent/folder"}))
         torch.manual_seed(config.training.seed)
         start = TinyLlamaForCausalLM(opened.model_config)
@@ -183,7 +183,9 @@ class TestArithmetic:
         assert all(a != b for a, b in zip(*losses, strict=True))
         assert losses[0] == pytest.approx(losses[1], rel=0.2)
         # The validation loss is that of each document alone, computed by stock Llama with the mask of transformers.
-        opened = setup.open_pretrain_run(load_config(on / "training.yaml", [f"output_dir={tmp_path / 'unused'}"]))
+        opened = setup.open_pretrain_run(
+            load_pretrain_config(on / "training.yaml", [f"output_dir={tmp_path / 'unused'}"])
+        )
         tokens, positions = (torch.from_numpy(x[0]) for x in (opened.validation, opened.validation_positions))
         model = LlamaForCausalLM.from_pretrained(list_milestones(on)[-1])
         with torch.no_grad():
@@ -245,7 +247,7 @@ class _GradientOnly(torch.autograd.Function):
 class TestNonFinite:
     @pytest.mark.parametrize("poison", [_LossOnly, _GradientOnly])
     def test_a_bad_step_moves_nothing_and_stops_the_run(self, recipe, monkeypatch, poison):
-        config = load_config(recipe, ["logging.every_steps=4", "milestones.tokens=[1024, 2560]"])
+        config = load_pretrain_config(recipe, ["logging.every_steps=4", "milestones.tokens=[1024, 2560]"])
         forward, calls, states = TinyLlamaForCausalLM.forward, [], []
 
         def poisoned(self, *args, **kwargs):
@@ -266,7 +268,7 @@ class TestNonFinite:
         monkeypatch.setattr(TinyLlamaForCausalLM, "forward", poisoned)
         monkeypatch.setattr(TrainStep, "__call__", observed)
         with pytest.raises(loop.NonFiniteError, match=r"step 6 \(1,536 tokens\)"):
-            loop.pretrain(config)
+            pretrain(config)
         assert len(states) == 8, "the run must stop at the next logging step"
         assert_equal(states[4], states[5])
         assert any(not torch.equal(states[3][n], states[4][n]) for n in states[3])
@@ -327,9 +329,9 @@ class TestRefusals:
             run(recipe, f"data.tokenizer={folder}")
 
     def test_a_run_is_not_overwritten_unless_asked(self, recipe, finished):
-        config = load_config(recipe, [f"output_dir={finished}", "resume=never"])
+        config = load_pretrain_config(recipe, [f"output_dir={finished}", "resume=never"])
         with pytest.raises(InputError, match="--overwrite"):
-            loop.pretrain(config)
+            pretrain(config)
         assert len(list_milestones(finished)) == 3
 
     def test_settings_of_the_launch_that_change_the_arithmetic(self, recipe, monkeypatch):
@@ -346,12 +348,12 @@ class TestRefusals:
         (tmp_path / "precious").mkdir()
         (tmp_path / "precious" / "file").write_text("x")
         with pytest.raises(InputError, match="is not a run folder"):
-            loop.pretrain(load_config(recipe, [f"output_dir={tmp_path / 'precious'}"]), overwrite=True)
+            pretrain(load_pretrain_config(recipe, [f"output_dir={tmp_path / 'precious'}"]), overwrite=True)
         assert (tmp_path / "precious" / "file").exists()
 
 
 def test_dry_run_says_everything_and_writes_nothing(recipe, capsys):
-    config = load_config(recipe)
+    config = load_pretrain_config(recipe)
     assert run_script(recipe, "--dry-run") == 0
     printed = capsys.readouterr().out
     for fact in (
@@ -381,7 +383,7 @@ def test_regression_every_rank_reads_its_own_share(recipe, monkeypatch, processe
     Here any number of processes reads, step by step, the rows that one process reads. Each opens the recipe itself,
     after its rank is known.
     """
-    config = load_config(recipe, [f"training.micro_batch_size={micro}"])
+    config = load_pretrain_config(recipe, [f"training.micro_batch_size={micro}"])
     opened = setup.open_pretrain_run(config)
     model = TinyLlamaForCausalLM(opened.model_config)
     accelerator = Accelerator()
@@ -419,7 +421,7 @@ def two_sources(prepared, tmp_path) -> str:
 class TestSources:
     def test_validation_goes_by_their_weights(self, recipe, two_sources):
         """Both the number of held-out blocks and the mean."""
-        opened = setup.open_pretrain_run(load_config(recipe, [two_sources]))
+        opened = setup.open_pretrain_run(load_pretrain_config(recipe, [two_sources]))
         assert [len(blocks) for blocks in opened.validation] == [12, 4], "of 512 tokens, 16 blocks"
         output = run(
             recipe, two_sources, "training.total_tokens=256", "milestones.tokens=[]", "schedule.warmup_tokens=0"
@@ -436,7 +438,7 @@ class TestSources:
         """
         change = "data.mixture_changes=[{from_tokens: 1024, ramp_tokens: 2048, weights: [0, 1]}]"
         sources = two_sources.replace("0.75", "1.0").replace("0.25", "0.0")
-        opened = setup.open_pretrain_run(load_config(recipe, [sources, change, "training.total_tokens=5120"]))
+        opened = setup.open_pretrain_run(load_pretrain_config(recipe, [sources, change, "training.total_tokens=5120"]))
         second = [opened.mixture.order.counts(place)[1] for place in (32, 64, 96, 128)]
         assert second == pytest.approx([0, 8, 32, 64], abs=1)
         assert opened.shares == pytest.approx([1 - 96 / 160, 96 / 160], abs=0.01), "of the 160 blocks of the whole run"

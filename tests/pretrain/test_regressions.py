@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.pretrain.runs import pretrain
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM
 from tinyllama_hf.data import order
 from tinyllama_hf.data.mixture import Mixture
@@ -20,8 +21,7 @@ from tinyllama_hf.data.order import BlockOrder
 from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.data.shards import TokenDataset, read_metadata
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.pretrain import loop
-from tinyllama_hf.pretrain.config import load_config
+from tinyllama_hf.pretrain.config import load_pretrain_config
 from tinyllama_hf.pretrain.step import TrainStep
 from tinyllama_hf.tokenization_tinyllama import load_tokenizer, tokenizer_fingerprint
 
@@ -127,13 +127,13 @@ class TestResumeReplaysTheDataLoader:
     def test_regression_a_resumed_run_reads_only_what_is_left(self, recipe, monkeypatch):
         import shutil
 
-        config = load_config(recipe)
-        loop.pretrain(config)
+        config = load_pretrain_config(recipe)
+        pretrain(config)
         shutil.rmtree(Path(config.output_dir) / "checkpoints" / "step-12")
         read = []
         real = Mixture.tokens
         monkeypatch.setattr(Mixture, "tokens", lambda self, blocks: read.extend(blocks) or real(self, blocks))
-        loop.pretrain(config)
+        pretrain(config)
         assert len(read) == (12 - 8) * 8, "the sequences of steps 9 to 12"
 
 
@@ -176,7 +176,7 @@ def test_regression_loss_read_back_at_every_micro_step(recipe, monkeypatch, over
         return result
 
     monkeypatch.setattr(TrainStep, "__call__", watched)
-    loop.pretrain(load_config(recipe, ["logging.every_steps=6", *overrides]))
+    pretrain(load_pretrain_config(recipe, ["logging.every_steps=6", *overrides]))
     assert found == [Counter()] * 12
 
 

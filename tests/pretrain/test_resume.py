@@ -26,7 +26,7 @@ from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.data.shards import TokenDataset, read_metadata
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.pretrain import checkpoints, setup
-from tinyllama_hf.pretrain.config import load_config
+from tinyllama_hf.pretrain.config import load_pretrain_config
 from tinyllama_hf.pretrain.loop import Hooks
 from tinyllama_hf.pretrain.metrics import METRICS_FILE, Metrics
 from tinyllama_hf.pretrain.milestones import list_milestones
@@ -196,14 +196,14 @@ class TestDamage:
     # larger.
     FULL = """
 import resource, signal, sys
-from tinyllama_hf.pretrain.config import load_config
+from tinyllama_hf.pretrain.config import load_pretrain_config
 from tinyllama_hf.pretrain.checkpoints import FullDiskError
 from tinyllama_hf.pretrain.loop import Hooks
-from tinyllama_hf.pretrain.loop import pretrain
+from tests.pretrain.runs import pretrain
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 limit = lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 try:
-    pretrain(load_config({recipe!r}, {overrides!r}), hooks=Hooks(after_checkpoint=limit))
+    pretrain(load_pretrain_config({recipe!r}, {overrides!r}), hooks=Hooks(after_checkpoint=limit))
 except FullDiskError as error:
     print("FullDiskError", error)
 """
@@ -285,8 +285,8 @@ class TestRefusals:
         ],
     )
     def test_every_setting_that_moves_a_number(self, recipe, overrides):
-        config = load_config(recipe)
-        before, after = (self.identity(c) for c in (config, load_config(recipe, overrides.split("; "))))
+        config = load_pretrain_config(recipe)
+        before, after = (self.identity(c) for c in (config, load_pretrain_config(recipe, overrides.split("; "))))
         with pytest.raises(
             InputError, match=re.escape(overrides.partition("=")[0].removesuffix(".num_hidden_layers"))
         ):
@@ -311,7 +311,8 @@ class TestRefusals:
             "logging.every_steps=2",
         )
         check_same_run(
-            Path("checkpoint"), *(self.identity(c) for c in (load_config(recipe), load_config(recipe, others)))
+            Path("checkpoint"),
+            *(self.identity(c) for c in (load_pretrain_config(recipe), load_pretrain_config(recipe, others))),
         )
 
     @staticmethod
@@ -382,7 +383,7 @@ class TestBranch:
             )
         assert all(group[key] == value for group in seen[0][1].param_groups for key, value in settings.items())
 
-        config = load_config(recipe, [*overrides, f"output_dir={tmp_path / 'unused'}"])
+        config = load_pretrain_config(recipe, [*overrides, f"output_dir={tmp_path / 'unused'}"])
         opened = setup.open_pretrain_run(config)
         model = TinyLlamaForCausalLM.from_pretrained(milestone)
         optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate(7, config), fused=True, **settings)

@@ -17,7 +17,7 @@ from tinyllama_hf.errors import InputError
 from tinyllama_hf.evaluation.series import score, watch
 from tinyllama_hf.files import read_json
 from tinyllama_hf.hub.publish import publish
-from tinyllama_hf.pretrain.config import load_config
+from tinyllama_hf.pretrain.config import load_pretrain_config
 from tinyllama_hf.pretrain.milestones import list_milestones
 from tinyllama_hf.pretrain.run_record import RunRecord, read_run_record
 from tinyllama_hf.report.page import write_report
@@ -57,7 +57,7 @@ def test_an_early_run_is_scored(early_run):
     with pytest.raises(
         InputError, match=r"evaluate_at_milestones: 'watch'.*use off, and run `tinyllama-hf eval text RUN --watch`"
     ):
-        load_config(early_run / "training.yaml")
+        load_pretrain_config(early_run / "training.yaml")
     before = contents(early_run)
     scores = score([str(early_run)], baselines=True, device="cpu", show_progress=False)
     assert [row.name for row in scores.models] == NAMES

@@ -7,14 +7,14 @@ import pytest
 
 from tests.conftest import ROOT
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.pretrain.config import load_config
+from tinyllama_hf.pretrain.config import load_pretrain_config
 from tinyllama_hf.pretrain.milestones import milestone_names, milestone_steps
 from tinyllama_hf.pretrain.schedule import Steps, learning_rate
 
 
 @pytest.fixture
 def config(recipe):
-    return load_config(
+    return load_pretrain_config(
         recipe,
         ["training.total_tokens=102400", "schedule.warmup_tokens=2560", "schedule.peak=4e-4", "schedule.floor=4e-5"],
     )
@@ -37,12 +37,12 @@ def test_regression_floor_equal_to_peak(config, recipe):
     rates = [learning_rate(number, config) for number in range(11, config.steps.number + 1)]
     assert all(a > b for a, b in itertools.pairwise(rates))
     with pytest.raises(InputError, match=r"equals schedule\.peak, so cosine is constant"):
-        load_config(recipe, ["schedule.peak=4e-4", "schedule.floor=4e-4"])
+        load_pretrain_config(recipe, ["schedule.peak=4e-4", "schedule.floor=4e-4"])
 
 
 def test_regression_the_published_schedule():
     """The values of TinyLlama's schedule at its first, 2000th, middle and last step (facts/released.yaml)."""
-    config = load_config(ROOT / "recipes" / "pretrain" / "tinyllama-1.1b.yaml")
+    config = load_pretrain_config(ROOT / "recipes" / "pretrain" / "tinyllama-1.1b.yaml")
     assert config.steps.number == 1_430_512
     assert learning_rate(1, config) == pytest.approx(4e-4 / 2000)
     assert learning_rate(2000, config) == pytest.approx(4e-4)
@@ -52,7 +52,7 @@ def test_regression_the_published_schedule():
 
 def test_regression_rate_follows_tokens_not_steps(config, recipe):
     """The original's batch size was per node, so the schedule depended on the hardware."""
-    other = load_config(
+    other = load_pretrain_config(
         recipe,
         [
             "training.total_tokens=102400",
@@ -66,7 +66,7 @@ def test_regression_rate_follows_tokens_not_steps(config, recipe):
 
 
 def test_wsd_is_a_trapezoid(recipe):
-    config = load_config(
+    config = load_pretrain_config(
         recipe,
         [
             "training.total_tokens=102400",
@@ -84,7 +84,9 @@ def test_wsd_is_a_trapezoid(recipe):
 
 
 def test_constant(recipe):
-    config = load_config(recipe, ["schedule.name=constant", "schedule.floor=null", "schedule.warmup_tokens=512"])
+    config = load_pretrain_config(
+        recipe, ["schedule.name=constant", "schedule.floor=null", "schedule.warmup_tokens=512"]
+    )
     assert [learning_rate(n, config) for n in (1, 2, 12)] == [pytest.approx(2.5e-3), 5e-3, 5e-3]
 
 
@@ -92,7 +94,7 @@ def test_constant(recipe):
 def test_cooldown_begins_where_the_branch_does_and_ends_at_the_floor(recipe, name):
     floor = "null" if name == "constant" else "1e-4"
     decay = "512" if name == "wsd" else "null"
-    config = load_config(
+    config = load_pretrain_config(
         recipe,
         [
             f"schedule.name={name}",

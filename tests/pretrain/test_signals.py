@@ -50,14 +50,14 @@ class TestSignals:
         script = f"""
 import threading, time
 import torch.distributed as dist
-from tinyllama_hf.pretrain.config import load_config
+from tinyllama_hf.pretrain.config import load_pretrain_config
 from tinyllama_hf.pretrain.loop import Hooks
-from tinyllama_hf.pretrain.loop import pretrain
+from tests.pretrain.runs import pretrain
 stuck = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 def never_ends(run):
     print("hanging", flush=True)
     {hangs}
-pretrain(load_config({str(recipe)!r}), hooks=Hooks(after_checkpoint=never_ends))
+pretrain(load_pretrain_config({str(recipe)!r}), hooks=Hooks(after_checkpoint=never_ends))
 """
         pipe = subprocess.PIPE
         process = subprocess.Popen(

@@ -10,12 +10,12 @@ from accelerate import Accelerator
 from tinyllama_hf import TinyLlamaForCausalLM
 from tinyllama_hf.pretrain import setup
 from tinyllama_hf.pretrain.checkpoints import CheckpointRecord, read_checkpoint, write_checkpoint
-from tinyllama_hf.pretrain.config import load_config
+from tinyllama_hf.pretrain.config import load_pretrain_config
 from tinyllama_hf.pretrain.step import SPIKE_WINDOW, TrainStep
 
 
 def train_step(recipe, make_model, *overrides: str) -> TrainStep:
-    opened = setup.open_pretrain_run(load_config(recipe, ["training.micro_batch_size=8", *overrides]))
+    opened = setup.open_pretrain_run(load_pretrain_config(recipe, ["training.micro_batch_size=8", *overrides]))
     model = make_model(opened.model_config)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     return TrainStep(opened.config, opened.mixture, Accelerator(), model, optimizer)

@@ -14,11 +14,11 @@ import pytest
 from accelerate import Accelerator
 
 from tests.conftest import ROOT
-from tests.pretrain.runs import read_metrics
+from tests.pretrain.runs import pretrain, read_metrics
 from tests.pretrain.test_resume import signal_after
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.pretrain.config import load_config
-from tinyllama_hf.pretrain.loop import Hooks, pretrain
+from tinyllama_hf.pretrain.config import load_pretrain_config
+from tinyllama_hf.pretrain.loop import Hooks
 from tinyllama_hf.pretrain.metrics import RUN_ID_FILE, row_values, start_trackers
 from tinyllama_hf.pretrain.signals import Stopped
 
@@ -38,11 +38,11 @@ def train_and_resume(recipe: Path, tracker: str, folder: Path) -> Path:
         "import sys, signal; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path\n"
         "from tests.pretrain.test_resume import signal_after\n"
-        "from tinyllama_hf.pretrain.config import load_config\n"
+        "from tinyllama_hf.pretrain.config import load_pretrain_config\n"
         "from tinyllama_hf.pretrain.loop import Hooks\n"
-        "from tinyllama_hf.pretrain.loop import pretrain\n"
+        "from tests.pretrain.runs import pretrain\n"
         "from tinyllama_hf.pretrain.signals import Stopped\n"
-        "config = load_config(sys.argv[2], [f'logging.trackers=[{sys.argv[3]}]'])\n"
+        "config = load_pretrain_config(sys.argv[2], [f'logging.trackers=[{sys.argv[3]}]'])\n"
         "try: pretrain(config, hooks=Hooks(after_checkpoint=signal_after(1, signal.SIGTERM)))\n"
         "except Stopped: print('stopped')\n"
     )
@@ -63,7 +63,7 @@ def train_and_resume(recipe: Path, tracker: str, folder: Path) -> Path:
 
 def test_tensorboard_across_a_resume(recipe):
     pytest.importorskip("tensorboard")
-    config = load_config(recipe, ["logging.trackers=[tensorboard]"])
+    config = load_pretrain_config(recipe, ["logging.trackers=[tensorboard]"])
     with pytest.raises(Stopped):
         pretrain(config, hooks=Hooks(after_checkpoint=signal_after(1, signal.SIGTERM)))
     pretrain(config)
@@ -76,7 +76,7 @@ def test_tensorboard_across_a_resume(recipe):
 def test_tensorboard_shows_a_step_once_that_a_killed_process_had_logged(recipe, tmp_path):
     """Steps 1 to 5, of which a checkpoint kept 3: the second process logs 4 and 5 again."""
     pytest.importorskip("tensorboard")
-    config = load_config(recipe, ["logging.trackers=[tensorboard]"])
+    config = load_pretrain_config(recipe, ["logging.trackers=[tensorboard]"])
     for goes_on_after, steps in ((0, range(1, 6)), (3, range(4, 8))):
         accelerator = Accelerator(log_with=["tensorboard"], project_dir=tmp_path)
         start_trackers(accelerator, config, tmp_path, goes_on_after)
@@ -149,7 +149,7 @@ def test_wandb_without_a_login_is_bad_input(recipe, tmp_path):
 def test_a_run_that_is_overwritten_begins_another(recipe):
     """By another id: wandb discards rows of steps that the old run already has."""
     pytest.importorskip("tensorboard")
-    config = load_config(recipe, ["logging.trackers=[tensorboard]"])
+    config = load_pretrain_config(recipe, ["logging.trackers=[tensorboard]"])
     file = Path(config.output_dir) / RUN_ID_FILE
     with pytest.raises(Stopped):
         pretrain(config, hooks=Hooks(after_checkpoint=signal_after(1, signal.SIGTERM)))
@@ -164,7 +164,7 @@ def test_settings_name_no_place_of_this_machine(recipe, tmp_path, monkeypatch):
     """Some trackers upload them."""
     sent = {}
     monkeypatch.setattr(Accelerator, "init_trackers", lambda self, project, settings, **_: sent.update(settings))
-    config = load_config(recipe, ["logging.trackers=[tensorboard]"])
+    config = load_pretrain_config(recipe, ["logging.trackers=[tensorboard]"])
     assert str(tmp_path) in str(config.model_dump(mode="json"))
     start_trackers(Accelerator(cpu=True), config, tmp_path)
     assert sent["output_dir"] == Path(config.output_dir).name
@@ -177,7 +177,7 @@ def test_a_missing_package_is_known_before_the_first_step(recipe):
     if not missing:
         pytest.skip("all trackers are installed here")
     with pytest.raises(InputError, match=rf"needs the package {missing[0]}: pip install 'tinyllama_hf\[trackers\]'"):
-        pretrain(load_config(recipe, [f"logging.trackers=[{missing[0]}]"]))
+        pretrain(load_pretrain_config(recipe, [f"logging.trackers=[{missing[0]}]"]))
     assert not (recipe.parent / "run").exists()
 
 

@@ -7,17 +7,17 @@ import pytest
 from PIL import Image
 
 from tests.hub.conftest import commonsense_scores
+from tests.pretrain.runs import pretrain
 from tests.report.test_plots import assert_draws, series
 from tests.report.test_training import training_row
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.pretrain.config import load_config
-from tinyllama_hf.pretrain.loop import pretrain
+from tinyllama_hf.pretrain.config import load_pretrain_config
 from tinyllama_hf.report.page import write_report
 
 
 @pytest.fixture
 def run(recipe) -> Path:
-    config = load_config(recipe)
+    config = load_pretrain_config(recipe)
     pretrain(config)
     return Path(config.output_dir)
 

@@ -76,16 +76,20 @@ class Mixture:
         """The share of each source in the first `num_blocks` blocks: its weight, or the mean of changing weights."""
         return [count / num_blocks for count in self.order.counts(num_blocks)]
 
-    def validation_blocks(self, max_tokens: int, shares: Sequence[float]) -> list[np.ndarray]:
-        """The first held-out tokens of each source, in proportion to its share: `[num_blocks, block_size + 1]` per
-        source.
+    def validation_blocks(self, max_tokens: int, shares: Sequence[float]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """The first held-out tokens of each source, in proportion to its share, and the positions of the inputs.
+
+        Returns:
+            `tuple[list[np.ndarray], list[np.ndarray]]`: per source, `[num_blocks, block_size + 1]` tokens and
+            `[num_blocks, block_size]` positions, restarting at each document.
 
         Raises:
             InputError: if a source has less than one held-out block.
         """
-        chosen = []
+        tokens, positions = [], []
         for source, share in zip(self.sources, shares, strict=True):
             held_out = TokenDataset(source.folder, self.block_size, "validation")
-            number = min(len(held_out), max(int(max_tokens * share) // self.block_size, 1))
-            chosen.append(np.stack([held_out[i] for i in range(number)]))
-        return chosen
+            blocks = range(min(len(held_out), max(int(max_tokens * share) // self.block_size, 1)))
+            tokens.append(np.stack([held_out[i] for i in blocks]))
+            positions.append(np.stack([held_out.position_ids(i) for i in blocks]))
+        return tokens, positions

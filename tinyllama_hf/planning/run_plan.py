@@ -59,7 +59,7 @@ def plan_run(
     """Plans a run without its data and without allocating the model.
 
     Args:
-        config (`PretrainConfig`): from `load_config`.
+        config (`PretrainConfig`): from `load_pretrain_config`.
         vocab_size (`int`): tokens in the vocabulary.
         num_devices (`int`): processes, one per device.
         device (`Device`, *optional*): needed for the time and for the largest micro-batch.

@@ -51,24 +51,6 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs; no code was run")
 
 
-def read_metadata(checkpoint: Path) -> Metadata:
-    """The `.metadata` of a checkpoint: its tensors, and their position in the files.
-
-    Raises:
-        InputError: if it is damaged, names other objects to import, or refers to a file outside the folder.
-    """
-    path = checkpoint / METADATA_FILE
-    try:
-        metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
-        files = {entry.relative_path for entry in metadata.storage_data.values()}
-    # A damaged pickle may raise anything.
-    except Exception as error:
-        raise InputError(f"{path}: not valid checkpoint metadata ({one_line(error)})") from error
-    if outside := sorted(name for name in files if Path(name).name != name):
-        raise InputError(f"{path}: names {outside[0]!r}; the files of a checkpoint must be in its folder")
-    return metadata
-
-
 class CheckpointReader(FileSystemReader):
     """Reads the tensors of a checkpoint.
 
@@ -76,13 +58,21 @@ class CheckpointReader(FileSystemReader):
         checkpoint (`Path`): its folder.
 
     Raises:
-        InputError: as [`read_metadata`].
+        InputError: if its `.metadata` is damaged, names other objects to import, or refers to a file outside the
+            folder.
     """
 
     def __init__(self, checkpoint: Path):
         super().__init__(checkpoint)
+        path = checkpoint / METADATA_FILE
         # Read here, since torch (2.13, `_load_state_dict`) answers an error by a search for other metadata.
-        self._metadata = read_metadata(checkpoint)
+        try:
+            self._metadata: Metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+            files = {entry.relative_path for entry in self._metadata.storage_data.values()}
+        except Exception as error:  # a damaged pickle may raise anything
+            raise InputError(f"{path}: not valid checkpoint metadata ({one_line(error)})") from error
+        if outside := sorted(name for name in files if Path(name).name != name):
+            raise InputError(f"{path}: names {outside[0]!r}; the files of a checkpoint must be in its folder")
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         return self._metadata

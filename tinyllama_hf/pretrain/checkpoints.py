@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from ..errors import InputError, one_line
-from ..files import read_json, remove_folder, replace_folder, write_json
+from ..files import link_folder, read_json, remove_folder, replace_folder, write_json
 from .checkpoint_reader import CheckpointReader, TensorPlanner
 from .step import TrainStep
 
@@ -32,12 +32,15 @@ CHECKPOINTS_FOLDER = "checkpoints"
 TRAINING_STATE_FOLDER = "training_state"  # next to the milestones: the state that a branch starts from
 RECORD_FILE = "checkpoint.json"
 FORMAT_VERSION = 1
+Settings: TypeAlias = dict[str, Any]  # by `section.key`
 _RECORD = {"files": dict, "step": int, "tokens": int, "identity": dict, "arithmetic": dict}  # required keys
 BYTES_PER_PARAMETER = 12  # weight and two moments, all fp32
 
 
 class FullDiskError(RuntimeError):
     """A file of a run could not be written, usually because the disk is full. Earlier checkpoints are intact."""
+
+    exit_status = 4
 
     def __init__(self, path: Path, reason: str):
         super().__init__(
@@ -70,8 +73,8 @@ class CheckpointRecord:
     step: int
     tokens: int
     branched_at: int | None
-    identity: dict[str, Any]
-    arithmetic: dict[str, Any]
+    identity: Settings
+    arithmetic: Settings
     provenance: dict[str, Any]
     files: dict[str, list[int]] = field(default_factory=dict)
 
@@ -80,13 +83,16 @@ class AnotherVersionError(InputError):
     """A checkpoint in a format of another version. It is not damaged, and is never removed."""
 
 
-def write_checkpoint(folder: Path, train_step: TrainStep, record: CheckpointRecord) -> None:
+def write_checkpoint(
+    folder: Path, train_step: TrainStep, record: CheckpointRecord, second_folder: Path | None = None
+) -> None:
     """Writes a checkpoint; a collective call of all processes.
 
     Args:
         folder (`Path`): of the checkpoint; an existing one is replaced.
         train_step (`TrainStep`): has the model, the optimizer and the guards.
         record (`CheckpointRecord`): without the files, which are added.
+        second_folder (`Path`, *optional*): gets the same files, as hard links if the file system has them.
 
     Raises:
         FullDiskError: if a file cannot be written; the incomplete checkpoint is removed.
@@ -103,23 +109,24 @@ def write_checkpoint(folder: Path, train_step: TrainStep, record: CheckpointReco
         with _no_dist(accelerator) as no_dist:  # syncs its files, and raises on every process
             dcp.save(_state(train_step), checkpoint_id=temporary, no_dist=no_dist)
         if accelerator.is_main_process:
-            _complete(temporary, folder, record)
+            _complete(temporary, folder, record, second_folder)
     except CheckpointException as error:
         problem = _cause(error)
     except OSError as error:
         problem = error
     failed = [None if problem is None else one_line(problem)]  # the other processes follow the main one
-    if accelerator.num_processes > 1:
-        broadcast_object_list(failed)
+    broadcast_object_list(failed)
     if failed[0] is not None:
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
         raise FullDiskError(folder, failed[0]) from problem
 
 
-def _complete(temporary: Path, folder: Path, record: CheckpointRecord) -> None:
+def _complete(temporary: Path, folder: Path, record: CheckpointRecord, second_folder: Path | None) -> None:
     files = {path.name: _size_and_checksum(path) for path in sorted(temporary.iterdir())}
     write_json(temporary / RECORD_FILE, {"format_version": FORMAT_VERSION, **asdict(record), "files": files})
+    if second_folder:  # first, since the checkpoint is what a killed run resumes after
+        link_folder(temporary, second_folder)
     replace_folder(temporary, folder)
 
 
@@ -182,9 +189,8 @@ def prune_checkpoints(run: Path, keep: int, step: int) -> None:
     by_age = [*reversed(list_checkpoints(run))]
     good = [path for path in by_age if _step(path) <= step]
     for path in [*(path for path in by_age if _step(path) > step), *good[keep:]]:
-        if _is_of_another_version(path):
-            continue
-        remove_folder(path)
+        if not _is_of_another_version(path):
+            remove_folder(path)
     for path in (*folder.glob(".*.tmp"), *folder.glob(".*.replaced")):
         shutil.rmtree(path)
 
@@ -253,10 +259,8 @@ def read_checkpoint_record(checkpoint: Path) -> CheckpointRecord:
 def _is_of_another_version(checkpoint: Path) -> bool:
     try:
         read_checkpoint_record(checkpoint)
-    except AnotherVersionError:
-        return True
-    except InputError:
-        return False
+    except InputError as error:
+        return isinstance(error, AnotherVersionError)
     return False
 
 

@@ -171,6 +171,6 @@ class PretrainConfig(Section):
         return self.steps.tokens_of(step) // self.data.sequence_length
 
 
-def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> PretrainConfig:
+def load_pretrain_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> PretrainConfig:
     """Reads a recipe and applies `section.key=value` overrides; see [`read_recipe`]."""
     return read_recipe(PretrainConfig, path, overrides, contradictions)

@@ -6,7 +6,7 @@ A setting that the machine does not support is an error; there is no fallback.
 import datetime
 import os
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -26,8 +26,6 @@ if TYPE_CHECKING:  # benchmarks/gpu runs this where pydantic is not installed
     from .config import PretrainConfig, TrainingSection
 
 
-# The name in transformers of an attention setting, if it differs.
-_ATTENTION = {"flex": "flex_attention"}
 # sdpa for sequences that are not packed. transformers (5.23) searches the positions of every batch for packed
 # documents, which waits for the device at each micro-batch, and creates a dense mask if the whole model is compiled.
 # It creates no mask for an attention implementation that it does not know, and sdpa without a mask is causal.
@@ -108,8 +106,8 @@ def _check_launch(accelerator: Accelerator) -> None:
         )
 
 
-def check_attention(training: "TrainingSection", document_masking: bool, device: torch.device) -> None:
-    """Checks that this machine can train with the attention implementation."""
+def check_attention_and_kernels(training: "TrainingSection", document_masking: bool, device: torch.device) -> None:
+    """Checks that this machine can train with the attention implementation and the kernels of a recipe."""
     from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
     name, on_gpu = training.attention, device.type == "cuda"
@@ -136,12 +134,8 @@ def check_attention(training: "TrainingSection", document_masking: bool, device:
             f"training.attention: {name} with data.document_masking needs a mask of sequence_length x sequence_length "
             "per sequence. On a GPU use flex, or set data.document_masking: false."
         )
-
-
-def check_kernels(kernels: str, device: torch.device) -> None:
-    """Checks that this machine can run the kernels."""
-    if kernels == "liger":
-        if device.type != "cuda":
+    if training.kernels == "liger":
+        if not on_gpu:
             raise InputError("training.kernels: liger needs a GPU, and none was found; use none")
         require("liger_kernel", "gpu", "training.kernels: liger")
 
@@ -168,7 +162,7 @@ def attention_implementation(training: "TrainingSection", document_masking: bool
     """The name in transformers of the attention implementation."""
     if training.attention == "sdpa" and not document_masking:
         return UNPACKED_SDPA
-    return _ATTENTION.get(training.attention, training.attention)
+    return "flex_attention" if training.attention == "flex" else training.attention
 
 
 def resolve_compile(setting: str, device: torch.device) -> tuple[bool, str]:
@@ -193,20 +187,16 @@ def resolve_compile(setting: str, device: torch.device) -> tuple[bool, str]:
     return True, "the whole model" if setting == "model" else "per layer"
 
 
-def adamw_settings(config: "PretrainConfig") -> dict[str, Any]:
-    """The settings of AdamW except the learning rate, which every step sets."""
-    optimizer = config.optimizer
-    return {"betas": optimizer.betas, "eps": optimizer.eps, "weight_decay": optimizer.weight_decay}
-
-
 def wrap(
     accelerator: Accelerator, model: TinyLlamaForCausalLM, config: "PretrainConfig"
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """Wraps or shards the model by the launch settings, and creates its optimizer, AdamW on every parameter."""
+    settings = config.optimizer
     optimizer = torch.optim.AdamW(
         model.to(accelerator.device).parameters(),
-        lr=config.schedule.peak,
-        **adamw_settings(config),
+        betas=settings.betas,  # every step sets the learning rate
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
         fused=True,
     )
     model, wrapped = accelerator.prepare(model, optimizer)

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from .. import provenance
 from ..devices import Device, known_device
 from ..errors import require
+from ..files import write_json
 from ..modeling_tinyllama import TinyLlamaForCausalLM
 from . import launch, setup
 from .checkpoints import (
@@ -32,8 +33,8 @@ from .checkpoints import (
 from .config import PretrainConfig
 from .metrics import Metrics, row_values, start_trackers
 from .milestones import MILESTONES_FOLDER, export_weights, write_milestone
-from .resume import Start, arithmetic, changed_arithmetic, check_space, find_start, identity
-from .run_folder import lock_run_folder, mark_stopped
+from .resume import Start, arithmetic, check_space, find_start, identity, list_changes
+from .run_folder import STOPPED_FILE, lock_run_folder
 from .signals import Stopped, StopRequests
 from .step import StepResult, TrainStep, validation_losses
 from .throughput import measure_matmul_flops, model_flops_utilization, peak_memory_bytes
@@ -42,20 +43,22 @@ from .throughput import measure_matmul_flops, model_flops_utilization, peak_memo
 class NonFiniteError(RuntimeError):
     """A loss or gradient was not finite. The parameters are those of the last finite step."""
 
+    exit_status = 3
+
 
 @dataclass(frozen=True)
 class Hooks:
     """Functions of the caller, called on the main process while the other processes wait.
 
     Args:
-        complete_milestone (`Callable[[Path], None]`, *optional*): called with the temporary folder of a milestone, to
-            add files.
+        complete_milestone (`Callable[[Path, str], None]`, *optional*): called with the temporary folder of a milestone
+            and its name, to add files.
         after_milestone (`Callable[[Path, Path], None]`, *optional*): called with the folders of the run and the
             milestone.
         after_checkpoint (`Callable[[Path], None]`, *optional*): called with the folder of the run.
     """
 
-    complete_milestone: Callable[[Path], None] | None = None
+    complete_milestone: Callable[[Path, str], None] | None = None
     after_milestone: Callable[[Path, Path], None] | None = None
     after_checkpoint: Callable[[Path], None] | None = None
 
@@ -95,7 +98,7 @@ def prepare_run(config: PretrainConfig, overwrite: bool = False) -> PreparedRun:
     """Checks a recipe against its data, the machine and `output_dir`, and builds the model; writes nothing.
 
     Args:
-        config (`PretrainConfig`): from [`load_config`].
+        config (`PretrainConfig`): from [`load_pretrain_config`].
         overwrite (`bool`, *optional*, defaults to `False`): remove the run in `output_dir` and start over.
 
     Raises:
@@ -106,13 +109,12 @@ def prepare_run(config: PretrainConfig, overwrite: bool = False) -> PreparedRun:
     accelerator = launch.make_accelerator(config)
     run = setup.open_pretrain_run(config)
     setup.check_batches(config, accelerator.num_processes)
-    launch.check_attention(config.training, config.data.document_masking, accelerator.device)
-    launch.check_kernels(config.training.kernels, accelerator.device)
+    launch.check_attention_and_kernels(config.training, config.data.document_masking, accelerator.device)
     compiles_layers, compilation = launch.resolve_compile(config.training.compile, accelerator.device)
     start = find_start(run, accelerator, overwrite)
     model = setup.build_model(run)
     check_space(run, start, sum(p.numel() for p in model.parameters()), overwrite)
-    summary = [*setup.summary_lines(run, model, accelerator.num_processes, compilation), *start.summary]
+    summary = [*setup.describe_run(run, model, accelerator.num_processes, compilation), *start.summary]
     return PreparedRun(run, accelerator, model, start, compiles_layers, overwrite, summary)
 
 
@@ -131,44 +133,24 @@ def train_run(prepared: PreparedRun, measure_peak: bool = False, hooks: Hooks | 
         FullDiskError: if a file cannot be written; earlier checkpoints are intact.
     """
     run, accelerator, start, config = prepared.run, prepared.accelerator, prepared.start, prepared.run.config
-    if start.is_finished:
+    if start.step == config.steps.number:
         return
     launch.prepare_layers(prepared.model, config.training, prepared.compiles_layers)
     accelerator.wait_for_everyone()  # until no process is checking the folder
     with lock_run_folder(run, accelerator, prepared.overwrite, start.step):
-        trainer = _Trainer(
-            run, accelerator, *launch.wrap(accelerator, prepared.model, config), start, hooks or Hooks()
-        )
-        if measure_peak:
-            trainer.measure_peak()
-        with translate_write_errors(run.output):  # the trackers' own files
-            start_trackers(accelerator, config, run.output, start.step)
+        trainer = _Trainer(prepared, measure_peak, hooks or Hooks())
+        start_trackers(accelerator, config, run.output, start.step)
         trainer.train()
-        with translate_write_errors(run.output):
+        with translate_write_errors(run.output):  # the trackers' own files
             accelerator.end_training()
-
-
-def pretrain(
-    config: PretrainConfig, overwrite: bool = False, measure_peak: bool = False, hooks: Hooks | None = None
-) -> None:
-    """Trains a model by a recipe: [`prepare_run`], prints the summary, [`train_run`]."""
-    prepared = prepare_run(config, overwrite)
-    prepared.print(*prepared.summary)
-    train_run(prepared, measure_peak, hooks)
 
 
 class _Trainer:
     """The state of a running run, and what is done at its steps."""
 
-    def __init__(
-        self,
-        run: setup.PretrainRun,
-        accelerator: Accelerator,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-        start: Start,
-        hooks: Hooks,
-    ):
+    def __init__(self, prepared: PreparedRun, measure_peak: bool, hooks: Hooks):
+        run, accelerator, start = prepared.run, prepared.accelerator, prepared.start
+        model, optimizer = launch.wrap(accelerator, prepared.model, run.config)
         self.run, self.config, self.accelerator, self.model, self.hooks = run, run.config, accelerator, model, hooks
         self.train_step = TrainStep(run.config, run.mixture, accelerator, model, optimizer, start.branched_at)
         if start.checkpoint:
@@ -176,10 +158,19 @@ class _Trainer:
         self.start, self.branched_at, self.last_checkpoint = start.step, start.branched_at, start.checkpoint
         self.flops_per_token = accelerator.unwrap_model(model).flops_per_token(run.config.data.sequence_length)
         self.arithmetic = arithmetic(run.config, accelerator)
-        if start.arithmetic and (warning := changed_arithmetic(start.arithmetic, self.arithmetic)):
-            accelerator.print(warning)
-        self.matmul_flops: float | None = None
+        if start.arithmetic and (changes := list_changes(start.arithmetic, self.arithmetic)):
+            accelerator.print(
+                "warning: from here on the results equal those of an uninterrupted run only within rounding "
+                f"({'; '.join(changes)})"
+            )
         self.validation_loss: float | None = None
+        self.matmul_flops: float | None = None  # for `matmul_share` in the metrics
+        if measure_peak:
+            precision = run.config.training.precision
+            dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+            self.matmul_flops = measure_matmul_flops(accelerator.device, dtype)
+            rate = f"{self.matmul_flops / 1e9:,.1f} GFLOP/s, measured, of matrix products in {precision}"
+            accelerator.print(f"peak        {rate}")
 
     def train(self) -> None:
         """Runs the remaining steps."""
@@ -209,19 +200,11 @@ class _Trainer:
         """Ends the run on request, after a checkpoint of this step."""
         tokens = self.config.steps.tokens_after(step)
         if self.accelerator.is_main_process:
-            mark_stopped(self.run.output, {"step": step, "tokens": tokens, "request": request})
+            with translate_write_errors(self.run.output):
+                write_json(self.run.output / STOPPED_FILE, {"step": step, "tokens": tokens, "request": request})
         self.accelerator.wait_for_everyone()  # a launcher ends the other processes when the first one exits
         raise Stopped(
             f"{request} after step {step:,} ({tokens:,} tokens). The same command resumes from {self.last_checkpoint}."
-        )
-
-    def measure_peak(self) -> None:
-        """Measures the rate of matrix products in the precision of the run, for `matmul_share` in the metrics."""
-        precision = self.config.training.precision
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.matmul_flops = measure_matmul_flops(self.accelerator.device, dtype)
-        self.accelerator.print(
-            f"peak        {self.matmul_flops / 1e9:,.1f} GFLOP/s, measured, of matrix products in {precision}"
         )
 
     def is_due(self, step: int, every_tokens: int) -> bool:
@@ -284,9 +267,8 @@ class _Trainer:
     def log(self, row: dict[str, Any]) -> None:
         """Writes a row of metrics to the file and the trackers."""
         self.metrics.log(row)
-        if self.config.logging.trackers:
-            with translate_write_errors(self.run.output):
-                self.accelerator.log(row_values(row), step=row["step"])
+        with translate_write_errors(self.run.output):
+            self.accelerator.log(row_values(row), step=row["step"])
 
     def validate(self, step: int) -> None:
         """Logs the loss on the held-out blocks of each source, and their mean weighted by share."""
@@ -326,30 +308,28 @@ class _Trainer:
                 if self.hooks.after_milestone:
                     self.hooks.after_milestone(run.output, folder)
             self.accelerator.wait_for_everyone()
-            if self.config.milestones.keep_training_state:
-                write_checkpoint(run.output / TRAINING_STATE_FOLDER / name, self.train_step, self.record(step))
 
     def checkpoint(self, step: int) -> None:
-        """Writes a checkpoint, and removes old ones."""
+        """Writes a checkpoint, also as the training state of a milestone, and removes old ones."""
         self.check_finite()
         with self.pause():
             self.metrics.sync()
-            folder = self.run.output / CHECKPOINTS_FOLDER / f"step-{step}"
-            write_checkpoint(folder, self.train_step, self.record(step))
+            output, state = self.run.output, None
+            folder = output / CHECKPOINTS_FOLDER / f"step-{step}"
+            if self.config.milestones.keep_training_state and step in self.run.milestones:
+                state = output / TRAINING_STATE_FOLDER / self.run.milestones[step]
+            record = CheckpointRecord(
+                step=step,
+                tokens=self.config.steps.tokens_after(step),
+                branched_at=self.branched_at,
+                identity=identity(self.run),
+                arithmetic=self.arithmetic,
+                provenance=provenance.collect(),
+            )
+            write_checkpoint(folder, self.train_step, record, state)
             self.last_checkpoint = folder
             if self.accelerator.is_main_process:
-                prune_checkpoints(self.run.output, self.config.checkpoints.keep, step)
+                prune_checkpoints(output, self.config.checkpoints.keep, step)
                 if self.hooks.after_checkpoint:
-                    self.hooks.after_checkpoint(self.run.output)
+                    self.hooks.after_checkpoint(output)
             self.accelerator.wait_for_everyone()
-
-    def record(self, step: int) -> CheckpointRecord:
-        """The record of a checkpoint, `checkpoint.json`."""
-        return CheckpointRecord(
-            step=step,
-            tokens=self.config.steps.tokens_after(step),
-            branched_at=self.branched_at,
-            identity=identity(self.run),
-            arithmetic=self.arithmetic,
-            provenance=provenance.collect(),
-        )

@@ -1,18 +1,19 @@
 """What a run logs: rows of `metrics.jsonl`, a progress bar or lines, and trackers (tensorboard, wandb, trackio)."""
 
 import contextlib
+import itertools
 import json
 import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..files import new_file, read_json, write_json
 from ..portable import portable
 from .checkpoints import FullDiskError, translate_write_errors
@@ -107,33 +108,14 @@ def duration(seconds: float) -> str:
 
 
 def _remove_later_rows(run: Path, step: int) -> None:
-    """Removes the rows after a step. Parses only the last rows, so that a long file costs no more than a short one."""
+    """Removes the rows after a step, and an incomplete last row."""
     path = run / METRICS_FILE
     with new_file(path) as kept:
         if step and path.is_file():
             with path.open("rb") as rows:
-                end = _end_of_step(rows, step)
-                rows.seek(0)
-                while end and (block := rows.read(min(end, 1 << 24))):
-                    end -= kept.write(block)
-
-
-def _end_of_step(rows: BinaryIO, step: int) -> int:
-    """The offset at which the rows of a step end, searched backwards from the end of the file."""
-    size, window = rows.seek(0, os.SEEK_END), 1 << 16
-    while True:
-        begin = rows.seek(max(size - window, 0))
-        end = begin + (len(rows.readline()) if begin else 0)  # skip the row in which the window starts
-        rows.seek(end)
-        found = end if not begin else None
-        for line in rows:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                break
-            end += len(line)
-            found = end
-        if found is not None:
-            return found
-        window *= 2
+                kept.writelines(
+                    itertools.takewhile(lambda row: row.endswith(b"\n") and json.loads(row)["step"] <= step, rows)
+                )
 
 
 def start_trackers(accelerator: Accelerator, config: PretrainConfig, output: Path, step: int | None = None) -> None:
@@ -152,21 +134,21 @@ def start_trackers(accelerator: Accelerator, config: PretrainConfig, output: Pat
     """
     if not config.logging.trackers:
         return
-    options: dict[str, dict[str, Any]] = {name: {} for name in config.logging.trackers}
+    options: dict[str, dict[str, Any]] = {}
     if accelerator.is_main_process:
-        run_id = _run_id(output)
-        started: dict[str, dict[str, Any]] = {
+        with translate_write_errors(output):
+            run_id = _run_id(output)
+        options = {
             "wandb": {"id": run_id, "name": output.name, "resume": "allow", "dir": str(output)},
             "trackio": {"name": f"{output.name}-{run_id}", "resume": "allow"},
             "tensorboard": {} if step is None else {"purge_step": step + 1},
         }
-        options = {name: started[name] for name in options}
     settings = flat(portable(config.model_dump(mode="json", by_alias=True)))
     try:
         accelerator.init_trackers("tinyllama_hf", settings, init_kwargs=options)
     except Exception as error:  # each tracker has its own exceptions
         raise InputError(
-            f"logging.trackers: {', '.join(options)}: cannot be started ({type(error).__name__}: {error}). wandb "
+            f"logging.trackers: {', '.join(config.logging.trackers)}: cannot be started ({one_line(error)}). wandb "
             "needs `wandb login` or WANDB_MODE=offline. Otherwise remove the tracker."
         ) from error
 

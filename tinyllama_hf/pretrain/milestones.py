@@ -32,17 +32,13 @@ def milestone_names(numbers: Sequence[int], steps: Steps) -> dict[int, str]:
     names distinct.
     """
 
-    def tokens_name(step: int, decimals: int) -> str:
-        tokens = steps.tokens_after(step)
-        return f"{tokens / 1e9:.{decimals}f}B" if tokens >= 1e9 else f"{tokens / 1e6:.{decimals}f}M"
-
-    def is_ambiguous(decimals: int) -> bool:
-        names = {tokens_name(step, decimals) for step in numbers}
-        return len(names) < len(numbers) or any(float(name[:-1]) == 0 for name in names)
-
-    decimals = next(n for n in itertools.count() if not is_ambiguous(n))
-    step_names = {step: f"{step / 1000:.0f}k" if step >= 10_000 else str(step) for step in numbers}
-    return {step: f"step-{step_names[step]}-token-{tokens_name(step, decimals)}" for step in numbers}
+    reached = [steps.tokens_after(step) for step in numbers]
+    for decimals in itertools.count():
+        tokens = [f"{n / 1e9:.{decimals}f}B" if n >= 1e9 else f"{n / 1e6:.{decimals}f}M" for n in reached]
+        if len(set(tokens)) == len(numbers) and all(float(name[:-1]) for name in tokens):
+            break
+    named = [f"{step / 1000:.0f}k" if step >= 10_000 else str(step) for step in numbers]
+    return {step: f"step-{s}-token-{t}" for step, s, t in zip(numbers, named, tokens, strict=True)}
 
 
 def write_milestone(
@@ -52,7 +48,7 @@ def write_milestone(
     training_yaml: str,
     record: dict[str, Any],
     state_dict: dict[str, torch.Tensor] | None = None,
-    complete: Callable[[Path], None] | None = None,
+    complete: Callable[[Path, str], None] | None = None,
 ) -> None:
     """Writes a complete model folder under a temporary name and renames it; an existing folder is replaced.
 
@@ -63,7 +59,8 @@ def write_milestone(
         training_yaml (`str`): the exact configuration of the run.
         record (`dict`): added to `provenance.json`, next to code, libraries and machine.
         state_dict (`dict`, *optional*): the full weights, if the model is sharded.
-        complete (`Callable[[Path], None]`, *optional*): called with the temporary folder, to add files.
+        complete (`Callable[[Path, str], None]`, *optional*): called with the temporary folder and the name of the
+            milestone, to add files.
     """
     with new_folder(folder, overwrite=True) as temporary:
         model.save_pretrained(temporary, state_dict=state_dict)
@@ -71,7 +68,7 @@ def write_milestone(
         write_text(temporary / CONFIG_FILE, training_yaml)
         write_json(temporary / "provenance.json", provenance.collect(name=folder.name, **record))
         if complete:
-            complete(temporary)
+            complete(temporary, folder.name)
 
 
 def export_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -87,29 +84,22 @@ def list_milestones(run: Path) -> list[Path]:
     """The milestone folders of a run, in the order of their steps.
 
     Raises:
-        InputError: if the record of one has no step.
+        InputError: as [`read_record`].
     """
-    steps: dict[Path, int] = {}
-    for folder in (run / MILESTONES_FOLDER).glob("step-*"):
-        if folder.is_dir():
-            step = read_record(folder).get("step")
-            if not isinstance(step, int):
-                file = folder / "provenance.json"
-                raise InputError(f"{file}: has no step. Copy the milestone again, or remove it.")
-            steps[folder] = step
-    return sorted(steps, key=steps.__getitem__)
+    folders = [folder for folder in (run / MILESTONES_FOLDER).glob("step-*") if folder.is_dir()]
+    return sorted(folders, key=lambda folder: read_record(folder)["step"])
 
 
 def read_record(milestone: Path) -> dict[str, Any]:
     """The `provenance.json` of a milestone.
 
     Raises:
-        InputError: if it is missing or damaged.
+        InputError: if it is missing, damaged or has no step.
     """
     file = milestone / "provenance.json"
     if not file.is_file():
         raise InputError(f"milestone {milestone}: provenance.json is missing. Copy the milestone again, or remove it.")
     record = read_json(file)
-    if not isinstance(record, dict):
-        raise InputError(f"{file}: damaged, not a JSON object. Copy the milestone again, or remove it.")
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise InputError(f"{file}: damaged, it has no step. Copy the milestone again, or remove it.")
     return record

@@ -17,6 +17,7 @@ from .checkpoints import (
     BYTES_PER_PARAMETER,
     CHECKPOINTS_FOLDER,
     TRAINING_STATE_FOLDER,
+    Settings,
     find_damage,
     list_checkpoints,
     newest_intact_checkpoint,
@@ -50,15 +51,13 @@ class Start:
         checkpoint (`Path`): to load.
         branched_at (`int`): tokens seen at the milestone from which the run was branched.
         arithmetic (`dict`): numerical settings of the checkpoint.
-        is_finished (`bool`): whether no step is left.
         summary (`list[str]`): lines to print.
     """
 
     step: int = 0
     checkpoint: Path | None = None
     branched_at: int | None = None
-    arithmetic: dict[str, Any] | None = None
-    is_finished: bool = False
+    arithmetic: Settings | None = None
     summary: list[str] = field(default_factory=list)
 
 
@@ -74,8 +73,7 @@ def find_start(run: PretrainRun, accelerator: Accelerator, overwrite: bool) -> S
             found = [_find(run, overwrite)]
         except InputError as error:
             found = [error]  # raised on every process below, so that none waits for the others
-    if accelerator.num_processes > 1:
-        broadcast_object_list(found)
+    broadcast_object_list(found)
     if isinstance(found[0], InputError):
         raise found[0]
     return found[0]
@@ -101,16 +99,9 @@ def _find(run: PretrainRun, overwrite: bool) -> Start:
         return _first(run)
     record = read_checkpoint_record(checkpoint)
     check_same_run(checkpoint, record.identity, identity(run))
-    is_finished = record.step >= run.config.steps.number
-    state = "the run is finished" if is_finished else "resuming after it"
-    return Start(
-        record.step,
-        checkpoint,
-        record.branched_at,
-        record.arithmetic,
-        is_finished,
-        [*complaints, f"resume      {checkpoint}, step {record.step:,}: {state}"],
-    )
+    state = "the run is finished" if record.step == run.config.steps.number else "resuming after it"
+    summary = [*complaints, f"resume      {checkpoint}, step {record.step:,}: {state}"]
+    return Start(record.step, checkpoint, record.branched_at, record.arithmetic, summary)
 
 
 def _check_nothing_needed_is_removed(run: PretrainRun, overwrite: bool) -> None:
@@ -155,16 +146,19 @@ def _first(run: PretrainRun) -> Start:
     milestone = Path(branch.from_)
     state = milestone.parent.parent / TRAINING_STATE_FOLDER / milestone.name
     if not state.is_dir():
-        hint = (
-            "Train the base run with milestones.keep_training_state: true."
-            if milestone.is_dir()
-            else "No such folder."
-        )
-        raise InputError(f"branch.from {milestone}: has no training state at {state}. {hint}")
+        reason = "No such folder."
+        if milestone.is_dir():
+            reason = "Train the base run with milestones.keep_training_state: true."
+        raise InputError(f"branch.from {milestone}: has no training state at {state}. {reason}")
     if problem := find_damage(state):
         raise InputError(f"branch.from {milestone}: its training state {state} is damaged ({problem})")
     record = read_checkpoint_record(state)
-    check_branch(milestone, record.identity, identity(run))
+    changes = [change for change in list_changes(record.identity, identity(run)) if change.startswith(_INHERITED)]
+    if changes := [change for change in changes if not change.startswith("model.init_from:")]:
+        raise InputError(
+            f"branch.from {milestone}: a branch must keep model, tokenizer and precision of its base run\n  "
+            + "\n  ".join(changes)
+        )
     steps, tokens = run.config.steps, record.tokens
     if steps.tokens_after(record.step) != tokens:
         raise InputError(
@@ -178,7 +172,7 @@ def _first(run: PretrainRun) -> Start:
             f"branch.from {milestone}. Raise it."
         )
     line = f"branch      {milestone}, step {record.step:,}, {tokens:,} tokens, schedule {branch.schedule}"
-    return Start(record.step, state, tokens, record.arithmetic, False, [line])
+    return Start(record.step, state, tokens, record.arithmetic, [line])
 
 
 def check_space(run: PretrainRun, start: Start, num_parameters: int, overwrite: bool) -> None:
@@ -193,9 +187,9 @@ def check_space(run: PretrainRun, start: Start, num_parameters: int, overwrite: 
     Raises:
         InputError: with the space that is needed and the space that is free.
     """
-    if start.is_finished:
-        return
     config = run.config
+    if start.step == config.steps.number:
+        return
     state = BYTES_PER_PARAMETER * num_parameters
     milestone = 4 * num_parameters + (state if config.milestones.keep_training_state else 0)
     existing_checkpoints = [] if overwrite else list_checkpoints(run.output)
@@ -218,7 +212,7 @@ def check_space(run: PretrainRun, start: Start, num_parameters: int, overwrite: 
         )
 
 
-def identity(run: PretrainRun) -> dict[str, Any]:
+def identity(run: PretrainRun) -> Settings:
     """The settings that decide the numbers of a run, flat, with the fingerprints of data and tokenizer."""
     values = run.config.model_dump(mode="json", by_alias=True)
     settings = {f"{section}.{key}": values[section][key] for section, keys in _DECISIVE.items() for key in keys}
@@ -233,7 +227,7 @@ def identity(run: PretrainRun) -> dict[str, Any]:
     }
 
 
-def arithmetic(config: PretrainConfig, accelerator: Accelerator) -> dict[str, Any]:
+def arithmetic(config: PretrainConfig, accelerator: Accelerator) -> Settings:
     """The settings that change results by rounding only. If all are equal, a run on a CPU repeats bit for bit."""
     training, machine = config.training, provenance.machine()
     device = device_name(accelerator.device) or machine["cpu_capability"]
@@ -253,48 +247,24 @@ def arithmetic(config: PretrainConfig, accelerator: Accelerator) -> dict[str, An
     }
 
 
-def check_same_run(checkpoint: Path, recorded: dict[str, Any], current: dict[str, Any]) -> None:
+def check_same_run(checkpoint: Path, recorded: Settings, current: Settings) -> None:
     """Checks that a checkpoint has the settings and data of this recipe.
 
     Raises:
         InputError: listing each setting that differs, with both values.
     """
-    lines = _differences(recorded, current)
-    if lines:
+    if changes := list_changes(recorded, current):
         raise InputError(
             f"{checkpoint}: was trained with other settings or data, so the run cannot be resumed with this recipe. "
-            "Restore them, choose another output_dir, start over with --overwrite, or use "
-            "`branch`.\n" + "\n".join(lines)
+            "Restore them, choose another output_dir, start over with --overwrite, or use `branch`.\n  "
+            + "\n  ".join(changes)
         )
 
 
-def check_branch(milestone: Path, recorded: dict[str, Any], current: dict[str, Any]) -> None:
-    """Checks that a branch has the model, the tokenizer and the precision of its base run.
-
-    Raises:
-        InputError: listing each setting that differs, with both values.
-    """
-    names = [name for name in current if name.startswith(_INHERITED) and name != "model.init_from"]
-    lines = _differences({name: recorded.get(name) for name in names}, {name: current[name] for name in names})
-    if lines:
-        raise InputError(
-            f"branch.from {milestone}: a branch must keep model, tokenizer and precision of its base run\n"
-            + "\n".join(lines)
-        )
-
-
-def _differences(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]:
+def list_changes(recorded: Settings, current: Settings) -> list[str]:
+    """Lists the settings that differ, with both values."""
     return [
-        f"  {name}: was {recorded.get(name)}, is {current.get(name)}"
+        f"{name}: was {recorded.get(name)}, is {current.get(name)}"
         for name in sorted(recorded.keys() | current.keys())
         if recorded.get(name) != current.get(name)
     ]
-
-
-def changed_arithmetic(recorded: dict[str, Any], current: dict[str, Any]) -> str | None:
-    """A warning that lists the changed numerical settings, `None` if there are none."""
-    lines = [line.strip() for line in _differences(recorded, current)]
-    if not lines:
-        return None
-    changes = "; ".join(lines)
-    return f"warning: from here on the results equal those of an uninterrupted run only within rounding ({changes})"

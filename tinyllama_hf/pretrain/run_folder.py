@@ -4,11 +4,10 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 
-from ..files import locked, write_json, write_text
+from ..files import locked, write_text
 from .checkpoints import prune_checkpoints, translate_write_errors
 from .milestones import CONFIG_FILE, MILESTONES_FOLDER
 from .run_record import write_run_record
@@ -50,12 +49,6 @@ def lock_run_folder(run: PretrainRun, accelerator: Accelerator, overwrite: bool,
             prune_checkpoints(run.output, run.config.checkpoints.keep, step)
         accelerator.wait_for_everyone()
         yield
-
-
-def mark_stopped(output: Path, record: dict[str, Any]) -> None:
-    """Records that the run was stopped by a signal, after writing a checkpoint."""
-    with translate_write_errors(output / STOPPED_FILE):
-        write_json(output / STOPPED_FILE, record)
 
 
 def _empty(output: Path) -> None:

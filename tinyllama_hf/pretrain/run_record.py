@@ -10,7 +10,7 @@ import yaml
 
 from ..data.mixture import Mixture
 from ..data.order import WeightChange
-from ..errors import InputError
+from ..errors import InputError, refuse_damage
 from ..files import read_json, write_json
 from .milestones import CONFIG_FILE, MILESTONES_FOLDER, milestone_names, milestone_steps
 from .schedule import Steps
@@ -121,11 +121,11 @@ def read_run_record(run: Path) -> RunRecord:
             f"{file}: format_version {version} is not supported; this version of tinyllama_hf reads {FORMAT_VERSION}. "
             "Update tinyllama_hf, or use the version that wrote the run."
         )
-    try:
-        kinds = {"sources": SourceRecord, "mixture_changes": MixtureChangeRecord, "milestones": MilestoneRecord}
-        return RunRecord(**values | {name: [kind(**value) for value in values[name]] for name, kind in kinds.items()})
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{file}: damaged ({type(error).__name__}: {error}). Copy the run again.") from error
+    kinds = {"sources": SourceRecord, "mixture_changes": MixtureChangeRecord, "milestones": MilestoneRecord}
+    with refuse_damage(file):
+        values |= {name: [kind(**value) for value in values[name]] for name, kind in kinds.items()}
+        record = RunRecord(**values)
+    return record
 
 
 def _record_of_early_run(run: Path) -> RunRecord:
@@ -133,12 +133,10 @@ def _record_of_early_run(run: Path) -> RunRecord:
     if not file.is_file():
         raise InputError(f"{run}: is not a run folder; it has neither {RUN_FILE} nor {CONFIG_FILE}")
     records = sorted((run / MILESTONES_FOLDER).glob("step-*/provenance.json"))
-    try:
+    with refuse_damage(file):
         fingerprints = read_json(records[0])["data"] if records else {}
-        return record_of_recipe(yaml.safe_load(file.read_text(encoding="utf-8")), fingerprints)
-    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{file}: damaged, not the recipe of a run ({cause}). Copy the run again.") from error
+        record = record_of_recipe(yaml.safe_load(file.read_text(encoding="utf-8")), fingerprints)
+    return record
 
 
 def open_mixture(record: RunRecord, tokenizer_fingerprint: str) -> Mixture:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from ..configuration_tinyllama import PRESETS, TinyLlamaConfig
 from ..data.mixture import Mixture
-from ..data.shards import TokenDataset, read_metadata
+from ..data.shards import read_metadata
 from ..errors import InputError
 from ..inference.load import load, model_folder
 from ..modeling_tinyllama import TinyLlamaForCausalLM
@@ -34,9 +34,9 @@ class PretrainRun:
     mixture: Mixture
     model_config: TinyLlamaConfig
     validation: list[np.ndarray]  # per source, `[num_blocks, sequence_length + 1]` tokens
+    validation_positions: list[np.ndarray]  # per source, `[num_blocks, sequence_length]`
     shares: list[float]  # of each source in the tokens of the run
     milestones: dict[int, str]  # step -> name
-    validation_positions: list[np.ndarray] | None  # per source, `[num_blocks, sequence_length]`, with document masking
 
 
 def open_pretrain_run(config: PretrainConfig) -> PretrainRun:
@@ -50,31 +50,21 @@ def open_pretrain_run(config: PretrainConfig) -> PretrainRun:
     fingerprints = {source.path: read_metadata(source.path)["fingerprint"] for source in config.data.sources}
     record = record_of_recipe(config.model_dump(mode="json", by_alias=True), fingerprints)
     mixture = open_mixture(record, fingerprint)
-    total_blocks = config.steps.tokens_after(config.steps.number) // config.data.sequence_length
-    shares = mixture.shares(total_blocks) if config.data.mixture_changes else mixture.weights
-    validation = mixture.validation_blocks(config.validation.max_tokens, shares)
+    total_blocks = record.num_tokens // record.sequence_length
+    shares = mixture.shares(total_blocks) if record.mixture_changes else mixture.weights
+    validation, positions = mixture.validation_blocks(config.validation.max_tokens, shares)
     output = Path(config.output_dir)
     if output.exists() and not output.is_dir():
         raise InputError(f"output_dir {output}: is a file; choose a folder")
     names = {milestone.step: milestone.name for milestone in record.milestones}
-    separators = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
-    built = architecture(config, len(tokenizer), **separators)
+    special_tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    built = architecture(config, len(tokenizer), **special_tokens)
     if config.model.init_from:
         check_initial_model(config.model.init_from, built)
     tokenizer.model_max_length = built.max_position_embeddings  # saved with every milestone
-    positions = _validation_positions(mixture, validation) if config.data.document_masking else None
     return PretrainRun(
-        config, output, record, tokenizer, fingerprint, mixture, built, validation, shares, names, positions
+        config, output, record, tokenizer, fingerprint, mixture, built, validation, positions, shares, names
     )
-
-
-def _validation_positions(mixture: Mixture, validation: list[np.ndarray]) -> list[np.ndarray]:
-    """Positions in the held-out blocks, so that validation masks documents as training does."""
-    sources = [TokenDataset(source.folder, mixture.block_size, "validation") for source in mixture.sources]
-    return [
-        np.stack([source.position_ids(index) for index in range(len(blocks))])
-        for source, blocks in zip(sources, validation, strict=True)
-    ]
 
 
 def check_initial_model(name: str, expected: TinyLlamaConfig) -> None:
@@ -124,9 +114,8 @@ def architecture(config: PretrainConfig, vocab_size: int, **special_tokens: Any)
     }
     try:
         built = TinyLlamaConfig.preset(config.model.preset, **fields)
-        shapes_only(built)(
-            input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta")
-        )  # they must make one that runs
+        tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
+        shapes_only(built)(input_ids=tokens)  # they must make one that runs
     except (StrictDataclassError, ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
         raise InputError(f"model.overrides: do not define a valid model: {' '.join(str(error).split())}") from error
     if config.data.sequence_length > built.max_position_embeddings:
@@ -176,35 +165,44 @@ def check_batches(config: PretrainConfig, num_processes: int) -> None:
             )
 
 
-def summary_lines(run: PretrainRun, model: TinyLlamaForCausalLM, num_processes: int, compilation: str) -> list[str]:
-    """The quantities that follow from a recipe, one per line."""
-    config, training, steps = run.config, run.config.training, run.config.steps
-    total, length = steps.tokens_after(steps.number), run.config.data.sequence_length
-    parameters = sum(p.numel() for p in model.parameters())
-    epochs = run.mixture.epochs(total // length)
+def describe_recipe(
+    config: PretrainConfig, model: TinyLlamaForCausalLM, num_processes: int, compilation: str
+) -> list[str]:
+    """The quantities that follow from a recipe without its data, one per line.
+
+    Args:
+        config (`PretrainConfig`): the recipe.
+        model (`TinyLlamaForCausalLM`): only its shapes are needed, see [`shapes_only`].
+        num_processes (`int`): of the run.
+        compilation (`str`): from [`launch.resolve_compile`], or the setting of the recipe.
+    """
+    training, steps, length = config.training, config.steps, config.data.sequence_length
+    total, parameters = steps.tokens_after(steps.number), sum(p.numel() for p in model.parameters())
     sizes = ", then ".join(f"{size:,}" for size in steps.sizes)
-    micro_batches = ", then ".join(
-        str(size // length // (num_processes * training.micro_batch_size)) for size in steps.sizes
-    )
-    lines = [
-        f"model       {config.model.preset}: {parameters:,} parameters, {len(run.tokenizer):,} tokens in the "
-        f"vocabulary, context {run.model_config.max_position_embeddings}",
-        f"tokens      {total:,} in {steps.number:,} steps of {sizes} ({config.sequences(1)} sequences of "
-        f"{length}); {total / parameters:.2f} per parameter",
-        f"a step      {num_processes} process(es) x {micro_batches} micro-batches of "
-        f"{training.micro_batch_size} sequences, {training.precision}, attention {training.attention}, compile "
-        f"{compilation}",
-        f"arithmetic  {model.flops_per_token(config.data.sequence_length) / 1e9:.4g} GFLOP a token (6 x parameters "
-        "without the input embedding + attention, not halved)",
+    per_process = num_processes * training.micro_batch_size * length
+    micro_batches = ", then ".join(str(size // per_process) for size in steps.sizes)
+    return [
+        f"model       {config.model.preset}: {parameters:,} parameters, {model.config.vocab_size:,} tokens in the "
+        f"vocabulary, context {model.config.max_position_embeddings}",
+        f"tokens      {total:,} in {steps.number:,} steps of {sizes} ({config.sequences(1)} sequences of {length}); "
+        f"{total / parameters:.2f} per parameter",
+        f"a step      {num_processes} process(es) x {micro_batches} micro-batches of {training.micro_batch_size} "
+        f"sequences, {training.precision}, attention {training.attention}, compile {compilation}",
+        f"arithmetic  {model.flops_per_token(length) / 1e9:.4g} GFLOP a token (6 x parameters without the input "
+        "embedding + attention, not halved)",
     ]
-    for source, spec, share, epoch in zip(run.mixture.sources, config.data.sources, run.shares, epochs, strict=True):
+
+
+def describe_run(run: PretrainRun, model: TinyLlamaForCausalLM, num_processes: int, compilation: str) -> list[str]:
+    """[`describe_recipe`], the shares and epochs of the data, and the milestones."""
+    lines = describe_recipe(run.config, model, num_processes, compilation)
+    epochs = run.mixture.epochs(run.record.num_tokens // run.record.sequence_length)
+    for spec, source, share, epoch in zip(run.record.sources, run.mixture.sources, run.shares, epochs, strict=True):
         lines.append(
-            f"data        {share:.1%} {spec.path}: {len(source):,} blocks, {source.num_tail_tokens} tokens left "
-            f"over, {epoch:.2f} epochs"
+            f"data        {share:.1%} {spec.path}: {len(source):,} blocks, {source.num_tail_tokens} tokens left over, "
+            f"{epoch:.2f} epochs"
         )
-    for step, name in run.milestones.items():
-        lines.append(f"milestone   step {step:,} -> {name}")
-    return lines
+    return [*lines, *(f"milestone   step {step:,} -> {name}" for step, name in run.milestones.items())]
 
 
 def training_yaml(config: PretrainConfig) -> str:

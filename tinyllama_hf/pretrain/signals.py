@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 
 
-EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: "the user is invited to try again later"
 # One request may arrive several times: Slurm and Ctrl-C signal every process of a job, and torch's launcher, which is
 # one of them, forwards the signal to the others.
 _ONE_REQUEST_SECONDS = 3.0
@@ -28,6 +27,8 @@ _Handler: TypeAlias = Callable[[int, FrameType | None], Any] | int | signal.Hand
 
 class Stopped(RuntimeError):
     """The run was stopped by a signal after writing a checkpoint; the same command resumes it."""
+
+    exit_status = 75  # EX_TEMPFAIL of sysexits.h: "the user is invited to try again later"
 
 
 class StopRequests:
@@ -63,9 +64,8 @@ class StopRequests:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup_before)
-        self._written.shutdown(
-            socket.SHUT_RDWR
-        )  # ends the watcher, even if a forked process holds a copy of the socket
+        # Ends the watcher, even if a forked process holds a copy of the socket.
+        self._written.shutdown(socket.SHUT_RDWR)
         self._watcher.join()
         self._written.close()
         self._numbers.close()

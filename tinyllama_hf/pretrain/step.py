@@ -85,7 +85,10 @@ class TrainStep:
         total = torch.zeros((), device=self.device)
         for micro_step in range(accumulation):
             inputs = self.micro_batch(step, micro_step)
-            with contextlib.nullcontext() if self._reduces_gradients(micro_step, accumulation) else self._no_sync():
+            # FSDP reduces gradients after every micro-batch, in fp32: those of the whole model, unreduced, would take
+            # the memory that sharding saves.
+            reduces = self.accelerator.is_fsdp2 or micro_step == accumulation - 1
+            with contextlib.nullcontext() if reduces else self.accelerator.no_sync(self.model):
                 # Sum over this micro-batch / tokens of the whole step, so that the parts add up to the mean over the
                 # step.
                 loss = self.model(**inputs, num_items_in_batch=tokens).loss
@@ -121,14 +124,6 @@ class TrainStep:
         if sigma is None:
             return torch.zeros((), dtype=torch.bool, device=self.device)
         return (self.counted >= SPIKE_WINDOW) & (loss > self.losses.mean() + sigma * self.losses.std())
-
-    def _reduces_gradients(self, micro_step: int, accumulation: int) -> bool:
-        # FSDP reduces after every micro-batch, in fp32: unreduced gradients of the whole model would take the memory
-        # that sharding saves.
-        return self.accelerator.is_fsdp2 or micro_step == accumulation - 1
-
-    def _no_sync(self) -> contextlib.AbstractContextManager:
-        return self.accelerator.no_sync(self.model)
 
     def blocks(self, step: int) -> list[Block]:
         """All blocks of a step; independent of the number of processes."""
@@ -172,7 +167,7 @@ def validation_losses(run: "PretrainRun", accelerator: Accelerator, model: torch
     inner = accelerator.unwrap_model(model)
     micro, processes = run.config.training.micro_batch_size, accelerator.num_processes
     losses = []
-    for number, blocks in enumerate(run.validation):
+    for blocks, positions in zip(run.validation, run.validation_positions, strict=True):
         starts = range(0, len(blocks), micro)
         total = torch.zeros((), device=accelerator.device)
         for first in range(0, len(starts), processes):
@@ -181,9 +176,8 @@ def validation_losses(run: "PretrainRun", accelerator: Accelerator, model: torch
             tokens = torch.from_numpy(blocks[start : start + micro]).to(accelerator.device)
             labels = tokens[:, 1:]
             inputs = {"input_ids": tokens[:, :-1], "labels": labels, "shift_labels": labels}
-            if run.validation_positions:
-                positions = run.validation_positions[number][start : start + micro]
-                inputs["position_ids"] = torch.from_numpy(positions).to(accelerator.device)
+            if run.config.data.document_masking:
+                inputs["position_ids"] = torch.from_numpy(positions[start : start + micro]).to(accelerator.device)
             with accelerator.autocast():
                 loss = inner(**inputs, num_items_in_batch=1).loss
             total += loss if place < len(starts) else 0.0
