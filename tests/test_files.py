@@ -15,6 +15,7 @@ from tests.power_cut import Disk
 from tinyllama_hf import files
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.files import (
+    link_folder,
     locked,
     new_file,
     new_files,
@@ -317,6 +318,24 @@ class TestFolder:
             replace_folder(new, folder, overwrite=False)
         replace_folder(new, folder)
         assert self.contents(folder) == {"b": "second"}
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_files_with_a_second_place(tmp_path, monkeypatch, has_links):
+    """As hard links, or as copies on a file system without them."""
+
+    def refused(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", refused)
+    source, folder = tmp_path / "source", tmp_path / "below" / "folder"
+    for place in (source, folder):
+        place.mkdir(parents=True)
+        (place / f"of {place.name}").write_text("text")
+    link_folder(source, folder)
+    assert names(folder) == ["of source"] and (folder / "of source").read_text() == "text"
+    assert (folder / "of source").samefile(source / "of source") == has_links
 
 
 class TestNewFiles:

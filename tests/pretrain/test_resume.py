@@ -362,6 +362,8 @@ class TestBranch:
         assert exact_rows(forked) == rows
         assert {p.name for p in milestone.iterdir()} == {p.name for p in list_milestones(forked)[-1].iterdir()}
         assert not any("distcp" in p.name for p in milestone.rglob("*")), "outside the published folder"
+        state, newest = base / "training_state" / list_milestones(base)[-1].name, base / "checkpoints" / "step-12"
+        assert all((state / file.name).samefile(file) for file in newest.iterdir()), "written once"
 
     def test_a_branch_has_its_own_optimiser_settings(self, recipe, tmp_path):
         """Compared with one step of an AdamW that is built from the moments of the milestone."""
