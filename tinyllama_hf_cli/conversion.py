@@ -14,7 +14,7 @@ _CONFIG = Annotated[
 ]
 
 
-def convert(
+def convert_command(
     source: _SOURCE,
     to: Annotated[
         str,
@@ -49,7 +49,7 @@ def convert(
     import sys
     import time
 
-    from tinyllama_hf.conversion.convert import convert as run
+    from tinyllama_hf.conversion.convert import convert
     from tinyllama_hf.conversion.verify import check_sanity
     from tinyllama_hf.progress import quiet_library_bars
 
@@ -59,7 +59,7 @@ def convert(
     losses: list[float] = []
     started = time.monotonic()
     check = (lambda checkpoint: losses.append(check_sanity(checkpoint))) if sanity else None
-    done = run(
+    done = convert(
         source,
         to,
         output,
@@ -83,7 +83,7 @@ def convert(
         print(line)
 
 
-def verify(
+def verify_command(
     a: _SOURCE,
     b: Annotated[str, typer.Argument(help="The checkpoint to compare with.")],
     text: Annotated[Path | None, typer.Option(help="Text file to compute on; its first 512 tokens are used.")] = None,
@@ -98,8 +98,7 @@ def verify(
 
     Example: tinyllama-hf verify lit_model.pth my-model
     """
-    from tinyllama_hf.conversion.verify import compare_tensors
-    from tinyllama_hf.conversion.verify import verify as run
+    from tinyllama_hf.conversion.verify import compare_tensors, verify
     from tinyllama_hf.progress import quiet_library_bars
 
     quiet_library_bars()
@@ -107,7 +106,7 @@ def verify(
         for row in compare_tensors(a, b, config):
             verdict = "same bits" if row.is_same_bits else f"largest {row.largest:.3g}, mean {row.mean:.3g}"
             print(f"{row.name:<56} {verdict:<36} {row.what}")
-    found = run(a, b, text=text, tolerance=tolerance, config=config)
+    found = verify(a, b, text=text, tolerance=tolerance, config=config)
     print(f"{a}: {found.layouts[0]}\n{b}: {found.layouts[1]}")
     print(f"{found.num_tokens} tokens of {found.inputs}")
     for note in found.notes:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from tinyllama_hf.data.prepare import Preparation
 
 
-def prepare(
+def prepare_command(
     sources: Annotated[
         list[str] | None,
         typer.Argument(
@@ -53,8 +53,7 @@ def prepare(
 
     Example: tinyllama-hf prepare corpus/*.jsonl.gz --tokenizer tokenizer.model --output data/corpus
     """
-    from tinyllama_hf.data.prepare import plan_preparation
-    from tinyllama_hf.data.prepare import prepare as run
+    from tinyllama_hf.data.prepare import plan_preparation, prepare
 
     options = {
         "tokenizer": tokenizer,
@@ -73,7 +72,7 @@ def prepare(
     if dry_run:
         _print_plan(plan_preparation(**request))
         return
-    metadata, was_finished = run(**request, workers=workers)
+    metadata, was_finished = prepare(**request, workers=workers)
     print(f"{request['output']}: is already finished" if was_finished else f"wrote {request['output']}")
     rows = metadata.get("rows")  # missing in data sets of version 0.1
     if rows and rows["kept"] < rows["read"]:

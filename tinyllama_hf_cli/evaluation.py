@@ -54,8 +54,8 @@ MODELS = Annotated[list[str], typer.Argument(help="Model folders or names; or on
 OUTPUT = "JSON file to write; default for {}. With --quantization nf4: {}-nf4.json."
 
 
-@app.command()
-def text(
+@app.command("text")
+def eval_text_command(
     models: MODELS,
     data: Annotated[
         list[str] | None,
@@ -112,8 +112,8 @@ def text(
         print(f"wrote {target}")
 
 
-@app.command()
-def tasks(
+@app.command("tasks")
+def eval_tasks_command(
     models: MODELS,
     data: Annotated[
         list[str] | None,
@@ -160,8 +160,8 @@ def tasks(
         print(f"wrote {path}")
 
 
-@app.command()
-def replies(
+@app.command("replies")
+def eval_replies_command(
     models: Annotated[list[str], typer.Argument(help="Folders or names of chat models.")],
     data: Annotated[
         list[str] | None, typer.Option(help="JSON lines of conversations; default: MODEL/validation.jsonl.")
@@ -213,7 +213,7 @@ def _one(data: list[str] | None, rule: str) -> str | None:
     return data[0] if data else None
 
 
-def report(
+def report_command(
     run: Annotated[Path, typer.Argument(help="Folder of a pretraining run with scores.json from `eval text`.")],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
     prompt: Annotated[list[str] | None, typer.Option(help="Prompt that each milestone continues, repeatable.")] = None,

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 
-def publish(
+def publish_command(
     run: Annotated[
         Path,
         typer.Argument(
@@ -43,8 +43,8 @@ def publish(
     """
     from huggingface_hub.utils import disable_progress_bars
 
-    from tinyllama_hf.hub.publish import publish as run_publish
+    from tinyllama_hf.hub.publish import publish
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    run_publish(run, repo, private, license, dry_run, lambda line: print(line, flush=True), base_model)
+    publish(run, repo, private, license, dry_run, lambda line: print(line, flush=True), base_model)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tinyllama_hf.inference.chat import ChatSession
 
 
-def list_released() -> None:
+def list_command() -> None:
     """List the released checkpoints; every command accepts these names in place of a model folder.
 
     pythia-1b is listed only as the baseline of the published table: it is not a Llama and cannot be loaded.
@@ -65,7 +65,7 @@ _BATCH_SIZE = Annotated[int | None, typer.Option(help="With --input: number of p
 _ENGINE = Annotated[str | None, typer.Option(hidden=True, help="Removed; prints an error.")]
 
 
-def generate(
+def generate_command(
     model: MODEL,
     prompt: Annotated[str, typer.Argument(help="Text to continue; without it, a new text is generated.")] = "",
     input_file: _INPUT = None,
@@ -118,7 +118,7 @@ def generate(
         note(str(helper.statistics))
 
 
-def chat(
+def chat_command(
     model: MODEL,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     temperature: _TEMPERATURE = 0.8,
@@ -152,40 +152,28 @@ def chat(
         with contextlib.suppress(ImportError):  # not on Windows
             import readline  # noqa: F401  gives input() line editing
         note("Type a message. /help shows the commands, /exit quits.")
-    while (line := _read_line()) is not None and _turn(session, line):
+    while _turn(session):
         pass
 
 
-def _turn(session: "ChatSession", line: str) -> bool:
-    """Handles one line; on a terminal, errors and Ctrl-C do not end the conversation."""
+def _turn(session: "ChatSession") -> bool:
+    """Reads and handles one line; on a terminal, errors and Ctrl-C do not end the conversation."""
     from tinyllama_hf.errors import InputError
 
+    is_terminal, line = sys.stdin.isatty(), None
     try:
+        line = input("> " if is_terminal else "")
         return session.handle(line)
-    except InputError as error:
-        if not sys.stdin.isatty():
-            raise
-        note(f"error: {error}")
-        return True
-    except KeyboardInterrupt:
-        if not sys.stdin.isatty():
-            raise
-        print(flush=True)
-        note("(stopped; this exchange is not kept)")
-        return True
-
-
-def _read_line() -> str | None:
-    """Returns the next line of standard input, `None` at its end; on a terminal, Ctrl-C discards the line."""
-    try:
-        return input("> " if sys.stdin.isatty() else "")
     except EOFError:
-        if sys.stdin.isatty():
+        if is_terminal:
             print(flush=True)
-        return None
-    except KeyboardInterrupt:
-        if not sys.stdin.isatty():
+        return False
+    except (InputError, KeyboardInterrupt) as error:
+        if not is_terminal:
             raise
-        print(flush=True)
-        note("(/exit quits)")
-        return ""
+        if isinstance(error, InputError):
+            note(f"error: {error}")
+        else:
+            print(flush=True)
+            note("(/exit quits)" if line is None else "(stopped; this exchange is not kept)")
+        return True

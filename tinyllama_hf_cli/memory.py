@@ -7,7 +7,7 @@ import typer
 from .loading import QUANTIZATION
 
 
-def memory(
+def memory_command(
     model: Annotated[
         str,
         typer.Argument(

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 
-def plan(
+def plan_command(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe of pretraining.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="section.key=value, replaces a value of the recipe.")

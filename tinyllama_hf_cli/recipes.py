@@ -10,7 +10,7 @@ app = typer.Typer(help="List or copy the bundled training recipes and evaluation
 
 
 @app.command("list")
-def list_recipes() -> None:
+def list_recipes_command() -> None:
     """List the files with their first lines.
 
     Example: tinyllama-hf recipes list
@@ -21,8 +21,8 @@ def list_recipes() -> None:
         print(f"{name:<{width}}  {_summary(file)}")
 
 
-@app.command()
-def copy(
+@app.command("copy")
+def copy_recipes_command(
     folder: Annotated[Path, typer.Argument(help="Folder to create; must not exist.")],
 ) -> None:
     """Copy the recipes and scripts, for `accelerate launch FOLDER/pretrain.py FOLDER/RECIPE.yaml`.

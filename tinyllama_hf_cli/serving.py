@@ -8,7 +8,7 @@ import typer
 from .loading import ADAPTER, DEVICE, DTYPE, MODEL, QUANTIZATION, load_model
 
 
-def serve(
+def serve_command(
     model: MODEL,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 means all addresses of this machine.")

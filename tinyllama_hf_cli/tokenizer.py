@@ -12,8 +12,8 @@ EMBEDDED = ("embedded:prose", "embedded:code")
 _SOURCES_HELP = "embedded:prose, embedded:code; or files and folders of JSON lines or text."
 
 
-@app.command()
-def train(
+@app.command("train")
+def train_tokenizer_command(
     sources: Annotated[list[str], typer.Argument(help=_SOURCES_HELP)],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
     vocab_size: Annotated[
@@ -40,8 +40,8 @@ def train(
     print(f"wrote {output}: {len(trained):,} ids")
 
 
-@app.command()
-def verify(
+@app.command("verify")
+def verify_tokenizer_command(
     folder: Annotated[str, typer.Argument(help="Tokenizer folder or file, or the name of a released model.")],
     files: Annotated[list[str] | None, typer.Argument(help="More files or folders, as for --text.")] = None,
     against: Annotated[Path | None, typer.Option(help="SentencePiece model; default: FOLDER/tokenizer.model.")] = None,
