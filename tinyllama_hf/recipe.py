@@ -75,38 +75,34 @@ def read_recipe(
         raise InputError(f"{path}: a recipe is a mapping of sections, got {type(values).__name__}")
     for override in overrides:
         _apply(values, override)
-    sections, problems = _read_sections(schema, values)
-    problems += contradictions(sections)
-    if problems:
+    recipe, errors = None, []
+    try:
+        recipe = schema.model_validate(values)
+    except ValidationError as error:
+        errors = error.errors()
+    sections = _valid_sections(schema, values, errors)
+    problems = [_problem(schema, error) for error in errors] + contradictions(sections)
+    if recipe is None or problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         where = f"{path} with {' '.join(overrides)}" if overrides else path
         raise InputError(f"{where}: {len(problems)} problem{'s' * (len(problems) > 1)}\n{lines}")
-    return schema.model_validate(values)
+    return recipe
 
 
-def _read_sections(schema: type[Recipe], values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Returns the sections that are valid on their own, and the problems of all sections."""
-    try:
-        schema.model_validate(values)
-        found = []
-    except ValidationError as error:
-        found = error.errors()
-    broken = {problem["loc"][0] for problem in found}
-    sections = {
+def _valid_sections(schema: type[Recipe], values: dict[str, Any], errors: list[ErrorDetails]) -> dict[str, Any]:
+    """Returns the sections that have no error."""
+    broken = {error["loc"][0] for error in errors}
+    return {
         name: section.model_validate(values[name])
         for name, field in schema.model_fields.items()
         if (section := _section_of(field.annotation)) and name not in broken and values.get(name) is not None
     }
-    return sections, [_problem(schema, problem) for problem in found]
 
 
 def _section_of(annotation: Any) -> type[Section] | None:
     """Returns the section type of a field, or `None` for a plain value."""
-    return next((kind for kind in (annotation, *get_args(annotation)) if _is_section(kind)), None)
-
-
-def _is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Section)
+    kinds = (annotation, *get_args(annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
