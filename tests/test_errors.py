@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tinyllama_hf_cli
-from tinyllama_hf.errors import InputError, check_seed, one_line
+from tinyllama_hf.errors import InputError, check_seed, one_line, refuse_damage
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63, 2**64 - 1])
@@ -50,3 +50,15 @@ def test_an_exception_in_one_line():
     assert one_line(InputError("--seed -1: must be positive")) == "--seed -1: must be positive"
     long = one_line(ValueError("x" * 1000))
     assert len(long) == 300 and long.endswith("x...")
+
+
+@pytest.mark.parametrize("error", [AttributeError, StopIteration, KeyError, OSError])
+def test_what_a_reader_raises_is_damage(error):
+    with pytest.raises(InputError, match=r"^model\.bin: damaged or incomplete \("), refuse_damage("model.bin"):
+        raise error("odd")
+
+
+@pytest.mark.parametrize("error", [InputError, MemoryError, NameError, ImportError, AssertionError])
+def test_what_only_a_faulty_program_raises_is_no_damage(error):
+    with pytest.raises(error, match=r"^odd$"), refuse_damage("model.bin"):
+        raise error("odd")

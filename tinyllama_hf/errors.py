@@ -75,11 +75,12 @@ def damaged(where: object, reason: object) -> InputError:
 def refuse_damage(where: object) -> Iterator[None]:
     """Turns the exceptions of a parser or constructor into the `InputError` of [`damaged`].
 
-    Libraries raise almost any exception on damaged input, so the block should contain nothing but the reading.
+    Libraries raise almost any exception on damaged input, so the block should contain nothing but the reading. Those
+    that only a faulty program raises are not translated.
     """
     try:
         yield
-    except (InputError, MemoryError):
+    except (InputError, MemoryError, NameError, ImportError, AssertionError):
         raise
     except Exception as error:
         raise damaged(where, one_line(error)) from error

@@ -72,6 +72,20 @@ def released() -> tuple[Released, ...]:
     return tuple(found.values())
 
 
+def find_repository(name: str) -> tuple[str, str] | None:
+    """Returns Hub id and revision of a released or intermediate checkpoint, `None` for any other name.
+
+    Raises:
+        InputError: if the model is not a Llama, or no intermediate checkpoint has this name.
+    """
+    model = next((model for model in released() if model.name == name), None)
+    if model is None:
+        return intermediate_checkpoint(name)
+    if model.kind == "peer":
+        raise InputError(f"model {name!r}: not a Llama, and listed only for comparison with the published scores")
+    return model.hub, model.revision
+
+
 def intermediate_checkpoint(name: str) -> tuple[str, str] | None:
     """Returns Hub id and revision of an intermediate checkpoint, such as `step-715k-token-1499B`.
 
@@ -121,14 +135,8 @@ def local_folder(name: str, only: Sequence[str] | None = None) -> Path:
     if path.exists():
         return path
     inside: list[str] = []
-    known = {model.name: model for model in released()}
-    loadable = [model.name for model in released() if model.kind != "peer"]
-    if name in known and known[name].kind == "peer":
-        raise InputError(f"model {name!r}: not a Llama; it is listed only for comparison with the published scores")
-    if name in known:
-        repository, revision = known[name].hub, known[name].revision
-    elif intermediate := intermediate_checkpoint(name):
-        repository, revision = intermediate
+    if found := find_repository(name):
+        repository, revision = found
     elif (
         (name.count("/") == 1 or (name.count("/") > 1 and path.suffix in _FILES))
         and not name.startswith((".", "/", "~"))
@@ -138,6 +146,7 @@ def local_folder(name: str, only: Sequence[str] | None = None) -> Path:
         repository, _, revision = f"{user}/{repository}".partition("@")
         only = inside or only
     else:
+        loadable = [model.name for model in released() if model.kind != "peer"]
         raise InputError(
             f"model {name!r}: no such folder, and no released model{did_you_mean(name, loadable)} "
             "(see `tinyllama-hf list`)"
@@ -161,16 +170,16 @@ def _download(repository: str, revision: str | None, only: Sequence[str] | None)
     from huggingface_hub import snapshot_download
 
     folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(only or _SMALL_FILES)))
+    # By the id of the commit, so that files of two commits are never mixed.
+    fetch = functools.partial(snapshot_download, repository, revision=folder.name)
     for whole, index in () if only else _WEIGHTS:
-        # By the id of the commit, so that files of two commits are never mixed.
-        snapshot_download(repository, revision=folder.name, allow_patterns=[whole])
+        fetch(allow_patterns=[whole])
         if any(folder.glob(whole)):
             break
         if index:
-            snapshot_download(repository, revision=folder.name, allow_patterns=[index])
+            fetch(allow_patterns=[index])
         if index and (folder / index).is_file():
-            shards = _shards(folder / index)
-            snapshot_download(repository, revision=folder.name, allow_patterns=shards)
+            fetch(allow_patterns=_shards(folder / index))
             break
     return folder
 

@@ -279,7 +279,7 @@ class TestArchitecture:
         fields = json.loads((folders["nano"] / "config.json").read_text())
         for key, value in (("hidden_size", "wide"), ("num_attention_heads", 0), ("num_attention_heads", 7)):
             (tmp_path / "config.json").write_text(json.dumps(fields | {key: value}))
-            with pytest.raises(InputError, match=r"config\.json: is not a valid configuration \("):
+            with pytest.raises(InputError, match=r"config\.json: damaged or incomplete \("):
                 find_architecture(str(tmp_path))
 
 

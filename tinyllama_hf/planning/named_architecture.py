@@ -5,15 +5,14 @@ from typing import NamedTuple
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from ..configuration_tinyllama import PRESETS, TinyLlamaConfig
-from ..errors import InputError, one_line
+from ..errors import InputError, refuse_damage
 from ..files import read_json
 from ..inference.load import model_folder
 from ..quantization.bitsandbytes import saved_quantization
-from ..released import intermediate_checkpoint, local_folder, released, tables
+from ..released import find_repository, local_folder, tables
 
 
 class Architecture(NamedTuple):
@@ -50,8 +49,7 @@ def find_architecture(name: str) -> Architecture:
         return _of_folder(Path(name))
     if name in PRESETS:
         return Architecture(TinyLlamaConfig.preset(name), torch.bfloat16, f"preset {name}")
-    published = {model.name: (model.hub, model.revision) for model in released() if model.kind != "peer"}
-    if found := published.get(name) or intermediate_checkpoint(name):
+    if found := find_repository(name):
         repository, revision = found
         cached = try_to_load_from_cache(repository, "config.json", revision=revision)
         if isinstance(cached, str):
@@ -69,11 +67,9 @@ def _of_folder(folder: Path) -> Architecture:
     folder = model_folder(folder, quantized=True)
     fields = read_json(folder / "config.json")
     saved = saved_quantization(fields, str(folder))
-    try:
+    with refuse_damage(folder / "config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         skipped = saved != "none" and fields["quantization_config"].get("llm_int8_skip_modules")
         if skipped and not (isinstance(skipped, list) and all(isinstance(name, str) for name in skipped)):
             raise TypeError(f"llm_int8_skip_modules: {skipped!r} is not a list of names")
         return Architecture(TinyLlamaConfig.from_llama(config), config.dtype, "config.json", saved)
-    except (OSError, ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
-        raise InputError(f"{folder / 'config.json'}: is not a valid configuration ({one_line(error)})") from error
