@@ -19,11 +19,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .configuration_tinyllama import TinyLlamaConfig
-from .errors import InputError, did_you_mean, one_line
+from .errors import InputError, did_you_mean, one_line, refuse_damage
 from .files import read_json
 from .gguf.vocabulary import TokenType, byte_level_tokenizer, read_vocabulary
 from .released import TOKENIZER_FILES, local_folder
-from .text import ENCODING
+from .text import read_text
 
 
 if TYPE_CHECKING:
@@ -81,16 +81,11 @@ class TinyLlamaTokenizer(PreTrainedTokenizerFast):
         return tokenizer
 
     def _save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        file_names: tuple[str, ...],
-        legacy_format: bool | None = None,
-        filename_prefix: str | None = None,
+        self, save_directory: str | os.PathLike, file_names: tuple[str, ...], *args: Any, **kwargs: Any
     ) -> tuple[str, ...]:
-        saved = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
+        saved = super()._save_pretrained(save_directory, file_names, *args, **kwargs)
         config_file = Path(file_names[0])
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config = read_json(config_file) | {"tokenizer_class": "PreTrainedTokenizerFast"}
         config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if self.sentencepiece_model is None:
             return saved
@@ -171,27 +166,24 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def _from_sentencepiece(model_file: Path, folder: Path | None) -> TinyLlamaTokenizer:
     reference = load_sentencepiece(model_file)
-    scores = {
-        reference.id_to_piece(i): reference.get_score(i)
-        for i in range(reference.get_piece_size())
-        if not (reference.is_control(i) or reference.is_unknown(i) or reference.is_byte(i))
-    }
-    vocabulary = {reference.id_to_piece(i): i for i in range(reference.get_piece_size())}
-    if reference.bos_id() < 0 or reference.eos_id() < 0:
+    special_ids = {"unk_token": reference.unk_id(), "bos_token": reference.bos_id(), "eos_token": reference.eos_id()}
+    if min(special_ids.values()) < 0:
         raise InputError(
             f"{model_file}: has no begin- or end-of-sequence token, and Llama's has both. Use AutoTokenizer for it"
         )
-    control = [reference.id_to_piece(i) for i in range(len(vocabulary)) if reference.is_control(i)]
-    special = {
-        "unk_token": reference.id_to_piece(reference.unk_id()),
-        "bos_token": reference.id_to_piece(reference.bos_id()),
-        "eos_token": reference.id_to_piece(reference.eos_id()),
+    pieces = [reference.id_to_piece(i) for i in range(reference.get_piece_size())]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    special = {role: pieces[i] for role, i in special_ids.items()}
+    control = [piece for i, piece in enumerate(pieces) if reference.is_control(i)]
+    scores = {
+        piece: reference.get_score(i)
+        for i, piece in enumerate(pieces)
+        if not (reference.is_control(i) or reference.is_unknown(i) or reference.is_byte(i))
     }
-    backend = _pipeline(vocabulary, merges_by_score(scores), special["unk_token"], control)
-    tokenizer = _wrap(backend, special, folder)
+    tokenizer = _wrap(_pipeline(vocabulary, merges_by_score(scores), special["unk_token"], control), special, folder)
     tokenizer.sentencepiece_model = model_file.read_bytes()
-    pieces = "".join(scores).replace(DUMMY_PREFIX, " ")
-    for text in (*_PROBES, *(pieces[i : i + 4096] for i in range(0, len(pieces), 4096))):
+    characters = "".join(scores).replace(DUMMY_PREFIX, " ")
+    for text in (*_PROBES, *(characters[i : i + 4096] for i in range(0, len(characters), 4096))):
         if encode_text(tokenizer, text) != reference.encode(text):
             raise InputError(
                 f"{model_file}: SentencePiece and the Llama 2 tokenizer give different ids for {text[:40]!r}. It is "
@@ -212,7 +204,7 @@ def _from_tokenizer_json(json_file: Path, folder: Path | None) -> PreTrainedToke
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
     merges = [(left, right) for left, right in pairs]
     vocabulary = model["vocab"]
-    added = {token["content"]: token["id"] for token in state["added_tokens"] if token["special"]}
+    added = (token["content"] for token in state["added_tokens"] if token["special"])
     special = {"unk_token": model.get("unk_token") or "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     if not vocabulary.keys() >= {*special.values()}:
         raise InputError(f"{json_file}: its vocabulary has no <unk>, <s> or </s>, and Llama's has all three")
@@ -297,29 +289,29 @@ def _wrap(
 ) -> TinyLlamaTokenizer:
     """Returns the transformers tokenizer, with the settings and added tokens of the folder."""
     settings = {"add_bos_token": True, **special, "pad_token": special["unk_token"], **(settings or {})}
-    config_file = folder / "tokenizer_config.json" if folder else None
-    config = read_json(config_file) if config_file and config_file.is_file() else {}
-    json_file = folder / "tokenizer.json" if folder else None
+    config = _read_optional(folder, "tokenizer_config.json")
+    state = _read_optional(folder, "tokenizer.json")
     if folder:
-        _add_tokens(_added_tokens(folder, config), backend, folder)
+        _add_tokens(_added_tokens(folder, state, config), backend, folder)
     # From 5.0 on, transformers stores in the post-processor only whether begin- and end-of-sequence are added. That of
     # its LlamaTokenizer is wrong: it is saved without begin-of-sequence by default (5.23).
-    is_llama = config.get("tokenizer_class", "Llama").startswith("Llama")
-    if json_file and json_file.is_file() and not is_llama:
-        settings.update(_separators(read_json(json_file).get("post_processor"), settings))
+    if not config.get("tokenizer_class", "Llama").startswith("Llama"):
+        settings.update(_separators(state.get("post_processor"), settings))
     for name in _CARRIED_SETTINGS:
         if config.get(name) is not None:
             value = config[name]
             settings[name] = value["content"] if isinstance(value, dict) else value
     settings.update(_padding(declared_padding(config), backend, settings))
     tokenizer = TinyLlamaTokenizer(tokenizer_object=backend, clean_up_tokenization_spaces=False, **settings)
-    template_file = folder / "chat_template.jinja" if folder else None
-    if template_file and template_file.is_file():
-        with _translate_errors(template_file):
-            tokenizer.chat_template = template_file.read_text(encoding=ENCODING)
+    if folder and (folder / "chat_template.jinja").is_file():
+        tokenizer.chat_template = read_text(folder / "chat_template.jinja")
     elif config.get("chat_template"):
         tokenizer.chat_template = config["chat_template"]
     return tokenizer
+
+
+def _read_optional(folder: Path | None, name: str) -> dict[str, Any]:
+    return read_json(folder / name) if folder and (folder / name).is_file() else {}
 
 
 def declared_padding(config: Mapping[str, Any]) -> str | None:
@@ -344,16 +336,14 @@ def _separators(post_processor: dict[str, Any] | None, settings: Mapping[str, An
     return {f"add_{name}": settings[name] in added for name in ("bos_token", "eos_token")}
 
 
-def _added_tokens(folder: Path, config: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _added_tokens(folder: Path, state: Mapping[str, Any], config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns the added tokens of a folder, from the first of three possible files."""
-    if (folder / "tokenizer.json").is_file():
-        return read_json(folder / "tokenizer.json")["added_tokens"]
-    tokens = [{"id": int(i), **token} for i, token in config.get("added_tokens_decoder", {}).items()]
-    if not tokens and (folder / "added_tokens.json").is_file():
-        tokens = [
-            {"id": i, "content": name, "special": True} for name, i in read_json(folder / "added_tokens.json").items()
-        ]
-    return tokens
+    if state:
+        return state["added_tokens"]
+    if decoder := config.get("added_tokens_decoder"):
+        return [{"id": int(i), **token} for i, token in decoder.items()]
+    added = _read_optional(folder, "added_tokens.json")
+    return [{"id": i, "content": name, "special": True} for name, i in added.items()]
 
 
 def _add_tokens(tokens: list[dict[str, Any]], backend: Tokenizer, folder: Path) -> None:
@@ -363,11 +353,10 @@ def _add_tokens(tokens: list[dict[str, Any]], backend: Tokenizer, folder: Path) 
         options = {"normalized": False} | {name: token[name] for name in names if name in token}
         if backend.token_to_id(token["content"]) is None:
             backend.add_tokens([AddedToken(token["content"], **options)])
-        if backend.token_to_id(token["content"]) != token["id"]:
+        if (found := backend.token_to_id(token["content"])) != token["id"]:
             raise InputError(
-                f"{folder}: token {token['content']!r} has the id {token['id']}, but "
-                f"{backend.token_to_id(token['content'])} in the vocabulary. The files are from different tokenizers. "
-                "Remove one"
+                f"{folder}: token {token['content']!r} has the id {token['id']}, but {found} in the vocabulary. The "
+                "files are from different tokenizers. Remove one"
             )
 
 
@@ -379,12 +368,8 @@ def load_sentencepiece(model_file: str | os.PathLike) -> "SentencePieceProcessor
     """
     import sentencepiece  # pretraining runs without it
 
-    try:
+    with refuse_damage(f"SentencePiece model {model_file}"):
         return sentencepiece.SentencePieceProcessor(model_file=str(model_file))
-    except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"{model_file}: is not a readable SentencePiece model ({error}). Download or create it again"
-        ) from error
 
 
 AutoTokenizer.register(TinyLlamaConfig, fast_tokenizer_class=TinyLlamaTokenizer, exist_ok=True)
