@@ -26,7 +26,7 @@ from ..decoding.ragged_cache import num_slots
 from ..devices import format_bytes
 from ..errors import InputError
 from ..quantization.bitsandbytes import QUANTIZATIONS
-from .kv_cache import CacheSize, cache_size, multi_head
+from .kv_cache import CacheSize, cache_size
 from .memory_engine import MEMORY_RESERVE, LiveBytes
 
 
@@ -165,8 +165,7 @@ def memory_lines(name: str, found: BatchMemory) -> list[str]:
         found (`BatchMemory`): from [`batch_memory`].
     """
     setup, cache = found.setup, found.cache
-    dtype = str(setup.dtype).removeprefix("torch.")
-    held = dtype
+    held = dtype = str(setup.dtype).removeprefix("torch.")
     if setup.quantization != "none":
         held = f"{setup.quantization}; {format_bytes(weight_bytes(setup._replace(quantization='none')))} in {dtype}"
     text = [
@@ -176,16 +175,16 @@ def memory_lines(name: str, found: BatchMemory) -> list[str]:
         f"{format_bytes(cache.per_request)} per request of {cache.tokens:,} tokens, {cache.requests:,} requests",
     ]
     heads = setup.config.num_attention_heads
-    if setup.config.num_key_value_heads != heads:
-        every = cache_size(multi_head(setup.config), cache.requests, cache.tokens, setup.dtype)
+    times = heads / (setup.config.num_key_value_heads or heads)
+    if times > 1:
         text.append(
-            f"            {format_bytes(every.total)} if each of the {heads} heads had its own keys and values: "
-            f"{every.per_token:,.0f} bytes per token, {every.total / cache.total:.3g} times as much"
+            f"            {format_bytes(times * cache.total)} if each of the {heads} heads had its own keys and "
+            f"values: {times * cache.per_token:,.0f} bytes per token, {times:.3g} times as much"
         )
     text.append(f"total       {format_bytes(found.total)} of weights and cache")
-    if found.prefill is None:
-        return [*text, "prefill     not included: the memory of bitsandbytes inside an int8 product is not known"]
-    prefill = f"{format_bytes(found.prefill)} more while prompts of {cache.tokens:,} tokens are read at once"
+    prefill = "not included: the memory of bitsandbytes inside an int8 product is not known"
+    if found.prefill is not None:
+        prefill = f"{format_bytes(found.prefill)} more while prompts of {cache.tokens:,} tokens are read at once"
     return [*text, f"prefill     {prefill}"]
 
 
@@ -198,14 +197,12 @@ def fit_lines(found: BatchMemory, available: int, device: str) -> list[str]:
         device (`str`): its name.
     """
     usable, tokens = _usable(available), found.cache.tokens
-    text = f"fits        up to {largest_batch(found.setup, tokens, usable):,} sequences of {tokens:,} tokens"
+    fits = f"up to {largest_batch(found.setup, tokens, usable):,} sequences of {tokens:,} tokens"
     if found.prefill is not None:
         full = largest_batch(found.setup, tokens, usable, with_prefill=True)
-        text += f"; {full:,} if full prompts are read at once"
-    return [
-        f"device      {device}: {format_bytes(usable)} of {format_bytes(available)}, less {MEMORY_RESERVE:.0%}",
-        text,
-    ]
+        fits += f"; {full:,} if full prompts are read at once"
+    kept = f"{format_bytes(usable)} of {format_bytes(available)}, less {MEMORY_RESERVE:.0%}"
+    return [f"device      {device}: {kept}", f"fits        {fits}"]
 
 
 def check_batch(found: BatchMemory, available: int) -> None:
@@ -222,12 +219,10 @@ def check_batch(found: BatchMemory, available: int) -> None:
     if found.total <= usable:
         return
     fitting = largest_batch(setup, cache.tokens, usable)
-    kinds = () if _saved_quantization(setup.config) else QUANTIZATIONS
-    changes = {f"--quantization {name}": setup._replace(quantization=name) for name in kinds}
     better: dict[int, str] = {}
-    for option, changed in changes.items():
-        better.setdefault(largest_batch(changed, cache.tokens, usable), option)
-    others = "".join(f", {largest:,} with {option}" for largest, option in better.items() if largest > fitting)
+    for kind in () if _saved_quantization(setup.config) else QUANTIZATIONS:
+        better.setdefault(largest_batch(setup._replace(quantization=kind), cache.tokens, usable), kind)
+    others = "".join(f", {size:,} with --quantization {kind}" for size, kind in better.items() if size > fitting)
     raise InputError(
         f"--batch {cache.requests}: weights and cache take {format_bytes(found.total)}, and {format_bytes(usable)} "
         f"can be used; the largest batch that fits is {fitting:,}{others}"

@@ -4,7 +4,6 @@
 configuration on the meta device, without weights and without memory, and measures it in the same way.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,20 +83,13 @@ def cache_size(config: LlamaConfig, requests: int, tokens: int, dtype: torch.dty
     return CacheSize(measure_cache(cache).total * config.num_hidden_layers, requests, tokens)
 
 
-def multi_head(config: LlamaConfig) -> LlamaConfig:
-    """Returns the configuration with keys and values for every query head."""
-    config = copy.deepcopy(config)
-    config.num_key_value_heads = config.num_attention_heads
-    return config
-
-
 def _holds_keys(layer: CacheLayerMixin) -> bool:
     """Whether a layer is filled. Refuses a layer with other tensors, which would not be counted."""
     kind = type(layer).__name__
     if not hasattr(layer, "keys") or not hasattr(layer, "values"):
         raise InputError(f"cache layer {kind}: has no keys and values; it cannot be measured")
-    for name, value in vars(layer).items():
-        floating = (each for each in tree_leaves(value) if isinstance(each, torch.Tensor) and each.is_floating_point())
-        if name not in ("keys", "values") and any(True for _ in floating):
+    for name in vars(layer).keys() - {"keys", "values"}:
+        leaves = tree_leaves(getattr(layer, name))
+        if any(isinstance(each, torch.Tensor) and each.is_floating_point() for each in leaves):
             raise InputError(f"cache layer {kind}: holds {name} in addition to keys and values; it cannot be measured")
     return layer.keys is not None and layer.keys.shape[-2] > 0

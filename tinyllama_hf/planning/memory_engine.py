@@ -94,9 +94,7 @@ class _FusedGraph:
     graph. A fused kernel may overwrite an input that is not read later.
     """
 
-    _boxed_call = (
-        True  # the inputs are in a list that is emptied, so that saved tensors are freed after their last use
-    )
+    _boxed_call = True  # the inputs are in a list that is emptied, which frees saved tensors after their last use
 
     def __init__(self, module: fx.GraphModule, live: Callable[[], LiveBytes]):
         self.module, self.live = module, live
@@ -125,8 +123,9 @@ class _FusedGraph:
             if node.op == "output":
                 return fx.node.map_arg(node.args[0], values.__getitem__)
             if node.op == "call_function":
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
                 with live.paused():
-                    values[node] = _call(node, values)
+                    values[node] = node.target(*args, **kwargs)
                 if not _is_kernel(node):
                     self._free(node, values)
                 if node in self.existing:
@@ -136,12 +135,6 @@ class _FusedGraph:
     def _free(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
         for freed in self.freed[node]:
             values.pop(freed, None)
-
-
-def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-    # An operator: a name only where the node calls a method or a module.
-    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _is_kernel(node: fx.Node) -> bool:

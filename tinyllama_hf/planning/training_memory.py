@@ -172,11 +172,9 @@ class _Step:
     def __init__(self, config: TinyLlamaConfig, layout: Layout, dtype: torch.dtype):
         self.layout, self.live = layout, LiveBytes()
         attention = "eager" if layout.attention == "eager" else UNPACKED_SDPA
-        if layout.loss == "stock":
-            model = LlamaForCausalLM._from_config(config.to_llama(), attn_implementation=attention, dtype=dtype)
-        else:
-            model = TinyLlamaForCausalLM._from_config(config, attn_implementation=attention, dtype=dtype)
-        self.model: Any = model.train()
+        is_stock = layout.loss == "stock"
+        kind, built = (LlamaForCausalLM, config.to_llama()) if is_stock else (TinyLlamaForCausalLM, config)
+        self.model: Any = kind._from_config(built, attn_implementation=attention, dtype=dtype).train()
         if layout.activation_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         if layout.compiled and layout.kernels == "none":
