@@ -24,13 +24,13 @@ def main() -> int:
 
     # Imported here, so that --help needs no torch.
     from tinyllama_hf.errors import InputError
-    from tinyllama_hf.finetune.config import load_config
+    from tinyllama_hf.finetune.config import load_finetune_config
     from tinyllama_hf.finetune.sft import finetune_run, open_run, print_summary
     from tinyllama_hf.progress import quiet_library_bars
 
     quiet_library_bars()
     try:
-        config = load_config(arguments.recipe, arguments.overrides)
+        config = load_finetune_config(arguments.recipe, arguments.overrides)
         run = open_run(config, arguments.overwrite)  # checks everything, writes nothing
         print_summary(run, arguments.dry_run)
         if not arguments.dry_run:

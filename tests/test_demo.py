@@ -58,8 +58,8 @@ for word in sys.argv:
 def test_every_command_of_the_demo_has_a_meaning(tmp_path):
     """The script with its commands only recorded: recipes with their overrides are valid, options exist."""
     from tests.test_cli import COMMANDS
-    from tinyllama_hf.finetune.config import load_config as finetune_config
-    from tinyllama_hf.pretrain.config import load_pretrain_config as pretrain_config
+    from tinyllama_hf.finetune.config import load_finetune_config
+    from tinyllama_hf.pretrain.config import load_pretrain_config
     from tinyllama_hf.pretrain.setup import check_batches
 
     log = tmp_path / "calls.jsonl"
@@ -80,9 +80,9 @@ def test_every_command_of_the_demo_has_a_meaning(tmp_path):
         place = next(i for i, word in enumerate(words) if word.endswith(".py"))
         recipe, overrides = words[place + 1], [word for word in words[place + 2 :] if not word.startswith("--")]
         if words[place].endswith("pretrain.py"):
-            check_batches(pretrain_config(recipe, overrides), 1)
+            check_batches(load_pretrain_config(recipe, overrides), 1)
         else:
-            finetune_config(recipe, overrides)
+            load_finetune_config(recipe, overrides)
 
 
 @pytest.fixture(scope="module")

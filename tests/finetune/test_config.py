@@ -6,7 +6,7 @@ from transformers import set_seed
 
 from tests.conftest import ROOT, assert_recipe_is_complete
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.finetune.config import load_config
+from tinyllama_hf.finetune.config import load_finetune_config
 
 
 RECIPES = sorted((ROOT / "recipes" / "sft").glob("*.yaml"))
@@ -14,11 +14,11 @@ RECIPES = sorted((ROOT / "recipes" / "sft").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
 def test_every_recipe_is_valid_complete_and_says_how_to_run_it(path):
-    assert_recipe_is_complete(path, load_config(path))
+    assert_recipe_is_complete(path, load_finetune_config(path))
 
 
 def test_full_and_lora():
-    adapters = {path.stem: load_config(path).adapter for path in RECIPES}
+    adapters = {path.stem: load_finetune_config(path).adapter for path in RECIPES}
     assert {name: adapter.kind for name, adapter in adapters.items()} == {"full": "none", "lora": "lora"}
     assert adapters["lora"].rank == 8
 
@@ -30,7 +30,7 @@ def test_all_problems_at_once(tmp_path):
     values["training"]["epochs"] = 0
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(InputError) as caught:
-        load_config(tmp_path / "a.yaml")
+        load_finetune_config(tmp_path / "a.yaml")
     for line in (
         "3 problems",
         "training.learning_rat: unknown key; did you mean 'learning_rate'?",
@@ -42,13 +42,13 @@ def test_all_problems_at_once(tmp_path):
 
 def test_a_micro_batch_that_does_not_divide():
     with pytest.raises(InputError, match=r"micro_batch_size: 3 .*sequences_per_step 16\b.* 1, 2, 4, 8, 16"):
-        load_config(RECIPES[0], ["training.micro_batch_size=3"])
+        load_finetune_config(RECIPES[0], ["training.micro_batch_size=3"])
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**64])
 def test_a_seed_that_the_trainer_does_not_take(seed):
     with pytest.raises(InputError, match=f"training.seed: {seed}: "):
-        load_config(RECIPES[0], [f"training.seed={seed}"])
+        load_finetune_config(RECIPES[0], [f"training.seed={seed}"])
 
 
 def test_transformers_takes_no_larger_seed():

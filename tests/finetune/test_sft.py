@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.finetune import sft
-from tinyllama_hf.finetune.config import load_config
+from tinyllama_hf.finetune.config import load_finetune_config
 from tinyllama_hf.finetune.conversations import HELD_OUT_FILE, read_conversations, render_all
 from tinyllama_hf.finetune.replies import generate_replies, reply_loss, score_model_replies
 from tinyllama_hf.inference.load import load_stock
@@ -63,7 +63,7 @@ def finetune(config, overwrite=False, dry_run=False):
 
 
 def tuned(recipe, *overrides):
-    config = load_config(recipe, overrides)
+    config = load_finetune_config(recipe, overrides)
     finetune(config)
     return recipe.parent / "chat"
 
@@ -94,11 +94,11 @@ def test_full_fine_tuning_leaves_a_plain_folder_that_replies_and_stops(recipe, b
     )
     reply = model.generate(**asked, max_new_tokens=24, do_sample=False)[0, asked["input_ids"].shape[1] :]
     assert stock_tokenizer.decode(reply, skip_special_tokens=True).strip() == scores.samples[0].reply
-    assert load_config(folder / "training.yaml").model_dump() == load_config(recipe).model_dump()
+    assert load_finetune_config(folder / "training.yaml").model_dump() == load_finetune_config(recipe).model_dump()
 
 
 def test_the_reply_loss_is_that_of_a_plain_loop(recipe, base):
-    run = sft.open_run(load_config(recipe))
+    run = sft.open_run(load_finetune_config(recipe))
     model, _ = load_stock(base)
     total = count = 0
     for rendering in run.held_out:
@@ -124,7 +124,7 @@ def test_trl_trains_on_exactly_our_tokens(recipe, base, monkeypatch):
     monkeypatch.setattr(trl.SFTTrainer, "training_step", watch)
     folder = tuned(recipe, "training.epochs=0.2", "training.schedule=constant", "training.warmup_steps=0")
     assert len(seen) == 1, "32 conversations in steps of 8, a fifth of an epoch"
-    run = sft.open_run(load_config(recipe), overwrite=True)
+    run = sft.open_run(load_finetune_config(recipe), overwrite=True)
     ours = {tuple(r.input_ids): r.assistant_masks for r in run.train}
     for ids, labels, attention in zip(*(seen[0][n] for n in ("input_ids", "labels", "attention_mask")), strict=True):
         length = int(attention.sum())
@@ -171,7 +171,7 @@ def test_lora_writes_the_merged_model_and_the_adapter(recipe, base):
 
 def test_the_same_recipe_gives_the_same_weights(recipe):
     first = load_file(tuned(recipe, "training.epochs=1") / "model.safetensors")
-    finetune(load_config(recipe, ["training.epochs=1"]), overwrite=True)
+    finetune(load_finetune_config(recipe, ["training.epochs=1"]), overwrite=True)
     second = load_file(recipe.parent / "chat" / "model.safetensors")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -180,7 +180,7 @@ def test_micro_batches_change_nothing(recipe):
     """The loss is summed over the tokens with loss of the whole step, so 1 x 8 equals 4 x 2."""
     options = ("training.epochs=1", "training.learning_rate=1e-3")
     whole = load_file(tuned(recipe, *options) / "model.safetensors")
-    finetune(load_config(recipe, [*options, "training.micro_batch_size=2"]), overwrite=True)
+    finetune(load_finetune_config(recipe, [*options, "training.micro_batch_size=2"]), overwrite=True)
     parts = load_file(recipe.parent / "chat" / "model.safetensors")
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name], atol=2e-4, rtol=0, msg=name)
@@ -211,7 +211,7 @@ def trainer_of(monkeypatch):
 
     def made(recipe, *overrides):
         with pytest.raises(Stopped) as caught:
-            finetune(load_config(recipe, overrides))
+            finetune(load_finetune_config(recipe, overrides))
         return caught.value.args[0]
 
     return made
@@ -239,7 +239,7 @@ REACHES = {
 
 
 def test_every_key_reaches_the_trainer(recipe, trainer_of):
-    sections = {name: load_config(recipe).model_dump()[name] for name in ("adapter", "training", "logging")}
+    sections = {name: load_finetune_config(recipe).model_dump()[name] for name in ("adapter", "training", "logging")}
     assert REACHES.keys() == {f"{section}.{key}" for section, keys in sections.items() for key in keys}
     for key, (value, _) in REACHES.items():
         section, name = key.split(".")
@@ -254,15 +254,15 @@ def test_the_data_section_reaches_the_run(recipe):
     """The held-out conversations by the hash of their messages, and the number of overlong ones."""
     talks = [json.loads(line)["messages"] for line in (recipe.parent / "talk.jsonl").read_text().splitlines()]
     digests = [hashlib.sha256(json.dumps(talk, sort_keys=True).encode()).hexdigest() for talk in talks]
-    run = sft.open_run(load_config(recipe, ["data.validation_fraction=0.5"]))
+    run = sft.open_run(load_finetune_config(recipe, ["data.validation_fraction=0.5"]))
     held_out = [talk for talk, digest in zip(talks, digests, strict=True) if int(digest, 16) < 0.5 * 16**64]
     assert [conversation.messages for conversation in run.held_out_conversations] == held_out
     lengths = sorted(len(rendering.input_ids) for rendering in (*run.train, *run.held_out))
     overrides = ["data.validation_fraction=0.5", f"data.max_length={lengths[20]}"]
-    dropped = sft.open_run(load_config(recipe, [*overrides, "data.overlong=drop"])).num_dropped
+    dropped = sft.open_run(load_finetune_config(recipe, [*overrides, "data.overlong=drop"])).num_dropped
     assert dropped == sum(length > lengths[20] for length in lengths) > 0
     with pytest.raises(InputError, match=f"longer than data.max_length {lengths[20]}"):
-        sft.open_run(load_config(recipe, overrides))
+        sft.open_run(load_finetune_config(recipe, overrides))
 
 
 def test_the_optimizer_follows_the_recipe(recipe):
@@ -280,7 +280,7 @@ def test_the_optimizer_follows_the_recipe(recipe):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rates = [row["learning_rate"] for row in rows if "learning_rate" in row]
     assert rates == pytest.approx([0.0, 0.005, 0.01, 0.02 / 3, 0.01 / 3]), "34 conversations in steps of 8"
-    before = load_file(load_config(recipe).model.path + "/model.safetensors")["model.embed_tokens.weight"]
+    before = load_file(load_finetune_config(recipe).model.path + "/model.safetensors")["model.embed_tokens.weight"]
     after = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     unused = 511  # a token of none of the conversations
     shrunk = before[unused]
@@ -341,9 +341,9 @@ def test_a_model_with_a_template_is_trained_in_it(recipe, chatml_base, trainer_o
 
 
 def test_its_template_is_replaced_only_if_the_recipe_says_so(recipe, chatml_base, capsys):
-    finetune(load_config(recipe, [f"model.path={chatml_base}"]), dry_run=True)
+    finetune(load_finetune_config(recipe, [f"model.path={chatml_base}"]), dry_run=True)
     assert "⟦The red one.<|im_end|>⟧" in capsys.readouterr().out
-    finetune(load_config(recipe, [f"model.path={chatml_base}", "chat.template=llama2"]), dry_run=True)
+    finetune(load_finetune_config(recipe, [f"model.path={chatml_base}", "chat.template=llama2"]), dry_run=True)
     printed = capsys.readouterr().out
     assert "llama2, which replaces the model's own" in printed and "⟦The red one. <|im_end|>⟧" in printed
 
@@ -365,14 +365,14 @@ BAD = {
 def test_bad_input_before_anything_is_written(recipe, overrides, message):
     before = sorted(recipe.parent.rglob("*"))
     with pytest.raises(InputError, match=message):
-        finetune(load_config(recipe, overrides))
+        finetune(load_finetune_config(recipe, overrides))
     assert sorted(recipe.parent.rglob("*")) == before
 
 
 def test_a_template_without_markers(recipe, base, tmp_path):
     (tmp_path / "plain.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     with pytest.raises(InputError, match=r"chat template.*end-of-sequence.*'</s>'"):
-        finetune(load_config(recipe, [f"chat.template={tmp_path / 'plain.jinja'}"]))
+        finetune(load_finetune_config(recipe, [f"chat.template={tmp_path / 'plain.jinja'}"]))
 
 
 def test_training_that_diverged_keeps_the_earlier_folder(recipe):
@@ -380,7 +380,7 @@ def test_training_that_diverged_keeps_the_earlier_folder(recipe):
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     diverging = ["training.learning_rate=1e30", "training.schedule=constant", "training.warmup_steps=0"]
     with pytest.raises(InputError, match=r"training.learning_rate: 1e\+30: training diverged"):
-        finetune(load_config(recipe, diverging), overwrite=True)
+        finetune(load_finetune_config(recipe, diverging), overwrite=True)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert not list(recipe.parent.glob(".*"))
 
@@ -415,7 +415,7 @@ def test_an_output_that_is_something_else(recipe):
     (recipe.parent / "chat" / "thesis.txt").write_text("precious")
     for overwrite in (False, True):
         with pytest.raises(InputError, match=r"output_dir .* is not empty.*not a fine-tuned model"):
-            finetune(load_config(recipe), overwrite)
+            finetune(load_finetune_config(recipe), overwrite)
     assert (recipe.parent / "chat" / "thesis.txt").exists()
 
 

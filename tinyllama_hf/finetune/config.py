@@ -72,7 +72,7 @@ class FinetuneConfig(Section):
     logging: LoggingSection
 
 
-def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> FinetuneConfig:
+def load_finetune_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> FinetuneConfig:
     """Reads a recipe and applies `section.key=value` overrides. See [`read_recipe`]."""
     return read_recipe(FinetuneConfig, path, overrides, _contradictions)
 

@@ -27,6 +27,7 @@ from ..evaluation.score_files import (
 from ..evaluation.score_metrics import median_length, stop_rate
 from ..inference.generation import Context
 from ..provenance import file_sha256
+from ..text import decode_text
 from ..tokenization_tinyllama import load_tokenizer
 from .conversations import HELD_OUT_FILE, TrainingExample, mark_replies, read_conversations
 
@@ -141,20 +142,18 @@ def generate_replies(
     order = sorted(range(len(rendered)), key=lambda i: len(rendered[i]))
     for numbers in _batches(order, batch_size):
         # Padded on the left, since generation continues on the right.
-        prompts_ids = [torch.tensor(rendered[i]) for i in numbers]
-        pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
-        ids = pad(prompts_ids, padding_value=tokenizer.pad_token_id)
-        mask = pad([torch.ones_like(row) for row in prompts_ids])
+        batch = tokenizer.pad(
+            {"input_ids": [rendered[i] for i in numbers]}, padding_side="left", return_tensors="pt"
+        ).to(model.device)
         output = model.generate(  # type: ignore[operator]  # its type is that of any attribute of a torch module
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
+            **batch,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
         for row, i in enumerate(numbers):
-            new = output[row, ids.shape[1] :].tolist()
+            new = output[row, batch["input_ids"].shape[1] :].tolist()
             end = new.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in new else len(new)
             replies[i] = new[:end]
         advance(len(numbers))
@@ -194,7 +193,7 @@ def score_model_replies(
     samples = [
         ReplySample(
             question=messages[-2]["content"],
-            reply=str(tokenizer.decode(reply, skip_special_tokens=True)).strip(),
+            reply=decode_text(tokenizer, reply).strip(),
             stopped=reply[-1] == tokenizer.eos_token_id,
             true=messages[-1]["content"],
         )

@@ -1,5 +1,6 @@
 """Supervised fine-tuning with TRL's `SFTTrainer`, on our rendering of conversations. Writes a plain Llama folder."""
 
+import itertools
 import json
 import math
 import sys
@@ -23,6 +24,7 @@ from ..inference.load import load_stock, model_folder
 from ..modeling_tinyllama import TinyLlamaForCausalLM
 from ..pretrain.milestones import CONFIG_FILE
 from ..progress import quiet_bitsandbytes
+from ..text import decode_text
 from ..tokenization_tinyllama import load_tokenizer, tokenizer_fingerprint
 from .config import FinetuneConfig
 from .conversations import (
@@ -73,14 +75,15 @@ def finetune_run(run: FinetuneRun, overwrite: bool = False) -> None:
     """
     processes = _processes()
     is_main = processes.is_main_process
-    before = _held_out_loss(run, run.base) if is_main else math.nan
+    before = math.nan
     if is_main:
+        before = reply_loss(load_stock(run.base)[0], run.held_out)
         print(f"held-out replies: loss {before:.3f} nats per token before training", flush=True)
     model, history = _train(run)
     if is_main:
         with new_folder(run.output, overwrite) as temporary:
             _save(run, model, temporary)
-            after = _held_out_loss(run, temporary)
+            after = reply_loss(load_stock(temporary)[0], run.held_out)
             if not math.isfinite(after):
                 raise InputError(
                     f"training.learning_rate: {run.config.training.learning_rate}: training diverged, the loss of "
@@ -88,8 +91,8 @@ def finetune_run(run: FinetuneRun, overwrite: bool = False) -> None:
                 )
             print(f"held-out replies: loss {after:.3f} nats per token after training")
             write_text(temporary / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in history))
-            record = _record(run, {"before": before, "after": after})
-            write_json(temporary / "provenance.json", provenance.collect(**record))
+            record = provenance.collect(**_record(run), held_out_loss={"before": before, "after": after})
+            write_json(temporary / "provenance.json", record)
         print(f"wrote {run.output}")
     processes.wait_for_everyone()
 
@@ -106,10 +109,9 @@ def open_run(config: FinetuneConfig, overwrite: bool = False) -> FinetuneRun:
     output = Path(config.output_dir)
     if output.exists() and not output.is_dir():
         raise InputError(f"output_dir {output} is a file. Choose a folder")
-    if output.exists() and any(output.iterdir()) and not (overwrite and (output / HELD_OUT_FILE).is_file()):
-        hint = (
-            "pass --overwrite to replace it" if (output / HELD_OUT_FILE).is_file() else "it is not a fine-tuned model"
-        )
+    is_finetuned = (output / HELD_OUT_FILE).is_file()
+    if output.exists() and any(output.iterdir()) and not (overwrite and is_finetuned):
+        hint = "pass --overwrite to replace it" if is_finetuned else "it is not a fine-tuned model"
         raise InputError(f"output_dir {output} is not empty. Choose another folder ({hint})")
     base = model_folder(config.model.path)
     tokenizer = load_tokenizer(base)
@@ -141,45 +143,44 @@ def open_run(config: FinetuneConfig, overwrite: bool = False) -> FinetuneRun:
 
 
 def print_summary(run: FinetuneRun, dry_run: bool = False) -> None:
-    """Prints the summary of a run on the main process; for a dry run also the first conversation."""
+    """Prints model, template, conversations, tokens and steps, for a dry run also the first conversation.
+
+    Prints on the main process only.
+    """
     processes = _processes()
-    if processes.is_main_process:
-        print("\n".join(summary_lines(run, processes.num_processes)), flush=True)
-        if dry_run:
-            print(f"{first_conversation(run)}\nwould write {run.output}/ (dry run: nothing was written)")
-
-
-def summary_lines(run: FinetuneRun, num_processes: int) -> list[str]:
-    """Returns the summary: model, template, number of conversations, tokens and steps."""
-    config, train = run.config, run.train
-    with_loss = sum(sum(rendering.assistant_masks) for rendering in train)
-    tokens = sum(len(rendering.input_ids) for rendering in train)
-    training = config.training
-    steps = -(-len(train) // training.sequences_per_step) * training.epochs
+    if not processes.is_main_process:
+        return
+    config, training = run.config, run.config.training
+    with_loss = sum(sum(example.assistant_masks) for example in run.train)
+    tokens = sum(len(example.input_ids) for example in run.train)
+    steps = -(-len(run.train) // training.sequences_per_step) * training.epochs
     adapter = "all weights" if config.adapter.kind == "none" else f"LoRA of rank {config.adapter.rank}"
     dropped = f", {run.num_dropped:,} longer than {config.data.max_length} tokens dropped" if run.num_dropped else ""
-    share = f"{with_loss / tokens:.0%}: replies and stop tokens"
-    batch = f"{training.micro_batch_size} x {run.accumulation_steps}"
-    return [
-        f"model         {run.base}, {adapter}",
-        f"template      {run.template}",
-        f"conversations {len(train):,} for training, {len(run.held_out):,} held out{dropped}",
-        f"tokens        {tokens:,} per epoch, {with_loss:,} with loss ({share})",
+    print(f"model         {run.base}, {adapter}")
+    print(f"template      {run.template}")
+    print(f"conversations {len(run.train):,} for training, {len(run.held_out):,} held out{dropped}")
+    print(
+        f"tokens        {tokens:,} per epoch, {with_loss:,} with loss ({with_loss / tokens:.0%}: replies and stop "
+        "tokens)"
+    )
+    print(
         f"steps         {steps:.0f} of {training.sequences_per_step} conversations, {training.epochs:g} epochs; "
-        f"{num_processes} process{'es' * (num_processes > 1)} x {batch}",
-    ]
+        f"{processes.num_processes} process{'es' * (processes.num_processes > 1)} x {training.micro_batch_size} x "
+        f"{run.accumulation_steps}",
+        flush=True,
+    )
+    if dry_run:
+        print(f"first conversation, tokens with loss between ⟦ and ⟧:\n{_first_conversation(run)}")
+        print(f"would write {run.output}/ (dry run: nothing was written)")
 
 
-def first_conversation(run: FinetuneRun) -> str:
+def _first_conversation(run: FinetuneRun) -> str:
     """Returns the first conversation as text, with the tokens that have loss in brackets."""
-    rendering, tokenizer = run.train[0], run.tokenizer
-    parts, start = [], 0
-    for end in range(1, len(rendering.input_ids) + 1):
-        if end == len(rendering.input_ids) or rendering.assistant_masks[end] != rendering.assistant_masks[start]:
-            text = str(tokenizer.decode(rendering.input_ids[start:end]))
-            parts.append(f"⟦{text}⟧" if rendering.assistant_masks[start] else text)
-            start = end
-    return f"first conversation, tokens with loss between ⟦ and ⟧:\n{' '.join(parts)}"
+    example, parts = run.train[0], []
+    for has_loss, tokens in itertools.groupby(zip(*example, strict=True), key=lambda token: token[1]):
+        text = decode_text(run.tokenizer, [i for i, _ in tokens], skip_special_tokens=False)
+        parts.append(f"⟦{text}⟧" if has_loss else text)
+    return " ".join(parts)
 
 
 def _processes() -> PartialState:
@@ -195,11 +196,6 @@ def _accumulation_steps(config: FinetuneConfig, num_processes: int) -> int:
             "sequences of a step. Change one of them"
         )
     return sequences // (micro * num_processes)
-
-
-def _held_out_loss(run: FinetuneRun, folder: Path) -> float:
-    model, _ = load_stock(folder)
-    return reply_loss(model, run.held_out)
 
 
 def _train(run: FinetuneRun) -> "tuple[LlamaForCausalLM | PeftModel, list[dict[str, float]]]":
@@ -290,7 +286,7 @@ def _save(run: FinetuneRun, trained: "LlamaForCausalLM | PeftModel", folder: Pat
     write_text(folder / HELD_OUT_FILE, write_rows(run.held_out_conversations))
 
 
-def _record(run: FinetuneRun, losses: dict[str, float]) -> dict[str, Any]:
+def _record(run: FinetuneRun) -> dict[str, Any]:
     """Returns the entries of `provenance.json` in addition to code, libraries and machine."""
     base_record = run.base / "provenance.json"
     return {
@@ -306,5 +302,4 @@ def _record(run: FinetuneRun, losses: dict[str, float]) -> dict[str, Any]:
             "dropped": run.num_dropped,
         },
         "tokenizer": tokenizer_fingerprint(run.tokenizer),
-        "held_out_loss": losses,
     }
