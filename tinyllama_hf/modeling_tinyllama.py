@@ -187,15 +187,8 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
         outputs = self.model(**inputs, **kwargs)
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
-        shift_labels = shift_labels.reshape(-1).to(outputs.last_hidden_state.device)
-        hidden = outputs.last_hidden_state.reshape(-1, self.config.hidden_size)  # [batch x seq, hidden]
-        loss = self.lm_head(hidden, shift_labels)
-        if num_items is None:
-            num_items = (shift_labels != IGNORE_INDEX).sum()
-        elif torch.is_tensor(num_items):
-            num_items = num_items.to(loss.device)
         return CausalLMOutputWithPast(
-            loss=loss / num_items,
+            loss=self._lean_loss(outputs.last_hidden_state, shift_labels, num_items),
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -214,6 +207,18 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
             # `torch.func.grad` differentiates the gradients again, and those of the lean loss have no derivative.
             and not torch._C._are_functorch_transforms_active()
         )
+
+    def _lean_loss(
+        self, hidden: torch.Tensor, shift_labels: torch.Tensor, num_items: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """Returns the summed loss of `hidden` `[batch, seq, hidden]`, divided by the number of items."""
+        labels = shift_labels.reshape(-1).to(hidden.device)
+        loss = self.lm_head(hidden.reshape(-1, self.config.hidden_size), labels)
+        if num_items is None:
+            num_items = (labels != IGNORE_INDEX).sum()
+        elif torch.is_tensor(num_items):
+            num_items = num_items.to(loss.device)
+        return loss / num_items
 
     def generate(
         self, inputs: torch.Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any

@@ -68,8 +68,8 @@ def hub_id(path: str) -> str | None:
     return f"{match[1]}/{match[2]}" if match else None
 
 
-def _portable_dict(value: dict[str, Any], names: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _portable_dict(value: dict[Any, Any], names: bool) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
     for key, entry in value.items():
         # Keys are field names, in which a word is not the name of a user, or paths.
         given = portable_text(key, names=False) if isinstance(key, str) else key

@@ -1,8 +1,6 @@
 """Output of libraries: progress bars are shown on terminals only, and some warnings are silenced."""
 
 import logging as python_logging
-from collections.abc import Callable
-from typing import Any
 
 
 def quiet_library_bars() -> None:
@@ -12,11 +10,8 @@ def quiet_library_bars() -> None:
     """
     from transformers.utils import logging
 
-    logging.set_tqdm_hook(_on_terminals)
-
-
-def _on_terminals(bar: Callable[..., Any], arguments: tuple, options: dict[str, Any]) -> Any:
-    return bar(*arguments, **{"disable": None, "leave": False, **options})
+    on_terminals = {"disable": None, "leave": False}
+    logging.set_tqdm_hook(lambda bar, arguments, options: bar(*arguments, **on_terminals | options))
 
 
 def quiet_bitsandbytes() -> None:

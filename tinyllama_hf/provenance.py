@@ -26,16 +26,16 @@ def collect(**extra: Any) -> dict[str, Any]:
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "code": code_version(),
         "python": platform.python_version(),
-        "libraries": {name: _version(name) for name in _LIBRARIES if _version(name)},
+        "libraries": {name: version for name in _LIBRARIES if (version := _version(name))},
         "machine": machine(),
         **extra,
     }
 
 
 @functools.cache
-def code_version() -> dict[str, Any]:
+def code_version() -> dict[str, str | bool | None]:
     """Returns the package's version and, in a clone, its commit and whether files were modified."""
-    version: dict[str, Any] = {"tinyllama_hf": _version("tinyllama_hf")}
+    version: dict[str, str | bool | None] = {"tinyllama_hf": _version("tinyllama_hf")}
     root = Path(__file__).parents[1]
     if (root / ".git").exists():
         version["commit"] = _git(root, "rev-parse", "HEAD")
