@@ -1,7 +1,7 @@
 """The `tinyllama-hf` command.
 
-It is a separate package, so that `--help` and completion do not import torch: importing `tinyllama_hf` registers model
-classes, which needs torch. Each command imports what it needs when it runs.
+It is a separate package, so that `--help` and completion import nothing else. Each command imports what it needs when
+it runs.
 """
 
 import sys
@@ -43,9 +43,9 @@ def main() -> None:
     try:
         app()
     except ValueError as error:
-        # Only InputError means bad input. It cannot be imported at the top, see the module's docstring.
-        errors = sys.modules.get("tinyllama_hf.errors")
-        if errors is None or not isinstance(error, errors.InputError):
+        from tinyllama_hf.errors import InputError
+
+        if not isinstance(error, InputError):
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

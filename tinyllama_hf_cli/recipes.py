@@ -31,9 +31,10 @@ def copy_recipes_command(
     """
     import shutil
 
+    from tinyllama_hf.errors import InputError
+
     if folder.exists():
-        typer.echo(f"error: {folder}: already exists. Choose another folder, or remove it.", err=True)
-        raise typer.Exit(2)
+        raise InputError(f"{folder}: already exists. Choose another folder, or remove it")
     for name, file in _files():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, folder / name)
@@ -42,12 +43,9 @@ def copy_recipes_command(
 
 def _files() -> list[tuple[str, Path]]:
     """The name in the copied folder, and the path, of every bundled file."""
-    import importlib.util
+    import tinyllama_hf
 
-    spec = importlib.util.find_spec("tinyllama_hf")  # does not import it, which would need torch
-    assert spec is not None and spec.origin is not None
-    package = Path(spec.origin).parent
-    found = []
+    package, found = Path(tinyllama_hf.__file__).parent, []
     for part, target in (("recipes", ""), ("eval", "eval/")):
         # In the package in a wheel, next to it in a clone.
         root = next(path for path in (package / part, package.parent / part) if path.is_dir())
