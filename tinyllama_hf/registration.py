@@ -14,7 +14,7 @@ _AUTO = "transformers.models.auto.configuration_auto"
 
 
 def register_model_type() -> None:
-    """Makes the Auto classes know `tinyllama`: now if transformers has been imported, else as soon as it is."""
+    """Makes the Auto classes know `tinyllama`: now if transformers has been imported, else when it is imported."""
     if _AUTO in sys.modules:
         _register()
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
