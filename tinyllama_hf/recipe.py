@@ -81,7 +81,7 @@ def read_recipe(
     except ValidationError as error:
         errors = error.errors()
     sections = _valid_sections(schema, values, errors)
-    problems = [_problem(schema, error) for error in errors] + contradictions(sections)
+    problems = [*(_problem(schema, error) for error in errors), *contradictions(sections)]
     if recipe is None or problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         where = f"{path} with {' '.join(overrides)}" if overrides else path
