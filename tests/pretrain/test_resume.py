@@ -60,13 +60,22 @@ class TestGoingOn:
             shutil.rmtree(folder)
         assert_same_run(run(recipe), uninterrupted)
 
-    def test_the_end_of_a_step_is_found_from_the_end_of_the_file(self, tmp_path):
+    def test_rows_of_later_steps_are_removed(self, tmp_path):
         rows = [{"step": step, "text": "x" * (step % 700)} for step in range(1, 2001) for _ in range(1 + step % 2)]
         whole = "".join(json.dumps(row) + "\n" for row in rows)
         for step, torn in itertools.product((0, 1, 2, 999, 1999, 2000, 3000), ("", '{"step": 2001, "te')):
             (tmp_path / METRICS_FILE).write_text(whole + torn)
             Metrics(tmp_path, 1, True, step).__exit__()
             assert read_metrics(tmp_path) == [row for row in rows if row["step"] <= step]
+
+    @pytest.mark.parametrize("damage", [b"\0\0\0\n", b"[]\n", b'{"loss": 1}\n'])
+    def test_a_damaged_row_is_named_and_nothing_is_lost(self, tmp_path, damage):
+        path = tmp_path / METRICS_FILE
+        path.write_bytes(b'{"step": 1}\n' + damage + b'{"step": 3}\n')
+        before = path.read_bytes()
+        with pytest.raises(InputError, match=r"metrics\.jsonl, row 2: damaged"):
+            Metrics(tmp_path, 1, True, 3)
+        assert path.read_bytes() == before
 
     def test_a_milestone_of_another_recipe_is_not_replaced(self, recipe):
         output = run(recipe, "milestones.tokens=[]")

@@ -1,7 +1,6 @@
 """What a run logs: rows of `metrics.jsonl`, a progress bar or lines, and trackers (tensorboard, wandb, trackio)."""
 
 import contextlib
-import itertools
 import json
 import os
 import uuid
@@ -111,11 +110,18 @@ def _remove_later_rows(run: Path, step: int) -> None:
     """Removes the rows after a step, and an incomplete last row."""
     path = run / METRICS_FILE
     with new_file(path) as kept:
-        if step and path.is_file():
-            with path.open("rb") as rows:
-                kept.writelines(
-                    itertools.takewhile(lambda row: row.endswith(b"\n") and json.loads(row)["step"] <= step, rows)
-                )
+        if not step or not path.is_file():
+            return
+        with path.open("rb") as rows:
+            for number, row in enumerate(rows, start=1):
+                try:
+                    if not row.endswith(b"\n") or json.loads(row)["step"] > step:
+                        return
+                except (ValueError, KeyError, TypeError) as error:
+                    raise InputError(
+                        f"{path}, row {number}: damaged ({one_line(error)}). Remove the row, and run the command again"
+                    ) from error
+                kept.write(row)
 
 
 def start_trackers(accelerator: Accelerator, config: PretrainConfig, output: Path, step: int | None = None) -> None:
