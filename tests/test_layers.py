@@ -150,6 +150,19 @@ def test_a_file_name_stands_for_one_thing():
     assert {name: found for name, found in places.items() if len(found) > 1} == {}
 
 
+def test_a_public_name_stands_for_one_thing():
+    """Functions and classes of the two packages; the sections of two recipes have equal names."""
+    places: dict[str, list[str]] = {}
+    for path in SOURCES:
+        own = path.relative_to(ROOT)
+        if own.parts[0].startswith("tinyllama_hf") and path.name != "config.py":
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                    places.setdefault(node.name, []).append(own.as_posix())
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+    assert len(places) > 300
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_optional_packages_stay_in_their_place(path):
     found = {name[0] for name in imported(path, top_level_only=True)} & OPTIONAL.keys()

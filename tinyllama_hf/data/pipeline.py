@@ -30,13 +30,13 @@ from ..files import write_json
 from .embedded import SourceDocument
 from .shards import SPLITS
 from .sources import Source, read_documents
-from .tasks import Request, completions_folder, counts_file, logging_folder, shard_name
+from .tasks import DataRequest, completions_folder, counts_file, logging_folder, shard_name
 
 
 _BATCH_DOCUMENTS = 256
 
 
-def run_pipeline(source: Source, output: Path, request: Request, workers: int, show_progress: bool) -> None:
+def run_pipeline(source: Source, output: Path, request: DataRequest, workers: int, show_progress: bool) -> None:
     """Runs the incomplete tasks. Each writes its shards and a file of counts.
 
     Raises:
@@ -156,7 +156,7 @@ class PrepareTask(PipelineStep):
 
     name, type = "Read, tokenize and split", "TOKENIZER"
 
-    def __init__(self, source: Source, output: Path, request: Request):
+    def __init__(self, source: Source, output: Path, request: DataRequest):
         super().__init__()
         self.source, self.output, self.request = source, output, request
 

@@ -29,7 +29,7 @@ from ..files import locked, read_json, write_json
 from ..tokenization_tinyllama import load_tokenizer, tokenizer_fingerprint
 from .shards import FORMAT_VERSION, METADATA_FILE, SPLITS, Shard
 from .sources import Source, open_sources
-from .tasks import Request, complete_tasks, read_task_result
+from .tasks import DataRequest, complete_tasks, read_task_result
 
 
 SEPARATORS = ("both", "bos", "eos")
@@ -154,7 +154,7 @@ class Preparation(NamedTuple):
     source: Source
     tokenizer: PreTrainedTokenizerFast
     output: Path
-    request: Request
+    request: DataRequest
     is_finished: bool
 
 
@@ -179,7 +179,7 @@ def plan_preparation(
     output = Path(output)
     loaded = load_tokenizer(tokenizer)
     source = open_sources(sources, text_column, where)
-    request = Request(
+    request = DataRequest(
         format_version=FORMAT_VERSION,
         tokenizer=tokenizer_fingerprint(loaded),
         separator=separator,
@@ -197,7 +197,7 @@ def plan_preparation(
     return Preparation(source, loaded, output, request, _is_finished(output, request))
 
 
-def _is_finished(output: Path, request: Request) -> bool:
+def _is_finished(output: Path, request: DataRequest) -> bool:
     """Whether the output holds this data set. Raises if it holds another one or other files."""
     work = output / "work"
     finished, begun = output / METADATA_FILE, work / "request.json"

@@ -15,7 +15,7 @@ from .sources import Source
 
 
 @dataclass(frozen=True)
-class Request:
+class DataRequest:
     """What identifies a data set; stored in `work/request.json` and in `dataset.json`.
 
     Attributes:

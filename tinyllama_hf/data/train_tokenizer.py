@@ -96,7 +96,7 @@ class Difference(NamedTuple):
     reference: list
 
 
-class Verification(NamedTuple):
+class TokenizerVerification(NamedTuple):
     """Result of a verification: counts, and the first difference, if any."""
 
     texts: int
@@ -107,7 +107,7 @@ class Verification(NamedTuple):
 
 def verify_tokenizer(
     tokenizer: PreTrainedTokenizerBase, reference: str | os.PathLike, texts: Iterable[str]
-) -> Verification:
+) -> TokenizerVerification:
     """Compares a tokenizer with a SentencePiece model on texts, and checks that decoding restores every text.
 
     Control tokens in a text are encoded as text. U+2581 may decode to a space, as in SentencePiece.
@@ -118,7 +118,7 @@ def verify_tokenizer(
         texts (`Iterable[str]`): texts to compare.
 
     Returns:
-        `Verification`: the counts up to the first text that differs, inclusive.
+        `TokenizerVerification`: the counts up to the first text that differs, inclusive.
     """
     processor = load_sentencepiece(reference)
     number = characters = tokens = 0
@@ -132,14 +132,16 @@ def verify_tokenizer(
             here = list(zip(ours[around], tokenizer.convert_ids_to_tokens(ours[around]), strict=True))
             there = [(i, processor.id_to_piece(i)) for i in theirs[around]]
             context = text[max(character - 20, 0) : character + 20]
-            return Verification(number, characters, tokens, Difference(number, "ids", character, context, here, there))
+            return TokenizerVerification(
+                number, characters, tokens, Difference(number, "ids", character, context, here, there)
+            )
         back, wanted = tokenizer.decode(ours, skip_special_tokens=False), text.replace(DUMMY_PREFIX, " ")
         if back != wanted:
             character = _first_difference(back, wanted)
             around = slice(max(character - 20, 0), character + 20)
             difference = Difference(number, "decode", character, text[around], [back[around]], [wanted[around]])
-            return Verification(number, characters, tokens, difference)
-    return Verification(number, characters, tokens, None)
+            return TokenizerVerification(number, characters, tokens, difference)
+    return TokenizerVerification(number, characters, tokens, None)
 
 
 def _first_difference(a: Sequence, b: Sequence) -> int:

@@ -9,7 +9,7 @@ from ..pretrain.checkpoints import BYTES_PER_PARAMETER
 from ..pretrain.config import PretrainConfig
 from ..pretrain.milestones import milestone_names, milestone_steps
 from ..pretrain.schedule import learning_rate
-from ..pretrain.setup import architecture, check_batches, shapes_only
+from ..pretrain.setup import architecture, check_batches, describe_recipe, shapes_only
 from .memory_engine import MEMORY_RESERVE
 from .training_memory import PARTS, Layout, Sharding, StepMemory, step_memory
 
@@ -39,9 +39,7 @@ class Plan:
     mfu: float
     parameters: int
     tokens: int
-    accumulation: list[int]  # micro-batches per device and step, for each step size in turn
     milestones: dict[int, str]  # step -> name
-    flops_per_token: dict[str, int]  # by convention
     learning_rates: list[tuple[str, int, float]]  # landmark, step, rate
     sharded: list[Sharded]
     seconds: float | None  # of the whole run; `None`: unknown device
@@ -70,17 +68,16 @@ def plan_run(
     """
     built = architecture(config, vocab_size)
     check_batches(config, num_devices)
-    model, steps, length = shapes_only(built), config.steps, config.data.sequence_length
+    model, steps = shapes_only(built), config.steps
     parameters = sum(p.numel() for p in model.parameters())
     numbers = milestone_steps(config.milestones.tokens, config.milestones.steps, steps)
-    flops = {name: model.flops_per_token(length, name) for name in ("without_input_embedding", "all_parameters")}
     tokens = steps.tokens_after(steps.number)
     seconds = None
     if device is not None:
-        seconds = training_seconds(tokens, flops["without_input_embedding"], device.flops, num_devices, mfu)
+        flops_per_token = model.flops_per_token(config.data.sequence_length)
+        seconds = training_seconds(tokens, flops_per_token, device.flops, num_devices, mfu)
     state = BYTES_PER_PARAMETER * parameters
     milestone = 4 * parameters + (state if config.milestones.keep_training_state else 0)
-    per_device = num_devices * config.training.micro_batch_size * length
     return Plan(
         config=config,
         model_config=built,
@@ -89,9 +86,7 @@ def plan_run(
         mfu=mfu,
         parameters=parameters,
         tokens=tokens,
-        accumulation=[size // per_device for size in steps.sizes],
         milestones=milestone_names(numbers, steps),
-        flops_per_token=flops,
         learning_rates=_landmarks(config),
         sharded=_sharded(config, built, num_devices, device),
         seconds=seconds,
@@ -166,20 +161,8 @@ def _largest(sizes: list[int], planned: int, device: Device, memory: Callable[[i
 
 def plan_lines(plan: Plan) -> list[str]:
     """Describes a plan."""
-    training, length = plan.config.training, plan.config.data.sequence_length
-    sizes = ", then ".join(f"{size:,}" for size in plan.config.steps.sizes)
-    micro_batches = ", then ".join(map(str, plan.accumulation))
-    small, large = (plan.flops_per_token[name] / 1e9 for name in ("without_input_embedding", "all_parameters"))
-    text = [
-        f"model       {plan.config.model.preset}: {plan.parameters:,} parameters, "
-        f"{plan.model_config.vocab_size:,} tokens in the vocabulary",
-        f"tokens      {plan.tokens:,} in {plan.config.steps.number:,} steps of {sizes}; "
-        f"{plan.tokens / plan.parameters:.4g} per parameter",
-        f"a step      {plan.num_devices} device(s) x {micro_batches} micro-batches of {training.micro_batch_size} x "
-        f"{length} tokens, {training.precision}",
-        f"arithmetic  {small:.4g} GFLOP a token (6 x parameters without the input embedding + attention, not halved); "
-        f"{large:.4g} counting every parameter",
-    ]
+    model, compilation = shapes_only(plan.model_config), plan.config.training.compile
+    text = describe_recipe(plan.config, model, plan.num_devices, compilation)
     text += [f"milestone   step {step:,} -> {name}" for step, name in plan.milestones.items()]
     return text + cost_lines(plan)
 

@@ -107,14 +107,12 @@ def _shard(traced: Counter[str], config: TinyLlamaConfig, layout: Layout) -> dic
     parts = {part: traced[part] for part in PARTS}
     if layout.sharding == "none":
         return parts
-    model = shapes_only(config)
-    total = sum(p.numel() for p in model.parameters())
+    total, layer = _num_parameters(config.to_json_string())
     if layout.sharding == "ddp":
         return parts | {"buffers": 4 * total}  # buckets with a copy of every gradient
     # FSDP2 gathers the current layer and the next one, in the type of the products, and keeps embedding and head
     # gathered throughout the step. Gathering needs a buffer in addition to the weights. The full gradients of the
     # current layer exist twice: as autograd computes them, and in the fp32 buffer of the reduction.
-    layer = sum(p.numel() for p in model.model.layers[0].parameters())
     outside = total - config.num_hidden_layers * layer
     itemsize, shards = 2 if layout.precision == "bf16" else 4, layout.num_shards
     return parts | {
@@ -123,6 +121,14 @@ def _shard(traced: Counter[str], config: TinyLlamaConfig, layout: Layout) -> dic
         "optimizer": 8 * total // shards,
         "buffers": itemsize * (3 * layer + outside) + (4 + itemsize) * layer + itemsize * outside,
     }
+
+
+@functools.lru_cache(maxsize=64)
+def _num_parameters(config_json: str) -> tuple[int, int]:
+    """Returns the numbers of parameters of the model and of one layer."""
+    model = shapes_only(TinyLlamaConfig.from_dict(json.loads(config_json)))
+    total, layer = (sum(p.numel() for p in part.parameters()) for part in (model, model.model.layers[0]))
+    return total, layer
 
 
 @functools.lru_cache(maxsize=64)

@@ -178,6 +178,9 @@ def describe_recipe(
     """
     training, steps, length = config.training, config.steps, config.data.sequence_length
     total, parameters = steps.tokens_after(steps.number), sum(p.numel() for p in model.parameters())
+    flops, flops_of_all = (
+        model.flops_per_token(length, name) / 1e9 for name in ("without_input_embedding", "all_parameters")
+    )
     sizes = ", then ".join(f"{size:,}" for size in steps.sizes)
     per_process = num_processes * training.micro_batch_size * length
     micro_batches = ", then ".join(str(size // per_process) for size in steps.sizes)
@@ -188,8 +191,8 @@ def describe_recipe(
         f"{total / parameters:.2f} per parameter",
         f"a step      {num_processes} process(es) x {micro_batches} micro-batches of {training.micro_batch_size} "
         f"sequences, {training.precision}, attention {training.attention}, compile {compilation}",
-        f"arithmetic  {model.flops_per_token(length) / 1e9:.4g} GFLOP a token (6 x parameters without the input "
-        "embedding + attention, not halved)",
+        f"arithmetic  {flops:.4g} GFLOP a token (6 x parameters without the input embedding + attention, not halved); "
+        f"{flops_of_all:.4g} with the input embedding",
     ]
 
 
