@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM
 from tinyllama_hf.batch.generate_many import Request, generate_many
-from tinyllama_hf.inference.generation import Sampling
+from tinyllama_hf.inference.options import Sampling
 
 
 VARIANTS = ("padded", "batch")

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from tinyllama_hf.configuration_tinyllama import PRESETS
 from tinyllama_hf.conversion.writing import write_torch_archive
+from tinyllama_hf.presets import PRESETS
 
 
 TARGETS = ("llama", "litgpt", "gguf-f16", "gguf-q8_0", "gguf-q4_0")

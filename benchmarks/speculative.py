@@ -30,7 +30,7 @@ from tinyllama_hf.decoding.grouped_attention import packed_attention
 from tinyllama_hf.decoding.proposals import ModelProposer, SpeculationStatistics
 from tinyllama_hf.decoding.ragged_cache import RaggedModel
 from tinyllama_hf.decoding.speculative import speculative_generate
-from tinyllama_hf.inference.generation import Sampling
+from tinyllama_hf.inference.options import Sampling
 from tinyllama_hf.planning.kv_cache import measure_cache
 
 

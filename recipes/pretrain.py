@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tinyllama_hf.report.training import TrainingCurves
 
+from tinyllama_hf_cli.loading import import_libraries
 from tinyllama_hf_cli.openmp import let_threads_sleep
 
 
@@ -41,21 +42,23 @@ def main() -> int:
     arguments = parse_arguments()
     let_threads_sleep()
 
-    # Imported here, so that --help needs no torch.
+    # Imported here, so that neither --help nor a mistake in the recipe has to wait for torch.
     from tinyllama_hf.errors import InputError
-    from tinyllama_hf.evaluation.series import check_can_score
-    from tinyllama_hf.planning.run_plan import cost_lines, plan_run
-    from tinyllama_hf.pretrain.checkpoints import FullDiskError
     from tinyllama_hf.pretrain.config import load_pretrain_config
-    from tinyllama_hf.pretrain.loop import Hooks, NonFiniteError, prepare_run, train_run
-    from tinyllama_hf.pretrain.signals import Stopped
-    from tinyllama_hf.progress import quiet_library_bars
 
-    quiet_library_bars()
     try:
         # Load the recipe.
         config = load_pretrain_config(arguments.recipe, arguments.overrides)
         scores_milestones = config.evaluate_at_milestones == "inline"
+        import_libraries()
+        from tinyllama_hf.evaluation.series import check_can_score
+        from tinyllama_hf.planning.run_plan import cost_lines, plan_run
+        from tinyllama_hf.pretrain.checkpoints import FullDiskError
+        from tinyllama_hf.pretrain.loop import Hooks, NonFiniteError, prepare_run, train_run
+        from tinyllama_hf.pretrain.signals import Stopped
+        from tinyllama_hf.progress import quiet_library_bars
+
+        quiet_library_bars()
         # Check it against data and machine, and build the model; nothing is written yet.
         if scores_milestones and not arguments.overwrite:
             check_can_score(Path(config.output_dir), [source.path for source in config.data.sources])
@@ -75,12 +78,12 @@ def main() -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (NonFiniteError, FullDiskError, Stopped) as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return error.exit_status
     except KeyboardInterrupt:
         print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130
+    except (NonFiniteError, FullDiskError, Stopped) as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return error.exit_status
     return 0
 
 

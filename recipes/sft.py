@@ -15,6 +15,7 @@ it from printing its own traceback).
 import argparse
 import sys
 
+from tinyllama_hf_cli.loading import import_libraries
 from tinyllama_hf_cli.openmp import let_threads_sleep
 
 
@@ -22,15 +23,17 @@ def main() -> int:
     arguments = parse_arguments()
     let_threads_sleep()
 
-    # Imported here, so that --help needs no torch.
+    # Imported here, so that neither --help nor a mistake in the recipe has to wait for torch.
     from tinyllama_hf.errors import InputError
     from tinyllama_hf.finetune.config import load_finetune_config
-    from tinyllama_hf.finetune.sft import finetune_run, open_run, print_summary
-    from tinyllama_hf.progress import quiet_library_bars
 
-    quiet_library_bars()
     try:
         config = load_finetune_config(arguments.recipe, arguments.overrides)
+        import_libraries()
+        from tinyllama_hf.finetune.sft import finetune_run, open_run, print_summary
+        from tinyllama_hf.progress import quiet_library_bars
+
+        quiet_library_bars()
         run = open_run(config, arguments.overwrite)  # checks everything, writes nothing
         print_summary(run, arguments.dry_run)
         if not arguments.dry_run:

@@ -4,8 +4,8 @@ import pytest
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 from tinyllama_hf import TinyLlamaConfig
-from tinyllama_hf.configuration_tinyllama import PRESETS
 from tinyllama_hf.errors import InputError
+from tinyllama_hf.presets import PRESETS
 
 
 def test_1_1b_is_the_published_architecture(shared):

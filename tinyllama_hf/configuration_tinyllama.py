@@ -7,17 +7,11 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 from .errors import InputError, did_you_mean
+from .presets import PRESETS
 
 
 # 1.1b and 120m are the published architectures. nano is for demonstrations, micro for tests: both have grouped-query
 # attention, and all sizes are multiples of 128, as blocks of GGUF and AWQ need.
-_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-PRESETS: dict[str, dict[str, int]] = {
-    "1.1b": dict(zip(_SIZES, (22, 2048, 5632, 32, 4), strict=True)),
-    "120m": dict(zip(_SIZES, (12, 768, 2048, 12, 1), strict=True)),
-    "nano": dict(zip(_SIZES, (4, 256, 640, 4, 2), strict=True)),
-    "micro": dict(zip(_SIZES, (2, 256, 512, 4, 2), strict=True)),
-}
 
 
 # A subclass does not inherit `@strict`. Without it, fields of a wrong type would be accepted.

@@ -1,5 +1,6 @@
 """Devices with their peak rate and memory and the source of each figure; types by name; sizes as text."""
 
+import re
 from collections.abc import Collection
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -82,11 +83,26 @@ def find_dtype(name: str, valid: Collection[str] = ("fp32", "bf16")) -> "torch.d
     Raises:
         InputError: if it is not one of the valid names.
     """
+    check_dtype(name, valid)
     import torch
 
-    if name != "auto" and name not in valid:
-        raise InputError(f"--dtype {name!r}: unknown type{did_you_mean(name, ('auto', *valid))}")
     return None if name == "auto" else getattr(torch, _DTYPES[name])
+
+
+def check_dtype(name: str, valid: Collection[str] = ("fp32", "bf16")) -> None:
+    """Checks the name of a type, without importing torch; raises as [`find_dtype`]."""
+    if name != "auto" and name not in valid:
+        raise InputError(f"--dtype {name!r}: unknown type; use auto, {', '.join(valid)}")
+
+
+def check_device(name: str) -> None:
+    """Checks the name of a device that runs a model, without importing torch.
+
+    Raises:
+        InputError: if it is not `auto`, `cpu`, `cuda` or `cuda:N`.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise InputError(f"--device {name!r}: unknown device; use auto, cpu, cuda or cuda:N")
 
 
 def format_bytes(num_bytes: float) -> str:

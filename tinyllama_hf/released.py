@@ -1,15 +1,17 @@
 """The released checkpoints by name, and downloading them."""
 
+import difflib
 import functools
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 import yaml
 
-from .errors import InputError, did_you_mean, one_line
+from .errors import InputError, one_line
 from .files import read_json
 
 
@@ -116,6 +118,79 @@ def intermediate_checkpoint(name: str) -> tuple[str, str] | None:
     return (first if step <= 480_000 else repaired), name
 
 
+class HubPlace(NamedTuple):
+    """A repository of the Hub at a revision, and a file in it if one is named."""
+
+    repository: str
+    revision: str | None
+    file: str | None = None
+
+
+def find_model(name: str) -> Path | HubPlace:
+    """Returns the local path of a model, or its place on the Hub. Downloads nothing.
+
+    Args:
+        name (`str`): as for [`local_folder`].
+
+    Raises:
+        InputError: if it is neither an existing path nor a name that the Hub could have.
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    if found := find_repository(name):
+        return HubPlace(*found)
+    is_path = name.startswith((".", "/", "~"))
+    if (
+        (name.count("/") == 1 or (name.count("/") > 1 and path.suffix in _FILES))
+        and not is_path
+        and not Path(path.parts[0]).exists()
+    ):
+        user, repository, *inside = name.split("/", 2)
+        repository, _, revision = f"{user}/{repository}".partition("@")
+        return HubPlace(repository, revision or None, *inside)
+    if is_path:
+        raise InputError(f"model {name!r}: no such folder")
+    near = difflib.get_close_matches(name, [model.name for model in released() if model.kind != "peer"], n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "`tinyllama-hf list` shows the released models"
+    raise InputError(f"model {name!r}: no such folder, and no released model; {hint}")
+
+
+def check_model(name: str) -> None:
+    """Checks the name of a model, and its folder if it is local. Downloads nothing, and imports neither torch nor
+    transformers.
+
+    Raises:
+        InputError: as [`find_model`] and [`read_llama_fields`].
+    """
+    place = find_model(name)
+    if isinstance(place, Path):
+        read_llama_fields(place)
+
+
+def read_llama_fields(folder: Path) -> dict[str, Any]:
+    """Returns the contents of the `config.json` of a model folder.
+
+    Raises:
+        InputError: if it is missing, or the model is not a Llama.
+    """
+    config = folder / "config.json"
+    if folder.is_file():
+        raise InputError(
+            f"model {folder}: a file, not a model folder. Convert it first: tinyllama-hf convert {quote(str(folder))} "
+            "--to llama --output FOLDER"
+        )
+    if not config.is_file():
+        milestones = sorted(path.parent for path in folder.glob("milestones/*/config.json"))
+        hint = f"; did you mean {milestones[-1]}?" if milestones else ""
+        raise InputError(f"model {folder}: holds no config.json, so it is not a model folder{hint}")
+    fields = read_json(config)
+    model_type = fields.get("model_type") if isinstance(fields, dict) else None
+    if model_type not in ("llama", "tinyllama"):
+        raise InputError(f"{config}: model_type {model_type!r} is not a Llama; tinyllama_hf loads Llama folders only")
+    return fields
+
+
 def local_folder(name: str, only: Sequence[str] | None = None) -> Path:
     """Returns the folder of a model: a local folder unchanged, or the download of a released name or Hub id.
 
@@ -131,38 +206,22 @@ def local_folder(name: str, only: Sequence[str] | None = None) -> Path:
     Raises:
         InputError: if there is no such model, or the Hub cannot be reached.
     """
-    path = Path(name)
-    if path.exists():
-        return path
-    inside: list[str] = []
-    if found := find_repository(name):
-        repository, revision = found
-    elif (
-        (name.count("/") == 1 or (name.count("/") > 1 and path.suffix in _FILES))
-        and not name.startswith((".", "/", "~"))
-        and not Path(path.parts[0]).exists()
-    ):
-        user, repository, *inside = name.split("/", 2)
-        repository, _, revision = f"{user}/{repository}".partition("@")
-        only = inside or only
-    else:
-        loadable = [model.name for model in released() if model.kind != "peer"]
-        raise InputError(
-            f"model {name!r}: no such folder, and no released model{did_you_mean(name, loadable)} "
-            "(see `tinyllama-hf list`)"
-        )
+    place = find_model(name)
+    if isinstance(place, Path):
+        return place
+    repository, revision, file = place
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = _download(repository, revision or None, only)
+        folder = _download(repository, revision, [file] if file else only)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"model {name!r}: {repository} cannot be fetched from the Hub ({one_line(error)}). Check the name and "
             "the connection, or use a local folder"
         ) from error
-    if inside and not (folder / inside[0]).exists():
-        raise InputError(f"model {name!r}: {repository} has no file {inside[0]}")
-    return folder.joinpath(*inside)
+    if file and not (folder / file).exists():
+        raise InputError(f"model {name!r}: {repository} has no file {file}")
+    return folder / file if file else folder
 
 
 def _download(repository: str, revision: str | None, only: Sequence[str] | None) -> Path:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from tinyllama_hf.batch.job import BatchJob
     from tinyllama_hf.decoding.proposals import Proposer
-    from tinyllama_hf.inference.generation import Sampling
+    from tinyllama_hf.inference.options import Sampling
 
 
 _MAX_SHOWN_LINES = 10

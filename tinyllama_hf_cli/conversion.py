@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from .loading import import_libraries
+
 
 _SOURCE = Annotated[
     str, typer.Argument(help="File or folder in any supported layout, released name, Hub id, or user/repository/FILE.")
@@ -49,6 +51,12 @@ def convert_command(
     import sys
     import time
 
+    from tinyllama_hf.devices import check_dtype
+    from tinyllama_hf.released import find_model
+
+    check_dtype(dtype, ("fp32", "bf16", "fp16"))
+    find_model(source)
+    import_libraries()
     from tinyllama_hf.conversion.convert import convert
     from tinyllama_hf.conversion.verify import check_sanity
     from tinyllama_hf.progress import quiet_library_bars
@@ -98,6 +106,11 @@ def verify_command(
 
     Example: tinyllama-hf verify lit_model.pth my-model
     """
+    from tinyllama_hf.released import find_model
+
+    find_model(a)
+    find_model(b)
+    import_libraries()
     from tinyllama_hf.conversion.verify import compare_tensors, verify
     from tinyllama_hf.progress import quiet_library_bars
 

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .loading import import_libraries
+
 
 if TYPE_CHECKING:
     from tinyllama_hf.data.prepare import Preparation
@@ -53,8 +55,6 @@ def prepare_command(
 
     Example: tinyllama-hf prepare corpus/*.jsonl.gz --tokenizer tokenizer.model --output data/corpus
     """
-    from tinyllama_hf.data.prepare import plan_preparation, prepare
-
     options = {
         "tokenizer": tokenizer,
         "output": output,
@@ -69,6 +69,10 @@ def prepare_command(
         _check(check, sources, given)
         return
     request = _request(sources or [], given)
+    _check_paths(request)
+    import_libraries()
+    from tinyllama_hf.data.prepare import plan_preparation, prepare
+
     if dry_run:
         _print_plan(plan_preparation(**request))
         return
@@ -92,6 +96,17 @@ def _check(folder: Path, sources: list[str] | None, given: dict[str, Any]) -> No
         named = sources[0] if sources else f"--{next(iter(given)).replace('_', '-')}"
         raise InputError(f"--check {folder} takes no other arguments. Leave out {named}")
     print(f"{folder}: {check_contents(folder)} shards match their checksums")
+
+
+def _check_paths(request: dict[str, Any]) -> None:
+    """Checks the tokenizer and the first source before torch is imported; `prepare` checks everything."""
+    from tinyllama_hf.errors import InputError
+    from tinyllama_hf.released import find_model
+
+    find_model(str(request["tokenizer"]))
+    for source in request["sources"]:
+        if not source.startswith(("embedded:", "hub:")) and not Path(source).exists():
+            raise InputError(f"source {source} does not exist")
 
 
 def _request(sources: list[str], given: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .loading import DEVICE, QUANTIZATION
+from .loading import DEVICE, QUANTIZATION, import_libraries
 
 
 class _EvalGroup(TyperGroup):
@@ -83,19 +83,23 @@ def eval_text_command(
     Example: tinyllama-hf eval text my-model other-model --data data/demo
     """
     from tinyllama_hf.errors import InputError
+    from tinyllama_hf.pretrain.milestones import find_run
+
+    if watch and (len(models) != 1 or data or baselines):
+        raise InputError(
+            "--watch takes one run and scores it on its own data. Remove other models, --data and --baselines"
+        )
+    if every <= 0:
+        raise InputError(f"--every {every}: must be above 0")
+    if not watch:
+        _check_models(models, device, quantization)
+    import_libraries()
     from tinyllama_hf.evaluation import series
-    from tinyllama_hf.evaluation.models import find_run
     from tinyllama_hf.evaluation.score_files import BaselineRow, TextRow
     from tinyllama_hf.progress import quiet_library_bars
 
     quiet_library_bars()
     if watch:
-        if len(models) != 1 or data or baselines:
-            raise InputError(
-                "--watch takes one run and scores it on its own data. Remove other models, --data and --baselines"
-            )
-        if every <= 0:
-            raise InputError(f"--every {every}: must be above 0")
         run = Path(models[0])
         watched = output or run / _file_name("scores", quantization)
         series.watch(run, device, watched, every, lambda line: print(line, flush=True), rescore, quantization)
@@ -143,15 +147,18 @@ def eval_tasks_command(
 
     Example: tinyllama-hf eval tasks step-50k-105b --published step-50k-105b
     """
-    from tinyllama_hf.evaluation.commonsense import score_commonsense
-    from tinyllama_hf.evaluation.models import find_run
     from tinyllama_hf.evaluation.protocol import published_row
+    from tinyllama_hf.pretrain.milestones import find_run
+
+    folder = _one(data, "pass one folder")
+    row = published_row(published) if published is not None else None
+    _check_models(models, device, quantization)
+    import_libraries()
+    from tinyllama_hf.evaluation.commonsense import score_commonsense
     from tinyllama_hf.evaluation.table import table_lines
     from tinyllama_hf.progress import quiet_library_bars
 
     quiet_library_bars()
-    folder = _one(data, "pass one folder")
-    row = published_row(published) if published is not None else None
     target = _target(output, find_run(models), "commonsense", quantization)
     scores = score_commonsense(models, folder, limit, batch_size, device, target, samples, print, quantization)
     for line in table_lines(scores, row):
@@ -180,11 +187,13 @@ def eval_replies_command(
 
     Example: tinyllama-hf eval replies my-chat other-chat --data conversations.jsonl --output replies.json
     """
+    file = _one(data, "pass one file")
+    _check_models(models, device, quantization)
+    import_libraries()
     from tinyllama_hf.finetune.replies import score_replies
     from tinyllama_hf.progress import quiet_library_bars
 
     quiet_library_bars()
-    file = _one(data, "pass one file")
     folder = Path(models[0]) if len(models) == 1 and Path(models[0]).is_dir() else None
     target = _target(output, folder, "replies", quantization)
     rows = score_replies(models, file, limit, max_new_tokens, device, quantization, target)
@@ -194,6 +203,20 @@ def eval_replies_command(
         print(f"{figures}  {row.name}")
     if target:
         print(f"wrote {target}")
+
+
+def _check_models(models: list[str], device: str, quantization: str) -> None:
+    """Checks models and options as far as that needs neither torch nor a download."""
+    from tinyllama_hf.devices import check_device
+    from tinyllama_hf.pretrain.milestones import find_run
+    from tinyllama_hf.quantization.names import check_quantization_name
+    from tinyllama_hf.released import check_model
+
+    check_device(device)
+    check_quantization_name(quantization)
+    if not find_run(models):
+        for model in models:
+            check_model(model)
 
 
 def _target(output: Path | None, folder: Path | None, name: str, quantization: str) -> Path | None:
@@ -228,6 +251,12 @@ def report_command(
     """
     from rich.console import Console
 
+    from tinyllama_hf.errors import InputError
+
+    for option, path in (("run", run), ("--chat", chat)):
+        if path is not None and not path.is_dir():
+            raise InputError(f"{option} {path}: no such folder")
+    import_libraries()
     from tinyllama_hf.progress import quiet_library_bars
     from tinyllama_hf.report.page import write_report
 

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from .loading import import_libraries
+
 
 def publish_command(
     run: Annotated[
@@ -41,6 +43,11 @@ def publish_command(
 
     Example: tinyllama-hf publish runs/demo/pretrain --repo me/my-model --private --dry-run
     """
+    from tinyllama_hf.errors import InputError
+
+    if not run.is_dir():
+        raise InputError(f"run {run}: no such folder")
+    import_libraries()
     from huggingface_hub.utils import disable_progress_bars
 
     from tinyllama_hf.hub.publish import publish

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .batch import generate_file
-from .loading import ADAPTER, DEVICE, DTYPE, MODEL, QUANTIZATION, load_model, note
+from .loading import (
+    ADAPTER,
+    DEVICE,
+    DTYPE,
+    MODEL,
+    QUANTIZATION,
+    check_options,
+    import_libraries,
+    load_model,
+    note,
+)
 
 
 if TYPE_CHECKING:
@@ -90,7 +100,7 @@ def generate_command(
     Example: tinyllama-hf generate step-1431k-3T "The capital of France is" --temperature 0 --max-new-tokens 20
     """
     from tinyllama_hf.errors import InputError, check_seed
-    from tinyllama_hf.inference.generation import ExactTextStreamer, Sampling, generate_text
+    from tinyllama_hf.inference.options import Sampling
 
     sampling = Sampling(temperature, top_p, max_new_tokens)
     if seed is not None:
@@ -100,16 +110,20 @@ def generate_command(
             f"--engine {engine}: this option was removed, and the only engine is the one that was called batch. "
             "Leave the option out"
         )
+    if input_file is not None and prompt:
+        raise InputError(f"PROMPT {prompt!r}: not valid with --input; write it into {input_file}")
+    for option, value in (("--output", output), ("--batch-size", batch_size)):
+        if input_file is None and value is not None:
+            raise InputError(f"{option} {value}: only valid with --input; leave it out, or give a file of prompts")
+    check_options(model, dtype, device, quantization, draft, adapter)
+    import_libraries()
+    from tinyllama_hf.inference.generation import ExactTextStreamer, generate_text
+
     load = functools.partial(load_model, model, dtype, device, quantization, draft, adapter)
     if input_file is not None:
-        if prompt:
-            raise InputError(f"PROMPT {prompt!r}: not valid with --input; write it into {input_file}")
         weights = {"dtype": dtype, "quantization": quantization}
         generate_file(model, input_file, output, batch_size, sampling, seed, draft, adapter, weights, load)
         return
-    for option, value in (("--output", output), ("--batch-size", batch_size)):
-        if value is not None:
-            raise InputError(f"{option} {value}: only valid with --input; leave it out, or give a file of prompts")
     loaded, tokenizer, helper = load()
     streamer = ExactTextStreamer(tokenizer)
     generate_text(loaded, tokenizer, prompt, max_new_tokens, temperature, top_p, seed, streamer, helper)
@@ -140,12 +154,15 @@ def chat_command(
     import contextlib
 
     from tinyllama_hf.errors import check_seed
-    from tinyllama_hf.inference.chat import ChatSession
-    from tinyllama_hf.inference.generation import Sampling
+    from tinyllama_hf.inference.options import Sampling
 
     sampling = Sampling(temperature, top_p, max_new_tokens)
     if seed is not None:
         check_seed(seed)
+    check_options(model, dtype, device, quantization, draft, adapter)
+    import_libraries()
+    from tinyllama_hf.inference.chat import ChatSession
+
     loaded, tokenizer, helper = load_model(model, dtype, device, quantization, draft, adapter)
     session = ChatSession(loaded, tokenizer, system, sampling, seed, helper, note=note)
     if sys.stdin.isatty():

@@ -1,4 +1,8 @@
-"""Options and loading, shared by the commands that load a model."""
+"""Options and loading, shared by the commands that load a model.
+
+Importing torch and transformers takes seconds. Each command first checks what it can without them, then calls
+[`import_libraries`], and imports the rest.
+"""
 
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -21,6 +25,38 @@ ADAPTER = Annotated[
     str | None,
     typer.Option(help="Folder or Hub id of a PEFT adapter to load on top, with its tokenizer and chat template."),
 ]
+
+
+def check_options(
+    model: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    quantization: str = "none",
+    draft: str | None = None,
+    adapter: str | None = None,
+) -> None:
+    """Checks the options of [`load_model`] as far as that needs neither torch nor a download."""
+    from tinyllama_hf.devices import check_device, check_dtype
+    from tinyllama_hf.inference.options import check_draft
+    from tinyllama_hf.quantization.names import check_quantization_name
+    from tinyllama_hf.released import check_model, find_model
+
+    check_dtype(dtype)
+    check_device(device)
+    check_quantization_name(quantization)
+    check_model(model)
+    if draft is not None:
+        check_draft(draft)
+    if adapter is not None:
+        find_model(adapter)
+
+
+def import_libraries() -> None:
+    """Imports torch and transformers, and shows on a terminal that this takes a moment."""
+    from rich.console import Console
+
+    with Console(stderr=True).status("Loading torch and transformers"):
+        from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
 
 def load_model(

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .loading import QUANTIZATION
+from .loading import QUANTIZATION, import_libraries
 
 
 def memory_command(
@@ -36,16 +36,28 @@ def memory_command(
 
     Example: tinyllama-hf memory step-1431k-3T --batch 100 --context 2048 --quantization nf4 --device 4090
     """
-    from tinyllama_hf.devices import find_dtype
+    from tinyllama_hf.devices import check_dtype, find_dtype
     from tinyllama_hf.errors import InputError
-    from tinyllama_hf.planning.inference_memory import Setup, batch_memory, check_batch, fit_lines, memory_lines
-    from tinyllama_hf.planning.named_architecture import find_architecture
-    from tinyllama_hf.quantization.bitsandbytes import choose_quantization
+    from tinyllama_hf.presets import PRESETS
+    from tinyllama_hf.quantization.names import check_quantization_name
+    from tinyllama_hf.released import check_model
 
     if cache != "dynamic":
         raise InputError(
             f"--cache {cache!r}: quantized caches were removed, since no command generates with one; omit it"
         )
+    check_dtype(dtype)
+    check_quantization_name(quantization)
+    if model not in PRESETS:
+        try:
+            check_model(model)
+        except InputError as error:
+            raise InputError(f"{error}; or use a size: {', '.join(PRESETS)}") from error
+    import_libraries()
+    from tinyllama_hf.planning.inference_memory import Setup, batch_memory, check_batch, fit_lines, memory_lines
+    from tinyllama_hf.planning.named_architecture import find_architecture
+    from tinyllama_hf.quantization.bitsandbytes import choose_quantization
+
     found = find_architecture(model)
     kind = choose_quantization(quantization, found.quantization, model)
     source = found.source if found.quantization == "none" else f"{found.source}, saved as {found.quantization}"

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from .loading import import_libraries
+
 
 def plan_command(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe of pretraining.")],
@@ -29,7 +31,6 @@ def plan_command(
     """
     from tinyllama_hf.devices import find_device
     from tinyllama_hf.errors import InputError
-    from tinyllama_hf.planning.run_plan import DEFAULT_MFU, plan_lines, plan_run
     from tinyllama_hf.pretrain.config import load_pretrain_config
 
     if devices < 1:
@@ -40,6 +41,9 @@ def plan_command(
         raise InputError("--mfu: needs --device, since it is a share of the device's peak rate")
     kind = find_device(device) if device is not None else None
     config = load_pretrain_config(recipe, overrides or ())
+    import_libraries()
+    from tinyllama_hf.planning.run_plan import DEFAULT_MFU, plan_lines, plan_run
+
     vocab_size, source = _vocabulary(config.data.tokenizer)
     print("\n".join(plan_lines(plan_run(config, vocab_size, devices, kind, DEFAULT_MFU if mfu is None else mfu))))
     print(f"vocabulary  {source}")

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from .loading import import_libraries
+
 
 app = typer.Typer(help="Train a small tokenizer like that of Llama 2, or verify a tokenizer.", no_args_is_help=True)
 
@@ -31,9 +33,11 @@ def train_tokenizer_command(
     from rich.console import Console
 
     from tinyllama_hf.data.sources import open_sources, read_texts
-    from tinyllama_hf.data.train_tokenizer import train_tokenizer
 
     opened = [open_sources([source], text_column) for source in sources]
+    import_libraries()
+    from tinyllama_hf.data.train_tokenizer import train_tokenizer
+
     texts = itertools.chain.from_iterable(map(read_texts, opened))
     with Console().status("Reading the texts and training"):
         trained = train_tokenizer(texts, vocab_size, output, overwrite)
@@ -66,10 +70,8 @@ def verify_tokenizer_command(
     from rich.progress import track
 
     from tinyllama_hf.data.sources import open_sources, read_texts
-    from tinyllama_hf.data.train_tokenizer import verify_tokenizer
     from tinyllama_hf.errors import InputError
     from tinyllama_hf.released import TOKENIZER_FILES, local_folder
-    from tinyllama_hf.tokenization_tinyllama import load_tokenizer
 
     sources = [open_sources([source], text_column) for source in [*(text or ()), *(files or ())] or EMBEDDED]
     path = local_folder(folder, TOKENIZER_FILES)
@@ -78,6 +80,10 @@ def verify_tokenizer_command(
         raise InputError(
             f"{reference}: the SentencePiece model to compare with is missing. Give one with --against tokenizer.model"
         )
+    import_libraries()
+    from tinyllama_hf.data.train_tokenizer import verify_tokenizer
+    from tinyllama_hf.tokenization_tinyllama import load_tokenizer
+
     if stock:
         from transformers import AutoTokenizer
 

@@ -11,8 +11,9 @@ from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_token
 from tinyllama_hf.batch.generate_many import Request, generate_many
 from tinyllama_hf.decoding.acceptance import draw
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.inference.generation import Sampling, generate_ids, stop_token_ids
+from tinyllama_hf.inference.generation import generate_ids, stop_token_ids
 from tinyllama_hf.inference.load import load_draft
+from tinyllama_hf.inference.options import Sampling
 
 
 GREEDY = Sampling(0, 1.0)

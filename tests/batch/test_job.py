@@ -21,8 +21,9 @@ from tinyllama_hf.batch.prompts import read_prompts
 from tinyllama_hf.chat.templates import load_template
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.inference.chat import ChatSession
-from tinyllama_hf.inference.generation import Context, Sampling, generate_text
+from tinyllama_hf.inference.generation import Context, generate_text
 from tinyllama_hf.inference.load import load_draft
+from tinyllama_hf.inference.options import Sampling
 from tinyllama_hf.planning import inference_memory
 
 

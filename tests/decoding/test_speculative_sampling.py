@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tinyllama_hf.batch.generate_many import Request, generate_many
 from tinyllama_hf.decoding.proposals import ModelProposer, PromptLookup
 from tinyllama_hf.decoding.speculative import speculative_generate
-from tinyllama_hf.inference.generation import Sampling
+from tinyllama_hf.inference.options import Sampling
 
 
 VOCABULARY, CONTEXT = 24, 2048

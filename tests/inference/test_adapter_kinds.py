@@ -11,7 +11,7 @@ from tinyllama_hf.batch.job import open_job
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.inference.adapters import add_adapter
 from tinyllama_hf.inference.chat import ChatSession
-from tinyllama_hf.inference.generation import Sampling
+from tinyllama_hf.inference.options import Sampling
 
 
 pytest.importorskip("peft")

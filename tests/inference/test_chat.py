@@ -18,7 +18,8 @@ from tinyllama_hf.chat.templates import load_template
 from tinyllama_hf.decoding.proposals import ModelProposer
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.inference.chat import ChatSession
-from tinyllama_hf.inference.generation import Sampling, stop_token_ids
+from tinyllama_hf.inference.generation import stop_token_ids
+from tinyllama_hf.inference.options import Sampling
 
 
 @pytest.fixture(scope="module")

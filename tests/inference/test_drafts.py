@@ -9,8 +9,9 @@ from tests.exactness import assert_greedy
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
 from tinyllama_hf.decoding.proposals import ModelProposer, first_layers
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.inference.generation import Sampling, generate_ids, generate_text
+from tinyllama_hf.inference.generation import generate_ids, generate_text
 from tinyllama_hf.inference.load import load_draft
+from tinyllama_hf.inference.options import Sampling
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_token
 from tinyllama_hf.batch.generate_many import Request, generate_many
 from tinyllama_hf.decoding.ragged_cache import RaggedCache
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.inference.generation import Sampling
 from tinyllama_hf.inference.load import load_draft
+from tinyllama_hf.inference.options import Sampling
 from tinyllama_hf.planning import inference_memory as memory_module
 from tinyllama_hf.planning.inference_memory import (
     MEMORY_RESERVE,
@@ -35,7 +35,8 @@ from tinyllama_hf.planning.inference_memory import (
 )
 from tinyllama_hf.planning.kv_cache import measure_cache
 from tinyllama_hf.planning.named_architecture import find_architecture
-from tinyllama_hf.quantization.bitsandbytes import QUANTIZATIONS, QuantizedTinyLlama, measure_footprint
+from tinyllama_hf.quantization.bitsandbytes import QuantizedTinyLlama, measure_footprint
+from tinyllama_hf.quantization.names import QUANTIZATIONS
 
 
 PUBLISHED = TinyLlamaConfig.preset("1.1b")
@@ -376,7 +377,10 @@ class TestCommand:
             ("1.1b --batch 0", "--batch 0: must be at least 1"),
             ("1.1b --context 2049", "--context 2049: must be between 1 and 2048"),
             ("1.1b --context 0", "--context 0: must be between 1 and 2048"),
-            ("1.1b --quantization nf5", "--quantization 'nf5': unknown quantization; did you mean 'nf4'?"),
+            (
+                "1.1b --quantization nf5",
+                "--quantization 'nf5': unknown quantization; use none, int8",
+            ),
             ("1.1b --cache fp8", "--cache 'fp8': quantized caches were removed"),
             ("1.1b --dtype fp8", "--dtype 'fp8': "),
             ("1.1b --device a100", "--device 'a100': unknown device; use a100-40g"),

@@ -9,9 +9,9 @@ from transformers import DynamicCache, EncoderDecoderCache, LlamaConfig, StaticC
 from transformers.cache_utils import Cache, DynamicIndexedLayer, LinearAttentionLayer
 
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM
-from tinyllama_hf.configuration_tinyllama import PRESETS
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.planning.kv_cache import CacheSize, cache_size, measure_cache
+from tinyllama_hf.presets import PRESETS
 
 
 NANO = TinyLlamaConfig.preset("nano", vocab_size=512, max_position_embeddings=512)

@@ -19,7 +19,8 @@ from tests.serving.served import CONTEXT, Server, chat, complete
 from tests.test_docs import commands
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
 from tinyllama_hf.inference.chat import ChatSession
-from tinyllama_hf.inference.generation import Sampling, generate_text
+from tinyllama_hf.inference.generation import generate_text
+from tinyllama_hf.inference.options import Sampling
 from tinyllama_hf.serving.app import MAX_BODY_BYTES
 
 

@@ -17,7 +17,8 @@ from ..decoding.proposals import Proposer
 from ..decoding.rows import RowPlan
 from ..decoding.speculative import check_pair
 from ..errors import InputError, check_seed
-from ..inference.generation import SEEDED_DRAFT_LENGTH, Context, Sampling, stop_token_ids
+from ..inference.generation import SEEDED_DRAFT_LENGTH, Context, stop_token_ids
+from ..inference.options import Sampling
 
 
 DEFAULT_BATCH_SIZE = 8

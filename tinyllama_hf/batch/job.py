@@ -21,8 +21,9 @@ from ..decoding.proposals import Proposer
 from ..errors import InputError
 from ..files import locked, read_json, write_json, write_text
 from ..inference.adapters import adapter_folder, load_adapted_tokenizer
-from ..inference.generation import Context, Sampling
-from ..inference.load import LAYERS, LOOKUP, model_folder
+from ..inference.generation import Context
+from ..inference.load import model_folder
+from ..inference.options import LAYERS, LOOKUP, Sampling
 from ..provenance import collect, file_sha256, fingerprint
 from ..released import TOKENIZER_FILES, local_folder
 from .generate_many import DEFAULT_BATCH_SIZE, Completion, Request, generate_many

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import InputError
 from ..files import read_json
 from ..inference.load import load, load_stock, model_folder, stock_tokenizer
-from ..pretrain.milestones import CONFIG_FILE, MILESTONES_FOLDER, list_milestones, read_record
+from ..pretrain.milestones import CONFIG_FILE, find_run, list_milestones, read_record
 from ..quantization.bitsandbytes import cast_unquantized, check_quantization, choose_quantization, saved_quantization
 from .score_files import ScoredModel
 
@@ -79,11 +79,6 @@ def load_eval_model(
         tokenizer = stock_tokenizer(folder)
     cast_unquantized(loaded, dtype)  # after quantization, which starts from the dtype of the file
     return loaded, tokenizer
-
-
-def find_run(models: Sequence[str]) -> Path | None:
-    """Returns the run if `models` is a single folder with milestones, else `None`."""
-    return Path(models[0]) if len(models) == 1 and (Path(models[0]) / MILESTONES_FOLDER).is_dir() else None
 
 
 def require_milestones(run: Path) -> list[Path]:

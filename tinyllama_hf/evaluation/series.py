@@ -14,12 +14,13 @@ from .. import provenance
 from ..data.mixture import Mixture
 from ..data.shards import read_metadata
 from ..errors import InputError
-from ..pretrain.milestones import list_milestones, read_record
+from ..pretrain.milestones import find_run, list_milestones, read_record
 from ..pretrain.run_record import RunRecord, open_mixture, read_run_record
-from ..quantization.bitsandbytes import check_quantization, check_quantization_name
+from ..quantization.bitsandbytes import check_quantization
+from ..quantization.names import check_quantization_name
 from ..tokenization_tinyllama import load_tokenizer, tokenizer_fingerprint
 from .bits_per_byte import HeldOut, document_tokens, held_out_documents, score_documents, summarize
-from .models import describe_model, find_run, list_eval_models, load_eval_model
+from .models import describe_model, list_eval_models, load_eval_model
 from .ngram import NGramModel
 from .score_files import (
     BaselineRow,

@@ -12,7 +12,8 @@ from ..chat.render import render
 from ..decoding.proposals import Proposer
 from ..errors import InputError, check_seed, did_you_mean
 from ..text import decode_text
-from .generation import DEFAULT_NEW_TOKENS, Context, ExactTextStreamer, Sampling, generate_ids, stop_token_ids
+from .generation import DEFAULT_NEW_TOKENS, Context, ExactTextStreamer, generate_ids, stop_token_ids
+from .options import Sampling
 
 
 COMMANDS = {

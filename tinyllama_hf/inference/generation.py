@@ -1,6 +1,5 @@
 """Generates text from one prompt, and streams it."""
 
-import math
 import re
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -14,6 +13,7 @@ from ..decoding.proposals import Proposer
 from ..decoding.speculative import speculative_generate
 from ..errors import InputError, check_seed
 from ..text import check_text, decode_text
+from .options import Sampling
 
 
 DEFAULT_NEW_TOKENS = 256
@@ -91,41 +91,6 @@ class ExactTextStreamer(TextStreamer):
             self._num_shown = len(text)
             if self._write == sys.stdout.write:
                 sys.stdout.flush()
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Sampling settings; the fields are options of the commands.
-
-    Attributes:
-        temperature (`float`, *optional*, defaults to 0.8): 0 always takes the most likely token.
-        top_p (`float`, *optional*, defaults to 0.95): sample from the smallest set of tokens with this total
-            probability.
-        max_new_tokens (`int`, *optional*): defaults to 256, or less if the context is nearly full.
-
-    Raises:
-        InputError: if a value is out of range, with the name of the command's option.
-    """
-
-    temperature: float = 0.8
-    top_p: float = 0.95
-    max_new_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise InputError(
-                f"--temperature {self.temperature}: must be finite, and 0 (always the most likely token) or larger"
-            )
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"--top-p {self.top_p}: must be above 0 and at most 1")
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise InputError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")
-
-    def arguments(self) -> dict[str, Any]:
-        """Returns the arguments of `generate` in transformers."""
-        if self.temperature == 0:
-            return {"do_sample": False}
-        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from transformers import (
 from ..configuration_tinyllama import TinyLlamaConfig
 from ..decoding.proposals import ModelProposer, PromptLookup, Proposer, first_layers
 from ..decoding.speculative import check_vocabulary_size
+from ..devices import check_device
 from ..errors import InputError, one_line
 from ..files import read_json
 from ..modeling_tinyllama import TinyLlamaForCausalLM
@@ -28,18 +29,16 @@ from ..quantization.bitsandbytes import (
     QuantizedTinyLlama,
     cast_unquantized,
     check_quantization,
-    check_quantization_name,
     choose_quantization,
     make_safe,
     quantization_config,
     saved_quantization,
 )
-from ..released import local_folder
+from ..quantization.names import check_quantization_name
+from ..released import local_folder, read_llama_fields
 from ..tokenization_tinyllama import tokenizer_fingerprint
 from .adapters import adapter_folder, add_adapter, load_adapted_tokenizer
-
-
-LOOKUP, LAYERS = "lookup", "layers:"  # drafts without a model of their own; see `load_draft`
+from .options import LOOKUP, draft_layers
 
 
 def load(
@@ -116,11 +115,8 @@ def load_draft(
     """
     if name == LOOKUP:
         return PromptLookup()
-    if name.startswith(LAYERS):
-        number = name.removeprefix(LAYERS)
-        if not number.isdecimal():
-            raise InputError(f"--draft {name}: {LAYERS} needs a number of layers, such as {LAYERS}4")
-        return ModelProposer(first_layers(target, int(number)))
+    if num_layers := draft_layers(name):
+        return ModelProposer(first_layers(target, num_layers))
     model, tokenizer = load(name, dtype, device)
     check_vocabulary_size(target, model, "--draft")
     if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(target_tokenizer):
@@ -223,16 +219,7 @@ def model_folder(path_or_name: str | os.PathLike, quantized: bool = False) -> Pa
 def _open_folder(path_or_name: str | os.PathLike) -> tuple[Path, str]:
     """Returns the folder of a model and the quantization that its weights were saved with."""
     folder = local_folder(str(path_or_name))
-    config = folder / "config.json"
-    if not config.is_file():
-        milestones = sorted(path.parent for path in folder.glob("milestones/*/config.json"))
-        hint = f"; did you mean {milestones[-1]}?" if milestones else ""
-        raise InputError(f"model {folder}: holds no config.json, so it is not a model folder{hint}")
-    fields = read_json(config)
-    model_type = fields.get("model_type")
-    if model_type not in ("llama", TinyLlamaConfig.model_type):
-        raise InputError(f"{config}: model_type {model_type!r} is not a Llama; tinyllama_hf loads Llama folders only")
-    return folder, saved_quantization(fields, str(config))
+    return folder, saved_quantization(read_llama_fields(folder), str(folder / "config.json"))
 
 
 def choose_device(device: str) -> str:
@@ -241,14 +228,10 @@ def choose_device(device: str) -> str:
     Raises:
         InputError: if the name is not a device, or this machine does not have it.
     """
+    check_device(device)
+    has_gpu = torch.cuda.is_available()
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise InputError(f"--device {device!r}: not a device; use auto, cpu, cuda or cuda:N") from error
-    if kind == "cuda" and not torch.cuda.is_available():
+        return "cuda" if has_gpu else "cpu"
+    if device != "cpu" and not has_gpu:
         raise InputError(f"--device {device}: this machine has no GPU that torch can use; use cpu or auto")
-    if kind not in ("cpu", "cuda"):
-        raise InputError(f"--device {device!r}: not supported; use auto, cpu, cuda or cuda:N")
     return device

@@ -25,7 +25,7 @@ from ..decoding.proposals import ModelProposer, Proposer
 from ..decoding.ragged_cache import num_slots
 from ..devices import format_bytes
 from ..errors import InputError
-from ..quantization.bitsandbytes import QUANTIZATIONS
+from ..quantization.names import QUANTIZATIONS
 from .kv_cache import CacheSize, cache_size
 from .memory_engine import MEMORY_RESERVE, LiveBytes
 

@@ -7,10 +7,11 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig
 
-from ..configuration_tinyllama import PRESETS, TinyLlamaConfig
+from ..configuration_tinyllama import TinyLlamaConfig
 from ..errors import InputError, refuse_damage
 from ..files import read_json
 from ..inference.load import model_folder
+from ..presets import PRESETS
 from ..quantization.bitsandbytes import saved_quantization
 from ..released import find_repository, local_folder, tables
 

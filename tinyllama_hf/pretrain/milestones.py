@@ -3,18 +3,19 @@
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Any
 
 from .. import provenance
 from ..errors import InputError
 from ..files import new_folder, read_json, write_json, write_text
-from ..modeling_tinyllama import TinyLlamaForCausalLM
 from .schedule import Steps
 
+
+if TYPE_CHECKING:  # commands look for milestones before they import torch
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+    from ..modeling_tinyllama import TinyLlamaForCausalLM
 
 MILESTONES_FOLDER = "milestones"
 CONFIG_FILE = "training.yaml"
@@ -43,11 +44,11 @@ def milestone_names(numbers: Sequence[int], steps: Steps) -> dict[int, str]:
 
 def write_milestone(
     folder: Path,
-    model: TinyLlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    model: "TinyLlamaForCausalLM",
+    tokenizer: "PreTrainedTokenizerFast",
     training_yaml: str,
     record: dict[str, Any],
-    state_dict: dict[str, torch.Tensor] | None = None,
+    state_dict: "dict[str, torch.Tensor] | None" = None,
     complete: Callable[[Path, str], None] | None = None,
 ) -> None:
     """Writes a complete model folder under a temporary name and renames it; an existing folder is replaced.
@@ -71,13 +72,20 @@ def write_milestone(
             complete(temporary, folder.name)
 
 
-def export_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def export_weights(model: "torch.nn.Module") -> "dict[str, torch.Tensor]":
     """The full weights of a wrapped, sharded or compiled model, on the main process; empty on the others.
 
     A collective call of all processes.
     """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return get_model_state_dict(model, options=options)  # type: ignore[return-value]  # torch's type is that of optimizers
+
+
+def find_run(models: Sequence[str]) -> Path | None:
+    """The run if `models` is a single folder with milestones, else `None`."""
+    return Path(models[0]) if len(models) == 1 and (Path(models[0]) / MILESTONES_FOLDER).is_dir() else None
 
 
 def list_milestones(run: Path) -> list[Path]:

@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..configuration_tinyllama import PRESETS, TinyLlamaConfig
 from ..errors import did_you_mean
+from ..presets import PRESETS
 from .schedule import Steps
 
 
@@ -138,9 +138,13 @@ def _milestone_problems(milestones: Any, training: Any) -> Iterator[str]:
 
 
 def _model_problems(model: Any) -> Iterator[str]:
-    known = TinyLlamaConfig().to_dict()
     if model.preset not in PRESETS:
         yield f"model.preset: unknown preset {model.preset!r}{did_you_mean(model.preset, PRESETS)}"
+    if not model.overrides:
+        return
+    from ..configuration_tinyllama import TinyLlamaConfig  # imports torch, which takes seconds
+
+    known = TinyLlamaConfig().to_dict()
     for name, value in model.overrides.items():
         if name not in known:
             yield f"model.overrides.{name}: unknown field of a Llama config{did_you_mean(name, known)}"

@@ -10,12 +10,13 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from ..configuration_tinyllama import PRESETS, TinyLlamaConfig
+from ..configuration_tinyllama import TinyLlamaConfig
 from ..data.mixture import Mixture
 from ..data.shards import read_metadata
 from ..errors import InputError
 from ..inference.load import load, model_folder
 from ..modeling_tinyllama import TinyLlamaForCausalLM
+from ..presets import PRESETS
 from ..tokenization_tinyllama import load_tokenizer, tokenizer_fingerprint
 from .config import PretrainConfig
 from .launch import attention_implementation

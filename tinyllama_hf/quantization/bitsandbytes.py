@@ -13,13 +13,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration_tinyllama import TinyLlamaConfig
-from ..errors import InputError, did_you_mean, require
+from ..errors import InputError, require
 from ..files import new_files
 from ..modeling_tinyllama import TinyLlamaForCausalLM
 from ..progress import quiet_bitsandbytes
+from .names import check_quantization_name
 
 
-QUANTIZATIONS = ("none", "int8", "nf4")
 _FOUR_BIT = ("nf4", "fp4")  # fp4 only if a folder was saved with it
 _COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -99,23 +99,6 @@ def choose_quantization(asked: str, saved: str, where: str) -> str:
             "unquantized model"
         )
     return asked if saved == "none" else saved
-
-
-def check_quantization_name(quantization: str) -> None:
-    """Checks the name of a requested quantization, without importing bitsandbytes.
-
-    Raises:
-        InputError: if the name is unknown; the message has the nearest one.
-    """
-    if quantization == "fp4":
-        raise InputError(
-            "--quantization 'fp4': no longer supported. Use 'nf4', which has the same size and a smaller error. "
-            "Folders that were saved as fp4 load without the option"
-        )
-    if quantization not in QUANTIZATIONS:
-        raise InputError(
-            f"--quantization {quantization!r}: unknown quantization{did_you_mean(quantization, QUANTIZATIONS)}"
-        )
 
 
 def check_quantization(quantization: str, double_quantization: bool = True, compute_dtype: Any = "auto") -> None:

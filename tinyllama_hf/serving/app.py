@@ -24,7 +24,8 @@ from transformers import BatchEncoding, GenerationConfig, PreTrainedModel, PreTr
 from transformers.cli.serving.model_manager import ModelManager
 
 from ..errors import InputError, require
-from ..inference.generation import Sampling, stop_token_ids
+from ..inference.generation import stop_token_ids
+from ..inference.options import Sampling
 from .request_answers import BodyLimit, Refusal, error_body, openai_stream
 from .request_fields import Limits, check_fields, prompt_ids
 from .request_queue import OneQueue

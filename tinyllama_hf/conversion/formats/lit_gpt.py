@@ -14,8 +14,8 @@ import torch
 import yaml
 from transformers import LlamaConfig
 
-from ...configuration_tinyllama import PRESETS
 from ...errors import InputError, damaged
+from ...presets import PRESETS
 from ..checkpoint import (
     EMBEDDING,
     OUTPUT,

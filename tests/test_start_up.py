@@ -1,0 +1,105 @@
+"""A mistake in a path or an option is reported before torch is imported, which takes seconds."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+RECIPE = str(ROOT / "recipes" / "pretrain" / "micro.yaml")
+WRONG = {
+    "chat /nope": "model '/nope': no such folder",
+    "chat micro --dtype fp8": "--dtype 'fp8': unknown type; use auto, fp32, bf16",
+    "generate /nope x": "model '/nope': no such folder",
+    "generate empty x": "model empty: holds no config.json",
+    "generate model.gguf x": "tinyllama-hf convert model.gguf --to llama",
+    "generate x --temperature -1": "--temperature -1.0: ",
+    "generate x --seed -1": "--seed -1: ",
+    "generate x --device gpu": "--device 'gpu': unknown device; use auto, cpu, cuda or cuda:N",
+    "generate empty x --quantization int4": "--quantization 'int4': unknown quantization; use none, int8",
+    "generate x --output out.jsonl": "--output out.jsonl: only valid with --input",
+    "generate llama x --draft layers:x": "--draft layers:x: ",
+    "generate llama x --draft /nope": "model '/nope': no such folder",
+    "generate llama x --adapter /nope": "model '/nope': no such folder",
+    "serve /nope": "model '/nope': no such folder",
+    "plan /nope": "recipe /nope does not exist",
+    f"plan {RECIPE} training.sed=1": "training.sed: unknown key",
+    f"plan {RECIPE} --device a100": "--device 'a100': unknown device; use a100-40g",
+    "memory /nope": "model '/nope': no such folder; or use a size: 1.1b",
+    "memory 1.1b --quantization nf5": "--quantization 'nf5': ",
+    "convert /nope --to llama --output x": "model '/nope': no such folder",
+    "convert empty --to llama --output x --dtype fp8": "--dtype 'fp8': unknown type; use auto, fp32, bf16, fp16",
+    "verify empty /nope": "model '/nope': no such folder",
+    "eval text /nope": "model '/nope': no such folder",
+    "eval text empty --watch --every 0": "--every 0.0: must be above 0",
+    "eval tasks /nope": "model '/nope': no such folder",
+    "eval tasks llama --published step-50k": "--published 'step-50k'",
+    "eval replies empty": "model empty: holds no config.json",
+    "report /nope --output x": "run /nope: no such folder",
+    "publish /nope --repo a/b": "run /nope: no such folder",
+    "prepare /nope --tokenizer empty --output x": "source /nope does not exist",
+    "prepare empty --tokenizer /nope --output x": "model '/nope': no such folder",
+    "prepare empty --output x": "--tokenizer is required",
+    "tokenizer train /nope --output x": "source /nope does not exist",
+    "tokenizer verify /nope": "model '/nope': no such folder",
+    "recipes copy empty": "empty: already exists",
+    "pretrain.py /nope": "recipe /nope does not exist",
+    f"pretrain.py {RECIPE} training.sed=1": "training.sed: unknown key; did you mean 'seed'?",
+    "sft.py /nope": "recipe /nope does not exist",
+}
+# Runs all in one process, which is only possible as long as none imports torch.
+RUN = """
+import contextlib, io, json, runpy, sys
+from tinyllama_hf_cli import main
+found = {{}}
+for command in json.load(sys.stdin):
+    words, err = command.split(" "), io.StringIO()
+    script = {recipes!r} + "/" + words[0]
+    sys.argv = words if words[0].endswith(".py") else ["tinyllama-hf", *words]
+    with contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(script, run_name="__main__") if words[0].endswith(".py") else main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+    found[command] = [status, err.getvalue(), sorted({{"torch", "transformers"}} & sys.modules.keys())]
+json.dump(found, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("start_up")
+    (folder / "empty").mkdir()
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    (folder / "llama").mkdir()
+    (folder / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    command = [sys.executable, "-c", RUN.format(recipes=str(ROOT / "recipes"))]
+    done = subprocess.run(command, cwd=folder, input=json.dumps(list(WRONG)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(("command", "message"), WRONG.items())
+def test_a_mistake_is_reported_without_torch(outcomes, command, message):
+    status, error, imported = outcomes[command]
+    assert status == 2 and message in error and error.startswith("error: ")
+    assert imported == []
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_shows_that_libraries_are_loading(terminal):
+    """And a pipe gets nothing."""
+    reader, writer = pty.openpty() if terminal else os.pipe()
+    code = "from tinyllama_hf_cli.loading import import_libraries; import_libraries()"
+    done = subprocess.run([sys.executable, "-c", code], stderr=writer, env=os.environ | {"TERM": "xterm"})
+    os.write(writer, b"end")
+    printed = os.read(reader, 100_000).decode()
+    os.close(reader), os.close(writer)
+    assert done.returncode == 0
+    assert ("Loading torch and transformers" in printed) == terminal and (terminal or printed == "end")

@@ -1,0 +1,70 @@
+"""Options of generation, checked without importing torch: sampling settings and names of drafts."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import InputError
+from ..released import check_model
+
+
+LOOKUP, LAYERS = "lookup", "layers:"  # drafts without a model of their own
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling settings; the fields are options of the commands.
+
+    Attributes:
+        temperature (`float`, *optional*, defaults to 0.8): 0 always takes the most likely token.
+        top_p (`float`, *optional*, defaults to 0.95): sample from the smallest set of tokens with this total
+            probability.
+        max_new_tokens (`int`, *optional*): defaults to 256, or less if the context is nearly full.
+
+    Raises:
+        InputError: if a value is out of range, with the name of the command's option.
+    """
+
+    temperature: float = 0.8
+    top_p: float = 0.95
+    max_new_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(
+                f"--temperature {self.temperature}: must be finite, and 0 (always the most likely token) or larger"
+            )
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"--top-p {self.top_p}: must be above 0 and at most 1")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise InputError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments of `generate` in transformers."""
+        if self.temperature == 0:
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+
+
+def draft_layers(name: str) -> int | None:
+    """Returns N of a draft named `layers:N`, `None` for other drafts.
+
+    Raises:
+        InputError: if N is not a number of layers.
+    """
+    if not name.startswith(LAYERS):
+        return None
+    number = name.removeprefix(LAYERS)
+    if not number.isdecimal() or not int(number):
+        raise InputError(f"--draft {name}: {LAYERS} needs a number of layers, such as {LAYERS}4")
+    return int(number)
+
+
+def check_draft(name: str) -> None:
+    """Checks the name of a draft: `lookup`, `layers:N` or a model.
+
+    Raises:
+        InputError: as [`draft_layers`] and [`check_model`].
+    """
+    if name != LOOKUP and draft_layers(name) is None:
+        check_model(name)
