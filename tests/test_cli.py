@@ -144,7 +144,7 @@ BAD = {
     "nothing to verify": ("tokenizer verify model --text empty.txt", "the files contain no text"),
     "folder without a model": ("generate empty", "holds no config.json"),
     "no GPU": ("generate model --device cuda", "has no GPU that torch can use; use cpu or auto"),
-    "no device": ("generate model --device gpu", "--device 'gpu': not a device"),
+    "no device": ("generate model --device gpu", "--device 'gpu': unknown device"),
     "too many tokens": ("generate model --max-new-tokens 64", "the model's context of 64"),
     "temperature": ("generate model --temperature -1", "--temperature -1.0: must be"),
     "missing source": ("prepare nowhere --tokenizer {tokenizer} --output out", "source nowhere does not exist"),
@@ -177,7 +177,7 @@ BAD = {
         "eval tasks model --data empty --data model", "--data empty model: pass one folder"),
     "scores over something else": (
         "eval tasks model --data embedded:sample --output small.jsonl",
-        "--output small.jsonl: is not a file of commonsense scores"),
+        "small.jsonl: is not a file of commonsense scores"),
     "baselines of a folder": ("eval text model --baselines", "--baselines needs one run"),
     "no repository": ("publish model --repo micro", "--repo 'micro': the name must have the form USER/NAME"),
     "nothing to publish": ("publish empty --repo me/x --dry-run", "empty: holds neither milestones nor a model"),

@@ -121,7 +121,7 @@ CASES = {
         ),
         "tinyllama_hf.evaluation.table.table_lines": (
             None,
-            {"protocol": "protocol", "rows": "rows", "published.name": "v1.1"},
+            {"scores.protocol": "protocol", "published.name": "v1.1"},
         ),
     },
     "eval replies m --data x --limit 5 --max-new-tokens 7 --output o --quantization nf4 --device cpu": {
@@ -322,6 +322,9 @@ def test_options_arrive(words, tmp_path, monkeypatch):
         monkeypatch.setattr(holder, name, _recorder(target, getattr(holder, name), result, given))
     monkeypatch.setattr("signal.signal", lambda *_: None)  # `convert` ends like Ctrl-C at others
     monkeypatch.chdir(tmp_path)
+    for name in "mndacrstxy":  # checked before the functions are called
+        Path(name).mkdir()
+        Path(name, "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(Arrived):
         run([fill.get(word, word) for word in words.split()], monkeypatch)
     for target, (_, expected) in CASES[words].items():

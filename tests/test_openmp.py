@@ -30,14 +30,16 @@ def test_what_the_user_sets_stays(monkeypatch, unset):
 @pytest.mark.parametrize(
     ("script", "arguments"),
     [
-        (None, ["list"]),
-        (ROOT / "recipes" / "pretrain.py", ["nowhere.yaml"]),
-        (ROOT / "recipes" / "sft.py", ["nowhere.yaml"]),
-        (ROOT / "eval" / "bits_per_byte.py", ["nowhere"]),
+        (None, ["memory", "1.1b"]),
+        (ROOT / "recipes" / "pretrain.py", ["recipes/pretrain/micro.yaml"]),
+        (ROOT / "recipes" / "sft.py", ["recipes/sft/full.yaml"]),
+        (ROOT / "eval" / "bits_per_byte.py", ["{run}"]),
     ],
     ids=["command", "pretrain", "sft", "eval"],
 )
-def test_it_is_set_before_torch_is_imported(script, arguments, unset):
+def test_it_is_set_before_torch_is_imported(script, arguments, unset, tmp_path):
+    (tmp_path / "milestones").mkdir()
+    arguments = [word.replace("{run}", str(tmp_path)) for word in arguments]
     start = (
         "from tinyllama_hf_cli import main; main()"
         if script is None

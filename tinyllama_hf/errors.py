@@ -80,7 +80,7 @@ def refuse_damage(where: object) -> Iterator[None]:
     """
     try:
         yield
-    except (InputError, MemoryError, NameError, ImportError, AssertionError):
+    except (InputError, MemoryError, NameError, ImportError):
         raise
     except Exception as error:
         raise damaged(where, one_line(error)) from error

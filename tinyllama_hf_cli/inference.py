@@ -14,7 +14,7 @@ from .loading import (
     DTYPE,
     MODEL,
     QUANTIZATION,
-    check_options,
+    check_model_options,
     import_libraries,
     load_model,
     note,
@@ -115,7 +115,7 @@ def generate_command(
     for option, value in (("--output", output), ("--batch-size", batch_size)):
         if input_file is None and value is not None:
             raise InputError(f"{option} {value}: only valid with --input; leave it out, or give a file of prompts")
-    check_options(model, dtype, device, quantization, draft, adapter)
+    check_model_options(model, dtype, device, quantization, draft, adapter)
     import_libraries()
     from tinyllama_hf.inference.generation import ExactTextStreamer, generate_text
 
@@ -159,7 +159,7 @@ def chat_command(
     sampling = Sampling(temperature, top_p, max_new_tokens)
     if seed is not None:
         check_seed(seed)
-    check_options(model, dtype, device, quantization, draft, adapter)
+    check_model_options(model, dtype, device, quantization, draft, adapter)
     import_libraries()
     from tinyllama_hf.inference.chat import ChatSession
 

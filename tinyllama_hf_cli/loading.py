@@ -27,7 +27,7 @@ ADAPTER = Annotated[
 ]
 
 
-def check_options(
+def check_model_options(
     model: str,
     dtype: str = "auto",
     device: str = "auto",

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .loading import ADAPTER, DEVICE, DTYPE, MODEL, QUANTIZATION, check_options, import_libraries, load_model
+from .loading import ADAPTER, DEVICE, DTYPE, MODEL, QUANTIZATION, check_model_options, import_libraries, load_model
 
 
 def serve_command(
@@ -29,7 +29,7 @@ def serve_command(
 
     Example: tinyllama-hf serve chat-v1.0 --quantization nf4
     """
-    check_options(model, dtype, device, quantization, None, adapter)
+    check_model_options(model, dtype, device, quantization, None, adapter)
     import_libraries()
     from tinyllama_hf.chat.templates import load_template
     from tinyllama_hf.serving.app import bind, build_app, check_installed, run

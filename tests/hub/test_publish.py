@@ -273,7 +273,7 @@ class TestRefusals:
             "--repo 'a/b/c': the name must have the form USER/NAME": words(trained, "a/b/c"),
             "--repo 'demo/a--b': Cannot have -- or ..": words(trained, "demo/a--b"),
             "empty: holds neither milestones nor a model": words(tmp_path / "empty"),
-            "nowhere: holds neither milestones nor a model": words(tmp_path / "nowhere"),
+            "nowhere: no such folder": words(tmp_path / "nowhere"),
             "begun: has no milestone yet": words(tmp_path / "begun"),
             "model.safetensors: damaged": words(run),
             "model_type is 'tinyllama'; only plain Llama folders": words(others["ours"]),

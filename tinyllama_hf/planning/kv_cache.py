@@ -88,7 +88,7 @@ def _holds_keys(layer: CacheLayerMixin) -> bool:
     kind = type(layer).__name__
     if not hasattr(layer, "keys") or not hasattr(layer, "values"):
         raise InputError(f"cache layer {kind}: has no keys and values; it cannot be measured")
-    for name in vars(layer).keys() - {"keys", "values"}:
+    for name in sorted(vars(layer).keys() - {"keys", "values"}):
         leaves = tree_leaves(getattr(layer, name))
         if any(isinstance(each, torch.Tensor) and each.is_floating_point() for each in leaves):
             raise InputError(f"cache layer {kind}: holds {name} in addition to keys and values; it cannot be measured")
