@@ -1,10 +1,12 @@
 """The commands: help without torch, examples that parse, and bad input that ends with one message and status 2."""
 
+import io
 import json
 import re
 import runpy
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -119,7 +121,7 @@ def things(tmp_path, prepared, tokenizer_folder, corpus, recipe, documents):
     values |= {"output_dir": "out", "model": {"path": "model"}}
     values["data"]["max_length"] = 64
     (tmp_path / "sft.yaml").write_text(yaml.safe_dump(values))
-    return {"prepared": prepared, "tokenizer": tokenizer_folder, "corpus": corpus, "recipe": recipe}
+    return {"root": tmp_path, "prepared": prepared, "tokenizer": tokenizer_folder, "corpus": corpus, "recipe": recipe}
 
 
 CONVERSATIONS = {
@@ -261,6 +263,32 @@ def test_bad_input_through_accelerate_launch(recipe, run_command, tmp_path):
     assert "training.sed: unknown key; did you mean 'seed'?" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_the_version(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tinyllama-hf", "--version"])
+    with pytest.raises(SystemExit) as stop:
+        tinyllama_hf_cli.main()
+    assert not stop.value.code and capsys.readouterr().out == f"tinyllama-hf {version('tinyllama_hf')}\n"
+
+
+def test_a_prompt_from_standard_input(things, capsys, monkeypatch):
+    """Equal to the same prompt as an argument: one line end at its end is not part of it."""
+
+    def generated(prompt: str, stdin: bytes) -> str:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        words = ["generate", "model", prompt, "--temperature", "0", "--max-new-tokens", "8"]
+        capsys.readouterr()
+        typer.main.get_command(tinyllama_hf_cli.app)(words, standalone_mode=False)
+        return capsys.readouterr().out
+
+    monkeypatch.chdir(things["root"])
+    wanted = generated("def main():\n    café", b"")
+    for text in ("def main():\n    café", "def main():\n    café\n", "def main():\n    café\r\n"):
+        assert generated("-", text.encode()) == wanted
+    assert generated("-", "def main():\n    café\n\n".encode()) != wanted
+    with pytest.raises(ValueError, match="PROMPT -: standard input is not UTF-8"):
+        generated("-", b"\xff")
 
 
 def test_a_bug_is_not_bad_input(monkeypatch, call):

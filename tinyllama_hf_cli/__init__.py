@@ -5,6 +5,7 @@ it runs.
 """
 
 import sys
+from typing import Annotated
 
 import typer
 
@@ -21,6 +22,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"tinyllama-hf {version('tinyllama_hf')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 app.command("list")(inference.list_command)
 app.command("generate")(inference.generate_command)
 app.command("chat")(inference.chat_command)
@@ -32,6 +52,9 @@ app.command("prepare")(data.prepare_command)
 app.command("plan")(plan.plan_command)
 app.command("report")(evaluation.report_command)
 app.command("publish")(hub.publish_command)
+# Options of the scripts, such as --dry-run, are passed on.
+for _name, _function in (("train", recipes.train_command), ("sft", recipes.sft_command)):
+    app.command(_name, context_settings={"ignore_unknown_options": True})(_function)
 app.add_typer(evaluation.app, name="eval")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(recipes.app, name="recipes")

@@ -94,6 +94,8 @@ def generate_command(
 ) -> None:
     """Continue a prompt, streamed to standard output, or the prompts of a file. Measurements go to standard error.
 
+    The prompt - is read from standard input, without its last line end.
+
     With --input, results are kept when the command is interrupted; run it again to resume. An invalid line gets an
     error in its row, and the exit status is 2 after the other lines are finished.
 
@@ -124,12 +126,24 @@ def generate_command(
         weights = {"dtype": dtype, "quantization": quantization}
         generate_file(model, input_file, output, batch_size, sampling, seed, draft, adapter, weights, load)
         return
+    if prompt == "-":
+        prompt = _read_standard_input()
     loaded, tokenizer, helper = load()
     streamer = ExactTextStreamer(tokenizer)
     generate_text(loaded, tokenizer, prompt, max_new_tokens, temperature, top_p, seed, streamer, helper)
     print(flush=True)
     if helper:
         note(str(helper.statistics))
+
+
+def _read_standard_input() -> str:
+    from tinyllama_hf.errors import InputError
+    from tinyllama_hf.text import ENCODING
+
+    try:
+        return sys.stdin.buffer.read().decode(ENCODING).removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise InputError(f"PROMPT -: standard input is not UTF-8 ({error.reason} at byte {error.start})") from error
 
 
 def chat_command(

@@ -41,6 +41,39 @@ def copy_recipes_command(
     print(f"wrote {folder}")
 
 
+_ARGUMENTS = Annotated[
+    list[str] | None, typer.Argument(help="YAML recipe, section.key=value overrides and options of the script.")
+]
+
+
+def train_command(arguments: _ARGUMENTS = None) -> None:
+    """Print the command that pretrains: accelerate starts the script, with one process per device.
+
+    Example: tinyllama-hf train recipes/pretrain/micro.yaml
+    """
+    _name_launch_command("pretrain.py", arguments or ["recipes/pretrain/micro.yaml"])
+
+
+def sft_command(arguments: _ARGUMENTS = None) -> None:
+    """Print the command that fine-tunes: accelerate starts the script, with one process per device.
+
+    Example: tinyllama-hf sft recipes/sft/full.yaml model.path=my-model
+    """
+    _name_launch_command("sft.py", arguments or ["recipes/sft/full.yaml"])
+
+
+def _name_launch_command(script: str, arguments: list[str]) -> None:
+    import shlex
+
+    from tinyllama_hf.errors import InputError
+
+    path = Path("recipes") / script
+    copy = "" if path.is_file() else "tinyllama-hf recipes copy recipes && "
+    raise InputError(
+        f"accelerate starts the training. Run: {copy}{shlex.join(['accelerate', 'launch', str(path), *arguments])}"
+    )
+
+
 def _files() -> list[tuple[str, Path]]:
     """The name in the copied folder, and the path, of every bundled file."""
     import tinyllama_hf

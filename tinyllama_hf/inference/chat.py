@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..chat.render import render
 from ..decoding.proposals import Proposer
-from ..errors import InputError, check_seed, did_you_mean
+from ..errors import check_seed, did_you_mean
 from ..text import decode_text
 from .generation import DEFAULT_NEW_TOKENS, Context, ExactTextStreamer, generate_ids, stop_token_ids
 from .options import Sampling
@@ -77,7 +77,7 @@ class ChatSession:
         """Handles a line of input, a message or a command; returns `False` if it ends the conversation.
 
         Raises:
-            InputError: for an unknown command, an invalid system prompt, or a message that does not fit the context.
+            InputError: for an invalid system prompt, or a message that does not fit the context.
         """
         line = line.strip()
         if not line.startswith("/"):
@@ -96,7 +96,7 @@ class ChatSession:
             self.begin(text.strip() or None)
             self.note(f"system prompt {'set' if self.system else 'removed'}; started a new conversation")
         else:
-            raise InputError(f"{name}: unknown command{did_you_mean(name, COMMANDS)}")
+            self.note(f"error: {name}: unknown command{did_you_mean(name, COMMANDS)}")
         return True
 
     def say(self, text: str) -> str:
