@@ -21,7 +21,7 @@ class InputError(ValueError):
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """Returns `"; did you mean X?"` for the valid name closest to `name`, or else the list of valid names."""
     valid = sorted(valid)
-    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.8)
     return f"; did you mean {near[0]!r}?" if near else f"; valid: {', '.join(valid)}"
 
 

@@ -97,9 +97,12 @@ class TestRefusals:
         from tinyllama_hf.data.train_tokenizer import train_tokenizer
 
         target = load(pair / "target")
-        train_tokenizer(documents[::2], 512, pair / "tokenizer").save_pretrained(pair / "draft")
-        with pytest.raises(InputError, match="its vocabulary has 512 entries, as the target's"):
-            load_draft(str(pair / "draft"), *target)
+        for size in (512, 400):  # a vocabulary of another size cannot be trimmed to the target's
+            train_tokenizer(documents[::2], size, pair / f"tokenizer-{size}").save_pretrained(pair / "draft")
+            with pytest.raises(
+                InputError, match=f"draft: its tokenizer has {size} tokens, the target's 512, and they"
+            ):
+                load_draft(str(pair / "draft"), *target)
 
     def test_a_shorter_context(self, pair):
         target = load(pair / "target")

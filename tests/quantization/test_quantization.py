@@ -273,7 +273,7 @@ def test_int8_is_not_moved(nano_folder):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quantization": "nf5"}, "quantization 'nf5': .*did you mean 'nf4'"),
+        ({"quantization": "nf5"}, "quantization 'nf5': .*nf4"),
         ({"quantization": "fp4"}, "--quantization 'fp4': .*'nf4'"),
         ({"compute_dtype": torch.bfloat16}, "compute_dtype=torch.bfloat16: only for nf4.*quantization none"),
         ({"quantization": "int8", "double_quantization": False}, "double_quantization=False: only for nf4"),

@@ -118,12 +118,12 @@ def load_draft(
     if num_layers := draft_layers(name):
         return ModelProposer(first_layers(target, num_layers))
     model, tokenizer = load(name, dtype, device)
-    check_vocabulary_size(target, model, "--draft")
     if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(target_tokenizer):
         raise InputError(
-            f"--draft: its vocabulary has {model.config.vocab_size} entries, as the target's, but other tokens. A "
-            "draft must have the target's own tokenizer"
+            f"--draft {name}: its tokenizer has {len(tokenizer)} tokens, the target's {len(target_tokenizer)}, and "
+            "they differ. A draft must have the target's own tokenizer"
         )
+    check_vocabulary_size(target, model, "--draft")
     return ModelProposer(model)
 
 
