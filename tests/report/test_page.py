@@ -55,6 +55,7 @@ def test_page_of_a_scored_run(run, tmp_path, drawn):
     page = write_report(run, tmp_path / "report", ["def <b>"], stages).read_text()
     assert page.count('src="data:image/png;base64,') == 3 and "http" not in page.replace("http-equiv", "")
     for fact in (
+        "The n-gram models (",
         "<b>2.875 bits per byte</b>",
         "a unigram model needs 4.125",
         "a 5-gram model needs 2.938",
@@ -73,6 +74,12 @@ def test_page_of_a_scored_run(run, tmp_path, drawn):
     assert_draws(rates[0], run, "learning_rate")
     assert_draws(rates[1], run, "gradient_norm")
     assert series(trajectory[0], "model") == ([1536, 3072], [3.0, 2.875])
+
+
+def test_n_gram_models_are_mentioned_only_if_they_were_fitted(run, tmp_path):
+    (run / "scores.json").write_text(json.dumps(score_file(run, (1536, 3072)) | {"baselines": []}))
+    page = write_report(run, tmp_path / "report").read_text()
+    assert "<b>2.875 bits per byte</b>" in page and "n-gram" not in page and "5-gram" not in page
 
 
 def test_page_of_a_run_without_scores(run, tmp_path):
