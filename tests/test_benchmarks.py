@@ -9,6 +9,7 @@ import pytest
 from tests.conftest import ROOT
 
 
+@pytest.mark.slow
 def test_the_gpu_scripts_need_no_pydantic_and_no_sentencepiece():
     script = """
 import sys

@@ -13,6 +13,7 @@ from tests.conftest import ROOT
 INFERENCE = ROOT / "benchmarks" / "gpu" / "inference.py"
 
 
+@pytest.mark.slow
 def test_the_gpu_script_needs_no_pydantic_no_sentencepiece_and_no_bitsandbytes():
     script = """
 import sys
@@ -27,6 +28,7 @@ print([row for row in inference.quantizations(inference.Bench("cpu", True)) if "
     assert done.stdout.count("skipped: quantization") == 2, "one for int8, one for nf4"
 
 
+@pytest.mark.slow
 def test_the_gpu_script_refuses_a_machine_without_a_gpu():
     import torch
 

@@ -254,6 +254,7 @@ def test_all_problems_of_a_recipe_at_once(call, things):
         assert line in error
 
 
+@pytest.mark.slow
 def test_bad_input_through_accelerate_launch(recipe, run_command, tmp_path):
     """accelerate replaces the exit status by 1; the message is the only thing printed with --quiet."""
     done = run_command(

@@ -299,6 +299,7 @@ class TestSanity:
             convert(tmp_path, "llama", tmp_path / "out", check=check_sanity)
         assert not (tmp_path / "out").exists()
 
+    @pytest.mark.slow
     def test_from_the_command_line(self, shared, run_command, tmp_path):
         real = shared / "data" / "models" / "stories260K"
         done = run_command(

@@ -184,6 +184,7 @@ def in_a_process(folder: Path, tokenizer_folder: Path, output: Path, workers: in
 
 
 class TestFullDisk:
+    @pytest.mark.slow
     @pytest.mark.parametrize("workers", [1, 2])
     def test_one_message_and_the_same_command_goes_on(self, sources, documents, tokenizer_folder, tmp_path, workers):
         write(sources / "5.jsonl", [f"{text} {n}" for n in range(5) for text in documents])
@@ -212,6 +213,7 @@ class TestFullDisk:
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_command(documents, tokenizer_folder, tmp_path):
     """datatrove 0.10.1 would wait forever for a worker that was killed because memory ran out."""
     folder, out = tmp_path / "in", tmp_path / "out"

@@ -139,6 +139,7 @@ class TestShippedRecipes:
         assert metadata["separator"] == "both" and metadata["request"]["where"] in (recipe.read_text())
         assert "is already finished" in cli(*arguments, cwd=tmp_path)
 
+    @pytest.mark.slow
     def test_starcoderdata(self, documents, tokenizer_folder, tmp_path):
         rows = [
             {
@@ -249,6 +250,7 @@ class TestHub:
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         return tmp_path / "cache"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["hub:me/corpus", "hub:me/corpus@main", "hub:me/corpus/data/*.parquet"])
     def test_prepared_with_its_commit(self, cache, tokenizer_folder, tmp_path, name):
         script = (

@@ -55,6 +55,7 @@ def check_many(folder: str) -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
+@pytest.mark.slow
 def test_more_shards_than_descriptors(tmp_path):
     """Shards are opened on demand. SlimPajama has 59 166 of them."""
     stream = write_many(tmp_path / "data")

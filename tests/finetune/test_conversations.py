@@ -27,6 +27,7 @@ def rows(path, *messages):
     return str(path)
 
 
+@pytest.mark.slow
 def test_questions_come_from_modules_that_the_corpus_leaves_out():
     pairs = list(questions())
     assert len(pairs) > 1000 and len({pair.answer for pair in pairs}) == len(pairs)

@@ -160,6 +160,7 @@ def test_dry_run(run, hub, commands):
     assert not list((hub.storage.folder / "lfs").iterdir())
 
 
+@pytest.mark.slow
 def test_private_repositories_and_those_of_others(run, hub, commands):
     command = ("publish", run, "--repo")
     hub.storage.create("models", "demo/other", private=False)
@@ -295,6 +296,7 @@ class TestRefusals:
             assert result.err.startswith("error: ") and result.err.count("\n") == 1, result.err
         assert not hub.counts and not list((hub.storage.folder / "repos" / "models").iterdir())
 
+    @pytest.mark.slow
     def test_no_hub(self, trained, commands):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))  # not listening: connections are refused

@@ -252,6 +252,7 @@ def test_smollm2_answers(smollm2, tmp_path, options):
     assert "Traceback" not in done.stderr and "warn" not in done.stderr.lower()
 
 
+@pytest.mark.slow
 def test_the_command_refuses_a_base_model_and_an_unknown_command(tokenizer_folder, model, tmp_path, run_command):
     model.save_pretrained(tmp_path / "base")
     load_tokenizer(tokenizer_folder).save_pretrained(tmp_path / "base")
@@ -272,6 +273,7 @@ def chat_folder(tokenizer, tmp_path):
     return tmp_path / "chat"
 
 
+@pytest.mark.slow
 def test_an_invalid_line_of_a_script(chat_folder, tmp_path):
     """An unknown command is reported and skipped. After an invalid message the command ends with an error."""
     lines = f"One?\n/rest\nTwo?\n{'word ' * 2000}\nThree?\n"

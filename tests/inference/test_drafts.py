@@ -119,11 +119,13 @@ class TestRefusals:
         with pytest.raises(InputError, match="nowhere/at-all cannot be fetched from the Hub"):
             load_draft("nowhere/at-all", *target)
 
+    @pytest.mark.slow
     def test_the_command(self, pair, run_command):
         done = run_command("tinyllama-hf", "generate", "target", "a", "--draft", "other", cwd=pair)
         assert done.returncode == 2 and done.stdout == ""
         assert done.stderr.startswith("error: --draft: its vocabulary has 384 entries, the target's 512")
 
+    @pytest.mark.slow
     def test_the_command_prints_what_was_accepted(self, pair, run_command):
         options = ("--temperature", "0", "--max-new-tokens", "12")
         alone = run_command("tinyllama-hf", "generate", "target", "a", *options, cwd=pair)

@@ -32,6 +32,7 @@ def test_the_known_story(stories):
     assert generate_text(*stories, temperature=0, max_new_tokens=60).startswith(STORY)
 
 
+@pytest.mark.slow
 def test_the_command_tells_it(shared, run_command, tmp_path):
     folder = shared / "data" / "models" / "stories260K"
     done = run_command("tinyllama-hf", "generate", folder, "--temperature", "0", cwd=tmp_path)

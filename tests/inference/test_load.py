@@ -63,6 +63,7 @@ def test_both_loaders_agree(folder):
     assert (type(ours).__name__, type(stock).__name__) == ("TinyLlamaForCausalLM", "LlamaForCausalLM")
 
 
+@pytest.mark.slow
 def test_code_in_a_folder_is_never_run(tmp_path):
     """Even if a user would answer yes to the question of transformers."""
     fields = {

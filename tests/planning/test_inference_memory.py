@@ -303,6 +303,7 @@ def call(monkeypatch, capsys, tmp_path):
 
 
 class TestCommand:
+    @pytest.mark.slow
     def test_published_model_without_hub_and_backend(self, run_command, tmp_path):
         """In a process that cannot import bitsandbytes."""
         (tmp_path / "bitsandbytes.py").write_text("raise ImportError")
@@ -359,6 +360,7 @@ class TestCommand:
     def test_lowercase_units(self, call):
         assert "16gb: 14.40 GB of 16.00 GB" in call("nano --device 16gb")[1]
 
+    @pytest.mark.slow
     def test_downloaded_before(self, run_command, tmp_path, folders):
         """The configuration in the Hub's cache has the type of the weights, which the preset has not."""
         repository = tmp_path / "models--TinyLlama--TinyLlama-1.1B-Chat-v1.0"
@@ -485,6 +487,7 @@ class TestSavedQuantized:
         status, _, error = call("nf4 --batch 1000 --device 20MB")
         assert status == 2 and "--batch 1000: " in error and "--quantization" not in error
 
+    @pytest.mark.slow
     def test_on_the_hub(self, nf4, run_command, tmp_path):
         """Only the configuration is downloaded."""
         hub = LocalHub(tmp_path / "hub")

@@ -164,6 +164,7 @@ class TestPlan:
         with pytest.raises(InputError, match=r"model\.overrides: "):
             plan_run(load_pretrain_config(RECIPE, ["model.overrides.num_attention_heads=7"]), 32000)
 
+    @pytest.mark.slow
     def test_command_without_data_and_tokenizer(self, run_command, tmp_path):
         done = run_command(
             "tinyllama-hf", "plan", RECIPE, "--devices", "16", "--device", "a100-40g", "--mfu", "0.56", cwd=tmp_path

@@ -320,6 +320,7 @@ def test_watch_refuses_at_once_what_it_could_not_score(recipe, tmp_path):
         watch(run, "cpu", run / "scores.json", 1, print)
 
 
+@pytest.mark.slow
 def test_the_watching_command_ends_after_the_last_milestone_or_when_interrupted(finished, tmp_path):
     run, _ = finished
     command = [str(Path(sys.executable).parent / "tinyllama-hf"), "eval", str(run), "--watch", "--every", "0.1"]

@@ -126,6 +126,7 @@ def test_word_of_a_requested_stop(recipe, uninterrupted):
 
 
 class TestFullDisk:
+    @pytest.mark.slow
     def test_of_the_metrics(self, recipe, uninterrupted):
         """/dev/full refuses every write: one message, the exit status of a full disk, and the run can be resumed."""
         script = f"""

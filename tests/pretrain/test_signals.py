@@ -44,6 +44,7 @@ class TestSignals:
         "in C code": "stuck.wait(['never'])",
     }
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("hangs", HANGS.values(), ids=HANGS)
     def test_a_second_signal_ends_it_at_once(self, recipe, hangs):
         """At any point; but signals within 3 s count as one request."""

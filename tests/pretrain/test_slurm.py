@@ -42,6 +42,7 @@ def submit(folder: Path, *arguments: str, run: str) -> subprocess.CompletedProce
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("run", "status", "is_requeued"),
     [

@@ -114,6 +114,7 @@ def test_equal_to_stock_transformers_with_the_same_configuration(nano_folder, qu
         assert_greedy(stock, model.generate(**inputs, **greedy), inputs.get("attention_mask", torch.ones_like(IDS)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", KINDS)
 def test_the_text_of_a_real_model(smollm2, quantization):
     """Compared with greedy decoding of stock transformers."""
@@ -299,6 +300,7 @@ def test_without_the_backend(nano_folder):
     )
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_memory(nano_folder, tmp_path, run_command):
     command = ("tinyllama-hf", "generate", nano_folder, "def", "--temperature", "0", "--max-new-tokens", "4")
     done = run_command(*command, "--quantization", "nf4", cwd=tmp_path)

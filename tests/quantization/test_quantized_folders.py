@@ -136,6 +136,7 @@ def test_state_dict_after_generating(nano_folder, options):
     assert_equal_weights(state, expected)
 
 
+@pytest.mark.slow
 def test_a_real_model(smollm2, tmp_path):
     """Tied embeddings, and layer widths of which the kernel supports only some."""
     model, tokenizer = load(smollm2, quantization="nf4", double_quantization=False)
@@ -219,6 +220,7 @@ def test_the_compute_dtype_of_a_folder(saved):
     )
 
 
+@pytest.mark.slow
 def test_the_command_takes_the_folder_as_it_is(saved, tmp_path, run_command):
     command = ("tinyllama-hf", "generate", saved, "def", "--temperature", "0", "--max-new-tokens", "4")
     done = run_command(*command, cwd=tmp_path)
