@@ -33,12 +33,12 @@ def _print_version(asked: bool) -> None:
 
 
 @app.callback()
-def _options(
+def _accept_options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    """Declares the options of the command itself; each acts in its callback."""
 
 
 app.command("list")(inference.list_command)
@@ -52,9 +52,9 @@ app.command("prepare")(data.prepare_command)
 app.command("plan")(plan.plan_command)
 app.command("report")(evaluation.report_command)
 app.command("publish")(hub.publish_command)
-# Options of the scripts, such as --dry-run, are passed on.
-for _name, _function in (("train", recipes.train_command), ("sft", recipes.sft_command)):
-    app.command(_name, context_settings={"ignore_unknown_options": True})(_function)
+_PASSES_ON = {"ignore_unknown_options": True}  # of the scripts, such as --dry-run
+app.command("train", context_settings=_PASSES_ON)(recipes.train_command)
+app.command("sft", context_settings=_PASSES_ON)(recipes.sft_command)
 app.add_typer(evaluation.app, name="eval")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(recipes.app, name="recipes")
