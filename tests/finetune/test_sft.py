@@ -13,6 +13,7 @@ from tests.chat.test_masks import chatml_of
 from tests.conftest import ROOT
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
 from tinyllama_hf.errors import InputError
+from tinyllama_hf.evaluation.models import list_eval_models
 from tinyllama_hf.finetune import sft
 from tinyllama_hf.finetune.config import load_finetune_config
 from tinyllama_hf.finetune.conversations import HELD_OUT_FILE, read_conversations, render_all
@@ -88,6 +89,8 @@ def test_full_fine_tuning_leaves_a_plain_folder_that_replies_and_stops(recipe, b
     assert losses["before"] == pytest.approx(reply_loss(load_stock(base)[0], rendered), abs=1e-6)
     scores = score_model_replies(model, load_tokenizer(folder), [c.messages for c in conversations], 24)
     assert scores.stop_rate == 1.0 and scores.median_length > 3
+    (described,) = list_eval_models([str(folder)])
+    assert (described.name, described.step, described.tokens) == ("chat", None, None), "is not a milestone"
     assert all(sample.reply.startswith("The ") for sample in scores.samples)
     asked = stock_tokenizer.apply_chat_template(
         conversations[0].messages[:1], return_tensors="pt", return_dict=True, add_generation_prompt=True

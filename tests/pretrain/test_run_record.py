@@ -53,6 +53,14 @@ def test_written_at_the_start(recipe):
     assert read_run_record(output) == record, "the same facts from training.yaml"
 
 
+@pytest.mark.parametrize(("record", "message"), [("{}", "has no step"), ("[]", "damaged, not a JSON object")])
+def test_a_milestone_without_a_step_is_named(tmp_path, record, message):
+    (tmp_path / "milestones" / "step-1-token-1M").mkdir(parents=True)
+    (tmp_path / "milestones" / "step-1-token-1M" / "provenance.json").write_text(record)
+    with pytest.raises(InputError, match=rf"step-1-token-1M/provenance\.json: {message}"):
+        list_milestones(tmp_path)
+
+
 def test_an_early_run_is_scored(early_run):
     with pytest.raises(
         InputError, match=r"evaluate_at_milestones: 'watch'.*use off, and run `tinyllama-hf eval text RUN --watch`"

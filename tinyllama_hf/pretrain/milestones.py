@@ -92,22 +92,28 @@ def list_milestones(run: Path) -> list[Path]:
     """The milestone folders of a run, in the order of their steps.
 
     Raises:
-        InputError: as [`read_record`].
+        InputError: as [`read_record`]; if the record of one has no step.
     """
-    folders = [folder for folder in (run / MILESTONES_FOLDER).glob("step-*") if folder.is_dir()]
-    return sorted(folders, key=lambda folder: read_record(folder)["step"])
+    steps: dict[Path, int] = {}
+    for folder in (run / MILESTONES_FOLDER).glob("step-*"):
+        if folder.is_dir():
+            step = read_record(folder).get("step")
+            if not isinstance(step, int):
+                raise InputError(f"{folder / 'provenance.json'}: has no step. Copy the milestone again, or remove it.")
+            steps[folder] = step
+    return sorted(steps, key=steps.__getitem__)
 
 
 def read_record(milestone: Path) -> dict[str, Any]:
-    """The `provenance.json` of a milestone.
+    """The `provenance.json` of a milestone, or of a fine-tuned model, which has no step.
 
     Raises:
-        InputError: if it is missing, damaged or has no step.
+        InputError: if it is missing or damaged.
     """
     file = milestone / "provenance.json"
     if not file.is_file():
         raise InputError(f"milestone {milestone}: provenance.json is missing. Copy the milestone again, or remove it.")
     record = read_json(file)
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-        raise InputError(f"{file}: damaged, it has no step. Copy the milestone again, or remove it.")
+    if not isinstance(record, dict):
+        raise InputError(f"{file}: damaged, not a JSON object. Copy the milestone again, or remove it.")
     return record
