@@ -309,16 +309,7 @@ class TestCommand:
         (tmp_path / "bitsandbytes.py").write_text("raise ImportError")
         done = run_command(
             "tinyllama-hf",
-            "memory",
-            "step-1431k-3T",
-            "--batch",
-            "100",
-            "--context",
-            "2048",
-            "--quantization",
-            "nf4",
-            "--device",
-            "a100-40g",
+            *"memory step-1431k-3T --batch 100 --context 2048 --quantization nf4 --device a100-40g".split(),
             cwd=tmp_path,
             env={"PYTHONPATH": str(tmp_path)},
         )
@@ -494,9 +485,8 @@ class TestSavedQuantized:
         hub.storage.create("models", "someone/nf4", private=False)
         changes = [change(hub, file) for file in sorted(nf4.iterdir())]
         hub.storage.commit("models", "someone/nf4", "main", "a model", changes, parent="")
-        command = ("tinyllama-hf", "memory", "someone/nf4", "--device", "1GiB")
         with hub.serving():
-            done = run_command(*command, cwd=tmp_path, env=environment(hub, tmp_path))
+            done = run_command("tinyllama-hf", "memory", "someone/nf4", cwd=tmp_path, env=environment(hub, tmp_path))
         assert "model       someone/nf4 (config.json, saved as nf4)\n" in done.stdout, done.stderr
         (snapshot,) = tmp_path.glob("hf-home/hub/models--someone--nf4/snapshots/*")
         assert [file.name for file in snapshot.iterdir()] == ["config.json"]

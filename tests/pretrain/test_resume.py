@@ -68,15 +68,6 @@ class TestGoingOn:
             Metrics(tmp_path, 1, True, step).__exit__()
             assert read_metrics(tmp_path) == [row for row in rows if row["step"] <= step]
 
-    @pytest.mark.parametrize("damage", [b"\0\0\0\n", b"[]\n", b'{"loss": 1}\n'])
-    def test_a_damaged_row_is_named_and_nothing_is_lost(self, tmp_path, damage):
-        path = tmp_path / METRICS_FILE
-        path.write_bytes(b'{"step": 1}\n' + damage + b'{"step": 3}\n')
-        before = path.read_bytes()
-        with pytest.raises(InputError, match=r"metrics\.jsonl, row 2: damaged"):
-            Metrics(tmp_path, 1, True, 3)
-        assert path.read_bytes() == before
-
     def test_a_milestone_of_another_recipe_is_not_replaced(self, recipe):
         output = run(recipe, "milestones.tokens=[]")
         shutil.rmtree(output / "checkpoints")

@@ -18,7 +18,7 @@ from tinyllama_hf.errors import InputError
 from tinyllama_hf.pretrain import loop
 from tinyllama_hf.pretrain.checkpoints import BYTES_PER_PARAMETER, FullDiskError
 from tinyllama_hf.pretrain.loop import Hooks
-from tinyllama_hf.pretrain.metrics import Metrics
+from tinyllama_hf.pretrain.metrics import METRICS_FILE, Metrics
 from tinyllama_hf.pretrain.milestones import list_milestones
 from tinyllama_hf.pretrain.run_folder import STOPPED_FILE
 from tinyllama_hf.pretrain.signals import Stopped
@@ -170,3 +170,13 @@ sys.exit(pretrain.main())
         with pytest.raises(FullDiskError, match="No space left"):
             run(recipe, "logging.trackers=[tensorboard]")
         assert [row["step"] for row in read_metrics(recipe.parent / "run")] == [1]
+
+
+@pytest.mark.parametrize("damage", [b"\0\0\0\n", b"[]\n", b'{"loss": 1}\n'])
+def test_a_damaged_row_is_named_and_nothing_is_lost(tmp_path, damage):
+    path = tmp_path / METRICS_FILE
+    path.write_bytes(b'{"step": 1}\n' + damage + b'{"step": 3}\n')
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=r"metrics\.jsonl, row 2: damaged"):
+        Metrics(tmp_path, 1, True, 3)
+    assert path.read_bytes() == before
