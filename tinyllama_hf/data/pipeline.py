@@ -148,7 +148,7 @@ def _run_task(rank: int) -> None:
 class PrepareTask(PipelineStep):
     """Reads the documents of a task, tokenizes them as text, and writes each to the split that its hash selects.
 
-    A pipeline of its own for any datatrove executor, with `source.num_tasks` tasks.
+    The only step of the pipeline. Any datatrove executor can run it, with `source.num_tasks` tasks.
 
     Control tokens in a document are encoded as text; only the separators are added as ids. The readers of datatrove
     are not used, since they skip rows that they cannot parse.

@@ -222,7 +222,7 @@ File = TypeVar("File", TextScoreFile, CommonsenseScoreFile, ReplyScoreFile)
 
 
 def read_contents(path: Path | None, task: str, rescore: bool = False) -> dict[str, Any] | None:
-    """Returns the JSON object in a score file, or `None` if there is no file, or with `rescore`.
+    """Returns the JSON object in a score file; `None` if the file does not exist or `rescore` is set.
 
     Raises:
         InputError: if the path is a folder, or the file is not valid JSON or has the scores of another task.
