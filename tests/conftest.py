@@ -41,6 +41,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
+@pytest.fixture(autouse=True)
+def grad_mode_is_left_as_it_was():
+    """Gradients are on again after every test, since a test that leaves them off breaks others far away."""
+    yield
+    torch = sys.modules.get("torch")
+    if torch is not None and not torch.is_grad_enabled():
+        torch.set_grad_enabled(True)
+        pytest.fail("the test left gradients switched off")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data for development; tests that need it skip where it is absent."""
