@@ -1,6 +1,7 @@
 """The tokenizer compared with SentencePiece, for Llama 2's vocabulary and for one trained here."""
 
 import gzip
+import itertools
 import json
 import random
 import shutil
@@ -60,24 +61,26 @@ class TestLlama2:
         assert verify_tokenizer(llama2, llama2_file, [text]).difference is None
 
     def test_a_file_of_every_corpus(self, llama2, llama2_file, shared):
-        """The first documents of each file; the slow test below reads all."""
+        """The first documents of each file; the slow test below reads many."""
         for file in sorted((shared / "data" / "corpora").glob("*/validation.jsonl.gz")):
             with gzip.open(file, "rt", encoding="utf-8") as lines:
                 texts = [json.loads(next(lines))["text"] for _ in range(2)]
             assert verify_tokenizer(llama2, llama2_file, texts).difference is None, file
 
     @pytest.mark.slow
-    def test_every_document_of_every_corpus(self, llama2, llama2_file, shared):
+    def test_every_fourth_document_of_every_corpus(self, llama2, llama2_file, shared):
         source = open_sources([str(shared / "data" / "corpora")])
-        result = verify_tokenizer(llama2, llama2_file, read_texts(source))
+        result = verify_tokenizer(llama2, llama2_file, itertools.islice(read_texts(source), 0, None, 4))
         assert result.difference is None, result
-        assert result.characters > 70_000_000
+        assert result.characters > 15_000_000
 
     @pytest.mark.slow
-    def test_the_whole_standard_library(self, llama2, llama2_file):
+    def test_the_standard_library(self, llama2, llama2_file):
+        """Without its own tests and the packages that are installed beside it."""
         import sysconfig
 
-        files = sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
+        stdlib = Path(sysconfig.get_paths()["stdlib"])
+        files = [f for f in sorted(stdlib.rglob("*.py")) if not {"site-packages", "test", "tests"} & {*f.parts}]
         texts = []
         for file in files:
             try:

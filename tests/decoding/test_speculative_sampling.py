@@ -21,7 +21,7 @@ SETTINGS = (
     {"temperature": 0.6, "top_k": 12, "top_p": 0.95},
 )
 # Each below 1e-3 over the number of chi-square tests in this file (Bonferroni) is a failure.
-LIMIT = 1e-3 / 13
+LIMIT = 1e-3 / 10
 
 
 def model(seed: int, *, reads_only_the_last_token: bool) -> LlamaForCausalLM:
@@ -82,7 +82,7 @@ def p_value(counts: torch.Tensor, expected: torch.Tensor) -> float:
         if len(wanted) > 1:
             statistic += ((observed - wanted) ** 2 / wanted).sum().item()
             degrees += len(wanted) - 1
-    assert degrees > 40
+    assert degrees > 20
     return torch.special.gammaincc(torch.tensor(degrees / 2, dtype=torch.float64), torch.tensor(statistic / 2)).item()
 
 
@@ -95,23 +95,29 @@ def chain():
     return target, similar(target, 1), logits
 
 
-@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
-def test_transitions(chain, setting, rows):
+def test_transitions(chain, setting):
     target, draft, logits = chain
-    check_transitions(target, draft, logits, setting, rows)
+    check_transitions(target, draft, logits, setting, rows=8)
+
+
+@pytest.mark.slow
+def test_transitions_of_a_single_row(chain):
+    """A pass over one row takes as long as over eight, hence a quarter of the draws."""
+    target, draft, logits = chain
+    check_transitions(target, draft, logits, SETTINGS[3], rows=1, draws=DRAWS // 4)
 
 
 @pytest.mark.slow
 def test_transitions_with_look_up(chain):
     """Drafted tokens that were not sampled have q = 1."""
     target, _, logits = chain
-    check_transitions(target, PromptLookup(2), logits, SETTINGS[0], 8)
+    check_transitions(target, PromptLookup(2), logits, SETTINGS[0], rows=8)
 
 
-def check_transitions(target, draft, logits, setting, rows):
+def check_transitions(target, draft, logits, setting, rows, draws=DRAWS):
     torch.manual_seed(1234)
-    length, left = 1250, DRAWS
+    length, left = 1250, draws
     counts = torch.zeros(VOCABULARY, VOCABULARY)
     drafted = accepted = 0
     while left > 0:
@@ -135,13 +141,13 @@ def check_transitions(target, draft, logits, setting, rows):
     expected = warped(logits, **setting) * counts.sum(1, keepdim=True)
     found = p_value(counts, expected)
     print(f"{setting}, {rows} rows: {int(counts.sum())} draws, {accepted / drafted:.0%} accepted, p = {found:.3f}")
-    assert counts.sum() >= DRAWS and 0.05 < accepted / drafted < 0.95
+    assert counts.sum() >= draws and 0.05 < accepted / drafted < 0.95
     assert found > LIMIT
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [1, 8])
-def test_whole_outputs_of_a_model_that_reads_everything(rows):
+@pytest.mark.parametrize(("rows", "draws"), [(1, DRAWS // 5), (8, DRAWS)])
+def test_whole_outputs_of_a_model_that_reads_everything(rows, draws):
     """Outputs of three tokens for ragged prompts, against the product of their exact probabilities."""
     target = model(5, reads_only_the_last_token=False)
     draft, setting = similar(target, 6), {"temperature": 0.8, "top_k": 5, "top_p": 1.0}
@@ -151,13 +157,13 @@ def test_whole_outputs_of_a_model_that_reads_everything(rows):
     ids = torch.stack([torch.nn.functional.pad(p, (width - len(p), 0)) for p in prompts])
     mask = torch.stack([torch.nn.functional.pad(torch.ones_like(p), (width - len(p), 0)) for p in prompts])
     counts = torch.zeros(rows, VOCABULARY**3)
-    for _ in range(DRAWS // rows):
+    for _ in range(draws // rows):
         new = speculative_generate(
             target, draft, ids, mask, draft_length=2, do_sample=True, max_new_tokens=3, pad_token_id=0, **setting
         )[:, width:]
         codes = (new[:, 0] * VOCABULARY + new[:, 1]) * VOCABULARY + new[:, 2]
         counts[torch.arange(rows), codes] += 1
-    expected = torch.stack([exact_outputs(target, prompt, setting) for prompt in prompts]) * (DRAWS // rows)
+    expected = torch.stack([exact_outputs(target, prompt, setting) for prompt in prompts]) * (draws // rows)
     found = p_value(counts, expected)
     print(f"{rows} rows: p = {found:.3f}")
     assert found > LIMIT
