@@ -110,7 +110,7 @@ def _read_run(folder: Path) -> _Run:
     with refuse_damage(folder / CONFIG_FILE):
         recipe = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         values = flat(_texts(recipe))
-    branched_at, parameters = _checkpoint_facts(folder)
+    branched_at, parameters = _branch_and_size(folder)
     curves = TrainingCurves(folder, branched_at if recipe.get("branch") else 0)
     if not curves.last:
         raise InputError(f"run {folder}: no training step is logged yet in {METRICS_FILE}. Wait for the first one")
@@ -122,7 +122,7 @@ def _read_run(folder: Path) -> _Run:
     return _Run(folder, record, values, curves, parameters, scores.data if scores else [], score)
 
 
-def _checkpoint_facts(run: Path) -> tuple[int | None, int | None]:
+def _branch_and_size(run: Path) -> tuple[int | None, int | None]:
     """Tokens at which a run was branched, and its number of parameters; `None` if no checkpoint has them."""
     for checkpoint in reversed(list_checkpoints(run)):
         with contextlib.suppress(InputError):  # damaged; an earlier one has the same facts
