@@ -27,7 +27,12 @@ from tinyllama_hf.report.run_names import name_runs
 
 
 EARLY_RUN = Path(__file__).parents[1] / "pretrain" / "data" / "run_7775f20" / "run"
-WIDER = ("model.overrides.hidden_size=128", "schedule.peak=1.0e-2", "training.micro_batch_size=2")
+WIDER = (
+    "model.overrides.hidden_size=128",
+    "model.overrides.tie_word_embeddings=true",
+    "schedule.peak=1.0e-2",
+    "training.micro_batch_size=2",
+)
 RESULTS = ["run", "parameters", "tokens", "time of training", "tokens per second", "training loss", "validation loss"]
 
 
@@ -52,7 +57,7 @@ def finished(prepared, tokenizer_folder, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def training(prepared, tokenizer_folder, tmp_path_factory) -> Path:
-    """A wider run that is not finished and has no milestone."""
+    """A wider run with tied embeddings that is not finished and has no milestone."""
     return stopped(write_recipe(tmp_path_factory.mktemp("training"), prepared, tokenizer_folder), *WIDER)
 
 
@@ -118,6 +123,7 @@ def test_differences_of_the_recipes(finished, training, tmp_path):
     assert differences == [
         ["key", f"{finished.parent.name}/run", f"{training.parent.name}/run"],
         ["model.overrides.hidden_size", "64", "128"],
+        ["model.overrides.tie_word_embeddings", "—", "true"],
         ["schedule.peak", "0.005", "0.01"],
         ["training.micro_batch_size", "4", "2"],
         ["milestones.keep_training_state", "true", "false"],

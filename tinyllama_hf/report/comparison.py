@@ -127,8 +127,9 @@ def _branch_and_size(run: Path) -> tuple[int | None, int | None]:
     for checkpoint in reversed(list_checkpoints(run)):
         with contextlib.suppress(InputError):  # damaged; an earlier one has the same facts
             tensors = CheckpointReader(checkpoint).read_metadata().state_dict_metadata
-            model = [tensor for name, tensor in tensors.items() if name.startswith("model.")]
-            sizes = [math.prod(tensor.size) for tensor in model if isinstance(tensor, TensorStorageMetadata)]
+            # A moment of the optimizer per parameter; the model has tied weights twice.
+            moments = [tensor for name, tensor in tensors.items() if name.endswith(".exp_avg")]
+            sizes = [math.prod(tensor.size) for tensor in moments if isinstance(tensor, TensorStorageMetadata)]
             return read_checkpoint_record(checkpoint).branched_at, sum(sizes)
     return None, None
 
@@ -147,5 +148,7 @@ def _texts(value: Any) -> Any:
 def _differences(recipes: Sequence[dict[str, str]]) -> dict[str, list[str | None]]:
     """The values of the keys whose values differ, one per recipe, `None` for a recipe without the key."""
     keys = dict.fromkeys(key for recipe in recipes for key in recipe if key != "output_dir")
-    rows = {key: [recipe.get(key) for recipe in recipes] for key in keys}
+    sections = list(dict.fromkeys(key.partition(".")[0] for key in keys))
+    ordered = sorted(keys, key=lambda key: sections.index(key.partition(".")[0]))
+    rows = {key: [recipe.get(key) for recipe in recipes] for key in ordered}
     return {key: values for key, values in rows.items() if len(set(values)) > 1}
