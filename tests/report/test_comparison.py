@@ -170,6 +170,12 @@ def test_scores_of_different_texts_are_not_in_one_column(finished, copy, tmp_pat
     assert results[1][-1] == results[2][-2] == "—" and results[1][-2] == results[2][-1] != "—"
     assert "Bits per byte of different texts are not comparable" in page and "moved/prepared" in page
 
+    _edit(
+        copy / "scores.json", lambda scores: scores.update(models=[], data=read_json(finished / "scores.json")["data"])
+    )
+    page, [results] = compared(tmp_path / "report", finished, copy)
+    assert results[1][-1] != results[2][-1] == "—"
+
 
 @pytest.mark.parametrize(
     ("file", "edit", "key"),

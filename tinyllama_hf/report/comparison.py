@@ -119,7 +119,7 @@ def _read_run(folder: Path) -> _Run:
         parameters = sum(math.prod(tensor.shape) for file in files for tensor in open_safetensors(file).values())
     scores = read_run_scores(folder).text
     score = max(scores.models, key=lambda row: row.tokens or 0, default=None) if scores else None
-    return _Run(folder, record, values, curves, parameters, scores.data if scores else [], score)
+    return _Run(folder, record, values, curves, parameters, scores.data if scores and score else [], score)
 
 
 def _branch_and_size(run: Path) -> tuple[int | None, int | None]:
