@@ -109,7 +109,7 @@ def next_commands(run: Path) -> list[str]:
     """What can be done with a finished run."""
     from tinyllama_hf.pretrain.milestones import list_milestones
 
-    if not (milestones := list_milestones(run)):  # moved away by somebody
+    if not (milestones := list_milestones(run)):
         return []
     last, name = quote(str(milestones[-1])), quote(str(run))
     return [

@@ -210,7 +210,7 @@ class TestInitialModel:
 
 
 class TestLonger:
-    """A finished run goes on to a larger `total_tokens` where its schedule does not depend on it."""
+    """A finished run continues to a larger `total_tokens` where its schedule does not depend on it."""
 
     CONSTANT = ("schedule.name=constant", "schedule.floor=null")
 
