@@ -111,12 +111,12 @@ def next_commands(run: Path) -> list[str]:
 
     if not (milestones := list_milestones(run)):
         return []
-    last, name = quote(str(milestones[-1])), quote(str(run))
+    last, name, page = (quote(str(path)) for path in (milestones[-1], run, run / "report"))
     return [
         f"finished    {last}. Next, for example:",
         f"  tinyllama-hf generate {last} 'Once upon a time'",
         f"  tinyllama-hf eval text {name} --baselines",
-        f"  tinyllama-hf report {name}",
+        f"  tinyllama-hf report {name} --output {page}",
         f"  accelerate launch recipes/sft.py recipes/sft/full.yaml model.path={last}",
     ]
 

@@ -128,7 +128,8 @@ class TestSixLines:
             return training.tokens_per_step, training.micro_batch_size
 
         assert step("training.total_tokens=4k") == (128, 1)
-        assert step("training.total_tokens=1.2M") == (2048, 8)
+        assert step("training.total_tokens=200k") == step("training.total_tokens=1.2M") == (2048, 8)
+        assert step("training.total_tokens=8M") == (8192, 8)
         assert step("training.total_tokens=3T", "data.sequence_length=2048") == (2**21, 8)
         assert step("training.total_tokens=3T", "data.sequence_length=1000") == (2097_000, 1)
 

@@ -10,7 +10,8 @@ from ..released import read_llama_fields
 
 
 _MIN_STEPS = 500
-_PUBLISHED_TOKENS_PER_STEP = 2**21
+_LEAST_TOKENS_PER_STEP = 2**11  # with fewer, a small model spends most of its time in the optimizer
+_MOST_TOKENS_PER_STEP = 2**21  # of TinyLlama
 _CONTINUED = (2048, 1e-4)  # a trained model needs no more than a quarter of the rate of a new one
 
 
@@ -89,7 +90,7 @@ def _fill_sources(data: dict[str, Any]) -> None:
 
 
 def _tokens_per_step(total: int, length: int) -> int:
-    """The largest power of two that makes 500 steps or more, at most that of TinyLlama, in whole sequences."""
-    most = max(min(total // _MIN_STEPS, _PUBLISHED_TOKENS_PER_STEP), 1)
-    power = 1 << (int(most).bit_length() - 1)
+    """The largest power of two that makes 500 steps or more, within bounds, in whole sequences."""
+    least = min(_LEAST_TOKENS_PER_STEP, total // 20)
+    power = 1 << max(int(min(max(total // _MIN_STEPS, least), _MOST_TOKENS_PER_STEP)).bit_length() - 1, 0)
     return max(power // int(length), 1) * int(length)
