@@ -253,6 +253,27 @@ def test_every_key_reaches_the_trainer(recipe, trainer_of):
     }
 
 
+def test_three_keys_are_enough(recipe, base, capsys):
+    """The rest has defaults, which depend on model and machine, and are printed."""
+    short = recipe.with_name("short.yaml")
+    values = {"model": {"path": str(base)}, "data": {"conversations": str(recipe.with_name("talk.jsonl"))}}
+    short.write_text(yaml.safe_dump(values))
+    config = load_finetune_config(short)
+    assert (config.output_dir, config.training.learning_rate) == ("runs/short", 2e-5)
+    assert load_finetune_config(short, ["adapter.kind=lora"]).training.learning_rate == 2e-4
+    run = sft.open_run(config)
+    assert (run.config.data.max_length, run.config.training.precision) == (96, "fp32")
+    sft.print_summary(run, dry_run=True)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "data.max_length 96" in printed and "data.conversations" not in printed
+
+
+def test_a_warmup_longer_than_the_run_is_a_warning(recipe, capsys):
+    finetune(load_finetune_config(recipe, ["training.epochs=1", "training.warmup_steps=20"]), dry_run=True)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "warmup_steps 20 is more than the run has: the highest learning rate is 0.001" in printed
+
+
 def test_the_data_section_reaches_the_run(recipe):
     """The held-out conversations by the hash of their messages, and the number of overlong ones."""
     talks = [json.loads(line)["messages"] for line in (recipe.parent / "talk.jsonl").read_text().splitlines()]

@@ -180,6 +180,12 @@ def print_summary(run: FinetuneRun, dry_run: bool = False) -> None:
         f"{run.accumulation_steps}",
         flush=True,
     )
+    if training.warmup_steps > steps:
+        highest = training.learning_rate * steps / training.warmup_steps
+        print(
+            f"warning       training.warmup_steps {training.warmup_steps} is more than the run has: the highest "
+            f"learning rate is {highest:.3g}, not training.learning_rate {training.learning_rate:g}"
+        )
     if defaults := config.describe_defaults():
         print("\n".join(defaults), flush=True)
     if dry_run:
