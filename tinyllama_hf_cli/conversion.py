@@ -78,7 +78,7 @@ def convert_command(
         calibration=calibration or (),
         check=check,
         force=force,
-        progress=sys.stderr.isatty(),
+        progress=True,
     )
     print(f"read        {source}: {done.layout}")
     for note in done.notes:

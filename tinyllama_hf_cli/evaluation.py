@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .loading import DEVICE, QUANTIZATION, import_libraries
+from .loading import DEVICE, QUANTIZATION, import_libraries, note
 
 
 class _EvalGroup(TyperGroup):
@@ -141,7 +141,7 @@ def eval_tasks_command(
     """The seven commonsense tasks of TinyLlama's table, with lm-eval.
 
     The protocol is the published one: fp32, zero-shot, no begin-of-sequence. Models in the output file are not scored
-    again.
+    again. After an interruption, the same command resumes with the task that was not finished.
 
     Example: tinyllama-hf eval tasks my-model --data embedded:sample
 
@@ -160,7 +160,11 @@ def eval_tasks_command(
 
     quiet_library_bars()
     target = _target(output, find_run(models), "commonsense", quantization)
-    scores = score_commonsense(models, folder, limit, batch_size, device, target, samples, print, quantization)
+    try:
+        scores = score_commonsense(models, folder, limit, batch_size, device, target, samples, print, quantization)
+    except KeyboardInterrupt:
+        note(f"interrupted; {_kept_tasks(target)}")
+        raise typer.Exit(130) from None
     for line in table_lines(scores, row):
         print(line)
     for path in filter(None, (target, samples)):
@@ -219,6 +223,18 @@ def _check_models(models: list[str], device: str, quantization: str) -> None:
             check_model(model)
 
 
+def _kept_tasks(target: Path | None) -> str:
+    """Returns what an interrupted `eval tasks` has kept, and how to resume it."""
+    from tinyllama_hf.evaluation.partial_scores import PartialScores
+
+    if target is None:
+        return "nothing was kept. With --output FILE, finished tasks are kept"
+    partial = PartialScores(target)
+    kept = f"{partial.path} has the finished tasks ({partial})" if partial.tasks else "no task was finished"
+    models = f"{target} has the finished models, " if target.is_file() else ""
+    return f"{models}{kept}. Run the same command to resume"
+
+
 def _target(output: Path | None, folder: Path | None, name: str, quantization: str) -> Path | None:
     return output or (folder / _file_name(name, quantization) if folder else None)
 
@@ -249,18 +265,16 @@ def report_command(
 
     Example: tinyllama-hf report runs/demo/pretrain --output runs/demo/report --prompt "def main():"
     """
-    from rich.console import Console
-
     from tinyllama_hf.errors import InputError
 
     for option, path in (("run", run), ("--chat", chat)):
         if path is not None and not path.is_dir():
             raise InputError(f"{option} {path}: no such folder")
     import_libraries()
-    from tinyllama_hf.progress import quiet_library_bars
+    from tinyllama_hf.progress import quiet_library_bars, show_busy
     from tinyllama_hf.report.page import write_report
 
     quiet_library_bars()
-    with Console().status("Drawing figures and continuing the prompts"):
+    with show_busy("drawing figures and continuing the prompts"):
         page = write_report(run, output, prompt or (), stages, chat)
     print(f"wrote {page}")

@@ -3,20 +3,19 @@
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import NamedTuple
 
 import torch
 from accelerate.utils import convert_file_size_to_int
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from .. import provenance
 from ..devices import find_dtype
 from ..errors import InputError, did_you_mean
 from ..files import new_folder, read_json, write_json
+from ..progress import progress_bar
 from ..text import read_text
 from ..tokenization_tinyllama import TinyLlamaTokenizer, declared_padding
 from .checkpoint import EMBEDDING, OUTPUT, Checkpoint
@@ -84,7 +83,7 @@ def convert(
             rounded.
         check (`Callable`, *optional*): called with the checkpoint before anything is written; may raise.
         force (`bool`, *optional*, defaults to `False`): replace the output of an earlier conversion.
-        progress (`bool`, *optional*, defaults to `False`): show a progress bar.
+        progress (`bool`, *optional*, defaults to `False`): show the progress.
 
     Raises:
         InputError: if the arguments or the source cannot be used. Nothing is written then.
@@ -95,8 +94,7 @@ def convert(
     _check_output(output, source, force)
     asked, to = to, HAND_OFF.get(to, to)
     checkpoint = open_checkpoint(source, config)
-    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, disable=not progress, console=Console(stderr=True), transient=True)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with tempfile.TemporaryDirectory(prefix="tinyllama-hf-") as scratch:
         if vocab_rows is not None:
             resize_vocabulary(checkpoint, vocab_rows, Path(scratch))
@@ -104,8 +102,11 @@ def convert(
         _check_space(checkpoint, to, torch_dtype, output)
         if check is not None:
             check(checkpoint)
-        with new_folder(output, overwrite=force) as folder, bar:
-            checkpoint.advance = partial(bar.advance, bar.add_task("converting", total=checkpoint.num_bytes))
+        with (
+            new_folder(output, overwrite=force) as folder,
+            progress_bar("converting", "bytes", checkpoint.num_bytes, progress, columns) as update,
+        ):
+            checkpoint.advance = lambda num_bytes: update(advance=num_bytes)
             notes, digests = _write_weights(checkpoint, to, folder, torch_dtype, shard_size, calibration, output.name)
             if not to.startswith("gguf-"):  # a GGUF file contains the tokenizer
                 notes += _write_tokenizer_files(checkpoint, to, folder)
