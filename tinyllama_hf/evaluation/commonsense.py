@@ -205,12 +205,13 @@ def _score_folder(
 
 def _row(model: ScoredModel, fingerprint: str, finished: Sequence[FinishedTask]) -> CommonsenseRow:
     scores = [done.score for done in finished]
+    errors = [score.standard_error for score in scores if score.standard_error is not None]
     return CommonsenseRow(
         **vars(model),
         fingerprint=fingerprint,
         results={done.task: done.score for done in finished},
         average=commonsense_average([score.score for score in scores], TASKS),
-        average_standard_error=average_standard_error([score.standard_error for score in scores]),
+        average_standard_error=average_standard_error(errors) if len(errors) == len(scores) else None,
         cut_requests=sum(done.cut_requests for done in finished),
         seconds=round(sum(done.seconds for done in finished), 1),
     )

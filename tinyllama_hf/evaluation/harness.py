@@ -63,7 +63,7 @@ def run_task(harness_model: Any, name: str, suite: Suite, protocol: Protocol) ->
     score = TaskScore(
         metric=metric,
         score=100 * scores[f"{metric},none"],
-        standard_error=100 * scores[f"{metric}_stderr,none"],
+        standard_error=100 * scores[f"{metric}_stderr,none"] or None,
         items=len(samples),
         version=suite.versions[name],
     )
