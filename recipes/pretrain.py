@@ -24,10 +24,12 @@ longer.
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 
@@ -50,6 +52,8 @@ def main() -> int:
         # Load the recipe.
         config = load_pretrain_config(arguments.recipe, arguments.overrides)
         scores_milestones = config.evaluate_at_milestones == "inline"
+        if os.environ.get("RANK", "0") == "0":
+            print("loading     libraries, data and model", flush=True)
         import_libraries()
         from tinyllama_hf.evaluation.series import check_can_score
         from tinyllama_hf.planning.run_plan import cost_lines, plan_run
@@ -75,6 +79,7 @@ def main() -> int:
             prepared.print("pictures    none: matplotlib is not installed (pip install 'tinyllama_hf[report]')")
         hooks = Hooks(write_card, score_milestone if scores_milestones else None, picture)
         train_run(prepared, arguments.measure_peak, hooks)
+        prepared.print(*next_commands(Path(config.output_dir)))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -98,6 +103,22 @@ def parse_arguments() -> argparse.Namespace:
     share = "measure the rate of matrix products at the start, and also log the share of it that training reaches"
     parser.add_argument("--measure-peak", action="store_true", help=share)
     return parser.parse_intermixed_args()
+
+
+def next_commands(run: Path) -> list[str]:
+    """What can be done with a finished run."""
+    from tinyllama_hf.pretrain.milestones import list_milestones
+
+    if not (milestones := list_milestones(run)):
+        return []
+    last, name, page = (quote(str(path)) for path in (milestones[-1], run, run / "report"))
+    return [
+        f"finished    {last}. Next, for example:",
+        f"  tinyllama-hf generate {last} 'Once upon a time'",
+        f"  tinyllama-hf eval text {name} --baselines",
+        f"  tinyllama-hf report {name} --output {page}",
+        f"  accelerate launch recipes/sft.py recipes/sft/full.yaml model.path={last}",
+    ]
 
 
 # Cards, scores and a picture are optional: `tinyllama-hf publish`, `eval` and `report` create them from a finished

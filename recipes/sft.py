@@ -13,6 +13,7 @@ it from printing its own traceback).
 """
 
 import argparse
+import os
 import sys
 
 from tinyllama_hf_cli.loading import import_libraries
@@ -29,6 +30,8 @@ def main() -> int:
 
     try:
         config = load_finetune_config(arguments.recipe, arguments.overrides)
+        if os.environ.get("RANK", "0") == "0":
+            print("loading       libraries, data and model", flush=True)
         import_libraries()
         from tinyllama_hf.finetune.sft import finetune_run, open_run, print_summary
         from tinyllama_hf.progress import quiet_library_bars

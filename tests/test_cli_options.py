@@ -150,6 +150,12 @@ CASES = {
             },
         ),
     },
+    "report r m --output o": {
+        "tinyllama_hf.report.comparison.write_comparison": (
+            None,
+            {"runs": [Path("r"), Path("m")], "output": Path("o")},
+        ),
+    },
     f"generate m text {SAMPLING} --seed 5 --draft d {LOADING}": {
         "tinyllama_hf_cli.inference.load_model": (LOADED, LOAD),
         "tinyllama_hf.inference.generation.ExactTextStreamer": ("streamer", {"tokenizer": LOADED[1]}),

@@ -57,7 +57,7 @@ def test_the_thread_ends_with_an_error(wait_for, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_bar_on_a_terminal_names_the_task_and_the_count(monkeypatch):
+def test_a_bar_on_a_terminal_names_the_task_and_the_count(monkeypatch, capsys):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
@@ -66,6 +66,8 @@ def test_a_bar_on_a_terminal_names_the_task_and_the_count(monkeypatch):
     with progress_bar("model: loading", "requests") as update:
         assert terminal.getvalue() == "", "the bars of libraries that load a model are not disturbed"
         update(description="model: piqa (7 of 7)", completed=1200, total=3676)
+        print("in a file")
+    assert capsys.readouterr().out == "in a file\n", "which standard output is here"
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
     assert re.search(r"model: piqa \(7 of 7\) \S+ +1200/3676 requests", text), text
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from .errors import InputError, did_you_mean
 
@@ -93,6 +93,15 @@ def check_dtype(name: str, valid: Collection[str] = ("fp32", "bf16")) -> None:
     """Checks the name of a type, without importing torch; raises as [`find_dtype`]."""
     if name != "auto" and name not in valid:
         raise InputError(f"--dtype {name!r}: unknown type; use auto, {', '.join(valid)}")
+
+
+def choose_precision() -> Literal["fp32", "bf16"]:
+    """Returns the precision of a recipe that says `auto`: bf16 on a GPU that computes with it, fp32 otherwise."""
+    import torch
+    from accelerate.utils import parse_flag_from_env
+
+    on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+    return "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def check_device(name: str) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging as python_logging
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -47,7 +48,12 @@ def progress_bar(
     columns = columns or (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
     is_drawn, is_logged = show and console.is_terminal, show and not console.is_terminal
     bar = Progress(
-        TextColumn("{task.description}", markup=False), *columns, console=console, transient=True, disable=not is_drawn
+        TextColumn("{task.description}", markup=False),
+        *columns,
+        console=console,
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),  # what is printed to a file meanwhile belongs there
+        disable=not is_drawn,
     )
     task = bar.add_task(description, total=total)
     ended = threading.Event()

@@ -3,20 +3,44 @@
 Nothing else is loaded before the recipe is valid.
 """
 
+import json
 import os
+import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+)
 from pydantic_core import ErrorDetails
 
 from .errors import InputError, check_seed, did_you_mean
 from .text import read_text
 
 
+_COUNT = re.compile(r"(\d+(?:\.\d+)?(?:e\d{1,2})?) ?([kKMBT]?)")
+_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def parse_count(value: Any) -> Any:
+    """Returns `300M`, `1.5B` or `1e9` as an integer, and everything else unchanged."""
+    match = _COUNT.fullmatch(value) if isinstance(value, str) else None
+    count = Decimal(match[1]) * _UNITS[match[2]] if match else Decimal("0.5")
+    return int(count) if count == int(count) else value
+
+
 Seed = Annotated[int, AfterValidator(lambda seed: check_seed(seed, ""))]
+TokenCount = Annotated[int, BeforeValidator(parse_count)]
 
 
 class Section(BaseModel):
@@ -43,7 +67,32 @@ def _integers(value: Any) -> Iterator[int]:
             yield from _integers(item)
 
 
-Recipe = TypeVar("Recipe", bound=Section)
+class RecipeFile(Section):
+    """A whole recipe, which knows the keys that its file and the overrides set."""
+
+    _given: frozenset[str] = PrivateAttr(default=frozenset())
+
+    def describe_defaults(self) -> list[str]:
+        """Lines with the keys that the recipe leaves out, and their values."""
+        values = _flatten(self.model_dump(mode="json", by_alias=True))
+        left_out = [f"{key} {json.dumps(value)}" for key, value in values.items() if key not in self._given]
+        # No-break spaces keep a key and its value on one line.
+        text = ", ".join(item.replace(" ", "\xa0") for item in left_out)
+        wrapper = textwrap.TextWrapper(119, "defaults    ", " " * 12, break_long_words=False, break_on_hyphens=False)
+        lines = wrapper.wrap(text)
+        return [line.replace("\xa0", " ") for line in lines]
+
+
+def _flatten(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a recipe by `section.key`."""
+    flat: dict[str, Any] = {}
+    for name, section in recipe.items():
+        keys = {f"{name}.{key}": value for key, value in section.items()} if isinstance(section, dict) else {}
+        flat |= keys or {name: section}
+    return flat
+
+
+Recipe = TypeVar("Recipe", bound=RecipeFile)
 
 
 def read_recipe(
@@ -51,14 +100,16 @@ def read_recipe(
     path: str | os.PathLike,
     overrides: Sequence[str],
     contradictions: Callable[[Mapping[str, Any]], Iterable[str]],
+    fill_in: Callable[[dict[str, Any]], None] | None = None,
 ) -> Recipe:
     """Reads a recipe and applies `section.key=value` overrides.
 
     Args:
-        schema (`type[Section]`): schema of the file.
+        schema (`type[RecipeFile]`): schema of the file.
         path (`str` or `os.PathLike`): the YAML file.
         overrides (`Sequence[str]`): values to replace.
         contradictions (`Callable`): gives the problems between keys, from the valid sections.
+        fill_in (`Callable`, *optional*): adds the keys that the file leaves out and whose values follow from others.
 
     Raises:
         InputError: lists every unknown key (with the closest valid one), wrong type, value out of range and
@@ -75,6 +126,9 @@ def read_recipe(
         raise InputError(f"{path}: a recipe is a mapping of sections, got {type(values).__name__}")
     for override in overrides:
         _apply(values, override)
+    given = frozenset(_flatten(values))
+    if fill_in:
+        fill_in(values)
     recipe, errors = None, []
     try:
         recipe = schema.model_validate(values)
@@ -86,6 +140,7 @@ def read_recipe(
         lines = "\n".join(f"  {problem}" for problem in problems)
         where = f"{path} with {' '.join(overrides)}" if overrides else path
         raise InputError(f"{where}: {len(problems)} problem{'s' * (len(problems) > 1)}\n{lines}")
+    recipe._given = given
     return recipe
 
 

@@ -1,6 +1,7 @@
 """`tinyllama-hf eval` and `tinyllama-hf report`."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -229,10 +230,10 @@ def _kept_tasks(target: Path | None) -> str:
 
     if target is None:
         return "nothing was kept. With --output FILE, finished tasks are kept"
-    partial = PartialScores(target)
-    kept = f"{partial.path} has the finished tasks ({partial})" if partial.tasks else "no task was finished"
+    finished = PartialScores(target)
+    tasks = f"{finished.path} has the finished tasks ({finished})" if finished.tasks else "no task was finished"
     models = f"{target} has the finished models, " if target.is_file() else ""
-    return f"{models}{kept}. Run the same command to resume"
+    return f"{models}{tasks}. Run the same command to resume"
 
 
 def _target(output: Path | None, folder: Path | None, name: str, quantization: str) -> Path | None:
@@ -253,28 +254,50 @@ def _one(data: list[str] | None, rule: str) -> str | None:
 
 
 def report_command(
-    run: Annotated[Path, typer.Argument(help="Folder of a pretraining run with scores.json from `eval text`.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Folder of a pretraining run, with scores.json from `eval text`; or several, to compare them."
+        ),
+    ],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
-    prompt: Annotated[list[str] | None, typer.Option(help="Prompt that each milestone continues, repeatable.")] = None,
-    stages: Annotated[Path | None, typer.Option(help="File with the names and seconds of the demo's stages.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="For one run: prompt that each milestone continues, repeatable.")
+    ] = None,
+    stages: Annotated[
+        Path | None, typer.Option(help="For one run: file with the names and seconds of the demo's stages.")
+    ] = None,
     chat: Annotated[
-        Path | None, typer.Option(help="Model fine-tuned from the run and scored with `eval replies`.")
+        Path | None, typer.Option(help="For one run: model fine-tuned from it and scored with `eval replies`.")
     ] = None,
 ) -> None:
-    """Write the report of a run: one HTML page, with its figures as PNG files in the same folder.
+    """Write the report of a run, or the comparison of several runs: one HTML page, with its figures as PNG files.
+
+    A comparison has the losses over tokens and over hours, the results, and what differs in the recipes.
 
     Example: tinyllama-hf report runs/demo/pretrain --output runs/demo/report --prompt "def main():"
+
+    Example: tinyllama-hf report runs/small runs/large --output runs/comparison
     """
     from tinyllama_hf.errors import InputError
+    from tinyllama_hf.report.run_names import name_runs
 
-    for option, path in (("run", run), ("--chat", chat)):
-        if path is not None and not path.is_dir():
-            raise InputError(f"{option} {path}: no such folder")
+    name_runs(runs)
+    if chat is not None and not chat.is_dir():
+        raise InputError(f"--chat {chat}: no such folder")
+    for option, value in (("--prompt", prompt), ("--stages", stages), ("--chat", chat)):
+        if value and len(runs) > 1:
+            raise InputError(f"{option}: is for the report of one run, not for {len(runs)}. Remove it")
     import_libraries()
     from tinyllama_hf.progress import quiet_library_bars, show_busy
+    from tinyllama_hf.report.comparison import write_comparison
     from tinyllama_hf.report.page import write_report
 
     quiet_library_bars()
-    with show_busy("drawing figures and continuing the prompts"):
-        page = write_report(run, output, prompt or (), stages, chat)
+    log = partial(print, flush=True)
+    if len(runs) > 1:
+        page = write_comparison(runs, output, log)
+    else:
+        with show_busy("drawing figures and continuing the prompts"):
+            page = write_report(runs[0], output, prompt or (), stages, chat, log)
     print(f"wrote {page}")

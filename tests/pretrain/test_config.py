@@ -34,7 +34,7 @@ def test_all_problems_at_once(recipe):
     assert message.startswith(f"{recipe}: 6 problems")
     assert "schedule.floor: 9.0 is above schedule.peak 0.005" in message, "rules between keys are checked as well"
     assert "data.sequence_lenght: unknown key; did you mean 'sequence_length'?" in message
-    assert "training.precision: 'fp17': input should be 'fp32' or 'bf16'" in message
+    assert "training.precision: 'fp17': input should be 'auto', 'fp32' or 'bf16'" in message
     assert "shedule: unknown key; did you mean 'schedule'?" in message
     assert "data.sources.0.wieght: unknown key; did you mean 'weight'?" in message
     assert "model.preset: is required" in message
@@ -50,7 +50,10 @@ def test_all_problems_at_once(recipe):
             "the weights sum to 0.9; they must sum to 1",
         ),
         (["schedule.floor=1.0"], "schedule.floor: 1.0 is above schedule.peak 0.005"),
-        (["schedule.warmup_tokens=999999"], "must be below training.total_tokens 3072"),
+        (
+            ["schedule.name=wsd", "schedule.decay_tokens=999", "schedule.warmup_tokens=2999"],
+            "must be below training.total_tokens 3072",
+        ),
         (["milestones.tokens=[9999999]"], r"milestones.tokens: \[9999999\] .*training.total_tokens 3072"),
         (["milestones.tokens=[512, 256]"], "must increase"),
         (["data.sources=[{path: a, weight: 0.7}, {path: ./a, weight: 0.3}]"], "data.sources: .*a appears twice"),

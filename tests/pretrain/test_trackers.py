@@ -27,7 +27,8 @@ def scalars(run: Path, name: str) -> list[tuple[int, float]]:
     """The steps and values that tensorboard shows, in its order."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(run / "tinyllama_hf"))
+    [folder] = (run / "tensorboard").iterdir()
+    events = EventAccumulator(str(folder))
     events.Reload()
     return [(event.step, event.value) for event in events.Scalars(name)]
 
@@ -71,6 +72,32 @@ def test_tensorboard_across_a_resume(recipe):
     rows = {row["step"]: row["loss"] for row in read_metrics(run) if "loss" in row}
     assert dict(scalars(run, "loss")) == pytest.approx(rows)
     assert {step for step, _ in scalars(run, "validation_loss")} == {4, 6, 8, 12}
+
+
+def started_folder(recipe: Path, output: Path) -> str:
+    """Where a launch in a folder writes its tensorboard files, relative to it."""
+    accelerator = Accelerator(cpu=True, log_with=["tensorboard"], project_dir=output)
+    start_trackers(accelerator, load_pretrain_config(recipe, ["logging.trackers=[tensorboard]"]), output)
+    accelerator.end_training()
+    folders = {file.parent for file in output.rglob("events.out.tfevents.*")}
+    [folder] = [folder for folder in folders if folder.parent not in folders]  # settings are in a folder below
+    return folder.relative_to(output).as_posix()
+
+
+def test_tensorboard_shows_the_name_of_each_run(recipe, tmp_path):
+    """Also if runs have folders of one name. A run keeps its name when its folder is renamed, and so do early runs."""
+    pytest.importorskip("tensorboard")
+    names = []
+    for output in (tmp_path / "a" / "my-run", tmp_path / "b" / "my-run"):
+        output.mkdir(parents=True)
+        names.append(started_folder(recipe, output))
+        run_id = json.loads((output / RUN_ID_FILE).read_text())["id"]
+        assert names[-1] == f"tensorboard/my-run-{run_id}"
+    assert names[0] != names[1]
+    assert started_folder(recipe, (tmp_path / "a" / "my-run").rename(tmp_path / "renamed")) == names[0]
+    early = tmp_path / "early"
+    (early / "tinyllama_hf").mkdir(parents=True)
+    assert started_folder(recipe, early) == "tinyllama_hf"
 
 
 def test_tensorboard_shows_a_step_once_that_a_killed_process_had_logged(recipe, tmp_path):

@@ -346,6 +346,7 @@ def test_real_interrupts_at_any_time():
             assert_equal_states(layer.state_dict(), expected)
     finally:
         signal.signal(signal.SIGALRM, handler)
+        torch.set_grad_enabled(True)  # torch restores the mode in Python, where the signal may have come in between
     thread = threading.Thread(target=lambda: found.append(passed(layer)), daemon=True)
     thread.start()
     thread.join(30)

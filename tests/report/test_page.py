@@ -1,6 +1,7 @@
 """The page and the pictures of a run match its files."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tests.report.test_plots import assert_draws, series
 from tests.report.test_training import training_row
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.pretrain.config import load_pretrain_config
+from tinyllama_hf.pretrain.milestones import list_milestones
 from tinyllama_hf.report.page import write_report
 
 
@@ -52,8 +54,11 @@ def test_page_of_a_scored_run(run, tmp_path, drawn):
     (run / "scores.json").write_text(json.dumps(scores))
     stages = tmp_path / "stages.tsv"
     stages.write_text("first\t12\nsecond\t3\n")
-    page = write_report(run, tmp_path / "report", ["def <b>"], stages).read_text()
-    assert page.count('src="data:image/png;base64,') == 3 and "http" not in page.replace("http-equiv", "")
+    lines: list[str] = []
+    page = write_report(run, tmp_path / "report", ["def <b>"], stages, log=lines.append).read_text()
+    assert lines == [f"continuing the prompts with {folder.name}" for folder in list_milestones(run)]
+    assert page.count('src="data:image/png;base64,') == 3
+    assert "http" not in re.sub(r'data:image/png;base64,[^"]*|http-equiv', "", page)
     for fact in (
         "The n-gram models (",
         "<b>2.875 bits per byte</b>",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 from PIL import Image
 
 from tests.report.test_training import training_row, write
@@ -126,6 +127,48 @@ def test_training_panels(curves, drawn, tmp_path):
         assert title in axes.get_title()
     assert figure.get_suptitle() == "my run" and norm.get_xlabel() == speed.get_xlabel() == "tokens"
     assert_colors(tmp_path / "training.png", *(plots._COLORS[name] for name in ("model", "validation", "5-gram")))
+
+
+def test_compare_losses(drawn, tmp_path):
+    """Each run in its own color over tokens and over hours; a run without validation has no line for it."""
+    runs = {}
+    for name, rate in (("slow", 100.0), ("fast", 200.0)):
+        (tmp_path / name).mkdir()
+        validation = [{"step": 2, "tokens": 200, "validation_loss": 6.0}] * (name == "slow")
+        rows = [training_row(step, 9 - step - rate / 100) | {"tokens_per_second": rate} for step in (1, 2, 3)]
+        write(tmp_path / name, [*rows[:2], *validation, rows[2]])
+        runs[name] = TrainingCurves(tmp_path / name)
+    plots.compare_losses(runs, tmp_path / "losses.png")
+    [figure] = drawn
+    tokens, hours = figure.axes
+    expected = {"slow": ([1, 2, 3], [7, 6, 5]), "fast": ([0.5, 1, 1.5], [6, 5, 4])}
+    for place, (name, (seconds, losses)) in enumerate(expected.items()):
+        assert series(tokens, name) == ([100, 200, 300], losses)
+        assert series(hours, name) == ([pytest.approx(s / 3600) for s in seconds], losses)
+        colors = {line.get_color() for axes in figure.axes for line in axes.lines if line.get_label().startswith(name)}
+        assert colors == {plots._RUN_COLORS[place]}
+    assert series(tokens, "slow, validation") == ([200], [6.0])
+    assert series(hours, "slow, validation") == ([pytest.approx(2 / 3600)], [6.0])
+    assert len(tokens.lines) == len(hours.lines) == 3
+    assert (tokens.get_xlabel(), hours.get_xlabel()) == ("tokens of training", "hours of training")
+    assert tokens.get_yscale() == hours.get_yscale() == "log" and "validation" in figure.get_suptitle()
+    [names] = figure.legends
+    assert [text.get_text() for text in names.get_texts()] == ["slow", "fast"]
+    figure.canvas.draw()
+    below = names.get_window_extent().y1
+    assert all(axes.get_tightbbox().y0 >= below for axes in figure.axes), "it covers nothing"
+    assert_colors(tmp_path / "losses.png", *map(to_hex, plots._RUN_COLORS[:2]))
+
+
+def test_ten_runs_with_long_names_fit(drawn, tmp_path):
+    write(tmp_path, [training_row(1), training_row(2)])
+    curves = TrainingCurves(tmp_path)
+    plots.compare_losses({f"experiments/learning-rate-{i}/pretrain": curves for i in range(10)}, tmp_path / "x.png")
+    [figure] = drawn
+    figure.canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and "validation" not in figure.get_suptitle()
+    assert len({line.get_color() for line in figure.axes[0].lines}) == 10
 
 
 def scored(tokens: int, bits: float) -> TextRow:

@@ -32,6 +32,32 @@ def test_a_short_run_is_drawn_as_it_is(tmp_path):
     assert [curves.curve(name).mean[0] for name in QUANTITIES] == [9.0, 1e-3, 0.5, 2000.0]
 
 
+def test_hours_are_those_of_the_steps(tmp_path):
+    """Rows of 100 tokens at 2000 and 1000 tokens per second, the last one at 500; a validation between two rows."""
+    rows = [training_row(1), training_row(2) | {"tokens_per_second": 1000.0}]
+    write(tmp_path, [*rows, {"step": 3, "tokens": 260, "validation_loss": 8.5}])
+    curves = TrainingCurves(tmp_path)
+    assert curves.curve("loss").hours * 3600 == pytest.approx([0.05, 0.15])
+    assert curves.validation_hours == pytest.approx([0.21 / 3600]), "until it at the rate of the last row"
+    write(tmp_path, [training_row(4) | {"tokens_per_second": 500.0}])
+    curves.refresh()
+    assert curves.hours * 3600 == pytest.approx(0.55)
+    assert curves.tokens_per_second == pytest.approx(400 / 0.55)
+
+
+def test_hours_of_a_branch_are_its_own(tmp_path):
+    write(tmp_path, [training_row(11), training_row(13)])
+    assert TrainingCurves(tmp_path).hours * 3600 == pytest.approx(1300 / 2000), "from the first token"
+    branch = TrainingCurves(tmp_path, branched_at=1000)
+    assert branch.hours * 3600 == pytest.approx(300 / 2000) and branch.tokens_per_second == pytest.approx(2000)
+    unknown = TrainingCurves(tmp_path, branched_at=None)
+    assert unknown.hours * 3600 == pytest.approx(200 / 2000) and unknown.tokens_per_second == pytest.approx(2000)
+    (tmp_path / "metrics.jsonl").unlink()
+    write(tmp_path, [{"step": 0, "tokens": 0, "validation_loss": 8.5}, training_row(11)])
+    assert TrainingCurves(tmp_path, branched_at=None).tokens_per_second is None
+    assert TrainingCurves(tmp_path).validation_hours == [0]
+
+
 @pytest.mark.parametrize("number", [1, 999, 1000, 1001, 12_345])
 def test_a_long_run_is_thinned_without_losing_a_spike(tmp_path, number):
     losses = 2 + np.random.default_rng(0).random(number)
@@ -43,6 +69,7 @@ def test_a_long_run_is_thinned_without_losing_a_spike(tmp_path, number):
     assert loss.high.max() == losses.max() and loss.low.min() == losses.min()
     assert np.all((loss.low <= loss.mean) & (loss.mean <= loss.high))
     assert abs(loss.mean.mean() - losses.mean()) < 0.05
+    assert loss.hours * 3600 == pytest.approx(loss.tokens / 2000)
 
 
 def test_only_what_was_added_is_read(tmp_path):

@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from ..recipe import Section, read_recipe
+from ..recipe import RecipeFile, Section, read_recipe
 
 
 class ModelSection(Section):
@@ -18,63 +20,75 @@ class ModelSection(Section):
 class ChatSection(Section):
     """The chat template: `own` (of the model), `auto` (own, else `llama2`), `llama2`, or a `.jinja` file."""
 
-    template: str
+    template: str = "auto"
 
 
 class DataSection(Section):
     """The conversations: JSON lines with `messages`, or `embedded:questions`."""
 
     conversations: str
-    validation_fraction: float = Field(gt=0, lt=1)
-    max_length: int = Field(ge=8)
-    overlong: Literal["error", "drop"]
+    validation_fraction: float = Field(default=0.1, gt=0, lt=1)
+    max_length: int | None = Field(default=None, ge=8)  # by default the context of the model, at most 2048
+    overlong: Literal["error", "drop"] = "error"
 
 
 class AdapterSection(Section):
     """`none` trains all weights; `lora` trains low-rank adapters on all linear layers except the head."""
 
-    kind: Literal["none", "lora"]
-    rank: int = Field(gt=0)
-    alpha: float = Field(gt=0)
-    dropout: float = Field(ge=0, lt=1)
+    kind: Literal["none", "lora"] = "none"
+    rank: int = Field(default=8, gt=0)
+    alpha: float = Field(default=16, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
 
 
 class TrainingSection(Section):
     """Number of epochs, learning rate, batch size and precision."""
 
-    epochs: float = Field(gt=0)
+    epochs: float = Field(default=3, gt=0)
     learning_rate: float = Field(gt=0)
-    schedule: Literal["constant", "linear", "cosine"]
-    warmup_steps: int = Field(ge=0)
-    sequences_per_step: int = Field(gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: int = Field(default=10, ge=0)
+    sequences_per_step: int = Field(default=16, gt=0)
     micro_batch_size: int = Field(gt=0)
-    weight_decay: float = Field(ge=0)
-    gradient_clip: float = Field(gt=0)
-    precision: Literal["fp32", "bf16"]
-    seed: int = Field(ge=0, lt=2**32)  # transformers.set_seed (5.23) seeds numpy, which accepts 32 bits
+    weight_decay: float = Field(default=0.0, ge=0)
+    gradient_clip: float = Field(default=1.0, gt=0)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 on a GPU that computes with it, fp32 otherwise
+    seed: int = Field(default=3407, ge=0, lt=2**32)  # transformers.set_seed (5.23) seeds numpy, which accepts 32 bits
 
 
 class LoggingSection(Section):
     """How often a row is written to `metrics.jsonl`."""
 
-    every_steps: int = Field(gt=0)
+    every_steps: int = Field(default=10, gt=0)
 
 
-class FinetuneConfig(Section):
+class FinetuneConfig(RecipeFile):
     """A fine-tuning recipe."""
 
     output_dir: str
     model: ModelSection
-    chat: ChatSection
+    chat: ChatSection = ChatSection()
     data: DataSection
-    adapter: AdapterSection
+    adapter: AdapterSection = AdapterSection()
     training: TrainingSection
-    logging: LoggingSection
+    logging: LoggingSection = LoggingSection()
 
 
 def load_finetune_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> FinetuneConfig:
-    """Reads a recipe and applies `section.key=value` overrides. See [`read_recipe`]."""
-    return read_recipe(FinetuneConfig, path, overrides, _contradictions)
+    """Reads a recipe, applies `section.key=value` overrides, and fills in what it leaves out. See [`read_recipe`]."""
+    return read_recipe(FinetuneConfig, path, overrides, _contradictions, partial(_fill_in, name=Path(path).stem))
+
+
+def _fill_in(recipe: dict[str, Any], name: str) -> None:
+    recipe.setdefault("output_dir", f"runs/{name}")
+    adapter = recipe.get("adapter")
+    has_adapter = isinstance(adapter, dict) and adapter.get("kind") == "lora"
+    training = recipe.setdefault("training", {})
+    if isinstance(training, dict):
+        training.setdefault("learning_rate", 2e-4 if has_adapter else 2e-5)
+        sequences = training.get("sequences_per_step", 16)
+        dividing = isinstance(sequences, int) and next(size for size in (8, 4, 2, 1) if sequences % size == 0)
+        training.setdefault("micro_batch_size", dividing or 1)
 
 
 def _contradictions(sections: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers import AutoConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from .. import provenance
 from ..chat.templates import choose_template
 from ..configuration_tinyllama import TinyLlamaConfig
+from ..devices import choose_precision
 from ..errors import InputError, require
 from ..files import new_folder, read_json, write_json, write_text
 from ..inference.load import load_stock, model_folder
@@ -93,7 +95,8 @@ def finetune_run(run: FinetuneRun, overwrite: bool = False) -> None:
             write_text(temporary / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in history))
             record = provenance.collect(**_record(run), held_out_loss={"before": before, "after": after})
             write_json(temporary / "provenance.json", record)
-        print(f"wrote {run.output}")
+        chat = f"tinyllama-hf chat {quote(str(run.output))}"
+        print(f"wrote {run.output}. Next, for example: {chat}")
     processes.wait_for_everyone()
 
 
@@ -117,17 +120,16 @@ def open_run(config: FinetuneConfig, overwrite: bool = False) -> FinetuneRun:
     tokenizer = load_tokenizer(base)
     template = choose_template(tokenizer, config.chat.template, config.model.path)
     context = AutoConfig.from_pretrained(base, trust_remote_code=False).max_position_embeddings
-    if config.data.max_length > context:
-        raise InputError(
-            f"data.max_length: {config.data.max_length} is longer than the model's context of {context}. Lower it"
-        )
+    config, max_length = _complete(config, context)
+    if max_length > context:
+        raise InputError(f"data.max_length: {max_length} is longer than the model's context of {context}. Lower it")
     tokenizer.model_max_length = context  # saved with the model
     conversations = read_conversations(config.data.conversations)
     parts = split_conversations(conversations, config.data.validation_fraction)
     drop = config.data.overlong == "drop"
-    train, held_out = (render_all(tokenizer, part, config.data.max_length, drop) for part in parts)
+    train, held_out = (render_all(tokenizer, part, max_length, drop) for part in parts)
     if not train or not held_out:
-        raise InputError(f"data.max_length: {config.data.max_length} drops all conversations. Raise it")
+        raise InputError(f"data.max_length: {max_length} drops all conversations. Raise it")
     return FinetuneRun(
         config=config,
         output=output,
@@ -140,6 +142,15 @@ def open_run(config: FinetuneConfig, overwrite: bool = False) -> FinetuneRun:
         num_dropped=len(conversations) - len(train) - len(held_out),
         accumulation_steps=_accumulation_steps(config, _processes().num_processes),
     )
+
+
+def _complete(config: FinetuneConfig, context: int) -> tuple[FinetuneConfig, int]:
+    """Replaces the values that depend on model and machine; returns also the longest conversation."""
+    max_length, training = config.data.max_length or min(context, 2048), config.training
+    if training.precision == "auto":
+        training = training.model_copy(update={"precision": choose_precision()})
+    data = config.data.model_copy(update={"max_length": max_length})
+    return config.model_copy(update={"data": data, "training": training}), max_length
 
 
 def print_summary(run: FinetuneRun, dry_run: bool = False) -> None:
@@ -169,6 +180,8 @@ def print_summary(run: FinetuneRun, dry_run: bool = False) -> None:
         f"{run.accumulation_steps}",
         flush=True,
     )
+    if defaults := config.describe_defaults():
+        print("\n".join(defaults), flush=True)
     if dry_run:
         print(f"first conversation, tokens with loss between ⟦ and ⟧:\n{_first_conversation(run)}")
         print(f"would write {run.output}/ (dry run: nothing was written)")

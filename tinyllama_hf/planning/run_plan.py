@@ -66,6 +66,7 @@ def plan_run(
     Raises:
         InputError: if the model is not valid, or the batches do not divide.
     """
+    config = config.with_precision("fp32" if device is None else "bf16")
     built = architecture(config, vocab_size)
     check_batches(config, num_devices)
     model, steps = shapes_only(built), config.steps

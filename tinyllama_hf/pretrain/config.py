@@ -1,13 +1,18 @@
-"""The schema of a pretraining recipe. Amounts of data are in tokens; rules between keys are in `rules.py`."""
+"""The schema of a pretraining recipe. Amounts of data are in tokens.
+
+Rules between keys are in `rules.py`, defaults that follow from other keys in `defaults.py`.
+"""
 
 import os
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
-from ..recipe import Section, Seed, read_recipe
+from ..recipe import RecipeFile, Section, Seed, TokenCount, read_recipe
+from .defaults import fill_in
 from .rules import contradictions
 from .schedule import Steps
 
@@ -22,10 +27,14 @@ def _no_longer_watch(value: Any) -> Any:
     return value
 
 
-class ModelSection(Section):
-    """The architecture: a preset, and fields of `TinyLlamaConfig` that differ from it."""
+def _names(value: Any) -> Any:
+    return value.split(",") if isinstance(value, str) else value  # logging.trackers=tensorboard
 
-    preset: str
+
+class ModelSection(Section):
+    """The architecture: a preset, or that of `init_from`, and fields of `TinyLlamaConfig` that differ from it."""
+
+    preset: str | None = None
     overrides: dict[str, Any] = Field(default_factory=dict)
     init_from: str | None = None  # a Llama that provides the initial weights; the token count starts at 0
 
@@ -40,8 +49,8 @@ class SourceSection(Section):
 class MixtureChange(Section):
     """New weights of the sources, reached linearly over `ramp_tokens` tokens from `from_tokens` on."""
 
-    from_tokens: int = Field(gt=0)
-    ramp_tokens: int = Field(ge=0)
+    from_tokens: TokenCount = Field(gt=0)
+    ramp_tokens: TokenCount = Field(ge=0)
     weights: list[Annotated[float, Field(ge=0, le=1)]]
 
 
@@ -62,50 +71,50 @@ class ScheduleSection(Section):
     `decay_tokens`; `constant` stays at `peak`.
     """
 
-    name: Literal["cosine", "wsd", "constant"]
+    name: Literal["cosine", "wsd", "constant"] = "cosine"
     peak: float = Field(gt=0)
     floor: float | None = Field(default=None, ge=0)
-    warmup_tokens: int = Field(ge=0)
-    decay_tokens: int | None = Field(default=None, gt=0)
+    warmup_tokens: TokenCount = Field(ge=0)
+    decay_tokens: TokenCount | None = Field(default=None, gt=0)
 
 
 class OptimizerSection(Section):
     """AdamW with weight decay on every parameter, including norms and embeddings, as in TinyLlama."""
 
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
-    eps: float = Field(gt=0)
-    weight_decay: float = Field(ge=0)
-    gradient_clip: float = Field(gt=0)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    gradient_clip: float = Field(default=1.0, gt=0)
 
 
 class BatchChange(Section):
     """A new batch size, from the first step that starts at or after `from_tokens`; the last one if several apply."""
 
-    from_tokens: int = Field(gt=0)
-    tokens_per_step: int = Field(gt=0)
+    from_tokens: TokenCount = Field(gt=0)
+    tokens_per_step: TokenCount = Field(gt=0)
 
 
 class TrainingSection(Section):
     """Length, batch size and numerics of the run."""
 
-    total_tokens: int = Field(gt=0)
-    tokens_per_step: int = Field(gt=0)
+    total_tokens: TokenCount = Field(gt=0)
+    tokens_per_step: TokenCount = Field(gt=0)
     batch_changes: list[BatchChange] = Field(default_factory=list)
     micro_batch_size: int = Field(gt=0)
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # see `with_precision`
     compile: Annotated[Literal["auto", "off", "layers", "model"], BeforeValidator(_unquoted_off)] = "auto"
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex"] = "sdpa"
     kernels: Literal["none", "liger"] = "none"
     activation_checkpointing: bool = False
     deterministic: bool = False  # CUDA: use deterministic algorithms
     skip_spikes_sigma: float | None = Field(default=None, gt=0)
-    seed: Seed
+    seed: Seed = 3407
 
 
 class MilestonesSection(Section):
     """When a complete model folder is written: at the first step that reaches each count, and at the last step."""
 
-    tokens: list[int] = Field(default_factory=list)
+    tokens: list[TokenCount] = Field(default_factory=list)
     steps: list[int] = Field(default_factory=list)
     keep_training_state: bool = False  # also keep the optimizer state of each, for `branch`
 
@@ -113,8 +122,8 @@ class MilestonesSection(Section):
 class CheckpointsSection(Section):
     """Rolling checkpoints, from which a stopped run resumes; the last `keep` are kept."""
 
-    every_tokens: int = Field(gt=0)
-    keep: int = Field(ge=1)
+    every_tokens: TokenCount = Field(gt=0)
+    keep: int = Field(default=2, ge=1)
 
 
 class BranchSection(Section):
@@ -129,18 +138,20 @@ class BranchSection(Section):
 class ValidationSection(Section):
     """Loss on held-out blocks, every `every_tokens` tokens and at milestones."""
 
-    every_tokens: int = Field(gt=0)
-    max_tokens: int = Field(gt=0)
+    every_tokens: TokenCount = Field(gt=0)
+    max_tokens: TokenCount = Field(gt=0)
 
 
 class LoggingSection(Section):
     """How often a row is written to `metrics.jsonl` and the trackers, and the progress bar moves."""
 
-    every_steps: int = Field(gt=0)
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+    every_steps: int = Field(default=10, gt=0)
+    trackers: Annotated[list[Literal["tensorboard", "wandb", "trackio"]], BeforeValidator(_names)] = Field(
+        default_factory=list
+    )
 
 
-class PretrainConfig(Section):
+class PretrainConfig(RecipeFile):
     """A complete recipe."""
 
     output_dir: str
@@ -148,16 +159,16 @@ class PretrainConfig(Section):
     model: ModelSection
     data: DataSection
     schedule: ScheduleSection
-    optimizer: OptimizerSection
+    optimizer: OptimizerSection = OptimizerSection()
     training: TrainingSection
-    milestones: MilestonesSection
+    milestones: MilestonesSection = MilestonesSection()
     evaluate_at_milestones: Annotated[
         Literal["off", "inline"], BeforeValidator(_no_longer_watch), BeforeValidator(_unquoted_off)
     ] = "off"
     checkpoints: CheckpointsSection
     branch: BranchSection | None = None
     validation: ValidationSection
-    logging: LoggingSection
+    logging: LoggingSection = LoggingSection()
 
     @cached_property
     def steps(self) -> Steps:
@@ -166,11 +177,17 @@ class PretrainConfig(Section):
         changes = [(change.from_tokens, change.tokens_per_step) for change in training.batch_changes]
         return Steps(training.total_tokens, training.tokens_per_step, changes)
 
+    def with_precision(self, precision: Literal["fp32", "bf16"]) -> "PretrainConfig":
+        """The same recipe, with this precision in place of `auto`."""
+        if self.training.precision != "auto":
+            return self
+        return self.model_copy(update={"training": self.training.model_copy(update={"precision": precision})})
+
     def sequences(self, step: int) -> int:
         """Sequences per optimizer step, all processes together."""
         return self.steps.tokens_of(step) // self.data.sequence_length
 
 
 def load_pretrain_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> PretrainConfig:
-    """Reads a recipe and applies `section.key=value` overrides; see [`read_recipe`]."""
-    return read_recipe(PretrainConfig, path, overrides, contradictions)
+    """Reads a recipe, applies `section.key=value` overrides, and fills in what it leaves out; see [`read_recipe`]."""
+    return read_recipe(PretrainConfig, path, overrides, contradictions, partial(fill_in, name=Path(path).stem))

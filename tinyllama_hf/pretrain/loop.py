@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from .. import provenance
-from ..devices import Device, known_device
+from ..devices import Device, choose_precision, known_device
 from ..errors import require
 from ..files import write_json
 from ..modeling_tinyllama import TinyLlamaForCausalLM
@@ -106,6 +106,7 @@ def prepare_run(config: PretrainConfig, overwrite: bool = False) -> PreparedRun:
     """
     for name in config.logging.trackers:
         require(name, "trackers", f"logging.trackers: {name}")  # accelerate would only warn
+    config = config.with_precision(choose_precision())
     accelerator = launch.make_accelerator(config)
     run = setup.open_pretrain_run(config)
     setup.check_batches(config, accelerator.num_processes)
@@ -181,8 +182,13 @@ class _Trainer:
             StopRequests() as requests,
         ):
             self.clock, self.clock_tokens, self.paused = time.perf_counter(), steps.tokens_after(self.start), 0.0
+            if config.model.init_from and self.start == 0:
+                self.validate(0)  # shows whether the weights suit the data
             for step in range(self.start + 1, steps.number + 1):
                 result, is_last = self.train_step(step), step == steps.number
+                if step == self.start + 1:
+                    loss, seconds = result.loss.item(), time.perf_counter() - self.clock - self.paused
+                    self.metrics.print_line(f"step {step:>6}  first of this launch: loss {loss:.3f}, {seconds:.1f} s")
                 is_milestone = step in run.milestones
                 if step % config.logging.every_steps == 0 or is_last:
                     self.report(step, result)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -147,8 +148,11 @@ def start_trackers(accelerator: Accelerator, config: PretrainConfig, output: Pat
         options = {
             "wandb": {"id": run_id, "name": output.name, "resume": "allow", "dir": str(output)},
             "trackio": {"name": f"{output.name}-{run_id}", "resume": "allow"},
-            "tensorboard": {} if step is None else {"purge_step": step + 1},
         }
+        # Created here, since accelerate would give it the name of the project, which is that of every run.
+        purged = {} if step is None else {"purge_step": step + 1}
+        board = TensorBoardTracker(_tensorboard_name(output, run_id), output, **purged)
+        accelerator.log_with = [board if str(name) == "tensorboard" else name for name in accelerator.log_with]
     settings = flat(portable(config.model_dump(mode="json", by_alias=True)))
     try:
         accelerator.init_trackers("tinyllama_hf", settings, init_kwargs=options)
@@ -169,6 +173,13 @@ def _run_id(output: Path) -> str:
     if not file.is_file():
         write_json(file, {"id": uuid.uuid4().hex[:16]})
     return read_json(file)["id"]
+
+
+def _tensorboard_name(output: Path, run_id: str) -> str:
+    """The folder of the tensorboard files in that of the run, which tensorboard shows as the name of the run."""
+    # The folder of the run may have been renamed. Early versions wrote to tinyllama_hf/.
+    started = [*output.glob("tinyllama_hf"), *output.glob(f"tensorboard/*-{run_id}")]
+    return str(started[0].relative_to(output)) if started else f"tensorboard/{output.resolve().name}-{run_id}"
 
 
 def row_values(row: Mapping[str, Any]) -> dict[str, float]:

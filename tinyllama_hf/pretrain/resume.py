@@ -38,6 +38,7 @@ _DECISIVE = {
     "training": ("total_tokens", "tokens_per_step", "batch_changes", "precision", "skip_spikes_sigma", "seed"),
     "validation": ("max_tokens",),  # changes no weight, but the losses before and after would not be comparable
 }
+_TOTAL = "training.total_tokens"
 # A branch may change all settings but these.
 _INHERITED = ("model", "tokenizer", "training.precision")
 
@@ -98,10 +99,23 @@ def _find(run: PretrainRun, overwrite: bool) -> Start:
         _check_nothing_is_lost(run, complaints)
         return _first(run)
     record = read_checkpoint_record(checkpoint)
-    check_same_run(checkpoint, record.identity, identity(run))
+    recorded = record.identity
+    if _may_be_longer(run.config, recorded, record.tokens):
+        total = run.config.training.total_tokens
+        complaints = [*complaints, f"longer      training.total_tokens {recorded[_TOTAL]:,} -> {total:,}"]
+        recorded = {**recorded, _TOTAL: total}
+    check_same_run(checkpoint, recorded, identity(run))
     state = "the run is finished" if record.step == run.config.steps.number else "resuming after it"
     summary = [*complaints, f"resume      {checkpoint}, step {record.step:,}: {state}"]
     return Start(record.step, checkpoint, record.branched_at, record.arithmetic, summary)
+
+
+def _may_be_longer(config: PretrainConfig, recorded: Settings, tokens: int) -> bool:
+    """Whether a run that had this many tokens would be the same, up to there, with the larger total of the recipe."""
+    total, schedule = recorded[_TOTAL], config.schedule
+    if config.training.total_tokens <= total or config.branch or config.data.mixture_changes:
+        return False  # the weights of the validation losses depend on the total where the mixture changes
+    return schedule.name == "constant" or (schedule.name == "wsd" and tokens <= total - (schedule.decay_tokens or 0))
 
 
 def _check_nothing_needed_is_removed(run: PretrainRun, overwrite: bool) -> None:

@@ -104,10 +104,11 @@ def _training_problems(training: Any, data: Any, schedule: Any) -> Iterator[str]
                 nearest = size // length * length or length
                 yield f"{key}: {size} is not a multiple of data.sequence_length {length}; use {nearest}"
         yield from _order_problems("data.mixture_changes", data.mixture_changes, total)
-    if schedule and schedule.warmup_tokens + (schedule.decay_tokens or 0) >= total:
+    # A warm-up that alone is longer than the run is a warning of `describe_recipe`.
+    if schedule and schedule.decay_tokens and schedule.warmup_tokens + schedule.decay_tokens >= total:
         yield (
             f"schedule.warmup_tokens: {schedule.warmup_tokens} and schedule.decay_tokens "
-            f"{schedule.decay_tokens or 0} together must be below training.total_tokens {total}"
+            f"{schedule.decay_tokens} together must be below training.total_tokens {total}"
         )
 
 
@@ -138,7 +139,9 @@ def _milestone_problems(milestones: Any, training: Any) -> Iterator[str]:
 
 
 def _model_problems(model: Any) -> Iterator[str]:
-    if model.preset not in PRESETS:
+    if model.preset is None and model.init_from is None:
+        yield f"model.preset: is required ({', '.join(PRESETS)}), or model.init_from, which brings its architecture"
+    if model.preset is not None and model.preset not in PRESETS:
         yield f"model.preset: unknown preset {model.preset!r}{did_you_mean(model.preset, PRESETS)}"
     if not model.overrides:
         return

@@ -105,5 +105,6 @@ def _scheduled(tokens: int, reached: int, config: "PretrainConfig") -> float:
         assert schedule.decay_tokens is not None  # by the rules of a recipe
         left = min((total - tokens) / schedule.decay_tokens, 1.0)
         return floor + (schedule.peak - floor) * max(left, 0.0)
-    progress = min((tokens - schedule.warmup_tokens) / (total - schedule.warmup_tokens), 1.0)
+    decaying = max(total - schedule.warmup_tokens, 1)  # 1 if the warm-up is longer than the run
+    progress = min((tokens - schedule.warmup_tokens) / decaying, 1.0)
     return floor + (schedule.peak - floor) * 0.5 * (1 + math.cos(math.pi * max(progress, 0.0)))

@@ -21,6 +21,7 @@ from ..tokenization_tinyllama import load_tokenizer, tokenizer_fingerprint
 from .config import PretrainConfig
 from .launch import attention_implementation
 from .run_record import RunRecord, open_mixture, record_of_recipe
+from .schedule import learning_rate
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,7 @@ def check_initial_model(name: str, expected: TinyLlamaConfig) -> None:
     Raises:
         InputError: listing each field that differs.
     """
-    folder = model_folder(name)
-    found = TinyLlamaConfig.from_llama(AutoConfig.from_pretrained(folder, trust_remote_code=False)).to_dict()
-    wanted = expected.to_dict()
+    found, wanted = _config_of(name).to_dict(), expected.to_dict()
     # The context may differ, since rotary positions have no weights.
     decisive = {
         *PRESETS["1.1b"],
@@ -96,8 +95,14 @@ def check_initial_model(name: str, expected: TinyLlamaConfig) -> None:
         raise InputError(f"model.init_from {name}: its architecture differs from that of the recipe\n{lines}")
 
 
+def _config_of(model: str) -> TinyLlamaConfig:
+    return TinyLlamaConfig.from_llama(AutoConfig.from_pretrained(model_folder(model), trust_remote_code=False))
+
+
 def architecture(config: PretrainConfig, vocab_size: int, **special_tokens: Any) -> TinyLlamaConfig:
     """The configuration of the model: preset and overrides, with the vocabulary size of the tokenizer.
+
+    Without a preset, the architecture is that of `model.init_from`, with its context.
 
     Args:
         config (`PretrainConfig`): the recipe.
@@ -107,14 +112,15 @@ def architecture(config: PretrainConfig, vocab_size: int, **special_tokens: Any)
     Raises:
         InputError: if the fields do not define a valid model, or a sequence is longer than the context.
     """
-    fields = {
-        "max_position_embeddings": config.data.sequence_length,
-        **config.model.overrides,
-        "vocab_size": vocab_size,
-        **special_tokens,
-    }
+    preset = config.model.preset
+    if preset is None:
+        base = _config_of(str(config.model.init_from)).to_dict()
+        del base["dtype"]  # of the saved weights; training keeps them in fp32
+    else:
+        base = {"max_position_embeddings": config.data.sequence_length}
+    fields = {**base, **config.model.overrides, "vocab_size": vocab_size, **special_tokens}
     try:
-        built = TinyLlamaConfig.preset(config.model.preset, **fields)
+        built = TinyLlamaConfig(**fields) if preset is None else TinyLlamaConfig.preset(preset, **fields)
         tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
         shapes_only(built)(input_ids=tokens)  # they must make one that runs
     except (StrictDataclassError, ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
@@ -179,6 +185,7 @@ def describe_recipe(
     """
     training, steps, length = config.training, config.steps, config.data.sequence_length
     total, parameters = steps.tokens_after(steps.number), sum(p.numel() for p in model.parameters())
+    name = config.model.preset or config.model.init_from
     flops, flops_of_all = (
         model.flops_per_token(length, name) / 1e9 for name in ("without_input_embedding", "all_parameters")
     )
@@ -186,7 +193,7 @@ def describe_recipe(
     per_process = num_processes * training.micro_batch_size * length
     micro_batches = ", then ".join(str(size // per_process) for size in steps.sizes)
     return [
-        f"model       {config.model.preset}: {parameters:,} parameters, {model.config.vocab_size:,} tokens in the "
+        f"model       {name}: {parameters:,} parameters, {model.config.vocab_size:,} tokens in the "
         f"vocabulary, context {model.config.max_position_embeddings}",
         f"tokens      {total:,} in {steps.number:,} steps of {sizes} ({config.sequences(1)} sequences of {length}); "
         f"{total / parameters:.2f} per parameter",
@@ -194,6 +201,19 @@ def describe_recipe(
         f"sequences, {training.precision}, attention {training.attention}, compile {compilation}",
         f"arithmetic  {flops:.4g} GFLOP a token (6 x parameters without the input embedding + attention, not halved); "
         f"{flops_of_all:.4g} with the input embedding",
+        *_describe_warmup(config),
+        *config.describe_defaults(),
+    ]
+
+
+def _describe_warmup(config: PretrainConfig) -> list[str]:
+    """A warning if the learning rate never reaches its peak."""
+    schedule, last = config.schedule, config.steps.number
+    if schedule.warmup_tokens <= config.steps.tokens_after(last):
+        return []
+    return [
+        f"warning     schedule.warmup_tokens {schedule.warmup_tokens:,} is more than the run has: the highest "
+        f"learning rate is {learning_rate(last, config):.3g}, not schedule.peak {schedule.peak:g}"
     ]
 
 

@@ -1,7 +1,7 @@
 """The report of a run: one self-contained HTML page, and its pictures as PNG files."""
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,12 @@ _SHOWN_REPLIES = 8
 
 
 def write_report(
-    run: Path, output: Path, prompts: Sequence[str] = (), stages: Path | None = None, chat: Path | None = None
+    run: Path,
+    output: Path,
+    prompts: Sequence[str] = (),
+    stages: Path | None = None,
+    chat: Path | None = None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Writes the report of a run.
 
@@ -35,6 +40,7 @@ def write_report(
         prompts (`Sequence[str]`, *optional*): prompts that every milestone continues.
         stages (`Path`, *optional*): file with lines of `name<TAB>seconds`.
         chat (`Path`, *optional*): model that was fine-tuned from the run and scored with `eval replies`.
+        log (`Callable[[str], None]`, *optional*): called with one line per milestone that continues the prompts.
 
     Returns:
         `Path`: the page.
@@ -57,7 +63,7 @@ def write_report(
     milestones = [(folder, read_record(folder)) for folder in list_milestones(run)]
     found = read_run_scores(run)
     scores, commonsense = found.text, found.commonsense
-    samples = _samples([folder for folder, _ in milestones], prompts)
+    samples = _samples([folder for folder, _ in milestones], prompts, log)
     output.mkdir(parents=True, exist_ok=True)
     plots.loss_curve(curves, [record["tokens"] for _, record in milestones], output / "loss.png")
     plots.learning_rate_curve(curves, output / "learning_rate.png")
@@ -106,10 +112,13 @@ def _chat(folder: Path) -> tuple[ReplyRow, dict[str, Any]]:
     return replies.models[0], read_json(record)
 
 
-def _samples(milestones: Sequence[Path], prompts: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+def _samples(
+    milestones: Sequence[Path], prompts: Sequence[str], log: Callable[[str], None]
+) -> dict[str, list[tuple[str, str]]]:
     """For each prompt, the name of every milestone and the text that it generates, including the prompt."""
     written: dict[str, list[tuple[str, str]]] = {prompt: [] for prompt in prompts} if milestones else {}
     for folder in milestones if prompts else ():
+        log(f"continuing the prompts with {folder.name}")
         model, tokenizer = load(folder)
         for prompt in prompts:
             room = model.config.max_position_embeddings - len(tokenizer(prompt)["input_ids"])

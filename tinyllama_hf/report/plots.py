@@ -1,6 +1,6 @@
-"""Plots of a run, as PNG files."""
+"""Plots of a run or of several runs, as PNG files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,20 @@ import matplotlib
 matplotlib.use("Agg")  # files only: works without a display
 
 import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from ..evaluation.score_files import TextScoreFile
 from ..files import new_file
+from .run_names import MAX_RUNS
 from .training import TrainingCurves
 
 
 _SIZE = (7.2, 4.2)
 _MAX_MARKERS = 100  # more would hide the line
 _COLORS = {"model": "#1f77b4", "validation": "#d62728", "unigram": "#999999", "5-gram": "#2ca02c"}
+_RUN_COLORS = matplotlib.color_sequences["tab10"][:MAX_RUNS]
+_LEGEND_WIDTH = 110  # characters
 
 
 def loss_curve(curves: TrainingCurves, milestones: Sequence[int], path: Path) -> None:
@@ -67,15 +71,36 @@ def training_panels(curves: TrainingCurves, milestones: Sequence[int], title: st
     _save(figure, path)
 
 
+def compare_losses(runs: Mapping[str, TrainingCurves], path: Path) -> None:
+    """Plots training and validation losses of several runs, over tokens and over hours.
+
+    Args:
+        runs (`Mapping[str, TrainingCurves]`): names of the runs, at most `MAX_RUNS`, and their curves.
+        path (`Path`): PNG file to write.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
+    colors = dict(zip(runs, _RUN_COLORS, strict=False))
+    for axes, over in zip(panels, ("tokens", "hours"), strict=True):
+        for name, curves in runs.items():
+            _line(axes, curves, "loss", colors[name], name, over, alpha=0.45)
+        for name, curves in runs.items():  # on top of all training losses
+            _validation(axes, curves, colors[name], f"{name}, validation", over, linewidth=2)
+        axes.set(xlabel=f"{over} of training")
+    _logarithmic(panels[0])
+    is_validated = any(curves.validation for curves in runs.values())
+    kinds = "training (thin) and validation on held-out text (thick)" if is_validated else "training"
+    figure.suptitle(f"Loss, nats per token: {kinds}")
+    names = [Line2D([], [], color=color, linewidth=3, label=name) for name, color in colors.items()]
+    num_columns = max(_LEGEND_WIDTH // (max(map(len, runs)) + 6), 1)
+    figure.legend(handles=names, loc="outside lower center", ncols=num_columns, frameon=False)
+    _save(figure, path)
+
+
 def _loss(axes: Any, curves: TrainingCurves, milestones: Sequence[int]) -> None:
     for number, milestone in enumerate(milestones):
         axes.axvline(milestone, color="#cccccc", linewidth=0.8, zorder=0, label="_" * (number > 0) + "milestone")
     _line(axes, curves, "loss", _COLORS["model"], label="training")
-    if curves.validation:
-        style = "o-" if len(curves.validation) <= _MAX_MARKERS else "-"
-        tokens, losses = zip(*curves.validation, strict=True)
-        label, color = "validation, held-out text", _COLORS["validation"]
-        axes.plot(tokens, losses, style, color=color, markersize=3, linewidth=1, label=label)
+    _validation(axes, curves, _COLORS["validation"], "validation, held-out text")
     axes.set(title="Loss, nats per token")
     _logarithmic(axes)
     axes.legend(frameon=False)
@@ -93,12 +118,33 @@ def _gradient_norm(axes: Any, curves: TrainingCurves) -> None:
     _logarithmic(axes)
 
 
-def _line(axes: Any, curves: TrainingCurves, name: str, color: str, label: str | None = None) -> None:
-    """Draws the mean of each interval as a line, and its range as a band."""
+def _line(
+    axes: Any,
+    curves: TrainingCurves,
+    name: str,
+    color: Any,
+    label: str | None = None,
+    over: str = "tokens",
+    alpha: float = 1,
+) -> None:
+    """Draws the mean of each interval as a line over tokens or hours, and its range as a band."""
     curve = curves.curve(name)
-    axes.fill_between(curve.tokens, curve.low, curve.high, color=color, alpha=0.3, linewidth=0.8)
-    axes.plot(curve.tokens, curve.mean, color=color, linewidth=1, label=label, marker="." * (len(curve.tokens) == 1))
+    place = getattr(curve, over)
+    axes.fill_between(place, curve.low, curve.high, color=color, alpha=0.3 * alpha, linewidth=0.8)
+    marker = "." * (len(place) == 1)
+    axes.plot(place, curve.mean, color=color, linewidth=1, label=label, marker=marker, alpha=alpha)
     axes.xaxis.set_major_formatter(FuncFormatter(_short))
+
+
+def _validation(
+    axes: Any, curves: TrainingCurves, color: Any, label: str, over: str = "tokens", linewidth: float = 1
+) -> None:
+    """Draws the validation losses, with markers unless they would hide the line."""
+    if curves.validation:
+        style = "o-" if len(curves.validation) <= _MAX_MARKERS else "-"
+        tokens, losses = zip(*curves.validation, strict=True)
+        place = tokens if over == "tokens" else curves.validation_hours
+        axes.plot(place, losses, style, color=color, markersize=2 + linewidth, linewidth=linewidth, label=label)
 
 
 def _logarithmic(axes: Any) -> None:
@@ -146,7 +192,8 @@ def _save(figure: Any, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#eeeeee")
         axes.set_axisbelow(True)
-    figure.tight_layout()
+    if figure.get_layout_engine() is None:
+        figure.tight_layout()
     try:
         with new_file(path) as file:
             figure.savefig(file, dpi=150, format="png")
