@@ -21,8 +21,8 @@ def convert_command(
     to: Annotated[
         str,
         typer.Option(
-            help="llama, litgpt, gguf-f32, gguf-f16, gguf-bf16, gguf-q8_0, gguf-q4_0 or awq. gguf-q4_k_m, other "
-            "K-quants and gptq also print the commands of the program that makes them."
+            help="llama, litgpt, gguf-f32, gguf-f16, gguf-bf16, gguf-q8_0, gguf-q4_0 or awq. gguf-q4_k_m and other "
+            "K-quants need llama-quantize of llama.cpp. gptq prints the command of the program that makes it."
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder to write. It is created only when the conversion is complete.")],
@@ -52,6 +52,7 @@ def convert_command(
     import time
 
     from tinyllama_hf.devices import check_dtype
+    from tinyllama_hf.errors import InputError
     from tinyllama_hf.released import find_model
 
     check_dtype(dtype, ("fp32", "bf16", "fp16"))
@@ -78,7 +79,7 @@ def convert_command(
         calibration=calibration or (),
         check=check,
         force=force,
-        progress=sys.stderr.isatty(),
+        progress=True,
     )
     print(f"read        {source}: {done.layout}")
     for note in done.notes:
@@ -87,6 +88,11 @@ def convert_command(
         print(f"sanity      loss {losses[0]:.3f} nats per token on the bundled text")
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     print(f"wrote {output}: {done.format}, {size / 1e6:,.1f} MB in {time.monotonic() - started:.1f} s")
+    if done.next_lines and to != "gptq":
+        raise InputError(
+            f"--to {to}: only {done.format} was written, since llama.cpp's program llama-quantize is not on the PATH. "
+            f"Install llama.cpp and run:\n  {done.next_lines[0]}"
+        )
     for line in done.next_lines:
         print(line)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .loading import DEVICE, QUANTIZATION, import_libraries
+from .loading import DEVICE, QUANTIZATION, import_libraries, note
 
 
 class _EvalGroup(TyperGroup):
@@ -142,7 +142,7 @@ def eval_tasks_command(
     """The seven commonsense tasks of TinyLlama's table, with lm-eval.
 
     The protocol is the published one: fp32, zero-shot, no begin-of-sequence. Models in the output file are not scored
-    again.
+    again. After an interruption, the same command resumes with the task that was not finished.
 
     Example: tinyllama-hf eval tasks my-model --data embedded:sample
 
@@ -161,7 +161,11 @@ def eval_tasks_command(
 
     quiet_library_bars()
     target = _target(output, find_run(models), "commonsense", quantization)
-    scores = score_commonsense(models, folder, limit, batch_size, device, target, samples, print, quantization)
+    try:
+        scores = score_commonsense(models, folder, limit, batch_size, device, target, samples, print, quantization)
+    except KeyboardInterrupt:
+        note(f"interrupted; {_kept_tasks(target)}")
+        raise typer.Exit(130) from None
     for line in table_lines(scores, row):
         print(line)
     for path in filter(None, (target, samples)):
@@ -220,6 +224,18 @@ def _check_models(models: list[str], device: str, quantization: str) -> None:
             check_model(model)
 
 
+def _kept_tasks(target: Path | None) -> str:
+    """Returns what an interrupted `eval tasks` has kept, and how to resume it."""
+    from tinyllama_hf.evaluation.partial_scores import PartialScores
+
+    if target is None:
+        return "nothing was kept. With --output FILE, finished tasks are kept"
+    finished = PartialScores(target)
+    tasks = f"{finished.path} has the finished tasks ({finished})" if finished.tasks else "no task was finished"
+    models = f"{target} has the finished models, " if target.is_file() else ""
+    return f"{models}{tasks}. Run the same command to resume"
+
+
 def _target(output: Path | None, folder: Path | None, name: str, quantization: str) -> Path | None:
     return output or (folder / _file_name(name, quantization) if folder else None)
 
@@ -263,8 +279,6 @@ def report_command(
 
     Example: tinyllama-hf report runs/small runs/large --output runs/comparison
     """
-    from rich.console import Console
-
     from tinyllama_hf.errors import InputError
     from tinyllama_hf.report.run_names import name_runs
 
@@ -275,7 +289,7 @@ def report_command(
         if value and len(runs) > 1:
             raise InputError(f"{option}: is for the report of one run, not for {len(runs)}. Remove it")
     import_libraries()
-    from tinyllama_hf.progress import quiet_library_bars
+    from tinyllama_hf.progress import quiet_library_bars, show_busy
     from tinyllama_hf.report.comparison import write_comparison
     from tinyllama_hf.report.page import write_report
 
@@ -284,6 +298,6 @@ def report_command(
     if len(runs) > 1:
         page = write_comparison(runs, output, log)
     else:
-        with Console().status("Drawing figures and continuing the prompts"):
+        with show_busy("drawing figures and continuing the prompts"):
             page = write_report(runs[0], output, prompt or (), stages, chat, log)
     print(f"wrote {page}")

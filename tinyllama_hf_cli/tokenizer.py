@@ -30,16 +30,15 @@ def train_tokenizer_command(
     """
     import itertools
 
-    from rich.console import Console
-
     from tinyllama_hf.data.sources import open_sources, read_texts
 
     opened = [open_sources([source], text_column) for source in sources]
     import_libraries()
     from tinyllama_hf.data.train_tokenizer import train_tokenizer
+    from tinyllama_hf.progress import show_busy
 
     texts = itertools.chain.from_iterable(map(read_texts, opened))
-    with Console().status("Reading the texts and training"):
+    with show_busy("reading the texts and training"):
         trained = train_tokenizer(texts, vocab_size, output, overwrite)
     print(f"wrote {output}: {len(trained):,} ids")
 
@@ -66,9 +65,6 @@ def verify_tokenizer_command(
     """
     import itertools
 
-    from rich.console import Console
-    from rich.progress import track
-
     from tinyllama_hf.data.sources import open_sources, read_texts
     from tinyllama_hf.errors import InputError
     from tinyllama_hf.released import TOKENIZER_FILES, local_folder
@@ -82,6 +78,7 @@ def verify_tokenizer_command(
         )
     import_libraries()
     from tinyllama_hf.data.train_tokenizer import verify_tokenizer
+    from tinyllama_hf.progress import progress_bar
     from tinyllama_hf.tokenization_tinyllama import load_tokenizer
 
     if stock:
@@ -90,9 +87,14 @@ def verify_tokenizer_command(
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     else:
         tokenizer = load_tokenizer(path)
-    chained = itertools.chain.from_iterable(map(read_texts, sources))
-    texts = track(chained, "Comparing", transient=True, disable=not Console().is_terminal)
-    result = verify_tokenizer(tokenizer, reference, texts)
+    texts = itertools.chain.from_iterable(map(read_texts, sources))
+    with progress_bar("comparing", "texts") as update:
+
+        def count(text: str) -> str:
+            update(advance=1)
+            return text
+
+        result = verify_tokenizer(tokenizer, reference, map(count, texts))
     if not result.characters:
         raise InputError("--text: the files contain no text. Give other files")
     counted = f"{result.texts:,} texts, {result.characters:,} characters, {result.tokens:,} tokens"

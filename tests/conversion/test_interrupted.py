@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from tests.conftest import ROOT
 from tests.conversion import files
 from tests.conversion.files import changed, filled, refuse
-from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, convert
-from tinyllama_hf.conversion import convert as converter
+from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, convert, progress
 from tinyllama_hf.conversion.reading.recognize import open_checkpoint
 
 
@@ -37,13 +36,13 @@ def test_interrupted(to, source, tmp_path, monkeypatch):
     """Interrupted at the fifth tensor, without and with an existing output."""
     seen = []
 
-    def advance(self, task, num_bytes):
-        seen.append(num_bytes)
+    def update(self, task, advance):
+        seen.append(advance)
         if len(seen) % 5 == 0:
             raise KeyboardInterrupt
 
     convert(source, "llama", tmp_path / "there")
-    monkeypatch.setattr(converter.Progress, "advance", advance)  # `Checkpoint.advance` calls it
+    monkeypatch.setattr(progress.Progress, "update", update)  # `Checkpoint.advance` calls it
     before = sorted(tmp_path.rglob("*"))
     for output, force in (("out", False), ("there", True)):
         with pytest.raises(KeyboardInterrupt):

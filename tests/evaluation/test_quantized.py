@@ -1,6 +1,7 @@
 """Scores of quantized models: a folder saved quantized and the plain one quantized while loading have equal scores."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -10,7 +11,7 @@ import torch
 import tinyllama_hf_cli
 from tests.conftest import write_recipe
 from tests.pretrain.runs import pretrain
-from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
+from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer, progress
 from tinyllama_hf.chat.templates import load_template
 from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.errors import InputError
@@ -141,6 +142,17 @@ def test_all_that_is_plain_is_fp32(folders, dtype, quantization):
     for folder in (folders[dtype], folders[dtype, "nf4"]):
         model, _ = load_eval_model(describe_model(folder, quantization))
         assert {p.dtype for p in model.parameters()} <= {torch.float32, torch.uint8} and model.dtype == torch.float32
+
+
+PROGRESS = {"bits_per_byte": "bits per byte", "commonsense": "loading|hellaswag", "replies": "replies: 0 of 3 conv"}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_log_names_model_and_task(folders, score, monkeypatch, capsys, task):
+    """While the model is loaded, and later."""
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.001)
+    score(task, [folders[torch.float32]])
+    assert re.search(f"^plain: {PROGRESS[task]}", capsys.readouterr().err, re.MULTILINE)
 
 
 @pytest.mark.parametrize("task", TASKS)

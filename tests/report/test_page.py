@@ -128,8 +128,10 @@ def test_what_became_of_the_last_milestone(run, tmp_path):
     for result in scores["models"][0]["results"].values():
         result |= {"score": 25.04, "standard_error": 4.26}
     scores["models"][0] |= {"average": 25.04, "average_standard_error": 3.01}
+    scores["models"][0]["results"]["piqa"] |= {"score": 0.0, "standard_error": None}
     (run / "commonsense.json").write_text(json.dumps(scores))
     page = write_report(run, tmp_path / "report", chat=chat).read_text()
+    assert '<td class="n">0.0</td>' in page
     for fact in (
         "1,728 conversations (embedded:questions)",
         "from 5.83 to <b>2.74 nats per token</b>",

@@ -160,7 +160,7 @@ SETTINGS = {
     "max_tokens": (2, {"max_new_tokens": 2}),
     "max_completion_tokens": (2, {"max_new_tokens": 2}),
     "max_output_tokens": (2, {"max_new_tokens": 2}),
-    "stop": (["the", "q"], {"stop_strings": ["the", "q"]}),
+    "stop": (["the", "q"], {"stops": ("the", "q")}),
     "frequency_penalty": (0.5, {"repetition_penalty": 1.5}),
     "logit_bias": ({"7": 3.5, "9": -100}, {"sequence_bias": {(7,): 3.5, (9,): -100}}),
 }
@@ -191,7 +191,7 @@ def used(local, monkeypatch):
     generate = model.generate
 
     def spy(generation_config, **arguments):
-        found.append(generation_config.to_dict())
+        found.append(generation_config.to_dict() | {"stops": arguments["stopping_criteria"][-1].stops.texts})
         return generate(generation_config=generation_config, **arguments)
 
     monkeypatch.setattr(model, "generate", spy)
@@ -232,8 +232,21 @@ def test_a_field_of_another_path_is_refused_by_name(client, path):
 def test_a_stop_string_ends_a_reply(client, local, path, stop):
     body = {"temperature": 0, "max_tokens": 8, "logit_bias": {local[1].convert_tokens_to_ids("\u2581a"): 100}}
     whole, ended = (ask(client, body | changes, path)[1] for changes in ({}, {"stop": stop}))
-    assert text_of(whole).split() == ["a"] * 8 and text_of(ended).split() == ["a"] * 2
+    assert text_of(whole).split() == ["a"] * 8 and text_of(ended).strip() == ""
     assert [answer["choices"][0]["finish_reason"] for answer in (whole, ended)] == ["length", "stop"]
+    assert ended["usage"]["completion_tokens"] == 2
+    last = ask(client, body | {"stop": stop, "max_tokens": 2}, path)[1]
+    assert last["choices"][0]["finish_reason"] == "stop", "not length, although the limit is reached as well"
+
+
+def test_a_line_break_ends_a_reply_at_once(client, local):
+    """It is a byte token, the text of which may depend on the next token."""
+    ids = local[1].convert_tokens_to_ids(["<0x0A>", "\u2581a"])
+    body = {"temperature": 0, "max_tokens": 8, "logit_bias": dict.fromkeys(map(str, ids), 100), "stop": "\n"}
+    body["generation_config"] = {"no_repeat_ngram_size": 1}  # both tokens once
+    answer = ask(client, body)[1]
+    assert answer["usage"]["completion_tokens"] <= 2 and text_of(answer).strip() in ("", "a")
+    assert answer["choices"][0]["finish_reason"] == "stop" and "\n" not in text_of(answer)
 
 
 def test_a_small_top_p_leaves_the_most_likely_token(client):

@@ -37,6 +37,14 @@ def test_joins_words_and_leaves_the_context(local):
     assert text.startswith("a a a")
 
 
+def test_keeps_a_stop_string(local):
+    model, tokenizer = local
+    token = tokenizer.convert_tokens_to_ids("\u2581a")
+    config = GenerationConfig(max_new_tokens=9, pad_token_id=0, sequence_bias={(token,): 100.0}, stop_strings="a a")
+    inputs = tokenizer("x", return_tensors="pt")
+    assert asyncio.run(GenerateManager().generate_non_streaming(model, tokenizer, inputs, config, "1"))[0] == "a a"
+
+
 def test_cannot_stream_bytes_that_are_no_text(local):
     """A line break is a byte token in Llama's vocabulary."""
     _, tokenizer = local

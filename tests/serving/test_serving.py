@@ -106,12 +106,23 @@ def test_a_reply_ends_where_the_context_is_full(client, local):
 
 
 def test_stop_strings(client, local):
-    """The server of transformers keeps the stop string in the text, as docs/serving.md states."""
-    text = complete(client, "def f(x):", max_tokens=40).choices[0].text
-    stop = text.strip()[10:12]
-    ended = complete(client, "def f(x):", max_tokens=40, stop=[stop]).choices[0]
-    assert text.startswith(ended.text) and ended.text.index(stop) and ended.finish_reason == "stop"
-    assert len(ended.text) < len(text)
+    """They are not in the reply, streamed or not."""
+    whole = complete(client, "def f(x):", max_tokens=40)
+    text = whole.choices[0].text
+    stop = text.strip()[10:16]
+    before, _, _ = text.partition(stop)
+    for stops in ([stop], ["never", stop], stop):
+        ended = complete(client, "def f(x):", max_tokens=40, stop=stops)
+        assert ended.choices[0].text == before and ended.choices[0].finish_reason == "stop"
+        assert ended.usage.completion_tokens < whole.usage.completion_tokens
+        chunks = list(complete(client, "def f(x):", max_tokens=40, stop=stops, stream=True))
+        assert "".join(chunk.choices[0].text or "" for chunk in chunks) == before and len(chunks) > 2
+        assert chunks[-1].choices[0].finish_reason == "stop"
+    reply = chat(client, "What?", max_tokens=40).choices[0].message.content
+    stop = reply.strip()[5:8]
+    assert chat(client, "What?", max_tokens=40, stop=stop).choices[0].message.content == reply.partition(stop)[0]
+    streamed = chat(client, "What?", max_tokens=40, stop=stop, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == reply.partition(stop)[0]
 
 
 @pytest.mark.parametrize(

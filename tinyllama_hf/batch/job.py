@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..decoding.proposals import Proposer
@@ -24,6 +22,7 @@ from ..inference.adapters import adapter_folder, load_adapted_tokenizer
 from ..inference.generation import Context
 from ..inference.load import model_folder
 from ..inference.options import LAYERS, LOOKUP, Sampling
+from ..progress import progress_bar
 from ..provenance import collect, file_sha256, fingerprint
 from ..released import TOKENIZER_FILES, local_folder
 from .generate_many import DEFAULT_BATCH_SIZE, Completion, Request, generate_many
@@ -223,18 +222,14 @@ class BatchJob:
         self, part: BinaryIO, completions: Iterable[Completion], tokenizer: PreTrainedTokenizerBase
     ) -> int:
         by_line, num_tokens = {prompt.line: prompt for prompt in self.pending}, 0
-        console = Console(stderr=True)
-        tokens = TextColumn("{task.fields[tokens]:,} tokens")
-        columns = BarColumn(), MofNCompleteColumn(), tokens, TimeRemainingColumn()
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task("", total=len(self.prompts.prompts), completed=len(self._done), tokens=0)
+        with progress_bar("generating", "prompts", len(self.prompts.prompts)) as update:
             for completion in completions:
                 result = by_line[completion.key].result(tokenizer, completion.ids, completion.finish_reason)
                 self._done[completion.key] = json.dumps(result, ensure_ascii=False)
                 part.write(f"{completion.key}\t{self._done[completion.key]}\n".encode())
                 part.flush()
                 num_tokens += len(completion.ids)
-                bar.update(task, advance=1, tokens=num_tokens)
+                update(completed=len(self._done), description=f"generating, {num_tokens:,} tokens")
         return num_tokens
 
     def _finish(self) -> None:

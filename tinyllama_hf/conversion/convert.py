@@ -1,22 +1,22 @@
 """Converts a checkpoint between formats. The output appears complete or not at all."""
 
+import shlex
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from shlex import quote
 from typing import NamedTuple
 
 import torch
 from accelerate.utils import convert_file_size_to_int
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from .. import provenance
 from ..devices import find_dtype
 from ..errors import InputError, did_you_mean
 from ..files import new_folder, read_json, write_json
+from ..progress import progress_bar
 from ..text import read_text
 from ..tokenization_tinyllama import TinyLlamaTokenizer, declared_padding
 from .checkpoint import EMBEDDING, OUTPUT, Checkpoint
@@ -29,6 +29,7 @@ from .resize import resize_vocabulary
 _BYTES = {"gguf-f32": 4, "gguf-f16": 2, "gguf-bf16": 2, "gguf-q8_0": 1.1, "gguf-q4_0": 0.6, "awq": 2}
 FORMATS = ("llama", "litgpt", *_BYTES)
 _K_QUANTS = ("q3_k_m", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")
+LLAMA_QUANTIZE = "llama-quantize"
 # Formats written by other programs, and the format that each of these programs reads.
 HAND_OFF = {**{f"gguf-{kind}": "gguf-f16" for kind in _K_QUANTS}, "gptq": "llama"}
 # Fields of a generation configuration that GGUF keeps or that only matter to calls of transformers.
@@ -73,7 +74,8 @@ def convert(
 
     Args:
         source (`str` or `Path`): a file or folder in any supported layout, a released name, or a Hub id.
-        to (`str`): one of `FORMATS`, or one of `HAND_OFF`, for which the input of its program is written.
+        to (`str`): one of `FORMATS`, or one of `HAND_OFF`, for which the input of its program is written. K-quants
+            are made if llama.cpp's program `llama-quantize` is on the `PATH`.
         output (`str` or `Path`): the folder to write. It is created only when the conversion is complete.
         dtype (`str`, *optional*, defaults to `"auto"`): `"fp32"`, `"fp16"` or `"bf16"`; `"auto"` keeps the dtype of
             each tensor. Only for `llama` and `litgpt`.
@@ -84,7 +86,7 @@ def convert(
             rounded.
         check (`Callable`, *optional*): called with the checkpoint before anything is written; may raise.
         force (`bool`, *optional*, defaults to `False`): replace the output of an earlier conversion.
-        progress (`bool`, *optional*, defaults to `False`): show a progress bar.
+        progress (`bool`, *optional*, defaults to `False`): show the progress.
 
     Raises:
         InputError: if the arguments or the source cannot be used. Nothing is written then.
@@ -94,19 +96,26 @@ def convert(
     shard_size = _check_arguments(to, dtype, max_shard_size, calibration)
     _check_output(output, source, force)
     asked, to = to, HAND_OFF.get(to, to)
+    program = shutil.which(LLAMA_QUANTIZE) if to == "gguf-f16" and asked != to else None
     checkpoint = open_checkpoint(source, config)
-    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, disable=not progress, console=Console(stderr=True), transient=True)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with tempfile.TemporaryDirectory(prefix="tinyllama-hf-") as scratch:
         if vocab_rows is not None:
             resize_vocabulary(checkpoint, vocab_rows, Path(scratch))
         _check_tokenizer(checkpoint)
-        _check_space(checkpoint, to, torch_dtype, output)
+        _check_space(checkpoint, asked if program else to, torch_dtype, output)
         if check is not None:
             check(checkpoint)
-        with new_folder(output, overwrite=force) as folder, bar:
-            checkpoint.advance = partial(bar.advance, bar.add_task("converting", total=checkpoint.num_bytes))
+        with (
+            new_folder(output, overwrite=force) as folder,
+            progress_bar("converting", "bytes", checkpoint.num_bytes, progress, columns) as update,
+        ):
+            checkpoint.advance = lambda num_bytes: update(advance=num_bytes)
             notes, digests = _write_weights(checkpoint, to, folder, torch_dtype, shard_size, calibration, output.name)
+            if program:
+                update(description=LLAMA_QUANTIZE)
+                _make_k_quant(program, folder, asked)
+                to = asked
             if not to.startswith("gguf-"):  # a GGUF file contains the tokenizer
                 notes += _write_tokenizer_files(checkpoint, to, folder)
             weights = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf", ".pth"))
@@ -117,7 +126,7 @@ def convert(
                 **({"converted_from": checkpoint.provenance} if checkpoint.provenance else {}),
             )
             write_json(folder / "provenance.json", record)
-    next_lines = _next_commands(asked, output) if asked in HAND_OFF else ()
+    next_lines = _next_commands(asked, output) if asked != to else ()
     return Conversion(output, to, checkpoint.layout, (*checkpoint.notes, *notes), next_lines)
 
 
@@ -236,6 +245,8 @@ def _check_space(checkpoint: Checkpoint, to: str, dtype: torch.dtype | None, out
         is_head = name == (OUTPUT if OUTPUT in checkpoint.tensors else EMBEDDING)
         format_ = "gguf-q8_0" if to == "gguf-q4_0" and is_head else to
         bytes_per_number = _BYTES.get(format_) or (dtype or tensor.dtype).itemsize
+        if to in HAND_OFF:  # the f16 file, and the K-quant of at most 8 bit
+            bytes_per_number = _BYTES["gguf-f16"] + _BYTES["gguf-q8_0"]
         needed += tensor.num_bytes / tensor.dtype.itemsize * bytes_per_number
     parent = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
     free = shutil.disk_usage(parent).free
@@ -245,7 +256,7 @@ def _check_space(checkpoint: Checkpoint, to: str, dtype: torch.dtype | None, out
 
 
 def _next_commands(to: str, output: Path) -> tuple[str, ...]:
-    """Returns the commands that make a format of [`HAND_OFF`] from what was written to `output`.
+    """Returns the commands that make a format of [`HAND_OFF`] from what was written to `output`, with explanations.
 
     Both were tested, see benchmarks/README.md, "Formats that other programs make".
     """
@@ -260,8 +271,29 @@ def _next_commands(to: str, output: Path) -> tuple[str, ...]:
             "from llmcompressor.modifiers.gptq import GPTQModifier; "
             f'oneshot(model="{output}", dataset={data}, recipe={recipe}, max_seq_length=512, '
             f'num_calibration_samples=128, output_dir="{output}-gptq")\'',
-            *([f"cp {quote(str(model))} {quote(f'{output}-gptq/')}"] if model.is_file() else []),
+            *([f"cp {shlex.quote(str(model))} {shlex.quote(f'{output}-gptq/')}"] if model.is_file() else []),
         )
-    kind = to.removeprefix("gguf-").upper()
-    files = " ".join(quote(f"{output}/model-{name}.gguf") for name in ("f16", kind.lower()))
-    return "llama.cpp makes K-quants from the f16 file just written. Run:", f"llama-quantize {files} {kind}"
+    return (shlex.join([LLAMA_QUANTIZE, *_quantize_arguments(output, to)]),)
+
+
+def _quantize_arguments(folder: Path, to: str) -> list[str]:
+    """Returns the arguments of llama.cpp's program for an f16 file: input, output and format."""
+    kind = to.removeprefix("gguf-")
+    return [*(str(folder / f"model-{name}.gguf") for name in ("f16", kind)), kind.upper()]
+
+
+def _make_k_quant(program: str, folder: Path, to: str) -> None:
+    """Replaces the f16 file in a folder by the K-quant that llama.cpp's program makes from it.
+
+    Raises:
+        InputError: if the program fails.
+    """
+    arguments = _quantize_arguments(folder, to)
+    done = subprocess.run([program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode or not Path(arguments[1]).is_file():
+        said = done.stdout.decode(errors="replace").strip().splitlines()[-5:]
+        raise InputError(
+            f"--to {to}: {program} ended with status {done.returncode}. Use another version of llama.cpp, or --to "
+            f"gguf-f16. Its last lines:\n" + "\n".join(f"  {line}" for line in said)
+        )
+    Path(arguments[0]).unlink()

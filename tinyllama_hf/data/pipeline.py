@@ -21,12 +21,12 @@ from datatrove.utils.batching import batched
 from datatrove.utils.logging import logger
 from datatrove.utils.stats import PipelineStats
 from multiprocess import forkserver, get_context
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer
 
 from .. import provenance
 from ..errors import InputError
 from ..files import write_json
+from ..progress import progress_bar
 from .embedded import SourceDocument
 from .shards import SPLITS
 from .sources import Source, read_documents
@@ -76,22 +76,14 @@ def _show(thread: threading.Thread, output: Path, num_tasks: int, token_bytes: i
     """Shows the progress of a thread until it ends."""
     if not show_progress:
         return
-    columns = (
-        "[progress.description]{task.description}",
-        BarColumn(),
-        MofNCompleteColumn(),
-        "files,",
-        TextColumn("{task.fields[tokens]:.1f}M tokens"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns) as bar:
-        task, pause = bar.add_task("Preparing", total=num_tasks, tokens=0.0), 0.2
+    with progress_bar("preparing", "files", num_tasks) as update:
+        pause = 0.2
         while thread.is_alive():
             thread.join(pause)
             began = time.monotonic()
             written = sum(file.stat().st_size for file in output.glob("*/*.tokens"))
             done = sum(1 for _ in completions_folder(output).glob("*"))
-            bar.update(task, completed=done, tokens=written / token_bytes / 1e6)
+            update(completed=done, description=f"preparing, {written / token_bytes / 1e6:.1f}M tokens")
             # Listing a hundred thousand shards takes a while; spend at most a twentieth of the time on it.
             pause = max(0.2, 20 * (time.monotonic() - began))
 

@@ -15,10 +15,10 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from rich.progress import track
 
 from ..errors import InputError
 from ..files import read_json
+from ..progress import progress_bar
 from ..provenance import file_sha256, fingerprint
 
 
@@ -193,8 +193,10 @@ def check_contents(folder: str | os.PathLike, progress: bool = True) -> int:
     problems = [] if fingerprint(identity) == metadata["fingerprint"] else [f"{METADATA_FILE}: fingerprint"]
     shards = [(split, shard) for split in metadata["splits"] for shard in _shards_of(metadata, split)]
     token_bytes = np.dtype(metadata["token_dtype"]).itemsize
-    for split, shard in track(shards, "Checking", disable=not progress):
-        problems += _problems(folder, split, shard, token_bytes)
+    with progress_bar("checking", "shards", len(shards), progress) as update:
+        for split, shard in shards:
+            problems += _problems(folder, split, shard, token_bytes)
+            update(advance=1)
     if problems:
         shown = "\n".join(f"  {problem}" for problem in problems[:10])
         raise InputError(

@@ -90,7 +90,7 @@ def score_documents(
     tokenizer: PreTrainedTokenizerBase,
     held_out: Sequence[HeldOut],
     batch_size: int = 16,
-    advance: Callable[[int], Any] = lambda n: None,
+    update: Callable[..., Any] = lambda **fields: None,
 ) -> tuple[BitsPerByte, TextProtocol]:
     """Scores a model on held-out documents.
 
@@ -99,7 +99,7 @@ def score_documents(
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
         held_out (`Sequence[HeldOut]`): the documents, by data set.
         batch_size (`int`): windows per forward pass.
-        advance (`Callable`): called with the number of scored tokens, for a progress bar.
+        update (`Callable`): called with `completed` and `total` numbers of tokens, as `rich.Progress.update`.
 
     Returns:
         `tuple[BitsPerByte, TextProtocol]`: the scores, and the settings that affect them.
@@ -119,11 +119,13 @@ def score_documents(
         all_windows += windows(number, document_tokens(tokenizer, text), context, stride)
     all_windows.sort(key=lambda window: len(window.tokens))  # little padding in a batch
     nats = [0.0] * len(documents)
+    completed, total = 0, sum(window.num_scored for window in all_windows)
     for start in range(0, len(all_windows), batch_size):
         batch = all_windows[start : start + batch_size]
         for window, negative in zip(batch, _negative_log_likelihoods(model, batch), strict=True):
             nats[window.document] += negative
-        advance(sum(window.num_scored for window in batch))
+        completed += sum(window.num_scored for window in batch)
+        update(completed=completed, total=total)
     protocol = TextProtocol(context, stride, bos=True, dtype=str(model.dtype).removeprefix("torch."))
     return summarize(nats, held_out), protocol
 

@@ -1,7 +1,6 @@
 """Scores models, or all milestones of a run, on the commonsense tasks, and writes the score file."""
 
 import dataclasses
-import functools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -9,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from .. import provenance
 from ..errors import InputError
 from ..files import read_json, write_text
 from ..inference.load import choose_device
+from ..progress import progress_bar
 from ..released import tables
-from .harness import BATCH_SIZE, Item, run_suite
+from .harness import BATCH_SIZE, run_task, wrap_model
 from .models import list_eval_models, load_eval_model
+from .partial_scores import FinishedTask, PartialScores
 from .protocol import TASKS
 from .score_files import (
     CommonsenseRow,
@@ -58,9 +57,10 @@ def score_commonsense(
         batch_size (`int`, *optional*, defaults to 8): rows per forward pass.
         device (`str`, *optional*, defaults to `"auto"`): the device to run on.
         output (`Path`, *optional*): JSON file, written after each model. Other models in it keep their scores.
+            Finished tasks are kept next to it until the row of their model is complete, see [`PartialScores`].
         samples (`Path`, *optional*): JSON lines file for all items, written after each model. With it, models in the
-            output file are scored again.
-        note (`Callable`): called with a message about a model that is skipped, or about truncated requests.
+            output file are scored again, except for tasks that an interrupted call with the same output finished.
+        note (`Callable`): called with a message about a model or tasks that are skipped, or about truncated requests.
         quantization (`str`, *optional*, defaults to `"none"`): quantization to apply while loading. Folders that were
             saved quantized keep their own.
 
@@ -77,10 +77,12 @@ def score_commonsense(
     with open_suite(data) as suite:
         protocol = _published_protocol(suite, context, limit)
         file = _open_file(output, protocol)
+        partial = PartialScores(output)
         rows: list[CommonsenseRow] = []
         lines: list[str] = []
         for model in chosen:
-            fingerprint = _fingerprint(model.folder)
+            with progress_bar(f"{model.name}: reading the weights"):
+                fingerprint = _fingerprint(model.folder)
             own = [row for row in file.models if row.quantization == model.quantization]
             own = [row for row in own if row.path == model.path or row.fingerprint == fingerprint]
             before = next((row for row in own if row.fingerprint == fingerprint), None)
@@ -88,15 +90,20 @@ def score_commonsense(
                 note(f"{model.name}: already scored under this protocol, with the same weights")
                 row = dataclasses.replace(before, **vars(model))
             else:
-                row, items = _score_folder(model, fingerprint, suite, protocol, batch_size, device, note)
+                finished = _score_folder(model, fingerprint, suite, protocol, batch_size, device, partial, note)
+                row = _row(model, fingerprint, finished)
                 about = {"model": model.path, "quantization": model.quantization}
-                lines += [json.dumps({**about, **dataclasses.asdict(item)}) + "\n" for item in items]
+                items = [dataclasses.asdict(item) for done in finished for item in done.items]
+                lines += [json.dumps({**about, **item}) + "\n" for item in items]
             rows.append(row)
             replace_rows(file.models, own, row)
             write_scores(output, file)
             if samples:
                 samples.parent.mkdir(parents=True, exist_ok=True)
                 write_text(samples, "".join(lines))
+            else:
+                partial.discard(rows, protocol)
+        partial.discard(rows, protocol)  # with a samples file only now, which has the items of all models
     return dataclasses.replace(file, models=rows)
 
 
@@ -160,28 +167,51 @@ def _score_folder(
     protocol: Protocol,
     batch_size: int,
     device: str,
+    partial: PartialScores,
     note: Callable[[str], Any],
-) -> tuple[CommonsenseRow, list[Item]]:
-    """Returns the row of a model for the score file, and its items."""
-    began = time.perf_counter()
-    loaded, tokenizer = load_eval_model(model, device, getattr(torch, protocol.dtype))
-    with Progress(transient=True, disable=not Console().is_terminal) as bar:
-        task = bar.add_task(f"Scoring {model.name}", total=None)
-        update = functools.partial(bar.update, task)
-        results, items, num_cut = run_suite(loaded, tokenizer, suite, protocol, batch_size, update)
-    if num_cut:
+) -> list[FinishedTask]:
+    """Returns the finished tasks of a model in the order of `TASKS`; scores those that are not finished yet."""
+    finished = partial.find(model, fingerprint, protocol)
+    if finished:
+        note(f"{model.name}: {', '.join(finished)}: finished before the interruption")
+    if missing := [name for name in TASKS if name not in finished]:
+        with progress_bar(f"{model.name}: loading", "requests") as update:
+            loaded, tokenizer = load_eval_model(model, device, getattr(torch, protocol.dtype))
+            harness_model = wrap_model(loaded, tokenizer, protocol, batch_size, update)
+            for name in missing:
+                began = time.perf_counter()
+                place = f"{TASKS.index(name) + 1} of {len(TASKS)}"
+                update(description=f"{model.name}: {name} ({place})", completed=0, total=0)
+                score, items, num_cut = run_task(harness_model, name, suite, protocol)
+                finished[name] = FinishedTask(
+                    model=model.name,
+                    fingerprint=fingerprint,
+                    quantization=model.quantization,
+                    protocol=protocol,
+                    task=name,
+                    score=score,
+                    items=items,
+                    cut_requests=num_cut,
+                    seconds=time.perf_counter() - began,
+                )
+                partial.add(finished[name])
+    if num_cut := sum(done.cut_requests for done in finished.values()):
         note(
             f"{model.name}: {num_cut} requests are longer than the context of {protocol.context_length} "
             "tokens and were truncated from the left"
         )
-    scores = [results[name] for name in TASKS]
-    row = CommonsenseRow(
+    return [finished[name] for name in TASKS]
+
+
+def _row(model: ScoredModel, fingerprint: str, finished: Sequence[FinishedTask]) -> CommonsenseRow:
+    scores = [done.score for done in finished]
+    errors = [score.standard_error for score in scores if score.standard_error is not None]
+    return CommonsenseRow(
         **vars(model),
         fingerprint=fingerprint,
-        results=results,
+        results={done.task: done.score for done in finished},
         average=commonsense_average([score.score for score in scores], TASKS),
-        average_standard_error=average_standard_error([score.standard_error for score in scores]),
-        cut_requests=num_cut,
-        seconds=round(time.perf_counter() - began, 1),
+        average_standard_error=average_standard_error(errors) if len(errors) == len(scores) else None,
+        cut_requests=sum(done.cut_requests for done in finished),
+        seconds=round(sum(done.seconds for done in finished), 1),
     )
-    return row, items

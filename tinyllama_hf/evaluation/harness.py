@@ -1,4 +1,4 @@
-"""Scores a model on the commonsense tasks through lm-eval's Python API.
+"""Scores a model on a commonsense task through lm-eval's Python API.
 
 lm-eval defines prompts, choices, tokenization and log-likelihoods. This module passes it a loaded model and a
 [`Protocol`], and reads the results.
@@ -31,26 +31,17 @@ class Item:
     gold: int
 
 
-def run_suite(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    suite: Suite,
-    protocol: Protocol,
-    batch_size: int,
-    update: Callable[..., Any],
-) -> tuple[dict[str, TaskScore], list[Item], int]:
-    """Scores a loaded model on the seven tasks.
+def run_task(harness_model: Any, name: str, suite: Suite, protocol: Protocol) -> tuple[TaskScore, list[Item], int]:
+    """Scores a model on one task.
 
     Args:
-        model (`PreTrainedModel`): a causal language model in the dtype of the protocol.
-        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+        harness_model (`Any`): from [`wrap_model`].
+        name (`str`): name of the task.
         suite (`Suite`): the opened tasks.
         protocol (`Protocol`): the settings of the evaluation.
-        batch_size (`int`): rows per forward pass. Does not change scores in fp32.
-        update (`Callable`): called with `completed` and `total` numbers of requests, as `rich.Progress.update`.
 
     Returns:
-        `tuple`: the scores by task, all items, and the number of requests that were truncated to the context.
+        `tuple`: the score, all items, and the number of requests that were truncated to the context.
 
     Raises:
         InputError: if a log-likelihood is not finite, or a choice is longer than the context.
@@ -58,46 +49,50 @@ def run_suite(
     # Not `simple_evaluate`, which runs git and nvidia-smi to describe the machine, and sets all seeds.
     from lm_eval import evaluate
 
-    harness_model = _harness_model(model, tokenizer, protocol, batch_size, update)
-    for task in suite.tasks.values():
-        task.set_config("num_fewshot", protocol.num_fewshot)
+    task, metric = suite.tasks[name], protocol.metrics[name]
+    task.set_config("num_fewshot", protocol.num_fewshot)
     with quiet_harness():
         output = evaluate(
             lm=harness_model,
-            task_dict={"tasks": suite.tasks},
+            task_dict={"tasks": {name: task}},
             limit=protocol.limit,
             log_samples=True,
             apply_chat_template=protocol.apply_chat_template,
         )
-    results, items = {}, list[Item]()
-    for name, metric in protocol.metrics.items():
-        samples = output["samples"][name]
-        items += [_item(name, suite.tasks[name], metric, sample) for sample in samples]
-        scores = output["results"][name]
-        results[name] = TaskScore(
-            metric=metric,
-            score=100 * scores[f"{metric},none"],
-            standard_error=100 * scores[f"{metric}_stderr,none"],
-            items=len(samples),
-            version=suite.versions[name],
-        )
-    return results, items, harness_model.num_cut
+    samples, scores = output["samples"][name], output["results"][name]
+    score = TaskScore(
+        metric=metric,
+        score=100 * scores[f"{metric},none"],
+        standard_error=100 * scores[f"{metric}_stderr,none"] or None,
+        items=len(samples),
+        version=suite.versions[name],
+    )
+    return score, [_item(name, task, metric, sample) for sample in samples], harness_model.num_cut
 
 
-def _harness_model(
+def wrap_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     protocol: Protocol,
     batch_size: int,
     update: Callable[..., Any],
 ) -> Any:
-    """Wraps a loaded model in lm-eval's own `hf` model, with checks of requests and log-likelihoods."""
+    """Wraps a loaded model in lm-eval's own `hf` model, with checks of requests and log-likelihoods.
+
+    Args:
+        model (`PreTrainedModel`): a causal language model in the dtype of the protocol.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+        protocol (`Protocol`): the settings of the evaluation.
+        batch_size (`int`): rows per forward pass. Does not change scores in fp32.
+        update (`Callable`): called with `completed` and `total` numbers of requests, as `rich.Progress.update`.
+    """
     from lm_eval.models.huggingface import HFLM
 
     class CheckedHFLM(HFLM):
         num_cut = 0
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            update(completed=0, total=len(requests))  # they are tokenized first, which takes a while
             return super().loglikelihood(requests, disable_tqdm=True)
 
         def _loglikelihood_tokens(

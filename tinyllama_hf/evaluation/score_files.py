@@ -136,23 +136,31 @@ class Protocol:
 
 @dataclasses.dataclass(frozen=True)
 class TaskScore:
-    """Score and standard error on a commonsense task, in percent."""
+    """Score and standard error on a commonsense task, in percent.
+
+    The standard error is lm-eval's, sqrt(p (1 - p) / (n - 1)) for a share p of n items. It is `None` if all or no
+    items are right, where the formula gives 0 although the score is not certain (Wilson 1927, J. Am. Stat. Assoc. 22,
+    209).
+    """
 
     metric: str
     score: float
-    standard_error: float
+    standard_error: float | None
     items: int
     version: int | float | str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CommonsenseRow(ScoredModel):
-    """Commonsense scores of a model. `fingerprint` is the hash of its files."""
+    """Commonsense scores of a model. `fingerprint` is the hash of its files.
+
+    The average has no standard error if one of its scores has none.
+    """
 
     fingerprint: str
     results: dict[str, TaskScore]
     average: float
-    average_standard_error: float
+    average_standard_error: float | None
     cut_requests: int
     seconds: float
 

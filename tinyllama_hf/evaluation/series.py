@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
-from rich.progress import Progress, track
 from transformers import PreTrainedTokenizerBase
 
 from .. import provenance
@@ -16,6 +14,7 @@ from ..data.shards import read_metadata
 from ..errors import InputError
 from ..pretrain.milestones import find_run, list_milestones, read_record
 from ..pretrain.run_record import RunRecord, open_mixture, read_run_record
+from ..progress import progress_bar
 from ..quantization.bitsandbytes import check_quantization
 from ..quantization.names import check_quantization_name
 from ..tokenization_tinyllama import load_tokenizer, tokenizer_fingerprint
@@ -69,7 +68,7 @@ def score(
         device (`str`, *optional*, defaults to `"auto"`): the device to run on.
         output (`Path`, *optional*): JSON file, written after each model.
         rescore (`bool`, *optional*, defaults to `False`): score all models again.
-        show_progress (`bool`, *optional*, defaults to `True`): show progress bars on a terminal.
+        show_progress (`bool`, *optional*, defaults to `True`): show the progress of each model.
         quantization (`str`, *optional*, defaults to `"none"`): quantization to apply while loading. Folders that were
             saved quantized keep their own.
 
@@ -225,11 +224,9 @@ def _score_folder(
 ) -> TextRow:
     """Scores a model with stock transformers classes, as users without this package load it."""
     began = time.perf_counter()
-    loaded, tokenizer = load_eval_model(model, device)
-    num_bytes = sum(source.bytes for source in series.file.data)
-    with Progress(transient=True, disable=not (show_progress and Console().is_terminal)) as bar:
-        task = bar.add_task(f"Scoring {model.name}", total=num_bytes // 3)  # estimated tokens
-        scores, protocol = score_documents(loaded, tokenizer, series.held_out, advance=lambda n: bar.advance(task, n))
+    with progress_bar(f"{model.name}: bits per byte", "tokens", show=show_progress) as update:
+        loaded, tokenizer = load_eval_model(model, device)
+        scores, protocol = score_documents(loaded, tokenizer, series.held_out, update=update)
     libraries = provenance.collect()["libraries"]
     return TextRow(
         **vars(model),
@@ -260,17 +257,19 @@ def _baselines(
     """
     documents = [document_tokens(tokenizer, text) for h in held_out for text in h.texts]
     rows: list[BaselineRow] = []
-    for folder in track(milestones, "Fitting n-gram models", transient=True, disable=not Console().is_terminal):
-        record = read_record(folder)
-        fitted = [row for row in known if (row.step, row.tokens) == (record["step"], record["tokens"])]
-        if [row.name for row in fitted] != list(BASELINES):
-            blocks = sorted(set(mixture.blocks(0, record["tokens"] // mixture.block_size)))
-            text = mixture.tokens(blocks)[:, :-1].reshape(-1)  # consecutive blocks are consecutive text
-            fitted = []
-            for name, order in BASELINES.items():
-                model = NGramModel(text, len(tokenizer), order)
-                nats = [-float(model.log_probabilities(tokens).sum()) for tokens in documents]
-                about = {"step": record["step"], "tokens": record["tokens"], "distinct_tokens": len(text)}
-                fitted.append(BaselineRow(name=name, **about, **vars(summarize(nats, held_out))))
-        rows += fitted
-        yield rows
+    with progress_bar("Fitting n-gram models", "milestones", len(milestones)) as update:
+        for folder in milestones:
+            record = read_record(folder)
+            fitted = [row for row in known if (row.step, row.tokens) == (record["step"], record["tokens"])]
+            if [row.name for row in fitted] != list(BASELINES):
+                blocks = sorted(set(mixture.blocks(0, record["tokens"] // mixture.block_size)))
+                text = mixture.tokens(blocks)[:, :-1].reshape(-1)  # consecutive blocks are consecutive text
+                fitted = []
+                for name, order in BASELINES.items():
+                    model = NGramModel(text, len(tokenizer), order)
+                    nats = [-float(model.log_probabilities(tokens).sum()) for tokens in documents]
+                    about = {"step": record["step"], "tokens": record["tokens"], "distinct_tokens": len(text)}
+                    fitted.append(BaselineRow(name=name, **about, **vars(summarize(nats, held_out))))
+            rows += fitted
+            yield rows
+            update(advance=1)

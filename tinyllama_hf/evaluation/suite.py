@@ -13,6 +13,7 @@ import yaml
 
 from ..data.row_files import read_rows
 from ..errors import InputError, one_line, require
+from ..progress import progress_bar
 from ..provenance import file_sha256
 from .protocol import TASKS
 from .task_rows import BAD_ROW, check_rows, decisive_fields
@@ -77,14 +78,16 @@ def open_suite(data: str | Path | None = None) -> Iterator[Suite]:
     files = task_files(data) if data is not None else {}
     # `datasets` converts local rows to Arrow here. A permanent cache could return the rows of another file.
     with tempfile.TemporaryDirectory() as scratch:
-        tasks = {}
-        for name in TASKS:
-            if files:
-                check_rows(name, read_rows(files[name]), _fields(name), str(files[name]))
-            tasks[name] = _open_task(name, scratch, files.get(name))
-            if not files:
-                rows = tasks[name].dataset[tasks[name].config.test_split or tasks[name].config.validation_split]
-                check_rows(name, enumerate(rows, start=1), _fields(name), name)
+        with progress_bar("Opening the tasks", "tasks", len(TASKS)) as update:
+            tasks = {}
+            for name in TASKS:
+                if files:
+                    check_rows(name, read_rows(files[name]), _fields(name), str(files[name]))
+                tasks[name] = _open_task(name, scratch, files.get(name))
+                if not files:
+                    rows = tasks[name].dataset[tasks[name].config.test_split or tasks[name].config.validation_split]
+                    check_rows(name, enumerate(rows, start=1), _fields(name), name)
+                update(advance=1)
         fingerprints = {name: file_sha256(file) for name, file in files.items()} or {
             name: "/".join(filter(None, ("hf://datasets", task.config.dataset_path, task.config.dataset_name)))
             for name, task in tasks.items()

@@ -16,22 +16,26 @@ def table_lines(scores: CommonsenseScoreFile, published: Released | None = None)
 
     Args:
         scores (`CommonsenseScoreFile`): the protocol and the models.
-        published (`Released`, *optional*): a row of the published table to compare each model with.
+        published (`Released`, *optional*): a row of the published table to compare each model with. Scores on a
+            subset of the items are not compared.
     """
+    if made_on := caveat(scores):
+        yield f"{'SAMPLE' if scores.protocol.sample else 'SUBSET'}: {made_on}"
+        if published:
+            yield f"{published.name} is not compared, since its published scores are on all items"
+            published = None
     labels = [row.name for row in scores.models] + [
         "standard error",
         *([f"published {published.name}"] if published else []),
     ]
     label_width = max(map(len, labels)) + 2
-    if made_on := caveat(scores):
-        yield f"{'SAMPLE' if scores.protocol.sample else 'SUBSET'}: {made_on}"
     yield _line("", COLUMNS, label_width)
     yield _line("", [*scores.protocol.metrics.values(), ""], label_width)
     for row in scores.models:
         results = [row.results[task] for task in TASKS]
         yield _line(row.name, [f"{r.score:.2f}" for r in results] + [f"{row.average:.2f}"], label_width)
         errors = [r.standard_error for r in results] + [row.average_standard_error]
-        yield _line("  standard error", [f"{error:.2f}" for error in errors], label_width)
+        yield _line("  standard error", [f"{error:.2f}" if error else "none" for error in errors], label_width)
         if published:
             yield from _comparison(row, published, label_width)
 

@@ -1,14 +1,11 @@
 """Scores a chat model on held-out conversations: the loss of the true replies, and whether its own replies end."""
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,6 +23,7 @@ from ..evaluation.score_files import (
 )
 from ..evaluation.score_metrics import median_length, stop_rate
 from ..inference.generation import Context
+from ..progress import progress_bar
 from ..provenance import file_sha256
 from ..text import decode_text
 from ..tokenization_tinyllama import load_tokenizer
@@ -71,11 +69,9 @@ def score_replies(
     file = ReplyScoreFile(models=[])
     read_contents(output, file.task)  # raises for a file of another task
     for model, (source, conversations) in zip(chosen, held_out, strict=True):
-        (loaded, _), tokenizer = load_eval_model(model, device), load_tokenizer(model.folder)
-        with Progress(transient=True, disable=not Console().is_terminal) as bar:
-            task = bar.add_task(f"Scoring {model.name}", total=len(conversations))
-            advance = functools.partial(bar.advance, task)
-            scores = score_model_replies(loaded, tokenizer, conversations, max_new_tokens, advance)
+        with progress_bar(f"{model.name}: replies", "conversations", len(conversations)) as update:
+            (loaded, _), tokenizer = load_eval_model(model, device), load_tokenizer(model.folder)
+            scores = score_model_replies(loaded, tokenizer, conversations, max_new_tokens, update)
         row = ReplyRow(**vars(model), data_sha256=file_sha256(source), **vars(scores))
         replace_rows(file.models, [other for other in file.models if other.path == row.path], row)
         write_scores(output, file)
@@ -126,7 +122,7 @@ def generate_replies(
     prompts: Sequence[Messages],
     max_new_tokens: int,
     batch_size: int = 20,
-    advance: Callable[[int], Any] = lambda n: None,
+    update: Callable[..., Any] = lambda **fields: None,
 ) -> list[list[int]]:
     """Returns greedy replies to conversations that end with the user.
 
@@ -156,7 +152,7 @@ def generate_replies(
             new = output[row, batch["input_ids"].shape[1] :].tolist()
             end = new.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in new else len(new)
             replies[i] = new[:end]
-        advance(len(numbers))
+        update(advance=len(numbers))
     return replies
 
 
@@ -165,7 +161,7 @@ def score_model_replies(
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Messages],
     max_new_tokens: int = MAX_NEW_TOKENS,
-    advance: Callable[[int], Any] = lambda n: None,
+    update: Callable[..., Any] = lambda **fields: None,
 ) -> ReplyScores:
     """Scores the last reply of each conversation.
 
@@ -174,7 +170,7 @@ def score_model_replies(
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer, with a chat template that [`mask_replies`] supports.
         conversations (`Sequence[Messages]`): conversations that end with the assistant.
         max_new_tokens (`int`, *optional*, defaults to 64): maximum number of tokens of a reply.
-        advance (`Callable`, *optional*): called with the number of finished replies.
+        update (`Callable`, *optional*): called with `advance`, the number of new replies, as `rich.Progress.update`.
 
     Raises:
         InputError: if the template does not mark the replies, or a question does not fit into the context.
@@ -183,7 +179,7 @@ def score_model_replies(
     for number, messages in enumerate(conversations, start=1):
         where = f"conversation {number}"
         examples.append(mark_replies(tokenizer, messages, render(tokenizer, messages, where=where), where))
-    replies = generate_replies(model, tokenizer, [c[:-1] for c in conversations], max_new_tokens, advance=advance)
+    replies = generate_replies(model, tokenizer, [c[:-1] for c in conversations], max_new_tokens, update=update)
     loss = reply_loss(model, examples)
     if not math.isfinite(loss):
         raise InputError(

@@ -74,6 +74,10 @@ class ExactTextStreamer(TextStreamer):
         self._window = kept + self._window[self._num_closed :]
         self._num_closed = len(kept)
 
+    def held_back(self) -> str:
+        """Returns the text that [`end`] would write."""
+        return decode_text(self.tokenizer, self._window)[self._num_shown :]
+
     def end(self) -> None:
         """Writes the text that was held back."""
         self._show(decode_text(self.tokenizer, self._window))

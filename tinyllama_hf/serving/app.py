@@ -4,6 +4,7 @@ The command of transformers (5.23) is not used directly, for these reasons (test
 
 - it loads the tokenizer with stock transformers, and finds control tokens in the text of messages;
 - it drops the space between a prompt and its continuation;
+- it keeps the stop string at the end of a text;
 - it ignores the temperature unless the generation settings of the model enable sampling;
 - it seeds when a request arrives, not when it is generated;
 - it ignores unsupported fields, and generates beyond the context;

@@ -41,9 +41,7 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
 _MESSAGE_FIELDS = {"role", "content", "name", "type", "id", "status"}
 _FORM = 'must be a list of {"role": "...", "content": "..."}'
 
-# For each request transformers compares the stop strings with the whole vocabulary, which takes seconds at these
-# limits.
-_STOPS, _STOP_LENGTH = 4, 100
+_STOPS, _STOP_LENGTH = 4, 100  # the first limit is OpenAI's
 _LEAST = 1e-6  # smallest divisor of logits that keeps them finite
 _Count = Annotated[int, Field(ge=1)]
 _Share = Annotated[float, Field(gt=0, le=1)]

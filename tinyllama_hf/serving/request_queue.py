@@ -16,6 +16,7 @@ from transformers.cli.serving.utils import GenerateManager, GenerationState, _St
 
 from ..inference.generation import Context, ExactTextStreamer
 from .request_answers import Refusal
+from .stop_strings import StopStrings
 
 
 MAX_WAITING = 64  # requests in the queue, without the one that is being generated
@@ -63,33 +64,34 @@ class Generation(GenerateManager):
     def generate_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, response_parser: Any = None
     ) -> tuple[asyncio.Queue, Any]:  # with a streamer of another class than that of transformers
-        arguments = self._arguments(model, processor, inputs, gen_config)
         queue: asyncio.Queue = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
         def put(item: Any) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, item)
 
-        streamer = _QueueStreamer(processor, put)
+        reply = _Reply(model, processor, inputs, gen_config, put)
 
         def generate() -> None:
             try:
-                self._generate(model, streamer=streamer, **arguments)
+                self._generate(model, inputs, gen_config, reply)
+                put(None)
             except _Cancelled:
                 put(None)
             except Exception as error:  # of any kind: the client waits for the end of the stream
                 put(_StreamError(str(error)))
 
         self.submit(self._in_place(generate))
-        return queue, streamer
+        return queue, reply
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
     ) -> tuple[str, int, Any]:  # a tensor, as in the class of transformers, although its base class has a list
-        arguments = self._arguments(model, processor, inputs, gen_config)
-        sequences = await self.async_submit(self._in_place(self._generate), model, **arguments)
+        parts: list[str] = []
+        reply = _Reply(model, processor, inputs, gen_config, parts.append)
+        sequences = await self.async_submit(self._in_place(self._generate), model, inputs, gen_config, reply)
         length = inputs["input_ids"].shape[-1]
-        return processor.decode(sequences[0, length:], skip_special_tokens=True), length, sequences[0, length:]
+        return "".join(parts), length, sequences[0, length:]
 
     def _enter(self) -> None:
         if not self._places.acquire(blocking=False):
@@ -108,23 +110,21 @@ class Generation(GenerateManager):
 
         return run
 
-    def _arguments(self, model: Any, processor: Any, inputs: Any, gen_config: Any) -> dict[str, Any]:
-        _limit(model, inputs, gen_config)
-        return {
-            **inputs,
-            "generation_config": gen_config,
-            "tokenizer": processor,
-            "stopping_criteria": [self._check_shutdown],
-        }
-
-    def _generate(self, model: Any, generation_config: GenerationConfig, **arguments: Any) -> torch.Tensor:
+    def _generate(
+        self, model: Any, inputs: Mapping[str, Any], config: GenerationConfig, reply: "_Reply"
+    ) -> torch.Tensor:
         self._check_ending()
-        seed = getattr(generation_config, "seed", None)
+        reply.check_cancelled()
+        seed = getattr(config, "seed", None)
         if seed is None:
             torch.seed()  # or the sequence of the last seed would continue, and repeat earlier answers
         else:
             torch.manual_seed(seed)
-        return model.generate(generation_config=generation_config, **arguments)
+        sequences = model.generate(**inputs, generation_config=config, stopping_criteria=[self._check_shutdown, reply])
+        reply.end()
+        if reply.stops.is_found:
+            config.max_new_tokens = None  # or a stop string in the last token would be reported as "length"
+        return sequences
 
     def _check_shutdown(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         self._check_ending()
@@ -139,31 +139,50 @@ class _Cancelled(Exception):
     """The client has closed the stream."""
 
 
-class _QueueStreamer(ExactTextStreamer):
-    """Puts parts of the text into a queue, and `None` at the end.
+class _Reply(ExactTextStreamer):
+    """Writes the text of a reply up to the first stop string. It is a stopping criterion of `generate`.
 
-    The streamer of transformers (5.23) raises an error for bytes that are not valid UTF-8.
+    The streamer of transformers (5.23) raises an error for bytes that are not valid UTF-8, and its criterion for stop
+    strings keeps them in the text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, put: Callable[[Any], Any]):
-        super().__init__(tokenizer, put, skip_prompt=True)
-        self.total_tokens, self._put, self._cancelled = 0, put, threading.Event()
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        inputs: Mapping[str, Any],
+        config: GenerationConfig,
+        write: Callable[[str], Any],
+    ):
+        _limit(model, inputs, config)
+        texts, config.stop_strings = config.stop_strings or [], None
+        self.stops = StopStrings([texts] if isinstance(texts, str) else texts, write)
+        super().__init__(tokenizer, self.stops.put)
+        self.total_tokens, self._cancelled = 0, threading.Event()
+        self._num_prompt_tokens = inputs["input_ids"].shape[-1]
 
-    def put(self, value: torch.Tensor) -> None:
-        """Receives the ids of the prompt, then each new token."""
-        if self._cancelled.is_set():
-            raise _Cancelled
-        self.total_tokens += 0 if self.next_tokens_are_prompt else value.numel()
-        super().put(value)
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """Receives the prompt and all tokens so far; returns whether the reply has ended, `[1]`."""
+        self.check_cancelled()
+        new = input_ids[0, self._num_prompt_tokens + self.total_tokens :]
+        self.total_tokens += len(new)
+        self.put(new)
+        has_ended = bool(self.stops.texts) and self.stops.is_complete_with(self.held_back())
+        return torch.full_like(input_ids[:, 0], has_ended, dtype=torch.bool)
 
     def end(self) -> None:
         """Writes the text that was held back."""
         super().end()
-        self._put(None)
+        self.stops.end()
 
     def cancel(self) -> None:
         """Stops the generation at the next token."""
         self._cancelled.set()
+
+    def check_cancelled(self) -> None:
+        """Raises an exception that ends the generation, if the client has closed the stream."""
+        if self._cancelled.is_set():
+            raise _Cancelled
 
 
 def _limit(model: PreTrainedModel, inputs: Mapping[str, Any], config: GenerationConfig) -> None:
