@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from tests.conftest import run_here
 from tests.exactness import assert_greedy
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
 from tinyllama_hf.decoding.proposals import ModelProposer, first_layers
@@ -119,17 +120,15 @@ class TestRefusals:
         with pytest.raises(InputError, match="nowhere/at-all cannot be fetched from the Hub"):
             load_draft("nowhere/at-all", *target)
 
-    @pytest.mark.slow
-    def test_the_command(self, pair, run_command):
-        done = run_command("tinyllama-hf", "generate", "target", "a", "--draft", "other", cwd=pair)
+    def test_the_command(self, pair):
+        done = run_here("tinyllama-hf", "generate", "target", "a", "--draft", "other", cwd=pair)
         assert done.returncode == 2 and done.stdout == ""
         assert done.stderr.startswith("error: --draft: its vocabulary has 384 entries, the target's 512")
 
-    @pytest.mark.slow
-    def test_the_command_prints_what_was_accepted(self, pair, run_command):
+    def test_the_command_prints_what_was_accepted(self, pair):
         options = ("--temperature", "0", "--max-new-tokens", "12")
-        alone = run_command("tinyllama-hf", "generate", "target", "a", *options, cwd=pair)
-        done = run_command(
+        alone = run_here("tinyllama-hf", "generate", "target", "a", *options, cwd=pair)
+        done = run_here(
             "tinyllama-hf", "generate", "target", "a", *options, "--draft", "target", "--seed", "1", cwd=pair
         )
         assert done.returncode == 0 and done.stdout == alone.stdout

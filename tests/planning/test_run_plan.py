@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_here
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM
 from tinyllama_hf.devices import find_device
 from tinyllama_hf.errors import InputError
@@ -165,16 +165,16 @@ class TestPlan:
             plan_run(load_pretrain_config(RECIPE, ["model.overrides.num_attention_heads=7"]), 32000)
 
     @pytest.mark.slow
-    def test_command_without_data_and_tokenizer(self, run_command, tmp_path):
-        done = run_command(
+    def test_command_without_data_and_tokenizer(self, tmp_path):
+        done = run_here(
             "tinyllama-hf", "plan", RECIPE, "--devices", "16", "--device", "a100-40g", "--mfu", "0.56", cwd=tmp_path
         )
         assert done.returncode == 0, done.stderr
         assert "90.8 days" in done.stdout and "does not exist yet" in done.stdout
         assert not list(tmp_path.iterdir())
 
-    def test_command_takes_the_tokenizers_vocabulary(self, run_command, tmp_path, tokenizer_folder):
-        done = run_command("tinyllama-hf", "plan", RECIPE, f"data.tokenizer={tokenizer_folder}", cwd=tmp_path)
+    def test_command_takes_the_tokenizers_vocabulary(self, tmp_path, tokenizer_folder):
+        done = run_here("tinyllama-hf", "plan", RECIPE, *QUICK, f"data.tokenizer={tokenizer_folder}", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "512 tokens in the vocabulary" in done.stdout
 
