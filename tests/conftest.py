@@ -42,9 +42,18 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 LONGEST = ("test_demo.py", "test_commonsense.py", "test_readme.py", "test_tokenization.py", "test_distribution.py")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the files with the longest tests first; the others stay in their order."""
+@pytest.hookimpl(trylast=True)  # after deselection
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Puts the files with the longest tests first; counts lines in the first case of a parametrized test only."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    # Before Python 3.12, counting doubles the time of everything that is written in Python.
+    if config.pluginmanager.hasplugin("_cov") and sys.version_info < (3, 12):
+        counted = set()
+        for item in items:
+            name = item.nodeid.partition("[")[0]
+            if name in counted:
+                item.add_marker("no_cover")
+            counted.add(name)
 
 
 @pytest.fixture(autouse=True)

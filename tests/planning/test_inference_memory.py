@@ -286,8 +286,9 @@ class TestArchitecture:
 
 
 @pytest.fixture
-def call(tmp_path):
+def call(tmp_path, monkeypatch):
     """Runs the command in this process; returns (exit status, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
 
     def run(words):
         done = run_here("tinyllama-hf", "memory", *words.split(), cwd=tmp_path)
