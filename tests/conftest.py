@@ -42,6 +42,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 LONGEST = ("test_demo.py", "test_commonsense.py", "test_readme.py", "test_tokenization.py", "test_distribution.py")
 
 
+def pytest_itemcollected(item: pytest.Function) -> None:
+    """Every test of the real model is slow, since fetching and unpacking it takes half a minute."""
+    if "smollm2" in item.fixturenames:
+        item.add_marker("slow")
+
+
 @pytest.hookimpl(trylast=True)  # after deselection
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Puts the files with the longest tests first; counts lines in the first case of a parametrized test only."""

@@ -76,7 +76,7 @@ class TestLlama2:
 
     @pytest.mark.slow
     def test_the_standard_library(self, llama2, llama2_file):
-        """Without its own tests and the packages that are installed beside it."""
+        """Without its own tests and the packages that are installed with it."""
         import sysconfig
 
         stdlib = Path(sysconfig.get_paths()["stdlib"])

@@ -272,7 +272,6 @@ def chat_folder(tokenizer, tmp_path):
     return tmp_path / "chat"
 
 
-@pytest.mark.slow
 def test_an_invalid_line_of_a_script(chat_folder, tmp_path):
     """An unknown command is reported and skipped. After an invalid message the command ends with an error."""
     options = ("--max-new-tokens", "4", "--temperature", "0")

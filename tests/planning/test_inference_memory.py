@@ -45,23 +45,25 @@ ODD = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "n
 
 
 @pytest.fixture(scope="module")
-def folders(tokenizer_folder, tmp_path_factory, shared, smollm2):
-    """A random model, one with biases and tied embeddings, one of odd widths, and a trained one in bf16."""
+def folders(tokenizer_folder, tmp_path_factory, shared):
+    """A random model, one with biases and tied embeddings, and one of odd widths."""
     made = tmp_path_factory.mktemp("models")
     for name, fields in (("nano", {}), ("odd", ODD)):
         config = TinyLlamaConfig.preset("nano", vocab_size=512, max_position_embeddings=64, **fields)
         TinyLlamaForCausalLM(config).save_pretrained(made / name)
         load_tokenizer(tokenizer_folder).save_pretrained(made / name)
     stories = shared / "data" / "models" / "stories260K"
-    return {"nano": made / "nano", "odd": made / "odd", "stories": stories, "smollm2": smollm2}
+    return {"nano": made / "nano", "odd": made / "odd", "stories": stories}
 
 
 class TestWeights:
     @pytest.mark.parametrize("quantization", QUANTIZATIONS)
     @pytest.mark.parametrize("name", ["nano", "odd", "stories", pytest.param("smollm2", marks=pytest.mark.slow)])
-    def test_byte_for_byte_as_loaded(self, folders, name, quantization):
-        found = find_architecture(str(folders[name]))
-        model, _ = load(folders[name], quantization=quantization)
+    def test_byte_for_byte_as_loaded(self, folders, name, quantization, request):
+        """SmolLM2 is a trained model in bf16."""
+        folder = folders[name] if name in folders else request.getfixturevalue(name)
+        found = find_architecture(str(folder))
+        model, _ = load(folder, quantization=quantization)
         assert found.dtype == model.dtype
         assert weight_bytes(Setup(found.config, found.dtype, quantization)) == measure_footprint(model).weights
 
@@ -331,8 +333,9 @@ class TestCommand:
             "fits is 420, 441 with --quantization int8, 451 with --quantization nf4\n"
         )
 
-    def test_a_folder_on_this_machine(self, call, folders):
-        status, out, error = call(f"{folders['smollm2']} --quantization int8 --batch 2 --context 50")
+    def test_a_folder_on_this_machine(self, call, folders, tmp_path):
+        load(folders["nano"], dtype=torch.bfloat16)[0].save_pretrained(tmp_path / "bf16")
+        status, out, error = call("bf16 --quantization int8 --batch 2 --context 50")
         assert (status, error) == (0, "")
         assert "(config.json)" in out and "bfloat16" in out and "prefill     not included" in out
         assert re.search(r"device      \w+ of this machine, free memory: [\d.]+ [GM]B of", out)
