@@ -183,9 +183,9 @@ class TestPlacesAreFilled:
         "settings",
         [
             {},
-            {"repetition_penalty": 1.4},
+            pytest.param({"repetition_penalty": 1.4}, marks=pytest.mark.slow),
             {"no_repeat_ngram_size": 2, "min_new_tokens": 9},
-            {"forced_eos_token_id": 9},
+            pytest.param({"forced_eos_token_id": 9}, marks=pytest.mark.slow),
             {"min_length": 22, "eos_token_id": list(range(3, 120))},
         ],
         ids=lambda settings: ",".join(settings),

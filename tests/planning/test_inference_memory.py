@@ -128,7 +128,9 @@ class TestPrefill:
             (TinyLlamaConfig.preset("nano", vocab_size=512), 3, 1000),
             (TinyLlamaConfig.preset("nano", num_key_value_heads=4), 2, 500),
             (TinyLlamaConfig.preset("nano"), 8, 2),
-            (TinyLlamaConfig.preset("1.1b", num_hidden_layers=3, vocab_size=2000), 2, 200),
+            pytest.param(
+                TinyLlamaConfig.preset("1.1b", num_hidden_layers=3, vocab_size=2000), 2, 200, marks=pytest.mark.slow
+            ),
         ],
     )
     def test_as_torchs_allocator_counts_it(self, config, batch, context, dtype, tmp_path):

@@ -74,7 +74,7 @@ def saved(folders, tmp_path):
     return shutil.copytree(folders / "nf4", tmp_path / "nf4")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
 def test_load_generate_save_reload(nano_folder, tmp_path, options, dtype):
     """After forward passes of every kind; loaded by this package, and by stock transformers without it."""
     model, tokenizer = load(nano_folder, dtype=dtype, **options)
