@@ -123,6 +123,7 @@ EXTRA = (
 )
 
 
+@pytest.mark.slow
 def test_a_trained_model(stories):
     reference, target, tokenizer = stories
     prompts = [tokenizer(text)["input_ids"] for text in STORIES[:8]]

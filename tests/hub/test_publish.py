@@ -212,9 +212,9 @@ def test_a_fine_tuned_model_lies_on_main(chat, online):
     ("name", "old", "new"),
     [
         ("config.json", b'"llama"', b'"Llama"'),
-        ("README.md", b"A Llama of", b"a Llama of"),
-        ("provenance.json", b'"python"', b'"Python"'),
-        ("tokenizer.model", b"\x0a", b"\x0b"),
+        pytest.param("README.md", b"A Llama of", b"a Llama of", marks=pytest.mark.slow),
+        pytest.param("provenance.json", b'"python"', b'"Python"', marks=pytest.mark.slow),
+        pytest.param("tokenizer.model", b"\x0a", b"\x0b", marks=pytest.mark.slow),
         ("model.safetensors", b"F32", b"f32"),
         ("loss.png", b"one", b"two"),
     ],

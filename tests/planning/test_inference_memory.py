@@ -425,7 +425,7 @@ class TestSavedQuantized:
         load_tokenizer(plain).save_pretrained(folder)
         return folder
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
     @pytest.mark.parametrize("configuration", SAVED.values(), ids=SAVED)
     def test_byte_for_byte_as_loaded(self, nano_folder, tmp_path, configuration, dtype):
         saved = self.save(nano_folder, tmp_path / "saved", dtype, **configuration)

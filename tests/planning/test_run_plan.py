@@ -235,14 +235,14 @@ def kept_by_autograd(layout, compiled=False):
     return kept(3) - kept(2)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("precision", "sharding"), [("fp32", "none"), ("bf16", "none"), ("bf16", "fsdp")])
 def test_activations_are_what_autograd_keeps(precision, sharding, attention):
     layout = Layout(2, 128, precision, attention=attention, sharding=sharding)
     assert kept_by_engine(layout) == kept_by_autograd(layout)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_a_compiled_layer_keeps_what_the_partitioner_keeps(precision):
     layout = Layout(2, 128, precision, compiled=True)
     assert kept_by_engine(layout) == kept_by_autograd(layout, compiled=True)
