@@ -1,14 +1,20 @@
 """Shared fixtures: a real tokenizer and real prepared data, small enough to be created in a test run."""
 
+import contextlib
 import copy
 import inspect
+import io
 import json
 import os
+import resource
+import runpy
 import signal
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from filelock import FileLock
@@ -36,9 +42,24 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 LONGEST = ("test_demo.py", "test_commonsense.py", "test_readme.py", "test_tokenization.py", "test_distribution.py")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the files with the longest tests first; the others stay in their order."""
+def pytest_itemcollected(item: pytest.Function) -> None:
+    """Every test of the real model is slow, since fetching and unpacking it takes half a minute."""
+    if "smollm2" in item.fixturenames:
+        item.add_marker("slow")
+
+
+@pytest.hookimpl(trylast=True)  # after deselection
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Puts the files with the longest tests first; counts lines in the first case of a parametrized test only."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    # Before Python 3.12, counting doubles the time of everything that is written in Python.
+    if config.pluginmanager.hasplugin("_cov") and sys.version_info < (3, 12):
+        counted = set()
+        for item in items:
+            name = item.nodeid.partition("[")[0]
+            if name in counted:
+                item.add_marker("no_cover")
+            counted.add(name)
 
 
 @pytest.fixture(autouse=True)
@@ -162,6 +183,53 @@ def run_command():
         )
 
     return run
+
+
+def run_here(
+    *command: object, cwd: Path, env: dict[str, str] | None = None, stdin: str = ""
+) -> subprocess.CompletedProcess:
+    """Runs `tinyllama-hf` or a Python script in this process, with the result of `run_command`.
+
+    A process of its own spends 5 seconds of processor time on importing torch and transformers.
+    """
+    import torch
+
+    import tinyllama_hf_cli
+
+    words, out, err = [str(word) for word in command], io.StringIO(), io.StringIO()
+    with (
+        contextlib.chdir(cwd),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.dict(os.environ, {"COLUMNS": "120"} | (env or {})),
+        mock.patch.multiple(sys, argv=words, stdin=io.TextIOWrapper(io.BytesIO(stdin.encode()))),
+        torch.random.fork_rng(devices=[]),
+    ):
+        status = 0
+        try:
+            if words[0].endswith(".py"):
+                runpy.run_path(words[0], run_name="__main__")
+            else:
+                assert words[0] == "tinyllama-hf"
+                tinyllama_hf_cli.main()
+        except SystemExit as stop:
+            status = stop.code or 0
+    return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def limited_files(size: int = resource.RLIM_INFINITY) -> Iterator[Callable[[int], None]]:
+    """Within it, no file of this process may grow beyond a size, as on a full disk; the function sets another size."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    limit(size)
+    try:
+        yield limit
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 import io
 import json
 import re
-import runpy
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -15,7 +15,7 @@ import yaml
 from typer.testing import CliRunner
 
 import tinyllama_hf_cli
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_here
 
 
 def commands(group=None, path: tuple[str, ...] = ()):
@@ -71,22 +71,13 @@ class TestHelp:
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
+def call(tmp_path):
     """Runs a command in this process, in an empty folder; returns (exit status, standard error)."""
 
     def run(*words: str) -> tuple[int, str]:
-        if words[0].endswith(".py"):
-            main = runpy.run_path(str(ROOT / "recipes" / words[0]))["main"]
-        else:
-            main = tinyllama_hf_cli.main
-        monkeypatch.setattr(sys, "argv", [words[0], *map(str, words[1:])])
-        monkeypatch.chdir(tmp_path)
-        capsys.readouterr()
-        try:
-            status = main() or 0
-        except SystemExit as stop:
-            status = stop.code or 0
-        return status, capsys.readouterr().err
+        program = ROOT / "recipes" / words[0] if words[0].endswith(".py") else words[0]
+        done = run_here(program, *words[1:], cwd=tmp_path)
+        return done.returncode, done.stderr
 
     return run
 
@@ -95,32 +86,40 @@ def tree(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
 
 
-@pytest.fixture
-def things(tmp_path, prepared, tokenizer_folder, corpus, recipe, documents):
-    """What the bad commands below name in braces."""
+@pytest.fixture(scope="module")
+def bad_files(tokenizer_folder, documents, tmp_path_factory) -> Path:
+    """A folder with what the bad commands below name."""
     from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
     from tinyllama_hf.data.train_tokenizer import train_tokenizer
 
+    folder = tmp_path_factory.mktemp("bad")
     model = TinyLlamaForCausalLM(TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=64))
-    model.save_pretrained(tmp_path / "model")
-    load_tokenizer(tokenizer_folder).save_pretrained(tmp_path / "model")
-    train_tokenizer(documents, 400, tmp_path / "other-tokenizer")
+    model.save_pretrained(folder / "model")
+    load_tokenizer(tokenizer_folder).save_pretrained(folder / "model")
+    train_tokenizer(documents, 400, folder / "other-tokenizer")
+    (folder / "small.jsonl").write_text(json.dumps({"text": "a few words"}) + "\n")
+    (folder / "late.jsonl").write_text('{"text": "a few words"}\n{"text": null}\n')
+    (folder / "empty.txt").write_text("")
+    (folder / "empty").mkdir()
+    for name, messages in CONVERSATIONS.items():
+        rows = [[*messages, {"role": "user", "content": f"And {i}?"}] for i in range(30)]  # enough to hold some out
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    (folder / "plain.jinja").write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    values = yaml.safe_load((ROOT / "recipes" / "sft" / "full.yaml").read_text())
+    values |= {"output_dir": "out", "model": {"path": "model"}}
+    values["data"]["max_length"] = 64
+    (folder / "sft.yaml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+@pytest.fixture
+def things(tmp_path, bad_files, prepared, tokenizer_folder, corpus, recipe):
+    """What the bad commands below name in braces, and a copy of the files in the folder of the test."""
+    shutil.copytree(bad_files, tmp_path, dirs_exist_ok=True)
     values = yaml.safe_load(recipe.read_text())
     values["data"]["sequence_lenght"] = values["data"].pop("sequence_length")
     values["trainning"] = values.pop("training")
     (tmp_path / "misspelt.yaml").write_text(yaml.safe_dump(values))
-    (tmp_path / "small.jsonl").write_text(json.dumps({"text": "a few words"}) + "\n")
-    (tmp_path / "late.jsonl").write_text('{"text": "a few words"}\n{"text": null}\n')
-    (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "empty").mkdir()
-    for name, messages in CONVERSATIONS.items():
-        rows = [[*messages, {"role": "user", "content": f"And {i}?"}] for i in range(30)]  # enough to hold some out
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
-    (tmp_path / "plain.jinja").write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
-    values = yaml.safe_load((ROOT / "recipes" / "sft" / "full.yaml").read_text())
-    values |= {"output_dir": "out", "model": {"path": "model"}}
-    values["data"]["max_length"] = 64
-    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(values))
     return {"prepared": prepared, "tokenizer": tokenizer_folder, "corpus": corpus, "recipe": recipe}
 
 

@@ -1,6 +1,7 @@
 """The whole demo, as a newcomer runs it: interrupted once, then to its end, and everything that it claims."""
 
 import gzip
+import inspect
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.evaluation.test_bits_per_byte import STOCK
+from tests.evaluation.test_bits_per_byte import stock_bits_per_byte
 
 
 STAGES = [
@@ -128,6 +129,16 @@ def test_bits_per_byte_fall_and_end_below_the_5_gram(scores):
         row["name"]: row["bits_per_byte"] for row in scores["baselines"] if row["step"] == scores["models"][-1]["step"]
     }
     assert models[-1] < same_text["5-gram"] < same_text["unigram"]
+
+
+STOCK = f"""
+import json, math, sys
+sys.modules["tinyllama_hf"] = None
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
+{inspect.getsource(stock_bits_per_byte)}
+print(stock_bits_per_byte(sys.argv[1], json.loads(sys.stdin.read())))
+"""
 
 
 @pytest.mark.slow

@@ -17,15 +17,28 @@ def python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_a_fresh_process_knows_the_model_type(tmp_path):
-    """Only the import, no class of ours touched: the mapping must find them by itself."""
+ORDERS = ("import tinyllama_hf, transformers", "import transformers, tinyllama_hf")
+
+
+@pytest.mark.parametrize("order", [ORDERS[0], pytest.param(ORDERS[1], marks=pytest.mark.slow)])
+def test_a_fresh_process(tmp_path, order):
+    """The import alone, in either order, makes the Auto classes know the model type.
+
+    Their module keeps its own loader, which reads its source, and no optional package is imported.
+    """
     config = tinyllama_hf.TinyLlamaConfig.preset("micro", vocab_size=64)
     tinyllama_hf.TinyLlamaForCausalLM(config).save_pretrained(tmp_path, as_tinyllama=True)
     code = (
-        "import tinyllama_hf; from transformers import AutoModelForCausalLM;"
-        f"print(type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__)"
+        f"{order}; import inspect, sys;"
+        f"print(type(transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__);"
+        "auto = sys.modules['transformers.models.auto.configuration_auto'];"
+        "print(auto.__loader__ is auto.__spec__.loader, 'CONFIG_MAPPING' in inspect.getsource(auto));"
+        "print([f for f in sys.meta_path if 'tinyllama' in type(f).__module__]);"
+        "tinyllama_hf.TinyLlamaForCausalLM; tinyllama_hf.load; print(*sys.modules)"
     )
-    assert python(code) == "TinyLlamaForCausalLM"
+    *found, loaded = python(code).splitlines()
+    assert found == ["TinyLlamaForCausalLM", "True True", "[]"]
+    assert not set(OPTIONAL).intersection(loaded.split())
 
 
 def test_auto_classes(tmp_path, tokenizer_folder):
@@ -46,28 +59,9 @@ def test_auto_classes(tmp_path, tokenizer_folder):
         tinyllama_hf.TinyLlamaTokenizer.from_pretrained(tmp_path, subfolder="x")
 
 
-@pytest.mark.parametrize("order", ["import tinyllama_hf, transformers", "import transformers, tinyllama_hf"])
-def test_either_may_be_imported_first(order):
-    """The module of the Auto classes keeps its own loader, which reads its source."""
-    code = (
-        f"{order}; import inspect, sys; print(type(transformers.AutoConfig.for_model('tinyllama')).__name__);"
-        "auto = sys.modules['transformers.models.auto.configuration_auto'];"
-        "print(auto.__loader__ is auto.__spec__.loader, 'CONFIG_MAPPING' in inspect.getsource(auto));"
-        "print([f for f in sys.meta_path if 'tinyllama' in type(f).__module__])"
-    )
-    assert python(code).splitlines() == ["TinyLlamaConfig", "True True", "[]"]
-
-
 def test_import_is_lean():
     loaded = python("import tinyllama_hf, sys; print(*sys.modules)").split()
     assert not {"torch", "transformers", *OPTIONAL}.intersection(loaded)
-
-
-def test_classes_need_no_optional_package():
-    loaded = python(
-        "import tinyllama_hf, sys; tinyllama_hf.TinyLlamaForCausalLM; tinyllama_hf.load; print(*sys.modules)"
-    )
-    assert not set(OPTIONAL).intersection(loaded.split())
 
 
 def test_public_names():

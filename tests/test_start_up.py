@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
+from tinyllama_hf_cli.loading import import_libraries
 
 
 RECIPE = str(ROOT / "recipes" / "pretrain" / "micro.yaml")
@@ -100,13 +101,15 @@ def test_a_mistake_is_reported_without_torch(outcomes, command, message):
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_terminal_shows_that_libraries_are_loading(terminal):
+def test_a_terminal_shows_that_libraries_are_loading(terminal, monkeypatch):
     """And a pipe gets nothing."""
     reader, writer = pty.openpty() if terminal else os.pipe()
-    code = "from tinyllama_hf_cli.loading import import_libraries; import_libraries()"
-    done = subprocess.run([sys.executable, "-c", code], stderr=writer, env=os.environ | {"TERM": "xterm"})
-    os.write(writer, b"end")
-    printed = os.read(reader, 100_000).decode()
-    os.close(reader), os.close(writer)
-    assert done.returncode == 0
+    monkeypatch.setenv("TERM", "xterm")
+    with open(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        import_libraries()
+        stream.write("end")
+        stream.flush()
+        printed = os.read(reader, 100_000).decode()
+    os.close(reader)
     assert ("Loading torch and transformers" in printed) == terminal and (terminal or printed == "end")

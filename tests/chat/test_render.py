@@ -127,7 +127,7 @@ WORDS = (
 )
 
 
-@pytest.mark.parametrize("name", ["llama2", "chatml"])
+@pytest.mark.parametrize("name", ["llama2", pytest.param("chatml", marks=pytest.mark.slow)])
 def test_equals_apply_chat_template_where_no_control_text_is_written(request, name):
     if name == "llama2":
         tokenizer = request.getfixturevalue("tokenizer")

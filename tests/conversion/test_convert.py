@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_here
 from tests.conversion import layouts
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, convert, load_tokenizer, verify
 from tinyllama_hf.conversion.convert import FORMATS
@@ -189,19 +189,16 @@ def test_the_tokenizer_is_loaded_once(source, tmp_path, monkeypatch, to):
     assert loaded == [source]
 
 
-QUICK = ("gguf-q8_0", "litgpt")
-
-
-@pytest.mark.parametrize("to", [pytest.param(to, marks=() if to in QUICK else pytest.mark.slow) for to in FORMATS])
-def test_every_format_from_the_command_line(source, tmp_path, run_command, to):
+@pytest.mark.parametrize("to", FORMATS)
+def test_every_format_from_the_command_line(source, tmp_path, to):
     """Lossless formats give the same logits."""
-    printed = run_command("tinyllama-hf", "convert", source, "--to", to, "--output", "out", cwd=tmp_path)
+    printed = run_here("tinyllama-hf", "convert", source, "--to", to, "--output", "out", cwd=tmp_path)
     assert printed.returncode == 0 and f"wrote out: {to}" in printed.stdout, printed.stderr
     assert printed.stderr == "", "no warnings, no bars where there is no terminal"
     if to == "awq":
         assert "rounding" in printed.stdout and "AWQ:" not in printed.stdout
     tolerance = {"gguf-f16": 0.02, "gguf-bf16": 0.2, "gguf-q8_0": 0.2, "gguf-q4_0": 3.0, "awq": 3.0}.get(to, 0)
-    done = run_command("tinyllama-hf", "verify", source, "out", "--tolerance", str(tolerance), cwd=tmp_path)
+    done = run_here("tinyllama-hf", "verify", source, "out", "--tolerance", str(tolerance), cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert ("equal within" in done.stdout) == (tolerance > 0)
 
@@ -238,11 +235,11 @@ class TestVerify:
         save_file(weights, changed / "model.safetensors", {"format": "pt"})
         assert verify(source, changed).first_position == position
 
-    def test_tensors(self, source, changed, run_command, tmp_path):
+    def test_tensors(self, source, changed, tmp_path):
         rows = {row.name: row for row in compare_tensors(source, changed)}
         assert [name for name, row in rows.items() if not row.is_same_bits] == ["lm_head.weight"]
         assert rows["lm_head.weight"].largest == pytest.approx(0.5, abs=1e-6)
-        done = run_command("tinyllama-hf", "verify", source, changed, "--tensors", cwd=tmp_path)
+        done = run_here("tinyllama-hf", "verify", source, changed, "--tensors", cwd=tmp_path)
         assert done.returncode == 1 and "different: beyond 1e-05 from position 0 on" in done.stdout
         assert "lm_head.weight" in done.stdout and "same bits" in done.stdout
 

@@ -149,7 +149,7 @@ def test_yaml_that_refers_to_itself(model, tmp_path):
         (merges, "aliases"),
         ("n_head: 0x" + "f" * 9999, "damaged .*4300 digits"),
         ("n_head: " + "9" * 9999, "damaged .*4300 digits"),
-        ("[" * 9999, "damaged .*RecursionError"),
+        ("[" * 1500, "damaged .*RecursionError"),
         ("n_head: 2024-99-99", "damaged .*month must be"),
         ("- 1", "not a YAML mapping"),
         ("x" * 70_000, "70000 bytes of YAML"),

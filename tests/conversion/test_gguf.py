@@ -130,7 +130,7 @@ class TestRoundTrip:
         assert torch.equal(logits(loaded(found)), logits(library(found.path)))
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", KINDS[2:])
     def test_smollm2(self, smollm2, tmp_path, kind):
         config = AutoConfig.from_pretrained(smollm2)
         checkpoint = in_memory(

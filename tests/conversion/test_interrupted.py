@@ -51,6 +51,7 @@ def test_interrupted(to, source, tmp_path, monkeypatch):
     assert open_checkpoint(tmp_path / "there").load(NORM).equal(open_checkpoint(source).load(NORM))
 
 
+@pytest.mark.slow
 def test_killed_and_run_again(source, tmp_path):
     script = """
 import os, signal, sys
@@ -97,7 +98,7 @@ def test_an_output_that_exists(source, model, tmp_path):
 def test_a_request_to_stop_leaves_nothing(tmp_path, number):
     """Signals the command while it writes a model."""
     torch.manual_seed(0)
-    TinyLlamaForCausalLM(TinyLlamaConfig.preset("1.1b", vocab_size=512, num_hidden_layers=8)).save_pretrained(
+    TinyLlamaForCausalLM(TinyLlamaConfig.preset("1.1b", vocab_size=512, num_hidden_layers=3)).save_pretrained(
         tmp_path / "model"
     )
     command = [

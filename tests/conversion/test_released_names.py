@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.hub.conftest import COMMANDS
+from tests.conftest import run_here
+from tests.hub.conftest import client_of
 from tests.local_hub.server import LocalHub
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
 
@@ -85,17 +86,17 @@ REFUSED = {
 
 
 @pytest.fixture(scope="module")
-def converted(hub, run_command, tmp_path_factory) -> tuple[Path, dict[str, tuple[int, str, str]]]:
+def converted(hub, tmp_path_factory) -> tuple[Path, dict[str, tuple[int, str, str]]]:
     """The results of `tinyllama-hf convert NAME --to llama --output N` for each name and its index N.
 
-    All run in one process, as a user without a token. Finally one output is verified against its name.
+    All run as a user without a token. Finally one output is verified against its name.
     """
     folder, names = tmp_path_factory.mktemp("converted"), [*MEANS, *REFUSED]
-    calls = [["", "convert", name, "--to", "llama", "--output", str(i)] for i, name in enumerate(names)]
-    calls.append(["", "verify", names[0], "0", "--tensors"])
-    done = run_command("python", "-c", COMMANDS, json.dumps(calls), cwd=folder, env=environment(hub, folder))
-    assert done.returncode == 0, done.stderr
-    return folder, dict(zip([*names, "verify"], json.loads(done.stdout), strict=True))
+    calls = {name: ("convert", name, "--to", "llama", "--output", i) for i, name in enumerate(names)}
+    calls["verify"] = ("verify", names[0], "0", "--tensors")
+    with client_of(hub.endpoint, folder / "hf-home", token=""):
+        done = {name: run_here("tinyllama-hf", *words, cwd=folder) for name, words in calls.items()}
+    return folder, {name: (result.returncode, result.stdout, result.stderr) for name, result in done.items()}
 
 
 def environment(hub: LocalHub, folder: Path) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The embedded corpus: real text, no overlap between its kinds, and the same documents in every call."""
 
 import ast
+import functools
 
 import pytest
 
@@ -8,33 +9,38 @@ from tinyllama_hf.data import embedded
 from tinyllama_hf.errors import InputError
 
 
-@pytest.fixture(scope="module")
-def prose():
-    return list(embedded.documents("prose"))
+KINDS = ["prose", pytest.param("code", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
-def code():
-    return list(embedded.documents("code"))
+def documents():
+    """The documents of a kind; those of code take 8 seconds."""
+    return functools.cache(lambda kind: list(embedded.documents(kind)))
 
 
-def test_size_and_names(prose, code):
-    assert sum(len(d.text) for d in prose) > 2_000_000
-    assert sum(len(d.text) for d in code) > 5_000_000
-    for documents in (prose, code):
-        names = [d.name for d in documents]
-        assert names == sorted(names) and len(set(names)) == len(names)
-        assert len({d.text for d in documents}) == len(documents), "a text twice would be trained on and held out"
+@pytest.mark.parametrize("kind", KINDS)
+def test_size_and_names(documents, kind):
+    found = documents(kind)
+    assert sum(len(d.text) for d in found) > {"prose": 2_000_000, "code": 5_000_000}[kind]
+    names = [d.name for d in found]
+    assert names == sorted(names) and len(set(names)) == len(names)
+    assert len({d.text for d in found}) == len(found), "a text twice would be trained on and held out"
 
 
-def test_what_is_in_it(prose, code):
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_tests_and_no_installed_packages(documents, kind):
+    assert not any("test" in d.name.split("/") or "site-packages" in d.name for d in documents(kind))
+
+
+def test_what_is_in_the_prose(documents):
+    prose = documents("prose")
     assert any("Return an iterator" in d.text for d in prose)
     assert any(d.name.startswith("help/") for d in prose) and any(d.name == "builtin/builtins" for d in prose)
-    assert not any("test" in d.name.split("/") or "site-packages" in d.name for d in (*prose, *code))
 
 
-def test_code_is_valid_and_has_no_docstring(code):
-    for document in code:
+@pytest.mark.slow
+def test_code_is_valid_and_has_no_docstring(documents):
+    for document in documents("code"):
         nodes = [n for n in ast.walk(ast.parse(document.text)) if isinstance(n, embedded._Documented)]
         assert not any(ast.get_docstring(node) for node in nodes), document.name
 

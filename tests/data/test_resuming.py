@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, limited_files, run_here
 from tinyllama_hf.data.pipeline import split_of
 from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.data.shards import check_contents, read_metadata
@@ -207,9 +207,10 @@ class TestFullDisk:
     @pytest.mark.parametrize("file_bytes", [1, 3000])
     def test_before_the_first_task(self, sources, tokenizer_folder, tmp_path, file_bytes):
         """The request or the tokenizer cannot be written."""
-        process = in_a_process(sources, tokenizer_folder, tmp_path / "out", 1, file_bytes)
-        _, error = process.communicate(timeout=300)
-        assert process.returncode == 2 and "cannot be written (File too large" in error and "Traceback" not in error
+        words = ("--tokenizer", tokenizer_folder, "--output", "out", "--validation-fraction", 0.1, "--workers", 1)
+        with limited_files(file_bytes):
+            done = run_here("tinyllama-hf", "prepare", sources, *words, cwd=tmp_path)
+        assert done.returncode == 2 and "cannot be written (File too large" in done.stderr
         assert not (tmp_path / "out").exists()
 
 

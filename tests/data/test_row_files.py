@@ -1,14 +1,11 @@
 """Rows with real schemas: row filters, text columns, Parquet, data sets of the Hub, and the bundled data recipes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_here
 from tinyllama_hf.data.expressions import Expression, MissingColumn, value_at
 from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.data.row_files import read_rows, zstd_library
@@ -98,8 +95,7 @@ def write_parquet(rows: list[dict], path: Path) -> None:
 
 
 def cli(*arguments: object, cwd: Path) -> str:
-    command = [Path(sys.executable).parent / "tinyllama-hf", "prepare", *arguments]
-    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True)
+    done = run_here("tinyllama-hf", "prepare", *arguments, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -250,17 +246,9 @@ class TestHub:
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         return tmp_path / "cache"
 
-    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["hub:me/corpus", "hub:me/corpus@main", "hub:me/corpus/data/*.parquet"])
     def test_prepared_with_its_commit(self, cache, tokenizer_folder, tmp_path, name):
-        script = (
-            "import sys; from tinyllama_hf.data.prepare import prepare\n"
-            f"if __name__ == '__main__': prepare([{name!r}], {str(tokenizer_folder)!r}, {str(tmp_path / 'data')!r}, "
-            "validation_fraction=0.1, workers=1, progress=False)"
-        )
-        (tmp_path / "script.py").write_text(script)
-        environment = os.environ | {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-        subprocess.run([sys.executable, tmp_path / "script.py"], check=True, env=environment, cwd=ROOT)
+        prepare([name], tokenizer_folder, tmp_path / "data", validation_fraction=0.1, workers=1, progress=False)
         metadata = json.loads((tmp_path / "data" / "dataset.json").read_text())
         assert metadata["request"]["source"]["hub"] == [{"repo": "me/corpus", "revision": self.COMMIT}]
         assert metadata["rows"]["read"] > 50

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_here
 from tinyllama_hf.files import read_json
 
 
@@ -103,18 +103,9 @@ def test_equals_the_local_executor(cluster, data_recipe, tmp_path):
     )
 
 
-def test_bad_recipe(cluster, data_recipe, tmp_path):
-    command = [
-        sys.executable,
-        ROOT / "recipes" / "slurm" / "prepare.py",
-        data_recipe,
-        "separator=none",
-        "--partition",
-        "x",
-        "--time",
-        "1",
-    ]
-    done = subprocess.run([str(c) for c in command], env=cluster, cwd=tmp_path, capture_output=True, text=True)
+def test_bad_recipe(data_recipe, tmp_path):
+    script = ROOT / "recipes" / "slurm" / "prepare.py"
+    done = run_here(script, data_recipe, "separator=none", "--partition", "x", "--time", 1, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "separator" in done.stderr
     assert not (tmp_path / "data").exists()
 

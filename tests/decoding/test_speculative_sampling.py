@@ -95,7 +95,11 @@ def chain():
     return target, similar(target, 1), logits
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
+@pytest.mark.parametrize(
+    "setting",
+    [*(pytest.param(s, marks=pytest.mark.slow) for s in SETTINGS[:-1]), SETTINGS[-1]],
+    ids=lambda s: "-".join(map(str, s.values())),
+)
 def test_transitions(chain, setting):
     target, draft, logits = chain
     check_transitions(target, draft, logits, setting, rows=8)

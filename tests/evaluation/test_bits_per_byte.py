@@ -1,14 +1,14 @@
-"""Bits per byte against a script with stock transformers that scores one document at a time."""
+"""Bits per byte against stock transformers, with a loop that scores one document at a time."""
 
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
 
+from tests.conftest import run_here
 from tests.pretrain.runs import pretrain
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
 from tinyllama_hf.data.mixture import Mixture
@@ -35,40 +35,29 @@ def test_every_token_is_scored_once_with_enough_before_it(length, context, strid
     assert scored == list(range(1, length))
 
 
-STOCK = """
-import sys, json, math, torch
-sys.modules["tinyllama_hf"] = None
-from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, texts = sys.argv[1], json.loads(sys.stdin.read())
-model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-context = model.config.max_position_embeddings
-nats = 0.0
-for text in texts:
-    ids = [1] + tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    done = 0
-    while done < len(ids) - 1:
-        new = min(context if done == 0 else context // 2, len(ids) - 1 - done)
-        piece = torch.tensor([ids[max(done + new - context, 0) : done + new + 1]])
-        with torch.no_grad():
-            log = model(piece[:, :-1]).logits.log_softmax(-1)[0]
-        picked = log.gather(1, piece[0, 1:, None])[-new:]
-        nats -= picked.double().sum().item()
-        done += new
-print(nats / math.log(2) / sum(len(text.encode()) for text in texts))
-"""
+@torch.no_grad()
+def stock_bits_per_byte(folder, texts: list[str]) -> float:
+    model, tokenizer = LlamaForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    context, nats = model.config.max_position_embeddings, 0.0
+    for text in texts:
+        ids = [1, *tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]]
+        done = 0
+        while done < len(ids) - 1:
+            new = min(context if done == 0 else context // 2, len(ids) - 1 - done)
+            window = torch.tensor([ids[max(done + new - context, 0) : done + new + 1]])
+            log = model(window[:, :-1]).logits.log_softmax(-1)[0]
+            nats -= log.gather(1, window[0, 1:, None])[-new:].double().sum().item()
+            done += new
+    return nats / math.log(2) / sum(len(text.encode()) for text in texts)
 
 
-def test_equals_stock_transformers_without_this_package(tokenizer_folder, documents, tmp_path):
+def test_equals_stock_transformers(tokenizer_folder, documents, tmp_path):
     torch.manual_seed(0)
     config = TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=48)
     TinyLlamaForCausalLM(config).save_pretrained(tmp_path)
     load_tokenizer(tokenizer_folder).save_pretrained(tmp_path)
     texts = [*(text[:700] for text in documents[:6]), "short", "with </s> in it, and ünïcode ", "x" * 300]
-    result = score_texts(tmp_path, texts)
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK, str(tmp_path)], input=json.dumps(texts), capture_output=True, text=True
-    )
-    assert result.bits_per_byte == pytest.approx(float(done.stdout), abs=1e-6), done.stderr
+    assert score_texts(tmp_path, texts).bits_per_byte == pytest.approx(stock_bits_per_byte(tmp_path, texts), abs=1e-6)
 
 
 def score_texts(folder, texts):
@@ -174,18 +163,17 @@ def test_refusals(prepared, tmp_path, corpus, tokenizer_folder):
         held_out_documents(tmp_path / "all")
 
 
-@pytest.mark.slow
-def test_the_command_keeps_baselines_and_writes_into_runs_only(recipe, run_command, tmp_path):
+def test_the_command_keeps_baselines_and_writes_into_runs_only(recipe, tmp_path):
     config = load_pretrain_config(recipe)
     pretrain(config)
     run = tmp_path / "run"
     (milestone, *_) = sorted((run / "milestones").iterdir())
     before = set(milestone.iterdir())
-    done = run_command("tinyllama-hf", "eval", "text", run, "--baselines", cwd=tmp_path)
+    done = run_here("tinyllama-hf", "eval", "text", run, "--baselines", cwd=tmp_path)
     with_baselines = json.loads((run / "scores.json").read_text())["baselines"]
     assert len(with_baselines) == 4, done.stderr
-    run_command("tinyllama-hf", "eval", "text", run, cwd=tmp_path)
+    run_here("tinyllama-hf", "eval", "text", run, cwd=tmp_path)
     assert json.loads((run / "scores.json").read_text())["baselines"] == with_baselines
-    done = run_command("tinyllama-hf", "eval", "text", milestone, "--data", config.data.sources[0].path, cwd=tmp_path)
+    done = run_here("tinyllama-hf", "eval", "text", milestone, "--data", config.data.sources[0].path, cwd=tmp_path)
     assert done.returncode == 0 and "wrote" not in done.stdout
     assert set(milestone.iterdir()) == before

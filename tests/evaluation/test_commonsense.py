@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_here
 from tests.evaluation.commonsense_scorer import SPLITS, Scorer, read_rows
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
 from tinyllama_hf.errors import InputError
@@ -89,10 +89,9 @@ def run(tokenizer_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def scored(run, run_command, tmp_path_factory):
+def scored(run, tmp_path_factory):
     """The finished script, for the run on the sample, with all items in items.jsonl."""
-    done = run_command(
-        sys.executable,
+    done = run_here(
         ROOT / "eval" / "commonsense.py",
         run,
         "--data",

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from tests.conftest import run_here
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
 from tinyllama_hf.chat.templates import load_template
 from tinyllama_hf.errors import InputError
@@ -31,8 +32,8 @@ def folder(tokenizer_folder, tmp_path):
     return path
 
 
-def test_the_score_file(folder, run_command):
-    done = run_command("tinyllama-hf", "eval", "replies", folder, "--limit", "10", "--max-new-tokens", "8", cwd=folder)
+def test_the_score_file(folder):
+    done = run_here("tinyllama-hf", "eval", "replies", folder, "--limit", "10", "--max-new-tokens", "8", cwd=folder)
     assert done.returncode == 0 and f"wrote {folder}/replies.json" in done.stdout, done.stderr
     scores = json.loads((folder / "replies.json").read_text())["models"][0]
     samples = scores["samples"]

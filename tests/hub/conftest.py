@@ -1,6 +1,7 @@
 """Fixtures for publishing: runs, model folders of each kind, and a local Hub."""
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
@@ -9,12 +10,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from unittest import mock
 
 import pytest
 
+from tests.conftest import run_here
 from tests.local_hub.accounts import WRITE_TOKEN
 from tests.local_hub.server import LocalHub
 
@@ -46,25 +48,32 @@ def hub(tmp_path):
         yield hub
 
 
-@pytest.fixture
-def online(hub, tmp_path, monkeypatch) -> LocalHub:
-    """The local Hub, used by the client in this process. A separate process would have to import torch."""
+@contextlib.contextmanager
+def client_of(endpoint: str, home: Path, token: str = WRITE_TOKEN) -> Iterator[None]:
+    """Makes the client in this process use a Hub. It reads its settings when it is imported."""
     from huggingface_hub import constants, hf_api
 
-    cache = str(tmp_path / "hf-home" / "hub")
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.endpoint)
     settings = {
         "HF_HUB_OFFLINE": False,
         "HF_HUB_DISABLE_XET": True,
-        "HF_HUB_CACHE": cache,
-        "ENDPOINT": hub.endpoint,
-        "HUGGINGFACE_CO_URL_TEMPLATE": template,
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
+        "ENDPOINT": endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, endpoint),
     }
-    for name, value in settings.items():
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setattr(hf_api.api, "endpoint", hub.endpoint)  # of the functions that are no methods
-    monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
-    return hub
+    with (
+        mock.patch.multiple(constants, **settings),
+        mock.patch.object(hf_api.api, "endpoint", endpoint),  # of the functions that are no methods
+        mock.patch.dict(os.environ, {"HF_TOKEN": token}),
+    ):
+        yield
+
+
+@pytest.fixture
+def online(hub, tmp_path) -> Iterator[LocalHub]:
+    """The local Hub, used by the client in this process."""
+    with client_of(hub.endpoint, tmp_path / "hf-home"):
+        yield hub
 
 
 def files_on_hub(hub: LocalHub, repo: str) -> dict[str, dict[str, bytes]]:
@@ -96,34 +105,6 @@ def put_on_hub(
     hub.storage.commit("models", repo, branch, title, changes, "")
 
 
-# Runs several commands in one process, so that torch is imported once. Prints a JSON list of results.
-COMMANDS = """
-import contextlib, io, json, os, sys
-import tinyllama_hf_cli
-results = []
-for token, *words in json.loads(sys.argv[1]):
-    os.environ.pop("HF_TOKEN", None)
-    if token:
-        os.environ["HF_TOKEN"] = token
-    sys.argv = ["tinyllama-hf", *words]
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        try:
-            status = tinyllama_hf_cli.main() or 0
-        except SystemExit as stop:
-            status = stop.code or 0
-    results.append([status, out.getvalue(), err.getvalue()])
-print(json.dumps(results))
-"""
-
-
-class Result(NamedTuple):
-    """Result of a command."""
-
-    status: int
-    out: str
-    err: str
-
-
 @pytest.fixture
 def python(hub, tmp_path) -> Callable[..., str]:
     """Runs code in a new process that uses the local Hub, and returns its output. The client reads its settings when
@@ -147,12 +128,12 @@ def python(hub, tmp_path) -> Callable[..., str]:
 
 
 @pytest.fixture
-def commands(python) -> Callable[..., list[Result]]:
-    """Runs commands, each given as (token, *words), in one process."""
+def command(hub, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs `tinyllama-hf` in this process, as a user of the local Hub with a token, or with an empty one."""
 
-    def run(*calls: tuple, **environment: str) -> list[Result]:
-        words = json.dumps([[token, *map(str, rest)] for token, *rest in calls])
-        return [Result(*result) for result in json.loads(python(COMMANDS, words, **environment))]
+    def run(*words: object, token: str = WRITE_TOKEN, endpoint: str = hub.endpoint) -> subprocess.CompletedProcess:
+        with client_of(endpoint, tmp_path / "hf-home", token):
+            return run_here("tinyllama-hf", *words, cwd=tmp_path)
 
     return run
 

@@ -2,6 +2,14 @@
 
 import json
 
+import pytest
+from huggingface_hub import CommitOperationAdd, HfApi
+
+from tests.local_hub.accounts import WRITE_TOKEN
+from tinyllama_hf.errors import InputError
+from tinyllama_hf.inference.adapters import adapter_folder
+from tinyllama_hf.released import local_folder
+
 
 SMALL = (
     "config.json",
@@ -45,49 +53,35 @@ ADAPTERS = {
     "adapter": (("adapter_model.safetensors", "adapter_model.bin"), ("adapter_model.safetensors",)),
     "old-adapter": (("adapter_model.bin",), ("adapter_model.bin",)),
 }
-CODE = """
-import json, sys
-from pathlib import Path
-from huggingface_hub import CommitOperationAdd, HfApi
-from tinyllama_hf.errors import InputError
-from tinyllama_hf.inference.adapters import adapter_folder
-from tinyllama_hf.released import local_folder
-api, repositories, contents = HfApi(), json.loads(sys.argv[1]), json.loads(sys.argv[2])
-found = {}
-for name, files in repositories.items():
+
+
+def downloaded(api: HfApi, name: str, files: tuple[str, ...], contents: dict[str, object]) -> set[str]:
+    """Publishes files and downloads the model; returns what came."""
     api.create_repo(f"demo/{name}")
     operations = [CommitOperationAdd(file, json.dumps(contents.get(file, file)).encode()) for file in files]
     api.create_commit(f"demo/{name}", operations, commit_message="all")
     folder = (adapter_folder if "adapter" in name else local_folder)(f"demo/{name}")
-    found[name] = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-file = local_folder("demo/gguf/model-q8_0.gguf")
-found["named"] = [file.read_text(), *sorted(path.name for path in file.parent.iterdir() if "gguf" in path.name)]
-api.create_repo("demo/damaged")
-damaged = [CommitOperationAdd("model.safetensors.index.json", b"{}")]
-api.create_commit("demo/damaged", damaged, commit_message="all")
-for name in ("demo/gguf/model-q5_0.gguf", "demo/gguf@nowhere", "demo/damaged"):
-    try:
-        local_folder(name)
-    except InputError as error:
-        found[name] = str(error)
-print(json.dumps(found))
-"""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_exactly_what_is_needed(python):
+def test_exactly_what_is_needed(online):
     indexes = {"model.safetensors.index.json": SHARDS, "pytorch_model.bin.index.json": BIN_SHARDS}
     contents = {name: {"weight_map": shards} for name, shards in indexes.items()} | {"adapter_config.json": {}}
-    repositories = {name: (*SMALL, *OTHER, *weights) for name, (weights, _) in REPOSITORIES.items()}
-    repositories |= {
-        name: (*SMALL, *OTHER, "adapter_config.json", *weights) for name, (weights, _) in ADAPTERS.items()
-    }
-    found = json.loads(python(CODE, json.dumps(repositories), json.dumps(contents)))
-    for name, (_, wanted) in REPOSITORIES.items():
-        assert set(found[name]) == {*SMALL, *wanted}, name
+    api = HfApi(online.endpoint, token=WRITE_TOKEN)
+    for name, (weights, wanted) in REPOSITORIES.items():
+        assert downloaded(api, name, (*SMALL, *OTHER, *weights), contents) == {*SMALL, *wanted}, name
     tokenizer = set(SMALL) - {"config.json", "generation_config.json", "training.yaml"}
-    for name, (_, wanted) in ADAPTERS.items():
-        assert set(found[name]) == {"adapter_config.json", *tokenizer, *wanted}, name
-    assert found["named"] == ['"model-q8_0.gguf"', "model-q8_0.gguf"]
-    assert "has no file model-q5_0.gguf" in found["demo/gguf/model-q5_0.gguf"]
-    assert "cannot be fetched from the Hub (RevisionNotFoundError" in found["demo/gguf@nowhere"]
-    assert "model.safetensors.index.json: damaged" in found["demo/damaged"]
+    for name, (weights, wanted) in ADAPTERS.items():
+        files = (*SMALL, *OTHER, "adapter_config.json", *weights)
+        assert downloaded(api, name, files, contents) == {"adapter_config.json", *tokenizer, *wanted}, name
+    file = local_folder("demo/gguf/model-q8_0.gguf")
+    assert file.read_text() == '"model-q8_0.gguf"'
+    assert [path.name for path in file.parent.iterdir() if "gguf" in path.name] == ["model-q8_0.gguf"]
+    for name, message in (
+        ("demo/gguf/model-q5_0.gguf", "has no file model-q5_0.gguf"),
+        ("demo/gguf@nowhere", r"cannot be fetched from the Hub \(RevisionNotFoundError"),
+    ):
+        with pytest.raises(InputError, match=message):
+            local_folder(name)
+    with pytest.raises(InputError, match=r"model\.safetensors\.index\.json: damaged"):
+        downloaded(api, "damaged", ("model.safetensors.index.json",), {"model.safetensors.index.json": {}})

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from tests.conftest import run_here
 from tests.exactness import assert_greedy
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
 from tinyllama_hf.errors import InputError
@@ -65,7 +66,7 @@ def trained(model, steps=3, between=lambda model: None):
     return gradients
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+@pytest.fixture(scope="module", params=[pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
 def base(request, nano_folder, tmp_path_factory):
     """The model in two dtypes; adapters stay in fp32."""
     path = tmp_path_factory.mktemp("base")
@@ -295,14 +296,13 @@ def test_the_folder_above_the_adapters(nano_folder, broken):
         load(nano_folder, adapter=broken.parent)
 
 
-@pytest.mark.slow
-def test_the_command(tmp_path, tokenizer_folder, run_command):
+def test_the_command(tmp_path, tokenizer_folder):
     model = TinyLlamaForCausalLM(TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=64))
     model.save_pretrained(tmp_path / "model")
     load_tokenizer(tokenizer_folder).save_pretrained(tmp_path / "model")
     with_adapter(load(tmp_path / "model", quantization="nf4", trainable=True)[0]).save_pretrained(tmp_path / "adapter")
     arguments = ("--temperature", "0", "--max-new-tokens", "8", "--quantization", "nf4")
-    done = run_command("tinyllama-hf", "generate", "model", "def", *arguments, "--adapter", "adapter", cwd=tmp_path)
+    done = run_here("tinyllama-hf", "generate", "model", "def", *arguments, "--adapter", "adapter", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     adapted, tokenizer = load(tmp_path / "model", quantization="nf4", adapter=tmp_path / "adapter")
     ids = adapted.generate(**tokenizer("def", return_tensors="pt"), max_new_tokens=8, do_sample=False)

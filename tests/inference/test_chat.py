@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conftest import run_here
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
 from tinyllama_hf.chat.render import render
 from tinyllama_hf.chat.templates import load_template
@@ -36,9 +37,8 @@ def tokenizer(tokenizer_folder):
 
 
 def chat(folder: Path, lines: str, *options: str, cwd: Path) -> subprocess.CompletedProcess:
-    """`tinyllama-hf chat` with lines from a pipe."""
-    command = [Path(sys.executable).parent / "tinyllama-hf", "chat", folder, *options]
-    return subprocess.run(command, input=lines, capture_output=True, text=True, cwd=cwd, timeout=600)
+    """`tinyllama-hf chat` with lines that come from no terminal."""
+    return run_here("tinyllama-hf", "chat", folder, *options, cwd=cwd, stdin=lines)
 
 
 class Session(ChatSession):
@@ -252,11 +252,10 @@ def test_smollm2_answers(smollm2, tmp_path, options):
     assert "Traceback" not in done.stderr and "warn" not in done.stderr.lower()
 
 
-@pytest.mark.slow
-def test_the_command_refuses_a_base_model_and_an_unknown_command(tokenizer_folder, model, tmp_path, run_command):
+def test_the_command_refuses_a_base_model(tokenizer_folder, model, tmp_path):
     model.save_pretrained(tmp_path / "base")
     load_tokenizer(tokenizer_folder).save_pretrained(tmp_path / "base")
-    done = run_command("tinyllama-hf", "chat", "base", cwd=tmp_path)
+    done = run_here("tinyllama-hf", "chat", "base", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: the tokenizer has no chat template") and done.stderr.count("\n") == 1
 
@@ -273,7 +272,6 @@ def chat_folder(tokenizer, tmp_path):
     return tmp_path / "chat"
 
 
-@pytest.mark.slow
 def test_an_invalid_line_of_a_script(chat_folder, tmp_path):
     """An unknown command is reported and skipped. After an invalid message the command ends with an error."""
     options = ("--max-new-tokens", "4", "--temperature", "0")

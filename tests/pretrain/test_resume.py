@@ -19,13 +19,14 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, limited_files, write_recipe
 from tests.pretrain.runs import assert_same_run, exact_rows, read_metrics, run, signal_after
 from tinyllama_hf import TinyLlamaForCausalLM, load_tokenizer
 from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.data.shards import TokenDataset, read_metadata
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.pretrain import checkpoints, setup
+from tinyllama_hf.pretrain.checkpoints import FullDiskError
 from tinyllama_hf.pretrain.config import load_pretrain_config
 from tinyllama_hf.pretrain.loop import Hooks
 from tinyllama_hf.pretrain.metrics import METRICS_FILE, Metrics
@@ -39,15 +40,13 @@ from tinyllama_hf.tokenization_tinyllama import tokenizer_fingerprint
 
 
 class TestGoingOn:
-    def test_a_finished_run_does_nothing(self, recipe, capsys):
-        output = run(recipe)
+    def test_a_finished_run_does_nothing(self, recipe, output, capsys):
         before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
         run(recipe)
         assert "the run is finished" in capsys.readouterr().out
         assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
 
-    def test_rows_beyond_the_checkpoint_are_cut(self, recipe, uninterrupted):
-        output = run(recipe)
+    def test_rows_beyond_the_checkpoint_are_cut(self, recipe, output, uninterrupted):
         shutil.rmtree(output / "checkpoints" / "step-12")
         with (output / "metrics.jsonl").open("a") as file:
             file.write('{"step": 13, "tok')  # what a killed process leaves
@@ -74,8 +73,7 @@ class TestGoingOn:
         with pytest.raises(InputError, match="of another recipe"):
             run(recipe, "milestones.tokens=[]", "schedule.peak=1e-3")
 
-    def test_other_micro_batches_read_the_same_blocks(self, recipe, uninterrupted, capsys):
-        output = run(recipe)
+    def test_other_micro_batches_read_the_same_blocks(self, recipe, output, uninterrupted, capsys):
         shutil.rmtree(output / "checkpoints" / "step-12")
         run(recipe, "training.micro_batch_size=2")
         assert "only within rounding (micro_batch_size: was 4, is 2)" in capsys.readouterr().out
@@ -99,6 +97,8 @@ class TestGoingOn:
         settings = [
             "training.total_tokens=51_200",
             "training.skip_spikes_sigma=0.5",
+            "training.micro_batch_size=8",
+            "model.overrides.num_hidden_layers=1",
             "checkpoints.every_tokens=12_800",
             "validation.every_tokens=51_200",
             "schedule.peak=1e-6",
@@ -133,14 +133,13 @@ class TestGoingOn:
         losses = [row["validation_loss_by_source"] for row in read_metrics(whole) if "validation_loss" in row]
         assert all(len(by_source) == 2 for by_source in losses)
 
-    def test_last_k_stay(self, recipe):
-        assert sorted(path.name for path in (run(recipe) / "checkpoints").iterdir()) == ["step-12", "step-8"]
+    def test_last_k_stay(self, output):
+        assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step-12", "step-8"]
 
 
 class TestDamage:
     @pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "record"])
-    def test_falls_back_to_the_newest_complete_one_and_says_so(self, recipe, uninterrupted, capsys, harm):
-        output = run(recipe)
+    def test_falls_back_to_the_newest_complete_one_and_says_so(self, recipe, output, uninterrupted, capsys, harm):
         newest = output / "checkpoints" / "step-12"
         part = next(newest.glob("*.distcp"))
         data = bytearray(part.read_bytes())
@@ -157,9 +156,8 @@ class TestDamage:
         printed = capsys.readouterr().out
         assert "checkpoint step-12 is damaged" in printed and "checkpoints/step-8, step 8: resuming" in printed
 
-    def test_what_another_version_wrote_is_no_damage(self, recipe):
+    def test_what_another_version_wrote_is_no_damage(self, recipe, output):
         """It is refused, and is not removed, even when it is the oldest of too many."""
-        output = run(recipe)
         newest = output / "checkpoints" / "step-12"
         record = json.loads((newest / "checkpoint.json").read_text())
         (newest / "checkpoint.json").write_text(json.dumps({"format_version": 2, "parts": record["files"]}))
@@ -177,17 +175,15 @@ class TestDamage:
             (tmp_path / "checkpoints" / f"step-{step}").mkdir(parents=True)
         assert [p.name for p in checkpoints.list_checkpoints(tmp_path)] == ["step-5", "step-960000", "step-1000000"]
 
-    def test_nothing_is_lost_where_all_are_damaged(self, recipe):
-        output = run(recipe)
+    def test_nothing_is_lost_where_all_are_damaged(self, recipe, output):
         for part in output.glob("checkpoints/*/*.distcp"):
             part.unlink()
         with pytest.raises(InputError, match="cannot be resumed"):
             run(recipe)
         assert len(list_milestones(output)) == 2
 
-    def test_the_only_good_one_is_kept_when_fewer_are_to_stay(self, recipe, uninterrupted):
+    def test_the_only_good_one_is_kept_when_fewer_are_to_stay(self, recipe, output, uninterrupted):
         """Pruning by age alone would keep the damaged one and remove the one from which the run resumes."""
-        output = run(recipe)
         next((output / "checkpoints" / "step-12").glob("*.distcp")).write_bytes(b"")
         assert_same_run(run(recipe, "checkpoints.keep=1"), uninterrupted)
         assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-12"]
@@ -211,10 +207,9 @@ except FullDiskError as error:
     @pytest.mark.parametrize(
         ("overrides", "what"), [([], "step-6-token"), (["milestones.tokens=[]"], "checkpoints/step-8")]
     )
-    def test_a_full_disk_leaves_the_checkpoint_before(self, recipe, uninterrupted, tmp_path, overrides, what):
-        script = self.FULL.format(limit=50_000, recipe=str(recipe), overrides=overrides)
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
-        assert "FullDiskError" in done.stdout and what in done.stdout, done.stdout + done.stderr
+    def test_a_full_disk_leaves_the_checkpoint_before(self, recipe, uninterrupted, overrides, what):
+        with limited_files() as limit, pytest.raises(FullDiskError, match=what):
+            run(recipe, *overrides, hooks=Hooks(after_checkpoint=lambda *_: limit(50_000)))
         output = recipe.parent / "run"
         assert [p.name for p in (output / "checkpoints").iterdir()] == ["step-4"], "and no temporary one"
         if not overrides:
@@ -250,8 +245,7 @@ class TestRefusals:
             ("model.overrides.num_hidden_layers=3", "model.overrides"),
         ],
     )
-    def test_other_settings(self, recipe, override, message):
-        output = run(recipe)
+    def test_other_settings(self, recipe, output, override, message):
         with pytest.raises(InputError, match=message):
             run(recipe, override)
         assert len(list_milestones(output)) == 2
@@ -328,10 +322,9 @@ class TestRefusals:
             )
         )
 
-    def test_changed_data_and_tokenizer(self, recipe, corpus, tokenizer_folder, documents, tmp_path):
+    def test_changed_data_and_tokenizer(self, recipe, output, corpus, tokenizer_folder, documents, tmp_path):
         from tinyllama_hf.data.train_tokenizer import train_tokenizer
 
-        run(recipe)
         other = tmp_path / "other"
         prepare([str(corpus)], tokenizer_folder, other, validation_fraction=0.2, workers=1, progress=False)
         with pytest.raises(InputError, match=r"data.sources: was .*fingerprint"):
@@ -342,8 +335,7 @@ class TestRefusals:
         with pytest.raises(InputError, match="tokenizer: was"):
             run(recipe, f"data.tokenizer={tmp_path / 'tokenizer'}", f"data.sources=[{{path: {data}, weight: 1}}]")
 
-    def test_data_that_moved_is_the_same_data(self, recipe, prepared, tmp_path, uninterrupted):
-        output = run(recipe)
+    def test_data_that_moved_is_the_same_data(self, recipe, output, prepared, tmp_path, uninterrupted):
         shutil.rmtree(output / "checkpoints" / "step-12")
         moved = tmp_path / "moved"
         shutil.copytree(prepared, moved)
@@ -351,10 +343,16 @@ class TestRefusals:
         assert [r.get("loss") for r in exact_rows(output)] == [r.get("loss") for r in exact_rows(uninterrupted)]
 
 
+@pytest.fixture(scope="module")
+def base(prepared, tokenizer_folder, tmp_path_factory) -> Path:
+    """A run that keeps the training state of its milestones."""
+    recipe = write_recipe(tmp_path_factory.mktemp("base"), prepared, tokenizer_folder)
+    return run(recipe, "milestones.keep_training_state=true")
+
+
 class TestBranch:
-    def test_continued_branch_equals_the_run(self, recipe, tmp_path):
+    def test_continued_branch_equals_the_run(self, recipe, base, tmp_path):
         """A branch that changes nothing repeats the rest of its run bit for bit."""
-        base = run(recipe, "milestones.keep_training_state=true")
         milestone = list_milestones(base)[0]
         branch = f"branch={{from: {milestone}, schedule: continue}}"
         forked = run(recipe, branch, f"output_dir={tmp_path / 'forked'}")
@@ -365,10 +363,9 @@ class TestBranch:
         state, newest = base / "training_state" / list_milestones(base)[-1].name, base / "checkpoints" / "step-12"
         assert all((state / file.name).samefile(file) for file in newest.iterdir()), "written once"
 
-    def test_a_branch_has_its_own_optimiser_settings(self, recipe, tmp_path):
+    def test_a_branch_has_its_own_optimiser_settings(self, recipe, base, tmp_path):
         """Compared with one step of an AdamW that is built from the moments of the milestone."""
         settings = {"betas": (0.5, 0.6), "weight_decay": 3.0, "eps": 1e-4}
-        base = run(recipe, "milestones.keep_training_state=true")
         milestone = list_milestones(base)[0]
         overrides = [f"optimizer.{key}={list(v) if key == 'betas' else v}" for key, v in settings.items()]
         seen = []
@@ -399,8 +396,7 @@ class TestBranch:
         for name, parameter in model.named_parameters():
             assert (parameter - seen[0][0][name]).abs().max() <= 1e-7, name  # another decay would be 1e-3 off
 
-    def test_cooldown_resumes_too(self, recipe, tmp_path):
-        base = run(recipe, "milestones.keep_training_state=true")
+    def test_cooldown_resumes_too(self, recipe, base, tmp_path):
         settings = [
             f"branch={{from: {list_milestones(base)[0]}, schedule: cooldown}}",
             "training.total_tokens=4096",
@@ -428,9 +424,8 @@ class TestBranch:
             (["training.total_tokens=1536", "milestones.tokens=[]"], "training.total_tokens: 1,536"),
         ],
     )
-    def test_refusals(self, recipe, tmp_path, overrides, message):
-        base = run(recipe, f"milestones.keep_training_state={'true' if overrides else 'false'}")
-        milestone = list_milestones(base)[0]
+    def test_refusals(self, recipe, base, uninterrupted, tmp_path, overrides, message):
+        milestone = list_milestones(base if overrides else uninterrupted)[0]
         with pytest.raises(InputError, match=message):
             run(
                 recipe, f"branch={{from: {milestone}, schedule: cooldown}}", f"output_dir={tmp_path / 'x'}", *overrides

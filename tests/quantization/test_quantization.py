@@ -1,13 +1,13 @@
 """int8 and nf4: results and memory, against references; and errors of the libraries."""
 
 import copy
-import subprocess
 import sys
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from tests.conftest import run_here
 from tests.exactness import assert_greedy
 from tinyllama_hf import load
 from tinyllama_hf.errors import InputError
@@ -53,7 +53,7 @@ def stock_like(model, folder):
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=configuration).eval()
 
 
-@pytest.fixture(scope="module", params=("random", "stories", "smollm2"))
+@pytest.fixture(scope="module", params=("random", "stories", pytest.param("smollm2", marks=pytest.mark.slow)))
 def any_folder(request, nano_folder):
     """A random model, one with layer widths that no fast kernel supports, and a real one."""
     if request.param == "stories":
@@ -287,22 +287,17 @@ def test_invalid_options(nano_folder, options, message):
         load(nano_folder, **options)
 
 
-def test_without_the_backend(nano_folder):
-    code = (
-        "import sys; sys.modules['bitsandbytes'] = None\n"
-        f"sys.argv = ['tinyllama-hf', 'generate', {str(nano_folder)!r}, 'a', '--quantization', 'int8']\n"
-        "from tinyllama_hf_cli import main; main()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+def test_without_the_backend(nano_folder, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    done = run_here("tinyllama-hf", "generate", nano_folder, "a", "--quantization", "int8", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == (
         "error: quantization int8 needs the package bitsandbytes: pip install 'tinyllama_hf[quantization]'\n"
     )
 
 
-@pytest.mark.slow
-def test_the_command_prints_the_memory(nano_folder, tmp_path, run_command):
+def test_the_command_prints_the_memory(nano_folder, tmp_path):
     command = ("tinyllama-hf", "generate", nano_folder, "def", "--temperature", "0", "--max-new-tokens", "4")
-    done = run_command(*command, "--quantization", "nf4", cwd=tmp_path)
+    done = run_here(*command, "--quantization", "nf4", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith("nf4: ") and "MB of weights (12.1 MB in float32)" in done.stderr

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
+from tests.conftest import run_here
 from tests.exactness import assert_greedy
 from tinyllama_hf import TinyLlamaForCausalLM, load, load_tokenizer
 from tinyllama_hf.errors import InputError
@@ -56,16 +57,24 @@ def options(request):
     return request.param
 
 
+@pytest.fixture(scope="module")
+def folders(nano_folder, tmp_path_factory):
+    """The folder of an int8 and of an nf4 folder."""
+    made = tmp_path_factory.mktemp("quantized")
+    for kind in ("int8", "nf4"):
+        model, tokenizer = load(nano_folder, quantization=kind)
+        model.save_pretrained(made / kind)
+        tokenizer.save_pretrained(made / kind)
+    return made
+
+
 @pytest.fixture
-def saved(nano_folder, tmp_path):
-    """An nf4 folder."""
-    model, tokenizer = load(nano_folder, quantization="nf4")
-    model.save_pretrained(tmp_path / "nf4")
-    tokenizer.save_pretrained(tmp_path / "nf4")
-    return tmp_path / "nf4"
+def saved(folders, tmp_path):
+    """A copy of the nf4 folder."""
+    return shutil.copytree(folders / "nf4", tmp_path / "nf4")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
 def test_load_generate_save_reload(nano_folder, tmp_path, options, dtype):
     """After forward passes of every kind; loaded by this package, and by stock transformers without it."""
     model, tokenizer = load(nano_folder, dtype=dtype, **options)
@@ -220,10 +229,9 @@ def test_the_compute_dtype_of_a_folder(saved):
     )
 
 
-@pytest.mark.slow
-def test_the_command_takes_the_folder_as_it_is(saved, tmp_path, run_command):
+def test_the_command_takes_the_folder_as_it_is(saved, tmp_path):
     command = ("tinyllama-hf", "generate", saved, "def", "--temperature", "0", "--max-new-tokens", "4")
-    done = run_command(*command, cwd=tmp_path)
+    done = run_here(*command, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr.startswith("nf4: ") and "(12.1 MB in float32)" in done.stderr
 
 
@@ -296,11 +304,9 @@ def parts(kind):
 
 @pytest.mark.parametrize(("kind", "part"), [*parts("int8"), *parts("nf4")])
 @pytest.mark.parametrize("damage", ["missing", "short"])
-def test_damaged_weights(nano_folder, tmp_path, kind, part, damage):
+def test_damaged_weights(folders, tmp_path, kind, part, damage):
     """The kernels would read beyond the end of a tensor that is too short."""
-    model, tokenizer = load(nano_folder, quantization=kind)
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    shutil.copytree(folders / kind, tmp_path, dirs_exist_ok=True)
     weights = load_file(tmp_path / "model.safetensors")
     name = f"model.layers.1.mlp.gate_proj.{part}"
     part = weights.pop(name)

@@ -301,7 +301,7 @@ def interrupted(call, line):
     return False
 
 
-@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("double", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("repacked", [True, False])
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_an_interrupt_at_any_line_changes_nothing(call, repacked, double):

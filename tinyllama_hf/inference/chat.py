@@ -50,11 +50,11 @@ class ChatSession:
         sampling: Sampling | None = None,
         seed: int | None = None,
         draft: Proposer | None = None,
-        write: Callable[[str], Any] = sys.stdout.write,
+        write: Callable[[str], Any] | None = None,
         note: Callable[[str], Any] = lambda line: None,
     ):
         self.model, self.tokenizer, self.draft = model, tokenizer, draft
-        self.sampling, self.write, self.note = sampling or Sampling(), write, note
+        self.sampling, self.write, self.note = sampling or Sampling(), write or sys.stdout.write, note
         self._max_new_tokens, self._seeded = self.sampling.max_new_tokens or DEFAULT_NEW_TOKENS, seed is not None
         if seed is not None:
             torch.manual_seed(check_seed(seed))

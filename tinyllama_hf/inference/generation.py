@@ -34,7 +34,7 @@ class ExactTextStreamer(TextStreamer):
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
-        write (`Callable`): called with each part of the text.
+        write (`Callable`, *optional*): called with each part of the text; standard output by default.
         skip_prompt (`bool`, *optional*, defaults to `False`): stream only the generated text.
         hidden (`Collection[int]`, *optional*): ids of tokens to skip, in addition to control tokens.
     """
@@ -44,12 +44,12 @@ class ExactTextStreamer(TextStreamer):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        write: Callable[[str], Any] = sys.stdout.write,
+        write: Callable[[str], Any] | None = None,
         skip_prompt: bool = False,
         hidden: Collection[int] = (),
     ):
         super().__init__(tokenizer, skip_prompt, skip_special_tokens=True)
-        self._write = write
+        self._write = write or sys.stdout.write
         # Includes control tokens: they have no text, and byte tokens on both sides of one are decoded as one run.
         self._hidden = {*hidden, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
         self._begin()
