@@ -48,18 +48,9 @@ def pytest_itemcollected(item: pytest.Function) -> None:
         item.add_marker("slow")
 
 
-@pytest.hookimpl(trylast=True)  # after deselection
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Puts the files with the longest tests first; counts lines in the first case of a parametrized test only."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the files with the longest tests first; the others stay in their order."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
-    # Before Python 3.12, counting doubles the time of everything that is written in Python.
-    if config.pluginmanager.hasplugin("_cov") and sys.version_info < (3, 12):
-        counted = set()
-        for item in items:
-            name = item.nodeid.partition("[")[0]
-            if name in counted:
-                item.add_marker("no_cover")
-            counted.add(name)
 
 
 @pytest.fixture(autouse=True)
