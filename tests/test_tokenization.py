@@ -304,6 +304,10 @@ class TestTraining:
             train_tokenizer(documents, 512, tokenizer_folder)
         with pytest.raises(InputError, match="above 259"):
             train_tokenizer(documents, 200, tmp_path / "small")
+        with pytest.raises(
+            InputError, match=r"--vocab-size 280 is too small for the characters .* Use at least \d{3}"
+        ):
+            train_tokenizer(documents, 280, tmp_path / "small")
         with pytest.raises(InputError, match="too large for the texts"):
             train_tokenizer(["only this"], 5000, tmp_path / "large")
         assert not any(tmp_path.iterdir())

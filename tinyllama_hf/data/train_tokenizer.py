@@ -76,6 +76,10 @@ def train_tokenizer(
     except RuntimeError as error:
         if "sentences_.empty()" in str(error):
             raise InputError("The sources contain no text. Give other sources") from error
+        if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
+            raise InputError(
+                f"--vocab-size {vocab_size} is too small for the characters of the texts. Use at least {needed[1]}"
+            ) from error
         limit = re.search(r"value <= (\d+)", str(error))
         fix = f"Use at most {limit[1]}" if limit else str(error).strip()
         raise InputError(f"--vocab-size {vocab_size} is too large for the texts. {fix}") from error
