@@ -228,8 +228,7 @@ CASES = {
         "tinyllama_hf.planning.inference_memory.memory_lines": ([], {"found": "found"}),
         "tinyllama_hf.planning.inference_memory.fit_lines": (None, {"found": "found", "available": 16 * 10**9}),
     },
-    "convert s --to llama --output o --dtype bf16 --max-shard-size 2GB --vocab-rows 9 --config c --calibration x "
-    "--calibration y --force": {
+    "convert s --to llama --output o --dtype bf16 --max-shard-size 2GB --vocab-rows 9 --config c --force": {
         "tinyllama_hf.conversion.convert.convert": (
             None,
             {
@@ -240,14 +239,20 @@ CASES = {
                 "max_shard_size": "2GB",
                 "vocab_rows": 9,
                 "config": Path("c"),
-                "calibration": [Path("x"), Path("y")],
                 "check": None,
                 "force": True,
             },
         ),
     },
-    "convert s --to llama --output o --sanity": {
-        "tinyllama_hf.conversion.convert.convert": (None, {"check.__name__": "<lambda>", "force": False}),
+    "convert s --to awq --output o --sanity --calibration file --calibration s/config.json": {
+        "tinyllama_hf.conversion.convert.convert": (
+            None,
+            {
+                "check.__name__": "<lambda>",
+                "calibration": [Path("file"), Path("s/config.json")],
+                "force": False,
+            },
+        ),
     },
     "verify x y --text t --tolerance 0.5 --tensors --config c": {
         "tinyllama_hf.conversion.verify.compare_tensors": ([], {"a": "x", "b": "y", "config": Path("c")}),

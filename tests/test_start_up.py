@@ -25,6 +25,9 @@ WRONG = {
     "generate empty x --quantization int4": "--quantization 'int4': unknown quantization; use none, int8",
     "generate x --output out.jsonl": "--output out.jsonl: only valid with --input",
     "generate llama x --draft layers:x": "--draft layers:x: ",
+    "generate llama x --draft layers:3": "--draft layers:3: the model has 3 layers. Use fewer",
+    "generate gguf x": "tinyllama-hf convert gguf --to llama",
+    "generate llama/model.safetensors x": "llama/model.safetensors: a file, not a model folder. Give the folder llama",
     "generate llama x --draft /nope": "model '/nope': no such folder",
     "generate llama x --adapter /nope": "model '/nope': no such folder",
     "serve /nope": "model '/nope': no such folder",
@@ -35,6 +38,9 @@ WRONG = {
     "memory 1.1b --quantization nf5": "--quantization 'nf5': ",
     "convert /nope --to llama --output x": "model '/nope': no such folder",
     "convert empty --to llama --output x --dtype fp8": "--dtype 'fp8': unknown type; use auto, fp32, bf16, fp16",
+    "convert llama --to gguf --output x": "--to 'gguf': unknown format; valid: awq, gguf-bf16",
+    "convert llama --to awq --output x --calibration /nope": "--calibration /nope: file not found",
+    "convert empty --to llama --output llama": "--output llama: already exists",
     "verify empty /nope": "model '/nope': no such folder",
     "eval text /nope": "model '/nope': no such folder",
     "eval text empty --watch --every 0": "--every 0.0: must be above 0",
@@ -46,6 +52,9 @@ WRONG = {
     "report empty llama --output x --stages a": "--stages: is for the report of one run, not for 2",
     "report empty llama --output x --chat empty": "--chat: is for the report of one run, not for 2",
     "report empty llama llama --output x": "run llama: is given twice",
+    "publish model.gguf --repo a/b": "run model.gguf: a file, not a folder. Give the folder",
+    "publish llama --repo ab": "--repo 'ab': the name must have the form USER/NAME",
+    "publish llama --repo a/b --base-model b": "--base-model 'b': the name must have the form USER/NAME",
     "publish /nope --repo a/b": "run /nope: no such folder",
     "prepare /nope --tokenizer empty --output x": "source /nope does not exist",
     "prepare empty --tokenizer /nope --output x": "model '/nope': no such folder",
@@ -86,7 +95,10 @@ def outcomes(tmp_path_factory):
     (folder / "empty").mkdir()
     (folder / "model.gguf").write_bytes(b"GGUF")
     (folder / "llama").mkdir()
-    (folder / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "llama" / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 3}')
+    (folder / "llama" / "model.safetensors").touch()
+    (folder / "gguf").mkdir()
+    (folder / "gguf" / "model-q8_0.gguf").write_bytes(b"GGUF")
     command = [sys.executable, "-c", RUN.format(recipes=str(ROOT / "recipes"))]
     done = subprocess.run(command, cwd=folder, input=json.dumps(list(WRONG)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -176,19 +176,24 @@ def read_llama_fields(folder: Path) -> dict[str, Any]:
     """
     config = folder / "config.json"
     if folder.is_file():
-        raise InputError(
-            f"model {folder}: a file, not a model folder. Convert it first: tinyllama-hf convert {quote(str(folder))} "
-            "--to llama --output FOLDER"
-        )
+        if folder.with_name("config.json").is_file() and folder.suffix in (".safetensors", ".bin"):
+            raise InputError(f"model {folder}: a file, not a model folder. Give the folder {folder.parent}")
+        raise InputError(f"model {folder}: a file, not a model folder. {_convert_first(folder)}")
     if not config.is_file():
         milestones = sorted(path.parent for path in folder.glob("milestones/*/config.json"))
         hint = f"; did you mean {milestones[-1]}?" if milestones else ""
+        if any(path.suffix in (".gguf", ".pth") for path in folder.glob("*")):
+            hint = f". {_convert_first(folder)}"
         raise InputError(f"model {folder}: holds no config.json, so it is not a model folder{hint}")
     fields = read_json(config)
     model_type = fields.get("model_type") if isinstance(fields, dict) else None
     if model_type not in ("llama", "tinyllama"):
         raise InputError(f"{config}: model_type {model_type!r} is not a Llama; tinyllama_hf loads Llama folders only")
     return fields
+
+
+def _convert_first(path: Path) -> str:
+    return f"Convert it first: tinyllama-hf convert {quote(str(path))} --to llama --output FOLDER"
 
 
 def local_folder(name: str, only: Sequence[str] | None = None) -> Path:

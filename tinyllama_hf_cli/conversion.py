@@ -42,8 +42,8 @@ def convert_command(
 ) -> None:
     """Convert a checkpoint to another format without running any code from it.
 
-    Reads Hugging Face (safetensors, .bin), lit-gpt and litgpt (.pth), Meta (consolidated.*.pth), GGUF and llama2.c
-    files. The layout is detected from their contents.
+    Reads Hugging Face (safetensors, .bin), lit-gpt and litgpt (.pth), Meta (consolidated.*.pth), GGUF, llama2.c
+    and AWQ. The layout is detected from the contents.
 
     Example: tinyllama-hf convert lit_model.pth --to llama --output my-model
     """
@@ -51,12 +51,15 @@ def convert_command(
     import sys
     import time
 
+    from tinyllama_hf.conversion.arguments import DTYPES, check_arguments, check_output
     from tinyllama_hf.devices import check_dtype
     from tinyllama_hf.errors import InputError
     from tinyllama_hf.released import find_model
 
-    check_dtype(dtype, ("fp32", "bf16", "fp16"))
+    check_dtype(dtype, DTYPES)
     find_model(source)
+    check_arguments(to, dtype, max_shard_size, calibration or ())
+    check_output(output, source, force)
     import_libraries()
     from tinyllama_hf.conversion.convert import convert
     from tinyllama_hf.conversion.verify import check_sanity

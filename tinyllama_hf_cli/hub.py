@@ -44,9 +44,14 @@ def publish_command(
     Example: tinyllama-hf publish runs/demo/pretrain --repo me/my-model --private --dry-run
     """
     from tinyllama_hf.errors import InputError
+    from tinyllama_hf.hub.access import check_repo
 
     if not run.is_dir():
-        raise InputError(f"run {run}: no such folder")
+        fix = f"a file, not a folder. Give the folder {run.parent.resolve()}" if run.exists() else "no such folder"
+        raise InputError(f"run {run}: {fix}")
+    check_repo(repo)
+    if base_model is not None:
+        check_repo(base_model.partition("@")[0], "--base-model")
     import_libraries()
     from huggingface_hub.utils import disable_progress_bars
 

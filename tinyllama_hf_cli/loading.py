@@ -46,7 +46,7 @@ def check_model_options(
     check_quantization_name(quantization)
     check_model(model)
     if draft is not None:
-        check_draft(draft)
+        check_draft(draft, model)
     if adapter is not None:
         find_model(adapter)
 

@@ -91,5 +91,5 @@ def _available(device: str | None) -> tuple[int, str]:
     try:
         known = find_device(device)
     except InputError as error:
-        raise InputError(f"{error}; or use a size such as 16GB") from error
+        raise InputError(f"{str(error).removesuffix('?')}, or use a size such as 16GB") from error
     return known.memory, known.name

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from tests.conftest import ROOT, run_here
 from tests.conversion import layouts
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, convert, load_tokenizer, verify
-from tinyllama_hf.conversion.convert import FORMATS
+from tinyllama_hf.conversion.arguments import FORMATS
 from tinyllama_hf.conversion.reading.recognize import open_checkpoint
 from tinyllama_hf.conversion.verify import check_sanity, compare_tensors
 from tinyllama_hf.errors import InputError

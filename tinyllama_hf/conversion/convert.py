@@ -14,31 +14,24 @@ from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, Transf
 
 from .. import provenance
 from ..devices import find_dtype
-from ..errors import InputError, did_you_mean
+from ..errors import InputError
 from ..files import new_folder, read_json, write_json
 from ..progress import progress_bar
 from ..text import read_text
 from ..tokenization_tinyllama import TinyLlamaTokenizer, declared_padding
+from .arguments import DTYPES, HAND_OFF, MAX_SHARD_SIZE, NUMBER_BYTES, check_arguments, check_output
 from .checkpoint import EMBEDDING, OUTPUT, Checkpoint
 from .formats.llama_write import write_generation_config, write_llama
 from .reading.recognize import open_checkpoint
 from .resize import resize_vocabulary
 
 
-# Upper bound of the bytes per parameter in the output, to check the free disk space.
-_BYTES = {"gguf-f32": 4, "gguf-f16": 2, "gguf-bf16": 2, "gguf-q8_0": 1.1, "gguf-q4_0": 0.6, "awq": 2}
-FORMATS = ("llama", "litgpt", *_BYTES)
-_K_QUANTS = ("q3_k_m", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")
 LLAMA_QUANTIZE = "llama-quantize"
-# Formats written by other programs, and the format that each of these programs reads.
-HAND_OFF = {**{f"gguf-{kind}": "gguf-f16" for kind in _K_QUANTS}, "gptq": "llama"}
 # Fields of a generation configuration that GGUF keeps or that only matter to calls of transformers.
 _NOT_LOST = {
     "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config", "use_cache",
     "output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate",
 }  # fmt: skip
-MAX_SHARD_SIZE = "5GB"
-DTYPES = ("fp32", "fp16", "bf16")
 
 
 class Conversion(NamedTuple):
@@ -93,8 +86,9 @@ def convert(
     """
     output = Path(output).absolute() if Path(output).name in ("", "..") else Path(output)
     torch_dtype = find_dtype(dtype, DTYPES)
-    shard_size = _check_arguments(to, dtype, max_shard_size, calibration)
-    _check_output(output, source, force)
+    check_arguments(to, dtype, max_shard_size, calibration)
+    shard_size = _shard_bytes(max_shard_size)
+    check_output(output, source, force)
     asked, to = to, HAND_OFF.get(to, to)
     program = shutil.which(LLAMA_QUANTIZE) if to == "gguf-f16" and asked != to else None
     checkpoint = open_checkpoint(source, config)
@@ -181,19 +175,7 @@ def _write_tokenizer_files(checkpoint: Checkpoint, to: str, folder: Path) -> lis
     return []
 
 
-def _check_arguments(to: str, dtype: str, max_shard_size: str, calibration: Sequence) -> int:
-    """Checks the arguments against the format, and returns the size of a shard in bytes."""
-    if to not in FORMATS and to not in HAND_OFF:
-        raise InputError(f"--to {to!r}: unknown format{did_you_mean(to, (*FORMATS, *HAND_OFF))}")
-    if dtype != "auto" and to not in ("llama", "litgpt"):
-        raise InputError(f"--dtype {dtype}: the format {to} has fixed dtypes. Use --dtype with llama or litgpt")
-    if max_shard_size != MAX_SHARD_SIZE and (to == "litgpt" or to.startswith("gguf-")):
-        raise InputError(f"--max-shard-size {max_shard_size}: {to} is a single file. Use it with llama or awq")
-    if calibration and to != "awq":
-        raise InputError(f"--calibration: only used by awq, not by {to}. Remove it")
-    for path in calibration:
-        if not Path(path).is_file():
-            raise InputError(f"--calibration {path}: file not found")
+def _shard_bytes(max_shard_size: str) -> int:
     try:
         shard_size = convert_file_size_to_int(max_shard_size)
     except ValueError as error:
@@ -202,24 +184,6 @@ def _check_arguments(to: str, dtype: str, max_shard_size: str, calibration: Sequ
     if shard_size < 1:
         raise InputError(f"--max-shard-size {max_shard_size!r}: must be above 0")
     return shard_size
-
-
-def _check_output(output: Path, source: str | Path, force: bool) -> None:
-    """Refuses an output folder with contents, unless `force` is set and a conversion wrote it."""
-    if blocked := next((path for path in output.absolute().parents if path.exists() and not path.is_dir()), None):
-        raise InputError(f"--output {output}: {blocked} is a file. Choose another folder")
-    given = Path(source)
-    if given.exists() and given.resolve().is_relative_to(output.resolve()):
-        raise InputError(f"--output {output}: contains the source {source}. Choose another folder")
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not force:
-        raise InputError(f"--output {output}: already exists. Choose another folder, or pass --force to replace it")
-    record = output / "provenance.json"
-    written = read_json(record) if record.is_file() else None
-    if not isinstance(written, dict) or "conversion" not in written:
-        fix = "Choose another folder, or remove it yourself"
-        raise InputError(f"--output {output}: not written by a conversion, so --force does not replace it. {fix}")
 
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:
@@ -244,9 +208,9 @@ def _check_space(checkpoint: Checkpoint, to: str, dtype: torch.dtype | None, out
     for name, tensor in checkpoint.tensors.items():
         is_head = name == (OUTPUT if OUTPUT in checkpoint.tensors else EMBEDDING)
         format_ = "gguf-q8_0" if to == "gguf-q4_0" and is_head else to
-        bytes_per_number = _BYTES.get(format_) or (dtype or tensor.dtype).itemsize
+        bytes_per_number = NUMBER_BYTES.get(format_) or (dtype or tensor.dtype).itemsize
         if to in HAND_OFF:  # the f16 file, and the K-quant of at most 8 bit
-            bytes_per_number = _BYTES["gguf-f16"] + _BYTES["gguf-q8_0"]
+            bytes_per_number = NUMBER_BYTES["gguf-f16"] + NUMBER_BYTES["gguf-q8_0"]
         needed += tensor.num_bytes / tensor.dtype.itemsize * bytes_per_number
     parent = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
     free = shutil.disk_usage(parent).free

@@ -76,7 +76,7 @@ class SpeculationStatistics:
             f"{self.target_passes} target passes for {self.new_tokens} tokens, {self.seconds:.1f} s"
         )
         gave_up = self.plain_rounds > 1 + self.target_passes // 10  # one plain round is always timed
-        return line + (f"; {self.plain_rounds} passes without drafting, which was slower" if gave_up else "")
+        return line + (f"; {self.plain_rounds} passes without drafting, since drafting was slower" if gave_up else "")
 
 
 class Proposer:

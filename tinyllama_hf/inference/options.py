@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..released import check_model
+from ..released import check_model, find_model, read_llama_fields
 
 
 LOOKUP, LAYERS = "lookup", "layers:"  # drafts without a model of their own
@@ -60,11 +61,18 @@ def draft_layers(name: str) -> int | None:
     return int(number)
 
 
-def check_draft(name: str) -> None:
-    """Checks the name of a draft: `lookup`, `layers:N` or a model.
+def check_draft(name: str, model: str) -> None:
+    """Checks the name of a draft: `lookup`, `layers:N` or a model. N is compared with the layers of a local model.
 
     Raises:
-        InputError: as [`draft_layers`] and [`check_model`].
+        InputError: as [`draft_layers`] and [`check_model`], or if the model has too few layers.
     """
-    if name != LOOKUP and draft_layers(name) is None:
-        check_model(name)
+    number = draft_layers(name)
+    if number is None:
+        if name != LOOKUP:
+            check_model(name)
+        return
+    place = find_model(model)
+    layers = read_llama_fields(place).get("num_hidden_layers") if isinstance(place, Path) else None
+    if isinstance(layers, int) and number >= layers:
+        raise InputError(f"--draft {name}: the model has {layers} layers. Use fewer")

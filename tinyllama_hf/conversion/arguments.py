@@ -1,0 +1,58 @@
+"""Formats and arguments of a conversion, checked without importing torch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import InputError, did_you_mean
+from ..files import read_json
+
+
+# Upper bound of the bytes per parameter in the output, to check the free disk space.
+NUMBER_BYTES = {"gguf-f32": 4, "gguf-f16": 2, "gguf-bf16": 2, "gguf-q8_0": 1.1, "gguf-q4_0": 0.6, "awq": 2}
+FORMATS = ("llama", "litgpt", *NUMBER_BYTES)
+_K_QUANTS = ("q3_k_m", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")
+# Formats written by other programs, and the format that each of these programs reads.
+HAND_OFF = {**{f"gguf-{kind}": "gguf-f16" for kind in _K_QUANTS}, "gptq": "llama"}
+MAX_SHARD_SIZE = "5GB"
+DTYPES = ("fp32", "bf16", "fp16")
+
+
+def check_arguments(to: str, dtype: str, max_shard_size: str, calibration: Sequence) -> None:
+    """Checks the arguments of [`convert`] against the format.
+
+    Raises:
+        InputError: if the format is unknown or does not take an argument.
+    """
+    if to not in FORMATS and to not in HAND_OFF:
+        raise InputError(f"--to {to!r}: unknown format{did_you_mean(to, (*FORMATS, *HAND_OFF))}")
+    if dtype != "auto" and to not in ("llama", "litgpt"):
+        raise InputError(f"--dtype {dtype}: the format {to} has fixed dtypes. Use --dtype with llama or litgpt")
+    if max_shard_size != MAX_SHARD_SIZE and (to == "litgpt" or to.startswith("gguf-")):
+        raise InputError(f"--max-shard-size {max_shard_size}: {to} is a single file. Use it with llama or awq")
+    if calibration and to != "awq":
+        raise InputError(f"--calibration: only used by awq, not by {to}. Remove it")
+    for path in calibration:
+        if not Path(path).is_file():
+            raise InputError(f"--calibration {path}: file not found")
+
+
+def check_output(output: Path, source: str | Path, force: bool) -> None:
+    """Refuses an output folder with contents, unless `force` is set and a conversion wrote it.
+
+    Raises:
+        InputError: if the folder cannot be written.
+    """
+    if blocked := next((path for path in output.absolute().parents if path.exists() and not path.is_dir()), None):
+        raise InputError(f"--output {output}: {blocked} is a file. Choose another folder")
+    given = Path(source)
+    if given.exists() and given.resolve().is_relative_to(output.resolve()):
+        raise InputError(f"--output {output}: contains the source {source}. Choose another folder")
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not force:
+        raise InputError(f"--output {output}: already exists. Choose another folder, or pass --force to replace it")
+    record = output / "provenance.json"
+    written = read_json(record) if record.is_file() else None
+    if not isinstance(written, dict) or "conversion" not in written:
+        fix = "Choose another folder, or remove it yourself"
+        raise InputError(f"--output {output}: not written by a conversion, so --force does not replace it. {fix}")
