@@ -1,13 +1,13 @@
 """Pretrains a small Llama from a YAML recipe.
 
-    accelerate launch recipes/pretrain.py RECIPE.yaml [section.key=value ...] [--overwrite] [--dry-run]
+    accelerate launch --quiet recipes/pretrain.py RECIPE.yaml [section.key=value ...] [--overwrite] [--dry-run]
 
 A run of about a minute on a CPU, in a folder that contains recipes/ (from `tinyllama-hf recipes copy recipes`):
 
     tinyllama-hf tokenizer train embedded:prose --vocab-size 1024 --output runs/micro/tokenizer
     tinyllama-hf prepare embedded:prose --tokenizer runs/micro/tokenizer --output runs/micro/data \\
         --validation-fraction 0.05
-    accelerate launch recipes/pretrain.py recipes/pretrain/micro.yaml
+    accelerate launch --quiet recipes/pretrain.py recipes/pretrain/micro.yaml
 
 The same command resumes a run that was stopped, killed or moved.
 
@@ -111,13 +111,15 @@ def next_commands(run: Path) -> list[str]:
 
     if not (milestones := list_milestones(run)):
         return []
-    last, name, page = (quote(str(path)) for path in (milestones[-1], run, run / "report"))
+    recipes = Path(sys.argv[0]).parent  # the folder that was launched, which may be a copy under another name
+    paths = (milestones[-1], run, run / "report", recipes / "sft.py", recipes / "sft" / "full.yaml")
+    last, name, page, script, recipe = (quote(str(path)) for path in paths)
     return [
         f"finished    {last}. Next, for example:",
         f"  tinyllama-hf generate {last} 'Once upon a time'",
         f"  tinyllama-hf eval text {name} --baselines",
         f"  tinyllama-hf report {name} --output {page}",
-        f"  accelerate launch recipes/sft.py recipes/sft/full.yaml model.path={last}",
+        f"  accelerate launch --quiet {script} {recipe} model.path={last}",
     ]
 
 

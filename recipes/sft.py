@@ -1,11 +1,11 @@
 """Fine-tunes a base checkpoint into a chat model from a YAML recipe, with TRL.
 
-    accelerate launch recipes/sft.py RECIPE.yaml [section.key=value ...] [--overwrite] [--dry-run]
+    accelerate launch --quiet recipes/sft.py RECIPE.yaml [section.key=value ...] [--overwrite] [--dry-run]
 
 Full fine-tuning and LoRA. The loss covers the replies of the assistant and their stop tokens only. The result is a
 plain Llama folder with a chat template:
 
-    accelerate launch recipes/sft.py recipes/sft/full.yaml model.path=runs/demo/pretrain/milestones/NAME
+    accelerate launch --quiet recipes/sft.py recipes/sft/full.yaml model.path=runs/demo/pretrain/milestones/NAME
     tinyllama-hf chat runs/sft/full
 
 Invalid input ends with one message and exit status 2 (`accelerate launch` turns every failure into 1; `--quiet` keeps

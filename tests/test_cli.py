@@ -68,6 +68,8 @@ class TestHelp:
     def test_a_misspelt_command(self, run_command, tmp_path):
         done = run_command("tinyllama-hf", "generat", cwd=tmp_path)
         assert done.returncode == 2 and "Did you mean 'generate'" in done.stderr
+        done = run_command("tinyllama-hf", "eval", "task", "model", cwd=tmp_path)
+        assert done.returncode == 2 and "Did you mean 'tasks'" in done.stderr
 
 
 @pytest.fixture
@@ -311,6 +313,15 @@ def test_prepare_dry_run_writes_nothing(call, things, tmp_path, capsys):
         "tinyllama-hf", "prepare", things["corpus"], "--tokenizer", things["tokenizer"], "--output", "out", "--dry-run"
     )
     assert status == 0 and tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("fraction", ["0", "0.5"])
+def test_prepare_names_a_missing_held_out_split(things, tmp_path, fraction):
+    options = {"--tokenizer": things["tokenizer"], "--output": tmp_path / "out", "--validation-fraction": fraction}
+    words = ["prepare", things["corpus"], *(word for option in options.items() for word in option)]
+    done = CliRunner().invoke(tinyllama_hf_cli.app, [str(word) for word in words])
+    assert done.exit_code == 0
+    assert ("no document was held out" in done.output) == (fraction == "0")
 
 
 def test_recipes_copy_and_list(call, tmp_path):

@@ -8,11 +8,12 @@ import yaml
 
 from tests.conftest import ROOT
 from tests.pretrain.runs import exact_rows, read_metrics, run
+from tinyllama_hf import TinyLlamaConfig
 from tinyllama_hf.data.config import load_prepare_config
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.finetune.config import load_finetune_config
 from tinyllama_hf.pretrain.config import load_pretrain_config
-from tinyllama_hf.pretrain.setup import build_model, describe_recipe, open_pretrain_run
+from tinyllama_hf.pretrain.setup import build_model, check_initial_model, describe_recipe, open_pretrain_run
 
 
 LOADERS = {
@@ -149,6 +150,17 @@ class TestSixLines:
         short.write_text(re.sub("  tokenizer: .*\n", "", text))
         assert load_pretrain_config(short).data.tokenizer == f"{prepared}/tokenizer"
 
+    def test_a_key_without_its_section(self, short):
+        with pytest.raises(InputError, match=r"total_tokens: unknown key; did you mean training\.total_tokens\?"):
+            load_pretrain_config(short, ["total_tokens=300k"])
+        places = r"every_tokens: unknown key; did you mean checkpoints\.every_tokens or validation\.every_tokens\?"
+        with pytest.raises(InputError, match=places):
+            load_pretrain_config(short, ["every_tokens=300k"])
+
+    def test_an_amount_that_is_no_number(self, short):
+        with pytest.raises(InputError, match=r"training.total_tokens: 'abc': write a whole number, such as .*300k"):
+            load_pretrain_config(short, ["training.total_tokens=abc"])
+
     @pytest.mark.parametrize("total", ["no", ".inf", "-3", "[1]", "{}", "4x", "1.5"])
     def test_a_wrong_value_gives_one_problem(self, short, total):
         """And none about the keys that follow from it."""
@@ -208,6 +220,12 @@ class TestInitialModel:
     def test_other_sizes_are_refused(self, initial):
         with pytest.raises(InputError, match="hidden_size: 64 there, 128 in the recipe"):
             open_pretrain_run(load_pretrain_config(initial, ["model.overrides={hidden_size: 128}"]))
+
+    def test_another_vocabulary_is_refused_with_the_fix(self, initial):
+        model = yaml.safe_load(initial.read_text())["model"]["init_from"]
+        config = TinyLlamaConfig.from_pretrained(model)
+        with pytest.raises(InputError, match="prepare the data with the tokenizer of that model\n  vocab_size"):
+            check_initial_model(model, TinyLlamaConfig(**{**config.to_dict(), "vocab_size": 77}))
 
 
 class TestLonger:

@@ -61,9 +61,9 @@ WRONG = {
     "prepare empty --output x": "--tokenizer is required",
     "tokenizer train /nope --output x": "source /nope does not exist",
     "tokenizer verify /nope": "model '/nope': no such folder",
-    "train a.yaml training.seed=1 --dry-run": "recipes copy recipes && accelerate launch recipes/pretrain.py a.yaml "
-    "training.seed=1 --dry-run",
-    "sft": "accelerate launch recipes/sft.py recipes/sft/full.yaml",
+    "train a.yaml training.seed=1 --dry-run": "recipes copy recipes && accelerate launch --quiet recipes/pretrain.py "
+    "a.yaml training.seed=1 --dry-run",
+    "sft": "accelerate launch --quiet recipes/sft.py recipes/sft/full.yaml",
     "recipes copy empty": "empty: already exists",
     "pretrain.py /nope": "recipe /nope does not exist",
     f"pretrain.py {RECIPE} training.sed=1": "training.sed: unknown key; did you mean 'seed'?",

@@ -28,15 +28,23 @@ from .errors import InputError, check_seed, did_you_mean
 from .text import read_text
 
 
-_COUNT = re.compile(r"(\d+(?:\.\d+)?(?:e\d{1,2})?) ?([kKMBT]?)")
+_COUNT = re.compile(r"(\d[\d_]*(?:\.\d+)?(?:e\d{1,2})?) ?([kKMBT]?)")
 _UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def parse_count(value: Any) -> Any:
-    """Returns `300M`, `1.5B` or `1e9` as an integer, and everything else unchanged."""
-    match = _COUNT.fullmatch(value) if isinstance(value, str) else None
+    """Returns `300M`, `1.5B` or `1e9` as an integer, and a value that is no text unchanged.
+
+    Raises:
+        ValueError: for any other text.
+    """
+    if not isinstance(value, str):
+        return value
+    match = _COUNT.fullmatch(value)
     count = Decimal(match[1]) * _UNITS[match[2]] if match else Decimal("0.5")
-    return int(count) if count == int(count) else value
+    if count != int(count):
+        raise ValueError("write a whole number, such as 300_000, 300k or 2B")
+    return int(count)
 
 
 Seed = Annotated[int, AfterValidator(lambda seed: check_seed(seed, ""))]
@@ -179,6 +187,11 @@ def _problem(schema: type[Recipe], problem: ErrorDetails) -> str:
     """Formats an error of pydantic as one line."""
     *sections, key = problem["loc"]
     name = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "extra_forbidden" and not sections:
+        kinds = {section: _section_of(field.annotation) for section, field in schema.model_fields.items()}
+        places = [f"{section}.{key}" for section, kind in kinds.items() if kind and key in kind.model_fields]
+        if places:
+            return f"{name}: unknown key; did you mean {' or '.join(places)}?"
     if problem["type"] == "extra_forbidden":
         return f"{name}: unknown key{did_you_mean(str(key), _fields(schema, sections))}"
     if problem["type"] == "missing":

@@ -16,8 +16,8 @@ from .openmp import let_threads_sleep
 app = typer.Typer(
     name="tinyllama-hf",
     help="Prepare data, evaluate, convert, generate, chat, serve and publish with a small Llama.\n\n"
-    "To train, run: accelerate launch recipes/pretrain.py RECIPE.yaml. To fine-tune, use recipes/sft.py instead. "
-    "`recipes copy` copies both.",
+    "To train, run: accelerate launch --quiet recipes/pretrain.py RECIPE.yaml. To fine-tune, use recipes/sft.py "
+    "instead. `recipes copy` copies both.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",

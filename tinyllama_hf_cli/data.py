@@ -86,6 +86,12 @@ def prepare_command(
     for split, counts in metadata["splits"].items():
         documents, tokens, num_bytes = (counts[key] for key in ("documents", "tokens", "bytes"))
         print(f"  {split:<10} {documents:>9,} documents {tokens:>13,} tokens {num_bytes:>14,} bytes")
+    if not metadata["splits"]["validation"]["documents"]:
+        fraction = metadata["request"]["validation_fraction"]
+        print(
+            f"  no document was held out (--validation-fraction {fraction}), and pretraining needs some. Prepare the "
+            "data into another folder with a larger share"
+        )
 
 
 def _check(folder: Path, sources: list[str] | None, given: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ class _EvalGroup(TyperGroup):
     """Also accepts the spelling of version 0.1, `eval MODEL... [--task TASK]`, which the next version removes."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # typer 0.29 has its own, private copy of click
-        if args and args[0] not in {*self.commands, "--help"} and not ctx.resilient_parsing:
+        if args and not ctx.resilient_parsing and self._is_old_spelling(args[0]):
             import shlex
 
             args = _new_spelling(args)
@@ -24,6 +24,12 @@ class _EvalGroup(TyperGroup):
                 file=sys.stderr,
             )
         return super().parse_args(ctx, args)
+
+    def _is_old_spelling(self, word: str) -> bool:
+        import difflib
+
+        misspelt = difflib.get_close_matches(word, self.commands, cutoff=0.7) and not Path(word).exists()
+        return word not in {*self.commands, "--help"} and not misspelt
 
 
 def _new_spelling(args: list[str]) -> list[str]:

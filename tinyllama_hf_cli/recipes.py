@@ -25,7 +25,7 @@ def list_recipes_command() -> None:
 def copy_recipes_command(
     folder: Annotated[Path, typer.Argument(help="Folder to create; must not exist.")],
 ) -> None:
-    """Copy the recipes and scripts, for `accelerate launch FOLDER/pretrain.py FOLDER/RECIPE.yaml`.
+    """Copy the recipes and scripts, for `accelerate launch --quiet FOLDER/pretrain.py FOLDER/RECIPE.yaml`.
 
     Example: tinyllama-hf recipes copy my-recipes
     """
@@ -69,9 +69,8 @@ def _name_launch_command(script: str, arguments: list[str]) -> None:
 
     path = Path("recipes") / script
     copy = "" if path.is_file() else "tinyllama-hf recipes copy recipes && "
-    raise InputError(
-        f"accelerate starts the training. Run: {copy}{shlex.join(['accelerate', 'launch', str(path), *arguments])}"
-    )
+    command = shlex.join(["accelerate", "launch", "--quiet", str(path), *arguments])
+    raise InputError(f"accelerate starts the training. Run: {copy}{command}")
 
 
 def _files() -> list[tuple[str, Path]]:

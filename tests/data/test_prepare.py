@@ -291,6 +291,8 @@ class TestBlocks:
     def test_less_than_a_block_is_refused(self, prepared):
         with pytest.raises(InputError, match="less than one block of 10000000"):
             TokenDataset(prepared, 10_000_000)
+        with pytest.raises(InputError, match="--validation-fraction"):
+            TokenDataset(prepared, 10_000_000, "validation")
 
     def test_damage_is_found(self, corpus, tokenizer_folder, tmp_path):
         run([corpus], tokenizer_folder, tmp_path / "out")

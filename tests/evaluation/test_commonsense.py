@@ -175,6 +175,10 @@ def test_nothing_is_scored_twice_and_another_protocol_is_refused(run, scored, to
     text = output.read_text()
     with pytest.raises(InputError, match=r"another protocol \(different: limit \(None, not 3\)\)"):
         score_commonsense([str(tmp_path / "run")], "embedded:sample", limit=3, output=output)
+    other = shutil.copytree(task_files("embedded:sample")["piqa"].parents[1], tmp_path / "rows")
+    (other / "piqa" / "validation.jsonl").write_text("not JSON: found only if the rows are opened")
+    with pytest.raises(InputError, match=r"another protocol \(different: data of piqa\)"):
+        score_commonsense([str(tmp_path / "run")], other, output=output)
     assert output.read_text() == text
 
 

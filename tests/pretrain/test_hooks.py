@@ -42,6 +42,12 @@ def finished(prepared, tokenizer_folder, tmp_path_factory) -> tuple[Path, str]:
     return recipe.parent / "run", printed
 
 
+def test_next_commands_name_the_launched_folder(finished, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["my recipes/pretrain.py"])
+    assert "'my recipes/sft.py' 'my recipes/sft/full.yaml' model.path=" in SCRIPT.next_commands(finished[0])[-1]
+    assert f"{ROOT / 'recipes' / 'sft.py'} {ROOT / 'recipes' / 'sft' / 'full.yaml'} model.path=" in finished[1]
+
+
 def test_picture(finished):
     from matplotlib import image
 

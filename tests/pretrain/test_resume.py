@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -246,9 +247,11 @@ class TestRefusals:
         ],
     )
     def test_other_settings(self, recipe, output, override, message):
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(InputError, match=message) as refused:
             run(recipe, override)
         assert len(list_milestones(output)) == 2
+        _, found, overrides = str(refused.value).rpartition("to restore them: ")
+        assert found and run(recipe, override, *shlex.split(overrides)) == output
 
     @pytest.mark.parametrize(
         "overrides",

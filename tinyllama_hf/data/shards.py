@@ -72,9 +72,10 @@ class TokenDataset:
         for shard in self._shards:
             check_sizes(self._root, shard, self._dtype.itemsize)
         if len(self) < 1:
+            more = "with a larger --validation-fraction" if split == "validation" else "from more text"
             raise InputError(
                 f"{self.folder}: the {split} split has {self.num_tokens} tokens, less than one block of "
-                f"{block_size} + 1. Prepare more text or reduce data.sequence_length"
+                f"{block_size} + 1. Prepare the data {more}, or reduce data.sequence_length"
             )
 
     @property

@@ -14,6 +14,7 @@ from ..errors import InputError
 from ..files import read_json, write_text
 from ..inference.load import choose_device
 from ..progress import progress_bar
+from ..provenance import file_sha256
 from ..released import tables
 from .harness import BATCH_SIZE, run_task, wrap_model
 from .models import list_eval_models, load_eval_model
@@ -29,7 +30,7 @@ from .score_files import (
     write_scores,
 )
 from .score_metrics import average_standard_error, commonsense_average
-from .suite import Suite, open_suite
+from .suite import Suite, open_suite, task_files
 
 
 # The files that affect scores: stock transformers loads no others.
@@ -74,9 +75,15 @@ def score_commonsense(
     device = choose_device(device)
     chosen = list_eval_models(models, quantization)
     context = _common_context([model.folder for model in chosen])
+    file = read_scores(output, CommonsenseScoreFile)
+    if file:  # checked as far as possible before the tasks are opened, which takes up to a minute
+        rows_of = {name: file_sha256(path) for name, path in task_files(data).items()} if data else file.protocol.data
+        expected = dataclasses.replace(file.protocol, context_length=context, limit=limit, data=rows_of)
+        _check_protocol(output, file, expected)
     with open_suite(data) as suite:
         protocol = _published_protocol(suite, context, limit)
-        file = _open_file(output, protocol)
+        file = file or CommonsenseScoreFile(protocol=protocol, models=[])
+        _check_protocol(output, file, protocol)
         partial = PartialScores(output)
         rows: list[CommonsenseRow] = []
         lines: list[str] = []
@@ -144,15 +151,12 @@ def _published_protocol(suite: Suite, context: int, limit: int | None) -> Protoc
     )
 
 
-def _open_file(output: Path | None, protocol: Protocol) -> CommonsenseScoreFile:
-    """Reads the score file, or starts a new one."""
-    file = read_scores(output, CommonsenseScoreFile) or CommonsenseScoreFile(protocol=protocol, models=[])
+def _check_protocol(output: Path | None, file: CommonsenseScoreFile, protocol: Protocol) -> None:
     if differences := protocol.differences(file.protocol):
         raise InputError(
             f"--output {output} has scores of another protocol (different: {'; '.join(differences)}). A file has "
-            "one protocol; name another file, or remove this one"
+            "one protocol. Choose another --output, or remove this file"
         )
-    return file
 
 
 def _fingerprint(folder: Path) -> str:

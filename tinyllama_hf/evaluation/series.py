@@ -158,12 +158,12 @@ def _open_series(
     run = find_run(models)
     record = read_run_record(run) if run else None
     if record:
-        data = data or [source.path for source in record.sources]
-        if missing := [folder for folder in data if not Path(folder).is_dir()]:
+        if not data and (missing := [source.path for source in record.sources if not Path(source.path).is_dir()]):
             raise InputError(
                 f"data folder {missing[0]} does not exist. Paths of a run are relative to the folder in which it was "
                 "started: call from there, or pass the data with --data"
             )
+        data = data or [source.path for source in record.sources]
     elif baselines:
         raise InputError(
             "--baselines needs one run (a folder with milestones), since they are fitted on its training text"

@@ -52,6 +52,8 @@ def task_files(folder: str | Path) -> dict[str, Path]:
         InputError: if files are missing; lists them, and where to get them.
     """
     folder = eval_folder() / "sample" if str(folder) == SAMPLE else Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"--data {folder}: no such folder. Name one with the tasks' rows, or {SAMPLE}")
     files, missing = {}, []
     for name in TASKS:
         (split,) = _redirection(name)["dataset_kwargs"]["data_files"].values()

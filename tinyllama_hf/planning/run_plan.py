@@ -218,7 +218,7 @@ def _known_errors(plan: Plan) -> list[str]:
 
 def _time_lines(plan: Plan) -> list[str]:
     if plan.device is None or plan.seconds is None:
-        return ["time        n/a: the peak rate of the device is not known"]
+        return ["time        n/a: the peak rate of the device is not known; see plan --device"]
     rate = plan.tokens / plan.seconds
     hours = plan.seconds / 3600
     duration = f"{hours / 24:.1f} days" if hours >= 48 else f"{hours:.2f} hours"

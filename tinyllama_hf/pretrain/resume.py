@@ -1,5 +1,7 @@
 """Where a launch starts: at the first step, at a checkpoint of its own run, or at a milestone of another run."""
 
+import json
+import shlex
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -272,7 +274,16 @@ def check_same_run(checkpoint: Path, recorded: Settings, current: Settings) -> N
             f"{checkpoint}: was trained with other settings or data, so the run cannot be resumed with this recipe. "
             "Restore them, choose another output_dir, start over with --overwrite, or use `branch`.\n  "
             + "\n  ".join(changes)
+            + _restoring_overrides(recorded, current)
         )
+
+
+def _restoring_overrides(recorded: Settings, current: Settings) -> str:
+    """A line with the overrides that restore the settings; empty if data, tokenizer or branch differ."""
+    changed = [name for name in recorded if recorded[name] != current.get(name)]
+    if not {"data.sources", "tokenizer", "branch"}.isdisjoint(changed):
+        return ""
+    return "\n  to restore them: " + shlex.join(f"{name}={json.dumps(recorded[name])}" for name in changed)
 
 
 def list_changes(recorded: Settings, current: Settings) -> list[str]:

@@ -92,7 +92,13 @@ def check_initial_model(name: str, expected: TinyLlamaConfig) -> None:
         lines = "\n".join(
             f"  {field}: {found.get(field)} there, {wanted.get(field)} in the recipe" for field in different
         )
-        raise InputError(f"model.init_from {name}: its architecture differs from that of the recipe\n{lines}")
+        fixes = ["prepare the data with the tokenizer of that model"] if "vocab_size" in different else []
+        if different != ["vocab_size"]:
+            fixes.append("remove model.preset and model.overrides to use its architecture")
+        raise InputError(
+            f"model.init_from {name}: its architecture differs from that of the recipe. To fix it, "
+            f"{' and '.join(fixes)}\n{lines}"
+        )
 
 
 def _config_of(model: str) -> TinyLlamaConfig:
