@@ -28,7 +28,8 @@ class _EvalGroup(TyperGroup):
     def _is_old_spelling(self, word: str) -> bool:
         import difflib
 
-        misspelt = difflib.get_close_matches(word, self.commands, cutoff=0.7) and not Path(word).exists()
+        near = difflib.get_close_matches(word, self.commands, cutoff=0.7)
+        misspelt = near and not word.startswith("-") and not Path(word).exists()
         return word not in {*self.commands, "--help"} and not misspelt
 
 

@@ -1,5 +1,6 @@
 """The values of the keys that a recipe leaves out and that follow from others. Other defaults are in `config.py`."""
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,11 @@ def _section(recipe: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _positive(value: Any, default: Any) -> Any:
     """Returns the value if it is a number above 0 that fits in 64 bits."""
-    try:
-        number = float(parse_count(value))  # YAML 1.1 reads 1e-3 as text, which the schema accepts
-    except (TypeError, ValueError):
+    for read in (float, parse_count):  # YAML 1.1 reads 1e-3 as text, which the schema accepts
+        with contextlib.suppress(TypeError, ValueError):
+            number = float(read(value))
+            break
+    else:
         return default
     if not 0 < number < 2**64:
         return default
