@@ -114,7 +114,7 @@ def test_a_mistake_is_reported_without_torch(outcomes, command, message):
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_terminal_shows_that_libraries_are_loading(terminal, monkeypatch):
-    """And a pipe gets nothing."""
+    """And a pipe gets nothing before ten seconds."""
     reader, writer = pty.openpty() if terminal else os.pipe()
     monkeypatch.setenv("TERM", "xterm")
     with open(writer, "w") as stream:

@@ -52,10 +52,10 @@ def check_model_options(
 
 
 def import_libraries() -> None:
-    """Imports torch and transformers, and shows on a terminal that this takes a moment."""
-    from rich.console import Console
+    """Imports torch and transformers, and shows that this takes a moment."""
+    from tinyllama_hf.progress import show_busy
 
-    with Console(stderr=True).status("Loading torch and transformers"):
+    with show_busy("Loading torch and transformers"):
         from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
 
@@ -65,12 +65,13 @@ def load_model(
     """Returns model, tokenizer, and draft or `None`; prints the memory of a quantized model to standard error."""
     from tinyllama_hf.devices import find_dtype
     from tinyllama_hf.inference.load import load, load_draft
-    from tinyllama_hf.progress import quiet_library_bars
+    from tinyllama_hf.progress import progress_bar, quiet_library_bars
     from tinyllama_hf.quantization.bitsandbytes import QuantizedTinyLlama, describe_footprint
 
     chosen = find_dtype(dtype) or "auto"
     quiet_library_bars()
-    loaded, tokenizer = load(model, chosen, device, quantization, adapter=adapter)
+    with progress_bar(f"loading {model}"):  # on a terminal transformers has a bar
+        loaded, tokenizer = load(model, chosen, device, quantization, adapter=adapter)
     if isinstance(loaded, QuantizedTinyLlama):
         note(describe_footprint(loaded))
     return loaded, tokenizer, load_draft(draft, loaded, tokenizer, chosen, device) if draft else None
