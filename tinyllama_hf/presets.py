@@ -11,7 +11,7 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 # Sequence length and highest learning rate. 1.1b: as published; 120m: as GPT-3 of this size (Brown et al. 2020, table
-# 2.1); nano and micro: the best of a few runs on the corpus of the demo.
+# 2.1); nano and micro: as in their recipes.
 TRAINED_WITH: dict[str, tuple[int, float]] = {
     "1.1b": (2048, 4e-4),
     "120m": (2048, 6e-4),
