@@ -5,6 +5,7 @@ import logging as python_logging
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -59,9 +60,9 @@ def progress_bar(
     ended = threading.Event()
     thread = threading.Thread(target=_print_lines, args=(bar, unit, ended), daemon=True)
 
-    def update(**fields: object) -> None:
+    def update(**fields: Any) -> None:
         bar.start()  # does nothing if it is drawn already
-        bar.update(task, **fields)  # type: ignore[arg-type]
+        bar.update(task, **fields)
 
     if is_logged:
         thread.start()

@@ -17,6 +17,7 @@ import pytest
 import torch
 from filelock import FileLock
 
+from tests.conftest import run_here
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
 
 
@@ -76,11 +77,11 @@ def executable(folder: Path, text: str) -> Path:
 
 
 @pytest.fixture
-def to_k_quant(run_command, source, tmp_path):
+def to_k_quant(source, tmp_path):
     """Runs `convert --to gguf-q4_k_m`, with a folder as the only one on the `PATH`."""
 
     def run(programs: Path, *options):
-        return run_command(
+        return run_here(
             "tinyllama-hf", "convert", source, "--to", "gguf-q4_k_m", "--output", "my out", *options,
             cwd=tmp_path, env={"PATH": str(programs)},
         )  # fmt: skip

@@ -63,6 +63,7 @@ def rows_of(path) -> list[dict]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_resumes_with_the_task_it_was_in(command, tmp_path):
     """Interrupted in the third task of the first model, killed in the third task of the second one."""
     assert started(command(output="whole.json")) == [*TASKS, *TASKS]
