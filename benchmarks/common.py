@@ -8,6 +8,7 @@ from typing import Any
 
 from tinyllama_hf import provenance
 from tinyllama_hf.files import write_json
+from tinyllama_hf.portable import portable
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -37,5 +38,5 @@ def save(name: str, figures: Any) -> Path:
     """Writes `results/NAME.json`, with the provenance of the figures."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    write_json(path, {"figures": figures, "provenance": provenance.collect()})
+    write_json(path, {"figures": figures, "provenance": portable(provenance.collect())})
     return path

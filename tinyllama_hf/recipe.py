@@ -33,10 +33,10 @@ _UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def parse_count(value: Any) -> Any:
-    """Returns `300M`, `1.5B` or `1e9` as an integer, and a value that is no text unchanged.
+    """Returns `300M`, `1.5B` or `1e9` as an integer, and values other than strings unchanged.
 
     Raises:
-        ValueError: for any other text.
+        ValueError: for any other string.
     """
     if not isinstance(value, str):
         return value
