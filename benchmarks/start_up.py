@@ -2,9 +2,9 @@
 
     python benchmarks/start_up.py [--rounds 5] [--other CHECKOUT]
 
-The first output is measured for correct commands on a pseudo-terminal, for example a line about what is loading. Medians
-of new processes in interleaved rounds, the start of Python included. With `--other`, a checkout of another commit takes
-turns with this one. `import torch, transformers.models.llama` is there for comparison.
+The first output is measured for correct commands on a pseudo-terminal, for example a line about what is loading.
+Medians of new processes in interleaved rounds, the start of Python included. With `--other`, a checkout of another
+commit takes turns with this one. `import torch, transformers.models.llama` is there for comparison.
 """
 
 import argparse
