@@ -101,7 +101,7 @@ class Row:
 
     def plain_packed(self, do_sample: bool = False) -> None:
         """Plain decoding with our attention, so that its gain is not counted as that of the draft."""
-        with packed_attention(self.target):
+        with packed_attention([self.target.config]):
             self.plain(do_sample)
 
     def stock_assisted(self) -> None:

@@ -242,7 +242,7 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
             # On a CPU, stock attention takes most of a step with a long context. GPUs have kernels for grouped
             # queries.
             packs = self.device.type == "cpu" and self.config._attn_implementation == "sdpa"
-            with packed_attention(self) if packs else contextlib.nullcontext():
+            with packed_attention([self.config]) if packs else contextlib.nullcontext():
                 # transformers types `self` of `generate` by a protocol that its own models do not match.
                 return super().generate(inputs, generation_config=generation_config, **kwargs)  # type: ignore[misc]
         input_ids = kwargs.pop("input_ids", None)

@@ -20,20 +20,20 @@ def feed(length, seconds, acceptance, rounds=60):
 
 
 def test_cheap_and_right_drafts_are_long():
-    widths = feed(DraftLength(4, 8), (0.05, 1.0, 0.02), 0.95)[10:]
+    widths = feed(DraftLength(4, range(1, 9)), (0.05, 1.0, 0.02), 0.95)[10:]
     assert min(width for width in widths if width) >= 5
     assert 0 < widths.count(0) <= 3, "plain rounds are timed again at times"
 
 
 def test_dear_or_wrong_drafts_are_left_alone():
     for seconds, acceptance in (((0.9, 1.0, 0.1), 0.6), ((0.1, 1.0, 0.05), 0.02), ((0.1, 1.0, 0.9), 0.7)):
-        widths = feed(DraftLength(4, 8), seconds, acceptance, rounds=256)
+        widths = feed(DraftLength(4, range(1, 9)), seconds, acceptance, rounds=256)
         assert sum(width > 0 for width in widths[20:]) <= 6, (seconds, acceptance)
         assert any(widths[20:]), "drafting is tried again at times"
 
 
 def test_look_up_that_finds_something_in_one_row_of_eight():
-    length, tokens, seconds = DraftLength(8, 8), 0, 0.0
+    length, tokens, seconds = DraftLength(8, range(1, 9)), 0, 0.0
     generator = torch.Generator().manual_seed(0)
     for _ in range(300):
         width = length.choose()
@@ -44,7 +44,7 @@ def test_look_up_that_finds_something_in_one_row_of_eight():
 
 
 def test_it_comes_back_when_the_text_becomes_easy():
-    length = DraftLength(4, 8)
+    length = DraftLength(4, range(1, 9))
     assert feed(length, (0.1, 1.0, 0.05), 0.02)[-1] == 0
     assert feed(length, (0.1, 1.0, 0.05), 0.9, rounds=200)[-20:].count(0) <= 1
 
@@ -56,7 +56,7 @@ def test_expected_tokens():
 
 def test_a_row_near_its_end_is_not_taken_for_one_that_rejects():
     """It can take one of eight drafted tokens, and accepts it."""
-    length = DraftLength(1, 8)
+    length = DraftLength(1, range(1, 9))
     length.observe(0, [1], [0], 0.0, 1.0)
     for _ in range(20):
         length.observe(8, [1], [1], 0.08, 1.1)

@@ -100,13 +100,13 @@ def test_nothing_is_copied(models, monkeypatch):
 def test_for_a_while_and_by_several_at_a_time(models):
     """Two contexts for one model, as in threads of a server: the first exit does not restore the attention."""
     stock, _ = models
-    first, second = packed_attention(stock), packed_attention(stock)
+    first, second = packed_attention([stock.config]), packed_attention([stock.config])
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
     assert stock.config._attn_implementation == GQA_PACKED
     second.__exit__(None, None, None)
     assert stock.config._attn_implementation == "sdpa"
-    with pytest.raises(KeyError), packed_attention(stock):
+    with pytest.raises(KeyError), packed_attention([stock.config]):
         raise KeyError
     assert stock.config._attn_implementation == "sdpa"

@@ -335,8 +335,9 @@ class TestDraftLength:
 def test_a_text_drafts_what_followed_the_longest_match_and_of_several_the_latest():
     prompts = torch.tensor([[3, 4, 1, 2, 9, 1, 2, 8, 1, 2], [5, 1, 2, 7, 1, 2, 6, 5, 1, 2], list(range(10))])
     rows = Rows(prompts, None, StoppingCriteriaList([MaxLengthCriteria(20)]), context=64)
-    proposal = PromptLookup().propose(rows, 2, None, False)
-    assert proposal.tokens.tolist() == [[8, 1], [7, 1], [0, 0]] and proposal.counts.tolist() == [2, 2, 0]
+    assert PromptLookup().propose(rows, 2, None, False) == 2
+    assert rows.state.drafted_tokens(2).tolist() == [[8, 1], [7, 1], [0, 0]]
+    assert rows.state.drafted.tolist() == [2, 2, 0]
 
 
 class TestRefusals:

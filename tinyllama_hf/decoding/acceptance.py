@@ -1,15 +1,15 @@
 """Acceptance of drafted tokens: the target's scores per row, and the rules for greedy decoding and for sampling."""
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from transformers import generation
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
 from ..errors import InputError
-from .rows import ACCEPTING, CHOOSING, Rows
+from .row_state import ACCEPTING, CHOOSING, RowState
+from .rows import Rows
 
 
 # These look at the scores of one position only, so all rows and positions can be processed in one call.
@@ -24,6 +24,14 @@ _WITHOUT_CONTEXT = (
     generation.LogitNormalization,
     generation.InfNanRemoveLogitsProcessor,
     generation.SuppressTokensLogitsProcessor,
+)
+# Of these, the ones that never read from the device.
+_RECORDABLE = (
+    generation.TemperatureLogitsWarper,
+    generation.TopKLogitsWarper,
+    generation.TopPLogitsWarper,
+    generation.MinPLogitsWarper,
+    generation.LogitNormalization,
 )
 # These count tokens from the left edge of the padded batch. The attribute is shifted to the start of the row.
 _COUNTING = {
@@ -41,21 +49,6 @@ _REFUSED = (
     generation.EncoderRepetitionPenaltyLogitsProcessor,
     generation.EncoderNoRepeatNGramLogitsProcessor,
 )
-
-
-class Proposal(NamedTuple):
-    """The drafted tokens of a round.
-
-    Attributes:
-        tokens (`torch.Tensor`): `[rows, width]`.
-        counts (`torch.Tensor`): `[rows]`, the number of drafted tokens of each row; the rest of a row is filling.
-        probabilities (`torch.Tensor`, *optional*): `[rows, width, vocab_size]`, the distributions that the tokens were
-            sampled from; `None` if they were not sampled.
-    """
-
-    tokens: torch.Tensor
-    counts: torch.Tensor
-    probabilities: torch.Tensor | None = None
 
 
 class RowProcessors:
@@ -80,6 +73,10 @@ class RowProcessors:
         self._shared: Callable[..., torch.Tensor] | None = None
         if all(isinstance(processor, _WITHOUT_CONTEXT) for processor in processors):
             self._shared = LogitsProcessorList(processors)
+        # What a recorded step depends on; `None` if the processors cannot be a part of one.
+        self.recordable: tuple[Hashable, ...] | None = None
+        if all(type(processor) in _RECORDABLE for processor in processors):
+            self.recordable = tuple((type(each).__name__, *sorted(vars(each).items())) for each in processors)
         # `generate` derives a minimum length from `min_new_tokens` for the padded batch, which has to be shifted. A
         # `min_length` that the caller gave counts from the left edge of the padded batch, as in stock `generate`.
         counts_new = any(
@@ -95,23 +92,23 @@ class RowProcessors:
             for row, (padding, limit) in enumerate(zip(paddings, limits, strict=True))
         ]
 
-    def __call__(self, logits: torch.Tensor, tokens: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    def __call__(self, logits: torch.Tensor, rows: Rows, offset: int = 0) -> torch.Tensor:
         """Returns the scores of consecutive positions.
 
         Args:
             logits (`torch.Tensor`): `[rows, positions, vocab_size]` in fp32.
-            tokens (`torch.Tensor`): `[rows, slots]`, including the drafted tokens before each position.
-            lengths (`Sequence[int]`): number of tokens before the first position.
+            rows (`Rows`): the rows, with the drafted tokens before each position.
+            offset (`int`, *optional*, defaults to 0): number of drafted tokens before the first position.
 
         Returns:
             `[rows, positions, vocab_size]`.
         """
         if self._shared is not None:
             return self._shared(None, logits.flatten(0, 1)).view_as(logits)
-        scores = torch.empty_like(logits)
-        for row, (processors, length) in enumerate(zip(self._rows, lengths, strict=True)):
+        scores = logits.clone()
+        for row, (processors, length) in enumerate(zip(self._rows, rows.lengths, strict=True)):
             for position in range(logits.shape[1]):
-                prefix = tokens[row : row + 1, : length + position]
+                prefix = rows.state.tokens[row : row + 1, : length + offset + position]
                 scores[row, position] = processors(prefix, logits[row : row + 1, position].clone())[0]
         return scores
 
@@ -143,42 +140,41 @@ def _for_row(processor: LogitsProcessor, row: int, padding: int, limit: int) -> 
     return processor
 
 
-def accept_greedy(scores: torch.Tensor, proposal: Proposal, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+def accept_greedy(scores: torch.Tensor, state: RowState) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Accepts the drafted tokens up to the first that differs from the target's own choice.
 
     Args:
         scores (`torch.Tensor`): the target's scores, `[rows, width + 1, vocab_size]`.
-        proposal (`Proposal`): the drafted tokens.
-        rows (`Rows`): the rows, which supply random numbers for sampling.
+        state (`RowState`): the rows with `width` drafted tokens; supplies random numbers for sampling.
 
     Returns:
-        The tokens `[rows, width + 1]`, of which the first `accepted + 1` are the output of the round, and `accepted`
-        `[rows]`.
+        The tokens `[rows, width + 1]`, of which the first `accepted + 1` are the output of the round; `accepted`
+        `[rows]`; and whether the probabilities of each row are finite, `[rows]`.
     """
     chosen = scores.argmax(dim=-1)
-    return chosen, _count_leading(chosen[:, :-1] == proposal.tokens, proposal.counts)
+    width = chosen.shape[1] - 1
+    accepted = _count_leading(chosen[:, :width] == state.drafted_tokens(width), state.drafted)
+    return chosen, accepted, torch.ones_like(state.active)
 
 
-def accept_sampled(scores: torch.Tensor, proposal: Proposal, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+def accept_sampled(scores: torch.Tensor, state: RowState) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Accepts drafted tokens by rejection sampling, so that the output follows the target's distribution.
 
     A token sampled from q is accepted with probability min(1, p / q). After a rejection the row's next token is
     sampled from the positive part of p - q; if all tokens are accepted, from p (Leviathan et al. 2023,
     arXiv:2211.17192, algorithm 1). A drafted token that was not sampled has q = 1. Arguments and results are those of
     [`accept_greedy`].
-
-    Raises:
-        RuntimeError: if a probability is nan or inf.
     """
-    width = proposal.tokens.shape[1]
+    width = scores.shape[1] - 1
     p = scores.softmax(dim=-1)  # [rows, width + 1, vocab_size]
-    drafted = proposal.tokens[..., None]
-    q = proposal.probabilities
+    tokens = state.drafted_tokens(width)
+    drafted = tokens[..., None]
+    q = state.probabilities
     p_drafted = p[:, :width].gather(-1, drafted)[..., 0]  # [rows, width]
-    q_drafted = torch.ones_like(p_drafted) if q is None else q.gather(-1, drafted)[..., 0]
+    q_drafted = torch.ones_like(p_drafted) if q is None else q[:, :width].gather(-1, drafted)[..., 0]
     # u < p / q, written as a product, since q may be 0 after rounding.
-    accepted = _count_leading(rows.uniform(ACCEPTING, width) * q_drafted < p_drafted, proposal.counts)
-    each = torch.arange(len(rows), device=scores.device)
+    accepted = _count_leading(state.uniform(ACCEPTING, width) * q_drafted < p_drafted, state.drafted)
+    each = torch.arange(len(scores), device=scores.device)
     last = p[each, accepted]  # [rows, vocab_size], the distribution of the token after the accepted ones
     if width:
         # In rows that accept all tokens nothing was rejected at this position; `rejected` leaves them out below.
@@ -189,12 +185,11 @@ def accept_sampled(scores: torch.Tensor, proposal: Proposal, rows: Rows) -> tupl
             removed = q[each, place]
         residual = (last - removed).clamp(min=0)
         # An empty residual means that p and q are equal up to rounding. A rejection then has probability zero.
-        rejected = (accepted < proposal.counts) & (residual.sum(-1) > 0)
+        rejected = (accepted < state.drafted) & (residual.sum(-1) > 0)
         last = torch.where(rejected[:, None], residual, last)
-    if not bool(last.isfinite().all()):
-        raise RuntimeError("the model's probabilities hold nan or inf, so no token can be sampled")
-    drawn = draw(last[:, None], rows.uniform(CHOOSING, width + 1).gather(1, accepted[:, None]))
-    return torch.cat([proposal.tokens, drawn], dim=1).scatter(1, accepted[:, None], drawn), accepted
+    drawn = draw(last[:, None], state.uniform(CHOOSING, width + 1).gather(1, accepted[:, None]))
+    chosen = torch.cat([tokens, drawn], dim=1).scatter(1, accepted[:, None], drawn)
+    return chosen, accepted, last.isfinite().all(dim=-1)
 
 
 def draw(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:

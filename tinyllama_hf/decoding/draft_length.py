@@ -24,12 +24,12 @@ class DraftLength:
 
     Args:
         num_rows (`int`): batch size; acceptance is estimated per row.
-        longest (`int`): maximum number of tokens to draft.
+        lengths (`Sequence[int]`): the numbers of tokens to choose from, in ascending order.
         fixed (`int`, *optional*): always draft this number; 0 is plain decoding.
     """
 
-    def __init__(self, num_rows: int, longest: int, fixed: int | None = None):
-        self._longest, self._fixed = longest, fixed
+    def __init__(self, num_rows: int, lengths: Sequence[int], fixed: int | None = None):
+        self._lengths, self._fixed = lengths, fixed
         self._tried = [0.0] * num_rows
         self._accepted = [0.0] * num_rows
         self._draft_seconds: deque[float] = deque(maxlen=_SAMPLES)  # per drafted token
@@ -45,12 +45,12 @@ class DraftLength:
         if not self._target_seconds[1]:
             return 0
         if not self._draft_seconds:
-            return min(3, self._longest)
+            return min(3, self._lengths[-1])
         if 0 < self._waited < self._pause:
             self._waited += 1
             return 0
         speeds = self._tokens_per_second()
-        best = max(range(1, self._longest + 1), key=speeds.__getitem__)
+        best = max(self._lengths, key=speeds.__getitem__)
         if speeds[best] > _MARGIN * speeds[0]:
             self._pause, self._waited = _FIRST_PAUSE, 0
             self._drafting += 1
@@ -94,19 +94,19 @@ class DraftLength:
         self._tried += [0.0] * num_rows
         self._accepted += [0.0] * num_rows
 
-    def _tokens_per_second(self) -> list[float]:
-        """Expected throughput of a round by number of drafted tokens, starting at 0."""
+    def _tokens_per_second(self) -> dict[int, float]:
+        """Expected throughput of a round by number of drafted tokens, 0 included."""
         # Per row, shrunk towards the acceptance of the batch, which is shrunk towards the prior.
         whole = (sum(self._accepted) + _PRIOR_WEIGHT * _PRIOR_ACCEPTANCE) / (sum(self._tried) + _PRIOR_WEIGHT)
         pairs = zip(self._accepted, self._tried, strict=True)
         acceptances = [(accepted + 4 * whole) / (tried + 4) for accepted, tried in pairs]
         draft = statistics.median(self._draft_seconds)
         known = {count: statistics.median(times) for count, times in self._target_seconds.items() if times}
-        return [
-            sum(expected_tokens(acceptance, width) for acceptance in acceptances)
+        return {
+            width: sum(expected_tokens(acceptance, width) for acceptance in acceptances)
             / (width * draft + _target_time(known, width + 1))
-            for width in range(self._longest + 1)
-        ]
+            for width in (0, *self._lengths)
+        }
 
 
 def _target_time(known: dict[int, float], tokens: int) -> float:

@@ -1,6 +1,6 @@
 """The generation engine: rounds of drafting, one target pass and acceptance, over rows that may finish and join."""
 
-import time
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,14 +9,22 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerationConfig, GenerationMixin, GenerationMode
 
 from ..errors import InputError
-from .acceptance import Proposal, RowProcessors, accept_greedy, accept_sampled
+from . import fixed_memory, graphs
+from .acceptance import RowProcessors, accept_greedy, accept_sampled
 from .draft_length import DraftLength
-from .proposals import Proposer, SpeculationStatistics, empty_proposal
+from .fixed_memory import FixedMemory, Size
+from .proposals import ModelProposer, Proposer, SpeculationStatistics
 from .ragged_cache import RaggedModel
 from .rows import RowPlan, Rows
+from .timing import Mark, mark, seconds_between
 
 
+logger = logging.getLogger(__name__)
 LONGEST_DRAFT = 8
+# With steps of fixed shape, a round drafts one of these numbers of tokens.
+FIXED_DRAFTS = (1, 2, 3, 5, LONGEST_DRAFT)
+# Columns of what a round returns from the device; the tokens follow.
+_ACCEPTED, _IS_FINITE, _TOKENS = 1, 4, 5
 _PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 SUPPORTED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
@@ -72,7 +80,8 @@ class Decoding:
         self.input_ids = input_ids.to(target.device)
         self._target = RaggedModel(target)
         context = self._target.context
-        self.rows = Rows(self.input_ids, prepared.get("attention_mask"), criteria, context, plans)
+        do_sample = self.config.do_sample
+        self.rows = Rows(self.input_ids, prepared.get("attention_mask"), criteria, context, plans, do_sample)
         longest, num_rows = max(self.rows.limits), len(self.rows)
         if self._target.has_position_table and longest > context:
             raise InputError(
@@ -80,32 +89,52 @@ class Decoding:
                 "model has no positions beyond it. Lower max_new_tokens"
             )
         self._processors = RowProcessors(processors, self.rows.paddings, self.rows.limits)
-        self._accept = accept_sampled if self.config.do_sample else accept_greedy
+        self._accept = accept_sampled if do_sample else accept_greedy
         self._draft = draft.begin(num_rows)
-        self._length = DraftLength(num_rows, LONGEST_DRAFT, draft_length)
+        self._recorder = self._find_recorder()
+        drafts = range(1, LONGEST_DRAFT + 1) if self._recorder is None else FIXED_DRAFTS
+        self._longest = max(LONGEST_DRAFT, draft_length or 0)
+        self._length = DraftLength(num_rows, drafts, draft_length)
+        self._memory: FixedMemory | None = None
         self.statistics = SpeculationStatistics(num_rows)
         self.token_scores: dict[str, list[list[torch.Tensor]]] = {}
+
+    def _find_recorder(self) -> graphs.Recorder | None:
+        """Returns what records the steps of rounds as graphs, or `None` if they cannot be recorded here."""
+        recorder = graphs.recorder_for(self._target.model.device)
+        for reader in self._readers if recorder else ():
+            if reason := graphs.reason_not_to_record(reader.model):
+                logger.info("%s: steps run without graphs, since %s", type(reader.model).__name__, reason)
+                return None
+        return recorder
+
+    @property
+    def _readers(self) -> list[RaggedModel]:
+        draft = self._draft
+        return [self._target, draft.reader] if isinstance(draft, ModelProposer) else [self._target]
 
     @torch.no_grad()
     def start(self) -> list[list[int]]:
         """Reads the prompts and returns the first new token of each row."""
-        began = time.perf_counter()
-        logits = self._target.read(self.input_ids, self.rows.lengths)
-        _, unfinished, appended = self._finish_round(empty_proposal(self.rows), logits)
-        self._length.keep(unfinished)
-        self.statistics.prefill_seconds = time.perf_counter() - began
+        began = mark(self.input_ids)
+        logits = self._target.read(self.rows, self.input_ids.shape[1])
+        values, ended = self._choose(0, logits)
+        appended = self._finish_round(values, 0, logits)
+        self.statistics.prefill_seconds = seconds_between(began, ended)
         return appended
 
     @torch.no_grad()
     def join(self, other: "Decoding") -> None:
         """Adds the rows of a `Decoding` that was prepared with the same arguments and has started."""
         self.statistics.add(other.statistics)
-        end = max([*self.rows.lengths, *other.rows.lengths], default=0)
-        self._target.join(other._target, end)
-        began = time.perf_counter()
+        lengths = [*self.rows.lengths, *other.rows.lengths]
+        batches = [self.rows, other.rows]
+        if self._memory is not None and any(lengths) and not self._size(batches).fits(self._memory.size):
+            self._move_to_fixed_memory(batches)
+        began = mark(self.input_ids)
         self._draft.join(self.rows, other._draft, other.rows)
-        _wait_for(self.rows.tokens)
-        self.statistics.draft_seconds += time.perf_counter() - began
+        self.statistics.draft_seconds += seconds_between(began, mark(self.input_ids), wait=True)
+        self._target.join(other._target, len(self.rows), max(lengths, default=0))
         self._processors.join(other._processors)
         self._length.join(len(other.rows))
         self.rows.join(other.rows)
@@ -115,6 +144,8 @@ class Decoding:
     def round(self) -> list[list[int]]:
         """Drafts, verifies in one target pass and returns the new tokens of each row; removes finished rows."""
         rows, draft = self.rows, self._draft
+        if self._recorder is not None and self._memory is None:
+            self._move_to_fixed_memory([rows])
         # At most as many tokens as the draft can read. Every round also adds a token of the target's own, so drafting
         # the last token of a row would be wasted.
         limits = [
@@ -122,63 +153,113 @@ class Decoding:
             for remaining, length in zip(rows.remaining, rows.lengths, strict=True)
         ]
         chosen = self._length.choose()
-        wanted = min(chosen, max(limits))  # all rows draft the same number; `counts` below cuts it per row
-        started = time.perf_counter()
-        proposal = empty_proposal(rows)
+        # All rows draft the same number, and `drafted` of the state cuts it per row.
+        wanted = min(chosen, max(limits)) if self._memory is None or not max(limits) else chosen
+        rows.make_room(wanted + 1)
+        recorded = self._num_recorded
+        started = mark(self.input_ids)
+        width = 0
         if wanted:
             draft.catch_up(rows)
-            _wait_for(rows.tokens)
-        began = time.perf_counter()  # catching up is not part of the time per drafted token
+        began = mark(self.input_ids)  # catching up is not part of the time per drafted token
         if wanted:
-            proposal = draft.propose(rows, wanted, self._processors, self.config.do_sample)
-            counts = proposal.counts.minimum(torch.tensor(limits, device=rows.tokens.device))
-            proposal = proposal._replace(counts=counts)
-        _wait_for(proposal.tokens)
-        drafted = time.perf_counter()
-        width = proposal.tokens.shape[1]
+            width = draft.propose(rows, wanted, self._processors, self.config.do_sample)
+            if self._memory is not None and width:
+                width = wanted
+        drafted = mark(self.input_ids)
         # The last accepted token was never read by the target, so a pass reads it and the drafted ones: the logits of
         # `width + 1` positions verify all drafted tokens and give one more.
-        ends = [length + width for length in rows.lengths]
-        logits = self._target.read(rows.last_tokens(1, proposal.tokens), ends, width + 1)
-        accepted, unfinished, appended = self._finish_round(proposal, logits)
-        finished = time.perf_counter()
+        logits = self._target.read(rows, width + 1, width, width + 1)
+        values, finished = self._choose(width, logits)
         self.statistics.plain_rounds += not chosen
-        self.statistics.draft_seconds += drafted - started
-        self.statistics.target_seconds += finished - drafted
-        self._length.observe(width, limits, accepted, drafted - began, finished - drafted)
-        self._length.keep(unfinished)
-        return appended
+        self.statistics.draft_seconds += seconds_between(started, drafted)
+        target_seconds = seconds_between(drafted, finished)
+        self.statistics.target_seconds += target_seconds
+        if self._num_recorded == recorded:  # otherwise the time of recording is in it
+            accepted = [row[_ACCEPTED] for row in values]
+            self._length.observe(width, limits, accepted, seconds_between(began, drafted), target_seconds)
+        return self._finish_round(values, width, logits)
 
-    def _finish_round(self, proposal: Proposal, logits: torch.Tensor) -> tuple[list[int], list[int], list[list[int]]]:
-        """Appends the accepted tokens and removes finished rows.
+    @property
+    def _num_recorded(self) -> int:
+        return 0 if self._memory is None else self._memory.graphs.recorded
+
+    def _choose(self, width: int, logits: torch.Tensor) -> tuple[list[list[int]], Mark]:
+        """Chooses and appends tokens on the device, and waits for it.
 
         Returns:
-            The number of accepted tokens per row, the indices of the unfinished rows, and the new tokens per row.
+            Per row the columns up to `_TOKENS`, then `width + 1` tokens; and the time when they were chosen.
         """
+        rows = self.rows
+
+        def step() -> torch.Tensor:
+            self._scores = self._processors(logits, rows)
+            tokens, accepted, is_finite = self._accept(self._scores, rows.state)
+            drafted = rows.state.drafted if width else torch.zeros_like(accepted)
+            counts = rows.state.advance(tokens, accepted)
+            columns = torch.stack([counts, accepted, drafted, rows.state.active, is_finite], dim=1)
+            return torch.cat([columns, tokens], dim=1)
+
+        settings = self._processors.recordable
+        if self._memory is None or settings is None or self.token_scores:
+            chosen = step()
+        else:
+            # The logits of each bucket have their own address.
+            key = ("choose", rows.bucket, width, self.config.do_sample, settings)
+            chosen = self._memory.graphs.run(key, step)
+        ended = mark(chosen)
+        values = chosen[: len(rows)].tolist()  # the only wait for the device
+        if not all(row[_IS_FINITE] for row in values):
+            raise RuntimeError("the model's probabilities hold nan or inf, so no token can be sampled")
+        return values, ended
+
+    def _finish_round(self, values: list[list[int]], width: int, logits: torch.Tensor) -> list[list[int]]:
+        """Records the chosen tokens and removes finished rows; returns the new tokens per row."""
         rows, statistics = self.rows, self.statistics
-        scores = self._processors(logits, rows.tokens, rows.lengths)
-        tokens, accepted = self._accept(scores, proposal, rows)
-        counts, accepted = torch.stack([proposal.counts, accepted]).tolist()  # one wait for the device
         # Rejected tokens are not erased from the caches: the next round overwrites their slots.
-        appended, unfinished = rows.append(tokens, [count + 1 for count in accepted])
+        counts, accepted, drafted, active = ([row[column] for row in values] for column in range(_IS_FINITE))
+        appended = rows.record([row[_TOKENS:] for row in values], counts, active)
         statistics.target_passes, statistics.draft_passes = self._target.passes, self._draft.passes
-        statistics.row_passes += len(accepted)
-        statistics.drafted += sum(counts)
+        statistics.row_passes += len(values)
+        statistics.drafted += sum(drafted)
         statistics.accepted += sum(min(count, len(new)) for count, new in zip(accepted, appended, strict=True))
-        statistics.verified += sum(min(taken + 1, count) for taken, count in zip(accepted, counts, strict=True))
+        statistics.verified += sum(min(taken + 1, count) for taken, count in zip(accepted, drafted, strict=True))
         statistics.new_tokens += sum(map(len, appended))
         for name, collected in self.token_scores.items():
-            for key, new, values in zip(rows.keys, appended, scores if name == "scores" else logits, strict=True):
-                collected[key].append(values[: len(new)].clone())
-        if len(unfinished) < len(accepted):
-            for part in (rows, self._target, self._draft, self._processors):
+            values_of_rows = (self._scores if name == "scores" else logits)[: len(values)]
+            for key, new, found in zip(rows.keys, appended, values_of_rows, strict=True):
+                collected[key].append(found[: len(new)].clone())
+        unfinished = rows.unfinished()
+        if len(unfinished) < len(values):
+            for part in (rows, self._target, self._draft, self._processors, self._length):
                 part.keep(unfinished)
-        return accepted, unfinished, appended
+        return appended
 
+    def _move_to_fixed_memory(self, rows: list[Rows]) -> None:
+        """Moves rows and caches to fixed addresses, with room for other rows that are about to join."""
+        assert self._recorder is not None
+        if isinstance(self._draft, ModelProposer) and len(self.rows):
+            self._draft.catch_up(self.rows)  # prompts, whose lengths are no fixed shapes
+        memory = fixed_memory.borrow(self, self._readers, self._size(rows), self._recorder)
+        self.rows.move_to(memory.state)
+        self._target.move_to(memory.caches[0], memory.graphs, len(self.rows))
+        if isinstance(self._draft, ModelProposer):
+            self._draft.move_to(memory.caches[1], memory.graphs, len(self.rows))
+        self._memory = memory
 
-def _wait_for(tokens: torch.Tensor) -> None:
-    if tokens.is_cuda:  # or time of the draft would be counted as time of the target
-        torch.cuda.synchronize(tokens.device)
+    def _size(self, batches: list[Rows]) -> Size:
+        limits = [limit for rows in batches for limit in rows.limits]
+        draws = [rows.state.draws.shape[2] for rows in batches if rows.state.draws is not None]
+        has_model = isinstance(self._draft, ModelProposer)
+        sampled = (self._longest, self._target.vocab_size) if draws and has_model else (0, 0)
+        slots, eos = max(limits) + self._longest + 1, len(self.rows.state.eos)
+        return Size(sum(map(len, batches)), slots, max(draws, default=0), sampled, eos)
+
+    def close(self) -> None:
+        """Makes the fixed memory available to the next call; to be called when all rows have finished."""
+        if self._memory is not None:
+            logger.info("%s", self._memory.graphs)
+            self._memory.give_back()
 
 
 def _check_options(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:

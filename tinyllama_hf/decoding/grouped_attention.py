@@ -7,12 +7,12 @@ share their key/value head without a copy. Importing this module registers the i
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -42,14 +42,16 @@ def gqa_packed_attention(
         key (`torch.Tensor`): `[batch, key_value_heads, keys, head_dim]`.
         value (`torch.Tensor`): `[batch, key_value_heads, keys, head_dim]`.
         attention_mask (`torch.Tensor`, *optional*): `[batch or 1, heads or 1, queries, keys]`, true where a query sees
-            a key, or added to the scores.
+            a key, or added to the scores. A mask that was repeated for the query heads of a group already,
+            `[batch, 1, groups * queries, keys]`, is used unchanged.
 
     Returns:
         `[batch, queries, heads, head_dim]`, equal to sdpa's up to rounding, and `None` in place of the weights.
     """
     batch, heads, num_queries, head_dim = query.shape
     groups = heads // key.shape[1]
-    packs = groups > 1 and attention_mask is not None and 1 < num_queries <= _MAX_PACKED_QUERIES
+    is_packed = groups > 1 and attention_mask is not None and attention_mask.shape[2] == groups * num_queries
+    packs = is_packed or (groups > 1 and attention_mask is not None and 1 < num_queries <= _MAX_PACKED_QUERIES)
     # One query without a mask: transformers (5.23) does not repeat keys and values, and torch's CPU kernel (2.13) for
     # grouped queries takes 2 times as long in fp32 and 10 to 17 times as long in bf16 (32 heads on 4;
     # benchmarks/decode.py).
@@ -60,34 +62,47 @@ def gqa_packed_attention(
         )
     # Query head h belongs to key/value head h // groups, so a reshape gathers each group along the sequence dimension.
     packed = query.reshape(batch, key.shape[1], groups * num_queries, head_dim)
-    if attention_mask is not None and attention_mask.shape[1] == 1:
+    if attention_mask is not None and attention_mask.shape[1] == 1 and not is_packed:
         attention_mask = attention_mask.repeat(1, 1, groups, 1)
-    elif attention_mask is not None:
+    elif attention_mask is not None and not is_packed:
         attention_mask = attention_mask.reshape(-1, key.shape[1], groups * num_queries, attention_mask.shape[-1])
     output = nn.functional.scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
     return output.reshape(batch, heads, num_queries, -1).transpose(1, 2).contiguous(), None
 
 
+def attention_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """Returns the configurations that choose the attention of a model: its own, and those of shared layers."""
+    found = [
+        model.config.get_text_config(decoder=True),
+        *(getattr(module, "config", None) for module in model.modules()),
+    ]
+    return list({id(config): config for config in found if isinstance(config, PreTrainedConfig)}.values())
+
+
 @contextlib.contextmanager
-def packed_attention(model: PreTrainedModel) -> Iterator[None]:
+def packed_attention(configs: Sequence[PreTrainedConfig]) -> Iterator[None]:
     """Sets `gqa_packed` attention in a context; several threads may use the same model.
 
     When the last context exits, the implementation from before is restored, even if another one was set meanwhile.
+
+    Args:
+        configs (`Sequence[PreTrainedConfig]`): from [`attention_configs`].
     """
-    config = model.config.get_text_config(decoder=True)
     with _lock:
-        users, before = _packed.get(id(config), (0, config._attn_implementation))
-        _packed[id(config)] = (users + 1, before)
-        config._attn_implementation = GQA_PACKED
+        for config in configs:
+            users, before = _packed.get(id(config), (0, config._attn_implementation))
+            _packed[id(config)] = (users + 1, before)
+            config._attn_implementation = GQA_PACKED
     try:
         yield
     finally:
         with _lock:
-            users, before = _packed.pop(id(config))
-            if users > 1:
-                _packed[id(config)] = (users - 1, before)
-            else:
-                config._attn_implementation = before
+            for config in configs:
+                users, before = _packed.pop(id(config))
+                if users > 1:
+                    _packed[id(config)] = (users - 1, before)
+                else:
+                    config._attn_implementation = before
 
 
 AttentionInterface.register(GQA_PACKED, gqa_packed_attention)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -11,9 +12,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import InputError
-from .acceptance import Proposal, RowProcessors, draw
-from .ragged_cache import RaggedModel
-from .rows import DRAFTING, Rows
+from .acceptance import RowProcessors, draw
+from .graphs import Graphs
+from .ragged_cache import RaggedCache, RaggedModel
+from .row_state import DRAFTING
+from .rows import Rows
 
 
 @dataclasses.dataclass
@@ -102,15 +105,23 @@ class Proposer:
     def catch_up(self, rows: Rows) -> None:
         """Reads unread tokens, such as the prompts, if there are more of them than drafting reads anyway."""
 
-    def propose(self, rows: Rows, num_tokens: int, processors: RowProcessors, do_sample: bool) -> Proposal:
-        """Drafts up to `num_tokens` tokens after each row's end, without changing the rows."""
-        return empty_proposal(rows)
+    def propose(self, rows: Rows, num_tokens: int, processors: RowProcessors, do_sample: bool) -> int:
+        """Drafts up to `num_tokens` tokens after each row's end, and sets `rows.state.drafted`.
+
+        Returns:
+            The largest number of tokens that a row may have got; the target verifies as many.
+        """
+        return 0
 
     def keep(self, kept: Sequence[int]) -> None:
-        """Keeps the rows with these indices."""
+        """Keeps the rows with these indices, in this order."""
 
     def join(self, rows: Rows, other: "Proposer", other_rows: Rows) -> None:
         """Adds the rows of a proposer from the same [`begin`]; `rows` are the own rows before that."""
+
+
+# The numbers of tokens that steps of fixed shape read to catch up.
+_CATCH_UP = [8 * 4**power for power in range(16)]
 
 
 class ModelProposer(Proposer):
@@ -125,6 +136,7 @@ class ModelProposer(Proposer):
         self.model = model
         self._reader = RaggedModel(model)
         self._read = [0] * num_rows  # tokens per row that the cache holds; more may be in it, rejected ones
+        self._graphs: Graphs | None = None
         self.context = self._reader.context
 
     @property
@@ -134,38 +146,52 @@ class ModelProposer(Proposer):
     def begin(self, num_rows: int) -> "ModelProposer":
         return ModelProposer(self.model, num_rows)
 
+    @property
+    def reader(self) -> RaggedModel:
+        """Reads rows with the draft."""
+        return self._reader
+
     def catch_up(self, rows: Rows) -> None:
         """Reads prompts and the tokens of plain rounds; after a drafting round only one or two tokens are unread."""
-        if self._behind(rows) > 2:
-            self._read_all(rows)
+        behind = self._behind(rows)
+        if behind > 2:
+            self._read_all(rows, behind)
 
-    def propose(self, rows: Rows, num_tokens: int, processors: RowProcessors, do_sample: bool) -> Proposal:
+    def propose(self, rows: Rows, num_tokens: int, processors: RowProcessors, do_sample: bool) -> int:
         """Drafts `num_tokens` tokens, one per pass."""
-        latest = rows.last_tokens(self._behind(rows))
-        drafted, probabilities = [], []
-        for step in range(num_tokens):
-            ends = [length + step for length in rows.lengths]
-            scores = processors(self._reader.read(latest, ends), rows.tokens, ends)[:, 0]
-            if do_sample:
-                probabilities.append(scores.softmax(dim=-1))
-                latest = draw(probabilities[-1][:, None], rows.uniform(DRAFTING, 1, step))
-            else:
-                latest = scores.argmax(dim=-1, keepdim=True)
-            rows.put(latest, step)  # for processors that read the tokens before
-            drafted.append(latest)
+        # A step of fixed shape reads two tokens again, where one is unread: that changes nothing in the cache.
+        behind = self._behind(rows) if rows.bucket is None else 2
+        draft = functools.partial(self._draft, rows, num_tokens, behind, processors, do_sample)
+        passes = self.passes
+        if self._graphs is None or processors.recordable is None:
+            draft()
+        else:
+            self._graphs.run(("draft", rows.bucket, num_tokens, do_sample, processors.recordable), draft)
+        self._reader.passes = passes + num_tokens
         # The last drafted token was not read. Rejected ones are in the cache, and are overwritten: see `_behind`.
         self._read = [length + num_tokens - 1 for length in rows.lengths]
-        return Proposal(
-            torch.cat(drafted, dim=1),
-            torch.full((len(rows.lengths),), num_tokens, device=latest.device),
-            torch.stack(probabilities, dim=1) if do_sample else None,
-        )
+        return num_tokens
 
-    def _read_all(self, rows: Rows) -> None:
-        """Reads all tokens of each row but the last."""
-        ends = [length - 1 for length in rows.lengths]
-        self._reader.read(rows.last_tokens(self._behind(rows))[:, :-1], ends)
-        self._read = ends
+    def _draft(self, rows: Rows, num_tokens: int, behind: int, processors: RowProcessors, do_sample: bool) -> None:
+        state = rows.state
+        for step in range(num_tokens):
+            logits = self._reader.read(rows, behind if step == 0 else 1, step)
+            scores = processors(logits, rows, step)
+            if do_sample:
+                probabilities = scores.softmax(dim=-1)
+                rows.probabilities(num_tokens, probabilities)[:, step : step + 1] = probabilities
+                drafted = draw(probabilities, state.uniform(DRAFTING, 1, step))
+            else:
+                drafted = scores.argmax(dim=-1)
+            state.put(drafted, step)
+        state.plan_draft(num_tokens, self.context)
+
+    def _read_all(self, rows: Rows, num_tokens: int) -> None:
+        """Reads the last tokens of each row but the very last one."""
+        if rows.bucket is not None:  # few shapes
+            num_tokens = min(next(size for size in _CATCH_UP if size >= num_tokens), rows.bucket.slots)
+        self._reader.read(rows, num_tokens - 1, -1)
+        self._read = [length - 1 for length in rows.lengths]
 
     def _behind(self, rows: Rows) -> int:
         """Returns the largest number of unread tokens of a row; rejected tokens do not count as read."""
@@ -176,6 +202,11 @@ class ModelProposer(Proposer):
         if self.passes:
             self._reader.keep(kept)
 
+    def move_to(self, cache: RaggedCache, graphs: Graphs, num_rows: int) -> None:
+        """Moves the rows to a cache of fixed size, whose steps run as graphs."""
+        self._reader.move_to(cache, graphs, num_rows)
+        self._graphs = graphs
+
     def join(self, rows: Rows, other: Proposer, other_rows: Rows) -> None:
         """Reads the prompts of the joining rows first: in one pass with the others, those would be read again too."""
         assert isinstance(other, ModelProposer)
@@ -183,9 +214,9 @@ class ModelProposer(Proposer):
             return
         for proposer, own_rows in ((self, rows), (other, other_rows)):
             if len(own_rows) and not proposer.passes:
-                proposer._read_all(own_rows)
+                proposer._read_all(own_rows, proposer._behind(own_rows))
         if self.passes:
-            self._reader.join(other._reader, max([*rows.lengths, *other_rows.lengths]))
+            self._reader.join(other._reader, len(rows), max([*rows.lengths, *other_rows.lengths]))
         else:
             self._reader = other._reader
         self._read += other._read
@@ -205,13 +236,18 @@ class PromptLookup(Proposer):
             raise InputError(f"max_matching_ngram_size={max_matching_ngram_size}: must be at least 1")
         self.max_matching_ngram_size = max_matching_ngram_size
 
-    def propose(self, rows: Rows, num_tokens: int, processors: RowProcessors, do_sample: bool) -> Proposal:
+    def propose(self, rows: Rows, num_tokens: int, processors: RowProcessors, do_sample: bool) -> int:
         """Drafts up to `num_tokens` tokens per row; none if nothing matches."""
-        found = [self._look_up(rows.tokens[row, :length], num_tokens) for row, length in enumerate(rows.lengths)]
-        tokens = nn.utils.rnn.pad_sequence(found, batch_first=True)
-        if tokens.shape[1]:
-            rows.put(tokens)
-        return Proposal(tokens, torch.tensor([len(following) for following in found], device=tokens.device))
+        state, tokens = rows.state, rows.state.tokens.cpu()
+        found = [self._look_up(tokens[row, :length], num_tokens) for row, length in enumerate(rows.lengths)]
+        found += [tokens[0, :0]] * (len(state.ends) - len(found))  # rows that only fill up a batch
+        counts = [len(following) for following in found]
+        width = max(counts)
+        state.plan_draft(num_tokens, self.context)
+        state.drafted.copy_(state.drafted.minimum(torch.tensor(counts).to(state.drafted)))
+        if width:
+            state.put(nn.utils.rnn.pad_sequence(found, batch_first=True).to(state.tokens))
+        return width
 
     def _look_up(self, row: torch.Tensor, num_tokens: int) -> torch.Tensor:
         for size in range(min(self.max_matching_ngram_size, len(row) - 1), 0, -1):
@@ -220,11 +256,6 @@ class PromptLookup(Proposer):
                 begin = int(matches[-1]) + size
                 return row[begin : begin + num_tokens]
         return row[:0]
-
-
-def empty_proposal(rows: Rows) -> Proposal:
-    """Returns a proposal without tokens, for plain decoding."""
-    return Proposal(rows.tokens[:, :0], torch.zeros_like(rows.tokens[:, 0]))
 
 
 def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:

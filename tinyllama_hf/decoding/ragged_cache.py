@@ -4,6 +4,8 @@ A forward pass reads the same number of tokens of every row, up to that row's en
 and are overwritten later, so rejecting tokens costs nothing and no row waits for another.
 """
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +15,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..errors import InputError
-from .grouped_attention import packed_attention
+from .graphs import Graphs
+from .grouped_attention import attention_configs, packed_attention
+from .rows import Rows
 
 
 _GROWTH = 32  # the number of slots is a multiple of this
@@ -22,25 +26,37 @@ _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 class _Placement:
-    """The slots of the tokens of one pass, the same in all layers."""
+    """The slots of the tokens of one pass, the same in all layers.
 
-    def __init__(self, slots: torch.Tensor, ends: Sequence[int]):
-        self.end = max(ends)
-        self.start: int | None = None  # first slot, if it is the same in all rows: then a slice is enough
-        num_tokens = slots.shape[1]
-        if min(ends) == self.end and num_tokens <= self.end:
-            self.start = self.end - num_tokens
+    Args:
+        slots (`torch.Tensor`): `[rows, tokens]`; negative at padding.
+        end (`int`): number of slots that attention reads.
+        start (`int`, *optional*): first slot, if it is the same in all rows: then a slice is enough.
+        has_padding (`bool`, *optional*, defaults to `False`): whether some slots are negative.
+    """
+
+    def __init__(self, slots: torch.Tensor, end: int, start: int | None = None, has_padding: bool = False):
+        self.num_rows, self.num_tokens = slots.shape
+        self.end, self.start = end, start
+        if start is not None:
             return
-        self.is_token = slots >= 0 if min(ends) < num_tokens else None
-        self.rows = torch.arange(len(ends), device=slots.device)[:, None].expand_as(slots)
+        self.is_token = slots >= 0 if has_padding else None
+        self.rows = torch.arange(self.num_rows, device=slots.device)[:, None].expand_as(slots)
         self.slots = slots
         if self.is_token is not None:
             self.rows, self.slots = self.rows[self.is_token], slots[self.is_token]
 
+    @classmethod
+    def exact(cls, slots: torch.Tensor, ends: Sequence[int]) -> "_Placement":
+        """Returns the placement of tokens that end at known slots, the last ones + 1."""
+        end, num_tokens = max(ends), slots.shape[1]
+        start = end - num_tokens if min(ends) == end and num_tokens <= end else None
+        return cls(slots, end, start, min(ends) < num_tokens)
+
     def write(self, buffer: torch.Tensor, states: torch.Tensor) -> None:
-        """Writes `[rows, heads, tokens, head_dim]` into `[rows, heads, slots, head_dim]`."""
+        """Writes `[rows, heads, tokens, head_dim]` into `[rows or more, heads, slots, head_dim]`."""
         if self.start is not None:
-            buffer[:, :, self.start : self.end] = states
+            buffer[:, :, self.start : self.start + self.num_tokens] = states
             return
         states = states.transpose(1, 2)
         if self.is_token is not None:
@@ -64,16 +80,16 @@ class RaggedLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes `[rows, heads, tokens, head_dim]` to their slots; returns all slots up to the longest row's end."""
+        """Writes `[rows, heads, tokens, head_dim]` to their slots; returns the slots that attention reads."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        end = self.placement.end
+        rows, end = self.placement.num_rows, self.placement.end
         if end > self.keys.shape[2]:
             # With zeros: a masked slot still enters the attention product, with weight zero, so it must be finite.
             self.keys, self.values = _resized(self.keys, end), _resized(self.values, end)
         self.placement.write(self.keys, key_states)
         self.placement.write(self.values, value_states)
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return self.keys[:rows, :, :end], self.values[:rows, :, :end]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Number of slots that a pass sees, and the first of them."""
@@ -87,10 +103,23 @@ class RaggedLayer(CacheLayerMixin):
         """Unlimited: the buffers grow."""
         return -1
 
+    def allocate(self, like: "RaggedLayer", rows: int, slots: int) -> None:
+        """Creates buffers of fixed size, with zeros, for states like those of another layer."""
+        self.dtype, self.device, self.is_initialized = like.dtype, like.device, True
+        self.keys, self.values = (each.new_zeros(rows, each.shape[1], slots, each.shape[3])
+                                  for each in (like.keys, like.values))  # fmt: skip
+
     def keep(self, rows: torch.Tensor) -> None:
         """Keeps the rows with these indices."""
         rows = rows.to(self.keys.device)
         self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+
+    def copy_rows(self, source: "RaggedLayer", rows: slice, start: int) -> None:
+        """Overwrites the rows from index `start` with rows of another layer, up to the end of the smaller buffer."""
+        slots = min(source.keys.shape[2], self.keys.shape[2])
+        for own, other in ((self.keys, source.keys), (self.values, source.values)):
+            copied = other[rows, :, :slots]
+            own[start : start + len(copied), :, :slots] = copied
 
     def join(self, other: "RaggedLayer", end: int) -> None:
         """Adds the rows of another layer; all rows end before slot `end`."""
@@ -115,11 +144,22 @@ class RaggedCache(Cache):
         self.ragged_layers = [RaggedLayer() for _ in range(num_layers)]
         super().__init__(layers=[*self.ragged_layers])
 
-    def place(self, slots: torch.Tensor, ends: Sequence[int]) -> None:
-        """Sets the slots `[rows, tokens]` of the next pass, negative at padding; `ends` are the last slots + 1."""
-        placement = _Placement(slots, ends)
+    def place(self, placement: _Placement) -> None:
+        """Sets the slots of the next pass."""
         for layer in self.ragged_layers:
             layer.placement = placement
+
+    def fixed(self, rows: int, slots: int) -> "RaggedCache":
+        """Returns an empty cache of fixed size, for the same kind of keys and values."""
+        cache = RaggedCache(len(self.ragged_layers))
+        for layer, like in zip(cache.ragged_layers, self.ragged_layers, strict=True):
+            layer.allocate(like, rows, slots)
+        return cache
+
+    def copy_rows(self, source: "RaggedCache", rows: slice, start: int = 0) -> None:
+        """Overwrites the rows from index `start` with rows of another cache, up to the end of the smaller buffers."""
+        for layer, other in zip(self.ragged_layers, source.ragged_layers, strict=True):
+            layer.copy_rows(other, rows, start)
 
 
 class RaggedModel:
@@ -131,41 +171,58 @@ class RaggedModel:
 
     Attributes:
         context (`int`): maximum number of tokens that the model was trained for.
+        vocab_size (`int`): size of the vocabulary.
         has_position_table (`bool`): whether the model has no positions beyond its context, unlike rotary models.
         passes (`int`): number of forward passes.
     """
 
     def __init__(self, model: PreTrainedModel):
         config = model.config.get_text_config(decoder=True)
-        self.model, self.context = model, config.max_position_embeddings
+        self.model, self.context, self.vocab_size = model, config.max_position_embeddings, config.vocab_size
         self.has_position_table = getattr(config, "rope_parameters", None) is None
+        heads = config.num_attention_heads
+        self._groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
+        self._configs = attention_configs(model)
         self.cache = RaggedCache(config.num_hidden_layers)
         self.passes = 0
+        self._graphs: Graphs | None = None
 
-    def read(self, tokens: torch.Tensor, ends: Sequence[int], num_logits: int = 1) -> torch.Tensor:
-        """Runs the model on `[rows, tokens]` and returns the logits of the last `num_logits` positions.
+    def read(self, rows: Rows, num_tokens: int, offset: int = 0, num_logits: int = 1) -> torch.Tensor:
+        """Runs the model on the tokens of each row up to `offset` tokens after its end.
 
         Args:
-            tokens (`torch.Tensor`): `[rows, tokens]`. Rows with fewer new tokens have padding with any id on the left.
-            ends (`Sequence[int]`): number of tokens of each row after the pass.
-            num_logits (`int`, *optional*, defaults to 1): number of positions.
+            rows (`Rows`): the rows. Those with fewer than `num_tokens` tokens have padding on the left.
+            num_tokens (`int`): number of tokens to read.
+            offset (`int`, *optional*, defaults to 0): number of drafted tokens to read.
+            num_logits (`int`, *optional*, defaults to 1): number of the last positions to return logits for.
 
         Returns:
-            `[rows, num_logits, vocab_size]` in fp32.
+            `[rows, num_logits, vocab_size]` in fp32. After a step of fixed shape, the next one overwrites it.
         """
-        num_tokens = tokens.shape[1]
-        slots = torch.tensor(ends, device=tokens.device)[:, None] + torch.arange(-num_tokens, 0, device=tokens.device)
-        self.cache.place(slots, ends)
-        # No mask if all rows are of equal length and either one token is read, which sees everything, or the pass
-        # begins at slot 0, where the model's own causal mask is right.
-        mask = None
-        if min(ends) < max(ends) or 1 < num_tokens < ends[0]:
-            # Padding sees slot 0: a softmax over a fully masked row would be nan.
-            seen = slots.clamp(min=0)[:, None, :, None]
-            mask = torch.arange(max(ends), device=tokens.device) <= seen  # [rows, 1, tokens, slots]
-        with packed_attention(self.model):
+        self.passes += 1
+        forward = functools.partial(self._forward, rows, num_tokens, offset, num_logits)
+        if self._graphs is None:
+            return forward()
+        return self._graphs.run((id(self.cache), rows.bucket, num_tokens, offset, num_logits), forward)
+
+    def _forward(self, rows: Rows, num_tokens: int, offset: int, num_logits: int) -> torch.Tensor:
+        slots = rows.state.slots(num_tokens, offset)
+        if rows.bucket is None:
+            ends = [length + offset for length in rows.lengths]
+            placement = _Placement.exact(slots, ends)
+            # No mask if all rows are of equal length and either one token is read, which sees everything, or the pass
+            # begins at slot 0, where the model's own causal mask is right.
+            is_masked = min(ends) < max(ends) or 1 < num_tokens < ends[0]
+            mask = self._mask(slots, placement.end) if is_masked else None
+        else:
+            # Rows that are too short read tokens after their end instead: those slots are overwritten.
+            slots = slots - slots[:, :1].clamp(max=0)
+            placement = _Placement(slots, rows.bucket.slots)
+            mask = self._packed_mask(slots, placement.end)
+        self.cache.place(placement)
+        with packed_attention(self._configs):
             output = self.model(
-                input_ids=tokens,
+                input_ids=rows.state.read(slots),
                 attention_mask=mask,
                 # Drafted tokens may exceed a table of positions. They use its last entry and are never accepted.
                 position_ids=slots.clamp(0, self.context - 1 if self.has_position_table else None),
@@ -173,19 +230,48 @@ class RaggedModel:
                 use_cache=True,
                 logits_to_keep=num_logits,
             )
-        self.passes += 1
         return output.logits[:, -num_logits:].float()
 
+    def _mask(self, slots: torch.Tensor, end: int) -> torch.Tensor:
+        """Returns which slots each token sees, `[rows, 1, tokens, slots]`."""
+        # Padding sees slot 0: a softmax over a fully masked row would be nan.
+        return torch.arange(end, device=slots.device) <= slots.clamp(min=0)[:, None, :, None]
+
+    def _packed_mask(self, slots: torch.Tensor, end: int) -> torch.Tensor:
+        """Returns the mask as a summand in the layout of [`gqa_packed_attention`], made once for all layers."""
+        seen = self._mask(slots, end)
+        mask = torch.zeros_like(seen, dtype=self.model.dtype).masked_fill_(~seen, -math.inf)
+        return mask if self._groups == 1 else mask.repeat(1, 1, self._groups, 1)
+
     def keep(self, rows: Sequence[int]) -> None:
-        """Keeps the rows with these indices."""
+        """Keeps the rows with these indices, in this order."""
         kept = torch.tensor(rows, dtype=torch.long, device=self.model.device)
         for layer in self.cache.ragged_layers:
-            layer.keep(kept)
+            if self._graphs is None:
+                layer.keep(kept)
+                continue
+            for target, source in enumerate(rows):
+                if source != target:
+                    layer.copy_rows(layer, slice(source, source + 1), target)
 
-    def join(self, other: "RaggedModel", end: int) -> None:
-        """Adds the rows of another reader of the same model; no row is longer than `end`."""
-        for layer, joining in zip(self.cache.ragged_layers, other.cache.ragged_layers, strict=True):
-            layer.join(joining, end)
+    def move_to(self, cache: RaggedCache, graphs: Graphs, num_rows: int) -> None:
+        """Moves the rows to a cache of fixed size, whose steps run as graphs."""
+        cache.copy_rows(self.cache, slice(num_rows))
+        self.cache, self._graphs = cache, graphs
+
+    def join(self, other: "RaggedModel", start: int, end: int) -> None:
+        """Adds the rows of another reader of the same model.
+
+        Args:
+            other (`RaggedModel`): the reader.
+            start (`int`): number of own rows.
+            end (`int`): number of tokens of the longest row.
+        """
+        if self._graphs is not None:
+            self.cache.copy_rows(other.cache, slice(None), start)
+        else:
+            for layer, joining in zip(self.cache.ragged_layers, other.cache.ragged_layers, strict=True):
+                layer.join(joining, end)
         self.passes += other.passes
 
 

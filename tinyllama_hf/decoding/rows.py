@@ -1,4 +1,7 @@
-"""The rows of a batch during generation: their tokens, their lengths and their stopping criteria."""
+"""The rows of a batch during generation, on the host: their lengths, limits and stopping criteria.
+
+The tokens are on the device, see `row_state.py`.
+"""
 
 import copy
 import dataclasses
@@ -16,10 +19,10 @@ from transformers.generation.stopping_criteria import (
 )
 
 from ..errors import InputError, one_line
+from .row_state import RowState
 
 
-# The three random numbers that each new token of a row may use.
-DRAFTING, ACCEPTING, CHOOSING = range(3)
+_SPARE = 64  # slots after the longest row, when buffers grow
 
 
 class RowPlan(NamedTuple):
@@ -28,13 +31,21 @@ class RowPlan(NamedTuple):
     Attributes:
         key (`int`): identifies the row's output.
         max_new_tokens (`int`): maximum number of new tokens.
-        draws (`torch.Tensor`, *optional*): `[3, max_new_tokens]` random numbers in [0, 1). Since they are drawn in
-            advance, the row's output depends neither on the other rows nor on how many tokens are drafted at a time.
+        draws (`torch.Tensor`, *optional*): `[3, max_new_tokens]` random numbers in [0, 1), for sampling; by default
+            they are drawn from torch's generator. Since they are drawn in advance, the row's output depends neither
+            on the other rows nor on how many tokens are drafted at a time.
     """
 
     key: int
     max_new_tokens: int
     draws: torch.Tensor | None = None
+
+
+class Bucket(NamedTuple):
+    """A fixed shape that holds all rows: the number of rows, and of the slots that attention reads."""
+
+    rows: int
+    slots: int
 
 
 @dataclasses.dataclass
@@ -49,10 +60,11 @@ class _Row:
     place: int  # index in its prompt batch
     num_prompts: int  # of its prompt batch
     criteria: list[StoppingCriteria]
+    is_finished: bool = False
 
 
 class Rows:
-    """The tokens of all rows, each from slot 0 of its buffer. Finished rows are removed and others can join.
+    """All rows, each from slot 0 of its buffer. Finished rows are removed and others can join.
 
     Args:
         input_ids (`torch.Tensor`): `[rows, prompt]`, padded on the left.
@@ -62,6 +74,11 @@ class Rows:
         context (`int`): maximum number of tokens that the target can read.
         plans (`Sequence[RowPlan]`, *optional*): by default the keys are the row indices, and the criteria limit the
             length.
+        do_sample (`bool`, *optional*, defaults to `False`): whether rows need random numbers.
+
+    Attributes:
+        state (`RowState`): the rows on the device, in the same order. With a bucket, rows that are not active follow.
+        bucket (`Bucket`, *optional*): fixed shape of the steps of a round; by default they fit the rows exactly.
 
     Raises:
         InputError: if the padding is not on the left, a row is empty, or a prompt fills the context.
@@ -74,19 +91,17 @@ class Rows:
         stopping_criteria: StoppingCriteriaList,
         context: int,
         plans: Sequence[RowPlan] | None = None,
+        do_sample: bool = False,
     ):
         paddings, width = _paddings(input_ids, attention_mask), input_ids.shape[1]
         limits = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
         if not limits:
             raise InputError("max_new_tokens: is missing, and no other setting limits the output. Give max_new_tokens")
-        self.eos = {
-            token for c in stopping_criteria if isinstance(c, EosTokenCriteria) for token in c.eos_token_id.tolist()
-        }
+        eos = [c.eos_token_id.flatten() for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
         self.may_end_early = len(stopping_criteria) > len(limits)
         others = [c for c in stopping_criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
         plans = plans or [RowPlan(row, min(limits) - width) for row in range(len(paddings))]
         self._rows: list[_Row] = []
-        self.tokens = input_ids.new_zeros(len(paddings), width - min(paddings) + 64)  # [rows, slots]
         for row, (plan, padding) in enumerate(zip(plans, paddings, strict=True)):
             length = width - padding
             if length >= context:
@@ -98,8 +113,19 @@ class Rows:
             limit = length + plan.max_new_tokens
             filling = input_ids[row, :padding]
             self._rows.append(_Row(plan, filling, length, length, limit, row, len(paddings), criteria))
-            self.tokens[row, :length] = input_ids[row, padding:]
+        draws = _draws(plans, input_ids.device) if do_sample else None
+        no_eos = input_ids.new_empty(0)
+        self.state = RowState.empty(
+            len(paddings), width - min(paddings) + _SPARE, draws, torch.cat([no_eos, *eos]).to(no_eos)
+        )
+        for row, padding in enumerate(paddings):
+            self.state.tokens[row, : width - padding] = input_ids[row, padding:]
+        for name, values in (("ends", self.lengths), ("starts", self.lengths), ("limits", self.limits)):
+            getattr(self.state, name).copy_(torch.tensor(values))
+        self.state.active.fill_(True)
         self.finished: dict[int, torch.Tensor] = {}  # key -> new tokens of the row
+        self.bucket: Bucket | None = None
+        self._fixed: RowState | None = None  # all rows of buffers of fixed size, of which `state` is a window
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -129,66 +155,71 @@ class Rows:
         """Number of padding tokens of each prompt, as it was given."""
         return [len(row.padding) for row in self._rows]
 
-    def last_tokens(self, num_tokens: int, extra: torch.Tensor | None = None) -> torch.Tensor:
-        """Returns the last tokens of each row and `extra`: `[rows, num_tokens + width]`, zeros on the left."""
-        ends = torch.tensor(self.lengths, device=self.tokens.device)[:, None]
-        slots = ends + torch.arange(-num_tokens, 0, device=self.tokens.device)
-        last = self.tokens.gather(1, slots.clamp(min=0)) * (slots >= 0)
-        return last if extra is None else torch.cat([last, extra], dim=1)
+    @property
+    def has_criteria(self) -> bool:
+        """Whether stopping criteria have to be called for the rows, beyond end-of-sequence and length."""
+        return any(row.criteria for row in self._rows)
 
-    def uniform(self, purpose: int, num_tokens: int, offset: int = 0) -> torch.Tensor:
-        """Returns random numbers in [0, 1) for the next tokens, starting `offset` tokens after each row's end.
+    def make_room(self, num_tokens: int) -> None:
+        """Prepares a round in which the tokens of each row end at most `num_tokens` after its last one."""
+        end = max(self.lengths) + num_tokens
+        if self._fixed is not None:
+            rows = row_bucket(len(self))
+            if self.bucket is not None and rows <= self.bucket.rows < 4 * rows:
+                rows = self.bucket.rows  # recording steps for a little fewer rows would take more time than it saves
+            self.bucket = Bucket(rows, min(slot_bucket(end), self._fixed.tokens.shape[1]))
+            self.state = self._fixed.window(self.bucket.rows)
+        elif end > self.state.tokens.shape[1]:
+            self.state.tokens = F.pad(self.state.tokens, (0, end - self.state.tokens.shape[1] + _SPARE))
 
-        With `RowPlan.draws`, the number depends on the position of a token only, not on the round. A rejected
-        token's number is used again when its position is drafted again. Each output keeps its probability: every
-        purpose has its own numbers, and a rejected token leaves no trace in the output.
+    def probabilities(self, width: int, like: torch.Tensor) -> torch.Tensor:
+        """Returns room for the distributions of drafted tokens, `[rows, width or more, vocab_size]`."""
+        room = self.state.probabilities
+        if room is None or (self._fixed is None and room.shape[1] != width):
+            room = self.state.probabilities = like.new_empty(like.shape[0], width, like.shape[-1])
+        return room
+
+    def move_to(self, fixed: RowState) -> None:
+        """Moves the rows into buffers of fixed size."""
+        fixed.copy_rows(self.state.window(len(self)))
+        fixed.active[len(self) :] = False
+        fixed.eos.fill_(-1)
+        fixed.eos[: len(self.state.eos)] = self.state.eos
+        self._fixed = fixed
+
+    def record(self, tokens: Sequence[Sequence[int]], counts: Sequence[int], active: Sequence[int]) -> list[list[int]]:
+        """Records what [`RowState.advance`] has done, up to where a stopping criterion ends a row.
+
+        Args:
+            tokens (`Sequence`): `[rows, width]`.
+            counts (`Sequence`): number of tokens that were appended to each row.
+            active (`Sequence`): whether each row is still active.
 
         Returns:
-            `[rows, num_tokens]`, in fp64 if the device has it; unused after a row's last token.
+            The new tokens of each row.
         """
-        dtype = torch.float32 if self.tokens.device.type == "mps" else torch.float64
-        if self._rows[0].plan.draws is None:
-            return torch.rand(len(self), num_tokens, dtype=dtype, device=self.tokens.device)
-        numbers = torch.zeros(len(self), num_tokens, dtype=dtype)
-        for row, own in zip(numbers, self._rows, strict=True):
-            assert own.plan.draws is not None  # all rows of a batch have them, or none has
-            drawn = own.plan.draws[purpose, own.length - own.prompt + offset :][:num_tokens]
-            row[: len(drawn)] = drawn
-        return numbers.to(self.tokens.device)
-
-    def put(self, tokens: torch.Tensor, offset: int = 0) -> None:
-        """Writes drafted tokens `[rows, width]` after each row's end, without changing the lengths."""
-        width = tokens.shape[1]
-        if (missing := max(self.lengths) + offset + width - self.tokens.shape[1]) > 0:
-            self.tokens = F.pad(self.tokens, (0, missing + 64))
-        starts = torch.tensor(self.lengths, device=self.tokens.device)[:, None] + offset
-        self.tokens.scatter_(1, starts + torch.arange(width, device=self.tokens.device), tokens)
-
-    def append(self, tokens: torch.Tensor, counts: Sequence[int]) -> tuple[list[list[int]], list[int]]:
-        """Appends the first `counts[row]` tokens of `[rows, width]` to each row, up to where the row ends.
-
-        Returns:
-            The tokens that were appended to each row, and the indices of the unfinished rows.
-        """
-        self.put(tokens)
-        appended: list[list[int]] = []
-        unfinished: list[int] = []
-        for row, (own, new, count) in enumerate(zip(self._rows, tokens.tolist(), counts, strict=True)):
-            new = new[: min(count, own.limit - own.length)]
-            end = next(
-                (n for n, token in enumerate(new, start=1) if token in self.eos or self._is_stopped(row, n)), None
-            )
-            appended.append(new[:end])
+        appended = []
+        for row, (own, new, count) in enumerate(zip(self._rows, tokens, counts, strict=True)):
+            end = next((n for n in range(1, count + 1) if self._is_stopped(row, n)), None) if own.criteria else None
+            appended.append(list(new[: count if end is None else end]))
             own.length += len(appended[row])
-            if end is None and own.length < own.limit:
-                unfinished.append(row)
-        return appended, unfinished
+            own.is_finished = end is not None or not active[row]
+        return appended
+
+    def unfinished(self) -> list[int]:
+        """Returns the indices of the unfinished rows, with the last ones in the places of finished ones.
+
+        Few rows have to be moved in this order.
+        """
+        found = [index for index, row in enumerate(self._rows) if not row.is_finished]
+        last = [index for index in found if index >= len(found)]
+        return [last.pop() if self._rows[index].is_finished else index for index in range(len(found))]
 
     def _is_stopped(self, row: int, taken: int) -> bool:
         """Returns whether a criterion ends the row after its first `taken` new tokens."""
         own = self._rows[row]
         for criterion in own.criteria:
-            padded = torch.cat([own.padding, self.tokens[row, : own.length + taken]])
+            padded = torch.cat([own.padding, self.state.tokens[row, : own.length + taken]])
             try:
                 ended = criterion(padded.expand(own.num_prompts, -1), None)
             except Exception as error:
@@ -201,17 +232,29 @@ class Rows:
         return False
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Keeps the rows with these indices; the others are finished."""
+        """Keeps the rows with these indices, in this order; the others are finished."""
         for row in set(range(len(self))) - set(rows):
             own = self._rows[row]
-            self.finished[own.plan.key] = self.tokens[row, own.prompt : own.length].clone()
-        self.tokens = self.tokens[list(rows)]
+            self.finished[own.plan.key] = self.state.tokens[row, own.prompt : own.length].clone()
+        if self._fixed is None:
+            self.state = self.state.select(torch.tensor(rows, dtype=torch.long, device=self.state.ends.device))
+        else:
+            for target, source in enumerate(rows):
+                if source != target:
+                    self._fixed.move(source, target)
+            self._fixed.active[len(rows) :] = False
         self._rows = [self._rows[row] for row in rows]
 
     def join(self, other: "Rows") -> None:
-        """Adds the rows of another batch that was prepared with the same settings, after the own ones."""
-        width = max([*self.lengths, *other.lengths], default=0) + 64
-        self.tokens = torch.cat([F.pad(rows.tokens, (0, width - rows.tokens.shape[1])) for rows in (self, other)])
+        """Adds the rows of another batch that was prepared with the same settings, after the own ones.
+
+        Rows in buffers of fixed size need room in them.
+        """
+        if self._fixed is None:
+            slots = max([*self.lengths, *other.lengths], default=0) + _SPARE
+            self.state = self.state.concatenated(other.state, slots)
+        else:
+            self._fixed.copy_rows(other.state, len(self))
         self._rows += other._rows
         self.finished |= other.finished
 
@@ -240,3 +283,26 @@ def _paddings(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> l
     if 0 in lengths:
         raise InputError(f"prompt {lengths.index(0)}: is empty. Give at least one token, such as begin-of-sequence")
     return [mask.shape[1] - length for length in lengths]
+
+
+def _draws(plans: Sequence[RowPlan], device: torch.device) -> torch.Tensor:
+    """Returns the random numbers of all rows, `[rows, 3, new tokens]`, in fp64 if the device has it."""
+    drawn = [
+        torch.rand(3, plan.max_new_tokens, dtype=torch.float64) if plan.draws is None else plan.draws for plan in plans
+    ]
+    longest = max(numbers.shape[1] for numbers in drawn)
+    together = torch.stack([F.pad(numbers, (0, longest - numbers.shape[1])) for numbers in drawn])
+    return together.to(device, torch.float32 if device.type == "mps" else torch.float64)
+
+
+def row_bucket(rows: int) -> int:
+    """Returns the number of rows of the smallest bucket: a power of two, from 128 on a multiple of 64."""
+    return 1 << (rows - 1).bit_length() if rows <= 128 else -(-rows // 64) * 64
+
+
+def slot_bucket(end: int) -> int:
+    """Returns the number of slots of the smallest bucket: 128, 256, 384, 512, 768, 1024, 1536 and so on."""
+    size = 128
+    while size < end:
+        size = size * 4 // 3 if size % 3 == 0 else size * 3 // 2 if size > 128 else 256
+    return size

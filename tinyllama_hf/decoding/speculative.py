@@ -119,6 +119,7 @@ def _run(decoding: Decoding, streamer: BaseStreamer | None) -> torch.Tensor | Sp
         if not len(rows):
             break
         appended = decoding.round()
+    decoding.close()
     if streamer is not None:
         streamer.end()
     pad = config._pad_token_tensor

@@ -1,0 +1,110 @@
+"""Caches and rows at fixed addresses, with the graphs that were recorded over them; kept for the next call."""
+
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from .graphs import Graphs, Recorder, Weights
+from .ragged_cache import RaggedModel
+from .row_state import RowState
+from .rows import row_bucket, slot_bucket
+
+
+_NUM_EOS = 8  # room for end-of-sequence tokens; unused entries are -1, which no token equals
+
+
+class Size(NamedTuple):
+    """What a batch needs.
+
+    Attributes:
+        rows (`int`): number of rows.
+        slots (`int`): tokens of the longest row, with drafted ones.
+        draws (`int`): random numbers per row and purpose; 0 for greedy decoding.
+        probabilities (`tuple[int, int]`): number of drafted tokens that are sampled, and the vocabulary size.
+        eos (`int`): number of end-of-sequence tokens.
+    """
+
+    rows: int
+    slots: int
+    draws: int
+    probabilities: tuple[int, int]
+    eos: int
+
+    def rounded_up(self) -> "Size":
+        """Returns the size of the memory that is allocated."""
+        eos = max(self.eos, _NUM_EOS)
+        return Size(row_bucket(self.rows), slot_bucket(self.slots), self.draws, self.probabilities, eos)
+
+    def fits(self, other: "Size") -> bool:
+        """Whether a batch of this size fits into memory of another size."""
+        sampled, room = self.probabilities, other.probabilities
+        numbers = (self.rows, self.slots, self.draws, self.eos, sampled[0])
+        available = (other.rows, other.slots, other.draws, other.eos, room[0])
+        return all(a <= b for a, b in zip(numbers, available, strict=True)) and (not sampled[0] or sampled == room)
+
+
+class FixedMemory:
+    """Memory of one batch: rows, a cache for each model, and the graphs.
+
+    Args:
+        readers (`Sequence[RaggedModel]`): the target, and the draft if it is a model; each has read something.
+        size (`Size`): see [`Size.rounded_up`].
+        recorder (`Recorder`): records steps.
+    """
+
+    def __init__(self, readers: Sequence[RaggedModel], size: Size, recorder: Recorder):
+        device = readers[0].model.device
+        eos = torch.full((size.eos,), -1, device=device)
+        draws = torch.zeros(size.rows, 3, size.draws, dtype=torch.float64, device=device) if size.draws else None
+        self.size = size
+        self.state = RowState.empty(size.rows, size.slots, draws, eos)
+        if size.probabilities[0]:
+            self.state.probabilities = torch.zeros(size.rows, *size.probabilities, device=device)
+        self.caches = [reader.cache.fixed(size.rows, size.slots) for reader in readers]
+        self.graphs = Graphs(recorder, self.state)
+        self._weights = [Weights.of(reader.model) for reader in readers]
+        self._owner: weakref.ref[object] | None = None
+
+    def serves(self, readers: Sequence[RaggedModel], size: Size) -> bool:
+        """Whether it is free, large enough, and its graphs belong to these models as they are now."""
+        is_free = self._owner is None or self._owner() is None
+        return is_free and size.fits(self.size) and self._weights == [Weights.of(reader.model) for reader in readers]
+
+    def lend(self, owner: object) -> None:
+        """Reserves it for an owner, until that is gone or [`give_back`] is called."""
+        self._owner = weakref.ref(owner)
+
+    def give_back(self) -> None:
+        """Makes it available to the next owner."""
+        self._owner = None
+
+
+# The latest memory of each target. It is large, so there is one: the next call most likely has the same draft.
+_kept: weakref.WeakKeyDictionary[PreTrainedModel, FixedMemory] = weakref.WeakKeyDictionary()
+
+
+def borrow(owner: object, readers: Sequence[RaggedModel], size: Size, recorder: Recorder) -> FixedMemory:
+    """Returns memory for a batch: the kept one, or a new one in its place.
+
+    Args:
+        owner (`object`): see [`FixedMemory.lend`].
+        readers (`Sequence[RaggedModel]`): see [`FixedMemory`].
+        size (`Size`): of the batch.
+        recorder (`Recorder`): records steps of new memory.
+    """
+    target = readers[0].model
+    memory = _kept.pop(target, None)
+    if memory is None or not memory.serves(readers, size):
+        del memory  # its memory can be used again
+        memory = FixedMemory(readers, size.rounded_up(), recorder)
+    memory.lend(owner)
+    _kept[target] = memory
+    return memory
+
+
+def release(model: PreTrainedModel) -> None:
+    """Frees the caches and graphs that are kept for a target."""
+    _kept.pop(model, None)
