@@ -31,7 +31,7 @@ from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from .configuration_tinyllama import TinyLlamaConfig, refuse_quantized
 from .decoding.grouped_attention import packed_attention
-from .decoding.speculative import pop_draft, speculative_generate
+from .decoding.speculative import generate_recorded, pop_draft, speculative_generate
 from .errors import InputError
 from .losses import IGNORE_INDEX, linear_cross_entropy_sum
 from .packed_documents import document_mask, use_cache_for_positions
@@ -233,12 +233,20 @@ class TinyLlamaForCausalLM(_TinyLlamaInitialization, LlamaForCausalLM):
         `assistant_tokenizer`. `num_assistant_tokens_schedule` and `assistant_confidence_threshold` are errors as
         arguments, and are ignored in a generation configuration.
 
+        On CUDA, plain decoding runs as graphs over caches of fixed size, which are recorded in the first call and kept
+        with the model. Arguments that this does not support, such as beams, `return_dict_in_generate` or a cache, use
+        the loop of transformers. Sampled tokens then differ for the same seed, and each follows from it as well.
+
         On a CPU, `gqa_packed` attention replaces sdpa during the call: `config._attn_implementation` has this value,
         and an implementation that a callback sets is undone at the end.
         """
         kwargs |= zip(_GENERATE_ARGUMENTS, args, strict=False)
         draft = pop_draft(self, generation_config, kwargs)
         if draft is None:
+            options = {"input_ids": inputs, "generation_config": generation_config, **kwargs}
+            output = generate_recorded(self, **options) if inputs is None or "input_ids" not in kwargs else None
+            if output is not None:
+                return output
             # On a CPU, stock attention takes most of a step with a long context. GPUs have kernels for grouped
             # queries.
             packs = self.device.type == "cpu" and self.config._attn_implementation == "sdpa"

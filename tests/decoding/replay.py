@@ -1,4 +1,4 @@
-"""A stand-in for CUDA graphs on a CPU: records the calls of a step to the device with their storages, and repeats them.
+"""A stand-in for CUDA graphs on a CPU: records the device calls of a step with their storages, and repeats them.
 
 Like a graph, it refuses what reads from the device or copies to it, repeats nothing but device work, and uses the
 tensors that were used when it was recorded, whatever Python would do by then.
@@ -14,8 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 
 aten = torch.ops.aten
-# Their results or shapes depend on values, so that the host waits for the device; `lift_fresh` is a tensor that was
-# made from Python values, which would be copied to the device.
+# Their results or shapes depend on values, so that the host waits for the device.
 READS = {
     aten._local_scalar_dense.default,
     aten.nonzero.default,
@@ -23,7 +22,6 @@ READS = {
     aten.equal.default,
     aten.is_nonzero.default,
     aten._unique2.default,
-    aten.lift_fresh.default,
 }
 
 
@@ -45,7 +43,10 @@ class _Calls(TorchDispatchMode):
         by_mask = func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default) and any(
             index.dtype in (torch.bool, torch.uint8) for index in indices
         )
-        if func in READS or by_mask:
+        # A tensor that was made from Python values would be copied to the device. A number that is assigned to a slice
+        # looks the same on a CPU, but elsewhere a kernel writes it.
+        is_copied = func is aten.lift_fresh.default and args[0].dim() > 0
+        if func in READS or by_mask or is_copied:
             raise ReadsFromDevice(f"{func} in a step that is recorded")
         output = func(*args, **kwargs)
         self.calls.append((func, args, kwargs, output))

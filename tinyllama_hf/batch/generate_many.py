@@ -12,7 +12,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..decoding.engine import SUPPORTED_MODES, Decoding
+from ..decoding.engine import Decoding
+from ..decoding.options import SUPPORTED_MODES
 from ..decoding.proposals import Proposer
 from ..decoding.rows import RowPlan
 from ..decoding.speculative import check_pair

@@ -2,31 +2,42 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
-from transformers.generation import GenerationConfig, GenerationMixin, GenerationMode
+from transformers.generation import GenerationMixin
 
 from ..errors import InputError
 from . import fixed_memory, graphs
 from .acceptance import RowProcessors, accept_greedy, accept_sampled
 from .draft_length import DraftLength
 from .fixed_memory import FixedMemory, Size
+from .options import check_options
 from .proposals import ModelProposer, Proposer, SpeculationStatistics
 from .ragged_cache import RaggedModel
 from .rows import RowPlan, Rows
-from .timing import Mark, mark, seconds_between
+from .timing import Mark, mark, seconds_between, wait_for
 
 
 logger = logging.getLogger(__name__)
 LONGEST_DRAFT = 8
 # With steps of fixed shape, a round drafts one of these numbers of tokens.
 FIXED_DRAFTS = (1, 2, 3, 5, LONGEST_DRAFT)
-# Columns of what a round returns from the device; the tokens follow.
-_ACCEPTED, _IS_FINITE, _TOKENS = 1, 4, 5
-_PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
-SUPPORTED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+# Columns of what a round returns from the device, before the tokens.
+_TOKENS = 5
+
+
+class _Round(NamedTuple):
+    """A round that the device may not have finished."""
+
+    values: torch.Tensor  # from `Decoding._choose`
+    logits: torch.Tensor
+    width: int  # drafted tokens
+    limits: list[int]  # maximum number of drafted tokens per row
+    marks: tuple[Mark, Mark, Mark, Mark]  # started, drafting began, drafting ended, finished
+    is_plain: bool  # by choice
+    was_recorded: bool  # a step was recorded in it
 
 
 class Decoding:
@@ -57,6 +68,7 @@ class Decoding:
         InputError: if an option is not supported, or a prompt fills the context.
     """
 
+    @torch.inference_mode(False)  # tensors that are kept must be usable outside it as well
     def __init__(
         self,
         target: PreTrainedModel,
@@ -76,7 +88,7 @@ class Decoding:
         input_ids, prepared = generate(target, input_ids, attention_mask=attention_mask, **arguments)
         names = ("logits_processor", "stopping_criteria", "generation_config")
         processors, criteria, self.config = (prepared.pop(name) for name in names)
-        _check_options(self.config, prepared)
+        check_options(self.config, prepared)
         self.input_ids = input_ids.to(target.device)
         self._target = RaggedModel(target)
         context = self._target.context
@@ -96,6 +108,8 @@ class Decoding:
         self._longest = max(LONGEST_DRAFT, draft_length or 0)
         self._length = DraftLength(num_rows, drafts, draft_length)
         self._memory: FixedMemory | None = None
+        self._next: _Round | None = None  # a round that was started ahead
+        self._appended: dict[int, list[int]] = {}  # new tokens by key that were not returned yet
         self.statistics = SpeculationStatistics(num_rows)
         self.token_scores: dict[str, list[list[torch.Tensor]]] = {}
 
@@ -114,18 +128,24 @@ class Decoding:
         return [self._target, draft.reader] if isinstance(draft, ModelProposer) else [self._target]
 
     @torch.no_grad()
-    def start(self) -> list[list[int]]:
-        """Reads the prompts and returns the first new token of each row."""
+    @torch.inference_mode(False)
+    def start(self) -> dict[int, list[int]]:
+        """Reads the prompts and returns the first new token of each row, by its key."""
         began = mark(self.input_ids)
         logits = self._target.read(self.rows, self.input_ids.shape[1])
-        values, ended = self._choose(0, logits)
-        appended = self._finish_round(values, 0, logits)
-        self.statistics.prefill_seconds = seconds_between(began, ended)
-        return appended
+        values = self._choose(0, logits)
+        ended = mark(self.input_ids)
+        self._record(_Round(values, logits, 0, [], (began, began, began, ended), False, True))
+        self.statistics.prefill_seconds, self.statistics.target_seconds = self.statistics.target_seconds, 0.0
+        self._remove_finished()
+        return self._take_appended()
 
     @torch.no_grad()
+    @torch.inference_mode(False)
     def join(self, other: "Decoding") -> None:
         """Adds the rows of a `Decoding` that was prepared with the same arguments and has started."""
+        self._settle()
+        self._remove_finished()
         self.statistics.add(other.statistics)
         lengths = [*self.rows.lengths, *other.rows.lengths]
         batches = [self.rows, other.rows]
@@ -133,7 +153,9 @@ class Decoding:
             self._move_to_fixed_memory(batches)
         began = mark(self.input_ids)
         self._draft.join(self.rows, other._draft, other.rows)
-        self.statistics.draft_seconds += seconds_between(began, mark(self.input_ids), wait=True)
+        ended = mark(self.input_ids)
+        wait_for(ended)
+        self.statistics.draft_seconds += seconds_between(began, ended)
         self._target.join(other._target, len(self.rows), max(lengths, default=0))
         self._processors.join(other._processors)
         self._length.join(len(other.rows))
@@ -141,11 +163,46 @@ class Decoding:
         self.statistics.target_passes, self.statistics.draft_passes = self._target.passes, self._draft.passes
 
     @torch.no_grad()
-    def round(self) -> list[list[int]]:
-        """Drafts, verifies in one target pass and returns the new tokens of each row; removes finished rows."""
-        rows, draft = self.rows, self._draft
+    @torch.inference_mode(False)
+    def round(self) -> dict[int, list[int]]:
+        """Drafts, verifies in one target pass and returns the new tokens by row key; removes finished rows.
+
+        Where nothing waits for the tokens of a round on a GPU, the next one starts before they are read.
+        """
         if self._recorder is not None and self._memory is None:
-            self._move_to_fixed_memory([rows])
+            self._move_to_fixed_memory([self.rows])
+        current = self._next or self._launch()
+        self._next = self._launch() if self._may_run_ahead() else None
+        self._record(current)
+        if self.rows.has_finished():
+            self._settle()
+        self._remove_finished()
+        return self._take_appended()
+
+    def _settle(self) -> None:
+        """Waits for a round that was started ahead, and records it."""
+        if self._next is not None:
+            ahead, self._next = self._next, None
+            self._record(ahead)
+
+    def _take_appended(self) -> dict[int, list[int]]:
+        appended, self._appended = self._appended, {}
+        return appended
+
+    def _may_run_ahead(self) -> bool:
+        """Whether the next round depends on nothing that the host has to read from the current one."""
+        return (
+            self._memory is not None
+            and type(self._draft) is Proposer
+            and self._processors.recordable is not None
+            and not self.token_scores
+            and not self.rows.has_criteria
+            and max(self.rows.remaining) > 1
+        )
+
+    def _launch(self) -> _Round:
+        """Starts a round."""
+        rows, draft = self.rows, self._draft
         # At most as many tokens as the draft can read. Every round also adds a token of the target's own, so drafting
         # the last token of a row would be wasted.
         limits = [
@@ -155,10 +212,9 @@ class Decoding:
         chosen = self._length.choose()
         # All rows draft the same number, and `drafted` of the state cuts it per row.
         wanted = min(chosen, max(limits)) if self._memory is None or not max(limits) else chosen
-        rows.make_room(wanted + 1)
-        recorded = self._num_recorded
+        rows.make_room(wanted + 2)  # a round may already be under way
+        recorded, width = self._num_recorded, 0
         started = mark(self.input_ids)
-        width = 0
         if wanted:
             draft.catch_up(rows)
         began = mark(self.input_ids)  # catching up is not part of the time per drafted token
@@ -170,25 +226,20 @@ class Decoding:
         # The last accepted token was never read by the target, so a pass reads it and the drafted ones: the logits of
         # `width + 1` positions verify all drafted tokens and give one more.
         logits = self._target.read(rows, width + 1, width, width + 1)
-        values, finished = self._choose(width, logits)
-        self.statistics.plain_rounds += not chosen
-        self.statistics.draft_seconds += seconds_between(started, drafted)
-        target_seconds = seconds_between(drafted, finished)
-        self.statistics.target_seconds += target_seconds
-        if self._num_recorded == recorded:  # otherwise the time of recording is in it
-            accepted = [row[_ACCEPTED] for row in values]
-            self._length.observe(width, limits, accepted, seconds_between(began, drafted), target_seconds)
-        return self._finish_round(values, width, logits)
+        values = self._choose(width, logits)
+        marks = (started, began, drafted, mark(self.input_ids))
+        return _Round(values, logits, width, limits, marks, chosen == 0, self._num_recorded > recorded)
 
     @property
     def _num_recorded(self) -> int:
         return 0 if self._memory is None else self._memory.graphs.recorded
 
-    def _choose(self, width: int, logits: torch.Tensor) -> tuple[list[list[int]], Mark]:
-        """Chooses and appends tokens on the device, and waits for it.
+    def _choose(self, width: int, logits: torch.Tensor) -> torch.Tensor:
+        """Chooses and appends tokens on the device.
 
         Returns:
-            Per row the columns up to `_TOKENS`, then `width + 1` tokens; and the time when they were chosen.
+            `[rows, 5 + width + 1]` on the host, when the device has finished: number of appended, accepted and drafted
+            tokens, whether the row is active and its probabilities are finite; then the tokens.
         """
         rows = self.rows
 
@@ -207,33 +258,44 @@ class Decoding:
             # The logits of each bucket have their own address.
             key = ("choose", rows.bucket, width, self.config.do_sample, settings)
             chosen = self._memory.graphs.run(key, step)
-        ended = mark(chosen)
-        values = chosen[: len(rows)].tolist()  # the only wait for the device
-        if not all(row[_IS_FINITE] for row in values):
-            raise RuntimeError("the model's probabilities hold nan or inf, so no token can be sampled")
-        return values, ended
+        host = torch.empty(len(rows), chosen.shape[1], dtype=chosen.dtype, pin_memory=chosen.is_cuda)
+        return host.copy_(chosen[: len(rows)], non_blocking=True)
 
-    def _finish_round(self, values: list[list[int]], width: int, logits: torch.Tensor) -> list[list[int]]:
-        """Records the chosen tokens and removes finished rows; returns the new tokens per row."""
+    def _record(self, found: _Round) -> None:
+        """Waits for a round and records its tokens."""
         rows, statistics = self.rows, self.statistics
+        wait_for(found.marks[-1])
+        values = found.values.tolist()
+        counts, accepted, drafted, active, is_finite = ([row[column] for row in values] for column in range(_TOKENS))
+        if not all(is_finite):
+            raise RuntimeError("the model's probabilities hold nan or inf, so no token can be sampled")
         # Rejected tokens are not erased from the caches: the next round overwrites their slots.
-        counts, accepted, drafted, active = ([row[column] for row in values] for column in range(_IS_FINITE))
         appended = rows.record([row[_TOKENS:] for row in values], counts, active)
+        started, began, ended, finished = found.marks
+        draft_seconds, target_seconds = seconds_between(began, ended), seconds_between(ended, finished)
+        if not found.was_recorded:  # otherwise the time of recording is in it
+            self._length.observe(found.width, found.limits, accepted, draft_seconds, target_seconds)
+        statistics.draft_seconds += seconds_between(started, ended)
+        statistics.target_seconds += target_seconds
+        statistics.plain_rounds += found.is_plain
         statistics.target_passes, statistics.draft_passes = self._target.passes, self._draft.passes
-        statistics.row_passes += len(values)
+        statistics.row_passes += sum(count > 0 for count in counts)
         statistics.drafted += sum(drafted)
         statistics.accepted += sum(min(count, len(new)) for count, new in zip(accepted, appended, strict=True))
         statistics.verified += sum(min(taken + 1, count) for taken, count in zip(accepted, drafted, strict=True))
         statistics.new_tokens += sum(map(len, appended))
         for name, collected in self.token_scores.items():
-            values_of_rows = (self._scores if name == "scores" else logits)[: len(values)]
-            for key, new, found in zip(rows.keys, appended, values_of_rows, strict=True):
-                collected[key].append(found[: len(new)].clone())
-        unfinished = rows.unfinished()
-        if len(unfinished) < len(values):
-            for part in (rows, self._target, self._draft, self._processors, self._length):
+            of_rows = (self._scores if name == "scores" else found.logits)[: len(values)]
+            for key, new, tensors in zip(rows.keys, appended, of_rows, strict=True):
+                collected[key].append(tensors[: len(new)].clone())
+        for key, new in zip(rows.keys, appended, strict=True):
+            self._appended.setdefault(key, []).extend(new)
+
+    def _remove_finished(self) -> None:
+        if self.rows.has_finished():
+            unfinished = self.rows.unfinished()
+            for part in (self.rows, self._target, self._draft, self._processors, self._length):
                 part.keep(unfinished)
-        return appended
 
     def _move_to_fixed_memory(self, rows: list[Rows]) -> None:
         """Moves rows and caches to fixed addresses, with room for other rows that are about to join."""
@@ -260,25 +322,3 @@ class Decoding:
         if self._memory is not None:
             logger.info("%s", self._memory.graphs)
             self._memory.give_back()
-
-
-def _check_options(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
-    """Refuses options of other decoding methods, which this one would ignore."""
-    mode, chunk, kind = config.get_generation_mode(), config.prefill_chunk_size, config.cache_implementation
-    if mode not in SUPPORTED_MODES:
-        raise InputError(f"{mode.value}: a draft supports greedy decoding and sampling only. Generate without a draft")
-    own_cache = "rows of different lengths need their own kind of cache. Leave it out"
-    outputs = "is not supported for rows of different lengths. Leave it out"
-    refused = {
-        "use_cache=False: rows of different lengths need a cache. Leave it on": not config.use_cache,
-        f"output_attentions=True: {outputs}": config.output_attentions,
-        f"output_hidden_states=True: {outputs}": config.output_hidden_states,
-        f"prefill_chunk_size={chunk}: prompts are read in one pass here. Leave it out": chunk is not None,
-        f"past_key_values: {own_cache}": getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False),
-        f"cache_implementation={kind!r}: {own_cache}": kind not in (None, "dynamic"),
-    }
-    for name in sorted(set(model_kwargs) - _PREPARED):
-        refused[f"{name}: is not supported with a draft. Generate without a draft"] = True
-    for message, applies in refused.items():
-        if applies:
-            raise InputError(message)

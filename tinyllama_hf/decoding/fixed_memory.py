@@ -40,10 +40,11 @@ class Size(NamedTuple):
 
     def fits(self, other: "Size") -> bool:
         """Whether a batch of this size fits into memory of another size."""
-        sampled, room = self.probabilities, other.probabilities
-        numbers = (self.rows, self.slots, self.draws, self.eos, sampled[0])
-        available = (other.rows, other.slots, other.draws, other.eos, room[0])
-        return all(a <= b for a, b in zip(numbers, available, strict=True)) and (not sampled[0] or sampled == room)
+        numbers = (self.rows, self.slots, self.draws, self.eos)
+        available = (other.rows, other.slots, other.draws, other.eos)
+        room = all(a <= b for a, b in zip(numbers, available, strict=True))
+        # Steps accept drafted tokens by their distributions wherever there are some.
+        return room and self.probabilities == other.probabilities
 
 
 class FixedMemory:

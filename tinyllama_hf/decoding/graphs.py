@@ -5,6 +5,7 @@ of TinyLlama 1.1B takes about 770 kernel launches, whose Python takes five times
 """
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Hashable
 from typing import Protocol, TypeVar
@@ -13,10 +14,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..errors import InputError, one_line
 from .row_state import RowState
 
 
 _MOST_GRAPHS = 256  # all are dropped beyond this; a graph of 1.1b takes about a megabyte
+_SWITCH = "TINYLLAMA_HF_GRAPHS"
 _Outputs = TypeVar("_Outputs")
 
 
@@ -68,8 +71,12 @@ class CudaRecorder:
 
 
 def recorder_for(device: torch.device) -> Recorder | None:
-    """Returns what records steps on a device; `None` on a CPU, where steps fit the rows exactly instead."""
-    return CudaRecorder(device) if device.type == "cuda" else None
+    """Returns what records steps on a device; `None` on a CPU, where steps fit the rows exactly instead.
+
+    The environment variable `TINYLLAMA_HF_GRAPHS=off` turns recording off.
+    """
+    is_off = os.environ.get(_SWITCH) == "off"
+    return CudaRecorder(device) if device.type == "cuda" and not is_off else None
 
 
 class Graphs:
@@ -116,6 +123,13 @@ class Graphs:
         self._is_recording = True
         try:
             self._steps[key] = self._recorder.record(step)
+        except InputError:
+            raise
+        except RuntimeError as error:
+            raise InputError(
+                f"a generation step cannot be recorded as a graph on this device ({one_line(error)}). Set "
+                f"{_SWITCH}=off to generate without graphs"
+            ) from error
         finally:
             self._is_recording = False
             self._state.restore(before)

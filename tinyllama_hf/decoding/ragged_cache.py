@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ..errors import InputError
 from .graphs import Graphs
 from .grouped_attention import attention_configs, packed_attention
+from .llama_step import is_plain_llama, llama_step
 from .rows import Rows
 
 
@@ -182,6 +183,7 @@ class RaggedModel:
         self.has_position_table = getattr(config, "rope_parameters", None) is None
         heads = config.num_attention_heads
         self._groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
+        self._is_plain_llama = is_plain_llama(model)
         self._configs = attention_configs(model)
         self.cache = RaggedCache(config.num_hidden_layers)
         self.passes = 0
@@ -219,6 +221,9 @@ class RaggedModel:
             slots = slots - slots[:, :1].clamp(max=0)
             placement = _Placement(slots, rows.bucket.slots)
             mask = self._packed_mask(slots, placement.end)
+            if self._is_plain_llama:
+                caches = [(layer.keys, layer.values) for layer in self.cache.ragged_layers]
+                return llama_step(self.model, rows.state.read(slots), slots, mask, caches, num_logits).float()
         self.cache.place(placement)
         with packed_attention(self._configs):
             output = self.model(

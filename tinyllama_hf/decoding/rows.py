@@ -108,8 +108,11 @@ class Rows:
                 raise InputError(
                     f"prompt {row}: its {length} tokens leave no room in the context of {context}. Shorten it"
                 )
-            # Criteria of users may keep state, so each row has its own. Those of transformers have none.
-            criteria = [c if type(c).__module__ == StoppingCriteria.__module__ else copy.deepcopy(c) for c in others]
+            # Criteria of users may keep state, so each of several rows has its own. Those of transformers have none.
+            criteria = [
+                c if len(paddings) == 1 or type(c).__module__ == StoppingCriteria.__module__ else copy.deepcopy(c)
+                for c in others
+            ]
             limit = length + plan.max_new_tokens
             filling = input_ids[row, :padding]
             self._rows.append(_Row(plan, filling, length, length, limit, row, len(paddings), criteria))
@@ -206,6 +209,10 @@ class Rows:
             own.is_finished = end is not None or not active[row]
         return appended
 
+    def has_finished(self) -> bool:
+        """Whether a row has finished and was not removed yet."""
+        return any(row.is_finished for row in self._rows)
+
     def unfinished(self) -> list[int]:
         """Returns the indices of the unfinished rows, with the last ones in the places of finished ones.
 
@@ -222,7 +229,7 @@ class Rows:
             padded = torch.cat([own.padding, self.state.tokens[row, : own.length + taken]])
             try:
                 ended = criterion(padded.expand(own.num_prompts, -1), None)
-            except Exception as error:
+            except (AttributeError, IndexError, TypeError) as error:  # of `None` in place of scores
                 raise InputError(
                     f"stopping criterion {type(criterion).__name__}: failed on tokens without scores "
                     f"({one_line(error)}). Scores are not available with a draft. Generate without a draft"

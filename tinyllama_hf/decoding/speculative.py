@@ -6,6 +6,7 @@ number of tokens: rows are neither realigned nor made to wait, see `ragged_cache
 
 import dataclasses
 import functools
+import logging
 from typing import Any
 
 import torch
@@ -13,15 +14,18 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig
+from transformers.generation.logits_process import LogitsProcessor
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
+from . import graphs
 from .engine import Decoding
 from .proposals import ModelProposer, PromptLookup, Proposer, SpeculationStatistics, first_layers
 from .ragged_cache import check_full_attention
 
 
+logger = logging.getLogger(__name__)
 _DRAFTS = ("prompt_lookup_num_tokens", "assistant_early_exit")
 _UNUSED = ("assistant_confidence_threshold", "num_assistant_tokens_schedule", "custom_generate")
 
@@ -100,11 +104,64 @@ def speculative_generate(
     return _run(decoding, streamer)
 
 
+@torch.no_grad()
+def generate_recorded(
+    target: PreTrainedModel,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None = None,
+    streamer: BaseStreamer | None = None,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """Generates without a draft by recorded steps, where the device has them; the output is that of `target.generate`.
+
+    Args:
+        target (`PreTrainedModel`): see [`speculative_generate`], like the other arguments.
+        input_ids (`torch.Tensor`): `[rows, prompt]`, padded on the left.
+
+    Returns:
+        `[rows, prompt + new]`, padded on the right; `None` if `target.generate` has to be used, for arguments that are
+        not supported, and on devices without recorded steps. The reason is logged.
+    """
+    if graphs.recorder_for(target.device) is None:
+        return None
+    try:
+        check_pair(target, None)
+        _check_recordable(target, kwargs)
+        if input_ids is None:
+            raise InputError("input_ids: are missing")
+        stop_strings = _pop_option("stop_strings", target, kwargs.get("generation_config"), kwargs)
+        criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
+        if stop_strings:
+            criteria.append(_stop_string_criterion(stop_strings, kwargs.pop("tokenizer", None)))
+        decoding = Decoding(target, None, None, input_ids, attention_mask, stopping_criteria=criteria, **kwargs)
+        if decoding.config.return_dict_in_generate:
+            raise InputError("return_dict_in_generate=True: its cache is one of transformers")
+        _check_streamer(decoding, streamer)
+    except InputError as reason:
+        logger.info("generation runs in the loop of transformers: %s", reason)
+        return None
+    output = _run(decoding, streamer)
+    assert isinstance(output, torch.Tensor)
+    return output
+
+
+def _check_recordable(target: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    """Refuses what recorded steps would compute in another way than `generate`."""
+    if reason := graphs.reason_not_to_record(target):
+        raise InputError(f"{type(target).__name__}: {reason}")
+    own = LogitsProcessor.__module__
+    for processor in kwargs.get("logits_processor") or ():
+        if type(processor).__module__ != own:
+            raise InputError(f"logits processor {type(processor).__name__}: may depend on the whole batch")
+    for name in ("custom_generate", "negative_prompt_ids", "synced_gpus", "assistant_tokenizer"):
+        if kwargs.get(name) is not None:
+            raise InputError(f"{name}: is not supported by recorded steps")
+
+
 def _run(decoding: Decoding, streamer: BaseStreamer | None) -> torch.Tensor | SpeculativeOutput:
     """Runs rounds until every row has finished, and returns the output of `generate`."""
     rows, config = decoding.rows, decoding.config
-    if streamer is not None and len(rows) > 1:
-        raise InputError(f"streamer: supports one row, not {len(rows)}. Generate without it")
+    _check_streamer(decoding, streamer)
     if len(rows) > 1 and rows.may_end_early and config._pad_token_tensor is None:
         raise InputError("pad_token_id: is missing, and rows may end at different lengths. Give pad_token_id")
     if streamer is not None:
@@ -114,7 +171,7 @@ def _run(decoding: Decoding, streamer: BaseStreamer | None) -> torch.Tensor | Sp
             decoding.token_scores[name] = [[] for _ in range(len(rows))]
     appended = decoding.start()
     while True:
-        if streamer is not None and appended[0]:
+        if streamer is not None and appended.get(0):
             streamer.put(torch.tensor(appended[0]))
         if not len(rows):
             break
@@ -131,6 +188,11 @@ def _run(decoding: Decoding, streamer: BaseStreamer | None) -> torch.Tensor | Sp
     fields: Any = {name: tuple(pad_sequence([torch.cat(row) for row in of_rows])) for name, of_rows in collected}
     fields["sequences"] = sequences
     return SpeculativeOutput(statistics=decoding.statistics, **fields)
+
+
+def _check_streamer(decoding: Decoding, streamer: BaseStreamer | None) -> None:
+    if streamer is not None and len(decoding.rows) > 1:
+        raise InputError(f"streamer: supports one row, not {len(decoding.rows)}. Generate without it")
 
 
 def pop_draft(

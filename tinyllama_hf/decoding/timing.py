@@ -17,17 +17,15 @@ def mark(tensor: torch.Tensor) -> Mark:
     return event
 
 
-def seconds_between(first: Mark, second: Mark, wait: bool = False) -> float:
-    """Returns the seconds between two marks.
+def wait_for(point: Mark) -> None:
+    """Waits until the device has reached a mark."""
+    if isinstance(point, torch.cuda.Event):
+        point.synchronize()
 
-    Args:
-        first (`Mark`): from [`mark`].
-        second (`Mark`): a later one, for the same device.
-        wait (`bool`, *optional*, defaults to `False`): wait for the device; otherwise it must have finished.
-    """
+
+def seconds_between(first: Mark, second: Mark) -> float:
+    """Returns the seconds between two marks of one device, which it has reached."""
     if isinstance(first, torch.cuda.Event) and isinstance(second, torch.cuda.Event):
-        if wait:
-            second.synchronize()
         return first.elapsed_time(second) / 1e3
     assert isinstance(first, float) and isinstance(second, float)
     return second - first

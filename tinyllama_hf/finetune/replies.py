@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..chat.render import Messages, render
+from ..decoding.speculative import generate_recorded
 from ..errors import InputError
 from ..evaluation.models import list_eval_models, load_eval_model
 from ..evaluation.score_files import (
@@ -141,13 +142,16 @@ def generate_replies(
         batch = tokenizer.pad(
             {"input_ids": [rendered[i] for i in numbers]}, padding_side="left", return_tensors="pt"
         ).to(model.device)
-        output = model.generate(  # type: ignore[operator]  # its type is that of any attribute of a torch module
+        arguments = {
             **batch,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+            "max_new_tokens": max_new_tokens,
+            "do_sample": False,
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
+        output = generate_recorded(model, **arguments)
+        if output is None:
+            output = model.generate(**arguments)  # type: ignore[operator]  # of GenerationMixin, unknown to PreTrainedModel
         for row, i in enumerate(numbers):
             new = output[row, batch["input_ids"].shape[1] :].tolist()
             end = new.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in new else len(new)
