@@ -38,7 +38,7 @@ from speculative import controlled_pair  # noqa: E402
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, provenance  # noqa: E402
 from tinyllama_hf.errors import InputError  # noqa: E402
 from tinyllama_hf.files import read_json, write_json  # noqa: E402
-from tinyllama_hf.quantization.bitsandbytes import (  # noqa: E402
+from tinyllama_hf.quantization.quantized_model import (  # noqa: E402
     QuantizedTinyLlama,
     check_quantization,
     quantization_config,

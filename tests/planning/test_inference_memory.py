@@ -36,8 +36,8 @@ from tinyllama_hf.planning.inference_memory import (
 )
 from tinyllama_hf.planning.kv_cache import measure_cache
 from tinyllama_hf.planning.named_architecture import find_architecture
-from tinyllama_hf.quantization.bitsandbytes import QuantizedTinyLlama, measure_footprint
 from tinyllama_hf.quantization.names import QUANTIZATIONS
+from tinyllama_hf.quantization.quantized_model import QuantizedTinyLlama, measure_footprint
 
 
 PUBLISHED = TinyLlamaConfig.preset("1.1b")
