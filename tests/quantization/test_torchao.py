@@ -102,6 +102,7 @@ def test_load_generate_save_reload(on_a_cpu, folder, tmp_path, kind):
     """Loaded again by this package, with the option and without it, and by stock transformers; saved again."""
     model, tokenizer = load(folder, quantization=kind, device="cpu")
     assert type(model) is QuantizedTinyLlama and model.dtype == torch.bfloat16
+    assert not model.hf_quantizer.quantization_config.quant_type.set_inductor_config, "would change the whole process"
     before, text = logits(model), model.generate(IDS, **GREEDY)
     model.save_pretrained(tmp_path / "saved")
     tokenizer.save_pretrained(tmp_path / "saved")
@@ -171,6 +172,20 @@ def test_footprint_equals_what_memory_computes(on_a_cpu, folder, tmp_path, kind)
         assert f"weights     {found.weights / 1e6:.1f} MB ({kind}; " in done.stdout
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_biases_and_tied_embeddings(on_a_cpu, folder, tmp_path, kind):
+    config = TinyLlamaConfig.preset(
+        "micro", vocab_size=512, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
+    )
+    TinyLlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "plain")
+    load_tokenizer(folder).save_pretrained(tmp_path / "plain")
+    model, _ = load(tmp_path / "plain", quantization=kind, device="cpu")
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    found = find_architecture(str(save(tmp_path / "plain", kind, tmp_path / "saved")))
+    assert weight_bytes(Setup(found.config, found.dtype, kind)) == measure_footprint(model).weights
+    assert torch.equal(logits(load(tmp_path / "saved", device="cpu")[0]), logits(model))
+
+
 @pytest.mark.parametrize("shape", [(256, 2048), (2048, 5632), (576, 1536), (100, 64)], ids=str)
 def test_sizes_are_those_of_the_librarys_tensors(on_a_cpu, shape):
     """torchao packs on torch's meta device, which has the shapes of the GPU's kernel."""
@@ -219,6 +234,16 @@ def test_conversion_is_refused(on_a_cpu, folder, tmp_path, kind):
         with pytest.raises(InputError, match=r"the weights are quantized\. Convert the original model"):
             convert(tmp_path / "saved", "llama", tmp_path / "plain")
         shutil.copy(folder / "config.json", tmp_path / "saved")
+
+
+def test_conversion_of_plain_fp8_weights_is_refused(folder, tmp_path):
+    """As other tools write them; the scales are in other tensors, so that the values alone are wrong."""
+    shutil.copytree(folder, tmp_path / "fp8")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"].to(torch.float8_e4m3fn)
+    save_file(weights, tmp_path / "fp8" / "model.safetensors")
+    with pytest.raises(InputError, match=r"the weights are quantized\. Convert the original model"):
+        convert(tmp_path / "fp8", "llama", tmp_path / "plain")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -190,7 +190,7 @@ def memory_lines(name: str, found: BatchMemory) -> list[str]:
             f"values: {times * cache.per_token:,.0f} bytes per token, {times:.3g} times as much"
         )
     text.append(f"total       {format_bytes(found.total)} of weights and cache")
-    prefill = f"not included: the memory inside of products with {setup.quantization} weights is not known"
+    prefill = f"not included: the memory that products with {setup.quantization} weights need is not known"
     if found.prefill is not None:
         prefill = f"{format_bytes(found.prefill)} more while prompts of {cache.tokens:,} tokens are read at once"
     return [*text, f"prefill     {prefill}"]

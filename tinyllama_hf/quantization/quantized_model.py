@@ -184,10 +184,8 @@ def check_loaded(model: PreTrainedModel, where: str) -> None:
 def cast_unquantized(model: nn.Module, dtype: torch.dtype) -> None:
     """Casts the parameters that are not quantized, in place."""
     for parameter in model.parameters():
-        # 4-bit weights may be stored in tensors of any dtype, floating-point ones included. Those of torchao are
-        # tensors of their own kind.
-        is_quantized = getattr(parameter, "quant_state", None) is not None or hasattr(parameter, "__tensor_flatten__")
-        if parameter.is_floating_point() and not is_quantized:
+        # 4-bit weights may be stored in tensors of any dtype, floating-point ones included.
+        if parameter.is_floating_point() and getattr(parameter, "quant_state", None) is None:
             parameter.data = parameter.data.to(dtype)
 
 
