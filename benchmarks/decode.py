@@ -27,7 +27,7 @@ from transformers import BitsAndBytesConfig, DynamicCache, LlamaForCausalLM, Pre
 
 from tinyllama_hf import convert, load
 from tinyllama_hf.progress import quiet_bitsandbytes
-from tinyllama_hf.quantization.bitsandbytes import measure_footprint
+from tinyllama_hf.quantization.quantized_model import measure_footprint
 
 
 class Engine(NamedTuple):

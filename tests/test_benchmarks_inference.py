@@ -14,10 +14,10 @@ INFERENCE = ROOT / "benchmarks" / "gpu" / "inference.py"
 
 
 @pytest.mark.slow
-def test_the_gpu_script_needs_no_pydantic_no_sentencepiece_and_no_bitsandbytes():
+def test_the_gpu_script_needs_no_pydantic_no_sentencepiece_and_no_quantization():
     script = """
 import sys
-for name in ("pydantic", "sentencepiece", "typer", "bitsandbytes"):
+for name in ("pydantic", "sentencepiece", "typer", "bitsandbytes", "torchao"):
     sys.modules[name] = None
 sys.path.insert(0, {folder!r})
 import inference
@@ -26,6 +26,7 @@ print([row for row in inference.quantizations(inference.Bench("cpu", True)) if "
     done = subprocess.run([sys.executable, "-c", script.format(folder=str(INFERENCE.parent))], check=True,
                           capture_output=True, text=True)  # fmt: skip
     assert done.stdout.count("skipped: quantization") == 2, "one for int8, one for nf4"
+    assert done.stdout.count("skipped: --quantization") == 2, "one for int4, one for fp8, which need a GPU"
 
 
 @pytest.mark.slow
@@ -50,9 +51,11 @@ def test_gpu_inference_on_a_cpu(tmp_path):
     subprocess.run(command, check=True, capture_output=True, text=True)
     rows = json.loads(output.read_text())["figures"]["rows"]
     assert rows[0] == other
-    assert not [row for row in rows if "error" in row]
+    skipped = {row["variant"]: row["error"] for row in rows if "error" in row}
+    assert skipped.keys() == {"int4", "fp8"}
+    assert all(f"skipped: --quantization {kind}: needs an NVIDIA GPU" in reason for kind, reason in skipped.items())
     parts = {part: [row for row in rows if row["part"] == part] for part in ("quantization", "speculative", "heads")}
-    assert [row["variant"] for row in parts["quantization"]] == ["float32", "int8", "nf4"] * 2
+    assert [row["variant"] for row in parts["quantization"]] == ["int4", "fp8", *["float32", "int8", "nf4"] * 2]
     assert {row["batch"] for row in parts["speculative"]} == {1, 2}
     assert {row["key_value_heads"] for row in parts["heads"]} == {1, 2, 4}
     sizes = {row["parameters"] for row in parts["heads"]}

@@ -223,7 +223,7 @@ BAD = {
     "an unknown key of fine-tuning": (
         "sft.py sft.yaml adapter.rnk=8", "adapter.rnk: unknown key; did you mean 'rank'?"),
     "chat with a base model": ("chat model", "the tokenizer has no chat template, so this is a base model"),
-    "an unknown quantisation": ("generate model --quantization int4", "quantization 'int4': unknown"),
+    "an unknown quantisation": ("generate model --quantization int5", "quantization 'int5': unknown"),
     "an unknown dtype": ("generate model --dtype fp8", "--dtype 'fp8': "),
     "no such draft": ("generate model --draft nowhere", "model 'nowhere': no such folder"),
     "missing data": (

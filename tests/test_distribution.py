@@ -54,8 +54,8 @@ def test_no_key_is_in_both_files():
     assert {section.split(".")[0] for section in setup.sections()} == {"metadata", "options"}
 
 
-# Not in `all`: accounts with others, and kernels for GPUs with hundreds of megabytes of their own.
-APART = {"trackers", "gpu"}
+# Not in `all`: accounts with others, and what only GPUs use.
+APART = {"trackers", "gpu", "quantization-gpu"}
 
 
 def test_extras_and_all():

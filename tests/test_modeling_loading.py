@@ -188,6 +188,6 @@ class TestAutoModel:
     def test_a_subclass_is_a_causal_model_too(self):
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-        from tinyllama_hf.quantization.bitsandbytes import QuantizedTinyLlama
+        from tinyllama_hf.quantization.quantized_model import QuantizedTinyLlama
 
         assert QuantizedTinyLlama.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()

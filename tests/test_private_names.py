@@ -96,7 +96,7 @@ USED: dict[str, tuple[str, ...]] = {
     "transformers.masking_utils.packed_sequence_mask_function": ("packed_documents.py",),
     "transformers.masking_utils.sdpa_mask": ("decoding/grouped_attention.py",),
     "transformers.modeling_utils._is_hf_initialized": ("modeling_tinyllama.py",),
-    "transformers.core_model_loading._weight_conversions": ("quantization/bitsandbytes.py",),
+    "transformers.core_model_loading._weight_conversions": ("quantization/quantized_model.py",),
     "transformers.modeling_layers.GradientCheckpointingLayer._gradient_checkpointing_func": (
         "planning/memory_engine.py",
     ),
@@ -128,7 +128,7 @@ USED: dict[str, tuple[str, ...]] = {
     "torch.distributed.checkpoint.api.CheckpointException": ("pretrain/checkpoints.py",),
     "torch.distributed.checkpoint.planner.ReadItem": ("pretrain/checkpoint_reader.py",),
     "torch.multiprocessing.reductions.StorageWeakRef": ("planning/kv_cache.py",),
-    "torch.nn.Module._apply": ("quantization/bitsandbytes.py",),
+    "torch.nn.Module._apply": ("quantization/quantized_model.py",),
     "torch.nn.Module._load_from_state_dict": ("quantization/repacking.py",),
     "torch.nn.Module._modules": ("decoding/proposals.py",),
     "torch.nn.Module._parameters": ("quantization/bitsandbytes.py",),

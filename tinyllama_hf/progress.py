@@ -110,3 +110,12 @@ def quiet_bitsandbytes() -> None:
     forward pass that it casts its input.
     """
     python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)
+
+
+def quiet_torchao() -> None:
+    """Silences warnings of the import of torchao (0.18), which transformers imports wherever it is installed.
+
+    They are about kernels that do not fit the build of torch and are not used here, and about torch's own registry.
+    """
+    for name in ("torchao", "torch.utils._pytree"):
+        python_logging.getLogger(name).setLevel(python_logging.ERROR)

@@ -225,7 +225,7 @@ def _check_models(models: list[str], device: str, quantization: str) -> None:
     from tinyllama_hf.released import check_model
 
     check_device(device)
-    check_quantization_name(quantization)
+    check_quantization_name(quantization, device)
     if not find_run(models):
         for model in models:
             check_model(model)

@@ -19,7 +19,10 @@ MODEL = Annotated[str, typer.Argument(help="Model folder, released name or Hub i
 DEVICE = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DTYPE = Annotated[str, typer.Option(help="Dtype of the weights: auto (as saved), fp32 or bf16.")]
 QUANTIZATION = Annotated[
-    str, typer.Option(help="none, int8 or nf4 (4 bit). A folder that was saved quantized stays so.")
+    str,
+    typer.Option(
+        help="none, int8 or nf4 (4 bit); on an NVIDIA GPU int4 or fp8. A folder that was saved quantized stays so."
+    ),
 ]
 ADAPTER = Annotated[
     str | None,
@@ -43,7 +46,7 @@ def check_model_options(
 
     check_dtype(dtype)
     check_device(device)
-    check_quantization_name(quantization)
+    check_quantization_name(quantization, device)
     check_model(model)
     if draft is not None:
         check_draft(draft, model)
@@ -53,8 +56,9 @@ def check_model_options(
 
 def import_libraries() -> None:
     """Imports torch and transformers, and shows that this takes a moment."""
-    from tinyllama_hf.progress import show_busy
+    from tinyllama_hf.progress import quiet_torchao, show_busy
 
+    quiet_torchao()
     with show_busy("Loading torch and transformers"):
         from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
@@ -66,7 +70,7 @@ def load_model(
     from tinyllama_hf.devices import find_dtype
     from tinyllama_hf.inference.load import load, load_draft
     from tinyllama_hf.progress import progress_bar, quiet_library_bars
-    from tinyllama_hf.quantization.bitsandbytes import QuantizedTinyLlama, describe_footprint
+    from tinyllama_hf.quantization.quantized_model import QuantizedTinyLlama, describe_footprint
 
     chosen = find_dtype(dtype) or "auto"
     quiet_library_bars()

@@ -39,7 +39,7 @@ def memory_command(
     from tinyllama_hf.devices import check_dtype, find_dtype
     from tinyllama_hf.errors import InputError
     from tinyllama_hf.presets import PRESETS
-    from tinyllama_hf.quantization.names import check_quantization_name
+    from tinyllama_hf.quantization.names import GPU_CAPABILITIES, check_quantization_name
     from tinyllama_hf.released import check_model
 
     if cache != "dynamic":
@@ -56,7 +56,8 @@ def memory_command(
     import_libraries()
     from tinyllama_hf.planning.inference_memory import Setup, batch_memory, check_batch, fit_lines, memory_lines
     from tinyllama_hf.planning.named_architecture import find_architecture
-    from tinyllama_hf.quantization.bitsandbytes import choose_quantization
+    from tinyllama_hf.quantization.quantized_model import choose_quantization
+    from tinyllama_hf.quantization.torchao import check_layers
 
     found = find_architecture(model)
     kind = choose_quantization(quantization, found.quantization, model)
@@ -64,6 +65,8 @@ def memory_command(
     weights_dtype = find_dtype(dtype) or found.dtype
     if weights_dtype is None:
         raise InputError("--dtype auto: the model's config.json has no dtype; use fp32 or bf16")
+    if kind in GPU_CAPABILITIES:
+        check_layers(kind, found.config, weights_dtype)
     setup = Setup(found.config, weights_dtype, kind)
     available, where = _available(device)
     needed = batch_memory(setup, batch, found.config.max_position_embeddings if context is None else context)

@@ -6,7 +6,7 @@
 Parts:
 - `batch`: 1 to 128 rows, with the growing cache of transformers and its static one, for which it compiles the model;
 - `samples`: 100 prompts with 10 samples each (TinyLlama published 7094.5 tokens/s in vLLM on an A40, without lengths);
-- `quantization`: int8 and nf4 of bitsandbytes;
+- `quantization`: int8 and nf4 of bitsandbytes, int4 and fp8 of torchao where the device has their kernels;
 - `speculative`: a draft of a tenth of the size with a chosen agreement (benchmarks/speculative.py);
 - `heads`: one key/value head for all, per group or per head, at equal model size.
 
@@ -38,11 +38,10 @@ from speculative import controlled_pair  # noqa: E402
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, provenance  # noqa: E402
 from tinyllama_hf.errors import InputError  # noqa: E402
 from tinyllama_hf.files import read_json, write_json  # noqa: E402
-from tinyllama_hf.quantization.bitsandbytes import (  # noqa: E402
-    QuantizedTinyLlama,
-    check_quantization,
-    quantization_config,
-)
+from tinyllama_hf.quantization.bitsandbytes import quantization_config  # noqa: E402
+from tinyllama_hf.quantization.names import GPU_CAPABILITIES, QUANTIZATIONS  # noqa: E402
+from tinyllama_hf.quantization.quantized_model import QuantizedTinyLlama, check_quantization  # noqa: E402
+from tinyllama_hf.quantization.torchao import check_layers, torchao_config  # noqa: E402
 
 
 PRESET, PROMPT_TOKENS, NEW_TOKENS, ROUNDS = "1.1b", 128, 64, 3
@@ -171,18 +170,23 @@ def samples(bench: Bench) -> Iterator[Figures]:
 
 
 def quantizations(bench: Bench) -> Iterator[Figures]:
-    """One after the other, since bitsandbytes quantises while it loads, from a folder."""
+    """Loaded one after the other, since weights are quantized while they are loaded, from a folder."""
     with tempfile.TemporaryDirectory() as folder:
         plain = bench.model()
         plain.save_pretrained(folder)
         models = {str(bench.dtype).removeprefix("torch."): plain}
-        for kind in ("int8", "nf4"):
+        for kind in QUANTIZATIONS[1:]:
             try:
-                check_quantization(kind)
+                check_quantization(kind, device=bench.device)
+                if kind in GPU_CAPABILITIES:
+                    check_layers(kind, plain.config, bench.dtype)
             except InputError as reason:
                 yield {"variant": kind, "error": f"skipped: {reason}"}
                 continue
-            config = quantization_config(kind, bench.device, True, "auto")
+            if kind in GPU_CAPABILITIES:
+                config = torchao_config(kind, plain.config)
+            else:
+                config = quantization_config(kind, bench.device, True, "auto")
             models[kind] = endless(QuantizedTinyLlama.from_pretrained(
                 folder, dtype=bench.dtype, quantization_config=config, device_map=bench.device).eval())  # fmt: skip
     weights = {name: round(model.get_memory_footprint() / 1e9, 3) for name, model in models.items()}

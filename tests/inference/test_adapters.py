@@ -12,7 +12,7 @@ from tests.conftest import run_here
 from tests.exactness import assert_greedy
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.quantization.bitsandbytes import describe_footprint, measure_footprint
+from tinyllama_hf.quantization.quantized_model import describe_footprint, measure_footprint
 
 
 pytest.importorskip("bitsandbytes")

@@ -36,8 +36,7 @@ from tinyllama_hf.planning.inference_memory import (
 )
 from tinyllama_hf.planning.kv_cache import measure_cache
 from tinyllama_hf.planning.named_architecture import find_architecture
-from tinyllama_hf.quantization.bitsandbytes import QuantizedTinyLlama, measure_footprint
-from tinyllama_hf.quantization.names import QUANTIZATIONS
+from tinyllama_hf.quantization.quantized_model import QuantizedTinyLlama, measure_footprint
 
 
 PUBLISHED = TinyLlamaConfig.preset("1.1b")
@@ -57,7 +56,7 @@ def folders(tokenizer_folder, tmp_path_factory, shared):
 
 
 class TestWeights:
-    @pytest.mark.parametrize("quantization", QUANTIZATIONS)
+    @pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])  # int4 and fp8: tests/quantization
     @pytest.mark.parametrize("name", ["nano", "odd", "stories", pytest.param("smollm2", marks=pytest.mark.slow)])
     def test_byte_for_byte_as_loaded(self, folders, name, quantization, request):
         """SmolLM2 is a trained model in bf16."""

@@ -16,7 +16,7 @@ from tests.exactness import assert_greedy
 from tinyllama_hf import TinyLlamaForCausalLM, load, load_tokenizer
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.inference.load import load_stock, model_folder
-from tinyllama_hf.quantization.bitsandbytes import QuantizedTinyLlama, describe_footprint, measure_footprint
+from tinyllama_hf.quantization.quantized_model import QuantizedTinyLlama, describe_footprint, measure_footprint
 
 
 pytest.importorskip("bitsandbytes")

@@ -10,7 +10,13 @@ from ..errors import InputError
 from ..files import read_json
 from ..inference.load import load, load_stock, model_folder, stock_tokenizer
 from ..pretrain.milestones import CONFIG_FILE, find_run, list_milestones, read_record
-from ..quantization.bitsandbytes import cast_unquantized, check_quantization, choose_quantization, saved_quantization
+from ..quantization.names import GPU_CAPABILITIES
+from ..quantization.quantized_model import (
+    cast_unquantized,
+    check_quantization,
+    choose_quantization,
+    saved_quantization,
+)
 from .score_files import ScoredModel
 
 
@@ -66,12 +72,15 @@ def load_eval_model(
     Args:
         model (`ScoredModel`): the model to load.
         device (`str`, *optional*, defaults to `"auto"`): the device to run on.
-        dtype (`torch.dtype`, *optional*, defaults to fp32): dtype of all weights that are not quantized.
+        dtype (`torch.dtype`, *optional*, defaults to fp32): dtype of all weights that are not quantized; in
+            an int4 or fp8 model they are bf16, which the kernels require.
 
     Raises:
         InputError: as [`load_stock`].
     """
     folder, kind = model.folder, model.quantization
+    if kind in GPU_CAPABILITIES:
+        return load_stock(folder, device, torch.bfloat16, kind)
     if saved_quantization(read_json(folder / "config.json"), str(folder)) == kind:
         loaded, tokenizer = load_stock(folder, device, dtype)
     else:

@@ -15,8 +15,8 @@ from ..errors import InputError
 from ..pretrain.milestones import find_run, list_milestones, read_record
 from ..pretrain.run_record import RunRecord, open_mixture, read_run_record
 from ..progress import progress_bar
-from ..quantization.bitsandbytes import check_quantization
 from ..quantization.names import check_quantization_name
+from ..quantization.quantized_model import check_quantization
 from ..tokenization_tinyllama import load_tokenizer, tokenizer_fingerprint
 from .bits_per_byte import HeldOut, document_tokens, held_out_documents, score_documents, summarize
 from .models import describe_model, list_eval_models, load_eval_model

@@ -11,7 +11,8 @@ from ..evaluation.protocol import caveat
 from ..evaluation.score_files import NO_SCORES, RunScores
 from ..portable import portable
 from ..pretrain.milestones import CONFIG_FILE
-from ..quantization.bitsandbytes import saved_quantization
+from ..quantization.names import GPU_CAPABILITIES
+from ..quantization.quantized_model import saved_quantization
 from ..report.jinja import render_template
 from .card_file import write_card
 from .model_folder import ADAPTER_WEIGHTS, ModelFolder, open_trained_folder
@@ -81,6 +82,7 @@ def _text(model: ModelFolder, **values: Any) -> str:
     defaults: dict[str, Any] = {"revision": "", "milestones": [], "pictures": []}
     defaults |= {"loss": None, "scores": NO_SCORES, "caveat": caveat}
     settings, files = None, [file.name for file in model.files]
+    is_quantized = model.kind == "quantized"
     if model.kind == "trained":
         settings = portable(yaml.safe_load((model.path / CONFIG_FILE).read_text(encoding="utf-8")))
     return render_template(
@@ -92,7 +94,8 @@ def _text(model: ModelFolder, **values: Any) -> str:
         gguf_file=next((name for name in files if name.endswith(".gguf")), None),
         settings=settings,
         configuration=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
-        quantization=saved_quantization(model.config, str(model.path)) if model.kind == "quantized" else None,
+        quantization=saved_quantization(model.config, str(model.path)) if is_quantized else None,
+        quantized_by=_quantized_by(model) if is_quantized else None,
         adapter=_adapter_settings(model.config) if model.kind == "adapter" else {},
         embedding_rows=_embedding_rows(model.path) if model.kind == "adapter" else None,
         has_provenance=model.kind == "trained" or model.record.keys() >= _PROVENANCE_FIELDS,
@@ -103,9 +106,11 @@ def _text(model: ModelFolder, **values: Any) -> str:
 def _metadata(model: ModelFolder, license: str | None = None) -> dict[str, Any]:
     """The metadata of a card, in the order that the Hub uses."""
     is_quantized = model.kind in ("quantized", "awq", "gguf")
-    method = {"quantized": "bitsandbytes", "adapter": model.config.get("peft_type", "").lower()}.get(
-        model.kind, model.kind
-    )
+    method = model.kind
+    if method == "quantized":
+        method = _quantized_by(model)
+    elif method == "adapter":
+        method = model.config.get("peft_type", "").lower()
     fields = {
         # For a GGUF file the Hub would show code for transformers.
         "library_name": {"gguf": None, "adapter": "peft"}.get(model.kind, "transformers"),
@@ -117,6 +122,12 @@ def _metadata(model: ModelFolder, license: str | None = None) -> dict[str, Any]:
     if model.base and (is_quantized or model.kind == "adapter"):
         fields["base_model_relation"] = "quantized" if is_quantized else "adapter"
     return {name: value for name, value in fields.items() if value}
+
+
+def _quantized_by(model: ModelFolder) -> str:
+    """The library that a quantized folder needs."""
+    kind = saved_quantization(model.config, str(model.path))
+    return "torchao" if kind in GPU_CAPABILITIES else "bitsandbytes"
 
 
 def _adapter_settings(config: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ..conversion.reading.recognize import open_checkpoint, read_llama_config
 from ..errors import InputError
 from ..portable import hub_id, portable
 from ..pretrain.milestones import CONFIG_FILE
-from ..quantization.bitsandbytes import saved_quantization
+from ..quantization.quantized_model import saved_quantization
 from ..released import released
 
 
@@ -52,7 +52,7 @@ class ModelFolder(NamedTuple):
     Attributes:
         path (`Path`): the folder.
         kind (`str`): `"trained"` (by this package), `"llama"` (plain, of other origin), `"quantized"` (by
-            bitsandbytes), `"awq"`, `"gguf"`, or `"adapter"` (of PEFT).
+            bitsandbytes or torchao), `"awq"`, `"gguf"`, or `"adapter"` (of PEFT).
         files (`list[Path]`): the files to publish.
         config (`dict`): content of `config.json` or `adapter_config.json`.
         record (`dict`): content of `provenance.json` without paths and names of this machine; empty if there is none.
@@ -136,16 +136,17 @@ def _plain(folder: Path, kind: str) -> ModelFolder:
 
 
 def _quantized(folder: Path) -> ModelFolder:
-    """Opens a folder that bitsandbytes saved: weights have the usual names, and packed shapes."""
+    """Opens a folder that bitsandbytes or torchao saved: the matrices of the layers have packed shapes."""
     config = _llama_fields(folder)
     saved_quantization(config, str(folder))
     index = folder / SAFETENSORS_INDEX
     tensors = open_sharded(index) if index.is_file() else open_safetensors(folder / "model.safetensors")
     llama, _ = read_llama_config(folder / "config.json")
     shapes = expected_shapes(llama)
+    packed = (torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn)
+    tensors = {name.replace("._weight_qdata", ".weight"): tensor for name, tensor in tensors.items()}  # of torchao
     for name, shape in shapes.items():
-        # Only the matrices of the layers are packed.
-        is_packed = name in tensors and tensors[name].dtype in (torch.int8, torch.uint8)
+        is_packed = name in tensors and tensors[name].dtype in packed
         if name not in tensors or not (is_packed or tensors[name].shape == shape):
             found = f"has shape {list(tensors[name].shape)}" if name in tensors else "is missing"
             raise InputError(

@@ -25,16 +25,17 @@ from ..devices import check_device
 from ..errors import InputError, one_line
 from ..files import read_json
 from ..modeling_tinyllama import TinyLlamaForCausalLM
-from ..quantization.bitsandbytes import (
+from ..quantization.bitsandbytes import quantization_config
+from ..quantization.names import GPU_CAPABILITIES, check_quantization_name
+from ..quantization.quantized_model import (
     QuantizedTinyLlama,
     cast_unquantized,
+    check_loaded,
     check_quantization,
     choose_quantization,
-    make_safe,
-    quantization_config,
     saved_quantization,
 )
-from ..quantization.names import check_quantization_name
+from ..quantization.torchao import check_layers, torchao_config
 from ..released import local_folder, read_llama_fields
 from ..tokenization_tinyllama import tokenizer_fingerprint
 from .adapters import adapter_folder, add_adapter, load_adapted_tokenizer
@@ -59,8 +60,9 @@ def load(
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): dtype of the weights; `"auto"` keeps the
             saved one.
         device (`str`, *optional*, defaults to `"auto"`): where the model runs; `"auto"` is a GPU if there is one.
-        quantization (`str`, *optional*, defaults to `"none"`): `"int8"` or `"nf4"` (4 bit), through bitsandbytes. A
-            folder that was saved quantized keeps its quantization, with or without this argument.
+        quantization (`str`, *optional*, defaults to `"none"`): `"int8"` or `"nf4"` (4 bit), through bitsandbytes;
+            `"int4"` or `"fp8"`, through torchao on an NVIDIA GPU, for weights in bf16. A folder that was saved
+            quantized keeps its quantization, with or without this argument.
         double_quantization (`bool`, *optional*, defaults to `True`): also quantize the scales of nf4. No effect on a
             folder that was saved quantized.
         compute_dtype (`torch.dtype`, *optional*, defaults to `"auto"`): dtype of the products with dequantized nf4
@@ -81,10 +83,13 @@ def load(
     """
     device = choose_device(device)
     check_quantization_name(quantization)
-    check_quantization(quantization)
+    check_quantization(quantization, device=device)
     folder, saved = _open_folder(path_or_name)
     kind = choose_quantization(quantization, saved, str(folder))
-    check_quantization(kind, double_quantization, compute_dtype)
+    check_quantization(kind, double_quantization, compute_dtype, device)
+    if kind in GPU_CAPABILITIES and (adapter or trainable):
+        what = f"--adapter {adapter}" if adapter else "trainable=True"
+        raise InputError(f"{what}: {kind} weights take no adapters and are not trained. Use nf4, or merge the adapter")
     on_top = adapter_folder(adapter) if adapter else None
     tokenizer = load_adapted_tokenizer(on_top, folder)
     with _reading(folder):
@@ -92,13 +97,27 @@ def load(
     if saved != "none" and compute_dtype != "auto":
         config.quantization_config["bnb_4bit_compute_dtype"] = str(compute_dtype).removeprefix("torch.")
     options = {"config": config.to_llama() if trainable else config}
-    if kind != saved:
+    if kind in GPU_CAPABILITIES:
+        options |= _torchao_options(kind, config, dtype)
+    elif kind != saved:
         options["quantization_config"] = quantization_config(kind, device, double_quantization, compute_dtype)
     own = TinyLlamaForCausalLM if kind == "none" else QuantizedTinyLlama
     model = _load_weights(LlamaForCausalLM if trainable else own, folder, dtype, device, kind != "none", **options)
     if on_top:
         model = add_adapter(model, on_top, len(tokenizer), trainable)
     return model, tokenizer
+
+
+def _torchao_options(kind: str, config: TinyLlamaConfig, dtype: str | torch.dtype) -> dict[str, Any]:
+    """Returns the arguments of `from_pretrained` that quantize to int4 or fp8; none for weights that already are.
+
+    Raises:
+        InputError: if dtype or layers do not fit.
+    """
+    wanted: Any = config.dtype if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    check_layers(kind, config, wanted)
+    is_saved = getattr(config, "quantization_config", None) is not None
+    return {} if is_saved else {"quantization_config": torchao_config(kind, config)}
 
 
 def load_draft(
@@ -128,20 +147,24 @@ def load_draft(
 
 
 def load_stock(
-    folder: Path, device: str = "auto", dtype: torch.dtype = torch.float32
+    folder: Path, device: str = "auto", dtype: torch.dtype = torch.float32, quantization: str = "none"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a folder with stock transformers, as a user without this package would; errors as in [`load`].
 
-    Weights that were saved quantized stay quantized, and are made safe (see `repacking`).
+    Weights that were saved quantized stay quantized, and are made safe (see `repacking`). Others can be quantized to
+    `"int4"` or `"fp8"`.
     """
     device = choose_device(device)
-    folder, kind = _open_folder(folder)
-    check_quantization(kind)
+    folder, saved = _open_folder(folder)
+    kind = choose_quantization(quantization, saved, str(folder))
+    check_quantization(kind, device=device)
     # Given explicitly: `attn_implementation` in a config.json may name a Hub kernel, which would be downloaded and
     # run.
     with _reading(folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     options = {"config": config, "trust_remote_code": False, "attn_implementation": "sdpa"}
+    if kind in GPU_CAPABILITIES:
+        options |= _torchao_options(kind, TinyLlamaConfig.from_llama(config), dtype)
     model = _load_weights(AutoModelForCausalLM, folder, dtype, device, kind != "none", **options)
     return model, stock_tokenizer(folder)
 
@@ -183,7 +206,7 @@ def _load_weights(
         )
     if not quantized:
         return model.to(device).eval()
-    make_safe(model, str(folder))
+    check_loaded(model, str(folder))
     if dtype != "auto":  # transformers (5.23) ignores it for the plain weights of a quantized folder
         cast_unquantized(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     return model.eval()
@@ -208,7 +231,7 @@ def model_folder(path_or_name: str | os.PathLike, quantized: bool = False) -> Pa
         quantized (`bool`, *optional*, defaults to `False`): accept weights that were saved quantized.
 
     Raises:
-        InputError: if it is not a Llama, or its weights were quantized by another library than bitsandbytes.
+        InputError: if it is not a Llama, or its weights were quantized by a library that is not supported.
     """
     folder, saved = _open_folder(path_or_name)
     if saved != "none" and not quantized:

@@ -1,9 +1,9 @@
 """Memory of generation, computed in advance: weights, cache, and the largest batch that fits a device.
 
-Nothing is fitted. Weights are counted from the configuration, to the byte that bitsandbytes stores; the cache is
-measured on the object of transformers ([`kv_cache`]); the forward pass over the prompts is run by the real model on
-fake tensors ([`memory_engine`]). Not included: the logits of each new token, the buffers of sampling, allocator
-overhead, and the CUDA context. `MEMORY_RESERVE` is kept free for them.
+Nothing is fitted. Weights are counted from the configuration, to the byte that bitsandbytes or torchao stores; the
+cache is measured on the object of transformers ([`kv_cache`]); the forward pass over the prompts is run by the real
+model on fake tensors ([`memory_engine`]). Not included: the logits of each new token, the buffers of sampling,
+allocator overhead, and the CUDA context. `MEMORY_RESERVE` is kept free for them.
 """
 
 import bisect
@@ -25,7 +25,8 @@ from ..decoding.proposals import ModelProposer, Proposer
 from ..decoding.ragged_cache import num_slots
 from ..devices import format_bytes
 from ..errors import InputError
-from ..quantization.names import QUANTIZATIONS
+from ..quantization.names import GPU_CAPABILITIES, QUANTIZATIONS
+from ..quantization.torchao import group_size, stored_bytes
 from .kv_cache import CacheSize, cache_size
 from .memory_engine import MEMORY_RESERVE, LiveBytes
 
@@ -45,7 +46,8 @@ class Setup(NamedTuple):
 
 
 def weight_bytes(setup: Setup) -> int:
-    """Returns the bytes of parameters and buffers after `load`, including quantization scales. Needs no bitsandbytes.
+    """Returns the bytes of parameters and buffers after `load`, including quantization scales. Needs neither
+    bitsandbytes nor torchao.
 
     On a CPU with AVX512_BF16 the first forward pass adds the scales of 4-bit weights in a second layout: 2 bytes per
     64 weights.
@@ -66,7 +68,12 @@ def weight_bytes(setup: Setup) -> int:
         for name, module in model.model.named_modules(prefix="model")
         if isinstance(module, nn.Linear) and should_convert_module(name, plain)
     ]
-    return held + sum(_quantized_bytes(weight, setup.quantization, nested) - weight.nbytes for weight in linear)
+    if setup.quantization in GPU_CAPABILITIES:
+        group = group_size(config) if setup.quantization == "int4" else None
+        sizes = [stored_bytes(setup.quantization, weight.shape, group) for weight in linear]
+    else:
+        sizes = [_quantized_bytes(weight, setup.quantization, nested) for weight in linear]
+    return held + sum(sizes) - sum(weight.nbytes for weight in linear)
 
 
 def _saved_quantization(config: TinyLlamaConfig) -> dict[str, Any]:
@@ -88,9 +95,10 @@ def prefill_bytes(setup: Setup, batch: int, context: int) -> int | None:
     """Returns the peak of the forward pass over prompts that fill the context, without weights and cache.
 
     Equal to what torch's allocator hands out on a CPU, except for scratch memory inside kernels. With 4-bit weights a
-    kernel may hold one dequantized weight at a time. `None` for int8, where the memory of a product is not known.
+    kernel may hold one dequantized weight at a time. `None` for int8, int4 and fp8, where the memory of a product is
+    not known.
     """
-    if setup.quantization == "int8":
+    if setup.quantization not in ("none", "nf4", "fp4"):
         return None
     config = copy.deepcopy(setup.config)
     config.num_hidden_layers = min(2, config.num_hidden_layers)  # the peak is the same in every further layer
@@ -182,7 +190,7 @@ def memory_lines(name: str, found: BatchMemory) -> list[str]:
             f"values: {times * cache.per_token:,.0f} bytes per token, {times:.3g} times as much"
         )
     text.append(f"total       {format_bytes(found.total)} of weights and cache")
-    prefill = "not included: the memory of bitsandbytes inside an int8 product is not known"
+    prefill = f"not included: the memory that products with {setup.quantization} weights need is not known"
     if found.prefill is not None:
         prefill = f"{format_bytes(found.prefill)} more while prompts of {cache.tokens:,} tokens are read at once"
     return [*text, f"prefill     {prefill}"]
@@ -220,7 +228,9 @@ def check_batch(found: BatchMemory, available: int) -> None:
         return
     fitting = largest_batch(setup, cache.tokens, usable)
     better: dict[int, str] = {}
-    for kind in () if _saved_quantization(setup.config) else QUANTIZATIONS:
+    # Not int4 and fp8: they are larger than nf4 and int8, and need a GPU.
+    kinds = [kind for kind in QUANTIZATIONS if kind not in GPU_CAPABILITIES]
+    for kind in () if _saved_quantization(setup.config) else kinds:
         better.setdefault(largest_batch(setup._replace(quantization=kind), cache.tokens, usable), kind)
     others = "".join(f", {size:,} with --quantization {kind}" for size, kind in better.items() if size > fitting)
     raise InputError(

@@ -12,7 +12,7 @@ from ..errors import InputError, refuse_damage
 from ..files import read_json
 from ..inference.load import model_folder
 from ..presets import PRESETS
-from ..quantization.bitsandbytes import saved_quantization
+from ..quantization.quantized_model import saved_quantization
 from ..released import find_repository, local_folder, tables
 
 

@@ -27,6 +27,7 @@ SAFETENSORS_INDEX, BIN_INDEX = "model.safetensors.index.json", "pytorch_model.bi
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
 }  # fmt: skip
 _CHUNK = 1 << 24
 _MAX_JSON = 1 << 27  # bytes of an index or a configuration

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import GenerationConfig, LlamaConfig, PreTrainedConfig
 
@@ -40,7 +41,7 @@ _WEIGHTS = (SAFETENSORS_INDEX, "model.safetensors", BIN_INDEX, "pytorch_model.bi
 _SUFFIXES = (".safetensors", ".gguf", ".pth", ".bin", ".pt")
 _PROVENANCE = "provenance.json"
 # Suffixes of the names of quantized weights.
-_QUANTIZED = (".qweight", ".quant_state.bitsandbytes__nf4", ".SCB", ".weight_packed")
+_QUANTIZED = (".qweight", ".quant_state.bitsandbytes__nf4", ".SCB", ".weight_packed", "._weight_qdata")
 _MAX_YAML = 1 << 16  # bytes
 # The fields of `config.json` that describe the architecture. Others are ignored: they could name kernels to download
 # and run (`attn_implementation`) or create billions of labels (`num_labels`).
@@ -151,7 +152,8 @@ def _hugging_face(tensors: dict[str, LazyTensor], file: Path, given: Path, confi
     llama, quantization = read_llama_config(config)
     if quantization and is_awq(quantization):
         return Checkpoint(given, "AWQ, dequantized", llama, dequantize_awq(tensors, quantization, str(config)))
-    if quantization is not None or any(name.endswith(_QUANTIZED) for name in tensors):
+    is_fp8 = any(tensor.dtype == torch.float8_e4m3fn for tensor in tensors.values())
+    if quantization is not None or is_fp8 or any(name.endswith(_QUANTIZED) for name in tensors):
         raise InputError(f"{file}: the weights are quantized. Convert the original model")
     return Checkpoint(given, f"Hugging Face, {file.name}", llama, tensors)
 
