@@ -103,3 +103,24 @@ def _repeat(func: Any, args: Any, kwargs: Any, before: Any) -> None:
         if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():  # not a view of an argument
             assert old.shape == new.shape and old.dtype == new.dtype
             old.copy_(new)
+
+
+class Again:
+    """A recorder that calls the step again: for compiled steps, which do not run under a dispatch mode."""
+
+    def __init__(self):
+        self.recorded: list[int] = []
+
+    def record(self, step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        outputs = step()
+        self.recorded.append(1)
+
+        def replay() -> None:
+            for old, new in zip(tree_leaves(outputs), tree_leaves(step()), strict=True):
+                if isinstance(old, torch.Tensor):
+                    old.copy_(new)
+
+        return replay, outputs
+
+    def bytes(self) -> int:
+        return 0

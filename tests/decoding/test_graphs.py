@@ -6,17 +6,19 @@ On a CPU `replay.Replay` stands in for CUDA graphs.
 import copy
 import logging
 import random
+import shutil
 
 import pytest
 import torch
 from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 
-from tests.decoding.replay import Replay
+from tests.decoding.replay import Again, Replay
 from tests.decoding.test_exactness import OPTIONS, near, ragged_prompts, random_model
 from tests.exactness import Reference, compare, first_difference, left_padded
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load
 from tinyllama_hf.batch.generate_many import Request, generate_many
 from tinyllama_hf.decoding import fixed_memory, graphs
+from tinyllama_hf.decoding.llama_step import compile_layers
 from tinyllama_hf.decoding.proposals import ModelProposer, PromptLookup
 from tinyllama_hf.decoding.rows import row_bucket, slot_bucket
 from tinyllama_hf.errors import InputError
@@ -314,3 +316,26 @@ def test_buckets():
     assert [row_bucket(rows) for rows in (1, 2, 3, 8, 9, 100, 128, 129, 200)] == [1, 2, 4, 8, 16, 128, 128, 192, 256]
     slots = [slot_bucket(end) for end in (1, 128, 129, 300, 400, 513, 800, 1100, 1600, 2057)]
     assert slots == [128, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU with a C++ compiler")
+def test_compiled_layers(recorders, model, monkeypatch):
+    """One compilation per shape for all layers; what was recorded before is not used again."""
+    monkeypatch.setattr(graphs, "recorder_for", lambda device: recorders.append(Again()) or recorders[-1])
+    model = copy.deepcopy(model)
+    ours = model.generate(**left_padded(PROMPTS), **GREEDY)
+    assert recorded(recorders) == 2
+    torch._dynamo.utils.counters.clear()
+    compile_layers(model)
+    assert torch.equal(model.generate(**left_padded(PROMPTS), **GREEDY), ours)
+    assert recorded(recorders) == 4
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 < model.config.num_hidden_layers
+
+
+def test_what_cannot_be_compiled(recorders, model, monkeypatch):
+    with pytest.raises(InputError, match=r"--compile: the layers of GPT2LMHeadModel are not those of Llama"):
+        compile_layers(random_model("gpt2", 0))
+    monkeypatch.setattr(graphs, "recorder_for", lambda device: None)
+    with pytest.raises(InputError, match=r"--compile: generation on cpu runs without recorded steps. Leave it out"):
+        compile_layers(model)

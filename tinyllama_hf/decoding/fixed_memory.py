@@ -1,13 +1,13 @@
 """Caches and rows at fixed addresses, with the graphs that were recorded over them; kept for the next call."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
-from .graphs import Graphs, Recorder, Weights
+from .graphs import Graphs, Recorder, describe_weights
 from .ragged_cache import RaggedModel
 from .row_state import RowState
 from .rows import row_bucket, slot_bucket
@@ -66,13 +66,13 @@ class FixedMemory:
             self.state.probabilities = torch.zeros(size.rows, *size.probabilities, device=device)
         self.caches = [reader.cache.fixed(size.rows, size.slots) for reader in readers]
         self.graphs = Graphs(recorder, self.state)
-        self._weights = [Weights.of(reader.model) for reader in readers]
+        self._recorded_for = _description(readers)
         self._owner: weakref.ref[object] | None = None
 
     def serves(self, readers: Sequence[RaggedModel], size: Size) -> bool:
         """Whether it is free, large enough, and its graphs belong to these models as they are now."""
         is_free = self._owner is None or self._owner() is None
-        return is_free and size.fits(self.size) and self._weights == [Weights.of(reader.model) for reader in readers]
+        return is_free and size.fits(self.size) and self._recorded_for == _description(readers)
 
     def lend(self, owner: object) -> None:
         """Reserves it for an owner, until that is gone or [`give_back`] is called."""
@@ -81,6 +81,11 @@ class FixedMemory:
     def give_back(self) -> None:
         """Makes it available to the next owner."""
         self._owner = None
+
+
+def _description(readers: Sequence[RaggedModel]) -> list[Hashable]:
+    """Describes what graphs depend on, besides the contents of tensors."""
+    return [(reader.is_compiled, describe_weights(reader.model)) for reader in readers]
 
 
 # The latest memory of each target. It is large, so there is one: the next call most likely has the same draft.

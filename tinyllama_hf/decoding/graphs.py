@@ -4,7 +4,6 @@ A step is a function without arguments over tensors at fixed addresses. A replay
 of TinyLlama 1.1B takes about 770 kernel launches, whose Python takes five times as long as the kernels on an H200.
 """
 
-import dataclasses
 import os
 import time
 from collections.abc import Callable, Hashable
@@ -143,24 +142,28 @@ class Graphs:
         )
 
 
-@dataclasses.dataclass
-class Weights:
-    """What the graphs of a model depend on, besides the contents of tensors.
+def describe_weights(model: PreTrainedModel) -> tuple[Hashable, ...]:
+    """Describes what the graphs of a model depend on, besides the contents of tensors.
 
-    Replays read weights at their addresses, so weights that change in place need no new graphs.
+    These are its modules, the addresses of their tensors and the settings of adapters. Replays read weights at their
+    addresses, so that weights which change in place need no new graphs.
     """
+    found: list[Hashable] = [model.training, model.config._attn_implementation]
+    for module in model.modules():
+        found.append((id(module), *_adapter_settings(module)))
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            found += [(part.data_ptr(), part.dtype, part.shape) for part in _parts(tensor)]
+    return tuple(found)
 
-    description: tuple[Hashable, ...]
 
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> "Weights":
-        """Describes the modules, the addresses of their tensors, and the settings of adapters."""
-        found: list[Hashable] = [model.training, model.config._attn_implementation]
-        for module in model.modules():
-            found.append((id(module), *_adapter_settings(module)))
-            tensors = (*module._parameters.values(), *module._buffers.values())
-            found += [(t.data_ptr(), t.dtype, t.shape) for t in tensors if t is not None]
-        return cls(tuple(found))
+def _parts(tensor: torch.Tensor | None) -> list[torch.Tensor]:
+    """Returns the tensors that a tensor consists of: several for the quantized ones of torchao."""
+    if tensor is None:
+        return []
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _parts(getattr(tensor, name))]
 
 
 def _adapter_settings(module: nn.Module) -> tuple[Hashable, ...]:

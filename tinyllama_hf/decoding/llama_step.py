@@ -4,12 +4,16 @@ In a recorded step the kernels are the time, and most of them are small: transfo
 kernels where torch has one, and rotates in ten where six are enough. Results differ from its own by rounding only.
 """
 
+import weakref
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, LlamaModel, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
+
+from ..errors import InputError
+from . import graphs
 
 
 def is_plain_llama(model: PreTrainedModel) -> bool:
@@ -57,8 +61,10 @@ def llama_step(
     half = sin.shape[-1] // 2
     sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)  # for the halves in the other order
     rows = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(positions)
-    for layer, (keys, values) in zip(inner.layers, caches, strict=True):
-        hidden = layer_step(layer, hidden, cos, sin, mask, keys, values, rows, positions)
+    step = _compiled_layer_step if model in _compiled else layer_step
+    with torch._dynamo.config.patch(recompile_limit=_MOST_SHAPES):
+        for layer, (keys, values) in zip(inner.layers, caches, strict=True):
+            hidden = step(layer, hidden, cos, sin, mask, keys, values, rows, positions)
     return model.lm_head(_normalized(inner.norm, hidden[:, -num_logits:]))
 
 
@@ -92,6 +98,38 @@ def layer_step(
     hidden = hidden + attention.o_proj(mixed)
     normalized = _normalized(layer.post_attention_layernorm, hidden)
     return hidden + mlp.down_proj(mlp.act_fn(mlp.gate_proj(normalized)) * mlp.up_proj(normalized))
+
+
+_MOST_SHAPES = 256  # by default torch compiles a function for eight shapes
+# Compiled once per shape, for the layers of all models: a layer is an argument.
+_compiled_layer_step = torch.compile(layer_step, dynamic=False, fullgraph=True)
+_compiled: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compiles the layers of a model for generation by recorded steps, when a step of a new shape is recorded.
+
+    This takes seconds to tens of seconds for each shape.
+
+    Args:
+        model (`PreTrainedModel`): a Llama on a device that records steps.
+
+    Raises:
+        InputError: if its steps are not recorded, or its layers are not those of transformers.
+    """
+    reason = None
+    if graphs.recorder_for(model.device) is None:
+        reason = f"generation on {model.device} runs without recorded steps"
+    elif not is_plain_llama(model):
+        reason = f"the layers of {type(model).__name__} are not those of Llama in transformers"
+    if reason := reason or graphs.reason_not_to_record(model):
+        raise InputError(f"--compile: {reason}. Leave it out")
+    _compiled.add(model)
+
+
+def is_compiled(model: PreTrainedModel) -> bool:
+    """Whether [`compile_layers`] was called for a model."""
+    return model in _compiled
 
 
 def _normalized(norm: Any, hidden: torch.Tensor) -> torch.Tensor:

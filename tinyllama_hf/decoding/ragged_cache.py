@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ..errors import InputError
 from .graphs import Graphs
 from .grouped_attention import attention_configs, packed_attention
-from .llama_step import is_plain_llama, llama_step
+from .llama_step import is_compiled, is_plain_llama, llama_step
 from .rows import Rows
 
 
@@ -174,6 +174,7 @@ class RaggedModel:
         context (`int`): maximum number of tokens that the model was trained for.
         vocab_size (`int`): size of the vocabulary.
         has_position_table (`bool`): whether the model has no positions beyond its context, unlike rotary models.
+        is_compiled (`bool`): whether layers are compiled in recorded steps.
         passes (`int`): number of forward passes.
     """
 
@@ -183,7 +184,7 @@ class RaggedModel:
         self.has_position_table = getattr(config, "rope_parameters", None) is None
         heads = config.num_attention_heads
         self._groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
-        self._is_plain_llama = is_plain_llama(model)
+        self._is_plain_llama, self.is_compiled = is_plain_llama(model), is_compiled(model)
         self._configs = attention_configs(model)
         self.cache = RaggedCache(config.num_hidden_layers)
         self.passes = 0
