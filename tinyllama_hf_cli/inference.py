@@ -10,14 +10,17 @@ import typer
 from .batch import generate_file
 from .loading import (
     ADAPTER,
+    COMPILE,
     DEVICE,
     DTYPE,
     MODEL,
     QUANTIZATION,
+    VERBOSE,
     check_model_options,
     import_libraries,
     load_model,
     note,
+    show_log,
 )
 
 
@@ -91,6 +94,8 @@ def generate_command(
     quantization: QUANTIZATION = "none",
     adapter: ADAPTER = None,
     draft: _DRAFT = None,
+    compiled: COMPILE = False,
+    verbose: VERBOSE = False,
 ) -> None:
     """Continue a prompt, streamed to standard output, or the prompts of a file. Measurements go to standard error.
 
@@ -117,11 +122,13 @@ def generate_command(
     for option, value in (("--output", output), ("--batch-size", batch_size)):
         if input_file is None and value is not None:
             raise InputError(f"{option} {value}: only valid with --input; leave it out, or give a file of prompts")
-    check_model_options(model, dtype, device, quantization, draft, adapter)
+    check_model_options(model, dtype, device, quantization, draft, adapter, compiled)
+    if verbose or compiled:
+        show_log()
     import_libraries()
     from tinyllama_hf.inference.generation import ExactTextStreamer, generate_text
 
-    load = functools.partial(load_model, model, dtype, device, quantization, draft, adapter)
+    load = functools.partial(load_model, model, dtype, device, quantization, draft, adapter, compiled)
     if input_file is not None:
         weights = {"dtype": dtype, "quantization": quantization}
         generate_file(model, input_file, output, batch_size, sampling, seed, draft, adapter, weights, load)
@@ -158,6 +165,8 @@ def chat_command(
     quantization: QUANTIZATION = "none",
     adapter: ADAPTER = None,
     draft: _DRAFT = None,
+    compiled: COMPILE = False,
+    verbose: VERBOSE = False,
 ) -> None:
     """Chat with a model; each line is a message. Commands: /system TEXT, /reset, /help, /exit. Ctrl-C stops a reply.
 
@@ -173,11 +182,13 @@ def chat_command(
     sampling = Sampling(temperature, top_p, max_new_tokens)
     if seed is not None:
         check_seed(seed)
-    check_model_options(model, dtype, device, quantization, draft, adapter)
+    check_model_options(model, dtype, device, quantization, draft, adapter, compiled)
+    if verbose or compiled:
+        show_log()
     import_libraries()
     from tinyllama_hf.inference.chat import ChatSession
 
-    loaded, tokenizer, helper = load_model(model, dtype, device, quantization, draft, adapter)
+    loaded, tokenizer, helper = load_model(model, dtype, device, quantization, draft, adapter, compiled)
     session = ChatSession(loaded, tokenizer, system, sampling, seed, helper, note=note)
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # not on Windows

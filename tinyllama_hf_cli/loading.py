@@ -28,6 +28,16 @@ ADAPTER = Annotated[
     str | None,
     typer.Option(help="Folder or Hub id of a PEFT adapter to load on top, with its tokenizer and chat template."),
 ]
+COMPILE = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="On a GPU: compile the layers, for long-running use. Each new shape of a batch takes tens of seconds.",
+    ),
+]
+VERBOSE = Annotated[
+    bool, typer.Option("--verbose", help="Print how generation runs: CUDA graphs and their memory, or why without.")
+]
 
 
 def check_model_options(
@@ -37,15 +47,19 @@ def check_model_options(
     quantization: str = "none",
     draft: str | None = None,
     adapter: str | None = None,
+    compiled: bool = False,
 ) -> None:
     """Checks the options of [`load_model`] as far as that needs neither torch nor a download."""
     from tinyllama_hf.devices import check_device, check_dtype
+    from tinyllama_hf.errors import InputError
     from tinyllama_hf.inference.options import check_draft
     from tinyllama_hf.quantization.names import check_quantization_name
     from tinyllama_hf.released import check_model, find_model
 
     check_dtype(dtype)
     check_device(device)
+    if compiled and device == "cpu":
+        raise InputError("--compile: compiles the steps of generation on a GPU, and --device is cpu. Leave it out")
     check_quantization_name(quantization, device)
     check_model(model)
     if draft is not None:
@@ -63,22 +77,44 @@ def import_libraries() -> None:
         from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
 
+def show_log() -> None:
+    """Prints what the package logs to standard error."""
+    import logging
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("tinyllama_hf").setLevel(logging.INFO)
+
+
 def load_model(
-    model: str, dtype: str, device: str, quantization: str, draft: str | None, adapter: str | None
+    model: str,
+    dtype: str,
+    device: str,
+    quantization: str,
+    draft: str | None,
+    adapter: str | None,
+    compiled: bool = False,
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerFast", "Proposer | None"]:
     """Returns model, tokenizer, and draft or `None`; prints the memory of a quantized model to standard error."""
     from tinyllama_hf.devices import find_dtype
-    from tinyllama_hf.inference.load import load, load_draft
+    from tinyllama_hf.errors import InputError
+    from tinyllama_hf.inference.load import choose_device, load, load_draft
     from tinyllama_hf.progress import progress_bar, quiet_library_bars
     from tinyllama_hf.quantization.quantized_model import QuantizedTinyLlama, describe_footprint
 
+    if compiled and choose_device(device) == "cpu":
+        raise InputError("--compile: compiles the steps of generation on a GPU, and there is none. Leave it out")
     chosen = find_dtype(dtype) or "auto"
     quiet_library_bars()
     with progress_bar(f"loading {model}"):  # on a terminal transformers has a bar
         loaded, tokenizer = load(model, chosen, device, quantization, adapter=adapter)
     if isinstance(loaded, QuantizedTinyLlama):
         note(describe_footprint(loaded))
-    return loaded, tokenizer, load_draft(draft, loaded, tokenizer, chosen, device) if draft else None
+    helper = load_draft(draft, loaded, tokenizer, chosen, device) if draft else None
+    if compiled:
+        from tinyllama_hf.decoding.llama_step import compile_layers
+
+        compile_layers(loaded)
+    return loaded, tokenizer, helper
 
 
 def note(line: str) -> None:

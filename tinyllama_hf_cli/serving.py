@@ -5,7 +5,19 @@ from typing import Annotated
 
 import typer
 
-from .loading import ADAPTER, DEVICE, DTYPE, MODEL, QUANTIZATION, check_model_options, import_libraries, load_model
+from .loading import (
+    ADAPTER,
+    COMPILE,
+    DEVICE,
+    DTYPE,
+    MODEL,
+    QUANTIZATION,
+    VERBOSE,
+    check_model_options,
+    import_libraries,
+    load_model,
+    show_log,
+)
 
 
 def serve_command(
@@ -21,6 +33,8 @@ def serve_command(
     dtype: DTYPE = "auto",
     quantization: QUANTIZATION = "none",
     adapter: ADAPTER = None,
+    compiled: COMPILE = False,
+    verbose: VERBOSE = False,
 ) -> None:
     """Serve a model through OpenAI's API: chat completions, completions, responses. Ctrl-C stops the server.
 
@@ -29,7 +43,9 @@ def serve_command(
 
     Example: tinyllama-hf serve chat-v1.0 --quantization nf4
     """
-    check_model_options(model, dtype, device, quantization, None, adapter)
+    check_model_options(model, dtype, device, quantization, None, adapter, compiled)
+    if verbose or compiled:
+        show_log()
     import_libraries()
     from tinyllama_hf.chat.templates import load_template
     from tinyllama_hf.serving.app import bind, build_app, check_installed, run
@@ -37,7 +53,7 @@ def serve_command(
     check_installed()
     chosen = None if template is None else load_template(template)
     bound = bind(host, port)
-    loaded, tokenizer, _ = load_model(model, dtype, device, quantization, None, adapter)
+    loaded, tokenizer, _ = load_model(model, dtype, device, quantization, None, adapter, compiled)
     if chosen is not None:
         tokenizer.chat_template = chosen
     name = Path(model).resolve().name if Path(model).exists() else model
