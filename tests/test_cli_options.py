@@ -29,8 +29,16 @@ PREPARED = SimpleNamespace(
     summary=[],
 )
 LOADED = (SimpleNamespace(device="cpu"), SimpleNamespace(chat_template=None), "draft")
-LOAD = {"model": "m", "dtype": "bf16", "device": "cpu", "quantization": "nf4", "draft": "d", "adapter": "a"}
-LOADING = "--dtype bf16 --device cpu --quantization nf4 --adapter a"
+LOAD = {
+    "model": "m",
+    "dtype": "bf16",
+    "device": "cuda",
+    "quantization": "nf4",
+    "draft": "d",
+    "adapter": "a",
+    "compiled": True,
+}
+LOADING = "--dtype bf16 --device cuda --quantization nf4 --adapter a --compile --verbose"
 SAMPLING = "--temperature 0.5 --top-p 0.6 --max-new-tokens 7"
 # Words of a command, and the functions it calls in this order: what each returns (the case ends at `None`), and its
 # arguments.

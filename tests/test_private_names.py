@@ -60,6 +60,7 @@ USED: dict[str, tuple[str, ...]] = {
     # transformers
     "transformers.PretrainedConfig._attn_implementation": (
         "conversion/awq/search.py",
+        "decoding/graphs.py",
         "decoding/grouped_attention.py",
         "modeling_tinyllama.py",
         "packed_documents.py",
@@ -85,7 +86,7 @@ USED: dict[str, tuple[str, ...]] = {
     "transformers.generation.logits_process.PrefixConstrainedLogitsProcessor._prefix_allowed_tokens_fn": (
         "decoding/acceptance.py",
     ),
-    "transformers.generation.utils.GenerationMixin._is_user_defined": ("decoding/engine.py",),
+    "transformers.generation.utils.GenerationMixin._is_user_defined": ("decoding/supported.py",),
     "transformers.generation.utils.GenerationMixin._pad_token_tensor": ("decoding/speculative.py",),
     "transformers.integrations.sdpa_attention.sdpa_attention_forward": (
         "decoding/grouped_attention.py",
@@ -116,6 +117,7 @@ USED: dict[str, tuple[str, ...]] = {
     "torch._C": ("conversion/writing.py", "modeling_tinyllama.py"),
     "torch._C._are_functorch_transforms_active": ("modeling_tinyllama.py",),
     "torch._assert_async": ("packed_documents.py",),
+    "torch._dynamo": ("decoding/llama_step.py",),
     "torch._inductor.decomposition.select_decomp_table": ("planning/memory_engine.py",),
     "torch._subclasses.fake_tensor.FakeTensorMode": ("planning/inference_memory.py", "planning/training_memory.py"),
     "torch.utils._python_dispatch.TorchDispatchMode": ("planning/memory_engine.py",),
@@ -129,6 +131,8 @@ USED: dict[str, tuple[str, ...]] = {
     "torch.distributed.checkpoint.planner.ReadItem": ("pretrain/checkpoint_reader.py",),
     "torch.multiprocessing.reductions.StorageWeakRef": ("planning/kv_cache.py",),
     "torch.nn.Module._apply": ("quantization/quantized_model.py",),
+    "torch.nn.Module._forward_hooks": ("decoding/graphs.py",),
+    "torch.nn.Module._forward_pre_hooks": ("decoding/graphs.py",),
     "torch.nn.Module._load_from_state_dict": ("quantization/repacking.py",),
     "torch.nn.Module._modules": ("decoding/proposals.py",),
     "torch.nn.Module._parameters": ("quantization/bitsandbytes.py",),

@@ -111,9 +111,9 @@ def load_model(
         note(describe_footprint(loaded))
     helper = load_draft(draft, loaded, tokenizer, chosen, device) if draft else None
     if compiled:
-        from tinyllama_hf.decoding.llama_step import compile_layers
+        from tinyllama_hf.decoding.llama_step import compile_for_generation
 
-        compile_layers(loaded)
+        compile_for_generation(loaded)
     return loaded, tokenizer, helper
 
 

@@ -67,15 +67,15 @@ def memory_command(
         raise InputError("--dtype auto: the model's config.json has no dtype; use fp32 or bf16")
     if kind in GPU_CAPABILITIES:
         check_layers(kind, found.config, weights_dtype)
-    setup = Setup(found.config, weights_dtype, kind)
-    available, where = _available(device)
+    available, where, has_graphs = _available(device)
+    setup = Setup(found.config, weights_dtype, kind, has_graphs)
     needed = batch_memory(setup, batch, found.config.max_position_embeddings if context is None else context)
     print("\n".join([*memory_lines(f"{model} ({source})", needed), *fit_lines(needed, available, where)]), flush=True)
     check_batch(needed, available)
 
 
-def _available(device: str | None) -> tuple[int, str]:
-    """Returns the bytes of a device and its name."""
+def _available(device: str | None) -> tuple[int, str, bool]:
+    """Returns the bytes of a device, its name, and whether it is an NVIDIA GPU; a size may be that of any device."""
     import re
 
     import torch
@@ -88,11 +88,11 @@ def _available(device: str | None) -> tuple[int, str]:
 
     if device is None:
         here = torch.device(choose_device("auto"))
-        return free_memory(here), f"{here} of this machine, free memory"
+        return free_memory(here), f"{here} of this machine, free memory", here.type == "cuda"
     if re.fullmatch(r"\d+(\.\d+)?[KMG]I?B", device.upper()):
-        return convert_file_size_to_int(device.upper()), device  # a lowercase b would mean bits
+        return convert_file_size_to_int(device.upper()), device, False  # a lowercase b would mean bits
     try:
         known = find_device(device)
     except InputError as error:
         raise InputError(f"{str(error).removesuffix('?')}, or use a size such as 16GB") from error
-    return known.memory, known.name
+    return known.memory, known.name, True

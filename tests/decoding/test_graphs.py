@@ -18,12 +18,14 @@ from tests.exactness import Reference, compare, first_difference, left_padded
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load
 from tinyllama_hf.batch.generate_many import Request, generate_many
 from tinyllama_hf.decoding import fixed_memory, graphs
-from tinyllama_hf.decoding.llama_step import compile_layers
+from tinyllama_hf.decoding.llama_step import compile_for_generation
 from tinyllama_hf.decoding.proposals import ModelProposer, PromptLookup
-from tinyllama_hf.decoding.rows import row_bucket, slot_bucket
+from tinyllama_hf.decoding.rows import row_bucket, slot_bucket, slots_of
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.inference.generation import ExactTextStreamer
 from tinyllama_hf.inference.options import Sampling
+from tinyllama_hf.planning.inference_memory import Setup, held_cache
+from tinyllama_hf.planning.kv_cache import measure_cache
 
 
 GREEDY = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
@@ -312,10 +314,23 @@ def test_inside_inference_mode_and_outside(recorders, model):
     assert torch.equal(first, model.generate(**left_padded(PROMPTS), **GREEDY))
 
 
+def test_memory_is_what_the_plan_says(recorders, model, monkeypatch):
+    model.generate(**left_padded(PROMPTS), **GREEDY)
+    setup = Setup(model.config, torch.float32, has_graphs=True)
+    found = measure_cache(fixed_memory._kept[model].caches[0])
+    assert found == held_cache(setup, len(PROMPTS), 7 + GREEDY["max_new_tokens"]) and found.requests == 4
+    fixed_memory.release(model)
+    assert model not in fixed_memory._kept
+    monkeypatch.setattr(fixed_memory, "free_bytes", lambda device: found.total - 1)
+    with pytest.raises(InputError, match=r"a batch of 4 rows of 128 tokens: its keys and values take .* are free"):
+        model.generate(**left_padded(PROMPTS), **GREEDY)
+
+
 def test_buckets():
     assert [row_bucket(rows) for rows in (1, 2, 3, 8, 9, 100, 128, 129, 200)] == [1, 2, 4, 8, 16, 128, 128, 192, 256]
     slots = [slot_bucket(end) for end in (1, 128, 129, 300, 400, 513, 800, 1100, 1600, 2057)]
     assert slots == [128, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072]
+    assert [slots_of(limit, 2048, 8) for limit in (100, 250, 2048, 3000)] == [128, 384, 2112, 3072]
 
 
 @pytest.mark.slow
@@ -327,7 +342,7 @@ def test_compiled_layers(recorders, model, monkeypatch):
     ours = model.generate(**left_padded(PROMPTS), **GREEDY)
     assert recorded(recorders) == 2
     torch._dynamo.utils.counters.clear()
-    compile_layers(model)
+    compile_for_generation(model)
     assert torch.equal(model.generate(**left_padded(PROMPTS), **GREEDY), ours)
     assert recorded(recorders) == 4
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 < model.config.num_hidden_layers
@@ -335,7 +350,7 @@ def test_compiled_layers(recorders, model, monkeypatch):
 
 def test_what_cannot_be_compiled(recorders, model, monkeypatch):
     with pytest.raises(InputError, match=r"--compile: the layers of GPT2LMHeadModel are not those of Llama"):
-        compile_layers(random_model("gpt2", 0))
+        compile_for_generation(random_model("gpt2", 0))
     monkeypatch.setattr(graphs, "recorder_for", lambda device: None)
     with pytest.raises(InputError, match=r"--compile: generation on cpu runs without recorded steps. Leave it out"):
-        compile_layers(model)
+        compile_for_generation(model)

@@ -319,10 +319,11 @@ class TestCommand:
             "2,048 tokens, 100 requests",
             "            36.91 GB if each of the 32 heads had its own keys and values: 180,224 bytes per token, "
             "8 times as much",
-            "total       5.38 GB of weights and cache",
+            "graphs      6.09 GB of cache, since it has a fixed size on a GPU: 128 rows of 2,112 tokens",
+            "total       6.85 GB of weights and cache",
             "prefill     10.70 GB more while prompts of 2,048 tokens are read at once",
             "device      NVIDIA A100-SXM4-40GB: 38.06 GB of 42.28 GB, less 10%",
-            "fits        up to 808 sequences of 2,048 tokens; 243 if full prompts are read at once",
+            "fits        up to 768 sequences of 2,048 tokens; 234 if full prompts are read at once",
         ]
 
     def test_a_batch_that_does_not_fit(self, call):

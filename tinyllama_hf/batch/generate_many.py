@@ -13,10 +13,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..decoding.engine import Decoding
-from ..decoding.options import SUPPORTED_MODES
 from ..decoding.proposals import Proposer
 from ..decoding.rows import RowPlan
 from ..decoding.speculative import check_pair
+from ..decoding.supported import SUPPORTED_MODES
 from ..errors import InputError, check_seed
 from ..inference.generation import SEEDED_DRAFT_LENGTH, Context, stop_token_ids
 from ..inference.options import Sampling

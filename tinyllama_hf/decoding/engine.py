@@ -13,10 +13,10 @@ from . import fixed_memory, graphs
 from .acceptance import RowProcessors, accept_greedy, accept_sampled
 from .draft_length import DraftLength
 from .fixed_memory import FixedMemory, Size
-from .options import check_options
 from .proposals import ModelProposer, Proposer, SpeculationStatistics
 from .ragged_cache import RaggedModel
-from .rows import RowPlan, Rows
+from .rows import RowPlan, Rows, slots_of
+from .supported import check_supported
 from .timing import Mark, mark, seconds_between, wait_for
 
 
@@ -88,7 +88,7 @@ class Decoding:
         input_ids, prepared = generate(target, input_ids, attention_mask=attention_mask, **arguments)
         names = ("logits_processor", "stopping_criteria", "generation_config")
         processors, criteria, self.config = (prepared.pop(name) for name in names)
-        check_options(self.config, prepared)
+        check_supported(self.config, prepared)
         self.input_ids = input_ids.to(target.device)
         self._target = RaggedModel(target)
         context = self._target.context
@@ -314,7 +314,7 @@ class Decoding:
         draws = [rows.state.draws.shape[2] for rows in batches if rows.state.draws is not None]
         has_model = isinstance(self._draft, ModelProposer)
         sampled = (self._longest, self._target.vocab_size) if draws and has_model else (0, 0)
-        slots, eos = max(limits) + self._longest + 1, len(self.rows.state.eos)
+        slots, eos = slots_of(max(limits), self._target.context, self._longest), len(self.rows.state.eos)
         return Size(sum(map(len, batches)), slots, max(draws, default=0), sampled, eos)
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 """Caches and rows at fixed addresses, with the graphs that were recorded over them; kept for the next call."""
 
+import math
 import weakref
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
@@ -7,10 +8,12 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from ..devices import format_bytes
+from ..errors import InputError
 from .graphs import Graphs, Recorder, describe_weights
 from .ragged_cache import RaggedModel
 from .row_state import RowState
-from .rows import row_bucket, slot_bucket
+from .rows import row_bucket
 
 
 _NUM_EOS = 8  # room for end-of-sequence tokens; unused entries are -1, which no token equals
@@ -21,7 +24,7 @@ class Size(NamedTuple):
 
     Attributes:
         rows (`int`): number of rows.
-        slots (`int`): tokens of the longest row, with drafted ones.
+        slots (`int`): slots per row, from [`slots_of`].
         draws (`int`): random numbers per row and purpose; 0 for greedy decoding.
         probabilities (`tuple[int, int]`): number of drafted tokens that are sampled, and the vocabulary size.
         eos (`int`): number of end-of-sequence tokens.
@@ -33,10 +36,10 @@ class Size(NamedTuple):
     probabilities: tuple[int, int]
     eos: int
 
-    def rounded_up(self) -> "Size":
+    def allocated(self) -> "Size":
         """Returns the size of the memory that is allocated."""
         eos = max(self.eos, _NUM_EOS)
-        return Size(row_bucket(self.rows), slot_bucket(self.slots), self.draws, self.probabilities, eos)
+        return self._replace(rows=row_bucket(self.rows), eos=eos)
 
     def fits(self, other: "Size") -> bool:
         """Whether a batch of this size fits into memory of another size."""
@@ -52,12 +55,13 @@ class FixedMemory:
 
     Args:
         readers (`Sequence[RaggedModel]`): the target, and the draft if it is a model; each has read something.
-        size (`Size`): see [`Size.rounded_up`].
+        size (`Size`): see [`Size.allocated`].
         recorder (`Recorder`): records steps.
     """
 
     def __init__(self, readers: Sequence[RaggedModel], size: Size, recorder: Recorder):
         device = readers[0].model.device
+        _check_room(readers, size, device)
         eos = torch.full((size.eos,), -1, device=device)
         draws = torch.zeros(size.rows, 3, size.draws, dtype=torch.float64, device=device) if size.draws else None
         self.size = size
@@ -83,6 +87,30 @@ class FixedMemory:
         self._owner = None
 
 
+def _check_room(readers: Sequence[RaggedModel], size: Size, device: torch.device) -> None:
+    """Refuses caches that do not fit the free memory of a GPU.
+
+    Raises:
+        InputError: with the sizes.
+    """
+    needed = sum(reader.cache.fixed_bytes(size.rows, size.slots) for reader in readers)
+    free = free_bytes(device)
+    if needed > free:
+        raise InputError(
+            f"a batch of {size.rows} rows of {size.slots:,} tokens: its keys and values take {format_bytes(needed)}, "
+            f"and {format_bytes(free)} of {device} are free. Generate for fewer prompts at a time, or lower "
+            "max_new_tokens"
+        )
+
+
+def free_bytes(device: torch.device) -> float:
+    """Returns the memory of a GPU that torch can allocate; no limit on other devices."""
+    if device.type != "cuda":
+        return math.inf
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
 def _description(readers: Sequence[RaggedModel]) -> list[Hashable]:
     """Describes what graphs depend on, besides the contents of tensors."""
     return [(reader.is_compiled, describe_weights(reader.model)) for reader in readers]
@@ -105,7 +133,7 @@ def borrow(owner: object, readers: Sequence[RaggedModel], size: Size, recorder: 
     memory = _kept.pop(target, None)
     if memory is None or not memory.serves(readers, size):
         del memory  # its memory can be used again
-        memory = FixedMemory(readers, size.rounded_up(), recorder)
+        memory = FixedMemory(readers, size.allocated(), recorder)
     memory.lend(owner)
     _kept[target] = memory
     return memory

@@ -151,15 +151,13 @@ def describe_weights(model: PreTrainedModel) -> tuple[Hashable, ...]:
     found: list[Hashable] = [model.training, model.config._attn_implementation]
     for module in model.modules():
         found.append((id(module), *_adapter_settings(module)))
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             found += [(part.data_ptr(), part.dtype, part.shape) for part in _parts(tensor)]
     return tuple(found)
 
 
-def _parts(tensor: torch.Tensor | None) -> list[torch.Tensor]:
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Returns the tensors that a tensor consists of: several for the quantized ones of torchao."""
-    if tensor is None:
-        return []
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()

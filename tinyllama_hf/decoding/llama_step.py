@@ -106,7 +106,7 @@ _compiled_layer_step = torch.compile(layer_step, dynamic=False, fullgraph=True)
 _compiled: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
-def compile_layers(model: PreTrainedModel) -> None:
+def compile_for_generation(model: PreTrainedModel) -> None:
     """Compiles the layers of a model for generation by recorded steps, when a step of a new shape is recorded.
 
     This takes seconds to tens of seconds for each shape.
@@ -128,7 +128,7 @@ def compile_layers(model: PreTrainedModel) -> None:
 
 
 def is_compiled(model: PreTrainedModel) -> bool:
-    """Whether [`compile_layers`] was called for a model."""
+    """Whether [`compile_for_generation`] was called for a model."""
     return model in _compiled
 
 

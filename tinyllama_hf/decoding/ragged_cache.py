@@ -157,6 +157,11 @@ class RaggedCache(Cache):
             layer.allocate(like, rows, slots)
         return cache
 
+    def fixed_bytes(self, rows: int, slots: int) -> int:
+        """Returns the bytes of a cache of fixed size, see [`fixed`]."""
+        states = [states for layer in self.ragged_layers for states in (layer.keys, layer.values)]
+        return sum(rows * slots * each.shape[1] * each.shape[3] * each.element_size() for each in states)
+
     def copy_rows(self, source: "RaggedCache", rows: slice, start: int = 0) -> None:
         """Overwrites the rows from index `start` with rows of another cache, up to the end of the smaller buffers."""
         for layer, other in zip(self.ragged_layers, source.ragged_layers, strict=True):

@@ -307,6 +307,18 @@ def row_bucket(rows: int) -> int:
     return 1 << (rows - 1).bit_length() if rows <= 128 else -(-rows // 64) * 64
 
 
+def slots_of(limit: int, context: int, longest_draft: int) -> int:
+    """Returns the number of slots that caches of fixed size have per row.
+
+    Args:
+        limit (`int`): tokens of the longest row.
+        context (`int`): of the model; no bucket is much larger, unless a row is.
+        longest_draft (`int`): maximum number of drafted tokens, which may exceed the limit.
+    """
+    most = max(limit, context) + longest_draft + 1
+    return min(slot_bucket(limit + longest_draft + 1), -(-most // 64) * 64)
+
+
 def slot_bucket(end: int) -> int:
     """Returns the number of slots of the smallest bucket: 128, 256, 384, 512, 768, 1024, 1536 and so on."""
     size = 128

@@ -23,6 +23,7 @@ from ..configuration_tinyllama import TinyLlamaConfig
 from ..decoding.engine import LONGEST_DRAFT
 from ..decoding.proposals import ModelProposer, Proposer
 from ..decoding.ragged_cache import num_slots
+from ..decoding.rows import row_bucket, slots_of
 from ..devices import format_bytes
 from ..errors import InputError
 from ..quantization.names import GPU_CAPABILITIES, QUANTIZATIONS
@@ -38,11 +39,13 @@ class Setup(NamedTuple):
         config (`TinyLlamaConfig`): the architecture; of weights that were saved quantized, with `quantization_config`.
         dtype (`torch.dtype`): of everything that is not quantized: embeddings, norms, head, activations and cache.
         quantization (`str`): from `choose_quantization`.
+        has_graphs (`bool`): whether generation runs as graphs over caches of fixed size, as on an NVIDIA GPU.
     """
 
     config: TinyLlamaConfig
     dtype: torch.dtype = torch.bfloat16
     quantization: str = "none"
+    has_graphs: bool = False
 
 
 def weight_bytes(setup: Setup) -> int:
@@ -113,17 +116,26 @@ def prefill_bytes(setup: Setup, batch: int, context: int) -> int | None:
 
 
 class BatchMemory(NamedTuple):
-    """Bytes of a batch: of [`weight_bytes`], [`cache_size`] and [`prefill_bytes`]."""
+    """Bytes of a batch: of [`weight_bytes`], [`cache_size`], [`held_cache`] and [`prefill_bytes`]."""
 
     setup: Setup
     weights: int
     cache: CacheSize
+    held: CacheSize
     prefill: int | None
 
     @property
     def total(self) -> int:
         """Weights and cache: what is held throughout."""
-        return self.weights + self.cache.total
+        return self.weights + self.held.total
+
+
+def held_cache(setup: Setup, batch: int, context: int) -> CacheSize:
+    """Returns the size of the cache that generation holds: on an NVIDIA GPU of fixed size, for a bucket of rows."""
+    if not setup.has_graphs:
+        return cache_size(setup.config, batch, context, setup.dtype)
+    slots = slots_of(context, setup.config.max_position_embeddings, LONGEST_DRAFT)
+    return cache_size(setup.config, row_bucket(batch), slots, setup.dtype)
 
 
 def batch_memory(setup: Setup, batch: int, context: int) -> BatchMemory:
@@ -143,7 +155,8 @@ def batch_memory(setup: Setup, batch: int, context: int) -> BatchMemory:
     if not 1 <= context <= limit:
         raise InputError(f"--context {context}: must be between 1 and {limit}, the model's context")
     cache = cache_size(setup.config, batch, context, setup.dtype)
-    return BatchMemory(setup, weight_bytes(setup), cache, prefill_bytes(setup, batch, context))
+    held = held_cache(setup, batch, context)
+    return BatchMemory(setup, weight_bytes(setup), cache, held, prefill_bytes(setup, batch, context))
 
 
 def largest_batch(setup: Setup, context: int, usable: int, with_prefill: bool = False) -> int:
@@ -158,7 +171,7 @@ def largest_batch(setup: Setup, context: int, usable: int, with_prefill: bool = 
     weights = weight_bytes(setup)
 
     def needed(batch: int) -> int:
-        cache = cache_size(setup.config, batch, context, setup.dtype).total
+        cache = held_cache(setup, batch, context).total
         return weights + cache + ((prefill_bytes(setup, batch, context) or 0) if with_prefill else 0)
 
     one = cache_size(setup.config, 1, context, setup.dtype).total
@@ -188,6 +201,11 @@ def memory_lines(name: str, found: BatchMemory) -> list[str]:
         text.append(
             f"            {format_bytes(times * cache.total)} if each of the {heads} heads had its own keys and "
             f"values: {times * cache.per_token:,.0f} bytes per token, {times:.3g} times as much"
+        )
+    if setup.has_graphs:
+        text.append(
+            f"graphs      {format_bytes(found.held.total)} of cache, since it has a fixed size on a GPU: "
+            f"{found.held.requests:,} rows of {found.held.tokens:,} tokens"
         )
     text.append(f"total       {format_bytes(found.total)} of weights and cache")
     prefill = f"not included: the memory that products with {setup.quantization} weights need is not known"
@@ -255,8 +273,10 @@ def check_fits(model: PreTrainedModel, batch_size: int, context: int, draft: Pro
     models: list[Any] = [model]
     if isinstance(draft, ModelProposer):
         models.append(draft.model)
-    slots = num_slots(context + LONGEST_DRAFT if draft else context)
-    needed = sum(cache_size(each.config, batch_size, slots, each.dtype).total for each in models)
+    slots, rows = num_slots(context + LONGEST_DRAFT if draft else context), batch_size
+    if model.device.type == "cuda":
+        slots, rows = slots_of(context, model.config.max_position_embeddings, LONGEST_DRAFT), row_bucket(batch_size)
+    needed = sum(cache_size(each.config, rows, slots, each.dtype).total for each in models)
     if needed > usable:
         largest = usable * batch_size // needed
         fix = f"the largest that fits is {largest:,}" if largest else "not even 1 fits; shorten the sequences"

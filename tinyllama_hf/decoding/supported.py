@@ -11,7 +11,7 @@ _PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "
 SUPPORTED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
-def check_options(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+def check_supported(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
     """Refuses options of other decoding methods, which the engine would ignore.
 
     Args:
