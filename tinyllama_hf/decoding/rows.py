@@ -295,7 +295,9 @@ def _paddings(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> l
 def _draws(plans: Sequence[RowPlan], device: torch.device) -> torch.Tensor:
     """Returns the random numbers of all rows, `[rows, 3, new tokens]`, in fp64 if the device has it."""
     drawn = [
-        torch.rand(3, plan.max_new_tokens, dtype=torch.float64) if plan.draws is None else plan.draws for plan in plans
+        # The numbers of a token follow those of the token before, whatever the maximum length is.
+        torch.rand(plan.max_new_tokens, 3, dtype=torch.float64).T if plan.draws is None else plan.draws
+        for plan in plans
     ]
     longest = max(numbers.shape[1] for numbers in drawn)
     together = torch.stack([F.pad(numbers, (0, longest - numbers.shape[1])) for numbers in drawn])
