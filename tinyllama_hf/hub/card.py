@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from ..conversion.quantized.w4a16 import read_scheme
 from ..conversion.reading.containers import open_safetensors
 from ..evaluation.protocol import caveat
 from ..evaluation.score_files import NO_SCORES, RunScores
@@ -93,6 +94,7 @@ def _text(model: ModelFolder, **values: Any) -> str:
         settings=settings,
         configuration=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
         quantization=saved_quantization(model.config, str(model.path)) if model.kind == "quantized" else None,
+        group_size=_group_size(model) if model.kind == "w4a16" else None,
         adapter=_adapter_settings(model.config) if model.kind == "adapter" else {},
         embedding_rows=_embedding_rows(model.path) if model.kind == "adapter" else None,
         has_provenance=model.kind == "trained" or model.record.keys() >= _PROVENANCE_FIELDS,
@@ -102,10 +104,9 @@ def _text(model: ModelFolder, **values: Any) -> str:
 
 def _metadata(model: ModelFolder, license: str | None = None) -> dict[str, Any]:
     """The metadata of a card, in the order that the Hub uses."""
-    is_quantized = model.kind in ("quantized", "awq", "gguf")
-    method = {"quantized": "bitsandbytes", "adapter": model.config.get("peft_type", "").lower()}.get(
-        model.kind, model.kind
-    )
+    is_quantized = model.kind in ("quantized", "awq", "w4a16", "gguf")
+    libraries = {"quantized": "bitsandbytes", "w4a16": "compressed-tensors"}
+    method = (libraries | {"adapter": model.config.get("peft_type", "").lower()}).get(model.kind, model.kind)
     fields = {
         # For a GGUF file the Hub would show code for transformers.
         "library_name": {"gguf": None, "adapter": "peft"}.get(model.kind, "transformers"),
@@ -117,6 +118,10 @@ def _metadata(model: ModelFolder, license: str | None = None) -> dict[str, Any]:
     if model.base and (is_quantized or model.kind == "adapter"):
         fields["base_model_relation"] = "quantized" if is_quantized else "adapter"
     return {name: value for name, value in fields.items() if value}
+
+
+def _group_size(model: ModelFolder) -> int:
+    return read_scheme(model.config["quantization_config"], str(model.path)).weights.group_size
 
 
 def _adapter_settings(config: dict[str, Any]) -> dict[str, Any]:

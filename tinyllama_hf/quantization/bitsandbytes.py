@@ -171,10 +171,11 @@ def saved_quantization(fields: Mapping[str, Any], where: str) -> str:
     kind = "int8" if saved.get("load_in_8bit") else saved.get("load_in_4bit") and saved.get("bnb_4bit_quant_type")
     if method == "bitsandbytes" and kind in ("int8", *_FOUR_BIT):
         return kind
+    converted = "`tinyllama-hf convert FOLDER --to llama --output NEW` writes it as plain weights"
     readers = {
-        "awq": "vLLM reads it, and `tinyllama-hf convert FOLDER --to llama --output NEW` writes it as plain weights",
+        "awq": f"vLLM reads it, and {converted}",
         "gptq": "vLLM reads it",
-        "compressed-tensors": "vLLM reads it",
+        "compressed-tensors": f"vLLM reads it, and if it is W4A16 (4 bit, pack-quantized) {converted}",
     }
     raise InputError(
         f"{where}: the weights were quantized by {method}, not as int8, nf4 or fp4 by bitsandbytes; "
