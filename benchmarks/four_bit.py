@@ -3,8 +3,9 @@
     tinyllama-hf convert SMOLLM2 --to w4a16 --output ours --calibration validation.txt
     python benchmarks/four_bit.py SMOLLM2 ours OTHERS... [--tokens 4096] [--data WIKITEXT2/test.jsonl.gz]
 
-SMOLLM2 is the folder that `quality.py` makes. OTHERS are AWQ folders, and compressed-tensors folders of this package or
-of llm-compressor (`peers/gptq_llmcompressor.py`). The protocol is that of `quality.py`: windows of 512 tokens, fp32.
+SMOLLM2 is the folder that `quality.py` makes. OTHERS are AWQ folders, and compressed-tensors folders of this package
+or of llm-compressor (`peers/gptq_llmcompressor.py`). The protocol is that of `quality.py`: windows of 512 tokens, in
+fp32.
 """
 
 import argparse

@@ -35,7 +35,7 @@ def write_w4a16(
 
     Arguments, results and errors are those of [`write_four_bit`].
     """
-    library = _import_library("--to w4a16")
+    library = require("compressed_tensors", "w4a16", "--to w4a16")
     pack_to_int32 = library.compressors.pack_to_int32
     shapes = {name: lazy.shape for name, lazy in checkpoint.tensors.items() if name.endswith(LINEAR)}
     fitting = (size for size in GROUP_SIZES if all(width % size == 0 for _, width in shapes.values()))
@@ -65,21 +65,13 @@ def write_w4a16(
     return write_four_bit(checkpoint, folder, calibration, max_shard_size, layout)
 
 
-def _import_library(what: str) -> Any:
-    require("compressed_tensors", "w4a16", what)
-    import compressed_tensors.compressors  # type: ignore  # without type information
-    import compressed_tensors.quantization  # type: ignore
-
-    return compressed_tensors
-
-
 def read_scheme(quantization: Mapping[str, Any], where: str) -> Any:
     """Returns the library's `QuantizationScheme` of the linear layers.
 
     Raises:
         InputError: if the library is not installed, or the weights are not 4-bit integers in groups.
     """
-    library = _import_library(f"{where}: compressed-tensors")
+    library = require("compressed_tensors", "w4a16", f"{where}: compressed-tensors")
     with refuse_damage(where):
         config = library.quantization.QuantizationConfig.model_validate(quantization)
     schemes = list(config.config_groups.values())
@@ -125,7 +117,7 @@ def _weight(tensors: Mapping[str, LazyTensor], module: str, names: Sequence[str]
 
     def read() -> torch.Tensor:
         state = {name: part.read() for name, part in parts.items()}
-        library = _import_library(packed.source)
+        library = require("compressed_tensors", "w4a16", packed.source)
         return library.compressors.PackedQuantizationCompressor.decompress(state, scheme)["weight"]
 
     return LazyTensor((rows, width), parts[_SCALE].dtype, read, packed.source)
