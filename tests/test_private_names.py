@@ -59,7 +59,7 @@ METRICS = tuple(f"eval/metrics/{name}/{name}.py" for name in ("bits_per_byte", "
 USED: dict[str, tuple[str, ...]] = {
     # transformers
     "transformers.PretrainedConfig._attn_implementation": (
-        "conversion/awq/search.py",
+        "conversion/quantized/search.py",
         "decoding/graphs.py",
         "decoding/grouped_attention.py",
         "modeling_tinyllama.py",

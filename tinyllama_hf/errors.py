@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import importlib
 from collections.abc import Iterable, Iterator
+from types import ModuleType
 
 
 _LARGEST_SEED = 2**64 - 1
@@ -54,14 +55,14 @@ def check_seed(seed: int, name: str = "--seed") -> int:
     return seed
 
 
-def require(package: str, extra: str, what: str) -> None:
-    """Checks that an optional package is installed.
+def require(package: str, extra: str, what: str) -> ModuleType:
+    """Imports an optional package and returns it.
 
     Raises:
-        InputError: if it is not; names the extra of `setup.cfg` that installs it.
+        InputError: if it is not installed; names the extra of `setup.cfg` that installs it.
     """
     try:
-        importlib.import_module(package)
+        return importlib.import_module(package)
     except ImportError as error:
         raise InputError(f"{what} needs the package {package}: pip install 'tinyllama_hf[{extra}]'") from error
 

@@ -15,7 +15,7 @@ from typing import Any
 
 _LIBRARIES = (
     *("torch", "transformers", "tokenizers", "accelerate", "datatrove", "trl", "peft", "bitsandbytes", "lm_eval"),
-    *("evaluate", "huggingface_hub", "numpy"),
+    *("evaluate", "huggingface_hub", "numpy", "compressed-tensors"),
 )
 
 

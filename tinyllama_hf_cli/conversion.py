@@ -21,8 +21,8 @@ def convert_command(
     to: Annotated[
         str,
         typer.Option(
-            help="llama, litgpt, gguf-f32, gguf-f16, gguf-bf16, gguf-q8_0, gguf-q4_0 or awq. gguf-q4_k_m and other "
-            "K-quants need llama-quantize of llama.cpp. gptq prints the command of the program that makes it."
+            help="llama, litgpt, gguf-f32, gguf-f16, gguf-bf16, gguf-q8_0, gguf-q4_0, w4a16 or awq. gguf-q4_k_m and "
+            "other K-quants need llama-quantize of llama.cpp. gptq prints the command of the program that makes it."
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder to write. It is created only when the conversion is complete.")],
@@ -33,7 +33,7 @@ def convert_command(
     ] = None,
     config: _CONFIG = None,
     calibration: Annotated[
-        list[Path] | None, typer.Option(help="Text file for the scales of awq; repeatable.")
+        list[Path] | None, typer.Option(help="Text file for the scales of w4a16 and awq; repeatable.")
     ] = None,
     sanity: Annotated[
         bool, typer.Option("--sanity", help="First check that the model predicts a bundled text better than chance.")
@@ -42,8 +42,8 @@ def convert_command(
 ) -> None:
     """Convert a checkpoint to another format without running any code from it.
 
-    Reads Hugging Face (safetensors, .bin), lit-gpt and litgpt (.pth), Meta (consolidated.*.pth), GGUF, llama2.c
-    and AWQ. The layout is detected from the contents.
+    Reads Hugging Face (safetensors, .bin), lit-gpt and litgpt (.pth), Meta (consolidated.*.pth), GGUF, llama2.c,
+    AWQ and W4A16 (compressed-tensors). The layout is detected from the contents.
 
     Example: tinyllama-hf convert lit_model.pth --to llama --output my-model
     """

@@ -1,10 +1,11 @@
-"""GPTQ by llm-compressor on a CPU without the Hub: from a plain Llama folder to a compressed-tensors folder.
+"""GPTQ and AWQ by llm-compressor on a CPU without the Hub: from a plain Llama folder to compressed-tensors folders.
 
     python gptq_llmcompressor.py MODEL_FOLDER --calibration TEXT.jsonl[.gz] --evaluation TEXT.jsonl[.gz]
-                                 --folder OUT --output RESULT.json [--group-size 128]
+                                 --folder OUT --output RESULT.json [--group-size 128] [--zero-points]
+                                 [--methods rounding gptq awq]
 
-A group size of 128 is llm-compressor's preset `W4A16`; sizes that 128 does not divide need a smaller one. Plain
-rounding to the same layout is measured too, to show the gain from calibration.
+A group size of 128 is llm-compressor's preset `W4A16`, with zero points `W4A16_ASYM`. Sizes that 128 does not divide
+need a smaller one. Plain rounding to the same layout shows the gain from calibration.
 """
 
 import argparse
@@ -30,6 +31,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--zero-points", action="store_true", help="asymmetric, as AWQ is usually published")
+    parser.add_argument("--methods", nargs="+", default=("rounding", "gptq"), choices=("rounding", "gptq", "awq"))
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--sample-tokens", type=int, default=512)
     parser.add_argument("--evaluation-tokens", type=int, default=8192)
@@ -38,11 +41,13 @@ def main() -> None:
     figures: dict = {
         "model": arguments.model.name,
         "group_size": arguments.group_size,
+        "zero_points": arguments.zero_points,
         "calibration": {"samples": arguments.samples, "tokens_each": arguments.sample_tokens},
         "megabytes": {"before": megabytes(arguments.model)},
+        "evaluation_tokens": arguments.evaluation_tokens,
         "perplexity": {"before": perplexity(arguments.model, arguments)},
     }
-    for method in ("rounding", "gptq"):
+    for method in arguments.methods:
         target = arguments.folder / method
         began = time.perf_counter()
         quantize(method, target, arguments)
@@ -67,23 +72,26 @@ def quantize(method: str, target: Path, arguments: argparse.Namespace) -> None:
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
 
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": not arguments.zero_points,
+        "strategy": "group",
+        "group_size": arguments.group_size,
+    }
     modifier = GPTQModifier if method == "gptq" else QuantizationModifier
-    if arguments.group_size == 128:
-        recipe = modifier(targets="Linear", scheme="W4A16", ignore=["lm_head"])
-    else:
-        weights = {
-            "num_bits": 4,
-            "type": "int",
-            "symmetric": True,
-            "strategy": "group",
-            "group_size": arguments.group_size,
-        }
-        recipe = modifier(config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"])
+    recipe = [modifier(config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"])]
+    if method == "awq":
+        # Version 0.14 pins memory for transfers to a GPU, which fails where there is no GPU.
+        IntermediatesCache.pin_memory = lambda *_: None
+        recipe.insert(0, AWQModifier(duo_scaling="both"))  # as in llm-compressor's example
     oneshot(
         model=str(arguments.model),
         recipe=recipe,
-        dataset=calibration(arguments) if method == "gptq" else None,
+        dataset=None if method == "rounding" else calibration(arguments),
         num_calibration_samples=arguments.samples,
         max_seq_length=arguments.sample_tokens,
         output_dir=str(target),

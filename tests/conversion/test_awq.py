@@ -13,11 +13,12 @@ from transformers import AutoConfig, LlamaForCausalLM
 from transformers.utils.quantization_config import AwqConfig, AwqFormat
 
 from tinyllama_hf import load_tokenizer
-from tinyllama_hf.conversion.awq import search, write
-from tinyllama_hf.conversion.awq.packing import dequantize_groups, pack, quantize_groups, unpack
-from tinyllama_hf.conversion.awq.search import calibration_tokens, clip_layer, observe_layer, scale_layer
+from tinyllama_hf.conversion.awq.packing import pack, unpack
 from tinyllama_hf.conversion.awq.write import GROUP_SIZE, write_awq
 from tinyllama_hf.conversion.checkpoint import Checkpoint, LazyTensor, plain_config, validate
+from tinyllama_hf.conversion.quantized import four_bit, search
+from tinyllama_hf.conversion.quantized.rounding import dequantize_groups, quantize_groups
+from tinyllama_hf.conversion.quantized.search import calibration_tokens, clip_layer, observe_layer, scale_layer
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.provenance import file_sha256
 from tinyllama_hf.tokenization_tinyllama import encode_text
@@ -202,7 +203,7 @@ def test_one_decoder_layer_is_read_at_a_time(tmp_path, tokenizer_folder, documen
             if ".layers." in name:
                 assert loaded[-1].split(".")[2] == name.split(".")[2]
 
-    monkeypatch.setattr(write, "write_safetensors", in_step)
+    monkeypatch.setattr(four_bit, "write_safetensors", in_step)
     write_awq(checkpoint, tmp_path, documents[:1], 1 << 30)
     assert sorted(loaded) == sorted(checkpoint.tensors)
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from tests.conftest import ROOT, run_here
 from tests.conversion import layouts
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, convert, load_tokenizer, verify
-from tinyllama_hf.conversion.arguments import FORMATS
+from tinyllama_hf.conversion.arguments import CALIBRATED, FORMATS
 from tinyllama_hf.conversion.reading.recognize import open_checkpoint
 from tinyllama_hf.conversion.verify import check_sanity, compare_tensors
 from tinyllama_hf.errors import InputError
@@ -136,7 +136,7 @@ class TestLlama:
         weights["model.norm.weight"][3] = 1e5
         save_file(weights, tmp_path / "large" / "model.safetensors", {"format": "pt"})
         (tmp_path / "large" / "provenance.json").unlink()
-        for target, dtype in (("llama", "fp16"), ("awq", "auto")):
+        for target, dtype in (("llama", "fp16"), ("awq", "auto"), ("w4a16", "auto")):
             with pytest.raises(InputError, match=r"model.norm.weight: 1 values are not finite as float16.*Use bf16"):
                 convert(tmp_path / "large", target, tmp_path / "out", dtype=dtype)
         assert not (tmp_path / "out").exists() and sorted(p.name for p in tmp_path.iterdir()) == ["large"]
@@ -195,9 +195,11 @@ def test_every_format_from_the_command_line(source, tmp_path, to):
     printed = run_here("tinyllama-hf", "convert", source, "--to", to, "--output", "out", cwd=tmp_path)
     assert printed.returncode == 0 and f"wrote out: {to}" in printed.stdout, printed.stderr
     assert printed.stderr == "", "no warnings, no bars where there is no terminal"
-    if to == "awq":
-        assert "rounding" in printed.stdout and "AWQ:" not in printed.stdout
-    tolerance = {"gguf-f16": 0.02, "gguf-bf16": 0.2, "gguf-q8_0": 0.2, "gguf-q4_0": 3.0, "awq": 3.0}.get(to, 0)
+    if to in CALIBRATED:
+        assert "rounding" in printed.stdout and f"{to.upper()}:" not in printed.stdout
+    tolerance = {"gguf-f16": 0.02, "gguf-bf16": 0.2, "gguf-q8_0": 0.2, "gguf-q4_0": 3.0, "w4a16": 3.0, "awq": 3.0}.get(
+        to, 0
+    )
     done = run_here("tinyllama-hf", "verify", source, "out", "--tolerance", str(tolerance), cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert ("equal within" in done.stdout) == (tolerance > 0)

@@ -164,7 +164,7 @@ def config_of(folder, to="llama"):
     assert fields.pop("rope_theta", fields["rope_parameters"]["rope_theta"]) == fields["rope_parameters"]["rope_theta"]
     if to.startswith("gguf-"):
         fields["rms_norm_eps"] = float(np.float32(fields["rms_norm_eps"]))
-    if to not in ("llama", "awq"):  # the others have padding on the tokenizer's side only
+    if to not in ("llama", "awq", "w4a16"):  # the others have padding on the tokenizer's side only
         fields.pop("pad_token_id")
     return fields
 
@@ -274,7 +274,7 @@ def test_a_header_as_long_as_the_mark_of_another_container(sources, mark, tmp_pa
     assert_same_bits(weights_in(tmp_path / "back"), source.weights)
 
 
-# AWQ, which is not there and back bit for bit: what comes back is what its readers compute with
+# AWQ and W4A16, which do not return the same bits: what comes back is what their readers compute with
 
 
 def awq_weights(folder):
@@ -289,17 +289,19 @@ def awq_weights(folder):
     return found
 
 
+@pytest.mark.parametrize("to", ["awq", "w4a16"])
 @pytest.mark.parametrize("calibrated", [True, False])
-def test_awq_of_nano(sources, documents, calibrated, tmp_path):
+def test_four_bit_of_nano(sources, documents, calibrated, to, tmp_path):
     folder, _, weights = sources("nano")
     (tmp_path / "text.txt").write_text(documents[0][:3000], encoding="utf-8")
-    there = convert(folder, "awq", tmp_path / "there", calibration=[tmp_path / "text.txt"] if calibrated else [])
-    assert there.notes[0].startswith("AWQ: 4 bit" if calibrated else "rounding (RTN): 4 bit")
+    there = convert(folder, to, tmp_path / "there", calibration=[tmp_path / "text.txt"] if calibrated else [])
+    assert there.notes[0].startswith(f"{to.upper() if calibrated else 'rounding (RTN)'}: 4 bit")
     convert(tmp_path / "there", "llama", tmp_path / "back")
     back = weights_in(tmp_path / "back")
-    assert_same_bits(back, awq_weights(tmp_path / "there"))
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "there").state_dict() if to == "w4a16" else None
+    assert_same_bits(back, stock or awq_weights(tmp_path / "there"))
     assert {tensor.dtype for tensor in back.values()} == {torch.float16}
-    assert config_of(tmp_path / "back", "awq") == config_of(folder, "awq")
+    assert config_of(tmp_path / "back", to) == config_of(folder, to)
     assert generation_of(tmp_path / "back") == generation_of(folder)
     assert_same_tokenizer(folder, tmp_path / "back")
     for name, tensor in weights.items():

@@ -192,7 +192,7 @@ def folders(tokenizer_folder, tmp_path_factory) -> Path:
     TinyLlamaForCausalLM(TinyLlamaConfig(**SIZES)).save_as_llama(made / "base")
     tokenizer = load_tokenizer(tokenizer_folder)
     tokenizer.save_pretrained(made / "base")
-    for target in ("llama", "awq", "gguf-q8_0"):
+    for target in ("llama", "awq", "w4a16", "gguf-q8_0"):
         convert(made / "base", target, made / target)
     for kind in ("nf4", "int8"):
         load(made / "base", quantization=kind)[0].save_pretrained(made / kind)

@@ -37,10 +37,10 @@ def test_the_code_on_the_card_loads_what_was_saved(folders, online, capsys):
 
 
 def test_the_command_on_the_card_makes_plain_weights_again(folders, online, tmp_path):
-    """For AWQ and GGUF folders, the command gives the same weights from the Hub as from the local folder."""
-    for kind, file in (("awq", "model.safetensors"), ("gguf-q8_0", "model-q8_0.gguf")):
+    """The command gives the same weights from the Hub as from the local folder."""
+    for kind, file in (("awq", "model.safetensors"), ("w4a16", "model.safetensors"), ("gguf-q8_0", "model-q8_0.gguf")):
         publish(folders / kind, f"demo/{kind}")
-        source = "demo/awq" if kind == "awq" else f"demo/{kind}/{file}"
+        source = f"demo/{kind}/{file}" if "gguf" in kind else f"demo/{kind}"
         card = files_on_hub(online, f"demo/{kind}")["main"]["README.md"].decode()
         assert f"tinyllama-hf convert {source} --to llama --output plain" in card
         assert file in files_on_hub(online, f"demo/{kind}")["main"]
@@ -58,6 +58,7 @@ FACTS = {
         "SHA-256",
     ],
     "awq": ["quantized by AWQ: 4 bit in groups of 128", "vllm serve me/x", "to awq"],
+    "w4a16": ["quantized to W4A16 (compressed-tensors)", ": 4 bit in groups of 128", "vllm serve me/x", "to w4a16"],
     "gguf-q8_0": [
         "as the GGUF file `model-q8_0.gguf`",
         "llama-cli --hf-repo me/x --hf-file model-q8_0.gguf",
@@ -70,6 +71,7 @@ TAGS = {
     "base": set(),
     "llama": set(),
     "awq": {"awq"},
+    "w4a16": {"compressed-tensors"},
     "gguf-q8_0": {"gguf"},
     "nf4": {"bitsandbytes"},
     "int8": {"bitsandbytes"},
@@ -164,6 +166,8 @@ BROKEN = [
     ("nf4", "tokenizer_config.json", None, r"tokenizer_config\.json is missing"),
     ("nf4", "model.safetensors", b"", r"model\.safetensors: damaged"),
     ("awq", "model.safetensors", None, r"model\.safetensors is missing"),
+    ("w4a16", "model.safetensors", None, r"model\.safetensors is missing"),
+    ("w4a16", "model.safetensors", b"", r"model\.safetensors: damaged"),
     ("gguf-q8_0", "model-q8_0.gguf", b"GGUF", r"model-q8_0\.gguf"),
     ("adapter", "adapter_model.safetensors", None, r"adapter_model\.safetensors is missing"),
     ("adapter", "adapter_model.safetensors", b"", r"adapter_model\.safetensors: damaged"),

@@ -124,7 +124,7 @@ def test_titles_of_commits(chat, online, tmp_path):
     assert "Publish user-chat" in titles
 
 
-@pytest.mark.parametrize("folder", ["llama", "awq", "gguf-q8_0", "nf4", "adapter"], indirect=True)
+@pytest.mark.parametrize("folder", ["llama", "awq", "w4a16", "gguf-q8_0", "nf4", "adapter"], indirect=True)
 def test_folders_of_other_kinds(folder, online, tmp_path):
     if (folder / "provenance.json").is_file():
         settings = json.loads((folder / "provenance.json").read_text())["conversion"]

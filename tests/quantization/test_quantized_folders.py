@@ -283,6 +283,7 @@ def test_fp4_folders_load(nano_folder, tmp_path, double):
     [
         ({"quant_method": "awq"}, "quantized by awq, .*vLLM reads it, and `tinyllama-hf convert FOLDER --to llama"),
         ({"quant_method": "gptq"}, "quantized by gptq, .*vLLM reads it"),
+        ({"quant_method": "compressed-tensors"}, "W4A16.* `tinyllama-hf convert FOLDER --to llama --output NEW`"),
         ({"quant_method": "fp8"}, "quantized by fp8, .*give the unquantized model"),
         ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}, "not as int8, nf4 or fp4 by bitsandbytes"),
         ("nf4", "not as int8, nf4 or fp4 by bitsandbytes"),

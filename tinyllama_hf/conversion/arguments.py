@@ -8,11 +8,13 @@ from ..files import read_json
 
 
 # Upper bound of the bytes per parameter in the output, to check the free disk space.
-NUMBER_BYTES = {"gguf-f32": 4, "gguf-f16": 2, "gguf-bf16": 2, "gguf-q8_0": 1.1, "gguf-q4_0": 0.6, "awq": 2}
+NUMBER_BYTES = {"gguf-f32": 4, "gguf-f16": 2, "gguf-bf16": 2, "gguf-q8_0": 1.1, "gguf-q4_0": 0.6, "w4a16": 2,
+                "awq": 2}  # fmt: skip
 FORMATS = ("llama", "litgpt", *NUMBER_BYTES)
 _K_QUANTS = ("q3_k_m", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")
 # Formats written by other programs, and the format that each of these programs reads.
 HAND_OFF = {**{f"gguf-{kind}": "gguf-f16" for kind in _K_QUANTS}, "gptq": "llama"}
+CALIBRATED = ("w4a16", "awq")  # the scales are searched on calibration text
 MAX_SHARD_SIZE = "5GB"
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -28,9 +30,9 @@ def check_arguments(to: str, dtype: str, max_shard_size: str, calibration: Seque
     if dtype != "auto" and to not in ("llama", "litgpt"):
         raise InputError(f"--dtype {dtype}: the format {to} has fixed dtypes. Use --dtype with llama or litgpt")
     if max_shard_size != MAX_SHARD_SIZE and (to == "litgpt" or to.startswith("gguf-")):
-        raise InputError(f"--max-shard-size {max_shard_size}: {to} is a single file. Use it with llama or awq")
-    if calibration and to != "awq":
-        raise InputError(f"--calibration: only used by awq, not by {to}. Remove it")
+        raise InputError(f"--max-shard-size {max_shard_size}: {to} is a single file. Use it with llama, w4a16 or awq")
+    if calibration and to not in CALIBRATED:
+        raise InputError(f"--calibration: only used by {' and '.join(CALIBRATED)}, not by {to}. Remove it")
     for path in calibration:
         if not Path(path).is_file():
             raise InputError(f"--calibration {path}: file not found")

@@ -19,7 +19,7 @@ from ..files import new_folder, read_json, write_json
 from ..progress import progress_bar
 from ..text import read_text
 from ..tokenization_tinyllama import TinyLlamaTokenizer, declared_padding
-from .arguments import DTYPES, HAND_OFF, MAX_SHARD_SIZE, NUMBER_BYTES, check_arguments, check_output
+from .arguments import CALIBRATED, DTYPES, HAND_OFF, MAX_SHARD_SIZE, NUMBER_BYTES, check_arguments, check_output
 from .checkpoint import EMBEDDING, OUTPUT, Checkpoint
 from .formats.llama_write import write_generation_config, write_llama
 from .reading.recognize import open_checkpoint
@@ -63,7 +63,7 @@ def convert(
 ) -> Conversion:
     """Converts a checkpoint to another format.
 
-    Memory use stays near the size of two tensors, or of one layer and its activations for `awq`.
+    Memory use stays near the size of two tensors, or of one layer and its activations for `w4a16` and `awq`.
 
     Args:
         source (`str` or `Path`): a file or folder in any supported layout, a released name, or a Hub id.
@@ -72,11 +72,11 @@ def convert(
         output (`str` or `Path`): the folder to write. It is created only when the conversion is complete.
         dtype (`str`, *optional*, defaults to `"auto"`): `"fp32"`, `"fp16"` or `"bf16"`; `"auto"` keeps the dtype of
             each tensor. Only for `llama` and `litgpt`.
-        max_shard_size (`str`, *optional*, defaults to `"5GB"`): largest file of `llama` and `awq`.
+        max_shard_size (`str`, *optional*, defaults to `"5GB"`): largest file of `llama`, `w4a16` and `awq`.
         vocab_rows (`int`, *optional*): number of embedding rows to write, see [`resize_vocabulary`].
         config (`str` or `Path`, *optional*): a configuration to use instead of the source's.
-        calibration (`Sequence`, *optional*): text files to search the scales of `awq`; without them weights are only
-            rounded.
+        calibration (`Sequence`, *optional*): text files to search the scales of `w4a16` and `awq`; without them
+            weights are only rounded.
         check (`Callable`, *optional*): called with the checkpoint before anything is written; may raise.
         force (`bool`, *optional*, defaults to `False`): replace the output of an earlier conversion.
         progress (`bool`, *optional*, defaults to `False`): show the progress.
@@ -149,11 +149,13 @@ def _write_weights(
         from .formats.lit_gpt import write_litgpt
 
         return write_litgpt(checkpoint, folder, dtype, name), {}
-    if to == "awq":
-        from .awq.write import write_awq
-
+    if to in CALIBRATED:
+        if to == "awq":
+            from .awq.write import write_awq as write
+        else:
+            from .quantized.w4a16 import write_w4a16 as write
         texts = [read_text(Path(path)) for path in calibration]
-        note, digests = write_awq(checkpoint, folder, texts or None, shard_size)
+        note, digests = write(checkpoint, folder, texts or None, shard_size)
         return [note], digests
     return [], write_llama(checkpoint, folder, dtype, shard_size)
 

@@ -141,4 +141,5 @@ def _num_bytes(spec: Spec) -> int:
 def _raw(tensor: torch.Tensor, spec: Spec, name: str) -> memoryview:
     """Returns the bytes of a tensor after checking it against its spec."""
     assert (tensor.dtype, tuple(tensor.shape)) == (spec[0], tuple(spec[1])), name
-    return tensor.contiguous().view(torch.uint8).numpy().data
+    # Flattened, since a contiguous tensor with one column can have another stride than 1 there.
+    return tensor.flatten().view(torch.uint8).numpy().data

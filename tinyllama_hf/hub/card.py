@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from ..conversion.quantized.w4a16 import read_scheme
 from ..conversion.reading.containers import open_safetensors
 from ..evaluation.protocol import caveat
 from ..evaluation.score_files import NO_SCORES, RunScores
@@ -96,6 +97,7 @@ def _text(model: ModelFolder, **values: Any) -> str:
         configuration=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
         quantization=saved_quantization(model.config, str(model.path)) if is_quantized else None,
         quantized_by=_quantized_by(model) if is_quantized else None,
+        group_size=_group_size(model) if model.kind == "w4a16" else None,
         adapter=_adapter_settings(model.config) if model.kind == "adapter" else {},
         embedding_rows=_embedding_rows(model.path) if model.kind == "adapter" else None,
         has_provenance=model.kind == "trained" or model.record.keys() >= _PROVENANCE_FIELDS,
@@ -105,10 +107,12 @@ def _text(model: ModelFolder, **values: Any) -> str:
 
 def _metadata(model: ModelFolder, license: str | None = None) -> dict[str, Any]:
     """The metadata of a card, in the order that the Hub uses."""
-    is_quantized = model.kind in ("quantized", "awq", "gguf")
+    is_quantized = model.kind in ("quantized", "awq", "w4a16", "gguf")
     method = model.kind
     if method == "quantized":
         method = _quantized_by(model)
+    elif method == "w4a16":
+        method = "compressed-tensors"
     elif method == "adapter":
         method = model.config.get("peft_type", "").lower()
     fields = {
@@ -128,6 +132,10 @@ def _quantized_by(model: ModelFolder) -> str:
     """The library that a quantized folder needs."""
     kind = saved_quantization(model.config, str(model.path))
     return "torchao" if kind in GPU_CAPABILITIES else "bitsandbytes"
+
+
+def _group_size(model: ModelFolder) -> int:
+    return read_scheme(model.config["quantization_config"], str(model.path)).weights.group_size
 
 
 def _adapter_settings(config: dict[str, Any]) -> dict[str, Any]:

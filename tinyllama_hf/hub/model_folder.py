@@ -9,6 +9,7 @@ import yaml
 
 from ..conversion.awq.read import is_awq
 from ..conversion.checkpoint import LazyTensor, expected_shapes
+from ..conversion.quantized.w4a16 import is_compressed
 from ..conversion.reading.containers import SAFETENSORS_INDEX, open_safetensors, open_sharded, read_fields
 from ..conversion.reading.recognize import open_checkpoint, read_llama_config
 from ..errors import InputError
@@ -23,7 +24,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _WEIGHTS = ("model.safetensors", SAFETENSORS_INDEX, "model-*-of-*.safetensors")
 # Files to publish, by kind, and with all kinds. Others (logs, held-out rows, temporary files) are not published.
-_FILES = dict.fromkeys(("trained", "llama", "awq", "quantized"), ("config.json", *_WEIGHTS)) | {
+_FILES = dict.fromkeys(("trained", "llama", "awq", "w4a16", "quantized"), ("config.json", *_WEIGHTS)) | {
     "gguf": ("*.gguf",),
     "adapter": (ADAPTER_CONFIG, ADAPTER_WEIGHTS),
 }
@@ -52,7 +53,7 @@ class ModelFolder(NamedTuple):
     Attributes:
         path (`Path`): the folder.
         kind (`str`): `"trained"` (by this package), `"llama"` (plain, of other origin), `"quantized"` (by
-            bitsandbytes or torchao), `"awq"`, `"gguf"`, or `"adapter"` (of PEFT).
+            bitsandbytes or torchao), `"awq"`, `"w4a16"`, `"gguf"`, or `"adapter"` (of PEFT).
         files (`list[Path]`): the files to publish.
         config (`dict`): content of `config.json` or `adapter_config.json`.
         record (`dict`): content of `provenance.json` without paths and names of this machine; empty if there is none.
@@ -111,6 +112,7 @@ def open_folder(folder: Path, base: str | None = None) -> ModelFolder:
     if (folder / "config.json").is_file():
         saved = read_fields(folder / "config.json").get("quantization_config")
         kind = "llama" if saved is None else "awq" if is_awq(saved) else "quantized"
+        kind = "w4a16" if is_compressed(saved) else kind
         model = _quantized(folder) if kind == "quantized" else _plain(folder, kind)
     elif any(folder.glob("*.gguf")):
         checkpoint = open_checkpoint(folder)
@@ -130,7 +132,7 @@ def is_trained(record: dict[str, Any]) -> bool:
 
 
 def _plain(folder: Path, kind: str) -> ModelFolder:
-    """Opens a folder with plain or AWQ weights; all tensors of the configuration must be present."""
+    """Opens a folder with plain, AWQ or W4A16 weights; all tensors of the configuration must be present."""
     config = _llama_fields(folder)
     return _model(folder, kind, config, open_checkpoint(folder).tensors)
 

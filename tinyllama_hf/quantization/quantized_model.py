@@ -151,10 +151,11 @@ def saved_quantization(fields: Mapping[str, Any], where: str) -> str:
         if kind is not None:
             return kind
         method = f"torchao as {name}"
+    converted = "`tinyllama-hf convert FOLDER --to llama --output NEW` writes it as plain weights"
     readers = {
-        "awq": "vLLM reads it, and `tinyllama-hf convert FOLDER --to llama --output NEW` writes it as plain weights",
+        "awq": f"vLLM reads it, and {converted}",
         "gptq": "vLLM reads it",
-        "compressed-tensors": "vLLM reads it",
+        "compressed-tensors": f"vLLM reads it, and if it is W4A16 (4 bit, pack-quantized) {converted}",
     }
     raise InputError(
         f"{where}: the weights were quantized by {method}, not as int8, nf4 or fp4 by bitsandbytes, nor as "

@@ -7,7 +7,8 @@ import torch
 
 from ...errors import damaged
 from ..checkpoint import LazyTensor, require_values
-from .packing import BITS, PER_WORD, dequantize_groups, unpack
+from ..quantized.rounding import BITS, dequantize_groups
+from .packing import PER_WORD, unpack
 
 
 _WORDS, _ZEROS, _SCALES = ".qweight", ".qzeros", ".scales"

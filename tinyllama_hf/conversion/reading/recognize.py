@@ -23,6 +23,7 @@ from ..checkpoint import EMBEDDING, OUTPUT, Checkpoint, LazyTensor, are_equal, v
 from ..formats import lit_gpt, meta
 from ..formats.gguf_read import read_gguf
 from ..formats.llama2c import read_llama2c
+from ..quantized.w4a16 import dequantize_w4a16, is_compressed
 from .containers import (
     BIN_INDEX,
     SAFETENSORS_INDEX,
@@ -152,6 +153,9 @@ def _hugging_face(tensors: dict[str, LazyTensor], file: Path, given: Path, confi
     llama, quantization = read_llama_config(config)
     if quantization and is_awq(quantization):
         return Checkpoint(given, "AWQ, dequantized", llama, dequantize_awq(tensors, quantization, str(config)))
+    if quantization and is_compressed(quantization):
+        weights = dequantize_w4a16(tensors, quantization, str(config))
+        return Checkpoint(given, "W4A16 of compressed-tensors, dequantized", llama, weights)
     is_fp8 = any(tensor.dtype == torch.float8_e4m3fn for tensor in tensors.values())
     if quantization is not None or is_fp8 or any(name.endswith(_QUANTIZED) for name in tensors):
         raise InputError(f"{file}: the weights are quantized. Convert the original model")

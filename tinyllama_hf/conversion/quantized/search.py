@@ -28,7 +28,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from ...errors import InputError
 from ...tokenization_tinyllama import encode_text
 from ..checkpoint import head_sizes
-from .packing import dequantize_groups, quantize_groups
+from .rounding import dequantize_groups, quantize_groups
 
 
 SEQUENCE_TOKENS = 512
