@@ -153,6 +153,8 @@ def accept_greedy(scores: torch.Tensor, state: RowState) -> tuple[torch.Tensor, 
     """
     chosen = scores.argmax(dim=-1)
     width = chosen.shape[1] - 1
+    if not width:
+        return chosen, torch.zeros_like(state.ends), torch.ones_like(state.active)
     accepted = _count_leading(chosen[:, :width] == state.drafted_tokens(width), state.drafted)
     return chosen, accepted, torch.ones_like(state.active)
 

@@ -246,7 +246,7 @@ class Decoding:
         def step() -> torch.Tensor:
             self._scores = self._processors(logits, rows)
             tokens, accepted, is_finite = self._accept(self._scores, rows.state)
-            drafted = rows.state.drafted if width else torch.zeros_like(accepted)
+            drafted = rows.state.drafted if width else accepted  # zeros
             counts = rows.state.advance(tokens, accepted)
             columns = torch.stack([counts, accepted, drafted, rows.state.active, is_finite], dim=1)
             return torch.cat([columns, tokens], dim=1)
@@ -258,8 +258,10 @@ class Decoding:
             # The logits of each bucket have their own address.
             key = ("choose", rows.bucket, width, self.config.do_sample, settings)
             chosen = self._memory.graphs.run(key, step)
-        host = torch.empty(len(rows), chosen.shape[1], dtype=chosen.dtype, pin_memory=chosen.is_cuda)
-        return host.copy_(chosen[: len(rows)], non_blocking=True)
+        chosen = chosen[: len(rows)]
+        if not chosen.is_cuda:
+            return chosen.clone()  # the next round may overwrite it
+        return torch.empty(chosen.shape, dtype=chosen.dtype, pin_memory=True).copy_(chosen, non_blocking=True)
 
     def _record(self, found: _Round) -> None:
         """Waits for a round and records its tokens."""

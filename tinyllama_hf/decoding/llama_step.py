@@ -4,7 +4,9 @@ In a recorded step the kernels are the time, and most of them are small: transfo
 kernels where torch has one, and rotates in ten where six are enough. Results differ from its own by rounding only.
 """
 
+import functools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,10 +63,9 @@ def llama_step(
     half = sin.shape[-1] // 2
     sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)  # for the halves in the other order
     rows = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(positions)
-    step = _compiled_layer_step if model in _compiled else layer_step
-    with torch._dynamo.config.patch(recompile_limit=_MOST_SHAPES):
-        for layer, (keys, values) in zip(inner.layers, caches, strict=True):
-            hidden = step(layer, hidden, cos, sin, mask, keys, values, rows, positions)
+    step = _compiled_step() if model in _compiled else layer_step
+    for layer, (keys, values) in zip(inner.layers, caches, strict=True):
+        hidden = step(layer, hidden, cos, sin, mask, keys, values, rows, positions)
     return model.lm_head(_normalized(inner.norm, hidden[:, -num_logits:]))
 
 
@@ -101,8 +102,6 @@ def layer_step(
 
 
 _MOST_SHAPES = 256  # by default torch compiles a function for eight shapes
-# Compiled once per shape, for the layers of all models: a layer is an argument.
-_compiled_layer_step = torch.compile(layer_step, dynamic=False, fullgraph=True)
 _compiled: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
@@ -125,6 +124,18 @@ def compile_for_generation(model: PreTrainedModel) -> None:
     if reason := reason or graphs.reason_not_to_record(model):
         raise InputError(f"--compile: {reason}. Leave it out")
     _compiled.add(model)
+
+
+@functools.cache
+def _compiled_step() -> Callable[..., torch.Tensor]:
+    """Returns [`layer_step`], compiled once per shape for the layers of all models: a layer is an argument."""
+    compiled = torch.compile(layer_step, dynamic=False, fullgraph=True)
+
+    def step(*arguments: Any) -> torch.Tensor:
+        with torch._dynamo.config.patch(recompile_limit=_MOST_SHAPES):
+            return compiled(*arguments)
+
+    return step
 
 
 def is_compiled(model: PreTrainedModel) -> bool:

@@ -50,7 +50,10 @@ class RowState:
 
     def slots(self, num_tokens: int, offset: int = 0) -> torch.Tensor:
         """Returns the slots `[rows, num_tokens]` up to `offset` tokens after each row's end; may be negative."""
-        return self.ends[:, None] + torch.arange(offset - num_tokens, offset, device=self.ends.device)
+        ends = self.ends[:, None]
+        if num_tokens == 1:
+            return ends if offset == 1 else ends + (offset - 1)
+        return ends + torch.arange(offset - num_tokens, offset, device=self.ends.device)
 
     def read(self, slots: torch.Tensor) -> torch.Tensor:
         """Returns the tokens at slots `[rows, num_tokens]`; token 0 at negative ones."""
@@ -95,13 +98,17 @@ class RowState:
             The number of appended tokens, `[rows]`.
         """
         width = tokens.shape[1]
-        places = torch.arange(width, device=tokens.device)
         is_end = (tokens[..., None] == self.eos).any(dim=-1)
-        first_end = torch.where(is_end, places, width).amin(dim=1)  # `width` if there is none
-        counts = (accepted.minimum(first_end) + 1).minimum(self.limits - self.ends) * self.active
         self.put(tokens)
+        if width == 1:  # without drafted tokens, an active row has room for one
+            counts, is_end = self.active.long(), is_end[:, 0]
+        else:
+            places = torch.arange(width, device=tokens.device)
+            first_end = torch.where(is_end, places, width).amin(dim=1)  # `width` if there is none
+            counts = (accepted.minimum(first_end) + 1).minimum(self.limits - self.ends) * self.active
+            is_end = first_end < counts
         self.ends.add_(counts)
-        self.active.logical_and_((first_end >= counts) & (self.ends < self.limits))
+        self.active.logical_and_((self.ends < self.limits) & ~is_end)
         return counts
 
     def window(self, rows: int) -> "RowState":
