@@ -126,6 +126,12 @@ def test_buckets_that_grow(recorders, model):
     assert {key[1].slots for key in memory.graphs._steps} == {128, 256, 384} and memory.size.slots == 384
 
 
+def test_prompts_of_one_token(recorders, model):
+    """A draft has nothing to read in advance then."""
+    ours = model.generate(**left_padded([[9], [11]]), **GREEDY, assistant_model=near(model, 0.03, 1))
+    assert ours[:, 1:].tolist() == [row for [row] in in_transformers(model, [[9], [11]])]
+
+
 def test_the_next_call_records_nothing(recorders, model):
     model.generate(**left_padded(PROMPTS), **GREEDY)
     assert recorded(recorders) == 2, "the pass of the target and the choice of tokens"

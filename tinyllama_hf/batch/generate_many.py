@@ -186,4 +186,5 @@ def _refilled(
         elif len(running.rows):
             running.round()
         else:
+            running.close()
             return

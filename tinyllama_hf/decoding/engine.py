@@ -244,8 +244,10 @@ class Decoding:
         rows = self.rows
 
         def step() -> torch.Tensor:
-            self._scores = self._processors(logits, rows)
-            tokens, accepted, is_finite = self._accept(self._scores, rows.state)
+            scores = self._processors(logits, rows)
+            if self.token_scores:
+                self._scores = scores
+            tokens, accepted, is_finite = self._accept(scores, rows.state)
             drafted = rows.state.drafted if width else accepted  # zeros
             counts = rows.state.advance(tokens, accepted)
             columns = torch.stack([counts, accepted, drafted, rows.state.active, is_finite], dim=1)

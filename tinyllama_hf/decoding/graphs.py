@@ -48,11 +48,13 @@ class CudaRecorder:
     def __init__(self, device: torch.device):
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream: torch.cuda.Stream | None = None  # one for all: cuBLAS holds memory for each stream
         self._bytes = 0
 
     def record(self, step: Callable[[], _Outputs]) -> tuple[Callable[[], None], _Outputs]:
         """See [`Recorder.record`]."""
-        stream, current = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
+        self._stream = stream = self._stream or torch.cuda.Stream(self._device)
+        current = torch.cuda.current_stream(self._device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             step()  # libraries load kernels and create handles in the first call, which cannot be captured

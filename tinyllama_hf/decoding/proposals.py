@@ -154,7 +154,7 @@ class ModelProposer(Proposer):
     def catch_up(self, rows: Rows) -> None:
         """Reads prompts and the tokens of plain rounds; after a drafting round only one or two tokens are unread."""
         behind = self._behind(rows)
-        if behind > 2:
+        if behind > 2 or not self.passes:
             self._read_all(rows, behind)
 
     def propose(self, rows: Rows, num_tokens: int, processors: RowProcessors, do_sample: bool) -> int:
