@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from common import save
 from transformers import LlamaForCausalLM
+from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
 
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load
 from tinyllama_hf.batch.generate_many import Request, generate_many
@@ -29,6 +30,7 @@ from tinyllama_hf.decoding.engine import LONGEST_DRAFT
 from tinyllama_hf.decoding.grouped_attention import packed_attention
 from tinyllama_hf.decoding.proposals import ModelProposer, SpeculationStatistics
 from tinyllama_hf.decoding.ragged_cache import RaggedModel
+from tinyllama_hf.decoding.rows import Rows
 from tinyllama_hf.decoding.speculative import speculative_generate
 from tinyllama_hf.inference.options import Sampling
 from tinyllama_hf.planning.kv_cache import measure_cache
@@ -45,36 +47,35 @@ DRAFT_GEOMETRY = {
 
 
 @torch.no_grad()
-def controlled_pair(
-    agreement: float, dtype: torch.dtype, device: str = "cpu", layers: int | None = None
-) -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
-    """A target of 1.1b geometry, and a draft that proposes its greedy choice with probability `agreement`.
+def controlled_model(dtype: torch.dtype, device: str = "cpu", **overrides: Any) -> LlamaForCausalLM:
+    """A model of 1.1b geometry, except for `overrides`, in which the blocks do their work but add nothing."""
+    with torch.device(device):
+        model = LlamaForCausalLM(TinyLlamaConfig.preset("1.1b", **overrides).to_llama()).to(dtype).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.zero_()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return model
+
+
+@torch.no_grad()
+def set_agreement(target: LlamaForCausalLM, draft: LlamaForCausalLM, agreement: float) -> None:
+    """Sets, in place, the next token that each token has: in the draft another one with probability 1 - `agreement`.
 
     If the blocks add nothing, the hidden state is the normalized embedding. The first `bits` values of the embedding
     are the binary code of the next token, as +1 and -1. The head scores each token by that code, so the next one wins.
     """
-    models = []
-    for overrides in ({} if layers is None else {"num_hidden_layers": layers}, DRAFT_GEOMETRY):
-        config = TinyLlamaConfig.preset("1.1b", **overrides).to_llama()
-        with torch.device(device):
-            model = LlamaForCausalLM(config).to(dtype).eval()
-        for name, parameter in model.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                parameter.zero_()
-        model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
-        models.append(model)
-    vocabulary = models[0].config.vocab_size
+    vocabulary = target.config.vocab_size
     generator = torch.Generator().manual_seed(0)
     follower = torch.randperm(vocabulary, generator=generator)
     wrong = torch.rand(vocabulary, generator=generator) >= agreement
     drafted = torch.where(wrong, (follower + 1) % vocabulary, follower)
     bits = (vocabulary - 1).bit_length()
     codes = ((torch.arange(vocabulary)[:, None] >> torch.arange(bits)) & 1).mul(2).sub(1)
-    for model, following in zip(models, (follower, drafted), strict=True):
+    for model, following in ((target, follower), (draft, drafted)):
         for weight, rows in ((model.model.embed_tokens.weight, codes[following]), (model.lm_head.weight, codes)):
             weight.zero_()
             weight[:, :bits] = rows.to(weight)
-    return models[0], models[1]
 
 
 class Row:
@@ -182,20 +183,28 @@ class QueuedRow(Row):
         self.statistics.append(draft.statistics)
 
 
-def pass_seconds(model: LlamaForCausalLM, rows: int, tokens: int, length: int, repeats: int = 7) -> float:
-    """Median seconds of a pass over `tokens` tokens of each of `rows` rows that have read about `length`."""
-    reader = RaggedModel(model)
-    lengths = [length - row % 7 for row in range(rows)]
-    ids = torch.ones(rows, length, dtype=torch.long, device=model.device)
-    with torch.no_grad():
-        reader.read(ids, lengths)
-        times = []
-        for _ in range(repeats):
-            began = time.perf_counter()
-            reader.read(ids[:, :tokens], [end + tokens for end in lengths], tokens)
-            _wait(model)
-            times.append(time.perf_counter() - began)
+@torch.no_grad()
+def pass_seconds(model: LlamaForCausalLM, batch: int, tokens: int, length: int, repeats: int = 7) -> float:
+    """Median seconds of a pass over `tokens` tokens of each of `batch` rows that have read about `length`."""
+    rows, reader = _read_rows(model, batch, length)
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        reader.read(rows, tokens, 0, tokens)  # they are read again, into the same slots
+        _wait(model)
+        times.append(time.perf_counter() - began)
     return statistics.median(times)
+
+
+@torch.no_grad()
+def _read_rows(model: LlamaForCausalLM, batch: int, length: int) -> tuple[Rows, RaggedModel]:
+    """Rows of about `length` tokens, and a reader that has read them."""
+    lengths = length - torch.arange(batch) % 7
+    mask = (torch.arange(length) >= length - lengths[:, None]).long().to(model.device)
+    limit = StoppingCriteriaList([MaxLengthCriteria(length + 1)])
+    rows, reader = Rows(torch.ones_like(mask), mask, limit, length + 1), RaggedModel(model)
+    reader.read(rows, length)
+    return rows, reader
 
 
 def _wait(model: LlamaForCausalLM) -> None:
@@ -207,9 +216,7 @@ def memory(target: LlamaForCausalLM, draft: LlamaForCausalLM, batch: int, length
     """MB of the weights and of the caches, with the draft and without."""
     sizes = {}
     for name, model in (("target", target), ("draft", draft)):
-        reader = RaggedModel(model)
-        with torch.no_grad():
-            reader.read(torch.ones(batch, length, dtype=torch.long, device=model.device), [length] * batch)
+        _, reader = _read_rows(model, batch, length)
         weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         sizes[f"{name}_weights_mb"] = round(weights / 1e6, 1)
         sizes[f"{name}_cache_mb"] = round(measure_cache(reader.cache).total / 1e6, 1)
@@ -249,7 +256,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--stock-up-to", type=int, default=1, help="Largest batch that stock runs row by row.")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--layers", type=int, help="Of the target of the controlled pair; default: all 22.")
+    parser.add_argument("--layers", type=int, default=22, help="Of the target of the controlled pair.")
     parser.add_argument(
         "--queue", type=int, default=0, help="Prompts for each row, one after the other; 0: one, and no queue."
     )
@@ -264,7 +271,9 @@ def main() -> None:
         stock = [_stock(model) for model in (target, draft)]
         rows += measure(*stock, args.batches, args, "trained")
     for agreement in args.agreements:
-        target, draft = controlled_pair(agreement, dtype, layers=args.layers)
+        target = controlled_model(dtype, num_hidden_layers=args.layers)
+        draft = controlled_model(dtype, **DRAFT_GEOMETRY)
+        set_agreement(target, draft, agreement)
         rows += measure(target, draft, args.batches, args, f"1.1b, {agreement:.0%} agreement")
         sizes = memory(target, draft, args.batches[-1], args.prompt_tokens + args.new_tokens)
         del target, draft
