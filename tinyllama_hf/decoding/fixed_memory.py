@@ -38,8 +38,8 @@ class Size(NamedTuple):
 
     def allocated(self) -> "Size":
         """Returns the size of the memory that is allocated."""
-        eos = max(self.eos, _NUM_EOS)
-        return self._replace(rows=row_bucket(self.rows), eos=eos)
+        eos, draws = max(self.eos, _NUM_EOS), self.slots if self.draws else 0
+        return self._replace(rows=row_bucket(self.rows), draws=draws, eos=eos)
 
     def fits(self, other: "Size") -> bool:
         """Whether a batch of this size fits into memory of another size."""
