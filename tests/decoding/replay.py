@@ -72,7 +72,7 @@ class Replay:
             for func, args, kwargs, before in calls:
                 _repeat(func, args, kwargs, before)
             for tensor in intermediate:
-                tensor.data.fill_(math.nan if tensor.is_floating_point() else _POISON.get(tensor.dtype, 1))
+                tensor.fill_(math.nan if tensor.is_floating_point() else _POISON.get(tensor.dtype, 1))
 
         return replay, outputs
 
@@ -102,7 +102,7 @@ def _repeat(func: Any, args: Any, kwargs: Any, before: Any) -> None:
             continue  # changed in place
         if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():  # not a view of an argument
             assert old.shape == new.shape and old.dtype == new.dtype
-            old.data.copy_(new)  # autograd refuses changes below the views that `split` returns
+            old.copy_(new)
 
 
 class Again:

@@ -340,6 +340,21 @@ def test_a_text_drafts_what_followed_the_longest_match_and_of_several_the_latest
     assert rows.state.drafted.tolist() == [2, 2, 0]
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_no_gradients_are_kept(target, draft, mode):
+    """Also where the caller has them on, or is in inference mode, which has to be left for tensors that are kept."""
+    seen = set()
+
+    class Sees(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            seen.add((scores.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+            return scores
+
+    with mode():
+        together(target, draft, logits_processor=[Sees()])
+    assert seen == {(False, False, False)}
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "message"),

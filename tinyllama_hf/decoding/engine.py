@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -26,6 +26,13 @@ LONGEST_DRAFT = 8
 FIXED_DRAFTS = (1, 2, 3, 5, LONGEST_DRAFT)
 # Columns of what a round returns from the device, before the tokens.
 _TOKENS = 5
+_Returned = TypeVar("_Returned")
+
+
+def _without_gradients(function: Callable[..., _Returned]) -> Callable[..., _Returned]:
+    """Runs a function without gradients, and outside of inference mode, so that kept tensors can be changed later."""
+    # In this order: `inference_mode(False)` turns gradients on.
+    return torch.inference_mode(False)(torch.no_grad()(function))
 
 
 class _Round(NamedTuple):
@@ -68,7 +75,7 @@ class Decoding:
         InputError: if an option is not supported, or a prompt fills the context.
     """
 
-    @torch.inference_mode(False)  # tensors that are kept must be usable outside it as well
+    @_without_gradients
     def __init__(
         self,
         target: PreTrainedModel,
@@ -127,8 +134,7 @@ class Decoding:
         draft = self._draft
         return [self._target, draft.reader] if isinstance(draft, ModelProposer) else [self._target]
 
-    @torch.no_grad()
-    @torch.inference_mode(False)
+    @_without_gradients
     def start(self) -> dict[int, list[int]]:
         """Reads the prompts and returns the first new token of each row, by its key."""
         began = mark(self.input_ids)
@@ -140,8 +146,7 @@ class Decoding:
         self._remove_finished()
         return self._take_appended()
 
-    @torch.no_grad()
-    @torch.inference_mode(False)
+    @_without_gradients
     def join(self, other: "Decoding") -> None:
         """Adds the rows of a `Decoding` that was prepared with the same arguments and has started."""
         self._settle()
@@ -162,8 +167,7 @@ class Decoding:
         self.rows.join(other.rows)
         self.statistics.target_passes, self.statistics.draft_passes = self._target.passes, self._draft.passes
 
-    @torch.no_grad()
-    @torch.inference_mode(False)
+    @_without_gradients
     def round(self) -> dict[int, list[int]]:
         """Drafts, verifies in one target pass and returns the new tokens by row key; removes finished rows.
 
