@@ -339,6 +339,24 @@ def test_buckets():
     assert [slots_of(limit, 2048, 8) for limit in (100, 250, 2048, 3000)] == [128, 384, 2112, 3072]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu(model, monkeypatch):
+    """Real graphs, in fp32: the tokens of transformers' own loop, plain and with a draft; the second call records none."""
+    target, draft = copy.deepcopy(model).cuda(), near(model, 0.03, 1).cuda()
+    batch = {name: tensor.cuda() for name, tensor in left_padded(PROMPTS).items()}
+    ours = target.generate(**batch, **GREEDY)
+    graphs_of_target = fixed_memory._kept[target].graphs
+    assert graphs_of_target.recorded == 2
+    assert torch.equal(target.generate(**batch, **GREEDY), ours) and graphs_of_target.recorded == 2
+    drafted = target.generate(**batch, **GREEDY, assistant_model=draft)
+    assert fixed_memory._kept[target].graphs.recorded > 2
+    monkeypatch.setenv("TINYLLAMA_HF_GRAPHS", "off")
+    for own, with_draft, prompt in zip(ours[:, 7:].tolist(), drafted[:, 7:].tolist(), PROMPTS, strict=True):
+        alone = {name: tensor.cuda() for name, tensor in left_padded([prompt]).items()}
+        stock = target.generate(**alone, **GREEDY)[0, len(prompt) :].tolist()
+        assert own == stock == with_draft
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU with a C++ compiler")
 def test_compiled_layers(recorders, model, monkeypatch):

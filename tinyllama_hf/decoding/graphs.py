@@ -59,11 +59,12 @@ class CudaRecorder:
         with torch.cuda.stream(stream):
             step()  # libraries load kernels and create handles in the first call, which cannot be captured
         current.wait_stream(stream)
-        before, graph = torch.cuda.memory_reserved(self._device), torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         # Other threads may use the device meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            before = torch.cuda.memory_reserved(self._device)  # unused memory was given back just now
             outputs = step()
-        self._bytes += max(torch.cuda.memory_reserved(self._device) - before, 0)
+        self._bytes += torch.cuda.memory_reserved(self._device) - before
         return graph.replay, outputs
 
     def bytes(self) -> int:
