@@ -341,7 +341,7 @@ def test_buckets():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_on_a_gpu(model, monkeypatch):
-    """Real graphs, in fp32: the tokens of transformers' own loop, plain and with a draft; the second call records none."""
+    """Real graphs in fp32: tokens as in transformers' own loop, plain and with a draft; a second call records none."""
     target, draft = copy.deepcopy(model).cuda(), near(model, 0.03, 1).cuda()
     batch = {name: tensor.cuda() for name, tensor in left_padded(PROMPTS).items()}
     ours = target.generate(**batch, **GREEDY)
