@@ -67,7 +67,7 @@ class Replay:
         calls, intermediate = found.calls, _intermediate(found.calls, outputs)
         self.recorded.append(len(calls))
 
-        @torch.no_grad()  # a graph has no gradients, whoever replays it
+        @torch.no_grad()  # as in a graph, which has none
         def replay() -> None:
             self.replays += 1
             for func, args, kwargs, before in calls:
