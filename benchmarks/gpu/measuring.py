@@ -147,7 +147,7 @@ def recorded(model: Any) -> tuple[object, int]:
 
 @contextlib.contextmanager
 def without_graphs() -> Iterator[None]:
-    """Generates without recorded steps, in the loop of transformers if there is no draft."""
+    """Generates without recorded steps, in transformers' own loop if there is no draft."""
     os.environ[SWITCH] = "off"
     try:
         yield

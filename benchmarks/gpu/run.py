@@ -4,7 +4,7 @@
     python benchmarks/gpu/run.py --parts drafts peers      # some parts; rows of the others stay in the file
     python benchmarks/gpu/run.py --device cpu --tiny       # the same parts with a small model, to see that they run
 
-Parts, in this order; each runs in a process of its own for at most 90 seconds:
+Parts, in this order; each runs in a separate process for at most 90 seconds:
 - `exactness`: fp32, recorded steps against the loop of transformers; the exit status is 1 if a row is wrong;
 - `plain`: 1.1b in bf16 without a draft, with and without graphs, and the share of the limit by memory reads;
 - `drafts`: a draft whose step takes a tenth of its target's time, with chosen agreements;
@@ -75,7 +75,7 @@ def run_here(part: str, arguments: argparse.Namespace) -> None:
 
 
 def run_apart(part: str, limit: float, arguments: argparse.Namespace) -> None:
-    """Measures a part in a process of its own, which an error of the device ends with it."""
+    """Measures a part in a separate process, which an error of the device may end."""
     command = [sys.executable, __file__, "--parts", part, "--here", "--seconds", str(limit)]
     command += ["--device", arguments.device, "--output", str(arguments.output), *(["--tiny"] * arguments.tiny)]
     process = subprocess.Popen(command, start_new_session=True)
