@@ -18,9 +18,12 @@ from tests.exactness import Reference, compare, first_difference, left_padded
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load
 from tinyllama_hf.batch.generate_many import Request, generate_many
 from tinyllama_hf.decoding import fixed_memory, graphs
+from tinyllama_hf.decoding.draft_length import DraftLength
+from tinyllama_hf.decoding.engine import Decoding
+from tinyllama_hf.decoding.grouped_attention import GQA_PACKED, attention_configs, packed_attention
 from tinyllama_hf.decoding.llama_step import compile_for_generation
-from tinyllama_hf.decoding.proposals import ModelProposer, PromptLookup
-from tinyllama_hf.decoding.rows import row_bucket, slot_bucket, slots_of
+from tinyllama_hf.decoding.proposals import ModelProposer, PromptLookup, first_layers
+from tinyllama_hf.decoding.rows import Bucket, row_bucket, slot_bucket, slots_of
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.inference.generation import ExactTextStreamer
 from tinyllama_hf.inference.options import Sampling
@@ -263,6 +266,69 @@ class TestWeightsThatChange:
         with caplog.at_level(logging.INFO, "tinyllama_hf"):
             self.assert_right(model, recorders, False)
         assert len(calls) > 20 and "has hooks" in caplog.text
+
+
+class TestRounds:
+    def decoding(self, model, draft=None, **options):
+        made = Decoding(model, draft, None, **left_padded(PROMPTS), **{**GREEDY, **options})
+        made.start()
+        return made
+
+    def test_the_next_round_starts_before_the_tokens_are_read(self, recorders, model):
+        """Unless it depends on them: with a draft, or with a processor or a criterion in Python."""
+        plain = self.decoding(model)
+        counts = [sum(map(len, plain.round().values())) for _ in range(3)]
+        assert counts == [3, 3, 3] and plain.statistics.target_passes == 1 + 3 + 1
+        for options in ({"draft": PromptLookup()}, {"repetition_penalty": 1.2}, {"max_time": 100.0}):
+            waiting = self.decoding(model, **options)
+            waiting.round()
+            assert waiting.statistics.target_passes == 1 + 1
+
+    def test_the_time_of_recording_is_not_learned_from(self, recorders, model, monkeypatch):
+        widths = []
+        monkeypatch.setattr(DraftLength, "observe", lambda self, width, *rest: widths.append(width))
+        decoding = self.decoding(model, ModelProposer(near(model, 0.03, 1)))
+        decoding.round()
+        assert widths == []
+        decoding.round()
+        assert widths == [0]
+
+    def test_rows_that_end_leave_few_shapes(self, recorders, model):
+        """Of eight rows that end one after the other: steps for eight rows, then for two."""
+        requests = [Request(key, [9 + key, 10], 4 + 3 * key) for key in range(8)]
+        assert len(list(generate_many(model, NoTokenizer(), requests, 8, Sampling(0, 1.0)))) == 8
+        steps = fixed_memory._kept[model].graphs._steps
+        assert {bucket.rows for key in steps for bucket in key if isinstance(bucket, Bucket)} == {8, 2}
+
+    def test_a_line_says_what_runs_in_python(self, recorders, model, caplog):
+        with caplog.at_level(logging.INFO, "tinyllama_hf"):
+            model.generate(**left_padded(PROMPTS), **GREEDY | {"repetition_penalty": 1.2, "max_time": 100.0})
+        assert "outside of graphs, in Python: RepetitionPenaltyLogitsProcessor, MaxTimeCriteria" in caplog.text
+
+    def test_samples_do_not_depend_on_the_maximum_length(self, recorders, model):
+        found = []
+        for length in (6, 12):
+            torch.manual_seed(4)
+            options = GREEDY | {"do_sample": True, "max_new_tokens": length}
+            found.append(model.generate(**left_padded(PROMPTS[:1]), **options)[0].tolist())
+        assert found[0] == found[1][: len(found[0])]
+
+
+def test_the_first_layers_of_a_model_have_its_attention(model):
+    """They share the layers, which read the configuration of the whole model."""
+    draft = first_layers(model, 1)
+    with packed_attention(attention_configs(draft)):
+        assert draft.model.layers[0].self_attn.config._attn_implementation == GQA_PACKED
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_the_tensors_of_quantized_weights_are_described():
+    """Those of torchao have no address themselves."""
+    torchao = pytest.importorskip("torchao.quantization")
+    layers = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False))
+    torchao.quantize_(layers, torchao.Int8WeightOnlyConfig())
+    first, *others = graphs._parts(layers[0].weight)
+    assert first.data_ptr() and others and all(part.data_ptr() != first.data_ptr() for part in others)
 
 
 class TestOtherLoops:

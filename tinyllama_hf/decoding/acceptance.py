@@ -73,9 +73,11 @@ class RowProcessors:
         self._shared: Callable[..., torch.Tensor] | None = None
         if all(isinstance(processor, _WITHOUT_CONTEXT) for processor in processors):
             self._shared = LogitsProcessorList(processors)
+        # The kinds of processors that run in Python, after the target's pass.
+        self.not_recordable = [type(each).__name__ for each in processors if type(each) not in _RECORDABLE]
         # What a recorded step depends on; `None` if the processors cannot be a part of one.
         self.recordable: tuple[Hashable, ...] | None = None
-        if all(type(processor) in _RECORDABLE for processor in processors):
+        if not self.not_recordable:
             self.recordable = tuple((type(each).__name__, *sorted(vars(each).items())) for each in processors)
         # `generate` derives a minimum length from `min_new_tokens` for the padded batch, which has to be shifted. A
         # `min_length` that the caller gave counts from the left edge of the padded batch, as in stock `generate`.

@@ -110,6 +110,7 @@ class Decoding:
         self._processors = RowProcessors(processors, self.rows.paddings, self.rows.limits)
         self._accept = accept_sampled if do_sample else accept_greedy
         self._draft = draft.begin(num_rows)
+        self._remark: str | None = None  # logged with the first round: rows that join another batch have none
         self._recorder = self._find_recorder()
         drafts = range(1, LONGEST_DRAFT + 1) if self._recorder is None else FIXED_DRAFTS
         self._longest = max(LONGEST_DRAFT, draft_length or 0)
@@ -125,8 +126,10 @@ class Decoding:
         recorder = graphs.recorder_for(self._target.model.device)
         for reader in self._readers if recorder else ():
             if reason := graphs.reason_not_to_record(reader.model):
-                logger.info("%s: steps run without graphs, since %s", type(reader.model).__name__, reason)
+                self._remark = f"{type(reader.model).__name__}: steps run without graphs, since {reason}"
                 return None
+        if recorder and (in_python := [*self._processors.not_recordable, *self.rows.criteria_names]):
+            self._remark = f"outside of graphs, in Python: {', '.join(in_python)}"
         return recorder
 
     @property
@@ -173,6 +176,9 @@ class Decoding:
 
         Where nothing waits for the tokens of a round on a GPU, the next one starts before they are read.
         """
+        if self._remark is not None:
+            logger.info(self._remark)
+            self._remark = None
         if self._recorder is not None and self._memory is None:
             self._move_to_fixed_memory([self.rows])
         current = self._next or self._launch()
@@ -200,7 +206,7 @@ class Decoding:
             and type(self._draft) is Proposer
             and self._processors.recordable is not None
             and not self.token_scores
-            and not self.rows.has_criteria
+            and not self.rows.criteria_names
             and max(self.rows.remaining) > 1
         )
 

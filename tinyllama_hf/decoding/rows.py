@@ -159,9 +159,9 @@ class Rows:
         return [len(row.padding) for row in self._rows]
 
     @property
-    def has_criteria(self) -> bool:
-        """Whether stopping criteria have to be called for the rows, beyond end-of-sequence and length."""
-        return any(row.criteria for row in self._rows)
+    def criteria_names(self) -> list[str]:
+        """The kinds of stopping criteria that have to be called for the rows, beyond end-of-sequence and length."""
+        return sorted({type(criterion).__name__ for row in self._rows for criterion in row.criteria})
 
     def make_room(self, num_tokens: int) -> None:
         """Prepares a round in which the tokens of each row end at most `num_tokens` after its last one."""

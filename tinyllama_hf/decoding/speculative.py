@@ -138,7 +138,7 @@ def generate_recorded(
             raise InputError("return_dict_in_generate=True: its cache is one of transformers")
         _check_streamer(decoding, streamer)
     except InputError as reason:
-        logger.info("generation runs in the loop of transformers: %s", reason)
+        logger.info("generation runs in transformers' own loop: %s", reason)
         return None
     output = _run(decoding, streamer)
     assert isinstance(output, torch.Tensor)
