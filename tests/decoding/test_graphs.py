@@ -23,7 +23,7 @@ from tinyllama_hf.decoding.engine import Decoding
 from tinyllama_hf.decoding.grouped_attention import GQA_PACKED, attention_configs, packed_attention
 from tinyllama_hf.decoding.llama_step import compile_for_generation
 from tinyllama_hf.decoding.proposals import ModelProposer, PromptLookup, first_layers
-from tinyllama_hf.decoding.rows import Bucket, row_bucket, slot_bucket, slots_of
+from tinyllama_hf.decoding.rows import Bucket, RowPlan, row_bucket, slot_bucket, slots_of
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.inference.generation import ExactTextStreamer
 from tinyllama_hf.inference.options import Sampling
@@ -299,6 +299,15 @@ class TestRounds:
         assert len(list(generate_many(model, NoTokenizer(), requests, 8, Sampling(0, 1.0)))) == 8
         steps = fixed_memory._kept[model].graphs._steps
         assert {bucket.rows for key in steps for bucket in key if isinstance(bucket, Bucket)} == {8, 2}
+
+    def test_only_the_rows_of_the_batch_are_active(self, recorders, model):
+        """The last row takes the place of a finished one, and its old place only fills up the shape."""
+        plans = [RowPlan(0, 3), RowPlan(1, 20), RowPlan(2, 20)]
+        decoding = self.decoding(model, plans=plans)
+        while len(decoding.rows) == 3:
+            decoding.round()
+        assert decoding.rows.keys == [2, 1]
+        assert fixed_memory._kept[model].state.active.tolist() == [True, True, False, False]
 
     def test_a_line_says_what_runs_in_python(self, recorders, model, caplog):
         with caplog.at_level(logging.INFO, "tinyllama_hf"):

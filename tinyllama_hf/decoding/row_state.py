@@ -148,9 +148,8 @@ class RowState:
             self.draws[rows, :, : other.draws.shape[2]] = other.draws
 
     def move(self, source: int, target: int) -> None:
-        """Overwrites a row with another one, and deactivates the source."""
+        """Overwrites a row with another one."""
         self.copy_rows(self._each(lambda tensor: tensor[source : source + 1]), target)
-        self.active[source] = False
 
     def concatenated(self, other: "RowState", slots: int) -> "RowState":
         """Returns a copy of the rows of both, with this number of slots."""
