@@ -88,7 +88,7 @@ def test_drafts_in_batches(recorders, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["grouped", "multi_query", "qwen3", "gpt2", "opt"])
 def test_many_sequences(recorders, kind):
-    """Rows that end at different times, with processors that cannot be a part of a step; 120 sequences each."""
+    """Rows that end at different times, with processors that cannot be a part of a step; 160 sequences each."""
     target = random_model(kind, 3)
     reference, draft = Reference(target), near(target, 0.03, 1)
     tally = compare(reference, target, draft, ragged_prompts(20, 4), OPTIONS, (1, 5), (1, 4))
