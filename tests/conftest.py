@@ -53,11 +53,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
+_ENTERED = []  # kept, since a mode ends with its object
+
+
 @pytest.fixture(autouse=True)
-def grad_mode_is_left_as_it_was():
-    """Gradients are on again after every test, since a test that leaves them off breaks others far away."""
+def modes_are_left_as_they_were():
+    """Gradients are on after every test and inference mode is off, since otherwise tests far away fail."""
     yield
     torch = sys.modules.get("torch")
+    if torch is not None and torch.is_inference_mode_enabled():
+        _ENTERED.append(torch.inference_mode(False))
+        _ENTERED[-1].__enter__()
+        pytest.fail("the test left inference mode on")
     if torch is not None and not torch.is_grad_enabled():
         torch.set_grad_enabled(True)
         pytest.fail("the test left gradients switched off")

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import multiprocessing
 import random
 import signal
 import sys
@@ -328,25 +329,32 @@ def test_an_interrupt_at_any_line_changes_nothing(call, repacked, double):
 
 
 def test_real_interrupts_at_any_time():
-    """By signals; another thread would then wait for a lock that was not released."""
+    """By signals; another thread would then wait for a lock that was not released.
+
+    In a process of its own: torch restores gradient and inference mode in Python, where a signal may come in between.
+    """
+    process = multiprocessing.get_context("spawn").Process(target=interrupted_at_any_time)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def interrupted_at_any_time():
     layer, found = reversible(shape=(640, 256)), []
     expected = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     before = passed(quantized(shape=(640, 256)))
-    draw, handler = random.Random(0), signal.signal(signal.SIGALRM, signal.default_int_handler)
-    try:
-        for _ in range(100):
-            try:
-                signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-4, 5e-3))
-                while True:
-                    passed(layer)
-                    layer.state_dict()
-            except KeyboardInterrupt:
-                pass
-            assert torch.equal(passed(layer), before)
-            assert_equal_states(layer.state_dict(), expected)
-    finally:
-        signal.signal(signal.SIGALRM, handler)
-        torch.set_grad_enabled(True)  # torch restores the mode in Python, where the signal may have come in between
+    draw = random.Random(0)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    for _ in range(100):
+        try:
+            signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-4, 5e-3))
+            while True:
+                passed(layer)
+                layer.state_dict()
+        except KeyboardInterrupt:
+            pass
+        assert torch.equal(passed(layer), before)
+        assert_equal_states(layer.state_dict(), expected)
     thread = threading.Thread(target=lambda: found.append(passed(layer)), daemon=True)
     thread.start()
     thread.join(30)
