@@ -15,6 +15,7 @@ it from printing its own traceback).
 import argparse
 import os
 import sys
+from shlex import quote
 
 from tinyllama_hf_cli.loading import import_libraries
 from tinyllama_hf_cli.openmp import let_threads_sleep
@@ -30,23 +31,37 @@ def main() -> int:
 
     try:
         config = load_finetune_config(arguments.recipe, arguments.overrides)
-        if os.environ.get("RANK", "0") == "0":
+        is_main = os.environ.get("RANK", "0") == "0"
+        if is_main:
             print("loading       libraries, data and model", flush=True)
         import_libraries()
-        from tinyllama_hf.finetune.sft import finetune_run, open_run, print_summary
+        from tinyllama_hf.finetune.run_callback import DivergedError
+        from tinyllama_hf.finetune.run_summary import dry_run_lines, summary_lines
+        from tinyllama_hf.finetune.sft import finetune_run, open_run
+        from tinyllama_hf.pretrain.checkpoints import FullDiskError
+        from tinyllama_hf.pretrain.signals import Stopped
         from tinyllama_hf.progress import quiet_library_bars
 
         quiet_library_bars()
         run = open_run(config, arguments.overwrite)  # checks everything, writes nothing
-        print_summary(run, arguments.dry_run)
-        if not arguments.dry_run:
-            finetune_run(run, arguments.overwrite)
+        if is_main:
+            print(*summary_lines(run), sep="\n", flush=True)
+        if arguments.dry_run:
+            if is_main:
+                print(*dry_run_lines(run), sep="\n")
+            return 0
+        finetune_run(run, arguments.overwrite)
+        if is_main:
+            print(f"wrote {run.output}. Next, for example: tinyllama-hf chat {quote(str(run.output))}")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print("interrupted; the same command resumes from the last checkpoint, if there is one", file=sys.stderr)
         return 130
+    except (DivergedError, FullDiskError, Stopped) as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return error.exit_status
     return 0
 
 

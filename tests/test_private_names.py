@@ -89,10 +89,12 @@ USED: dict[str, tuple[str, ...]] = {
     "transformers.generation.utils.GenerationMixin._is_user_defined": ("decoding/supported.py",),
     "transformers.generation.utils.GenerationMixin._pad_token_tensor": ("decoding/speculative.py",),
     "transformers.integrations.sdpa_attention.sdpa_attention_forward": (
+        "finetune/packed_rows.py",
         "decoding/grouped_attention.py",
         "pretrain/launch.py",
     ),
     "transformers.loss.loss_utils.ForCausalLMLoss": ("modeling_tinyllama.py",),
+    "transformers.Trainer._load_from_checkpoint": ("finetune/trainer.py",),
     "transformers.masking_utils.create_causal_mask": ("packed_documents.py",),
     "transformers.masking_utils.packed_sequence_mask_function": ("packed_documents.py",),
     "transformers.masking_utils.sdpa_mask": ("decoding/grouped_attention.py",),

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -51,6 +51,14 @@ Seed = Annotated[int, AfterValidator(lambda seed: check_seed(seed, ""))]
 TokenCount = Annotated[int, BeforeValidator(parse_count)]
 
 
+def split_names(value: Any) -> Any:
+    """Returns `a,b` of an override as a list, and values other than strings unchanged."""
+    return value.split(",") if isinstance(value, str) else value
+
+
+Trackers = Annotated[list[Literal["tensorboard", "wandb", "trackio"]], BeforeValidator(split_names)]
+
+
 class Section(BaseModel):
     """A section of a recipe. Unknown keys are errors."""
 
@@ -79,6 +87,10 @@ class RecipeFile(Section):
     """A whole recipe, which knows the keys that its file and the overrides set."""
 
     _given: frozenset[str] = PrivateAttr(default=frozenset())
+
+    def to_yaml(self) -> str:
+        """The recipe with its overrides applied, and all defaults."""
+        return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)
 
     def describe_defaults(self) -> list[str]:
         """Lines with the keys that the recipe leaves out, and their values."""

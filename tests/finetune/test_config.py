@@ -19,14 +19,14 @@ def test_every_recipe_is_valid_complete_and_says_how_to_run_it(path):
 
 def test_full_and_lora():
     adapters = {path.stem: load_finetune_config(path).adapter for path in RECIPES}
-    assert {name: adapter.kind for name, adapter in adapters.items()} == {"full": "none", "lora": "lora"}
+    assert {name: adapter.kind for name, adapter in adapters.items()} == {"full": "full", "lora": "lora"}
     assert adapters["lora"].rank == 8
 
 
 def test_all_problems_at_once(tmp_path):
     values = yaml.safe_load(RECIPES[0].read_text())
     values["training"]["learning_rat"] = 1
-    values["adapter"]["kind"] = "qlora"
+    values["adapter"]["kind"] = "rslora"
     values["training"]["epochs"] = 0
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(InputError) as caught:
@@ -34,7 +34,7 @@ def test_all_problems_at_once(tmp_path):
     for line in (
         "3 problems",
         "training.learning_rat: unknown key; did you mean 'learning_rate'?",
-        "adapter.kind: 'qlora': input should be 'none' or 'lora'",
+        "adapter.kind: 'rslora': input should be 'full', 'lora', 'qlora' or 'dora'",
         "training.epochs: 0: input should be greater than 0",
     ):
         assert line in str(caught.value)

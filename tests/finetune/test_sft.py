@@ -11,62 +11,17 @@ from safetensors.torch import load_file
 
 from tests.chat.test_masks import chatml_of
 from tests.conftest import ROOT
-from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
+from tests.finetune.runs import COLORS, finetune, tuned
+from tinyllama_hf import load_tokenizer
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.evaluation.models import list_eval_models
 from tinyllama_hf.finetune import sft
 from tinyllama_hf.finetune.config import load_finetune_config
 from tinyllama_hf.finetune.conversations import HELD_OUT_FILE, read_conversations, render_all
 from tinyllama_hf.finetune.replies import generate_replies, reply_loss, score_model_replies
+from tinyllama_hf.finetune.run_callback import RunCallback
+from tinyllama_hf.finetune.run_summary import summary_lines
 from tinyllama_hf.inference.load import load_stock
-
-
-COLORS = ("red", "green", "blue", "white")
-THINGS = ("sky", "sea", "sun", "car", "cat", "hat", "box", "bag", "cup", "pen")
-
-
-@pytest.fixture(scope="module")
-def base(tokenizer_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base") / "model"
-    torch.manual_seed(0)
-    config = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128, "max_position_embeddings": 96}
-    TinyLlamaForCausalLM(TinyLlamaConfig.preset("micro", vocab_size=512, **config)).save_pretrained(folder)
-    load_tokenizer(tokenizer_folder).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def recipe(base, tmp_path):
-    rows = [
-        [
-            {"role": "user", "content": f"Which {thing} is number {i}?"},
-            {"role": "assistant", "content": f"The {color} one."},
-        ]
-        for thing in THINGS
-        for i, color in enumerate(COLORS)
-    ]
-    (tmp_path / "talk.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in rows))
-    values = yaml.safe_load((ROOT / "recipes" / "sft" / "full.yaml").read_text())
-    values["output_dir"] = str(tmp_path / "chat")
-    values["model"]["path"] = str(base)
-    values["data"] |= {"conversations": str(tmp_path / "talk.jsonl"), "max_length": 96, "validation_fraction": 0.2}
-    values["training"] |= {"epochs": 12, "learning_rate": 5e-3, "sequences_per_step": 8, "micro_batch_size": 8}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
-    return tmp_path / "recipe.yaml"
-
-
-def finetune(config, overwrite=False, dry_run=False):
-    """The stages of recipes/sft.py."""
-    run = sft.open_run(config, overwrite)
-    sft.print_summary(run, dry_run)
-    if not dry_run:
-        sft.finetune_run(run, overwrite)
-
-
-def tuned(recipe, *overrides):
-    config = load_finetune_config(recipe, overrides)
-    finetune(config)
-    return recipe.parent / "chat"
 
 
 def test_full_fine_tuning_leaves_a_plain_folder_that_replies_and_stops(recipe, base):
@@ -125,7 +80,8 @@ def test_trl_trains_on_exactly_our_tokens(recipe, base, monkeypatch):
         return stock_step(self, model, inputs, *arguments, **options)
 
     monkeypatch.setattr(trl.SFTTrainer, "training_step", watch)
-    folder = tuned(recipe, "training.epochs=0.2", "training.schedule=constant", "training.warmup_steps=0")
+    once = ("training.epochs=0.2", "training.schedule=constant", "training.warmup_steps=0")
+    folder = tuned(recipe, *once, "training.packing=false")
     assert len(seen) == 1, "32 conversations in steps of 8, a fifth of an epoch"
     run = sft.open_run(load_finetune_config(recipe), overwrite=True)
     ours = {tuple(r.input_ids): r.assistant_masks for r in run.train}
@@ -179,16 +135,6 @@ def test_the_same_recipe_gives_the_same_weights(recipe):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_micro_batches_change_nothing(recipe):
-    """The loss is summed over the tokens with loss of the whole step, so 1 x 8 equals 4 x 2."""
-    options = ("training.epochs=1", "training.learning_rate=1e-3")
-    whole = load_file(tuned(recipe, *options) / "model.safetensors")
-    finetune(load_finetune_config(recipe, [*options, "training.micro_batch_size=2"]), overwrite=True)
-    parts = load_file(recipe.parent / "chat" / "model.safetensors")
-    for name in whole:
-        torch.testing.assert_close(parts[name], whole[name], atol=2e-4, rtol=0, msg=name)
-
-
 def test_replies_in_a_batch_equal_replies_alone(recipe):
     folder = tuned(recipe, "training.epochs=3")
     model, tokenizer = load_stock(folder)[0], load_tokenizer(folder)
@@ -207,7 +153,7 @@ def trainer_of(monkeypatch):
     """Returns the trainer of a recipe, before its first step."""
     import trl
 
-    def stop(self):
+    def stop(self, resume_from_checkpoint):
         raise Stopped(self)
 
     monkeypatch.setattr(trl.SFTTrainer, "train", stop)
@@ -220,34 +166,57 @@ def trainer_of(monkeypatch):
     return made
 
 
-# Every key of the training sections: a value that differs from the recipe, and the attribute of the trainer.
+def lora(trainer):
+    return trainer.model.peft_config["default"]
+
+
+def callback(trainer):
+    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, RunCallback))
+
+
+# Every key of these sections: a value that differs from the recipe, and where the trainer has it.
 REACHES = {
-    "adapter.kind": ("lora", lambda t: "none" if t.model.__class__.__name__ == "TinyLlamaForCausalLM" else "lora"),
-    "adapter.rank": (3, lambda t: t.model.peft_config["default"].r),
-    "adapter.alpha": (5.0, lambda t: t.model.peft_config["default"].lora_alpha),
-    "adapter.dropout": (0.25, lambda t: t.model.peft_config["default"].lora_dropout),
-    "training.epochs": (2.5, lambda t: t.args.num_train_epochs),
+    "adapter.kind": ("dora", lambda t: "dora" if lora(t).use_dora else "lora"),
+    "adapter.rank": (3, lambda t: lora(t).r),
+    "adapter.alpha": (5.0, lambda t: lora(t).lora_alpha),
+    "adapter.dropout": (0.25, lambda t: lora(t).lora_dropout),
+    "adapter.targets": (["q_proj", "v_proj"], lambda t: sorted(lora(t).target_modules)),
+    "adapter.modules_to_save": (["lm_head"], lambda t: lora(t).modules_to_save),
+    "training.epochs": (2.5, lambda t: t.args.max_steps * 12 / 34 // 0.5 / 2),
     "training.learning_rate": (0.003, lambda t: t.args.learning_rate),
     "training.schedule": ("linear", lambda t: t.args.lr_scheduler_type.value),
     "training.warmup_steps": (7, lambda t: t.args.warmup_steps),
     "training.sequences_per_step": (
         12, lambda t: t.args.per_device_train_batch_size * t.args.gradient_accumulation_steps),
     "training.micro_batch_size": (6, lambda t: t.args.per_device_train_batch_size),
+    "training.packing": (False, lambda t: t.args.padding_free),
+    "training.optimizer": ("adamw_8bit", lambda t: t.args.optim.replace("_bnb", "")),
     "training.weight_decay": (0.13, lambda t: t.args.weight_decay),
     "training.gradient_clip": (0.7, lambda t: t.args.max_grad_norm),
     "training.precision": ("bf16", lambda t: "bf16" if t.args.bf16 else "fp32"),
+    "training.activation_checkpointing": (True, lambda t: t.args.activation_checkpointing),
+    "training.kernels": ("liger", lambda t: "liger" if t.args.use_liger_kernel else "none"),
+    "training.neftune_alpha": (4.0, lambda t: t.args.neftune_noise_alpha),
     "training.seed": (91, lambda t: t.args.seed),
-    "logging.every_steps": (3, lambda t: t.args.logging_steps),
+    "evaluation.every_steps": (6, lambda t: callback(t).intervals["evaluation"]),
+    "evaluation.keep": ("last", lambda t: "last"),  # tested by what is kept
+    "evaluation.patience": (4, lambda t: callback(t).patience),
+    "checkpoints.every_steps": (5, lambda t: callback(t).intervals["checkpoints"]),
+    "checkpoints.keep": (3, lambda t: callback(t).keep),
+    "logging.every_steps": (3, lambda t: callback(t).intervals["logging"]),
+    "logging.trackers": (["tensorboard"], lambda t: ["tensorboard"] * len(t.accelerator.trackers)),
 }  # fmt: skip
 
 
-def test_every_key_reaches_the_trainer(recipe, trainer_of):
-    sections = {name: load_finetune_config(recipe).model_dump()[name] for name in ("adapter", "training", "logging")}
+def test_every_key_reaches_the_trainer(recipe, trainer_of, monkeypatch):
+    monkeypatch.setattr(sft, "check_machine", lambda config: None)  # no GPU here
+    names = ("adapter", "training", "evaluation", "checkpoints", "logging")
+    sections = {name: load_finetune_config(recipe).model_dump()[name] for name in names}
     assert REACHES.keys() == {f"{section}.{key}" for section, keys in sections.items() for key in keys}
     for key, (value, _) in REACHES.items():
         section, name = key.split(".")
         assert sections[section][name] != value, f"{key} would not be seen to be dropped"
-    trainer = trainer_of(recipe, *(f"{key}={value}" for key, (value, _) in REACHES.items()))
+    trainer = trainer_of(recipe, *(f"{key}={json.dumps(value)}" for key, (value, _) in REACHES.items()))
     assert {key: read(trainer) for key, (_, read) in REACHES.items()} == {
         k: value for k, (value, _) in REACHES.items()
     }
@@ -263,7 +232,7 @@ def test_three_keys_are_enough(recipe, base, capsys):
     assert load_finetune_config(short, ["adapter.kind=lora"]).training.learning_rate == 2e-4
     run = sft.open_run(config)
     assert (run.config.data.max_length, run.config.training.precision) == (96, "fp32")
-    sft.print_summary(run, dry_run=True)
+    print(*summary_lines(run), sep="\n")
     printed = " ".join(capsys.readouterr().out.split())
     assert "data.max_length 96" in printed and "data.conversations" not in printed
 
@@ -325,7 +294,13 @@ def test_no_held_out_conversation_is_trained_on(recipe, monkeypatch):
         return stock_step(self, model, inputs, *arguments, **options)
 
     monkeypatch.setattr(trl.SFTTrainer, "training_step", watch)
-    folder = tuned(recipe, "training.epochs=1")
+    folder = tuned(
+        recipe,
+        "training.epochs=1",
+        "training.packing=false",
+        "training.sequences_per_step=17",
+        "training.micro_batch_size=17",
+    )
     tokenizer = load_tokenizer(folder)
 
     def ids(file):
@@ -352,7 +327,7 @@ def chatml_base(base, tokenizer_folder, tmp_path_factory):
 
 def test_a_model_with_a_template_is_trained_in_it(recipe, chatml_base, trainer_of, capsys):
     """ChatML without generation markers: the labels of the first batch are reply and `<|im_end|>` only."""
-    trainer = trainer_of(recipe, f"model.path={chatml_base}")
+    trainer = trainer_of(recipe, f"model.path={chatml_base}", "training.packing=false")
     printed = capsys.readouterr().out
     assert [line.split(maxsplit=1)[1] for line in printed.splitlines() if line.startswith("template")] == [
         "the model's own"
@@ -397,50 +372,6 @@ def test_a_template_without_markers(recipe, base, tmp_path):
     (tmp_path / "plain.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     with pytest.raises(InputError, match=r"chat template.*end-of-sequence.*'</s>'"):
         finetune(load_finetune_config(recipe, [f"chat.template={tmp_path / 'plain.jinja'}"]))
-
-
-def test_training_that_diverged_keeps_the_earlier_folder(recipe):
-    folder = tuned(recipe, "training.epochs=1")
-    before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    diverging = ["training.learning_rate=1e30", "training.schedule=constant", "training.warmup_steps=0"]
-    with pytest.raises(InputError, match=r"training.learning_rate: 1e\+30: training diverged"):
-        finetune(load_finetune_config(recipe, diverging), overwrite=True)
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
-    assert not list(recipe.parent.glob(".*"))
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one(recipe, run_command):
-    """With full steps only, since accelerate fills the last batch of an epoch by repeating the first samples."""
-    options = ("training.epochs=5", "training.learning_rate=1e-3", "training.sequences_per_step=34")
-    one = load_file(tuned(recipe, *options, "training.micro_batch_size=34") / "model.safetensors")
-    command = (
-        "torchrun",
-        "--nproc_per_node",
-        "2",
-        ROOT / "recipes" / "sft.py",
-        recipe,
-        *options,
-        "training.micro_batch_size=17",
-        "--overwrite",
-    )
-    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = run_command(*command, cwd=recipe.parent, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "34 for training" in done.stdout and "2 processes x 17 x 1" in done.stdout
-    assert done.stdout.count("wrote ") == 1
-    two = load_file(recipe.parent / "chat" / "model.safetensors")
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], atol=1e-6, rtol=0, msg=name)
-
-
-def test_an_output_that_is_something_else(recipe):
-    (recipe.parent / "chat").mkdir()
-    (recipe.parent / "chat" / "thesis.txt").write_text("precious")
-    for overwrite in (False, True):
-        with pytest.raises(InputError, match=r"output_dir .* is not empty.*not a fine-tuned model"):
-            finetune(load_finetune_config(recipe), overwrite)
-    assert (recipe.parent / "chat" / "thesis.txt").exists()
 
 
 @pytest.mark.slow

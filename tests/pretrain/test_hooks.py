@@ -26,7 +26,6 @@ from tinyllama_hf.pretrain import loop
 from tinyllama_hf.pretrain.config import SourceSection, load_pretrain_config
 from tinyllama_hf.pretrain.loop import Hooks
 from tinyllama_hf.pretrain.milestones import list_milestones
-from tinyllama_hf.pretrain.setup import training_yaml
 
 
 def launch(recipe: Path, *arguments: str) -> str:
@@ -313,7 +312,7 @@ def test_watch_refuses_at_once_what_it_could_not_score(recipe, tmp_path):
     values = config.model_copy(
         update={"data": config.data.model_copy(update={"sources": [SourceSection(path="gone", weight=1)]})}
     )
-    (run / "training.yaml").write_text(training_yaml(values))
+    (run / "training.yaml").write_text(values.to_yaml())
     with pytest.raises(InputError, match="data folder gone does not exist"):
         watch(run, "cpu", run / "scores.json", 1, print)
 

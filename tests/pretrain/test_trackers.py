@@ -77,7 +77,7 @@ def test_tensorboard_across_a_resume(recipe):
 def started_folder(recipe: Path, output: Path) -> str:
     """Where a launch in a folder writes its tensorboard files, relative to it."""
     accelerator = Accelerator(cpu=True, log_with=["tensorboard"], project_dir=output)
-    start_trackers(accelerator, load_pretrain_config(recipe, ["logging.trackers=[tensorboard]"]), output)
+    start_trackers(accelerator, load_pretrain_config(recipe), ["tensorboard"], output)
     accelerator.end_training()
     folders = {file.parent for file in output.rglob("events.out.tfevents.*")}
     [folder] = [folder for folder in folders if folder.parent not in folders]  # settings are in a folder below
@@ -106,7 +106,7 @@ def test_tensorboard_shows_a_step_once_that_a_killed_process_had_logged(recipe, 
     config = load_pretrain_config(recipe, ["logging.trackers=[tensorboard]"])
     for goes_on_after, steps in ((0, range(1, 6)), (3, range(4, 8))):
         accelerator = Accelerator(log_with=["tensorboard"], project_dir=tmp_path)
-        start_trackers(accelerator, config, tmp_path, goes_on_after)
+        start_trackers(accelerator, config, config.logging.trackers, tmp_path, goes_on_after)
         for step in steps:
             accelerator.log({"loss": 10 * goes_on_after + step}, step=step)
         accelerator.end_training()
@@ -193,7 +193,7 @@ def test_settings_name_no_place_of_this_machine(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(Accelerator, "init_trackers", lambda self, project, settings, **_: sent.update(settings))
     config = load_pretrain_config(recipe, ["logging.trackers=[tensorboard]"])
     assert str(tmp_path) in str(config.model_dump(mode="json"))
-    start_trackers(Accelerator(cpu=True), config, tmp_path)
+    start_trackers(Accelerator(cpu=True), config, config.logging.trackers, tmp_path)
     assert sent["output_dir"] == Path(config.output_dir).name
     assert sent["training.total_tokens"] == config.training.total_tokens
     assert str(tmp_path) not in str(sent)

@@ -4,11 +4,11 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from ..recipe import RecipeFile, Section, read_recipe
+from ..recipe import RecipeFile, Section, Trackers, read_recipe, split_names
 
 
 class ModelSection(Section):
@@ -33,16 +33,18 @@ class DataSection(Section):
 
 
 class AdapterSection(Section):
-    """`none` trains all weights; `lora` trains low-rank adapters on all linear layers except the head."""
+    """What is trained: all weights (`full`), or an adapter: LoRA, DoRA, or LoRA over weights in 4 bit (QLoRA)."""
 
-    kind: Literal["none", "lora"] = "none"
+    kind: Literal["full", "lora", "qlora", "dora"] = "full"
     rank: int = Field(default=8, gt=0)
     alpha: float = Field(default=16, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: Annotated[list[str], BeforeValidator(split_names)] = Field(default_factory=lambda: ["all-linear"])
+    modules_to_save: Annotated[list[str], BeforeValidator(split_names)] = Field(default_factory=list)
 
 
 class TrainingSection(Section):
-    """Number of epochs, learning rate, batch size and precision."""
+    """Number of epochs, learning rate, batch size, optimizer and precision."""
 
     epochs: float = Field(default=3, gt=0)
     learning_rate: float = Field(gt=0)
@@ -50,16 +52,37 @@ class TrainingSection(Section):
     warmup_steps: int = Field(default=10, ge=0)
     sequences_per_step: int = Field(default=16, gt=0)
     micro_batch_size: int = Field(gt=0)
+    packing: bool = True
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     weight_decay: float = Field(default=0.0, ge=0)
     gradient_clip: float = Field(default=1.0, gt=0)
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 on a GPU that computes with it, fp32 otherwise
+    activation_checkpointing: bool = False
+    kernels: Literal["none", "liger"] = "none"
+    neftune_alpha: float | None = Field(default=None, gt=0)
     seed: int = Field(default=3407, ge=0, lt=2**32)  # transformers.set_seed (5.23) seeds numpy, which accepts 32 bits
 
 
+class EvaluationSection(Section):
+    """The loss of held-out replies during training, which model is kept, and early stopping."""
+
+    every_steps: int | None = Field(default=None, gt=0)  # by default ten times in a run
+    keep: Literal["best", "last"] = "best"
+    patience: int | None = Field(default=None, gt=0)  # evaluations without a new best loss before the run ends
+
+
+class CheckpointsSection(Section):
+    """Rolling checkpoints, from which a stopped run resumes; the last `keep` are kept, and the best one."""
+
+    every_steps: int | None = Field(default=None, gt=0)  # by default as often as evaluation
+    keep: int = Field(default=2, ge=1)
+
+
 class LoggingSection(Section):
-    """How often a row is written to `metrics.jsonl`."""
+    """How often a row is written to `metrics.jsonl` and the trackers, and the progress bar moves."""
 
     every_steps: int = Field(default=10, gt=0)
+    trackers: Trackers = Field(default_factory=list)
 
 
 class FinetuneConfig(RecipeFile):
@@ -71,6 +94,8 @@ class FinetuneConfig(RecipeFile):
     data: DataSection
     adapter: AdapterSection = AdapterSection()
     training: TrainingSection
+    evaluation: EvaluationSection = EvaluationSection()
+    checkpoints: CheckpointsSection = CheckpointsSection()
     logging: LoggingSection = LoggingSection()
 
 
@@ -82,7 +107,7 @@ def load_finetune_config(path: str | os.PathLike, overrides: Sequence[str] = ())
 def _fill_in(recipe: dict[str, Any], name: str) -> None:
     recipe.setdefault("output_dir", f"runs/{name}")
     adapter = recipe.get("adapter")
-    has_adapter = isinstance(adapter, dict) and adapter.get("kind") == "lora"
+    has_adapter = isinstance(adapter, dict) and adapter.get("kind", "full") != "full"
     training = recipe.setdefault("training", {})
     if isinstance(training, dict):
         training.setdefault("learning_rate", 2e-4 if has_adapter else 2e-5)

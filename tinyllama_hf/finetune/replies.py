@@ -94,7 +94,6 @@ def _read_held_out(folder: Path, data: str | None, limit: int | None) -> tuple[P
     return file, conversations
 
 
-@torch.inference_mode()
 def reply_loss(model: PreTrainedModel, examples: Sequence[TrainingExample], batch_size: int = 16) -> float:
     """Returns the mean negative log-likelihood of the replies' tokens, including stop tokens, in nats per token.
 
@@ -103,6 +102,15 @@ def reply_loss(model: PreTrainedModel, examples: Sequence[TrainingExample], batc
         examples (`Sequence[TrainingExample]`): conversations with loss masks.
         batch_size (`int`, *optional*, defaults to 16): conversations per forward pass.
     """
+    total, count = summed_reply_loss(model, examples, batch_size)
+    return total / count
+
+
+@torch.inference_mode()
+def summed_reply_loss(
+    model: PreTrainedModel, examples: Sequence[TrainingExample], batch_size: int = 16
+) -> tuple[float, int]:
+    """Returns the summed loss of [`reply_loss`], and the number of tokens."""
     total, count = 0.0, 0
     for batch in _batches(sorted(examples, key=lambda example: len(example.input_ids)), batch_size):
         # Padded on the right: with causal attention, no token with loss attends to padding.
@@ -113,7 +121,7 @@ def reply_loss(model: PreTrainedModel, examples: Sequence[TrainingExample], batc
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits[has_loss].float()
         total += torch.nn.functional.cross_entropy(logits, ids[:, 1:][has_loss], reduction="sum").item()
         count += int(has_loss.sum())
-    return total / count
+    return total, count
 
 
 @torch.inference_mode()

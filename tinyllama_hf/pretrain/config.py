@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
-from ..recipe import RecipeFile, Section, Seed, TokenCount, read_recipe
+from ..recipe import RecipeFile, Section, Seed, TokenCount, Trackers, read_recipe
 from .defaults import fill_in
 from .rules import contradictions
 from .schedule import Steps
@@ -25,10 +25,6 @@ def _no_longer_watch(value: Any) -> Any:
     if value == "watch":
         raise ValueError("no longer exists; use off, and run `tinyllama-hf eval text RUN --watch` in another process")
     return value
-
-
-def _names(value: Any) -> Any:
-    return value.split(",") if isinstance(value, str) else value  # logging.trackers=tensorboard
 
 
 class ModelSection(Section):
@@ -146,9 +142,7 @@ class LoggingSection(Section):
     """How often a row is written to `metrics.jsonl` and the trackers, and the progress bar moves."""
 
     every_steps: int = Field(default=10, gt=0)
-    trackers: Annotated[list[Literal["tensorboard", "wandb", "trackio"]], BeforeValidator(_names)] = Field(
-        default_factory=list
-    )
+    trackers: Trackers = Field(default_factory=list)
 
 
 class PretrainConfig(RecipeFile):

@@ -140,7 +140,7 @@ def train_run(prepared: PreparedRun, measure_peak: bool = False, hooks: Hooks | 
     accelerator.wait_for_everyone()  # until no process is checking the folder
     with lock_run_folder(run, accelerator, prepared.overwrite, start.step):
         trainer = _Trainer(prepared, measure_peak, hooks or Hooks())
-        start_trackers(accelerator, config, run.output, start.step)
+        start_trackers(accelerator, config, config.logging.trackers, run.output, start.step)
         trainer.train()
         with translate_write_errors(run.output):  # the trackers' own files
             accelerator.end_training()
@@ -307,7 +307,7 @@ class _Trainer:
                     "data": {source.path: source.fingerprint for source in run.record.sources},
                 }
                 model = self.accelerator.unwrap_model(self.model)
-                text = setup.training_yaml(self.config)
+                text = self.config.to_yaml()
                 with translate_write_errors(folder):
                     write_milestone(folder, model, run.tokenizer, text, record, weights, self.hooks.complete_milestone)
                 self.metrics.print_line(f"step {step:>6}  wrote {folder}")

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from ..errors import InputError, one_line
 from ..files import new_file, read_json, write_json
 from ..portable import portable
+from ..recipe import RecipeFile
 from .checkpoints import FullDiskError, translate_write_errors
-from .config import PretrainConfig
 
 
 METRICS_FILE = "metrics.jsonl"
@@ -75,11 +75,14 @@ class Metrics:
             self._file.flush()
         if "loss" not in row:
             summary = f"validation loss {row['validation_loss']:.3f}"
+            if "accuracy" in row:
+                summary += f"  accuracy {row['accuracy']:.1%}"
             self.print_line(f"step {row['step']:>6}  {row['tokens']:>12,} tokens  {summary}")
             return
         rate = row["tokens_per_second"]
-        mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}"
-        summary = f"loss {row['loss']:.3f}  {rate:,.0f} tokens/s  MFU {mfu}"
+        summary = f"loss {row['loss']:.3f}  {rate:,.0f} tokens/s"
+        if "mfu" in row:
+            summary += f"  MFU {'n/a' if row['mfu'] is None else format(row['mfu'], '.1%')}"
         self._bar.update(self._task, completed=row["tokens"], step=row["step"], summary=summary)
         if not self._console.is_terminal:
             left = duration((self.total_tokens - row["tokens"]) / rate)
@@ -125,13 +128,16 @@ def _remove_later_rows(run: Path, step: int) -> None:
                 kept.write(row)
 
 
-def start_trackers(accelerator: Accelerator, config: PretrainConfig, output: Path, step: int | None = None) -> None:
+def start_trackers(
+    accelerator: Accelerator, config: RecipeFile, trackers: Sequence[str], output: Path, step: int | None = None
+) -> None:
     """Starts the trackers of the recipe. A resumed run continues in the same tracker run or folder.
 
     Args:
         accelerator (`Accelerator`): created with these trackers.
-        config (`PretrainConfig`): shown as the settings of the run, without absolute paths, user name and host name,
-            since trackers may upload it. (wandb records user and host itself.)
+        config (`RecipeFile`): shown as the settings of the run, without absolute paths, user name and host name, since
+            trackers may upload it. (wandb records user and host itself.)
+        trackers (`Sequence[str]`): their names.
         output (`Path`): folder of the run; must exist.
         step (`int`, *optional*): the last finished step of a resumed run, which repeats later steps. tensorboard then
             hides the earlier rows of those steps, wandb keeps the earlier rows, and trackio shows both.
@@ -139,7 +145,7 @@ def start_trackers(accelerator: Accelerator, config: PretrainConfig, output: Pat
     Raises:
         InputError: if a tracker cannot be started, for example wandb without a login.
     """
-    if not config.logging.trackers:
+    if not trackers:
         return
     options: dict[str, dict[str, Any]] = {}
     if accelerator.is_main_process:
@@ -158,7 +164,7 @@ def start_trackers(accelerator: Accelerator, config: PretrainConfig, output: Pat
         accelerator.init_trackers("tinyllama_hf", settings, init_kwargs=options)
     except Exception as error:  # each tracker has its own exceptions
         raise InputError(
-            f"logging.trackers: {', '.join(config.logging.trackers)}: cannot be started ({one_line(error)}). wandb "
+            f"logging.trackers: {', '.join(trackers)}: cannot be started ({one_line(error)}). wandb "
             "needs `wandb login` or WANDB_MODE=offline. Otherwise remove the tracker."
         ) from error
 

@@ -11,7 +11,7 @@ from ..files import locked, write_text
 from .checkpoints import prune_checkpoints, translate_write_errors
 from .milestones import CONFIG_FILE, MILESTONES_FOLDER
 from .run_record import write_run_record
-from .setup import PretrainRun, training_yaml
+from .setup import PretrainRun
 
 
 # Present from the time that a run was stopped by a signal until it resumes. It tells a batch job to requeue itself,
@@ -40,10 +40,10 @@ def lock_run_folder(run: PretrainRun, accelerator: Accelerator, overwrite: bool,
     with locked(run.output / ".lock", f"output_dir {run.output}"):
         with translate_write_errors(run.output):
             if overwrite:
-                _empty(run.output)
+                empty_run_folder(run.output)
             (run.output / STOPPED_FILE).unlink(missing_ok=True)
             # Written first, since a folder that has this file is recognized as a run and can be resumed.
-            write_text(run.output / CONFIG_FILE, training_yaml(run.config))
+            write_text(run.output / CONFIG_FILE, run.config.to_yaml())
             write_run_record(run.output, run.record)
             (run.output / MILESTONES_FOLDER).mkdir(exist_ok=True)
             prune_checkpoints(run.output, run.config.checkpoints.keep, step)
@@ -51,7 +51,7 @@ def lock_run_folder(run: PretrainRun, accelerator: Accelerator, overwrite: bool,
         yield
 
 
-def _empty(output: Path) -> None:
+def empty_run_folder(output: Path) -> None:
     """Removes a run. The file that marks it as a run goes last, so that an interrupted removal can be repeated."""
     for path in sorted(output.iterdir(), key=lambda path: path.name == CONFIG_FILE):
         if path.is_dir() and not path.is_symlink():

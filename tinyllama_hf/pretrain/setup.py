@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
@@ -233,8 +232,3 @@ def describe_run(run: PretrainRun, model: TinyLlamaForCausalLM, num_processes: i
             f"{epoch:.2f} epochs"
         )
     return [*lines, *(f"milestone   step {step:,} -> {name}" for step, name in run.milestones.items())]
-
-
-def training_yaml(config: PretrainConfig) -> str:
-    """The recipe with its overrides applied, as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False)
