@@ -1,8 +1,8 @@
 """Supervised fine-tuning with TRL's `SFTTrainer`, on our rendering of conversations."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,14 +65,8 @@ class FinetuneRun(OpenedRun):
         return Dataset.from_dict({"conversations": rows}).with_transform(self._join)
 
     def _join(self, batch: dict[str, list[list[int]]]) -> dict[str, list[Any]]:
-        rows = [[self.train[number] for number in numbers] for numbers in batch["conversations"]]
-        joined: dict[str, list[Any]] = {
-            "input_ids": [list(chain.from_iterable(example.input_ids for example in row)) for row in rows],
-            "labels": [list(chain.from_iterable(map(labels, row))) for row in rows],
-        }
-        if self.order.packing:
-            joined["seq_lengths"] = [[len(example.input_ids) for example in row] for row in rows]
-        return joined
+        rows = [joined_row([self.train[number] for number in numbers]) for numbers in batch["conversations"]]
+        return {name: [row[name] for row in rows] for name in rows[0]}
 
     def make_trainer(
         self,
@@ -121,9 +115,17 @@ class FinetuneRun(OpenedRun):
         }
 
 
-def labels(example: TrainingExample) -> list[int]:
-    """Returns the token at each position with loss, and -100 elsewhere."""
-    return [token if mask else -100 for token, mask in zip(*example, strict=True)]
+def joined_row(examples: Sequence[TrainingExample]) -> dict[str, list[int]]:
+    """Returns conversations one after the other, in the form of TRL's packed rows.
+
+    `labels` has the token at each position with loss, and -100 elsewhere.
+    """
+    tokens = [token for example in examples for token in zip(*example, strict=True)]
+    return {
+        "input_ids": [token for token, _ in tokens],
+        "labels": [token if has_loss else -100 for token, has_loss in tokens],
+        "seq_lengths": [len(example.input_ids) for example in examples],
+    }
 
 
 def finetune_run(run: FinetuneRun, overwrite: bool = False) -> None:
