@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +9,11 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, PreTrainedModel, Trainer
 
+from ..chat.render import render
 from ..chat.templates import choose_template
 from ..devices import choose_precision
 from ..errors import InputError, require
+from ..evaluation.score_metrics import stop_rate
 from ..inference.load import model_folder
 from ..progress import quiet_bitsandbytes
 from ..tokenization_tinyllama import load_tokenizer
@@ -26,7 +27,7 @@ from .conversations import (
     write_rows,
 )
 from .packed_rows import packed_attention_name
-from .replies import reply_loss, summed_reply_loss
+from .replies import MAX_NEW_TOKENS, generate_replies, reply_loss, summed_reply_loss
 from .run_callback import RunCallback
 from .run_checkpoints import RunState
 from .trainer import OpenedRun, TrainedModel, check_machine, processes, rows_per_step, run_settings, train
@@ -37,6 +38,12 @@ from .tuned_folder import check_run_folder, write_tuned_folder
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import LoraConfig
+
+
+_SCORES = {
+    "held_out_loss": "loss of held-out replies, nats per token",
+    "stop_rate": f"share of own replies that end within {MAX_NEW_TOKENS} tokens",
+}
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,20 @@ class FinetuneRun(OpenedRun):
             dist.all_reduce(sums)
         return {"validation_loss": (sums[0] / sums[1]).item()}
 
+    def score(self, model: PreTrainedModel) -> dict[str, float]:
+        """Returns the loss of the held-out replies, and the share of the model's own replies that end in time.
+
+        The share is that of the first 20 held-out conversations whose prompts leave room for a reply, if any do.
+        """
+        room = model.config.max_position_embeddings - MAX_NEW_TOKENS
+        prompts = [c.messages[:-1] for c in self.held_out_conversations if c.messages[-1]["role"] == "assistant"]
+        fitting = [p for p in prompts if len(render(self.tokenizer, p, add_generation_prompt=True).input_ids) <= room]
+        scores = {"held_out_loss": reply_loss(model, self.held_out)}
+        if fitting:
+            replies = generate_replies(model, self.tokenizer, fitting[:20], MAX_NEW_TOKENS)
+            scores["stop_rate"] = stop_rate(replies, self.tokenizer.eos_token_id)
+        return scores
+
     def record(self) -> dict[str, Any]:
         """Returns the counts of conversations, for `provenance.json`."""
         return {
@@ -140,9 +161,9 @@ def finetune_run(run: FinetuneRun, overwrite: bool = False) -> None:
     """
 
     def finish(model: TrainedModel, state: RunState) -> None:
-        evaluate = partial(reply_loss, examples=run.held_out)
-        after = write_tuned_folder(run, model, state, run.record(), evaluate)
-        print(f"held-out loss {after:.3f} nats per token, before training {state.losses[0]:.3f}")
+        scores = write_tuned_folder(run, model, state, run.record(), run.score)
+        for name, values in scores.items():
+            print(f"{_SCORES[name]}: {values['before']:.3f} before training, {values['after']:.3f} after")
 
     train(run, run.make_trainer, run.evaluate, finish, overwrite)
 

@@ -48,8 +48,8 @@ def write_tuned_folder(
     trained: TrainedModel,
     state: RunState,
     data_record: dict[str, Any],
-    evaluate: Callable[[PreTrainedModel], float],
-) -> float:
+    score: Callable[[PreTrainedModel], dict[str, float]],
+) -> dict[str, dict[str, float]]:
     """Writes the finished model into the folder of its run.
 
     An adapter is saved to `adapter/`, and merged into the plain weights of the base.
@@ -59,10 +59,11 @@ def write_tuned_folder(
         trained (`TrainedModel`): the trained model.
         state (`RunState`): has the losses.
         data_record (`dict`): describes the data in `provenance.json`.
-        evaluate (`Callable`): returns the held-out loss of the finished model, which is loaded again.
+        score (`Callable`): returns `held_out_loss`, and possibly more, of a model. Called for the finished model and
+            for the base model, which are loaded for it as others load them.
 
     Returns:
-        The held-out loss of the finished model.
+        Each score `before` and `after` training.
 
     Raises:
         InputError: if that loss is not finite.
@@ -70,21 +71,23 @@ def write_tuned_folder(
     with new_files(run.output, last=_RECORD_FILE) as folder:
         _save_weights(run, trained, folder)
         run.tokenizer.save_pretrained(folder)
-        after = evaluate(load_stock(folder)[0])
-        if not math.isfinite(after):
+        after = score(load_stock(folder)[0])
+        if not math.isfinite(after["held_out_loss"]):
             raise InputError(
                 f"training.learning_rate: {run.config.training.learning_rate}: after training, the loss of held-out "
                 "data is not finite. Lower it"
             )
+        before = score(load_stock(run.base)[0])
+        scores = {name: {"before": before[name], "after": value} for name, value in after.items()}
         record = provenance.collect(
             **_record(run),
             **data_record,
             steps=max(state.losses),
             kept_step=_kept_step(run, state),
-            held_out_loss={"before": state.losses[0], "after": after},
+            **scores,
         )
         write_json(folder / _RECORD_FILE, record)
-    return after
+    return scores
 
 
 def _kept_step(run: OpenedRun, state: RunState) -> int:
