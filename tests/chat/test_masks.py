@@ -9,7 +9,7 @@ from tests.chat.test_render import assistant, system, user
 from tinyllama_hf import load_tokenizer
 from tinyllama_hf.chat.masks import mask_replies, reply_spans
 from tinyllama_hf.chat.render import render
-from tinyllama_hf.chat.templates import check_template, choose_template, load_template
+from tinyllama_hf.chat.templates import check_template, load_template
 from tinyllama_hf.errors import InputError
 
 
@@ -66,11 +66,8 @@ def by_hand(tokenizer, messages) -> tuple[list[int], list[int]]:
     return encoded["input_ids"], masks
 
 
-@pytest.mark.parametrize("name", ["chatml", pytest.param("smollm2", marks=pytest.mark.slow)])
-def test_fifty_conversations_by_hand(request, name):
-    given = request.getfixturevalue(name)
-    tokenizer = load_tokenizer(given) if name == "smollm2" else given
-    draw = random.Random(0)
+def test_fifty_conversations_by_hand(smollm2):
+    tokenizer, draw = load_tokenizer(smollm2), random.Random(0)
     for _ in range(50):
         # With a system message, since SmolLM2's template adds a default one otherwise.
         roles = ["system", *["user", "assistant"] * draw.randrange(1, 4)]
@@ -155,28 +152,3 @@ def test_white_space_that_joins_the_prompt(smollm2):
     messages = [user("a"), assistant("\n\n  One.")]
     with pytest.raises(InputError, match=r"row 3, message 1: .*white space around the reply"):
         mask_replies(tokenizer, messages, render(tokenizer, messages), "row 3")
-
-
-CHOICES = {
-    "the model's, by default": (CHATML, "auto", CHATML, "the model's own"),
-    "llama2, where there is none": (None, "auto", load_template("llama2"), "llama2"),
-    "another, if asked for": (CHATML, "llama2", load_template("llama2"), "llama2, which replaces the model's own"),
-    "the same by name": (load_template("llama2"), "llama2", load_template("llama2"), "llama2"),
-    "own": (CHATML, "own", CHATML, "the model's own"),
-}
-
-
-@pytest.mark.parametrize(("own", "name", "template", "told"), CHOICES.values(), ids=CHOICES)
-def test_which_template_is_trained(chatml, own, name, template, told):
-    chatml.chat_template, chatml.bos_token = own, "<|im_start|>"
-    assert choose_template(chatml, name, "my-model") == told and chatml.chat_template == template
-
-
-def test_no_template_to_choose(chatml):
-    chatml.chat_template = None
-    with pytest.raises(InputError, match=r"chat.template: own, but my-model has no chat template; use auto"):
-        choose_template(chatml, "own", "my-model")
-    for several in ({"default": CHATML, "rag": CHATML}, [{"name": "default", "template": CHATML}]):
-        chatml.chat_template = several
-        with pytest.raises(InputError, match=r"chat.template: auto, but my-model has several templates"):
-            choose_template(chatml, "auto", "my-model")

@@ -58,12 +58,13 @@ QUESTIONS = ["Explain how rainbows form.", "Write a short story about a robot."]
 
 @pytest.fixture(scope="session")
 def llama_cpp(peer, tmp_path_factory):
-    """Runs llama.cpp on a file: ids of texts, ids of `"a"` with special tokens, and continuations."""
+    """Runs llama.cpp on a file: ids of texts, ids of `"a"` with special tokens, continuations, and prompts."""
     folder = peer("xllamacpp==2026.10.11549")
 
-    def run(model: Path, texts=(), prompts=()):
+    def run(model: Path, texts=(), prompts=(), conversations=()):
         answer = tmp_path_factory.mktemp("answer") / "answer.json"
         request = {"model": str(model), "texts": list(texts), "prompts": list(prompts), "answer": str(answer)}
+        request["conversations"] = list(conversations)
         done = subprocess.run(
             [sys.executable, Path(__file__).with_name("llama_cpp.py")],
             input=json.dumps(request), text=True, capture_output=True, timeout=600,
