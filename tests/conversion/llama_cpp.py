@@ -33,9 +33,10 @@ def main() -> None:
     greedy = {"n_predict": 64, "temperature": 0, "top_k": 1, "return_tokens": True, "cache_prompt": False}
     continued = [post("/completion", prompt=prompt, **greedy)["tokens"] for prompt in request["prompts"]]
     rendered = [post("/apply-template", messages=messages)["prompt"] for messages in request["conversations"]]
+    asked = [post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"] for text in rendered]
     # A file for the answer: the server's own threads write on standard output.
     with open(request["answer"], "w") as stream:
-        json.dump({"ids": ids, "framed": framed, "continued": continued, "rendered": rendered}, stream)
+        json.dump({"ids": ids, "framed": framed, "continued": continued, "rendered": rendered, "asked": asked}, stream)
 
 
 if __name__ == "__main__":
