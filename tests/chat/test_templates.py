@@ -7,6 +7,7 @@ from tokenizers import AddedToken
 
 from tests.chat.test_masks import CHATML, chatml_of
 from tests.chat.test_render import assistant, user
+from tests.conftest import ROOT
 from tinyllama_hf import load_tokenizer
 from tinyllama_hf.chat.masks import mask_replies
 from tinyllama_hf.chat.render import render
@@ -145,7 +146,9 @@ def test_begin_of_sequence_that_opens_every_turn(chatml):
     assert render(chatml, [user("Hi")]).input_ids == ids and ids[0] == 512 and ids.count(512) == 1
 
 
-def test_a_template_that_ignores_the_generation_prompt(chatml):
+@pytest.mark.parametrize("eos", ["<|im_end|>", "</s>"])
+def test_a_template_that_ignores_the_generation_prompt(chatml, eos):
+    chatml.eos_token = eos
     chatml.chat_template = CHATML[: CHATML.index("{% if add_generation_prompt")]
     with pytest.raises(InputError, match=r"the tokens to learn are .*add_generation_prompt"):
         choose_template(chatml, "own", "my-model")
@@ -156,3 +159,11 @@ def test_a_template_that_refuses_system_prompts(chatml):
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system prompts') }}{% endif %}" + CHATML
     )
     assert choose_template(chatml, "own", "my-model") == "the model's own"
+
+
+def test_the_page_has_each_bundled_template_with_its_tokens():
+    page = (ROOT / "docs" / "chat_templates.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (none of its own|`<.*?>`) \|", page.replace("\\|", "¦"), re.MULTILINE))
+    assert {name: tuple(re.findall("`(.*?)`", tokens.replace("¦", "|"))) for name, tokens in rows.items()} == {
+        name: required_tokens(name) for name in template_names()
+    }

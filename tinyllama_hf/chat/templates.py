@@ -129,20 +129,23 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str, model: str) -> N
 def _set_stop_token(tokenizer: PreTrainedTokenizerBase) -> None:
     """Makes the control token after a reply the end-of-sequence token.
 
-    Changes nothing if there is no such token right after the reply, which `check_template` refuses.
+    Changes nothing if there is none right after the reply, which `check_template` refuses.
     """
     messages, eos = _PROBES[0], tokenizer.eos_token
     ids = render(tokenizer, messages).input_ids
-    reply = ids[len(render(tokenizer, messages[:-1], add_generation_prompt=True).input_ids) :]
-    control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    end = next((number for number, token in enumerate(reply) if token in control), 0)
-    if decode_text(tokenizer, reply[:end], skip_special_tokens=False).strip() != messages[-1]["content"]:
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    controls = [-1, *(place for place, i in enumerate(ids) if i in special)]
+    for before, place in itertools.pairwise(controls):
+        text = decode_text(tokenizer, ids[before + 1 : place], skip_special_tokens=False)
+        if text.strip().endswith(messages[-1]["content"]):
+            break
+    else:
         return
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(reply[end])
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[place])
     if render(tokenizer, messages).input_ids != ids:
         raise InputError(
             f"chat template: replies end with {tokenizer.eos_token!r}, but the template also writes eos_token, which "
-            f"is {eos!r}. A model must stop at one token: write one of the two in both places"
+            f"is {eos!r}. A model must stop at one token. Save the template as a .jinja file with only one of them"
         )
 
 
