@@ -66,7 +66,6 @@ def in_turns(messages, bos, header, stop, after, trimmed):
 
 
 ROLES = ("system", "user", "assistant")
-CHATML_SYSTEM = {"role": "system", "content": "You help."}
 
 
 def chatml(messages, bos, eos, trimmed=("assistant",)):
@@ -76,8 +75,14 @@ def chatml(messages, bos, eos, trimmed=("assistant",)):
     return in_turns(messages, bos, header, "<|im_end|>", "\n", trimmed)
 
 
-def chatml_of_qwen(messages, bos, eos):
-    return chatml(messages if messages[0]["role"] == "system" else [CHATML_SYSTEM, *messages], None, eos, ())
+def chatml_with_default(system):
+    """ChatML as in SmolLM2 and Qwen: a default system prompt, no begin-of-sequence, and nothing is trimmed."""
+
+    def written_by_hand(messages, bos, eos):
+        default = [] if messages[0]["role"] == "system" else [{"role": "system", "content": system}]
+        return chatml([*default, *messages], None, eos, ())
+
+    return written_by_hand
 
 
 def llama3(messages, bos, eos):
@@ -118,7 +123,7 @@ UNMARKED = {
         "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou help.<|im_end|>\\n' }}{% endif %}"
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
-        chatml_of_qwen,
+        chatml_with_default("You help."),
     ),
     "Llama 3": (
         "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' }}"
@@ -241,6 +246,16 @@ def test_templates_without_markers(tokenizer, template, written_by_hand):
     choose_template(tokenizer, "own", "my-model")
     is_byte_level = "▁" not in tokenizer.get_vocab()
     check(tokenizer, written_by_hand, system=written_by_hand is not gemma, stripped=is_byte_level)
+
+
+def test_smollm2(smollm2):
+    """Its own template, and the bundled one, which does not add its begin-of-sequence, `<|im_start|>`, twice."""
+    tokenizer = load_tokenizer(smollm2)
+    assert choose_template(tokenizer, "auto", "SmolLM2") == "the model's own"
+    default = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    check(tokenizer, chatml_with_default(default), stripped=True)
+    choose_template(tokenizer, "chatml", "SmolLM2")
+    check(tokenizer, lambda messages, bos, eos: chatml(messages, None, eos))
 
 
 def test_a_token_of_both_the_prompt_and_a_reply(byte_level_folder):

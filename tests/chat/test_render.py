@@ -1,6 +1,5 @@
 """Rendering: the published Llama 2 format word for word, control tokens as text, and requirements on templates."""
 
-import random
 import sys
 from pathlib import Path
 
@@ -105,34 +104,6 @@ def test_the_mask_covers_replies_and_stop_tokens_and_nothing_else(tokenizer):
     assert rendering.input_ids[: len(asked)] == asked and sum(rendering.assistant_masks[len(asked) :]) == len(
         rendering.input_ids
     ) - len(asked)
-
-
-WORDS = (
-    "def",
-    " ",
-    "  ",
-    "\n",
-    "\n\n    ",
-    "héé",
-    "中文",
-    "🚀👩‍💻",
-    "[INST]",
-    "<<SYS>>",
-    "< / s >",
-    "x" * 40,
-    "\t",
-    "0123",
-    "\u200b",
-    "}{%",
-)
-
-
-def test_equals_apply_chat_template_where_no_control_text_is_written(smollm2):
-    tokenizer, draw = load_tokenizer(smollm2), random.Random(0)
-    for _ in range(100):
-        roles = ["system"] * draw.randrange(2) + ["user", "assistant"] * draw.randrange(1, 4)
-        messages = [{"role": r, "content": "".join(draw.choices(WORDS, k=draw.randrange(1, 12)))} for r in roles]
-        assert render(tokenizer, messages) == (tokenizer.apply_chat_template(messages, return_dict=False), None)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,14 @@ from tests.conftest import ROOT
 from tinyllama_hf import load_tokenizer
 from tinyllama_hf.chat.masks import mask_replies
 from tinyllama_hf.chat.render import render
-from tinyllama_hf.chat.templates import check_template, choose_template, load_template, required_tokens, template_names
+from tinyllama_hf.chat.templates import (
+    check_template,
+    choose_template,
+    load_template,
+    required_tokens,
+    set_template,
+    template_names,
+)
 from tinyllama_hf.errors import InputError
 
 
@@ -118,6 +125,12 @@ def test_the_token_that_ends_a_reply_becomes_end_of_sequence(tokenizer, tmp_path
         learned = [i for i, mask in zip(ids, masks, strict=True) if mask]
         assert learned[-1] == 513 and ids.count(513) == 2 and ids.count(512) == 2 and each.eos_token_id == 513
         assert each.decode(learned) == "One.<|im_start|><|im_end|>"
+
+
+def test_a_server_in_a_bundled_template_stops_at_its_token(chatml):
+    chatml.eos_token = "</s>"
+    set_template(chatml, "chatml", "my-model")
+    assert (chatml.eos_token, chatml.chat_template) == ("<|im_end|>", load_template("chatml"))
 
 
 def test_the_end_of_a_reply_in_the_models_own_template(chatml):
