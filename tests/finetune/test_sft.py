@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -345,6 +346,21 @@ def test_its_template_is_replaced_only_if_the_recipe_says_so(recipe, chatml_base
     finetune(load_finetune_config(recipe, [f"model.path={chatml_base}", "chat.template=llama2"]), dry_run=True)
     printed = capsys.readouterr().out
     assert "llama2, which replaces the model's own" in printed and "⟦The red one. <|im_end|>⟧" in printed
+
+
+def test_a_model_tuned_in_chatml_stops_at_the_token_that_ends_its_replies(recipe, chatml_base, tmp_path, capsys):
+    """The base has the tokens of ChatML, but no template, and would stop at </s>."""
+    folder = shutil.copytree(chatml_base, tmp_path / "without")
+    (folder / "chat_template.jinja").unlink()
+    tokenizer = load_tokenizer(folder)
+    tokenizer.eos_token = "</s>"
+    tokenizer.save_pretrained(folder)
+    saved = tuned(recipe, f"model.path={folder}", "chat.template=chatml")
+    assert "chatml; <|im_end|> ends a reply and replaces </s> as end-of-sequence token" in capsys.readouterr().out
+    model, stock = load_stock(saved)
+    assert (stock.eos_token, model.generation_config.eos_token_id) == ("<|im_end|>", stock.eos_token_id)
+    messages = [c.messages for c in read_conversations(str(saved / HELD_OUT_FILE))]
+    assert score_model_replies(model, load_tokenizer(saved), messages, 24).stop_rate == 1.0
 
 
 BAD = {
