@@ -8,10 +8,12 @@ from safetensors.torch import load_file
 
 from tests.finetune.runs import tuned
 from tests.finetune.test_sft_runs import assert_equal, weights
+from tinyllama_hf import load_tokenizer
+from tinyllama_hf.errors import InputError
 from tinyllama_hf.finetune import sft
 from tinyllama_hf.finetune.config import load_finetune_config
 from tinyllama_hf.finetune.trainer import load_base
-from tinyllama_hf.inference.load import load_stock
+from tinyllama_hf.inference.load import load, load_stock
 from tinyllama_hf.pretrain.signals import Stopped
 
 
@@ -114,3 +116,50 @@ def test_modules_to_save(recipe, base):
     before, after = load_file(base / "model.safetensors"), load_file(folder / "model.safetensors")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name for name in before if "q_proj" in name} | {"lm_head.weight"}
+
+
+CHATML = ("chat.template=chatml", "model.new_tokens=<|im_start|>,<|im_end|>", *OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def tied_base(base, tmp_path_factory):
+    """The base model with one matrix for input and output embedding."""
+    folder = tmp_path_factory.mktemp("tied") / "model"
+    model, _ = load_stock(base)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(folder)
+    load_tokenizer(base).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
+def test_new_tokens(recipe, base, tied_base, kind, tied):
+    """ChatML on a tokenizer without its tokens: their rows are trained and written, and replies end with one."""
+    pytest.importorskip("bitsandbytes")
+    saved = () if kind == "full" else ("adapter.modules_to_save=embed_tokens,lm_head",)
+    options = (f"model.path={tied_base if tied else base}", f"adapter.kind={kind}", *saved, *CHATML)
+    folder = tuned(recipe, *options, "training.epochs=8", "training.learning_rate=5e-3")
+    model, tokenizer = load_stock(folder)
+    assert model.config.tie_word_embeddings == tied
+    written = model.get_input_embeddings().weight
+    assert len(written) == len(tokenizer) == 514 and tokenizer.eos_token == "<|im_end|>"
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == 513
+    assert not torch.equal(written[512], written[513]), "both began as the mean"
+    record = json.loads((folder / "provenance.json").read_text())
+    assert record["held_out_loss"]["after"] < 0.5 * record["held_out_loss"]["before"]
+    assert record["stop_rate"]["after"] == 1.0
+    if kind != "full":
+        adapted, _ = load(tied_base if tied else base, adapter=folder / "adapter")
+        ids = torch.tensor([[1, 512, *range(3, 40), 513]])
+        torch.testing.assert_close(adapted(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_new_tokens_that_an_adapter_would_not_train(recipe):
+    with pytest.raises(
+        InputError, match="adapter.modules_to_save to embed_tokens,lm_head"
+    ):
+        sft.open_run(load_finetune_config(recipe, [*CHATML, "adapter.kind=lora"]))
+    with pytest.raises(InputError, match="new_tokens: '</s>' is already a token"):
+        sft.open_run(load_finetune_config(recipe, ["model.new_tokens=</s>"]))

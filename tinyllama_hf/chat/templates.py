@@ -118,7 +118,7 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str, model: str) -> N
         free = [other for other in template_names() if not required_tokens(other)]
         raise InputError(
             f"chat template {name} needs {', '.join(missing)}, which the tokenizer of {model} does not have. Use "
-            f"{' or '.join(free)}, which need no tokens of their own, or add the tokens to tokenizer and model"
+            f"{' or '.join(free)}, which need no tokens of their own, or add them with model.new_tokens"
         )
     # A token that is not special would also be found in the text of messages.
     tokens = [AddedToken(token, special=True, normalized=False) for token in required]

@@ -12,13 +12,14 @@ from ..recipe import RecipeFile, Section, Trackers, read_recipe, split_names
 
 
 class ModelSection(Section):
-    """The base model: a folder, a released name or a Hub id."""
+    """The base model (a folder, a released name or a Hub id), and control tokens to add to its vocabulary."""
 
     path: str
+    new_tokens: Annotated[list[str], BeforeValidator(split_names)] = Field(default_factory=list)
 
 
 class ChatSection(Section):
-    """The chat template: `own` (of the model), `auto` (own, else `llama2`), `llama2`, or a `.jinja` file."""
+    """The chat template: `own` (the model's), `auto` (own, else `llama2`), a bundled one, or a `.jinja` file."""
 
     template: str = "auto"
 

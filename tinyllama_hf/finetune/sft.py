@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig, PreTrainedModel, Trainer
+from transformers import AddedToken, AutoConfig, PreTrainedModel, PreTrainedTokenizerFast, Trainer
 
 from ..chat.render import render
 from ..chat.templates import choose_template
@@ -181,6 +181,7 @@ def open_run(config: FinetuneConfig, overwrite: bool = False) -> FinetuneRun:
     output = check_run_folder(Path(config.output_dir), overwrite)
     base = model_folder(config.model.path)
     tokenizer = load_tokenizer(base)
+    add_tokens(tokenizer, config)
     template = choose_template(tokenizer, config.chat.template, config.model.path)
     context = AutoConfig.from_pretrained(base, trust_remote_code=False).max_position_embeddings
     config, max_length = _complete(config, context)
@@ -209,6 +210,26 @@ def open_run(config: FinetuneConfig, overwrite: bool = False) -> FinetuneRun:
         held_out_conversations=parts[1],
         num_dropped=len(conversations) - len(train) - len(held_out),
     )
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerFast, config: FinetuneConfig) -> None:
+    """Adds the new control tokens of a recipe to a tokenizer.
+
+    Raises:
+        InputError: if there are none to add, or the adapter would not train their rows.
+    """
+    new = config.model.new_tokens
+    if known := [token for token in new if token in tokenizer.get_vocab()]:
+        raise InputError(
+            f"model.new_tokens: {known[0]!r} is in the vocabulary of {config.model.path} already. Remove it"
+        )
+    needed = {"embed_tokens", "lm_head"} - set(config.adapter.modules_to_save)
+    if new and config.adapter.kind != "full" and needed:
+        raise InputError(
+            f"model.new_tokens: {', '.join(new)} need rows in the embeddings, which adapter.kind "
+            f"{config.adapter.kind} does not train. Set adapter.modules_to_save to embed_tokens,lm_head"
+        )
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True)
 
 
 def _complete(config: FinetuneConfig, context: int) -> tuple[FinetuneConfig, int]:

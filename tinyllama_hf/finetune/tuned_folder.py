@@ -17,7 +17,7 @@ from ..modeling_tinyllama import TinyLlamaForCausalLM
 from ..tokenization_tinyllama import tokenizer_fingerprint
 from .conversations import HELD_OUT_FILE
 from .run_checkpoints import RunState
-from .trainer import OpenedRun, TrainedModel
+from .trainer import OpenedRun, TrainedModel, add_token_rows
 
 
 ADAPTER_FOLDER = "adapter"
@@ -77,7 +77,7 @@ def write_tuned_folder(
                 f"training.learning_rate: {run.config.training.learning_rate}: after training, the loss of held-out "
                 "data is not finite. Lower it"
             )
-        before = score(load_stock(run.base)[0])
+        before = score(add_token_rows(load_stock(run.base)[0], len(run.tokenizer)))
         scores = {name: {"before": before[name], "after": value} for name, value in after.items()}
         record = provenance.collect(
             **_record(run),
@@ -103,7 +103,7 @@ def _save_weights(run: OpenedRun, trained: TrainedModel, folder: Path) -> None:
             trained.save_pretrained(str(adapter))
             (adapter / "README.md").unlink()  # an empty template
             run.tokenizer.save_pretrained(adapter)
-            base, _ = load_stock(run.base, "cpu")
+            base = add_token_rows(load_stock(run.base, "cpu")[0], len(run.tokenizer))
             merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
             replace_folder(adapter, run.output / ADAPTER_FOLDER)
     else:
@@ -113,6 +113,7 @@ def _save_weights(run: OpenedRun, trained: TrainedModel, folder: Path) -> None:
     plain = TinyLlamaForCausalLM(TinyLlamaConfig.from_llama(merged.config))
     plain.load_state_dict(merged.state_dict())
     plain.config.use_cache = True
+    plain.config.eos_token_id = run.tokenizer.eos_token_id
     plain.generation_config.eos_token_id = run.tokenizer.eos_token_id
     plain.generation_config.pad_token_id = run.tokenizer.pad_token_id
     plain.save_pretrained(folder)
