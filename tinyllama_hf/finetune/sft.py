@@ -33,7 +33,7 @@ from .conversations import (
     HELD_OUT_FILE,
     Conversation,
     TrainingExample,
-    read_conversations,
+    read_sources,
     render_all,
     split_conversations,
     write_rows,
@@ -120,37 +120,34 @@ def open_run(config: FinetuneConfig, overwrite: bool = False) -> FinetuneRun:
     tokenizer = load_tokenizer(base)
     template = choose_template(tokenizer, config.chat.template, config.model.path)
     context = AutoConfig.from_pretrained(base, trust_remote_code=False).max_position_embeddings
-    config, max_length = _complete(config, context)
+    max_length = config.data.max_length or context
     if max_length > context:
         raise InputError(f"data.max_length: {max_length} is longer than the model's context of {context}. Lower it")
     tokenizer.model_max_length = context  # saved with the model
-    conversations = read_conversations(config.data.conversations)
+    if config.training.precision == "auto":
+        training = config.training.model_copy(update={"precision": choose_precision()})
+        config = config.model_copy(update={"training": training})
+    conversations = read_sources(config.data.conversations, config.data.invalid).conversations
     parts = split_conversations(conversations, config.data.validation_fraction)
-    drop = config.data.overlong == "drop"
-    train, held_out = (render_all(tokenizer, part, max_length, drop) for part in parts)
-    if not train or not held_out:
+    train, held_out = (
+        render_all(tokenizer, part, max_length, config.data.too_long, _processes().is_main_process) for part in parts
+    )
+    if not train.examples or not held_out.examples:
         raise InputError(f"data.max_length: {max_length} drops all conversations. Raise it")
+    longest = config.data.max_length or max(train.max_length, held_out.max_length)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"max_length": longest})})
     return FinetuneRun(
         config=config,
         output=output,
         base=base,
         tokenizer=tokenizer,
         template=template,
-        train=train,
-        held_out=held_out,
-        held_out_conversations=parts[1],
-        num_dropped=len(conversations) - len(train) - len(held_out),
+        train=train.examples,
+        held_out=held_out.examples,
+        held_out_conversations=held_out.conversations,
+        num_dropped=(train.dropped + held_out.dropped).total(),
         accumulation_steps=_accumulation_steps(config, _processes().num_processes),
     )
-
-
-def _complete(config: FinetuneConfig, context: int) -> tuple[FinetuneConfig, int]:
-    """Replaces the values that depend on model and machine; returns also the longest conversation."""
-    max_length, training = config.data.max_length or min(context, 2048), config.training
-    if training.precision == "auto":
-        training = training.model_copy(update={"precision": choose_precision()})
-    data = config.data.model_copy(update={"max_length": max_length})
-    return config.model_copy(update={"data": data, "training": training}), max_length
 
 
 def print_summary(run: FinetuneRun, dry_run: bool = False) -> None:
@@ -315,7 +312,7 @@ def _record(run: FinetuneRun) -> dict[str, Any]:
             **({"provenance": read_json(base_record)} if base_record.is_file() else {}),
         },
         "conversations": {
-            "source": run.config.data.conversations,
+            "source": ", ".join(source.path for source in run.config.data.conversations),
             "train": len(run.train),
             "held_out": len(run.held_out),
             "dropped": run.num_dropped,
