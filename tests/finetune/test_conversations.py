@@ -183,3 +183,39 @@ def test_a_conversation_of_exactly_the_maximum_length_is_kept(tmp_path, tokenize
     assert [len(r.input_ids) for r in render_all(tokenizer, conversations, length).examples] == [length]
     with pytest.raises(InputError, match=f"data.max_length {length - 1}"):
         render_all(tokenizer, conversations, length - 1)
+
+
+class TestTruncation:
+    """The first tokens of a conversation that is too long, with their masks."""
+
+    LONG = (*GOOD, {"role": "user", "content": "More"}, {"role": "assistant", "content": "word " * 100})
+    LONG_QUESTION = ({"role": "user", "content": "word " * 100}, GOOD[1])
+
+    def test_the_first_tokens_are_kept(self, tmp_path, tokenizer):
+        talks = read_conversations(rows(tmp_path / "a.jsonl", GOOD, list(self.LONG), list(self.LONG_QUESTION)))
+        whole = render_all(tokenizer, talks, 10_000).examples
+        cut = render_all(tokenizer, talks, 64, "truncate")
+        assert cut.examples == [whole[0], (whole[1].input_ids[:64], whole[1].assistant_masks[:64])]
+        assert cut.conversations == talks[:2] and cut.truncated == {0: 1} and cut.dropped == {0: 1}
+        assert cut.max_length == 64 and any(cut.examples[1].assistant_masks[32:]), (
+            "a part of the long reply is learned"
+        )
+
+    def test_the_counts_are_by_source(self, tmp_path, tokenizer):
+        (long,) = read_conversations(rows(tmp_path / "a.jsonl", list(self.LONG)))
+        talks = [long, long._replace(source=1), long._replace(source=1)]
+        assert render_all(tokenizer, talks, 64, "truncate").truncated == {0: 1, 1: 2}
+        assert render_all(tokenizer, talks, 64, "drop").dropped == {0: 1, 1: 2}
+
+    def test_one_token_with_loss_is_enough(self, tmp_path, tokenizer):
+        talks = read_conversations(rows(tmp_path / "a.jsonl", GOOD))
+        masks = render_all(tokenizer, talks, 100).examples[0].assistant_masks
+        assert [len(render_all(tokenizer, talks, masks.index(1) + n, "truncate").examples) for n in (0, 1)] == [0, 1]
+
+
+def test_a_conversation_may_end_with_the_user(tmp_path, tokenizer):
+    """The last question has no loss; a conversation of it alone has nothing to learn."""
+    (talk,) = read_conversations(rows(tmp_path / "a.jsonl", [*GOOD, {"role": "user", "content": "Bye?"}]))
+    ((ids, masks),) = render_all(tokenizer, [talk], 96).examples
+    assert tokenizer.decode([i for i, mask in zip(ids, masks, strict=True) if mask]) == "Hello. </s>"
+    assert "Bye?" in tokenizer.decode(ids)
