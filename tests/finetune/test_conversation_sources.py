@@ -109,7 +109,7 @@ def write_cases(folder) -> str:
         {"messages": [good["messages"][0], {"role": "assistant", "content": ""}]},
         {"messages": [good["messages"][0], {"role": "assistant", "content": "x \ud83d"}]},
         {"messages": [good["messages"][0], {"role": "assistant", "content": "xyz \ud83d"}]},
-        {"messages": [{**good["messages"][0], "nmae": "Ann"}, good["messages"][1]]},
+        {"messages": [{**good["messages"][0], "speaker": "Ann"}, good["messages"][1]]},
         {"messages": [*good["messages"], {"role": "tool", "content": "3"}]},
         {"text": "a"},
     ]
@@ -125,7 +125,7 @@ REASONS = {
     5: ", message 1: the reply is empty",
     6: ", message 1: character 2 is '\\ud83d', half of a surrogate pair",
     7: ", message 1: character 4 is '\\ud83d', half of a surrogate pair",
-    8: ", message 0: key 'nmae' not supported",
+    8: ", message 0: key 'speaker' not supported",
     9: ", message 2: unknown role 'tool'",
     10: ": no known format",
 }
