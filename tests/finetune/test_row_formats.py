@@ -24,6 +24,11 @@ def jsonl(path, *rows) -> str:
 SYSTEM = {"role": "system", "content": "Be brief."}
 ROWS = {
     "messages": ({"messages": [SYSTEM, *talk("Q", "A")], "id": 3}, [SYSTEM, *talk("Q", "A")]),
+    "messages, as in UltraChat": ({"prompt": "Q", "prompt_id": "7", "messages": talk("Q", "A")}, talk("Q", "A")),
+    "messages, as in UltraFeedback": (
+        {"prompt": "Q", "chosen": talk("Q", "A"), "rejected": talk("Q", "B"), "messages": talk("Q", "A")},
+        talk("Q", "A"),
+    ),
     "prompt/completion": ({"prompt": "Q", "completion": "A"}, talk("Q", "A")),
     "prompt/completion, lists": (
         {"prompt": [SYSTEM, *talk("Q", "A", "R")], "completion": [{"role": "assistant", "content": "B"}]},
