@@ -10,9 +10,11 @@ from tinyllama_hf.chat.templates import load_template
 from tinyllama_hf.data import embedded
 from tinyllama_hf.data.questions import questions
 from tinyllama_hf.errors import InputError
+from tinyllama_hf.finetune.config import ConversationSource
 from tinyllama_hf.finetune.conversation_sources import EMBEDDED
 from tinyllama_hf.finetune.conversations import (
     read_conversations,
+    read_sources,
     render_all,
     split_conversations,
     write_rows,
@@ -107,6 +109,11 @@ def test_rows_of_other_tools(shared):
     assert parts[1].messages == [{"role": "user", "content": "Q1"}, {"role": "assistant", "content": "A1"}]
     with pytest.raises(InputError, match=r"none_tool\.jsonl, row 21, message 1: key 'tool_calls'"):
         read_conversations(str(shared / "cases" / "none_tool.jsonl"))
+    for name, reason in (("none_tool", "row 21, message 1: key 'tool_calls'"), ("surro", "row 21, message 0: char")):
+        source = ConversationSource(path=str(shared / "cases" / f"{name}.jsonl"))
+        data = read_sources([source], "drop")
+        ((number, first),) = data.sources[0].invalid.values()
+        assert number == 1 and reason in first and len(data.conversations) == data.sources[0].num_rows - 1 >= 20
     talks = read_conversations(str(shared / "cases" / "sharegpt.jsonl"))
     assert talks[1].messages == [{"role": "user", "content": "Q1"}, {"role": "assistant", "content": "A1"}]
 
@@ -219,3 +226,13 @@ def test_a_conversation_may_end_with_the_user(tmp_path, tokenizer):
     ((ids, masks),) = render_all(tokenizer, [talk], 96).examples
     assert tokenizer.decode([i for i, mask in zip(ids, masks, strict=True) if mask]) == "Hello. </s>"
     assert "Bye?" in tokenizer.decode(ids)
+
+
+def test_rendering_shows_its_progress(tmp_path, tokenizer, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal then
+    conversations = read_conversations(rows(tmp_path / "a.jsonl", GOOD, GOOD, GOOD))
+    render_all(tokenizer, conversations, 96, show=False)
+    assert capsys.readouterr().err == ""
+    render_all(tokenizer, conversations, 96)
+    printed = capsys.readouterr().err
+    assert "rendering conversations" in printed and "3/3" in printed
