@@ -37,7 +37,7 @@ def test_full_fine_tuning_leaves_a_plain_folder_that_replies_and_stops(recipe, b
     losses = record["held_out_loss"]
     model, stock_tokenizer = load_stock(folder)
     conversations = read_conversations(str(folder / HELD_OUT_FILE))
-    rendered = render_all(load_tokenizer(folder), conversations, 96)
+    rendered = render_all(load_tokenizer(folder), conversations, 96).examples
     assert (
         losses["after"] == pytest.approx(reply_loss(model, rendered), abs=1e-6)
         and losses["after"] < losses["before"] / 2
@@ -232,10 +232,11 @@ def test_three_keys_are_enough(recipe, base, capsys):
     assert (config.output_dir, config.training.learning_rate) == ("runs/short", 2e-5)
     assert load_finetune_config(short, ["adapter.kind=lora"]).training.learning_rate == 2e-4
     run = sft.open_run(config)
-    assert (run.config.data.max_length, run.config.training.precision) == (96, "fp32")
+    longest = max(len(rendering.input_ids) for rendering in (*run.train.examples, *run.held_out.examples))
+    assert (run.config.data.max_length, run.config.training.precision) == (longest, "fp32")
     print(*summary_lines(run), sep="\n")
     printed = " ".join(capsys.readouterr().out.split())
-    assert "data.max_length 96" in printed and "data.conversations" not in printed
+    assert f"data.max_length {longest}" in printed and "data.conversations" not in printed
 
 
 def test_a_warmup_longer_than_the_run_is_a_warning(recipe, capsys):
@@ -245,7 +246,7 @@ def test_a_warmup_longer_than_the_run_is_a_warning(recipe, capsys):
 
 
 def test_the_data_section_reaches_the_run(recipe):
-    """The held-out conversations by the hash of their messages, and the number of overlong ones."""
+    """The held-out conversations by the hash of their messages, and the number of those that are too long."""
     talks = [json.loads(line)["messages"] for line in (recipe.parent / "talk.jsonl").read_text().splitlines()]
     digests = [hashlib.sha256(json.dumps(talk, sort_keys=True).encode()).hexdigest() for talk in talks]
     run = sft.open_run(load_finetune_config(recipe, ["data.validation_fraction=0.5"]))
@@ -253,7 +254,7 @@ def test_the_data_section_reaches_the_run(recipe):
     assert [conversation.messages for conversation in run.held_out_conversations] == held_out
     lengths = sorted(len(rendering.input_ids) for rendering in (*run.train, *run.held_out))
     overrides = ["data.validation_fraction=0.5", f"data.max_length={lengths[20]}"]
-    dropped = sft.open_run(load_finetune_config(recipe, [*overrides, "data.overlong=drop"])).num_dropped
+    dropped = sft.open_run(load_finetune_config(recipe, [*overrides, "data.too_long=drop"])).num_dropped
     assert dropped == sum(length > lengths[20] for length in lengths) > 0
     with pytest.raises(InputError, match=f"longer than data.max_length {lengths[20]}"):
         sft.open_run(load_finetune_config(recipe, overrides))

@@ -12,12 +12,12 @@ _ADAPTERS = {"lora": "LoRA", "dora": "DoRA", "qlora": "QLoRA (weights in nf4)"}
 
 def summary_lines(run: FinetuneRun) -> list[str]:
     """Returns lines with model, template, conversations, tokens and steps."""
-    config = run.config
-    with_loss = sum(sum(example.assistant_masks) for example in run.train)
+    examples = run.train.examples
+    with_loss = sum(sum(example.assistant_masks) for example in examples)
     tokens = sum(run.order.lengths)
-    dropped = f", {run.num_dropped:,} longer than {config.data.max_length} tokens dropped" if run.num_dropped else ""
     return [
-        f"conversations {len(run.train):,} for training, {len(run.held_out):,} held out{dropped}",
+        *(f"source        {line}" for line in describe_sources(run.sources, [run.train, run.held_out])),
+        f"conversations {len(examples):,} for training, {len(run.held_out.examples):,} held out",
         f"tokens        {tokens:,} per epoch, {with_loss:,} with loss ({with_loss / tokens:.0%}: replies and stop "
         "tokens)",
         *run_lines(run),
@@ -60,17 +60,5 @@ def _padding(run: OpenedRun) -> str:
 
 
 def dry_run_lines(run: FinetuneRun) -> list[str]:
-    """Returns lines with the first conversation, and the folder that would be written."""
-    return [
-        f"first conversation, tokens with loss between ⟦ and ⟧:\n{first_conversation(run)}",
-        f"would write {run.output}/ (dry run: nothing was written)",
-    ]
-
-
-def first_conversation(run: FinetuneRun) -> str:
-    """Returns the first conversation as text, with the tokens that have loss in brackets."""
-    example, parts = run.train[0], []
-    for has_loss, tokens in itertools.groupby(zip(*example, strict=True), key=lambda token: token[1]):
-        text = decode_text(run.tokenizer, [i for i, _ in tokens], skip_special_tokens=False)
-        parts.append(f"⟦{text}⟧" if has_loss else text)
-    return " ".join(parts)
+    """Returns lines with the lengths of the conversations, and the folder that would be written."""
+    return ["lengths       " + "\n              ".join(draw_lengths(run.order.lengths))]

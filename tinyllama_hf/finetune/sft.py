@@ -1,5 +1,6 @@
 """Supervised fine-tuning with TRL's `SFTTrainer`, on our rendering of conversations."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,11 @@ from ..inference.load import model_folder
 from ..progress import quiet_bitsandbytes
 from ..tokenization_tinyllama import load_tokenizer
 from .config import FinetuneConfig
+from .conversation_sources import SourceSummary
 from .conversations import (
-    Conversation,
+    RenderedConversations,
     TrainingExample,
-    read_conversations,
+    read_sources,
     render_all,
     split_conversations,
     write_rows,
@@ -51,16 +53,14 @@ class FinetuneRun(OpenedRun):
     """A run on conversations.
 
     Attributes:
-        train (`list[TrainingExample]`): rendered conversations to train on.
-        held_out (`list[TrainingExample]`): rendered conversations to evaluate on.
-        held_out_conversations (`list[Conversation]`): the same as messages.
-        num_dropped (`int`): conversations that are longer than `data.max_length`.
+        sources (`list[SourceSummary]`): what was read.
+        train (`RenderedConversations`): to train on.
+        held_out (`RenderedConversations`): to evaluate on.
     """
 
-    train: list[TrainingExample]
-    held_out: list[TrainingExample]
-    held_out_conversations: list[Conversation]
-    num_dropped: int
+    sources: list[SourceSummary]
+    train: RenderedConversations
+    held_out: RenderedConversations
 
     def rows(self) -> "Dataset":
         """Returns the forward passes in the order of training, which are put together when they are read."""
@@ -72,7 +72,7 @@ class FinetuneRun(OpenedRun):
         return Dataset.from_dict({"conversations": rows}).with_transform(self._join)
 
     def _join(self, batch: dict[str, list[list[int]]]) -> dict[str, list[Any]]:
-        rows = [joined_row([self.train[number] for number in numbers]) for numbers in batch["conversations"]]
+        rows = [joined_row([self.train.examples[number] for number in numbers]) for numbers in batch["conversations"]]
         return {name: [row[name] for row in rows] for name in rows[0]}
 
     def make_trainer(
@@ -104,7 +104,7 @@ class FinetuneRun(OpenedRun):
     def evaluate(self, model: PreTrainedModel) -> dict[str, float]:
         """Returns the loss of the held-out replies. All processes must call it."""
         state = processes()
-        total, count = summed_reply_loss(model.eval(), self.held_out[state.process_index :: state.num_processes])
+        total, count = summed_reply_loss(model.eval(), self.held_out.examples[state.process_index :: state.num_processes])
         sums = torch.tensor([total, count], dtype=torch.float64, device=model.device)
         if state.num_processes > 1:
             dist.all_reduce(sums)
@@ -116,9 +116,9 @@ class FinetuneRun(OpenedRun):
         The share is that of the first 20 held-out conversations whose prompts leave room for a reply, if any do.
         """
         room = model.config.max_position_embeddings - MAX_NEW_TOKENS
-        prompts = [c.messages[:-1] for c in self.held_out_conversations if c.messages[-1]["role"] == "assistant"]
+        prompts = [c.messages[:-1] for c in self.held_out.conversations if c.messages[-1]["role"] == "assistant"]
         fitting = [p for p in prompts if len(render(self.tokenizer, p, add_generation_prompt=True).input_ids) <= room]
-        scores = {"held_out_loss": reply_loss(model, self.held_out)}
+        scores = {"held_out_loss": reply_loss(model, self.held_out.examples)}
         if fitting:
             replies = generate_replies(model, self.tokenizer, fitting[:20], MAX_NEW_TOKENS)
             scores["stop_rate"] = stop_rate(replies, self.tokenizer.eos_token_id)
@@ -128,10 +128,10 @@ class FinetuneRun(OpenedRun):
         """Returns the counts of conversations, for `provenance.json`."""
         return {
             "conversations": {
-                "source": self.config.data.conversations,
-                "train": len(self.train),
-                "held_out": len(self.held_out),
-                "dropped": self.num_dropped,
+                "source": ", ".join(source.path for source in self.config.data.conversations),
+                "train": len(self.train.examples),
+                "held_out": len(self.held_out.examples),
+                "dropped": (self.train.dropped + self.held_out.dropped).total(),
             }
         }
 
@@ -184,32 +184,43 @@ def open_run(config: FinetuneConfig, overwrite: bool = False) -> FinetuneRun:
     add_tokens(tokenizer, config)
     template = choose_template(tokenizer, config.chat.template, config.model.path)
     context = AutoConfig.from_pretrained(base, trust_remote_code=False).max_position_embeddings
-    config, max_length = _complete(config, context)
+    max_length = config.data.max_length or context
     if max_length > context:
         raise InputError(f"data.max_length: {max_length} is longer than the model's context of {context}. Lower it")
     tokenizer.model_max_length = context  # saved with the model
-    conversations = read_conversations(config.data.conversations)
-    parts = split_conversations(conversations, config.data.validation_fraction)
-    drop = config.data.overlong == "drop"
-    train, held_out = (render_all(tokenizer, part, max_length, drop) for part in parts)
-    if not train or not held_out:
+    if config.training.precision == "auto":
+        training = config.training.model_copy(update={"precision": choose_precision()})
+        config = config.model_copy(update={"training": training})
+    data = read_sources(config.data.conversations, config.data.invalid)
+    parts = split_conversations(data.conversations, config.data.validation_fraction)
+    show = processes().is_main_process
+    train, held_out = (render_all(tokenizer, part, max_length, config.data.too_long, show) for part in parts)
+    if not train.examples or not held_out.examples:
         raise InputError(f"data.max_length: {max_length} drops all conversations. Raise it")
-    training, lengths = config.training, [len(example.input_ids) for example in train]
-    steps = training_steps([len(train)], [1.0], training.epochs, training.sequences_per_step, training.seed)
+    longest = config.data.max_length or max(train.max_length, held_out.max_length)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"max_length": longest})})
     return FinetuneRun(
         config=config,
         output=output,
         base=base,
         tokenizer=tokenizer,
         template=template,
-        order=TrainingOrder(steps, lengths, rows_per_step(config), training.packing),
-        settings=run_settings(config, base, tokenizer, [train, held_out]),
-        held_out_rows=write_rows(parts[1]),
+        order=_order(config, train),
+        settings=run_settings(config, base, tokenizer, [train.examples, held_out.examples]),
+        held_out_rows=write_rows(held_out.conversations),
+        sources=data.sources,
         train=train,
         held_out=held_out,
-        held_out_conversations=parts[1],
-        num_dropped=len(conversations) - len(train) - len(held_out),
     )
+
+
+def _order(config: FinetuneConfig, train: RenderedConversations) -> TrainingOrder:
+    training, sources = config.training, config.data.conversations
+    numbers = Counter(conversation.source for conversation in train.conversations)  # in the order of the sources
+    sizes, weights = [numbers[i] for i in range(len(sources))], [source.weight for source in sources]
+    steps = training_steps(sizes, weights, training.epochs, training.sequences_per_step, training.seed)
+    lengths = [len(example.input_ids) for example in train.examples]
+    return TrainingOrder(steps, lengths, rows_per_step(config), training.packing)
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerFast, config: FinetuneConfig) -> None:
@@ -230,12 +241,3 @@ def add_tokens(tokenizer: PreTrainedTokenizerFast, config: FinetuneConfig) -> No
             f"{config.adapter.kind} does not train. Set adapter.modules_to_save to embed_tokens,lm_head"
         )
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True)
-
-
-def _complete(config: FinetuneConfig, context: int) -> tuple[FinetuneConfig, int]:
-    """Replaces the values that depend on model and machine; returns also the longest conversation."""
-    max_length, training = config.data.max_length or min(context, 2048), config.training
-    if training.precision == "auto":
-        training = training.model_copy(update={"precision": choose_precision()})
-    data = config.data.model_copy(update={"max_length": max_length})
-    return config.model_copy(update={"data": data, "training": training}), max_length
