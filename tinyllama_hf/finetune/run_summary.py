@@ -20,12 +20,18 @@ def summary_lines(run: FinetuneRun) -> list[str]:
         f"conversations {len(run.train):,} for training, {len(run.held_out):,} held out{dropped}",
         f"tokens        {tokens:,} per epoch, {with_loss:,} with loss ({with_loss / tokens:.0%}: replies and stop "
         "tokens)",
-        *run_lines(run),
+        *run_lines(run, "sequences", _padding(run)),
     ]
 
 
-def run_lines(run: OpenedRun) -> list[str]:
-    """Returns lines with model, template, steps and batches."""
+def run_lines(run: OpenedRun, what: str, padding: str) -> list[str]:
+    """Returns lines with model, template, steps and batches.
+
+    Args:
+        run (`OpenedRun`): what to train.
+        what (`str`): what a step consists of.
+        padding (`str`): describes the forward passes.
+    """
     config, training = run.config, run.config.training
     kind = config.adapter.kind
     adapter = "all weights" if kind == "full" else f"{_ADAPTERS[kind]} of rank {config.adapter.rank}"
@@ -34,8 +40,8 @@ def run_lines(run: OpenedRun) -> list[str]:
     lines = [
         f"model         {run.base}, {adapter}, {training.precision}",
         f"template      {run.template}",
-        f"steps         {steps:,} of {training.sequences_per_step} sequences, {training.epochs:g} epochs; {number} "
-        f"process{'es' * (number > 1)} x {batches}; {_padding(run)}",
+        f"steps         {steps:,} of {training.sequences_per_step} {what}, {training.epochs:g} epochs; {number} "
+        f"process{'es' * (number > 1)} x {batches}; {padding}",
         f"evaluation    of held-out data every {run.intervals['evaluation']:,} steps, checkpoints every "
         f"{run.intervals['checkpoints']:,}; the {config.evaluation.keep} model is kept",
     ]
@@ -48,7 +54,7 @@ def run_lines(run: OpenedRun) -> list[str]:
     return lines + config.describe_defaults()
 
 
-def _padding(run: OpenedRun) -> str:
+def _padding(run: FinetuneRun) -> str:
     """Returns the share of padding that remains, or that packing saves."""
     lengths = run.order.lengths
     rows = [[lengths[number] for number in row] for row in run.order.rows()]

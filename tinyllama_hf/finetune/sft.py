@@ -1,22 +1,15 @@
 """Supervised fine-tuning with TRL's `SFTTrainer`, on our rendering of conversations."""
 
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig, PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer
 
-from ..chat.templates import choose_template
-from ..devices import choose_precision
-from ..errors import InputError, require
-from ..inference.load import model_folder
-from ..progress import quiet_bitsandbytes
-from ..tokenization_tinyllama import load_tokenizer
-from .config import FinetuneConfig
+from ..errors import InputError
+from .config import ConversationConfig
 from .conversations import (
     Conversation,
     TrainingExample,
@@ -25,13 +18,14 @@ from .conversations import (
     split_conversations,
     write_rows,
 )
+from .opened_base import open_base
 from .packed_rows import packed_attention_name
 from .replies import reply_loss, summed_reply_loss
 from .run_callback import RunCallback
 from .run_checkpoints import RunState
-from .trainer import OpenedRun, TrainedModel, check_machine, processes, rows_per_step, run_settings, train
+from .trainer import OpenedRun, TrainedModel, processes, rows_per_step, run_settings, train
 from .training_order import TrainingOrder, training_steps
-from .tuned_folder import check_run_folder, write_tuned_folder
+from .tuned_folder import write_tuned_folder
 
 
 if TYPE_CHECKING:
@@ -50,6 +44,7 @@ class FinetuneRun(OpenedRun):
         num_dropped (`int`): conversations that are longer than `data.max_length`.
     """
 
+    config: ConversationConfig
     train: list[TrainingExample]
     held_out: list[TrainingExample]
     held_out_conversations: list[Conversation]
@@ -138,32 +133,24 @@ def finetune_run(run: FinetuneRun, overwrite: bool = False) -> None:
     """
 
     def finish(model: TrainedModel, state: RunState) -> None:
-        evaluate = partial(reply_loss, examples=run.held_out)
-        after = write_tuned_folder(run, model, state, run.record(), evaluate)
+        def evaluate(model: PreTrainedModel) -> dict[str, float]:
+            return {"validation_loss": reply_loss(model, run.held_out)}
+
+        before = {"validation_loss": state.losses[0]}
+        after = write_tuned_folder(run, model, state, run.record(), before, evaluate)["validation_loss"]
         print(f"held-out loss {after:.3f} nats per token, before training {state.losses[0]:.3f}")
 
     train(run, run.make_trainer, run.evaluate, finish, overwrite)
 
 
-def open_run(config: FinetuneConfig, overwrite: bool = False) -> FinetuneRun:
+def open_run(config: ConversationConfig, overwrite: bool = False) -> FinetuneRun:
     """Checks a recipe and loads tokenizer and conversations. Writes nothing.
 
     Raises:
         InputError: if model, template, conversations or output cannot be used, or a package is not installed.
     """
-    quiet_bitsandbytes()  # which peft imports
-    require("trl", "finetune", "fine-tuning")
-    require("peft", "finetune", "fine-tuning")
-    check_machine(config)
-    output = check_run_folder(Path(config.output_dir), overwrite)
-    base = model_folder(config.model.path)
-    tokenizer = load_tokenizer(base)
-    template = choose_template(tokenizer, config.chat.template, config.model.path)
-    context = AutoConfig.from_pretrained(base, trust_remote_code=False).max_position_embeddings
-    config, max_length = _complete(config, context)
-    if max_length > context:
-        raise InputError(f"data.max_length: {max_length} is longer than the model's context of {context}. Lower it")
-    tokenizer.model_max_length = context  # saved with the model
+    opened = open_base(config, overwrite)
+    config, tokenizer, max_length = opened.config, opened.tokenizer, opened.max_length
     conversations = read_conversations(config.data.conversations)
     parts = split_conversations(conversations, config.data.validation_fraction)
     drop = config.data.overlong == "drop"
@@ -174,24 +161,15 @@ def open_run(config: FinetuneConfig, overwrite: bool = False) -> FinetuneRun:
     steps = training_steps([len(train)], [1.0], training.epochs, training.sequences_per_step, training.seed)
     return FinetuneRun(
         config=config,
-        output=output,
-        base=base,
+        output=opened.output,
+        base=opened.base,
         tokenizer=tokenizer,
-        template=template,
+        template=opened.template,
         order=TrainingOrder(steps, lengths, rows_per_step(config), training.packing),
-        settings=run_settings(config, base, tokenizer, [train, held_out]),
+        settings=run_settings(config, opened.base, tokenizer, [train, held_out]),
         held_out_rows=write_rows(parts[1]),
         train=train,
         held_out=held_out,
         held_out_conversations=parts[1],
         num_dropped=len(conversations) - len(train) - len(held_out),
     )
-
-
-def _complete(config: FinetuneConfig, context: int) -> tuple[FinetuneConfig, int]:
-    """Replaces the values that depend on model and machine; returns also the longest conversation."""
-    max_length, training = config.data.max_length or min(context, 2048), config.training
-    if training.precision == "auto":
-        training = training.model_copy(update={"precision": choose_precision()})
-    data = config.data.model_copy(update={"max_length": max_length})
-    return config.model_copy(update={"data": data, "training": training}), max_length

@@ -48,8 +48,9 @@ def write_tuned_folder(
     trained: TrainedModel,
     state: RunState,
     data_record: dict[str, Any],
-    evaluate: Callable[[PreTrainedModel], float],
-) -> float:
+    before: dict[str, float],
+    evaluate: Callable[[PreTrainedModel], dict[str, float]],
+) -> dict[str, float]:
     """Writes the finished model into the folder of its run.
 
     An adapter is saved to `adapter/`, and merged into the plain weights of the base.
@@ -59,10 +60,11 @@ def write_tuned_folder(
         trained (`TrainedModel`): the trained model.
         state (`RunState`): has the losses.
         data_record (`dict`): describes the data in `provenance.json`.
-        evaluate (`Callable`): returns the held-out loss of the finished model, which is loaded again.
+        before (`dict[str, float]`): `validation_loss`, and possibly more, before training.
+        evaluate (`Callable`): returns the same of the finished model, which is loaded again.
 
     Returns:
-        The held-out loss of the finished model.
+        What `evaluate` returned.
 
     Raises:
         InputError: if that loss is not finite.
@@ -71,7 +73,7 @@ def write_tuned_folder(
         _save_weights(run, trained, folder)
         run.tokenizer.save_pretrained(folder)
         after = evaluate(load_stock(folder)[0])
-        if not math.isfinite(after):
+        if not math.isfinite(after["validation_loss"]):
             raise InputError(
                 f"training.learning_rate: {run.config.training.learning_rate}: after training, the loss of held-out "
                 "data is not finite. Lower it"
@@ -81,7 +83,10 @@ def write_tuned_folder(
             **data_record,
             steps=max(state.losses),
             kept_step=_kept_step(run, state),
-            held_out_loss={"before": state.losses[0], "after": after},
+            **{
+                name.replace("validation", "held_out"): {"before": before[name], "after": after[name]}
+                for name in before
+            },
         )
         write_json(folder / _RECORD_FILE, record)
     return after
