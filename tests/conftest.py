@@ -137,7 +137,7 @@ def assert_recipe_is_complete(path: Path, config) -> None:
     for section, values in config.model_dump(mode="json", by_alias=True).items():
         assert section in written, f"{section} is missing"
         assert not isinstance(values, dict) or set(values) == set(written[section]), f"{section} is not complete"
-    script = "sft.py" if path.parent.name == "sft" else "pretrain.py"
+    script = f"{path.parent.name}.py" if path.parent.name in ("sft", "dpo") else "pretrain.py"
     assert f"recipes/{script} {path.relative_to(ROOT)}" in path.read_text()
 
 

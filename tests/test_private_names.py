@@ -144,6 +144,8 @@ USED: dict[str, tuple[str, ...]] = {
     "accelerate.state.AcceleratorState._reset_state": ("pretrain/launch.py",),
     "accelerate.state.PartialState": ("pretrain/launch.py",),
     "accelerate.state.PartialState._shared_state": ("pretrain/launch.py",),
+    # trl
+    "trl.DPOTrainer._prepare_dataset": ("finetune/dpo.py",),
     # bitsandbytes
     "bitsandbytes.functional._convert_weight_packed_for_cpu": ("quantization/repacking.py",),
     "bitsandbytes.functional._convert_weight_packed_for_cpu_inverse": ("quantization/repacking.py",),

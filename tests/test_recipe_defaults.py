@@ -11,7 +11,7 @@ from tests.pretrain.runs import exact_rows, read_metrics, run
 from tinyllama_hf import TinyLlamaConfig
 from tinyllama_hf.data.config import load_prepare_config
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.finetune.config import load_finetune_config
+from tinyllama_hf.finetune.config import load_finetune_config, load_preference_config
 from tinyllama_hf.pretrain.config import load_pretrain_config
 from tinyllama_hf.pretrain.setup import build_model, check_initial_model, describe_recipe, open_pretrain_run
 
@@ -20,6 +20,7 @@ LOADERS = {
     "pretrain": load_pretrain_config,
     "demo": load_pretrain_config,
     "sft": load_finetune_config,
+    "dpo": load_preference_config,
     "data": load_prepare_config,
 }
 BUNDLED = [path for folder in LOADERS for path in sorted((ROOT / "recipes" / folder).glob("*.yaml"))]
@@ -32,6 +33,7 @@ SUBJECT = {
     "data.sources",
     "data.mixture_changes",
     "data.conversations",
+    "data.preferences",
     "training.total_tokens",
     "adapter.kind",
     "tokenizer",
@@ -74,7 +76,7 @@ def test_a_bundled_recipe_names_the_values_that_are_not_the_defaults(path, tmp_p
     assert set(re.split(r"[,\s]+", listed[1]) if listed else ()) == differing
 
 
-@pytest.mark.parametrize("name", ["pretrain", "sft", "data"])
+@pytest.mark.parametrize("name", ["pretrain", "sft", "dpo", "data"])
 def test_the_page_has_every_key_with_its_default(name, tmp_path):
     """The tables of docs/recipes.md, against the schema; a default that follows from other keys is described there."""
     page = (ROOT / "docs" / "recipes.md").read_text()
@@ -93,6 +95,7 @@ def test_the_page_has_every_key_with_its_default(name, tmp_path):
 BUNDLED_OF = {
     "pretrain": ROOT / "recipes/pretrain/tinyllama-1.1b.yaml",
     "sft": ROOT / "recipes/sft/full.yaml",
+    "dpo": ROOT / "recipes/dpo/lora.yaml",
     "data": ROOT / "recipes/data/slimpajama.yaml",
 }
 

@@ -6,7 +6,7 @@ from transformers import set_seed
 
 from tests.conftest import ROOT, assert_recipe_is_complete
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.finetune.config import load_finetune_config
+from tinyllama_hf.finetune.config import load_finetune_config, load_preference_config
 
 
 RECIPES = sorted((ROOT / "recipes" / "sft").glob("*.yaml"))
@@ -17,9 +17,30 @@ def test_every_recipe_is_valid_complete_and_says_how_to_run_it(path):
     assert_recipe_is_complete(path, load_finetune_config(path))
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "dpo").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_recipe_for_preferences_too(path):
+    assert_recipe_is_complete(path, load_preference_config(path))
+
+
+@pytest.mark.parametrize(("kind", "rate"), [("full", 5e-7), ("lora", 5e-6), ("qlora", 5e-6)])
+def test_the_learning_rate_of_preferences(kind, rate, tmp_path):
+    short = {"model": {"path": "x"}, "data": {"preferences": "y"}, "adapter": {"kind": kind}}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(short))
+    config = load_preference_config(tmp_path / "a.yaml")
+    assert (config.training.learning_rate, config.training.epochs) == (rate, 1)
+
+
+def test_preferences_are_not_packed():
+    path = ROOT / "recipes" / "dpo" / "lora.yaml"
+    with pytest.raises(InputError, match=r"training.packing: unknown key"):
+        load_preference_config(path, ["training.packing=true"])
+    with pytest.raises(InputError, match=r"preference.loss: 'kto': input should be 'sigmoid', 'ipo' or 'hinge'"):
+        load_preference_config(path, ["preference.loss=kto"])
+
+
 def test_full_and_lora():
     adapters = {path.stem: load_finetune_config(path).adapter for path in RECIPES}
-    assert {name: adapter.kind for name, adapter in adapters.items()} == {"full": "full", "lora": "lora"}
+    assert (adapters["full"].kind, adapters["lora"].kind) == ("full", "lora")
     assert adapters["lora"].rank == 8
 
 

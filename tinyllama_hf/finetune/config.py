@@ -59,13 +59,25 @@ def _as_list(value: Any) -> Any:
 
 
 class DataSection(Section):
-    """The conversations, those that are held out, and what happens to rows that are invalid or too long."""
+    """What is held out, and what happens to rows that are invalid or too long."""
 
-    conversations: Annotated[list[ConversationSource], Field(min_length=1), BeforeValidator(_as_list)]
     validation_fraction: float = Field(default=0.1, gt=0, lt=1)
     max_length: int | None = Field(default=None, ge=8)  # by default the longest conversation, at most the context
     too_long: Literal["error", "drop", "truncate"] = "error"
     invalid: Literal["error", "drop"] = "error"
+
+
+class ConversationDataSection(DataSection):
+    """The conversations."""
+
+    conversations: Annotated[list[ConversationSource], Field(min_length=1), BeforeValidator(_as_list)]
+
+
+class PreferenceDataSection(DataSection):
+    """The preferences."""
+
+    too_long: Literal["error", "drop"] = "error"
+    preferences: Annotated[list[ConversationSource], Field(min_length=1), BeforeValidator(_as_list)]
 
 
 class AdapterSection(Section):
@@ -88,7 +100,6 @@ class TrainingSection(Section):
     warmup_steps: int = Field(default=10, ge=0)
     sequences_per_step: int = Field(default=16, gt=0)
     micro_batch_size: int = Field(gt=0)
-    packing: bool = True
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     weight_decay: float = Field(default=0.0, ge=0)
     gradient_clip: float = Field(default=1.0, gt=0)
@@ -97,6 +108,25 @@ class TrainingSection(Section):
     kernels: Literal["none", "liger"] = "none"
     neftune_alpha: float | None = Field(default=None, gt=0)
     seed: int = Field(default=3407, ge=0, lt=2**32)  # transformers.set_seed (5.23) seeds numpy, which accepts 32 bits
+
+
+class ConversationTrainingSection(TrainingSection):
+    """The same, with packing."""
+
+    packing: bool = True
+
+
+class PreferenceTrainingSection(TrainingSection):
+    """The same, for one epoch. A sequence is a pair, with both replies."""
+
+    epochs: float = Field(default=1, gt=0)
+
+
+class PreferenceSection(Section):
+    """The loss of direct preference optimization (DPO)."""
+
+    beta: float = Field(default=0.1, gt=0)
+    loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
 
 
 class EvaluationSection(Section):
@@ -122,7 +152,7 @@ class LoggingSection(Section):
 
 
 class FinetuneConfig(RecipeFile):
-    """A fine-tuning recipe."""
+    """What all fine-tuning recipes have."""
 
     output_dir: str
     model: ModelSection
@@ -135,18 +165,41 @@ class FinetuneConfig(RecipeFile):
     logging: LoggingSection = LoggingSection()
 
 
-def load_finetune_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> FinetuneConfig:
+class ConversationConfig(FinetuneConfig):
+    """A recipe for supervised fine-tuning."""
+
+    data: ConversationDataSection
+    training: ConversationTrainingSection
+
+
+class PreferenceConfig(FinetuneConfig):
+    """A recipe for preference tuning."""
+
+    data: PreferenceDataSection
+    preference: PreferenceSection = PreferenceSection()
+    training: PreferenceTrainingSection
+
+
+def load_finetune_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> ConversationConfig:
     """Reads a recipe, applies `section.key=value` overrides, and fills in what it leaves out. See [`read_recipe`]."""
-    return read_recipe(FinetuneConfig, path, overrides, _contradictions, partial(_fill_in, name=Path(path).stem))
+    fill_in = partial(_fill_in, name=Path(path).stem, rates=(2e-5, 2e-4))
+    return read_recipe(ConversationConfig, path, overrides, _contradictions, fill_in)
 
 
-def _fill_in(recipe: dict[str, Any], name: str) -> None:
+def load_preference_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> PreferenceConfig:
+    """Does the same for preference tuning."""
+    fill_in = partial(_fill_in, name=Path(path).stem, rates=(5e-7, 5e-6))
+    return read_recipe(PreferenceConfig, path, overrides, _contradictions, fill_in)
+
+
+def _fill_in(recipe: dict[str, Any], name: str, rates: tuple[float, float]) -> None:
+    """Fills in what depends on other keys. `rates` are the learning rates of all weights and of an adapter."""
     recipe.setdefault("output_dir", f"runs/{name}")
     adapter = recipe.get("adapter")
     has_adapter = isinstance(adapter, dict) and adapter.get("kind", "full") != "full"
     training = recipe.setdefault("training", {})
     if isinstance(training, dict):
-        training.setdefault("learning_rate", 2e-4 if has_adapter else 2e-5)
+        training.setdefault("learning_rate", rates[has_adapter])
         sequences = training.get("sequences_per_step", 16)
         dividing = isinstance(sequences, int) and next(size for size in (8, 4, 2, 1) if sequences % size == 0)
         training.setdefault("micro_batch_size", dividing or 1)

@@ -10,27 +10,29 @@ from transformers import PreTrainedTokenizerBase
 
 from ..text import decode_text
 from .conversation_sources import SourceSummary
-from .conversations import RenderedConversations, TrainingExample
+from .conversations import TrainingExample
 
 
 _MAX_BARS, _BAR_WIDTH = 12, 40
 
 
-def describe_sources(sources: Sequence[SourceSummary], parts: Sequence[RenderedConversations]) -> list[str]:
+def describe_sources(
+    sources: Sequence[SourceSummary], used: Counter[int], too_long: Counter[int], truncated: Counter[int]
+) -> list[str]:
     """Returns a line per source with its format and counts, and one per reason why rows of it are invalid.
 
     Args:
         sources (`Sequence[SourceSummary]`): what was read.
-        parts (`Sequence[RenderedConversations]`): the rendered conversations, such as those for training and those
-            held out.
+        used (`Counter[int]`): number of conversations for training and held out, by source.
+        too_long (`Counter[int]`): number of those that were left out.
+        truncated (`Counter[int]`): number of those that were truncated.
     """
-    used = Counter(conversation.source for part in parts for conversation in part.conversations)
     lines = []
     for number, source in enumerate(sources):
         counts = {
             "invalid": source.num_invalid,
-            "too long": sum(part.dropped[number] for part in parts),
-            "truncated": sum(part.truncated[number] for part in parts),
+            "too long": too_long[number],
+            "truncated": truncated[number],
         }
         weight = f", weight {source.weight:g}" if source.weight != 1 else ""
         left_out = "".join(f", {count:,} {what}" for what, count in counts.items() if count)

@@ -106,22 +106,29 @@ def reply_loss(model: PreTrainedModel, examples: Sequence[TrainingExample], batc
     return total / count
 
 
-@torch.inference_mode()
 def summed_reply_loss(
     model: PreTrainedModel, examples: Sequence[TrainingExample], batch_size: int = 16
 ) -> tuple[float, int]:
     """Returns the summed loss of [`reply_loss`], and the number of tokens."""
-    total, count = 0.0, 0
-    for batch in _batches(sorted(examples, key=lambda example: len(example.input_ids)), batch_size):
+    total = sum(reply_losses(model, examples, batch_size))
+    return total, sum(sum(example.assistant_masks[1:]) for example in examples)
+
+
+@torch.inference_mode()
+def reply_losses(model: PreTrainedModel, examples: Sequence[TrainingExample], batch_size: int = 16) -> list[float]:
+    """Returns for each conversation the summed negative log-likelihood of its tokens with loss, in nats."""
+    losses = [0.0] * len(examples)
+    for numbers in _batches(sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids)), batch_size):
         # Padded on the right: with causal attention, no token with loss attends to padding.
-        ids = pad_sequence([torch.tensor(example.input_ids) for example in batch], batch_first=True)
-        masks = [torch.tensor(example.assistant_masks, dtype=torch.bool) for example in batch]
+        ids = pad_sequence([torch.tensor(examples[i].input_ids) for i in numbers], batch_first=True)
+        masks = [torch.tensor(examples[i].assistant_masks, dtype=torch.bool) for i in numbers]
         has_loss = pad_sequence(masks, batch_first=True)
         ids, has_loss = ids.to(model.device), has_loss[:, 1:].to(model.device)
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits[has_loss].float()
-        total += torch.nn.functional.cross_entropy(logits, ids[:, 1:][has_loss], reduction="sum").item()
-        count += int(has_loss.sum())
-    return total, count
+        tokens = torch.nn.functional.cross_entropy(logits, ids[:, 1:][has_loss], reduction="none")
+        for i, own in zip(numbers, tokens.cpu().split(has_loss.sum(1).tolist()), strict=True):
+            losses[i] = own.double().sum().item()
+    return losses
 
 
 @torch.inference_mode()

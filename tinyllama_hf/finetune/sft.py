@@ -3,22 +3,16 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from transformers import AddedToken, AutoConfig, PreTrainedModel, PreTrainedTokenizerFast, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from ..chat.render import render
-from ..chat.templates import choose_template
-from ..devices import choose_precision
-from ..errors import InputError, require
+from ..errors import InputError
 from ..evaluation.score_metrics import stop_rate
-from ..inference.load import model_folder
-from ..progress import quiet_bitsandbytes
-from ..tokenization_tinyllama import load_tokenizer
-from .config import FinetuneConfig
+from .config import ConversationConfig
 from .conversation_sources import SourceSummary
 from .conversations import (
     RenderedConversations,
@@ -28,13 +22,13 @@ from .conversations import (
     split_conversations,
     write_rows,
 )
+from .opened_base import open_base
 from .packed_rows import packed_attention_name
 from .replies import MAX_NEW_TOKENS, generate_replies, reply_loss, summed_reply_loss
-from .run_callback import RunCallback
 from .run_checkpoints import RunState
-from .trainer import OpenedRun, TrainedModel, check_machine, processes, rows_per_step, run_settings, train
+from .trainer import OpenedRun, TrainedModel, processes, rows_per_step, run_settings, train
 from .training_order import TrainingOrder, training_steps
-from .tuned_folder import check_run_folder, write_tuned_folder
+from .tuned_folder import write_tuned_folder
 
 
 if TYPE_CHECKING:
@@ -58,6 +52,7 @@ class FinetuneRun(OpenedRun):
         held_out (`RenderedConversations`): to evaluate on.
     """
 
+    config: ConversationConfig
     sources: list[SourceSummary]
     train: RenderedConversations
     held_out: RenderedConversations
@@ -69,9 +64,10 @@ class FinetuneRun(OpenedRun):
         rows = self.order.rows()
         if not self.order.packing:  # the trainer pads each `micro_batch_size` of them
             rows = [[number] for row in rows for number in row]
-        return Dataset.from_dict({"conversations": rows}).with_transform(self._join)
+        return Dataset.from_dict({"conversations": rows}).with_transform(self.join)
 
-    def _join(self, batch: dict[str, list[list[int]]]) -> dict[str, list[Any]]:
+    def join(self, batch: dict[str, list[list[int]]]) -> dict[str, list[Any]]:
+        """Returns rows for the numbers of their conversations, in the form of TRL. See [`joined_row`]."""
         rows = [joined_row([self.train.examples[number] for number in numbers]) for numbers in batch["conversations"]]
         return {name: [row[name] for row in rows] for name in rows[0]}
 
@@ -80,7 +76,7 @@ class FinetuneRun(OpenedRun):
         arguments: dict[str, Any],
         model: PreTrainedModel,
         adapter: "LoraConfig | None",
-        callback: RunCallback,
+        callbacks: list[TrainerCallback],
     ) -> Trainer:
         """Returns TRL's trainer. See `MakeTrainer`."""
         from trl import SFTConfig, SFTTrainer
@@ -98,13 +94,14 @@ class FinetuneRun(OpenedRun):
             train_dataset=self.rows(),
             processing_class=self.tokenizer,
             peft_config=adapter,
-            callbacks=[callback],
+            callbacks=callbacks,
         )
 
     def evaluate(self, model: PreTrainedModel) -> dict[str, float]:
         """Returns the loss of the held-out replies. All processes must call it."""
         state = processes()
-        total, count = summed_reply_loss(model.eval(), self.held_out.examples[state.process_index :: state.num_processes])
+        own = self.held_out.examples[state.process_index :: state.num_processes]
+        total, count = summed_reply_loss(model.eval(), own)
         sums = torch.tensor([total, count], dtype=torch.float64, device=model.device)
         if state.num_processes > 1:
             dist.all_reduce(sums)
@@ -168,29 +165,14 @@ def finetune_run(run: FinetuneRun, overwrite: bool = False) -> None:
     train(run, run.make_trainer, run.evaluate, finish, overwrite)
 
 
-def open_run(config: FinetuneConfig, overwrite: bool = False) -> FinetuneRun:
+def open_run(config: ConversationConfig, overwrite: bool = False) -> FinetuneRun:
     """Checks a recipe and loads tokenizer and conversations. Writes nothing.
 
     Raises:
         InputError: if model, template, conversations or output cannot be used, or a package is not installed.
     """
-    quiet_bitsandbytes()  # which peft imports
-    require("trl", "finetune", "fine-tuning")
-    require("peft", "finetune", "fine-tuning")
-    check_machine(config)
-    output = check_run_folder(Path(config.output_dir), overwrite)
-    base = model_folder(config.model.path)
-    tokenizer = load_tokenizer(base)
-    add_tokens(tokenizer, config)
-    template = choose_template(tokenizer, config.chat.template, config.model.path)
-    context = AutoConfig.from_pretrained(base, trust_remote_code=False).max_position_embeddings
-    max_length = config.data.max_length or context
-    if max_length > context:
-        raise InputError(f"data.max_length: {max_length} is longer than the model's context of {context}. Lower it")
-    tokenizer.model_max_length = context  # saved with the model
-    if config.training.precision == "auto":
-        training = config.training.model_copy(update={"precision": choose_precision()})
-        config = config.model_copy(update={"training": training})
+    opened = open_base(config, overwrite)
+    config, tokenizer, max_length = opened.config, opened.tokenizer, opened.max_length
     data = read_sources(config.data.conversations, config.data.invalid)
     parts = split_conversations(data.conversations, config.data.validation_fraction)
     show = processes().is_main_process
@@ -201,12 +183,12 @@ def open_run(config: FinetuneConfig, overwrite: bool = False) -> FinetuneRun:
     config = config.model_copy(update={"data": config.data.model_copy(update={"max_length": longest})})
     return FinetuneRun(
         config=config,
-        output=output,
-        base=base,
+        output=opened.output,
+        base=opened.base,
         tokenizer=tokenizer,
-        template=template,
+        template=opened.template,
         order=_order(config, train),
-        settings=run_settings(config, base, tokenizer, [train.examples, held_out.examples]),
+        settings=run_settings(config, opened.base, tokenizer, [train.examples, held_out.examples]),
         held_out_rows=write_rows(held_out.conversations),
         sources=data.sources,
         train=train,
@@ -214,30 +196,10 @@ def open_run(config: FinetuneConfig, overwrite: bool = False) -> FinetuneRun:
     )
 
 
-def _order(config: FinetuneConfig, train: RenderedConversations) -> TrainingOrder:
+def _order(config: ConversationConfig, train: RenderedConversations) -> TrainingOrder:
     training, sources = config.training, config.data.conversations
     numbers = Counter(conversation.source for conversation in train.conversations)  # in the order of the sources
     sizes, weights = [numbers[i] for i in range(len(sources))], [source.weight for source in sources]
     steps = training_steps(sizes, weights, training.epochs, training.sequences_per_step, training.seed)
     lengths = [len(example.input_ids) for example in train.examples]
     return TrainingOrder(steps, lengths, rows_per_step(config), training.packing)
-
-
-def add_tokens(tokenizer: PreTrainedTokenizerFast, config: FinetuneConfig) -> None:
-    """Adds the new control tokens of a recipe to a tokenizer.
-
-    Raises:
-        InputError: if there are none to add, or the adapter would not train their rows.
-    """
-    new = config.model.new_tokens
-    if known := [token for token in new if token in tokenizer.get_vocab()]:
-        raise InputError(
-            f"model.new_tokens: {known[0]!r} is in the vocabulary of {config.model.path} already. Remove it"
-        )
-    needed = {"embed_tokens", "lm_head"} - set(config.adapter.modules_to_save)
-    if new and config.adapter.kind != "full" and needed:
-        raise InputError(
-            f"model.new_tokens: {', '.join(new)} need rows in the embeddings, which adapter.kind "
-            f"{config.adapter.kind} does not train. Set adapter.modules_to_save to embed_tokens,lm_head"
-        )
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True)

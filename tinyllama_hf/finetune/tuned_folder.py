@@ -49,6 +49,7 @@ def write_tuned_folder(
     state: RunState,
     data_record: dict[str, Any],
     score: Callable[[PreTrainedModel], dict[str, float]],
+    before: dict[str, float] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Writes the finished model into the folder of its run.
 
@@ -61,6 +62,7 @@ def write_tuned_folder(
         data_record (`dict`): describes the data in `provenance.json`.
         score (`Callable`): returns `held_out_loss`, and possibly more, of a model. Called for the finished model and
             for the base model, which are loaded for it as others load them.
+        before (`dict[str, float]`, *optional*): the scores of the base model, if they are known.
 
     Returns:
         Each score `before` and `after` training.
@@ -77,7 +79,7 @@ def write_tuned_folder(
                 f"training.learning_rate: {run.config.training.learning_rate}: after training, the loss of held-out "
                 "data is not finite. Lower it"
             )
-        before = score(add_token_rows(load_stock(run.base)[0], len(run.tokenizer)))
+        before = before or score(add_token_rows(load_stock(run.base)[0], len(run.tokenizer)))
         scores = {name: {"before": before[name], "after": value} for name, value in after.items()}
         record = provenance.collect(
             **_record(run),
