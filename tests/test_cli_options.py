@@ -298,12 +298,13 @@ CASES = {
     },
     "sft.py {sft} training.seed=77 --overwrite": {
         "tinyllama_hf.finetune.sft.open_run": ("run", {"config.training.seed": 77, "overwrite": True}),
-        "tinyllama_hf.finetune.sft.print_summary": ("printed", {"run": "run", "dry_run": False}),
+        "tinyllama_hf.finetune.run_summary.summary_lines": ("printed", {"run": "run"}),
         "tinyllama_hf.finetune.sft.finetune_run": (None, {"run": "run", "overwrite": True}),
     },
     "sft.py {sft} --dry-run": {
         "tinyllama_hf.finetune.sft.open_run": ("run", {"overwrite": False}),
-        "tinyllama_hf.finetune.sft.print_summary": (None, {"run": "run", "dry_run": True}),
+        "tinyllama_hf.finetune.run_summary.summary_lines": ("printed", {"run": "run"}),
+        "tinyllama_hf.finetune.run_summary.dry_run_lines": (None, {"run": "run"}),
     },
 }
 
