@@ -262,6 +262,12 @@ CASES = {
             },
         ),
     },
+    "merge m a --output new --dtype bf16 --device cpu --overwrite": {
+        "tinyllama_hf.inference.merge.merge_adapter": (
+            None,
+            {"base": "m", "adapter": "a", "output": Path("new"), "dtype": "bf16", "device": "cpu", "overwrite": True},
+        ),
+    },
     "verify x y --text t --tolerance 0.5 --tensors --config c": {
         "tinyllama_hf.conversion.verify.compare_tensors": ([], {"a": "x", "b": "y", "config": Path("c")}),
         "tinyllama_hf.conversion.verify.verify": (

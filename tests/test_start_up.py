@@ -43,6 +43,12 @@ WRONG = {
     "convert llama --to gguf --output x": "--to 'gguf': unknown format; valid: awq, gguf-bf16",
     "convert llama --to awq --output x --calibration /nope": "--calibration /nope: file not found",
     "convert empty --to llama --output llama": "--output llama: already exists",
+    "merge /nope empty --output x": "model '/nope': no such folder",
+    "merge llama /nope --output x": "model '/nope': no such folder",
+    "merge nf4 empty --output x": "model nf4: its weights are quantized",
+    "merge llama empty --output gguf": "--output gguf: already exists. Choose another folder, or pass --overwrite",
+    "merge llama empty --output x --dtype fp8": "--dtype 'fp8': unknown type; use auto, fp32, bf16, fp16",
+    "merge llama empty --output x --device gpu": "--device 'gpu': unknown device",
     "verify empty /nope": "model '/nope': no such folder",
     "eval text /nope": "model '/nope': no such folder",
     "eval text empty --watch --every 0": "--every 0.0: must be above 0",
@@ -99,6 +105,8 @@ def outcomes(tmp_path_factory):
     (folder / "llama").mkdir()
     (folder / "llama" / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 3}')
     (folder / "llama" / "model.safetensors").touch()
+    (folder / "nf4").mkdir()
+    (folder / "nf4" / "config.json").write_text('{"model_type": "llama", "quantization_config": {}}')
     (folder / "gguf").mkdir()
     (folder / "gguf" / "model-q8_0.gguf").write_bytes(b"GGUF")
     command = [sys.executable, "-c", RUN.format(recipes=str(ROOT / "recipes"))]

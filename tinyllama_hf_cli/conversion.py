@@ -1,11 +1,11 @@
-"""`tinyllama-hf convert` and `tinyllama-hf verify`."""
+"""`tinyllama-hf convert`, `tinyllama-hf merge` and `tinyllama-hf verify`."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .loading import import_libraries
+from .loading import DEVICE, MODEL, import_libraries
 
 
 _SOURCE = Annotated[
@@ -47,8 +47,6 @@ def convert_command(
 
     Example: tinyllama-hf convert lit_model.pth --to llama --output my-model
     """
-    import signal
-    import sys
     import time
 
     from tinyllama_hf.conversion.arguments import DTYPES, check_arguments, check_output
@@ -65,8 +63,7 @@ def convert_command(
     from tinyllama_hf.conversion.verify import check_sanity
     from tinyllama_hf.progress import quiet_library_bars
 
-    for number in (signal.SIGTERM, signal.SIGHUP):  # like Ctrl-C: unwind, so that the unfinished output is removed
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    _end_on_signals()
     quiet_library_bars()
     losses: list[float] = []
     started = time.monotonic()
@@ -98,6 +95,55 @@ def convert_command(
         )
     for line in done.next_lines:
         print(line)
+
+
+def _end_on_signals() -> None:
+    """Ends at SIGTERM and SIGHUP like at Ctrl-C, so that the unfinished output is removed."""
+    import signal
+    import sys
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
+def merge_command(
+    base: MODEL,
+    adapter: Annotated[str, typer.Argument(help="Folder or Hub id of a PEFT adapter trained on this model.")],
+    output: Annotated[Path, typer.Option(help="Folder to write. It is created only when the result is checked.")],
+    dtype: Annotated[str, typer.Option(help="auto (the model's), fp32, bf16 or fp16.")] = "auto",
+    device: DEVICE = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier merge.")] = False,
+) -> None:
+    """Merge an adapter into its base model, with the adapter's tokenizer and chat template; write a Llama folder.
+
+    The sum is computed in fp32 and rounded once. The merged model is loaded again and its logits are compared with
+    those of the base with the adapter on top before the folder gets its name. An adapter that was trained on a model
+    in 4 or 8 bit (QLoRA) is merged into the model that was quantized.
+
+    Example: tinyllama-hf merge step-1431k-3T my-adapter --output my-merged
+    """
+    import time
+
+    from tinyllama_hf.conversion.arguments import DTYPES
+    from tinyllama_hf.devices import check_device, check_dtype
+    from tinyllama_hf.inference.options import check_merge
+
+    check_dtype(dtype, DTYPES)
+    check_device(device)
+    check_merge(base, adapter, output, overwrite)
+    import_libraries()
+    from tinyllama_hf.inference.merge import merge_adapter
+    from tinyllama_hf.progress import quiet_library_bars
+
+    _end_on_signals()
+    quiet_library_bars()
+    started = time.monotonic()
+    merged = merge_adapter(base, adapter, output, dtype=dtype, device=device, overwrite=overwrite)
+    print(f"adapter     {adapter}: trained on {merged.trained_on}, changes the logits by {merged.effect:.2g}")
+    print(f"merged      the logits differ by {merged.difference:.2g} from the adapter on top of {base}")
+    print("            (root mean squares in units of the standard deviation of the logits)")
+    size = sum(path.stat().st_size for path in output.iterdir())
+    print(f"wrote {output}: {merged.dtype}, {size / 1e6:,.1f} MB in {time.monotonic() - started:.1f} s")
 
 
 def verify_command(

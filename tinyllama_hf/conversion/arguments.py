@@ -38,8 +38,14 @@ def check_arguments(to: str, dtype: str, max_shard_size: str, calibration: Seque
             raise InputError(f"--calibration {path}: file not found")
 
 
-def check_output(output: Path, source: str | Path, force: bool) -> None:
-    """Refuses an output folder with contents, unless `force` is set and a conversion wrote it.
+def check_output(
+    output: Path, source: str | Path, force: bool, record: str = "conversion", option: str = "--force"
+) -> None:
+    """Refuses an output folder with contents, unless `force` is set and the same command wrote it.
+
+    Args:
+        record (`str`, *optional*, defaults to `"conversion"`): key of `provenance.json` that only this command writes.
+        option (`str`, *optional*, defaults to `"--force"`): its option that sets `force`, for the messages.
 
     Raises:
         InputError: if the folder cannot be written.
@@ -52,9 +58,9 @@ def check_output(output: Path, source: str | Path, force: bool) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not force:
-        raise InputError(f"--output {output}: already exists. Choose another folder, or pass --force to replace it")
-    record = output / "provenance.json"
-    written = read_json(record) if record.is_file() else None
-    if not isinstance(written, dict) or "conversion" not in written:
+        raise InputError(f"--output {output}: already exists. Choose another folder, or pass {option} to replace it")
+    file = output / "provenance.json"
+    written = read_json(file) if file.is_file() else None
+    if not isinstance(written, dict) or record not in written:
         fix = "Choose another folder, or remove it yourself"
-        raise InputError(f"--output {output}: not written by a conversion, so --force does not replace it. {fix}")
+        raise InputError(f"--output {output}: not written by a {record}, so {option} does not replace it. {fix}")
