@@ -252,6 +252,12 @@ CASES = {
             },
         ),
     },
+    "convert s --to gguf-lora --output new.gguf --base m": {
+        "tinyllama_hf.conversion.convert.convert": (
+            None,
+            {"source": "s", "to": "gguf-lora", "output": Path("new.gguf"), "base": "m"},
+        ),
+    },
     "convert s --to awq --output o --sanity --calibration file --calibration s/config.json": {
         "tinyllama_hf.conversion.convert.convert": (
             None,

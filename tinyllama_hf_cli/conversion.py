@@ -22,10 +22,16 @@ def convert_command(
         str,
         typer.Option(
             help="llama, litgpt, gguf-f32, gguf-f16, gguf-bf16, gguf-q8_0, gguf-q4_0, w4a16 or awq. gguf-q4_k_m and "
-            "other K-quants need llama-quantize of llama.cpp. gptq prints the command of the program that makes it."
+            "other K-quants need llama-quantize of llama.cpp. gptq prints the command of the program that makes it. "
+            "gguf-lora is for a LoRA adapter of PEFT."
         ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder to write. It is created only when the conversion is complete.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            help="Folder to write, for gguf-lora a file. It is created only when the conversion is complete."
+        ),
+    ],
     dtype: Annotated[str, typer.Option(help="auto (keep), fp32, bf16 or fp16; llama and litgpt only.")] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file: 500MB, 2GB, ...")] = "5GB",
     vocab_rows: Annotated[
@@ -34,6 +40,9 @@ def convert_command(
     config: _CONFIG = None,
     calibration: Annotated[
         list[Path] | None, typer.Option(help="Text file for the scales of w4a16 and awq; repeatable.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="gguf-lora: the adapter's base model; default: the one that it names.")
     ] = None,
     sanity: Annotated[
         bool, typer.Option("--sanity", help="First check that the model predicts a bundled text better than chance.")
@@ -49,15 +58,16 @@ def convert_command(
     """
     import time
 
-    from tinyllama_hf.conversion.arguments import DTYPES, check_arguments, check_output
+    from tinyllama_hf.conversion.arguments import DTYPES, check_arguments, check_destination
     from tinyllama_hf.devices import check_dtype
     from tinyllama_hf.errors import InputError
     from tinyllama_hf.released import find_model
 
     check_dtype(dtype, DTYPES)
     find_model(source)
-    check_arguments(to, dtype, max_shard_size, calibration or ())
-    check_output(output, source, force)
+    of_models = {"--vocab-rows": vocab_rows, "--config": config, "--sanity": sanity}
+    check_arguments(to, dtype, max_shard_size, calibration or (), base, of_models)
+    check_destination(to, output, source, force)
     import_libraries()
     from tinyllama_hf.conversion.convert import convert
     from tinyllama_hf.conversion.verify import check_sanity
@@ -77,6 +87,7 @@ def convert_command(
         vocab_rows=vocab_rows,
         config=config,
         calibration=calibration or (),
+        base=base,
         check=check,
         force=force,
         progress=True,
@@ -86,7 +97,7 @@ def convert_command(
         print(f"note        {note}")
     if losses:
         print(f"sanity      loss {losses[0]:.3f} nats per token on the bundled text")
-    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in (output, *output.rglob("*")) if path.is_file())
     print(f"wrote {output}: {done.format}, {size / 1e6:,.1f} MB in {time.monotonic() - started:.1f} s")
     if done.next_lines and to != "gptq":
         raise InputError(
