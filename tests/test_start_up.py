@@ -32,6 +32,7 @@ WRONG = {
     "generate llama/model.safetensors x": "llama/model.safetensors: a file, not a model folder. Give the folder llama",
     "generate llama x --draft /nope": "model '/nope': no such folder",
     "generate llama x --adapter /nope": "model '/nope': no such folder",
+    "generate adapter x": "It is an adapter: give its base model with --adapter adapter, or merge the two",
     "serve /nope": "model '/nope': no such folder",
     "plan /nope": "recipe /nope does not exist",
     f"plan {RECIPE} training.sed=1": "training.sed: unknown key",
@@ -108,6 +109,8 @@ def outcomes(tmp_path_factory):
     (folder / "llama").mkdir()
     (folder / "llama" / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 3}')
     (folder / "llama" / "model.safetensors").touch()
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
     (folder / "nf4").mkdir()
     (folder / "nf4" / "config.json").write_text('{"model_type": "llama", "quantization_config": {}}')
     (folder / "gguf").mkdir()
