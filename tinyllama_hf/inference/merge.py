@@ -27,7 +27,7 @@ from .options import check_merge, check_plain
 
 
 # Largest root mean square of the difference of the logits, in units of their standard deviation, by dtype of the
-# merged weights. A factor of 5 or more above what rounding gives, see tests/inference/test_merge.py.
+# merged weights. Rounding gave at most 2e-6, 0.003 and 0.03 for adapters of stories260K and SmolLM2-135M.
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.1}
 _SAMPLE_TOKENS, _LAST_TOKENS = 256, 8
 _PROVENANCE = "provenance.json"
