@@ -252,6 +252,12 @@ CASES = {
             },
         ),
     },
+    "convert s --to gguf-lora --output new.gguf --base m": {
+        "tinyllama_hf.conversion.convert.convert": (
+            None,
+            {"source": "s", "to": "gguf-lora", "output": Path("new.gguf"), "base": "m"},
+        ),
+    },
     "convert s --to awq --output o --sanity --calibration file --calibration s/config.json": {
         "tinyllama_hf.conversion.convert.convert": (
             None,
@@ -260,6 +266,12 @@ CASES = {
                 "calibration": [Path("file"), Path("s/config.json")],
                 "force": False,
             },
+        ),
+    },
+    "merge m a --output new --dtype bf16 --device cpu --overwrite": {
+        "tinyllama_hf.inference.merge.merge_adapter": (
+            None,
+            {"base": "m", "adapter": "a", "output": Path("new"), "dtype": "bf16", "device": "cpu", "overwrite": True},
         ),
     },
     "verify x y --text t --tolerance 0.5 --tensors --config c": {
