@@ -9,10 +9,8 @@ from transformers import AddedToken, AutoConfig, PreTrainedTokenizerFast
 from ..chat.templates import choose_template
 from ..devices import choose_precision
 from ..errors import InputError, require
-from ..files import read_json
 from ..inference.load import model_folder
 from ..progress import quiet_bitsandbytes
-from ..quantization.quantized_model import saved_quantization
 from ..tokenization_tinyllama import load_tokenizer
 from .config import FinetuneConfig
 from .trainer import check_machine
@@ -50,7 +48,6 @@ def open_base(config: Config, overwrite: bool) -> OpenedBase[Config]:
     check_machine(config)
     output = check_run_folder(Path(config.output_dir), overwrite)
     base = model_folder(config.model.path)
-    _check_is_plain(base)
     tokenizer = load_tokenizer(base)
     add_tokens(tokenizer, config)
     template = choose_template(tokenizer, config.chat.template, config.model.path)
@@ -63,16 +60,6 @@ def open_base(config: Config, overwrite: bool) -> OpenedBase[Config]:
         training = training.model_copy(update={"precision": choose_precision()})
     complete = config.model_copy(update={"training": training})
     return OpenedBase(complete, output, base, tokenizer, template, max_length)
-
-
-def _check_is_plain(base: Path) -> None:
-    """Checks that a base model has plain weights, into which an adapter can be merged."""
-    kind = saved_quantization(read_json(base / "config.json"), str(base))
-    if kind != "none":
-        raise InputError(
-            f"model.path {base}: its weights are quantized ({kind}). Name the plain model; adapter.kind: qlora "
-            "quantizes it while loading"
-        )
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerFast, config: FinetuneConfig) -> None:
