@@ -250,25 +250,14 @@ def train(
         DivergedError: at the first step whose loss or gradient is not finite.
     """
     step, state = find_state(run, overwrite)
+    processes().wait_for_everyone()  # until no process is reading checkpoints that are removed next
     is_main = processes().is_main_process
     with locked(run.output / ".lock", f"output_dir {run.output}") if is_main else contextlib.nullcontext():
         if is_main:
             _prepare_folder(run, step, overwrite)
         processes().wait_for_everyone()
-        tokens = run.order.tokens_after()
-        with Metrics(run.output, tokens[-1], is_main, step) as metrics, StopRequests() as requests:
-            callback = RunCallback(
-                run.output,
-                state,
-                run.intervals,
-                tokens,
-                evaluate,
-                metrics,
-                requests,
-                run.config.checkpoints.keep,
-                run.config.evaluation.patience,
-                after_checkpoint,
-            )
+        with Metrics(run.output, run.order.tokens_after()[-1], is_main, step) as metrics, StopRequests() as requests:
+            callback = RunCallback(run, state, evaluate, metrics, requests, after_checkpoint)
             model = _trained(run, make_trainer, callback, step)
         if is_main:
             finish(model, state)
@@ -295,7 +284,11 @@ def _trained(run: OpenedRun, make_trainer: MakeTrainer, callback: RunCallback, s
     if trackers := run.config.logging.trackers:
         trainer.accelerator.log_with = list(trackers)
         start_trackers(trainer.accelerator, run.config, trackers, run.output, step)
-    trainer.train(resume_from_checkpoint=str(checkpoint_folder(run.output, step)) if step else None)
+    if callback.is_exhausted:  # it was killed while the model was written
+        trainer._load_from_checkpoint(str(checkpoint_folder(run.output, step)))
+        trainer.state.global_step = step
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint_folder(run.output, step)) if step else None)
     done, best = trainer.state.global_step, callback.run_state.best_step
     if callback.signal and done < len(run.order.steps):
         name, folder = signal.Signals(callback.signal).name, checkpoint_folder(run.output, done)
