@@ -81,7 +81,7 @@ def test_stopped_and_resumed_it_equals_the_uninterrupted_run(recipe, signal_at, 
     finetune(config)
     assert_equal(weights(folder), expected)
     assert metrics(folder) == rows
-    assert not list((folder / "checkpoints").glob("checkpoint-*")), "a finished run needs none"
+    assert not (folder / "checkpoints").exists(), "a finished run needs none"
     with pytest.raises(InputError, match="holds a finished model"):
         finetune(config)
 
