@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from tinyllama_hf.finetune.config import PreferenceConfig
 
 
+def main() -> int:
+    return run_script(__doc__, "recipes/dpo/lora.yaml", load_config, import_stages)
+
+
 def load_config(recipe: str, overrides: list[str]) -> "PreferenceConfig":
     from tinyllama_hf.finetune.config import load_preference_config
 
@@ -37,4 +41,4 @@ def import_stages() -> Stages:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(__doc__, "recipes/dpo/lora.yaml", load_config, import_stages))
+    sys.exit(main())

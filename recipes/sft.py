@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from tinyllama_hf.finetune.config import ConversationConfig
 
 
+def main() -> int:
+    return run_script(__doc__, "recipes/sft/full.yaml", load_config, import_stages)
+
+
 def load_config(recipe: str, overrides: list[str]) -> "ConversationConfig":
     from tinyllama_hf.finetune.config import load_finetune_config
 
@@ -36,4 +40,4 @@ def import_stages() -> Stages:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(__doc__, "recipes/sft/full.yaml", load_config, import_stages))
+    sys.exit(main())

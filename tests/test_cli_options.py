@@ -298,12 +298,26 @@ CASES = {
     },
     "sft.py {sft} training.seed=77 --overwrite": {
         "tinyllama_hf.finetune.sft.open_run": ("run", {"config.training.seed": 77, "overwrite": True}),
-        "tinyllama_hf.finetune.sft.print_summary": ("printed", {"run": "run", "dry_run": False}),
+        "tinyllama_hf.finetune.run_summary.summary_lines": ([], {"run": "run"}),
         "tinyllama_hf.finetune.sft.finetune_run": (None, {"run": "run", "overwrite": True}),
     },
     "sft.py {sft} --dry-run": {
         "tinyllama_hf.finetune.sft.open_run": ("run", {"overwrite": False}),
-        "tinyllama_hf.finetune.sft.print_summary": (None, {"run": "run", "dry_run": True}),
+        "tinyllama_hf.finetune.run_summary.summary_lines": ([], {"run": "run"}),
+        "tinyllama_hf.finetune.run_summary.dry_run_lines": (None, {"run": "run"}),
+    },
+    "dpo.py {dpo} training.seed=77 preference.beta=0.5 --overwrite": {
+        "tinyllama_hf.finetune.dpo.open_preference_run": (
+            "run",
+            {"config.training.seed": 77, "config.preference.beta": 0.5, "overwrite": True},
+        ),
+        "tinyllama_hf.finetune.pair_summary.preference_lines": ([], {"run": "run"}),
+        "tinyllama_hf.finetune.dpo.tune_preferences": (None, {"run": "run", "overwrite": True}),
+    },
+    "dpo.py {dpo} --dry-run": {
+        "tinyllama_hf.finetune.dpo.open_preference_run": ("run", {"overwrite": False}),
+        "tinyllama_hf.finetune.pair_summary.preference_lines": ([], {"run": "run"}),
+        "tinyllama_hf.finetune.pair_summary.preference_dry_run_lines": (None, {"run": "run"}),
     },
 }
 
@@ -328,6 +342,7 @@ def test_options_arrive(words, tmp_path, monkeypatch):
     recipes = {
         "{recipe}": ROOT / "recipes" / "pretrain" / "micro.yaml",
         "{sft}": ROOT / "recipes" / "sft" / "full.yaml",
+        "{dpo}": ROOT / "recipes" / "dpo" / "lora.yaml",
     }
     fill = {"{file}": str(file), **{name: str(path) for name, path in recipes.items()}}
     given: dict[str, dict] = {}

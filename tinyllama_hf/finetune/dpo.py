@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, set_seed
 
 from ..errors import InputError
 from .config import PreferenceConfig
@@ -59,7 +59,7 @@ class PreferenceRun(OpenedRun):
         }
 
 
-class _Training:
+class PreferenceTraining:
     """A run once its trainer is created, which provides the reference log-probabilities."""
 
     def __init__(self, run: PreferenceRun):
@@ -95,6 +95,7 @@ class _Training:
             peft_config=adapter,
             callbacks=[callback],
         )
+        set_seed(run.config.training.seed)  # computing the reference draws random numbers, and finding it does not
         # The reference is computed once per pair; now the pairs are put into the order of training.
         training, held_out = (
             cast("Dataset", part) for part in (self.trainer.train_dataset, self.trainer.eval_dataset)
@@ -136,7 +137,7 @@ def tune_preferences(run: PreferenceRun, overwrite: bool = False) -> None:
     Raises:
         InputError, Stopped, DivergedError: as in [`train`].
     """
-    training = _Training(run)
+    training = PreferenceTraining(run)
 
     def evaluate(model: PreTrainedModel) -> dict[str, float]:
         return training.scores(training.log_probabilities(model, run.held_out))
