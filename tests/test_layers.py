@@ -39,8 +39,10 @@ CIRCLE = {
     f"tinyllama_hf.{name}" for name in ("configuration_tinyllama", "modeling_tinyllama", "tokenization_tinyllama")
 }
 # Launchers named after what they launch.
-LAUNCHERS = {"recipes/sft.py", "recipes/dpo.py", "recipes/slurm/prepare.py", "eval/bits_per_byte.py",
-             "eval/commonsense.py", "eval/metrics/bits_per_byte/bits_per_byte.py"}  # fmt: skip
+LAUNCHERS = {
+    *("recipes/sft.py", "recipes/dpo.py", "recipes/slurm/prepare.py", "eval/bits_per_byte.py", "eval/commonsense.py"),
+    "eval/metrics/bits_per_byte/bits_per_byte.py",
+}
 # Packages that `import tinyllama_hf` must do without, and the only module or folder that may import them at the top.
 OPTIONAL = {
     "datatrove": "tinyllama_hf/data/pipeline.py",

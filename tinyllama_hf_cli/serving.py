@@ -27,7 +27,8 @@ def serve_command(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 chooses a free one.")] = 8000,
     template: Annotated[
-        str | None, typer.Option(help="Chat template in place of the folder's: llama2, or a .jinja file.")
+        str | None,
+        typer.Option(help="Chat template in place of the folder's: llama2, zephyr, chatml, llama3, or a .jinja file."),
     ] = None,
     device: DEVICE = "auto",
     dtype: DTYPE = "auto",
@@ -47,15 +48,16 @@ def serve_command(
     if verbose or compiled:
         show_log()
     import_libraries()
-    from tinyllama_hf.chat.templates import load_template
+    from tinyllama_hf.chat.templates import load_template, set_template
     from tinyllama_hf.serving.app import bind, build_app, check_installed, run
 
     check_installed()
-    chosen = None if template is None else load_template(template)
+    if template is not None:
+        load_template(template)  # so that an unknown one is refused before the model is loaded
     bound = bind(host, port)
     loaded, tokenizer, _ = load_model(model, dtype, device, quantization, None, adapter, compiled)
-    if chosen is not None:
-        tokenizer.chat_template = chosen
+    if template is not None:
+        set_template(tokenizer, template, model)
     name = Path(model).resolve().name if Path(model).exists() else model
     app = build_app(name, loaded, tokenizer)
     bound.listen()  # from now on connections are queued

@@ -66,7 +66,7 @@ BAD = {
     "both": ({"prompt": "x", "messages": []}, "fields ['messages', 'prompt']: "),
     "another type": ({"prompt": ["x"]}, "prompt: has type list"),
     "too long": ({"prompt": "word " * 200}, "the model's context of 96"),
-    "no list": ({"messages": "x"}, "messages: 'messages' is not a list of objects"),
+    "no list": ({"messages": "x"}, "messages: not a list of messages"),
     "a key that would be dropped": (
         {"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, "messages, message 0: key 'name'"),
     "half a pair in a message": (

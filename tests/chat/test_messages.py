@@ -9,8 +9,8 @@ from tinyllama_hf.errors import InputError
 USER = {"role": "user", "content": "Hi"}
 
 
-def replies(**keys) -> dict:
-    return {"messages": [USER, {"role": "assistant", "content": "Hello", **keys}]}
+def replies(**keys) -> list[dict]:
+    return [USER, {"role": "assistant", "content": "Hello", **keys}]
 
 
 @pytest.mark.parametrize(
@@ -29,9 +29,7 @@ def test_keys_that_mark_replies_to_train_on(keys, learned):
 
 def test_parts_of_text_are_joined_as_by_the_server():
     parts = [{"type": "text", "text": "one"}, {"type": "input_text", "text": "two"}]
-    assert read_messages({"messages": [{"role": "user", "content": parts}]}, "row 1") == [
-        {"role": "user", "content": "one two"}
-    ]
+    assert read_messages([{"role": "user", "content": parts}], "row 1") == [{"role": "user", "content": "one two"}]
 
 
 REFUSED = {
@@ -42,29 +40,25 @@ REFUSED = {
     "a weight of another type": (replies(weight=False), "'weight' is False; must be 0 or 1"),
     "train of another type": (replies(train=0), "'train' is 0; must be false or true"),
     "a contradiction": (replies(weight=1, train=False), "'weight' and 'train' contradict"),
-    "a question to learn": ({"messages": [{**USER, "train": True}]}, "message 0: 'train' is True for the role 'user'"),
-    "no content": ({"messages": [{"role": "assistant", "content": None}]}, "message 0: content is null"),
-    "content of another type": ({"messages": [{"role": "user", "content": 3}]}, "message 0: content is int"),
+    "a question to learn": ([{**USER, "train": True}], "message 0: 'train' is True for the role 'user'"),
+    "no content": ([{"role": "assistant", "content": None}], "message 0: content is null"),
+    "content of another type": ([{"role": "user", "content": 3}], "message 0: content is int"),
     "a picture": (
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+        [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
         "message 0: content part 0 .*'image_url'",
     ),
-    "a list of texts": ({"messages": [{"role": "user", "content": ["a"]}]}, "content part 0 .*'str'"),
-    "the form of ShareGPT": (
-        {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
-        "row 1: has 'conversations' .*rename 'from' to 'role'",
-    ),
-    "other columns": ({"text": "a"}, "row 1: no list of messages under 'messages', only: text"),
-    "another type": ({"messages": "x"}, "row 1: 'messages' is not a list of objects"),
-    "not an object": (["a"], "row 1: no list of messages under 'messages', only: list"),
+    "a list of texts": ([{"role": "user", "content": ["a"]}], "content part 0 .*'str'"),
+    "a string": ("x", "row 1: not a list of messages"),
+    "an object": ({"messages": []}, "row 1: not a list of messages"),
+    "a list of strings": (["a"], "row 1: not a list of messages"),
 }
 
 
-@pytest.mark.parametrize(("row", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_is_refused(row, message):
+@pytest.mark.parametrize(("messages", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_is_refused(messages, message):
     with pytest.raises(InputError, match=message):
-        read_messages(row, "row 1")
+        read_messages(messages, "row 1")
 
 
 def test_a_question_that_is_not_learned_is_as_any_other():
-    assert read_messages({"messages": [{**USER, "weight": 0}]}, "row 1") == [USER]
+    assert read_messages([{**USER, "weight": 0}], "row 1") == [USER]

@@ -1,6 +1,5 @@
 """Rendering: the published Llama 2 format word for word, control tokens as text, and requirements on templates."""
 
-import random
 import sys
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 import tinyllama_hf
 from tinyllama_hf import load_tokenizer
 from tinyllama_hf.chat.render import render
-from tinyllama_hf.chat.templates import check_template, load_template, template_names
+from tinyllama_hf.chat.templates import load_template
 from tinyllama_hf.errors import InputError
 
 
@@ -105,44 +104,6 @@ def test_the_mask_covers_replies_and_stop_tokens_and_nothing_else(tokenizer):
     assert rendering.input_ids[: len(asked)] == asked and sum(rendering.assistant_masks[len(asked) :]) == len(
         rendering.input_ids
     ) - len(asked)
-
-
-WORDS = (
-    "def",
-    " ",
-    "  ",
-    "\n",
-    "\n\n    ",
-    "héé",
-    "中文",
-    "🚀👩‍💻",
-    "[INST]",
-    "<<SYS>>",
-    "< / s >",
-    "x" * 40,
-    "\t",
-    "0123",
-    "\u200b",
-    "}{%",
-)
-
-
-@pytest.mark.parametrize("name", ["llama2", pytest.param("chatml", marks=pytest.mark.slow)])
-def test_equals_apply_chat_template_where_no_control_text_is_written(request, name):
-    if name == "llama2":
-        tokenizer = request.getfixturevalue("tokenizer")
-    else:
-        tokenizer = load_tokenizer(request.getfixturevalue("smollm2"))
-    draw = random.Random(0)
-    for _ in range(100):
-        roles = ["system"] * draw.randrange(2) + ["user", "assistant"] * draw.randrange(1, 4)
-        messages = [{"role": r, "content": "".join(draw.choices(WORDS, k=draw.randrange(1, 12)))} for r in roles]
-        stock = tokenizer.apply_chat_template(
-            messages, return_dict=True, return_assistant_tokens_mask=name == "llama2"
-        )
-        rendering = render(tokenizer, messages)
-        assert rendering.input_ids == stock["input_ids"]
-        assert rendering.assistant_masks == (stock["assistant_masks"] if name == "llama2" else None)
 
 
 @pytest.mark.parametrize(
@@ -243,50 +204,3 @@ def test_refused_by_the_template(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('no questions, please') }}"
     with pytest.raises(InputError, match="refused by the chat template: no questions, please"):
         render(tokenizer, [user("Hi")])
-
-
-def test_bundled_templates_keep_the_contract(tokenizer):
-    assert "llama2" in template_names()
-    for name in template_names():
-        tokenizer.chat_template = load_template(name)
-        check_template(tokenizer)
-
-
-LLAMA2 = load_template("llama2")
-BROKEN = {
-    "a stop token that is not learned": (
-        LLAMA2.replace(" ~ ' ' ~ eos_token -}}\n        {%- endgeneration -%}",
-        " ~ ' ' -}}\n        {%- endgeneration -%}{{- eos_token -}}"),
-        "do not include the stop token '</s>'",
-    ),
-    "two begin-of-sequence": (LLAMA2.replace("{{- bos_token ~",
-                              "{{- bos_token ~ bos_token ~"), "never have two in a row"),
-    "no begin-of-sequence": (LLAMA2.replace("{{- bos_token ~", "{{-"), "must start with one begin-of-sequence"),
-    "a question that is learned": (
-        LLAMA2.replace("{%- if message['role'] == 'user' -%}",
-        "{%- if message['role'] == 'user' -%}{%- generation -%}", 1).replace(
-            "    {%- else -%}\n        {%- generation",
-            "{%- endgeneration -%}    {%- else -%}\n        {%- generation"),
-        "do not include the stop token|they must include the replies",
-    ),
-    "another prompt than in training": (LLAMA2 + "{%- if add_generation_prompt -%}{{- ' Answer:' -}}{%- endif -%}",
-                                        "another format than in training"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("template", "message"), BROKEN.values(), ids=BROKEN)
-def test_a_template_that_breaks_the_contract(tokenizer, template, message):
-    assert template != LLAMA2
-    tokenizer.chat_template = template
-    with pytest.raises(InputError, match=message):
-        check_template(tokenizer)
-
-
-def test_an_unknown_template():
-    with pytest.raises(InputError, match="chat template 'lama2'; did you mean 'llama2'"):
-        load_template("lama2")
-
-
-def test_own_template_from_a_file(tmp_path):
-    (tmp_path / "mine.jinja").write_text("{{ messages }}")
-    assert load_template(str(tmp_path / "mine.jinja")) == "{{ messages }}"

@@ -16,6 +16,7 @@ def main() -> None:
     params = xllamacpp.CommonParams()
     params.model.path = request["model"]
     params.n_ctx, params.n_parallel, params.verbosity, params.warmup = 512, 1, -1, False
+    params.use_jinja = True
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -31,9 +32,11 @@ def main() -> None:
     framed = post("/tokenize", content="a", add_special=True)["tokens"]
     greedy = {"n_predict": 64, "temperature": 0, "top_k": 1, "return_tokens": True, "cache_prompt": False}
     continued = [post("/completion", prompt=prompt, **greedy)["tokens"] for prompt in request["prompts"]]
+    rendered = [post("/apply-template", messages=messages)["prompt"] for messages in request["conversations"]]
+    asked = [post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"] for text in rendered]
     # A file for the answer: the server's own threads write on standard output.
     with open(request["answer"], "w") as stream:
-        json.dump({"ids": ids, "framed": framed, "continued": continued}, stream)
+        json.dump({"ids": ids, "framed": framed, "continued": continued, "rendered": rendered, "asked": asked}, stream)
 
 
 if __name__ == "__main__":

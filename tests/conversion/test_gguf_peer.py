@@ -1,4 +1,4 @@
-"""Runs llama.cpp on our files: same ids, and same continuations as transformers."""
+"""Runs llama.cpp on our files: same ids, same prompts, and same continuations as transformers."""
 
 import json
 import os
@@ -12,10 +12,13 @@ from safetensors.torch import load_file
 from tokenizers import AddedToken
 from transformers import AutoConfig
 
+from tests.chat.test_random_conversations import conversations as random_conversations
 from tests.conftest import SMOLLM2_GGUF
 from tests.conversion.test_gguf import in_memory, loaded, micro
 from tests.conversion.test_gguf_tokenizer import byte_level
-from tinyllama_hf import load_tokenizer
+from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, convert, load_tokenizer
+from tinyllama_hf.chat.render import render
+from tinyllama_hf.chat.templates import required_tokens, set_template, template_names
 from tinyllama_hf.conversion.formats.gguf_read import read_gguf
 from tinyllama_hf.conversion.formats.gguf_write import write_gguf
 from tinyllama_hf.gguf.vocabulary import PRE_TOKENIZERS
@@ -58,12 +61,13 @@ QUESTIONS = ["Explain how rainbows form.", "Write a short story about a robot."]
 
 @pytest.fixture(scope="session")
 def llama_cpp(peer, tmp_path_factory):
-    """Runs llama.cpp on a file: ids of texts, ids of `"a"` with special tokens, and continuations."""
+    """Runs llama.cpp on a file: ids of texts, ids of `"a"` with special tokens, continuations, and prompts."""
     folder = peer("xllamacpp==2026.10.11549")
 
-    def run(model: Path, texts=(), prompts=()):
+    def run(model: Path, texts=(), prompts=(), conversations=()):
         answer = tmp_path_factory.mktemp("answer") / "answer.json"
         request = {"model": str(model), "texts": list(texts), "prompts": list(prompts), "answer": str(answer)}
+        request["conversations"] = list(conversations)
         done = subprocess.run(
             [sys.executable, Path(__file__).with_name("llama_cpp.py")],
             input=json.dumps(request), text=True, capture_output=True, timeout=600,
@@ -105,6 +109,33 @@ class TestTokenizers:
         tokenizer = byte_level(name, documents, size=2000)
         texts = [*TEXTS, *documents[:8]]
         assert_same_ids(llama_cpp(small_model(tmp_path, tokenizer), texts), tokenizer, texts)
+
+
+@pytest.mark.parametrize("name", template_names())
+def test_llama_cpp_renders_our_templates(tokenizer_folder, tmp_path, llama_cpp, name):
+    """From the template in our GGUF: llama.cpp skips the generation markers, and adds begin-of-sequence itself."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    added = [AddedToken(token, special=True, normalized=False) for token in required_tokens(name)]
+    tokenizer.add_tokens(added, special_tokens=True)
+    set_template(tokenizer, name, "my-model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = TinyLlamaConfig.preset("micro", vocab_size=len(tokenizer), num_hidden_layers=1)
+    TinyLlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    convert(tmp_path / "model", "gguf-f16", tmp_path / "gguf")
+    conversations = [
+        [{"role": message["role"], "content": message["content"]} for message in messages[:-1]]
+        for messages, _ in random_conversations(number=60)
+    ]
+    path = tmp_path / "gguf" / "model-f16.gguf"
+    assert load_tokenizer(path).eos_token == (required_tokens(name) or ("</s>",))[-1]
+    answer = llama_cpp(path, conversations=conversations)
+    for number, (messages, text, ids) in enumerate(
+        zip(conversations, answer["rendered"], answer["asked"], strict=True)
+    ):
+        ours = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        assert tokenizer.bos_token + text == ours, messages
+        if number % 2 == 0:  # without control tokens as text, which llama.cpp would find
+            assert ids == render(tokenizer, messages, add_generation_prompt=True).input_ids, messages
 
 
 def disagreements(answer, prompts, model, tokenizer):

@@ -10,9 +10,11 @@ from tinyllama_hf.chat.templates import load_template
 from tinyllama_hf.data import embedded
 from tinyllama_hf.data.questions import questions
 from tinyllama_hf.errors import InputError
+from tinyllama_hf.finetune.config import ConversationSource
+from tinyllama_hf.finetune.conversation_sources import EMBEDDED
 from tinyllama_hf.finetune.conversations import (
-    EMBEDDED,
     read_conversations,
+    read_sources,
     render_all,
     split_conversations,
     write_rows,
@@ -20,6 +22,13 @@ from tinyllama_hf.finetune.conversations import (
 
 
 GOOD = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+
+
+@pytest.fixture
+def tokenizer(tokenizer_folder):
+    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer.chat_template = load_template("llama2")
+    return tokenizer
 
 
 def rows(path, *messages):
@@ -78,13 +87,11 @@ def test_a_weight_does_not_change_the_split(tmp_path):
     assert sides[:40] == sides[40:] and 0 < sum(sides[:40]) < 40
 
 
-def test_replies_of_weight_0_are_read_and_written_and_have_no_loss(tmp_path, tokenizer_folder):
-    tokenizer = load_tokenizer(tokenizer_folder)
-    tokenizer.chat_template = load_template("llama2")
+def test_replies_of_weight_0_are_read_and_written_and_have_no_loss(tmp_path, tokenizer):
     talk = [GOOD[0], {"role": "assistant", "content": "Bad.", "weight": 0}, {"role": "user", "content": "No"}, GOOD[1]]
     for _ in range(2):
         (conversation,) = read_conversations(rows(tmp_path / "a.jsonl", talk))
-        ((ids, masks),) = render_all(tokenizer, [conversation], 96)
+        ((ids, masks),) = render_all(tokenizer, [conversation], 96).examples
         assert tokenizer.decode([i for i, mask in zip(ids, masks, strict=True) if mask]) == "Hello. </s>"
         assert ids == render(tokenizer, [{k: m[k] for k in ("role", "content")} for m in talk]).input_ids
         (tmp_path / "a.jsonl").write_text(write_rows([conversation]))
@@ -102,8 +109,13 @@ def test_rows_of_other_tools(shared):
     assert parts[1].messages == [{"role": "user", "content": "Q1"}, {"role": "assistant", "content": "A1"}]
     with pytest.raises(InputError, match=r"none_tool\.jsonl, row 21, message 1: key 'tool_calls'"):
         read_conversations(str(shared / "cases" / "none_tool.jsonl"))
-    with pytest.raises(InputError, match=r"sharegpt\.jsonl, row 1: has 'conversations' .*ShareGPT"):
-        read_conversations(str(shared / "cases" / "sharegpt.jsonl"))
+    for name, reason in (("none_tool", "row 21, message 1: key 'tool_calls'"), ("surro", "row 21, message 0: char")):
+        source = ConversationSource(path=str(shared / "cases" / f"{name}.jsonl"))
+        data = read_sources([source], "drop")
+        ((number, first),) = data.sources[0].invalid.values()
+        assert number == 1 and reason in first and len(data.conversations) == data.sources[0].num_rows - 1 >= 20
+    talks = read_conversations(str(shared / "cases" / "sharegpt.jsonl"))
+    assert talks[1].messages == [{"role": "user", "content": "Q1"}, {"role": "assistant", "content": "A1"}]
 
 
 @pytest.mark.parametrize(
@@ -142,13 +154,13 @@ def test_bad_conversations(tmp_path, messages, message):
 
 
 def test_bad_files(tmp_path):
-    with pytest.raises(InputError, match=r"conversations .*a\.jsonl: no such file"):
+    with pytest.raises(InputError, match=r"a\.jsonl: no such file"):
         read_conversations(str(tmp_path / "a.jsonl"))
     (tmp_path / "a.jsonl").write_text("")
-    with pytest.raises(InputError, match=r"conversations .*a\.jsonl: .* no rows"):
+    with pytest.raises(InputError, match=r"a\.jsonl: no usable row"):
         read_conversations(str(tmp_path / "a.jsonl"))
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(InputError, match="row 1: no list of messages under 'messages', only: text"):
+    with pytest.raises(InputError, match="row 1: no known format: the columns with a value are text"):
         read_conversations(str(tmp_path / "a.jsonl"))
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": GOOD}) + "\n{\n")
     with pytest.raises(InputError, match="row 2: not valid JSON"):
@@ -160,9 +172,7 @@ def test_a_split_with_an_empty_part(tmp_path):
         split_conversations(read_conversations(rows(tmp_path / "a.jsonl", GOOD)), 0.5)
 
 
-def test_longer_than_the_context(tmp_path, tokenizer_folder):
-    tokenizer = load_tokenizer(tokenizer_folder)
-    tokenizer.chat_template = load_template("llama2")
+def test_longer_than_the_context(tmp_path, tokenizer):
     long = [GOOD[0], {"role": "assistant", "content": "word " * 200}]
     conversations = read_conversations(rows(tmp_path / "a.jsonl", GOOD, long))
     with pytest.raises(
@@ -170,14 +180,59 @@ def test_longer_than_the_context(tmp_path, tokenizer_folder):
         match=r"1 of 2 conversations .*data.max_length 64\b.*row 2: \d+ tokens",
     ):
         render_all(tokenizer, conversations, 64)
-    assert len(render_all(tokenizer, conversations, 64, drop_overlong=True)) == 1
+    rendered = render_all(tokenizer, conversations, 64, "drop")
+    assert rendered.conversations == conversations[:1] and rendered.dropped == {0: 1} and not rendered.truncated
 
 
-def test_a_conversation_of_exactly_the_maximum_length_is_kept(tmp_path, tokenizer_folder):
-    tokenizer = load_tokenizer(tokenizer_folder)
-    tokenizer.chat_template = load_template("llama2")
+def test_a_conversation_of_exactly_the_maximum_length_is_kept(tmp_path, tokenizer):
     conversations = read_conversations(rows(tmp_path / "a.jsonl", GOOD))
     length = len(tokenizer.apply_chat_template(GOOD, return_dict=False))
-    assert [len(r.input_ids) for r in render_all(tokenizer, conversations, length)] == [length]
+    assert [len(r.input_ids) for r in render_all(tokenizer, conversations, length).examples] == [length]
     with pytest.raises(InputError, match=f"data.max_length {length - 1}"):
         render_all(tokenizer, conversations, length - 1)
+
+
+class TestTruncation:
+    """The first tokens of a conversation that is too long, with their masks."""
+
+    LONG = (*GOOD, {"role": "user", "content": "More"}, {"role": "assistant", "content": "word " * 100})
+    LONG_QUESTION = ({"role": "user", "content": "word " * 100}, GOOD[1])
+
+    def test_the_first_tokens_are_kept(self, tmp_path, tokenizer):
+        talks = read_conversations(rows(tmp_path / "a.jsonl", GOOD, list(self.LONG), list(self.LONG_QUESTION)))
+        whole = render_all(tokenizer, talks, 10_000).examples
+        cut = render_all(tokenizer, talks, 64, "truncate")
+        assert cut.examples == [whole[0], (whole[1].input_ids[:64], whole[1].assistant_masks[:64])]
+        assert cut.conversations == talks[:2] and cut.truncated == {0: 1} and cut.dropped == {0: 1}
+        assert cut.max_length == 64 and any(cut.examples[1].assistant_masks[32:]), (
+            "a part of the long reply is learned"
+        )
+
+    def test_the_counts_are_by_source(self, tmp_path, tokenizer):
+        (long,) = read_conversations(rows(tmp_path / "a.jsonl", list(self.LONG)))
+        talks = [long, long._replace(source=1), long._replace(source=1)]
+        assert render_all(tokenizer, talks, 64, "truncate").truncated == {0: 1, 1: 2}
+        assert render_all(tokenizer, talks, 64, "drop").dropped == {0: 1, 1: 2}
+
+    def test_one_token_with_loss_is_enough(self, tmp_path, tokenizer):
+        talks = read_conversations(rows(tmp_path / "a.jsonl", GOOD))
+        masks = render_all(tokenizer, talks, 100).examples[0].assistant_masks
+        assert [len(render_all(tokenizer, talks, masks.index(1) + n, "truncate").examples) for n in (0, 1)] == [0, 1]
+
+
+def test_a_conversation_may_end_with_the_user(tmp_path, tokenizer):
+    """The last question has no loss; a conversation of it alone has nothing to learn."""
+    (talk,) = read_conversations(rows(tmp_path / "a.jsonl", [*GOOD, {"role": "user", "content": "Bye?"}]))
+    ((ids, masks),) = render_all(tokenizer, [talk], 96).examples
+    assert tokenizer.decode([i for i, mask in zip(ids, masks, strict=True) if mask]) == "Hello. </s>"
+    assert "Bye?" in tokenizer.decode(ids)
+
+
+def test_rendering_shows_its_progress(tmp_path, tokenizer, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal then
+    conversations = read_conversations(rows(tmp_path / "a.jsonl", GOOD, GOOD, GOOD))
+    render_all(tokenizer, conversations, 96, show=False)
+    assert capsys.readouterr().err == ""
+    render_all(tokenizer, conversations, 96)
+    printed = capsys.readouterr().err
+    assert "rendering conversations" in printed and "3/3" in printed

@@ -19,7 +19,7 @@ from tests.finetune.runs import COLORS, THINGS
 from tests.finetune.test_sft_runs import assert_equal, metrics, weights
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.finetune import dpo
-from tinyllama_hf.finetune.config import load_preference_config
+from tinyllama_hf.finetune.config import ConversationSource, load_preference_config
 from tinyllama_hf.finetune.pair_summary import preference_dry_run_lines, preference_lines
 from tinyllama_hf.finetune.preference_scores import log_probabilities, preference_scores
 from tinyllama_hf.finetune.preferences import read_preferences
@@ -242,7 +242,7 @@ def test_the_scores(pairs, base):
         assert found["after"] == pytest.approx(last[f"validation_{name}"], rel=1e-4)
     assert rows[-1]["validation_loss"] == pytest.approx(last["validation_loss"], rel=1e-4)
     assert record["preferences"] == {
-        "source": run.config.data.preferences,
+        "source": run.config.data.preferences[0].path,
         "train": 33,
         "held_out": 7,
         "dropped": 0,
@@ -347,8 +347,8 @@ def test_the_finished_folder_chats_and_its_held_out_replies_can_be_scored(pairs)
     assert {sample.true for sample in row.samples} <= {
         f"The {color} one." + " Really." * i for color in COLORS for i in range(3)
     }
-    held_out = read_preferences([str(folder / "validation.jsonl")]).pairs
-    assert sorted(render_pairs(run.tokenizer, held_out, 96)) == sorted(run.held_out)
+    held_out = read_preferences([ConversationSource(path=str(folder / "validation.jsonl"))]).pairs
+    assert render_pairs(run.tokenizer, held_out, 96)[0] == run.held_out
 
 
 def test_dry_run(pairs, tmp_path):

@@ -1,13 +1,12 @@
 """Pairs as tokens: the prompt is a prefix of both conversations, and only the replies have loss."""
 
-import json
-
 import pytest
 
 from tinyllama_hf.chat.masks import mask_replies
 from tinyllama_hf.chat.render import render
 from tinyllama_hf.chat.templates import load_template
 from tinyllama_hf.errors import InputError
+from tinyllama_hf.finetune.config import ConversationSource
 from tinyllama_hf.finetune.preferences import PreferencePair, read_preferences
 from tinyllama_hf.finetune.rendered_pairs import render_pairs, split_pairs, write_pairs
 from tinyllama_hf.tokenization_tinyllama import load_tokenizer
@@ -39,7 +38,7 @@ def test_prompt_and_replies(tokenizer, template):
     if template == "without markers":
         tokenizer.chat_template = PLAIN
     given = pair(["Is 2 > 1?", "Yes.", "Sure? Write </s>."], "I am </s> sure.", "No\n\nidea <s>")
-    (found,) = render_pairs(tokenizer, [given], 200)
+    (found,), _ = render_pairs(tokenizer, [given], 200)
     assert found.prompt_ids == render(tokenizer, given.prompt, add_generation_prompt=True).input_ids
     for reply, example in zip((given.chosen, given.rejected), found.examples(), strict=True):
         messages = given.prompt + reply
@@ -55,7 +54,7 @@ def test_prompt_and_replies(tokenizer, template):
 def test_a_template_that_renders_the_prompt_differently(tokenizer):
     template = load_template("llama2")
     tokenizer.chat_template = template.replace("{%- generation -%}", "{%- generation -%}{{- ' Well,' -}}")
-    (found,) = render_pairs(tokenizer, [pair(["Why?"], "So.", "No.")], 200)
+    (found,), _ = render_pairs(tokenizer, [pair(["Why?"], "So.", "No.")], 200)
     assert "Well" in tokenizer.decode(found.chosen_ids), "what the template adds to a reply is learned"
     tokenizer.chat_template = template.replace("{%- generation -%}", "{{- ' Well,' -}}{%- generation -%}")
     with pytest.raises(InputError, match=r"row 1, chosen: before a reply, .* ends the prompt with .*Well"):
@@ -70,11 +69,11 @@ def test_replies_that_the_template_makes_equal(tokenizer):
 def test_too_long(tokenizer):
     """Either reply can make a pair too long."""
     pairs = [pair(["Why?"], "So.", "No. " * number, f"row {number}") for number in (1, 90, 3)]
-    lengths = [max(found.lengths()) for found in render_pairs(tokenizer, pairs, 999)]
-    assert lengths == sorted(lengths)
+    lengths = [max(found.lengths()) for found in render_pairs(tokenizer, pairs, 999)[0]]
+    assert lengths == sorted(lengths), "the shortest first"
     with pytest.raises(InputError, match=rf"1 of 3 pairs .* data.max_length {lengths[1]}.* row 90: {lengths[2]} tok"):
         render_pairs(tokenizer, pairs, lengths[1])
-    assert [max(found.lengths()) for found in render_pairs(tokenizer, pairs, lengths[1], True)] == lengths[:2]
+    assert [max(found.lengths()) for found in render_pairs(tokenizer, pairs, lengths[1], True)[0]] == lengths[:2]
 
 
 def test_pairs_with_the_same_prompt_are_in_one_part():
@@ -89,23 +88,5 @@ def test_pairs_with_the_same_prompt_are_in_one_part():
 def test_written_pairs_are_read_again(tmp_path):
     pairs = [pair(["Why?", "Because.", "Ünd?"], "So.", "No.")]
     (tmp_path / "pairs.jsonl").write_text(write_pairs(pairs), encoding="utf-8")
-    (found,) = read_preferences([str(tmp_path / "pairs.jsonl")]).pairs
+    (found,) = read_preferences([ConversationSource(path=str(tmp_path / "pairs.jsonl"))]).pairs
     assert found[1:4] == pairs[0][1:4]
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"prompt": [], "chosen": []}, "prompt, chosen and rejected"),
-        ({"prompt": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "b"}, "chosen"),
-        (pair(["a"], "b", "b"), "chosen and rejected are identical"),
-        (pair(["a"], "b", ""), "rejected.*the reply is empty"),
-        (pair(["a", "b"], "c", "d"), "assistant"),
-        ({"prompt": [{"role": "user", "content": "a"}], "chosen": [{"role": "user", "content": "b"}] * 2}, "rejected"),
-    ],
-)
-def test_rows_that_are_invalid(tmp_path, row, message):
-    row = row if isinstance(row, dict) else {name: getattr(row, name) for name in ("prompt", "chosen", "rejected")}
-    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(InputError, match=rf"(?s)pairs.jsonl, row 1.*{message}"):
-        read_preferences([str(tmp_path / "pairs.jsonl")])

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def test_full_fine_tuning_leaves_a_plain_folder_that_replies_and_stops(recipe, b
     losses = record["held_out_loss"]
     model, stock_tokenizer = load_stock(folder)
     conversations = read_conversations(str(folder / HELD_OUT_FILE))
-    rendered = render_all(load_tokenizer(folder), conversations, 96)
+    rendered = render_all(load_tokenizer(folder), conversations, 96).examples
     assert (
         losses["after"] == pytest.approx(reply_loss(model, rendered), abs=1e-6)
         and losses["after"] < losses["before"] / 2
@@ -231,10 +232,11 @@ def test_three_keys_are_enough(recipe, base, capsys):
     assert (config.output_dir, config.training.learning_rate) == ("runs/short", 2e-5)
     assert load_finetune_config(short, ["adapter.kind=lora"]).training.learning_rate == 2e-4
     run = sft.open_run(config)
-    assert (run.config.data.max_length, run.config.training.precision) == (96, "fp32")
+    longest = max(len(rendering.input_ids) for rendering in (*run.train.examples, *run.held_out.examples))
+    assert (run.config.data.max_length, run.config.training.precision) == (longest, "fp32")
     print(*summary_lines(run), sep="\n")
     printed = " ".join(capsys.readouterr().out.split())
-    assert "data.max_length 96" in printed and "data.conversations" not in printed
+    assert f"data.max_length {longest}" in printed and "data.conversations" not in printed
 
 
 def test_a_warmup_longer_than_the_run_is_a_warning(recipe, capsys):
@@ -244,7 +246,7 @@ def test_a_warmup_longer_than_the_run_is_a_warning(recipe, capsys):
 
 
 def test_the_data_section_reaches_the_run(recipe):
-    """The held-out conversations by the hash of their messages, and the number of overlong ones."""
+    """The held-out conversations by the hash of their messages, and the number of those that are too long."""
     talks = [json.loads(line)["messages"] for line in (recipe.parent / "talk.jsonl").read_text().splitlines()]
     digests = [hashlib.sha256(json.dumps(talk, sort_keys=True).encode()).hexdigest() for talk in talks]
     run = sft.open_run(load_finetune_config(recipe, ["data.validation_fraction=0.5"]))
@@ -252,7 +254,7 @@ def test_the_data_section_reaches_the_run(recipe):
     assert [conversation.messages for conversation in run.held_out_conversations] == held_out
     lengths = sorted(len(rendering.input_ids) for rendering in (*run.train, *run.held_out))
     overrides = ["data.validation_fraction=0.5", f"data.max_length={lengths[20]}"]
-    dropped = sft.open_run(load_finetune_config(recipe, [*overrides, "data.overlong=drop"])).num_dropped
+    dropped = sft.open_run(load_finetune_config(recipe, [*overrides, "data.too_long=drop"])).num_dropped
     assert dropped == sum(length > lengths[20] for length in lengths) > 0
     with pytest.raises(InputError, match=f"longer than data.max_length {lengths[20]}"):
         sft.open_run(load_finetune_config(recipe, overrides))
@@ -345,6 +347,21 @@ def test_its_template_is_replaced_only_if_the_recipe_says_so(recipe, chatml_base
     finetune(load_finetune_config(recipe, [f"model.path={chatml_base}", "chat.template=llama2"]), dry_run=True)
     printed = capsys.readouterr().out
     assert "llama2, which replaces the model's own" in printed and "⟦The red one. <|im_end|>⟧" in printed
+
+
+def test_a_model_tuned_in_chatml_stops_at_the_token_that_ends_its_replies(recipe, chatml_base, tmp_path, capsys):
+    """The base has the tokens of ChatML, but no template, and would stop at </s>."""
+    folder = shutil.copytree(chatml_base, tmp_path / "without")
+    (folder / "chat_template.jinja").unlink()
+    tokenizer = load_tokenizer(folder)
+    tokenizer.eos_token = "</s>"
+    tokenizer.save_pretrained(folder)
+    saved = tuned(recipe, f"model.path={folder}", "chat.template=chatml")
+    assert "chatml; <|im_end|> ends a reply and replaces </s> as end-of-sequence token" in capsys.readouterr().out
+    model, stock = load_stock(saved)
+    assert (stock.eos_token, model.generation_config.eos_token_id) == ("<|im_end|>", stock.eos_token_id)
+    messages = [c.messages for c in read_conversations(str(saved / HELD_OUT_FILE))]
+    assert score_model_replies(model, load_tokenizer(saved), messages, 24).stop_rate == 1.0
 
 
 BAD = {

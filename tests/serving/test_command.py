@@ -50,6 +50,8 @@ def test_models_and_templates(served_folder, refuse):
     assert "model 'nowhere': no such folder" in refuse("nowhere", "--port", 0)
     errors = refuse(served_folder, "--template", "lama2")
     assert "chat template 'lama2'; did you mean 'llama2'?" in errors
+    errors = refuse(served_folder, "--template", "chatml")
+    assert "chat template chatml needs <|im_start|>, <|im_end|>" in errors
 
 
 def test_without_the_packages(served_folder, monkeypatch, refuse):

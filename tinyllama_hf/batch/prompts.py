@@ -130,7 +130,7 @@ def _ids(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[
     if ("prompt" in fields) == ("messages" in fields):
         raise InputError(f"fields {sorted(fields)}: must include either 'prompt' or 'messages'")
     if "messages" in fields:
-        return chat_ids(read_messages(fields, "messages"), tokenizer)
+        return chat_ids(read_messages(fields["messages"], "messages"), tokenizer)
     if not isinstance(fields["prompt"], str):
         raise InputError(f"prompt: has type {type(fields['prompt']).__name__}, and must be a string")
     return tokenizer(fields["prompt"], split_special_tokens=True, verbose=False)["input_ids"]

@@ -62,8 +62,8 @@ def _proven_masks(tokenizer: PreTrainedTokenizerBase, messages: Messages, ids: l
             last = tokenizer.convert_ids_to_tokens(ids[start:end][-3:])
             raise InputError(
                 f"{place}: the chat template ends the reply with {last or 'nothing'}, not with the tokenizer's "
-                f"end-of-sequence token {tokenizer.eos_token!r}, so a model would not learn to stop. Set eos_token to "
-                "the token that ends a reply, or add it after the reply"
+                f"end-of-sequence token {tokenizer.eos_token!r}, so a model would not learn to stop. Write eos_token "
+                "or another control token of the tokenizer after the reply"
             )
         end = ids.index(tokenizer.eos_token_id, start) + 1
         masks[start:end] = [1] * (end - start)

@@ -7,19 +7,19 @@ from ..errors import InputError, did_you_mean
 
 
 TEXT_PARTS = ("text", "input_text", "output_text")
-_ROW = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+_LIST = '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
 # Keys that mark whether a message is trained on: OpenAI's, and those of other trainers; with their values.
 _LEARNED = {"weight": (0, 1), "train": (False, True), "training": (False, True)}
 _KEYS = ("role", "content", *_LEARNED)
 
 
-def read_messages(row: Any, where: str) -> list[dict[str, Any]]:
-    """Reads the messages of a row; roles and their order are checked when the conversation is rendered.
+def read_messages(messages: Any, where: str) -> list[dict[str, Any]]:
+    """Reads the messages of a conversation; roles and their order are checked when it is rendered.
 
     Args:
-        row (`Any`): an object with a list under `messages`. The content of a message is a string, or a list of text
-            parts, which are joined with a space as by the server. `"weight": 0`, `"train": false` and `"training":
-            false` mark a reply that is not trained on. Keys with null or empty values are ignored.
+        messages (`Any`): a list of objects. The content of a message is a string, or a list of text parts, which are
+            joined with a space as by the server. `"weight": 0`, `"train": false` and `"training": false` mark a reply
+            that is not trained on. Keys with null or empty values are ignored.
         where (`str`): name of the conversation in error messages.
 
     Returns:
@@ -29,9 +29,8 @@ def read_messages(row: Any, where: str) -> list[dict[str, Any]]:
         InputError: if a key is unknown or has no effect, or a content is not text; the message has the place and the
             key.
     """
-    messages = row.get("messages") if isinstance(row, Mapping) else None
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
-        raise InputError(f"{where}: {_without_messages(row)}; a row is {_ROW}")
+        raise InputError(f"{where}: not a list of messages, such as {_LIST}")
     return [_message(message, f"{where}, message {number}") for number, message in enumerate(messages)]
 
 
@@ -60,18 +59,6 @@ def content_text(content: Any, where: str) -> str:
 def is_learned(message: Mapping[str, Any]) -> bool:
     """Returns whether a message is a reply to train on."""
     return message["role"] == "assistant" and message.get("weight", 1) != 0
-
-
-def _without_messages(row: Any) -> str:
-    if isinstance(row, Mapping) and isinstance(row.get("conversations"), list):
-        return (
-            "has 'conversations' (the format of ShareGPT), not 'messages'; rename 'from' to 'role', 'value' to "
-            "'content', 'human' to 'user' and 'gpt' to 'assistant'"
-        )
-    if isinstance(row, Mapping) and "messages" in row:
-        return "'messages' is not a list of objects"
-    columns = ", ".join(sorted(row)) if isinstance(row, Mapping) else type(row).__name__
-    return f"no list of messages under 'messages', only: {columns}"
 
 
 def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:

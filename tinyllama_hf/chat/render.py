@@ -72,7 +72,7 @@ def render(
     except TemplateError as error:
         raise InputError(f"{where}: refused by the chat template: {error}") from error
     texts, spans = output
-    ids, masks = _encode(tokenizer, texts[0], spans[0] if marked else [], control, originals)
+    ids, masks = _encode(tokenizer, texts[0], spans[0] if marked else [], control, originals, where)
     return Rendering(ids, masks if marked else None)
 
 
@@ -154,8 +154,9 @@ def _encode(
     spans: Sequence[tuple[int, int]],
     control: Mapping[str, int],
     originals: Mapping[int, str],
+    where: str,
 ) -> tuple[list[int], list[int]]:
-    """Encodes a rendered text; returns ids, and a mask with 1 for tokens that overlap the character spans."""
+    """Encodes a rendered text; returns ids, and a mask with 1 for tokens in the character spans."""
     pieces = [piece for piece in (_any_of(control).split(rendered) if control else [rendered]) if piece]
     texts = [piece.translate(originals) for piece in pieces if piece not in control]
     encoded: Any = iter(())
@@ -180,8 +181,14 @@ def _encode(
             # placeholders.
             origin = [i for i in range(start, end) for _ in originals.get(ord(rendered[i]), rendered[i])]
             origin.append(end)
-            places = ((origin[first], max(origin[stop], origin[first] + 1)) for first, stop in offsets)
+            places = [(origin[first], max(origin[stop], origin[first] + 1)) for first, stop in offsets]
+            if joined := [piece_ids[i] for i, (a, b) in enumerate(places) if marked[a] != marked[b - 1]]:
+                raise InputError(
+                    f"{where}: the token {tokenizer.decode(joined[0])!r} is part of both the prompt and a reply, so a "
+                    "model would be prompted with other tokens than in training. Remove white space at the start of "
+                    "the reply, or trim it in the template"
+                )
             ids += piece_ids
-            masks += [int(any(marked[first:stop])) for first, stop in places]
+            masks += [marked[first] for first, _ in places]
         start = end
     return ids, masks

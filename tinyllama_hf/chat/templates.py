@@ -3,6 +3,7 @@
 import itertools
 from pathlib import Path
 
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError, did_you_mean
@@ -13,6 +14,11 @@ from .render import Messages, render
 
 AUTO, OWN, DEFAULT = "auto", "own", "llama2"
 _FOLDER = Path(__file__).parent
+# The control tokens that a bundled template writes itself; the last one ends a reply.
+_REQUIRED = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+}
 _PROBES: tuple[Messages, ...] = (
     ({"role": "user", "content": "Two words"}, {"role": "assistant", "content": "Three words more."}),
     (
@@ -45,11 +51,23 @@ def load_template(name: str) -> str:
     return read_text(path)
 
 
+def required_tokens(name: str) -> tuple[str, ...]:
+    """Returns the control tokens that a tokenizer must have for a bundled template; the last one ends a reply.
+
+    Templates that use only begin- and end-of-sequence need none. For a `.jinja` file, nothing is returned.
+    """
+    return _REQUIRED.get(name, ())
+
+
 def choose_template(tokenizer: PreTrainedTokenizerBase, name: str, model: str) -> str:
     """Sets the chat template of a tokenizer for fine-tuning, and checks it with [`check_template`].
 
+    If the template ends replies with a control token that is not the tokenizer's end-of-sequence token, that token
+    becomes the end-of-sequence token, so that the fine-tuned model stops there.
+
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): the tokenizer of the model; its `chat_template` is set.
+        tokenizer (`PreTrainedTokenizerBase`): the tokenizer of the model; its `chat_template` is set, and `eos_token`
+            if replies end with another token.
         name (`str`): `"own"` for the model's template; `"auto"` for the same, or `llama2` if the model has none;
             otherwise as in [`load_template`].
         model (`str`): name of the model in error messages.
@@ -58,9 +76,10 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, name: str, model: str) -
         A description of the choice, for a summary.
 
     Raises:
-        InputError: if the template does not exist, or is not suitable for training.
+        InputError: if the template does not exist, needs tokens that the tokenizer does not have, or is not suitable
+            for training.
     """
-    own = tokenizer.chat_template
+    own, eos = tokenizer.chat_template, tokenizer.eos_token
     if name in (AUTO, OWN) and own and not isinstance(own, str):
         raise InputError(
             f"chat.template: {name}, but {model} has several templates; save one as a .jinja file and name it"
@@ -71,11 +90,63 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, name: str, model: str) -
         chosen = "the model's own"
     else:
         loaded = DEFAULT if name == AUTO else name
-        tokenizer.chat_template = load_template(loaded)
-        replaced = bool(own) and own != tokenizer.chat_template
-        chosen = f"{loaded}, which replaces the model's own" if replaced else loaded
+        set_template(tokenizer, loaded, model)
+        chosen = f"{loaded}, which replaces the model's own" if own and own != tokenizer.chat_template else loaded
+    _set_stop_token(tokenizer)
     check_template(tokenizer, is_own=tokenizer.chat_template == own)
-    return chosen
+    if tokenizer.eos_token == eos:
+        return chosen
+    return f"{chosen}; {tokenizer.eos_token} ends a reply and replaces {eos} as end-of-sequence token"
+
+
+def set_template(tokenizer: PreTrainedTokenizerBase, name: str, model: str) -> None:
+    """Sets the chat template of a tokenizer, and for a bundled template that needs control tokens also `eos_token`.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the tokenizer of the model.
+        name (`str`): as in [`load_template`].
+        model (`str`): name of the model in error messages.
+
+    Raises:
+        InputError: if the template does not exist, or needs tokens that the tokenizer does not have.
+    """
+    tokenizer.chat_template = load_template(name)
+    if not (required := required_tokens(name)):
+        return
+    vocabulary = tokenizer.get_vocab()
+    if missing := [token for token in required if token not in vocabulary]:
+        free = [other for other in template_names() if not required_tokens(other)]
+        raise InputError(
+            f"chat template {name} needs {', '.join(missing)}, which the tokenizer of {model} does not have. Use "
+            f"{' or '.join(free)}, which need no tokens of their own, or add them with model.new_tokens"
+        )
+    # A token that is not special would also be found in the text of messages.
+    tokens = [AddedToken(token, special=True, normalized=False) for token in required]
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    tokenizer.eos_token = required[-1]
+
+
+def _set_stop_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Makes the control token after a reply the end-of-sequence token.
+
+    Changes nothing if there is none right after the reply, which `check_template` refuses.
+    """
+    messages, eos = _PROBES[0], tokenizer.eos_token
+    ids = render(tokenizer, messages).input_ids
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    controls = [-1, *(place for place, i in enumerate(ids) if i in special)]
+    for before, place in itertools.pairwise(controls):
+        text = decode_text(tokenizer, ids[before + 1 : place], skip_special_tokens=False)
+        if text.strip().endswith(messages[-1]["content"]):
+            break
+    else:
+        return
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[place])
+    if render(tokenizer, messages).input_ids != ids:
+        raise InputError(
+            f"chat template: replies end with {tokenizer.eos_token!r}, but the template also writes eos_token, which "
+            f"is {eos!r}. A model must stop at one token. Save the template as a .jinja file with only one of them"
+        )
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, is_own: bool = False) -> None:
@@ -84,7 +155,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, is_own: bool = False) -> 
     These are the rules:
 
     - the tokens of the assistant are known (see [`mask_replies`]): each reply and its stop token, and nothing else;
-    - a conversation starts with the begin-of-sequence token, and never has two in a row;
+    - a conversation starts with the begin-of-sequence token, if the tokenizer has one, and never has two in a row;
     - the tokens before a reply are the same in `chat` and in training;
     - `apply_chat_template` of transformers gives the same tokens.
 
@@ -96,7 +167,12 @@ def check_template(tokenizer: PreTrainedTokenizerBase, is_own: bool = False) -> 
     Raises:
         InputError: naming the rule that is broken.
     """
-    for messages in _PROBES:
+    alone, turns = _PROBES
+    try:
+        render(tokenizer, turns)
+    except InputError:  # some templates refuse system messages
+        turns = turns[1:]
+    for messages in (alone, turns):
         _check_probe(tokenizer, messages, is_own)
 
 
@@ -105,8 +181,8 @@ def _check_probe(tokenizer: PreTrainedTokenizerBase, messages: Messages, is_own:
     ids, masks = mask_replies(tokenizer, messages, render(tokenizer, messages, where=where), where)
     assert masks is not None  # `mask_replies` always returns them
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    doubled = bos is not None and any(a == b == bos for a, b in itertools.pairwise(ids))
-    if doubled or (ids[:1] != [bos] and not is_own):
+    doubled = any(a == b == bos for a, b in itertools.pairwise(ids))
+    if bos is not None and (doubled or (ids[0] != bos and not is_own)):
         raise InputError(
             f"chat template: a conversation must start with one begin-of-sequence token {tokenizer.bos_token!r} and "
             f"never have two in a row; this one starts with {tokenizer.convert_ids_to_tokens(ids[:3])}"
@@ -128,8 +204,9 @@ def _check_probe(tokenizer: PreTrainedTokenizerBase, messages: Messages, is_own:
             )
     if [text.removesuffix(tokenizer.eos_token).strip() for text in learned] != replies:
         raise InputError(
-            f"chat template: the generation markers include {learned}; they must include the replies {replies} with "
-            "their stop tokens, and nothing else"
+            f"chat template: the tokens to learn are {learned}; they must be the replies {replies} with their stop "
+            "tokens, and nothing else. Correct the generation markers, or without markers what the template writes "
+            "for add_generation_prompt"
         )
     if render(tokenizer, messages[:-1], add_generation_prompt=True).input_ids != ids[: spans[-1][0]]:
         raise InputError(

@@ -1,5 +1,6 @@
-"""Reads the rows of JSON lines and Parquet files in bounded memory."""
+"""Reads the rows of JSON lines, Parquet and CSV files in bounded memory, and those of a JSON array."""
 
+import csv
 import gzip
 import json
 import zlib
@@ -9,21 +10,30 @@ from types import ModuleType
 from typing import Any, TextIO
 
 from ..errors import InputError, require
-from ..text import ENCODING
+from ..text import ENCODING, read_text
 
 
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 PARQUET = (".parquet",)
+JSON, CSV = (".json",), (".csv",)
+ROW_FILES = JSON_LINES + JSON + CSV + PARQUET
 _PARQUET_ROWS = 1024  # per batch
 
 
 def read_rows(file: Path) -> Iterator[tuple[int, Any]]:
-    """Yields (number, value) of the rows of a file, numbered from 1 (JSON lines by line).
+    """Yields (number, value) of the rows of a file, numbered from 1.
+
+    JSON lines are numbered by line, the rows of a CSV file as in a spreadsheet, where the header is row 1. A `.json`
+    file contains one array, or JSON lines.
 
     Raises:
-        InputError: if the file is damaged, or a row is not valid JSON.
+        InputError: if the file is damaged, or a row is not valid JSON or CSV.
     """
-    return _read_parquet(file) if file.name.endswith(PARQUET) else _read_json_lines(file)
+    if file.name.endswith(PARQUET):
+        return _read_parquet(file)
+    if file.name.endswith(CSV):
+        return _read_csv(file)
+    return _read_json_array(file) if file.name.endswith(JSON) and _is_array(file) else _read_json_lines(file)
 
 
 def _read_json_lines(file: Path) -> Iterator[tuple[int, Any]]:
@@ -41,6 +51,45 @@ def _read_json_lines(file: Path) -> Iterator[tuple[int, Any]]:
     # Invalid syntax, numbers of more than 4300 digits, and nesting deeper than Python's stack.
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}, row {number}: not valid JSON ({error}). Fix or remove it") from error
+
+
+def _is_array(file: Path) -> bool:
+    try:
+        with _open_lines(file) as lines:
+            return next((line.lstrip() for line in lines if line.strip()), "").startswith("[")
+    except (UnicodeDecodeError, OSError) as error:
+        raise _unreadable(file, 0, error) from error
+
+
+def _read_json_array(file: Path) -> Iterator[tuple[int, Any]]:
+    text = read_text(file)
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not a valid JSON array ({error}). Fix it, or download it again") from error
+    yield from enumerate(rows, start=1)
+
+
+def _read_csv(file: Path) -> Iterator[tuple[int, Any]]:
+    number = 0
+    try:
+        with file.open(encoding=ENCODING, newline="") as lines:
+            rows = csv.reader(lines, strict=True)
+            header = next(rows, [])
+            if repeated := [name for name in header if header.count(name) > 1]:
+                raise InputError(f"{file}: two columns have the name {repeated[0]!r}. Rename one")
+            for number, row in enumerate(rows, start=2):
+                if row and len(row) != len(header):
+                    raise InputError(
+                        f"{file}, row {number}: has {len(row)} cells, the header {len(header)}. Quote text that "
+                        "contains commas"
+                    )
+                if row:
+                    yield number, dict(zip(header, row, strict=True))
+    except csv.Error as error:
+        raise InputError(f"{file}: not valid CSV after row {max(number, 1)} ({error}). Fix it") from error
+    except (UnicodeDecodeError, OSError) as error:
+        raise _unreadable(file, number, error) from error
 
 
 def _read_parquet(file: Path) -> Iterator[tuple[int, Any]]:

@@ -6,41 +6,78 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from ..errors import did_you_mean
 from ..recipe import RecipeFile, Section, Trackers, read_recipe, split_names
+from .row_formats import CONVERSATIONS, PREFERENCES
 
 
 class ModelSection(Section):
-    """The base model: a folder, a released name or a Hub id."""
+    """The base model (a folder, a released name or a Hub id), and control tokens to add to its vocabulary."""
 
     path: str
+    new_tokens: Annotated[list[str], BeforeValidator(split_names)] = Field(default_factory=list)
 
 
 class ChatSection(Section):
-    """The chat template: `own` (of the model), `auto` (own, else `llama2`), `llama2`, or a `.jinja` file."""
+    """The chat template: `own` (the model's), `auto` (own, else `llama2`), a bundled one, or a `.jinja` file."""
 
     template: str = "auto"
 
 
+class ConversationSource(Section):
+    """A file or data set of conversations or preferences.
+
+    `columns` names the columns of the file that have other names than those of the formats; `weight` is the share of
+    the source relative to its size.
+    """
+
+    path: str
+    weight: float = Field(default=1.0, gt=0)
+    columns: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @field_validator("columns")
+    @classmethod
+    def _of_one_format(cls, columns: dict[str, str]) -> dict[str, str]:
+        formats = CONVERSATIONS + PREFERENCES
+        known = {name for kind in formats for name in kind.columns + kind.optional}
+        if unknown := [name for name in columns if name not in known]:
+            raise ValueError(f"unknown column {unknown[0]!r}{did_you_mean(unknown[0], known)}")
+        if not any({*columns} <= {*kind.columns, *kind.optional} for kind in formats):
+            raise ValueError(f"{' and '.join(columns)} are columns of different formats; name those of one")
+        return columns
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, (str, dict)) else value
+
+
 class DataSection(Section):
-    """What is held out, and how long a conversation can be."""
+    """What is held out, and what happens to rows that are invalid or too long."""
 
     validation_fraction: float = Field(default=0.1, gt=0, lt=1)
-    max_length: int | None = Field(default=None, ge=8)  # by default the context of the model, at most 2048
-    overlong: Literal["error", "drop"] = "error"
+    max_length: int | None = Field(default=None, ge=8)  # by default the longest conversation, at most the context
+    too_long: Literal["error", "drop", "truncate"] = "error"
+    invalid: Literal["error", "drop"] = "error"
 
 
 class ConversationDataSection(DataSection):
-    """The conversations: JSON lines with `messages`, or `embedded:questions`."""
+    """The conversations."""
 
-    conversations: str
+    conversations: Annotated[list[ConversationSource], Field(min_length=1), BeforeValidator(_as_list)]
 
 
 class PreferenceDataSection(DataSection):
-    """The preferences: JSON lines with `prompt`, `chosen` and `rejected`."""
+    """The preferences."""
 
-    preferences: str
+    too_long: Literal["error", "drop"] = "error"
+    preferences: Annotated[list[ConversationSource], Field(min_length=1), BeforeValidator(_as_list)]
 
 
 class AdapterSection(Section):

@@ -2,34 +2,43 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from ..chat.masks import mask_replies
-from ..chat.messages import is_learned, read_messages
+from ..chat.messages import is_learned
 from ..chat.render import Messages, Rendering, check_messages, render
-from ..data.questions import questions
-from ..data.row_files import JSON_LINES, read_rows
 from ..errors import InputError
+from ..progress import progress_bar
+from .config import ConversationSource
+from .conversation_sources import SourceSummary, read_items
+from .row_formats import CONVERSATIONS, conversation_messages
 
 
-EMBEDDED = "embedded:questions"
 HELD_OUT_FILE = "validation.jsonl"  # in the folder of a fine-tuned model
-# Fields that change the rendering or the loss, and are not supported. All other fields are ignored.
-_UNSUPPORTED = frozenset(
-    "chat_template chat_template_kwargs documents function_call functions parallel_tool_calls system tool_choice "
-    "tools train training weight".split()
-)
 
 
 class Conversation(NamedTuple):
-    """A conversation, and its file and row for error messages. A reply with `"weight": 0` has no loss."""
+    """A conversation, its file and row for error messages, and the number of its source.
+
+    A reply with `"weight": 0` has no loss.
+    """
 
     name: str
     messages: list[dict[str, Any]]
+    source: int = 0
+
+
+@dataclass(frozen=True)
+class ConversationData:
+    """The conversations of all sources, and what was read from each."""
+
+    conversations: list[Conversation]
+    sources: list[SourceSummary]
 
 
 class TrainingExample(NamedTuple):
@@ -39,45 +48,56 @@ class TrainingExample(NamedTuple):
     assistant_masks: list[int]
 
 
-def read_conversations(source: str) -> list[Conversation]:
-    """Reads and checks conversations.
+@dataclass
+class RenderedConversations:
+    """Rendered conversations, and those that were longer than the limit.
 
-    Args:
-        source (`str`): JSON lines (plain, `.gz`, `.zst`) with the key `messages`, a list of
-            `{"role": ..., "content": ...}`, see [`read_messages`]; or `"embedded:questions"`. Other fields are
-            ignored, except those that would change the loss, such as `tools`: they are an error.
+    Attributes:
+        examples (`list[TrainingExample]`): the tokens.
+        conversations (`list[Conversation]`): the conversation of each example.
+        dropped (`Counter[int]`): number of conversations that are too long and were left out, by source.
+        truncated (`Counter[int]`): number of examples that were truncated, by source.
+    """
+
+    examples: list[TrainingExample] = field(default_factory=list)
+    conversations: list[Conversation] = field(default_factory=list)
+    dropped: Counter[int] = field(default_factory=Counter)
+    truncated: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def max_length(self) -> int:
+        """Number of tokens of the longest example."""
+        return max((len(example.input_ids) for example in self.examples), default=0)
+
+
+def read_conversations(path: str) -> list[Conversation]:
+    """Returns the conversations of one source. See [`read_sources`].
 
     Raises:
-        InputError: for an invalid row; names the file, the row and the rule.
+        InputError: for the first invalid row; names the file, the row and the rule.
     """
-    if source == EMBEDDED:
-        return [
-            Conversation(
-                f"{source}, {pair.name}",
-                [{"role": "user", "content": pair.question}, {"role": "assistant", "content": pair.answer}],
-            )
-            for pair in questions()
-        ]
-    path = Path(source)
-    if not path.is_file() or not path.name.endswith(JSON_LINES):
-        raise InputError(
-            f"conversations {source}: no such file. Name a file of JSON lines ({', '.join(JSON_LINES)}), or use "
-            f"{EMBEDDED}"
-        )
-    found = []
-    for number, row in read_rows(path):
-        where = f"{source}, row {number}"
-        messages = read_messages(row, where)
-        if unsupported := sorted(key for key in _UNSUPPORTED & row.keys() if row[key] not in (None, "", [], {})):
-            raise InputError(
-                f"{where}: field {unsupported[0]!r} is not supported, since it would change the loss. Write it into "
-                "the messages, or remove it"
-            )
-        check_training_messages(messages, where)
-        found.append(Conversation(where, messages))
-    if not found:
-        raise InputError(f"conversations {source}: the file has no rows")
-    return found
+    return read_sources([ConversationSource(path=path)]).conversations
+
+
+def read_sources(sources: Sequence[ConversationSource], invalid: str = "error") -> ConversationData:
+    """Reads and checks conversations in any of the formats [`CONVERSATIONS`].
+
+    Args:
+        sources (`Sequence[ConversationSource]`): files, data sets of the Hub or `embedded:questions`; see
+            [`read_items`].
+        invalid (`str`, *optional*, defaults to `"error"`): `"drop"` leaves invalid rows out and counts them.
+
+    Raises:
+        InputError: if a source cannot be read or has no valid row, and for the first invalid row unless they are
+            dropped; names the file, the row and the rule.
+    """
+    return ConversationData(*read_items(sources, CONVERSATIONS, invalid, _conversation))
+
+
+def _conversation(name: str, columns: dict[str, Any], where: str, source: int) -> Conversation:
+    messages = conversation_messages(name, columns, where)
+    check_training_messages(messages, where)
+    return Conversation(where, messages, source)
 
 
 def check_training_messages(messages: Sequence[dict[str, Any]], where: str) -> None:
@@ -133,34 +153,55 @@ def render_all(
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Conversation],
     max_length: int,
-    drop_overlong: bool = False,
-) -> list[TrainingExample]:
+    too_long: str = "error",
+    show: bool = True,
+) -> RenderedConversations:
     """Renders conversations for training.
 
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): a fast tokenizer with a chat template.
+        conversations (`Sequence[Conversation]`): from [`read_sources`].
+        max_length (`int`): the largest number of tokens.
+        too_long (`str`, *optional*, defaults to `"error"`): for longer conversations: `"error"`, `"drop"`, or
+            `"truncate"` to keep the first `max_length` tokens, often without the last stop token. Conversations of
+            which no token with loss is left are dropped.
+        show (`bool`, *optional*, defaults to `True`): show progress.
+
     Raises:
-        InputError: for a conversation without a token with loss, and for those longer than `max_length` tokens unless
-            they are dropped.
+        InputError: for a conversation without a token with loss, and for those that are too long unless they are
+            dropped or truncated.
     """
-    examples: list[TrainingExample] = []
-    overlong: list[tuple[str, int]] = []
-    for conversation in conversations:
-        name, messages = conversation
-        rendering = render(tokenizer, messages, where=name)
-        # Checked first, since finding the replies can take one rendering per reply.
-        if len(rendering.input_ids) > max_length:
-            overlong.append((name, len(rendering.input_ids)))
-            continue
-        examples.append(mark_replies(tokenizer, messages, rendering, name))
-        if not any(examples[-1].assistant_masks):
-            raise InputError(f"{name}: no token has loss. Check that the chat template fits the conversation")
-    if overlong and not drop_overlong:
-        name, length = max(overlong, key=lambda item: item[1])
+    rendered = RenderedConversations()
+    longest: tuple[int, str] = (0, "")
+    with progress_bar("rendering conversations", "conversations", len(conversations), show) as update:
+        for conversation in conversations:
+            update(advance=1)
+            name, messages, source = conversation
+            rendering = render(tokenizer, messages, where=name)
+            is_long = len(rendering.input_ids) > max_length
+            # Checked first, since finding the replies can take one rendering per reply.
+            if is_long and too_long != "truncate":
+                longest = max(longest, (len(rendering.input_ids), name))
+                rendered.dropped[source] += 1
+                continue
+            example = mark_replies(tokenizer, messages, rendering, name)
+            if not any(example.assistant_masks):
+                raise InputError(f"{name}: no token has loss. Check that the chat template fits the conversation")
+            if is_long:
+                example = TrainingExample(*(tokens[:max_length] for tokens in example))
+                kept = any(example.assistant_masks)
+                (rendered.truncated if kept else rendered.dropped)[source] += 1
+                if not kept:
+                    continue
+            rendered.examples.append(example)
+            rendered.conversations.append(conversation)
+    if rendered.dropped and too_long == "error":
         raise InputError(
-            f"{len(overlong)} of {len(conversations)} conversations are longer than data.max_length {max_length}. The "
-            f"longest is {name}: {length} tokens. Raise data.max_length (up to the model's context), shorten them, or "
-            "set data.overlong to drop"
+            f"{rendered.dropped.total()} of {len(conversations)} conversations are longer than data.max_length "
+            f"{max_length}. The longest is {longest[1]}: {longest[0]} tokens. Raise data.max_length (up to the "
+            "model's context), shorten them, or set data.too_long to drop or truncate"
         )
-    return examples
+    return rendered
 
 
 def write_rows(conversations: Sequence[Conversation]) -> str:

@@ -1,21 +1,22 @@
 """Preference tuning with TRL's `DPOTrainer`, on our rendering of conversations."""
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedModel, Trainer, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 
 from ..errors import InputError
 from .config import PreferenceConfig
+from .conversation_sources import SourceSummary
 from .opened_base import open_base
 from .preference_scores import log_probabilities, preference_scores
 from .preferences import read_preferences
 from .reference_cache import ReferenceCache, find_cache
 from .rendered_pairs import RenderedPair, render_pairs, split_pairs, write_pairs
-from .run_callback import RunCallback
 from .run_checkpoints import RunState
 from .trainer import OpenedRun, TrainedModel, processes, rows_per_step, run_settings, train
 from .training_order import TrainingOrder, training_steps
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 REFERENCE_BATCH_SIZE = 8  # pairs; the same in all runs, so that the reference does not depend on batch settings
 
+_SCORES = {"loss": "loss", "accuracy": "accuracy", "likelier": "share with the chosen reply likelier"}
+
 
 @dataclass(frozen=True)
 class PreferenceRun(OpenedRun):
@@ -37,6 +40,8 @@ class PreferenceRun(OpenedRun):
         train (`list[RenderedPair]`): pairs to train on.
         held_out (`list[RenderedPair]`): pairs to evaluate on.
         references (`ReferenceCache`): where the log-probabilities of their replies by the base model are kept.
+        sources (`list[SourceSummary]`): what was read.
+        used (`Counter[int]`): number of pairs by source.
         num_dropped (`int`): pairs that are longer than `data.max_length`.
     """
 
@@ -44,13 +49,15 @@ class PreferenceRun(OpenedRun):
     train: list[RenderedPair]
     held_out: list[RenderedPair]
     references: ReferenceCache
+    sources: list[SourceSummary]
+    used: Counter[int]
     num_dropped: int
 
     def record(self) -> dict[str, Any]:
         """Returns the counts of pairs and the loss, for `provenance.json`."""
         return {
             "preferences": {
-                "source": self.config.data.preferences,
+                "source": ", ".join(source.path for source in self.config.data.preferences),
                 "train": len(self.train),
                 "held_out": len(self.held_out),
                 "dropped": self.num_dropped,
@@ -66,7 +73,11 @@ class PreferenceTraining:
         self.run = run
 
     def make_trainer(
-        self, arguments: dict[str, Any], model: PreTrainedModel, adapter: "LoraConfig | None", callback: RunCallback
+        self,
+        arguments: dict[str, Any],
+        model: PreTrainedModel,
+        adapter: "LoraConfig | None",
+        callbacks: list[TrainerCallback],
     ) -> Trainer:
         """Returns TRL's trainer, which computes the reference before it. See `MakeTrainer`."""
         from trl import DPOConfig, DPOTrainer
@@ -93,7 +104,7 @@ class PreferenceTraining:
             eval_dataset=held_out,
             processing_class=run.tokenizer,
             peft_config=adapter,
-            callbacks=[callback],
+            callbacks=callbacks,
         )
         set_seed(run.config.training.seed)  # computing the reference draws random numbers, and finding it does not
         # The reference is computed once per pair; now the pairs are put into the order of training.
@@ -139,19 +150,18 @@ def tune_preferences(run: PreferenceRun, overwrite: bool = False) -> None:
     """
     training = PreferenceTraining(run)
 
-    def evaluate(model: PreTrainedModel) -> dict[str, float]:
-        return training.scores(training.log_probabilities(model, run.held_out))
+    def named(scores: dict[str, float]) -> dict[str, float]:
+        return {name.replace("validation", "held_out"): value for name, value in scores.items()}
+
+    def score(model: PreTrainedModel) -> dict[str, float]:
+        return named(training.scores(training.log_probabilities(model, run.held_out)))
 
     def finish(model: TrainedModel, state: RunState) -> None:
-        before = training.scores(training.reference)
-        after = write_tuned_folder(run, model, state, run.record(), before, evaluate)
-        for name, what in (
-            ("loss", "loss"),
-            ("accuracy", "accuracy"),
-            ("likelier", "share with the chosen reply likelier"),
-        ):
-            now, old = after[f"validation_{name}"], before[f"validation_{name}"]
-            print(f"held-out {what} {now:.3f}, before training {old:.3f}")
+        before = named(training.scores(training.reference))
+        scores = write_tuned_folder(run, model, state, run.record(), score, before)
+        for name, what in _SCORES.items():
+            values = scores[f"held_out_{name}"]
+            print(f"held-out {what}: {values['before']:.3f} before training, {values['after']:.3f} after")
 
     train(run, training.make_trainer, training.evaluate, finish, overwrite)
 
@@ -164,14 +174,18 @@ def open_preference_run(config: PreferenceConfig, overwrite: bool = False) -> Pr
     """
     opened = open_base(config, overwrite)
     config, tokenizer, max_length = opened.config, opened.tokenizer, opened.max_length
-    pairs = read_preferences([config.data.preferences]).pairs
-    parts = split_pairs(pairs, config.data.validation_fraction)
-    drop = config.data.overlong == "drop"
-    training, held_out = (render_pairs(tokenizer, part, max_length, drop) for part in parts)
+    data = read_preferences(config.data.preferences, config.data.invalid)
+    parts = split_pairs(data.pairs, config.data.validation_fraction)
+    drop = config.data.too_long == "drop"
+    (training, sizes), (held_out, held_out_sizes) = (render_pairs(tokenizer, part, max_length, drop) for part in parts)
     if not training or not held_out:
         raise InputError(f"data.max_length: {max_length} drops all pairs. Raise it")
+    longest = config.data.max_length or max(max(pair.lengths()) for pair in training + held_out)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"max_length": longest})})
     lengths, section = [sum(pair.lengths()) for pair in training], config.training
-    steps = training_steps([len(training)], [1.0], section.epochs, section.sequences_per_step, section.seed)
+    weights = [source.weight for source in config.data.preferences]
+    counts = [sizes[number] for number in range(len(weights))]
+    steps = training_steps(counts, weights, section.epochs, section.sequences_per_step, section.seed)
     return PreferenceRun(
         config=config,
         output=opened.output,
@@ -184,5 +198,7 @@ def open_preference_run(config: PreferenceConfig, overwrite: bool = False) -> Pr
         train=training,
         held_out=held_out,
         references=find_cache(config, opened.base, training, held_out),
-        num_dropped=len(pairs) - len(training) - len(held_out),
+        sources=data.sources,
+        used=sizes + held_out_sizes,
+        num_dropped=len(data.pairs) - len(training) - len(held_out),
     )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import AddedToken, AutoConfig, PreTrainedTokenizerFast
 
 from ..chat.templates import choose_template
 from ..devices import choose_precision
@@ -25,7 +25,7 @@ class OpenedBase(Generic[Config]):
     """A recipe without values that are left to the machine, and what [`OpenedRun`] has under the same names.
 
     Attributes:
-        max_length (`int`): the longest conversation.
+        max_length (`int`): the largest number of tokens of a conversation.
     """
 
     config: Config
@@ -49,14 +49,34 @@ def open_base(config: Config, overwrite: bool) -> OpenedBase[Config]:
     output = check_run_folder(Path(config.output_dir), overwrite)
     base = model_folder(config.model.path)
     tokenizer = load_tokenizer(base)
+    add_tokens(tokenizer, config)
     template = choose_template(tokenizer, config.chat.template, config.model.path)
     context = AutoConfig.from_pretrained(base, trust_remote_code=False).max_position_embeddings
-    max_length, training = config.data.max_length or min(context, 2048), config.training
+    max_length, training = config.data.max_length or context, config.training
     if max_length > context:
         raise InputError(f"data.max_length: {max_length} is longer than the model's context of {context}. Lower it")
     tokenizer.model_max_length = context  # saved with the model
     if training.precision == "auto":
         training = training.model_copy(update={"precision": choose_precision()})
-    data = config.data.model_copy(update={"max_length": max_length})
-    complete = config.model_copy(update={"data": data, "training": training})
+    complete = config.model_copy(update={"training": training})
     return OpenedBase(complete, output, base, tokenizer, template, max_length)
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerFast, config: FinetuneConfig) -> None:
+    """Adds the new control tokens of a recipe to a tokenizer.
+
+    Raises:
+        InputError: if there are none to add, or the adapter would not train their rows.
+    """
+    new = config.model.new_tokens
+    if known := [token for token in new if token in tokenizer.get_vocab()]:
+        raise InputError(
+            f"model.new_tokens: {known[0]!r} is in the vocabulary of {config.model.path} already. Remove it"
+        )
+    needed = {"embed_tokens", "lm_head"} - set(config.adapter.modules_to_save)
+    if new and config.adapter.kind != "full" and needed:
+        raise InputError(
+            f"model.new_tokens: {', '.join(new)} need rows in the embeddings, which adapter.kind "
+            f"{config.adapter.kind} does not train. Set adapter.modules_to_save to embed_tokens,lm_head"
+        )
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True)

@@ -1,6 +1,9 @@
 """What a run on preferences is about to do, as text."""
 
+from collections import Counter
+
 from ..text import decode_text
+from .data_summary import describe_sources
 from .dpo import REFERENCE_BATCH_SIZE, PreferenceRun
 from .run_summary import run_lines
 
@@ -12,6 +15,7 @@ def preference_lines(run: PreferenceRun) -> list[str]:
     tokens = sum(run.order.lengths)
     dropped = f", {run.num_dropped:,} longer than {config.data.max_length} tokens dropped" if run.num_dropped else ""
     return [
+        *(f"source        {line}" for line in describe_sources(run.sources, run.used, Counter(), Counter())),
         f"pairs         {len(run.train):,} for training, {len(run.held_out):,} held out{dropped}",
         f"tokens        {tokens:,} per epoch, {with_loss:,} with loss ({with_loss / tokens:.0%}: both replies and "
         "their stop tokens)",

@@ -1,18 +1,19 @@
 """Preferences: pairs of a chosen and a rejected reply to the same prompt."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..chat.messages import read_messages
-from ..data.row_files import JSON_LINES, read_rows
 from ..errors import InputError
+from .config import ConversationSource
+from .conversation_sources import SourceSummary, read_items
 from .conversations import check_training_messages
+from .row_formats import PREFERENCES, as_messages
 
 
 class PreferencePair(NamedTuple):
-    """Two replies to the same prompt, and the file and row for error messages.
+    """Two replies to the same prompt, the file and row for error messages, and the number of the source.
 
     The prompt ends with the user. `chosen` and `rejected` contain one message of the assistant each, so the two
     conversations are `prompt + chosen` and `prompt + rejected`. The keys are those of TRL's conversational format.
@@ -22,48 +23,72 @@ class PreferencePair(NamedTuple):
     prompt: list[dict[str, Any]]
     chosen: list[dict[str, Any]]
     rejected: list[dict[str, Any]]
+    source: int = 0
 
 
 @dataclass(frozen=True)
 class PreferenceData:
-    """The pairs of all sources."""
+    """The pairs of all sources, and what was read from each."""
 
     pairs: list[PreferencePair]
+    sources: list[SourceSummary]
 
 
-def read_preferences(sources: Sequence[str]) -> PreferenceData:
+def read_preferences(sources: Sequence[ConversationSource], invalid: str = "error") -> PreferenceData:
     """Reads and checks preferences.
 
     Args:
-        sources (`Sequence[str]`): JSON lines (plain, `.gz`, `.zst`) with the keys `prompt`, `chosen` and `rejected`,
-            lists of messages.
+        sources (`Sequence[ConversationSource]`): files or data sets of the Hub with `chosen` and `rejected`, either
+            replies to `prompt` (all three as strings or lists of messages), or whole conversations that differ in the
+            last reply only.
+        invalid (`str`, *optional*, defaults to `"error"`): `"drop"` leaves invalid rows out and counts them.
 
     Raises:
-        InputError: for the first invalid row; names the file, the row and the rule.
+        InputError: if a source cannot be read or has no valid row, and for the first invalid row unless they are
+            dropped; names the file, the row and the rule.
     """
-    pairs = []
-    for source in sources:
-        path = Path(source)
-        if not path.is_file() or not path.name.endswith(JSON_LINES):
-            raise InputError(
-                f"preferences {source}: no such file. Name a file of JSON lines ({', '.join(JSON_LINES)})"
-            )
-        pairs += [_pair(f"{source}, row {number}", row) for number, row in read_rows(path)]
-    if not pairs:
-        raise InputError(f"preferences {', '.join(sources)}: no rows")
-    return PreferenceData(pairs)
+    return PreferenceData(*read_items(sources, PREFERENCES, invalid, _pair))
 
 
-def _pair(where: str, row: Any) -> PreferencePair:
-    if not isinstance(row, dict) or not {"prompt", "chosen", "rejected"} <= row.keys():
-        raise InputError(f"{where}: not an object with prompt, chosen and rejected")
-    prompt, chosen, rejected = (
-        read_messages({"messages": row[column]}, f"{where}, {column}") for column in ("prompt", "chosen", "rejected")
+def _pair(name: str, columns: dict[str, Any], where: str, source: int) -> PreferencePair:
+    chosen, rejected = (
+        _plain(as_messages(columns[column], "assistant", f"{where}, {column}"), f"{where}, {column}")
+        for column in ("chosen", "rejected")
     )
+    given = columns["prompt"]
+    prompt = [] if given is None else _plain(as_messages(given, "user", f"{where}, prompt"), f"{where}, prompt")
+    if not all(messages and messages[0]["role"] == "assistant" for messages in (chosen, rejected)):
+        prompt, chosen, rejected = _without_prompt(prompt, chosen, rejected, where)
+    elif not prompt:
+        raise InputError(f"{where}: chosen and rejected are replies, but there is no prompt")
     for column, reply in (("chosen", chosen), ("rejected", rejected)):
-        if [message["role"] for message in reply] != ["assistant"]:
-            raise InputError(f"{where}, {column}: must be one reply of the assistant")
+        if (roles := [message["role"] for message in reply]) != ["assistant"]:
+            raise InputError(
+                f"{where}, {column}: after the prompt, which chosen and rejected share, come the roles {roles}; must "
+                "be one reply of the assistant"
+            )
         check_training_messages(prompt + reply, f"{where}, {column}")
     if chosen == rejected:
         raise InputError(f"{where}: chosen and rejected are identical. Remove the row")
-    return PreferencePair(where, prompt, chosen, rejected)
+    return PreferencePair(where, prompt, chosen, rejected, source)
+
+
+def _without_prompt(
+    prompt: list[dict[str, Any]], chosen: list[dict[str, Any]], rejected: list[dict[str, Any]], where: str
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Splits two whole conversations into the messages that they share, without the last reply, and the others."""
+    pairs = zip(chosen[:-1], rejected[:-1], strict=False)
+    found = [message for message, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+    if any(message not in found for message in prompt):
+        raise InputError(
+            f"{where}: chosen and rejected are whole conversations, which do not begin with the prompt. Remove the "
+            "column prompt, or the row"
+        )
+    return found, chosen[len(found) :], rejected[len(found) :]
+
+
+def _plain(messages: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
+    """Returns messages of which none has a weight, which preferences do not have."""
+    if any("weight" in message for message in messages):
+        raise InputError(f"{where}: a reply has weight 0, which preferences do not support. Remove the key")
+    return messages

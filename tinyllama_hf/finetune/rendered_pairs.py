@@ -1,6 +1,7 @@
 """Pairs of replies as tokens: renders, splits and writes preferences."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -40,32 +41,34 @@ def render_pairs(
     pairs: Sequence[PreferencePair],
     max_length: int,
     drop_overlong: bool = False,
-) -> list[RenderedPair]:
+) -> tuple[list[RenderedPair], Counter[int]]:
     """Renders pairs for training.
 
     Returns:
-        The rendered pairs, the shortest first, so that those next to each other need little padding.
+        The rendered pairs by source, the shortest first, so that those next to each other need little padding; and
+        their number by source.
 
     Raises:
         InputError: for pairs with more than `max_length` tokens in one of the two conversations unless they are
             dropped, and if the tokens of the prompt are not the same before both replies.
     """
-    rendered: list[RenderedPair] = []
+    rendered: list[tuple[int, RenderedPair]] = []
     overlong: list[tuple[int, str]] = []
     for pair in pairs:
         found = _render_pair(tokenizer, pair)
         if max(found.lengths()) > max_length:
             overlong.append((max(found.lengths()), pair.name))
         else:
-            rendered.append(found)
+            rendered.append((pair.source, found))
     if overlong and not drop_overlong:
         length, name = max(overlong)
         raise InputError(
             f"{len(overlong)} of {len(pairs)} pairs are longer than data.max_length {max_length}. The longest is "
             f"{name}: {length} tokens. Raise data.max_length (up to the model's context), shorten them, or set "
-            "data.overlong to drop"
+            "data.too_long to drop"
         )
-    return sorted(rendered, key=lambda pair: max(pair.lengths()))
+    ordered = sorted(rendered, key=lambda item: (item[0], max(item[1].lengths())))
+    return [pair for _, pair in ordered], Counter(source for source, _ in ordered)
 
 
 def _render_pair(tokenizer: PreTrainedTokenizerBase, pair: PreferencePair) -> RenderedPair:

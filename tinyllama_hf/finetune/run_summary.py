@@ -1,8 +1,11 @@
 """What a fine-tuning run is about to do, as text."""
 
-import itertools
+from collections import Counter
 
-from ..text import decode_text
+from rich.console import Console
+
+from .data_summary import describe_sources, draw_conversation, draw_lengths
+from .rehearsal import estimate_lines
 from .sft import FinetuneRun
 from .trainer import OpenedRun, processes
 
@@ -12,12 +15,12 @@ _ADAPTERS = {"lora": "LoRA", "dora": "DoRA", "qlora": "QLoRA (weights in nf4)"}
 
 def summary_lines(run: FinetuneRun) -> list[str]:
     """Returns lines with model, template, conversations, tokens and steps."""
-    config = run.config
-    with_loss = sum(sum(example.assistant_masks) for example in run.train)
+    examples = run.train.examples
+    with_loss = sum(sum(example.assistant_masks) for example in examples)
     tokens = sum(run.order.lengths)
-    dropped = f", {run.num_dropped:,} longer than {config.data.max_length} tokens dropped" if run.num_dropped else ""
     return [
-        f"conversations {len(run.train):,} for training, {len(run.held_out):,} held out{dropped}",
+        *(f"source        {line}" for line in _sources(run)),
+        f"conversations {len(examples):,} for training, {len(run.held_out.examples):,} held out",
         f"tokens        {tokens:,} per epoch, {with_loss:,} with loss ({with_loss / tokens:.0%}: replies and stop "
         "tokens)",
         *run_lines(run, "sequences", _padding(run)),
@@ -65,18 +68,26 @@ def _padding(run: FinetuneRun) -> str:
     return f"{what}; at most {longest:,} tokens at once"
 
 
+def _sources(run: FinetuneRun) -> list[str]:
+    parts = (run.train, run.held_out)
+    used = Counter(conversation.source for part in parts for conversation in part.conversations)
+    too_long = run.train.dropped + run.held_out.dropped
+    return describe_sources(run.sources, used, too_long, run.train.truncated + run.held_out.truncated)
+
+
 def dry_run_lines(run: FinetuneRun) -> list[str]:
-    """Returns lines with the first conversation, and the folder that would be written."""
+    """Returns lines with the lengths of the conversations, one of them with its mask, and time and memory of the run.
+
+    The mask is in color if standard output is a terminal.
+    """
+    console = Console()
+    first = draw_conversation(run.tokenizer, run.train.examples[0], console.is_terminal)
+    with console.capture() as drawn:
+        console.print(first, soft_wrap=True)
+    brackets = "in green" if console.is_terminal else "between ⟦ and ⟧"
     return [
-        f"first conversation, tokens with loss between ⟦ and ⟧:\n{first_conversation(run)}",
+        "lengths       " + "\n              ".join(draw_lengths(run.order.lengths)),
+        f"first conversation, tokens with loss {brackets}:\n{drawn.get().rstrip()}",
+        *estimate_lines(run),
         f"would write {run.output}/ (dry run: nothing was written)",
     ]
-
-
-def first_conversation(run: FinetuneRun) -> str:
-    """Returns the first conversation as text, with the tokens that have loss in brackets."""
-    example, parts = run.train[0], []
-    for has_loss, tokens in itertools.groupby(zip(*example, strict=True), key=lambda token: token[1]):
-        text = decode_text(run.tokenizer, [i for i, _ in tokens], skip_special_tokens=False)
-        parts.append(f"⟦{text}⟧" if has_loss else text)
-    return " ".join(parts)

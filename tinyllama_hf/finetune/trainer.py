@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, Trainer
+from transformers import (
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+)
 
 from ..errors import InputError, require
 from ..files import locked, write_text
@@ -42,8 +49,10 @@ if TYPE_CHECKING:
 
 
 TrainedModel: TypeAlias = "LlamaForCausalLM | PeftModel"
-# Makes a trainer of TRL from its common arguments, the model, the adapter and the callback.
-MakeTrainer: TypeAlias = Callable[[dict[str, Any], PreTrainedModel, "LoraConfig | None", RunCallback], Trainer]
+# Makes a trainer of TRL from its common arguments, the model, the adapter and the callbacks.
+MakeTrainer: TypeAlias = Callable[
+    [dict[str, Any], PreTrainedModel, "LoraConfig | None", list[TrainerCallback]], Trainer
+]
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 # Keys that do not change what is trained.
 _FREE = {"output_dir", "logging.every_steps", "logging.trackers", "checkpoints.every_steps", "checkpoints.keep"}
@@ -165,12 +174,29 @@ def load_base(run: OpenedRun) -> PreTrainedModel:
         model, _ = load(run.base, wanted, name, "nf4", trainable=True)
     else:
         model, _ = load_stock(run.base, name, torch.float32 if kind == "full" else wanted)
+    add_token_rows(model, len(run.tokenizer))
     model.config.pad_token_id = run.tokenizer.pad_token_id  # required by TRL and Trainer; not saved
     return model
 
 
-def lora_config(adapter: AdapterSection) -> "LoraConfig | None":
-    """Returns PEFT's configuration of an adapter, `None` if all weights are trained."""
+def add_token_rows(model: PreTrainedModel, num_tokens: int) -> PreTrainedModel:
+    """Adds rows to the embeddings of a model whose vocabulary has fewer tokens: each is the mean of the others."""
+    rows = model.config.vocab_size
+    if num_tokens > rows:
+        model.resize_token_embeddings(num_tokens, mean_resizing=False)
+        embeddings: Any = (model.get_input_embeddings(), model.get_output_embeddings())
+        for weight in (embedding.weight.data for embedding in embeddings):
+            weight[rows:] = weight[:rows].mean(0)
+    return model
+
+
+def lora_config(adapter: AdapterSection, is_tied: bool) -> "LoraConfig | None":
+    """Returns PEFT's configuration of an adapter, `None` if all weights are trained.
+
+    Args:
+        adapter (`AdapterSection`): settings of the recipe.
+        is_tied (`bool`): whether input and output embedding of the model share their weights.
+    """
     from peft import LoraConfig
 
     if adapter.kind == "full":
@@ -181,6 +207,7 @@ def lora_config(adapter: AdapterSection) -> "LoraConfig | None":
         lora_dropout=adapter.dropout,
         target_modules="all-linear" if adapter.targets == ["all-linear"] else adapter.targets,
         modules_to_save=adapter.modules_to_save or None,
+        ensure_weight_tying=is_tied and bool(adapter.modules_to_save),
         use_dora=adapter.kind == "dora",
         task_type="CAUSAL_LM",
     )
@@ -251,7 +278,9 @@ def train(
 def _trained(run: OpenedRun, make_trainer: MakeTrainer, callback: RunCallback, step: int) -> TrainedModel:
     trl_logger = logging.getLogger("trl")
     before, trl_logger.level = trl_logger.level, logging.ERROR  # advice about batches of one row; ours are packed
-    trainer = make_trainer(_common_arguments(run), load_base(run), lora_config(run.config.adapter), callback)
+    model = load_base(run)
+    adapter = lora_config(run.config.adapter, model.config.tie_word_embeddings)
+    trainer = make_trainer(common_arguments(run), model, adapter, [callback])
     trl_logger.setLevel(before)
     trainer.remove_callback(PrinterCallback)
     assert trainer.model is not None
@@ -288,7 +317,7 @@ def _num_processes() -> int:
     return processes().num_processes
 
 
-def _common_arguments(run: OpenedRun) -> dict[str, Any]:
+def common_arguments(run: OpenedRun) -> dict[str, Any]:
     """Returns the arguments that all trainers of TRL take."""
     training = run.config.training
     rows = 1 if run.order.packing else training.micro_batch_size

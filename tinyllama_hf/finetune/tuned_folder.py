@@ -17,7 +17,7 @@ from ..modeling_tinyllama import TinyLlamaForCausalLM
 from ..tokenization_tinyllama import tokenizer_fingerprint
 from .conversations import HELD_OUT_FILE
 from .run_checkpoints import RunState
-from .trainer import OpenedRun, TrainedModel
+from .trainer import OpenedRun, TrainedModel, add_token_rows
 
 
 ADAPTER_FOLDER = "adapter"
@@ -48,9 +48,9 @@ def write_tuned_folder(
     trained: TrainedModel,
     state: RunState,
     data_record: dict[str, Any],
-    before: dict[str, float],
-    evaluate: Callable[[PreTrainedModel], dict[str, float]],
-) -> dict[str, float]:
+    score: Callable[[PreTrainedModel], dict[str, float]],
+    before: dict[str, float] | None = None,
+) -> dict[str, dict[str, float]]:
     """Writes the finished model into the folder of its run.
 
     An adapter is saved to `adapter/`, and merged into the plain weights of the base.
@@ -60,11 +60,12 @@ def write_tuned_folder(
         trained (`TrainedModel`): the trained model.
         state (`RunState`): has the losses.
         data_record (`dict`): describes the data in `provenance.json`.
-        before (`dict[str, float]`): `validation_loss`, and possibly more, before training.
-        evaluate (`Callable`): returns the same of the finished model, which is loaded again.
+        score (`Callable`): returns `held_out_loss`, and possibly more, of a model. Called for the finished model and
+            for the base model, which are loaded for it as others load them.
+        before (`dict[str, float]`, *optional*): the scores of the base model, if they are known.
 
     Returns:
-        What `evaluate` returned.
+        Each score `before` and `after` training.
 
     Raises:
         InputError: if that loss is not finite.
@@ -72,24 +73,23 @@ def write_tuned_folder(
     with new_files(run.output, last=_RECORD_FILE) as folder:
         _save_weights(run, trained, folder)
         run.tokenizer.save_pretrained(folder)
-        after = evaluate(load_stock(folder)[0])
-        if not math.isfinite(after["validation_loss"]):
+        after = score(load_stock(folder)[0])
+        if not math.isfinite(after["held_out_loss"]):
             raise InputError(
                 f"training.learning_rate: {run.config.training.learning_rate}: after training, the loss of held-out "
                 "data is not finite. Lower it"
             )
+        before = before or score(add_token_rows(load_stock(run.base)[0], len(run.tokenizer)))
+        scores = {name: {"before": before[name], "after": value} for name, value in after.items()}
         record = provenance.collect(
             **_record(run),
             **data_record,
             steps=max(state.losses),
             kept_step=_kept_step(run, state),
-            **{
-                name.replace("validation", "held_out"): {"before": before[name], "after": after[name]}
-                for name in before
-            },
+            **scores,
         )
         write_json(folder / _RECORD_FILE, record)
-    return after
+    return scores
 
 
 def _kept_step(run: OpenedRun, state: RunState) -> int:
@@ -105,7 +105,7 @@ def _save_weights(run: OpenedRun, trained: TrainedModel, folder: Path) -> None:
             trained.save_pretrained(str(adapter))
             (adapter / "README.md").unlink()  # an empty template
             run.tokenizer.save_pretrained(adapter)
-            base, _ = load_stock(run.base, "cpu")
+            base = add_token_rows(load_stock(run.base, "cpu")[0], len(run.tokenizer))
             merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
             replace_folder(adapter, run.output / ADAPTER_FOLDER)
     else:
@@ -115,6 +115,7 @@ def _save_weights(run: OpenedRun, trained: TrainedModel, folder: Path) -> None:
     plain = TinyLlamaForCausalLM(TinyLlamaConfig.from_llama(merged.config))
     plain.load_state_dict(merged.state_dict())
     plain.config.use_cache = True
+    plain.config.eos_token_id = run.tokenizer.eos_token_id
     plain.generation_config.eos_token_id = run.tokenizer.eos_token_id
     plain.generation_config.pad_token_id = run.tokenizer.pad_token_id
     plain.save_pretrained(folder)

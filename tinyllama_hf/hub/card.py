@@ -9,7 +9,7 @@ import yaml
 from ..conversion.quantized.w4a16 import read_scheme
 from ..conversion.reading.containers import open_safetensors
 from ..evaluation.protocol import caveat
-from ..evaluation.score_files import NO_SCORES, RunScores
+from ..evaluation.score_files import NO_SCORES, CommonsenseRow, RunScores
 from ..portable import portable
 from ..pretrain.milestones import CONFIG_FILE
 from ..quantization.names import GPU_CAPABILITIES
@@ -61,8 +61,16 @@ def model_card(
         milestones=[(milestone, scores.of_model(milestone.name)) for milestone in milestones],
         pictures=pictures,
         scores=own,
+        commonsense_before=_commonsense_before(model, scores),
     )
     return write_card(metadata, text)
+
+
+def _commonsense_before(model: ModelFolder, scores: RunScores) -> CommonsenseRow | None:
+    """The scores of the base model of a fine-tuned one, if they are in the same file."""
+    base = model.record.get("base_model", {}).get("path")
+    rows = scores.commonsense.models if scores.commonsense and base else []
+    return next((row for row in rows if base in (row.path, row.name)), None)
 
 
 def milestone_card(folder: Path, name: str) -> str:
@@ -81,7 +89,7 @@ def milestone_card(folder: Path, name: str) -> str:
 def _text(model: ModelFolder, **values: Any) -> str:
     """The text of a card. `values` override the default values of the template."""
     defaults: dict[str, Any] = {"revision": "", "milestones": [], "pictures": []}
-    defaults |= {"loss": None, "scores": NO_SCORES, "caveat": caveat}
+    defaults |= {"loss": None, "scores": NO_SCORES, "commonsense_before": None, "caveat": caveat}
     settings, files = None, [file.name for file in model.files]
     is_quantized = model.kind == "quantized"
     if model.kind == "trained":

@@ -1,0 +1,104 @@
+"""Packed rows: each conversation has the losses and gradients that it has alone, through TRL's collator and head."""
+
+import random
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tinyllama_hf.finetune.conversations import TrainingExample
+from tinyllama_hf.finetune.packed_rows import PACKED_SDPA, balanced_rows, packed_sdpa_attention
+from tinyllama_hf.finetune.sft import joined_row
+
+
+def conversations(number, longest=120):
+    """Random tokens, about half of them with loss."""
+    draw = random.Random(0)
+    lengths = [draw.randint(4, longest) if draw.random() < 0.8 else draw.randint(4, 12) for _ in range(number)]
+    return [
+        TrainingExample([draw.randrange(64) for _ in range(length)], [int(draw.random() < 0.5) for _ in range(length)])
+        for length in lengths
+    ]
+
+
+def losses_and_gradients(rows, examples, attention=PACKED_SDPA, padding_free=True):
+    """Returns the losses of each conversation by token, and the gradients of the mean, over all rows."""
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+    from trl.trainer.utils import add_fused_lm_head
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        max_position_embeddings=128,
+    )
+    model = LlamaForCausalLM._from_config(config, attn_implementation=attention).train()
+    add_fused_lm_head(model)
+    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=padding_free)
+    count = sum(sum(example.assistant_masks[1:]) for example in examples)
+    found = {}
+    for row in rows:
+        groups = [row] if padding_free else [[number] for number in row]
+        batch = collate([joined_row([examples[number] for number in group]) for group in groups])
+        log_probs = model(**batch, fused_lm_head=True, use_cache=False).log_probs
+        (-log_probs.sum() / count).backward()
+        start = 0
+        for place, number in enumerate(row):
+            length = len(examples[number].input_ids)
+            one = log_probs[0, start:] if padding_free else log_probs[place]
+            found[number] = one[: length - 1].detach()
+            start += length
+    return found, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def differences(found, expected):
+    """The largest difference of a loss, and of a gradient relative to the largest of its parameter."""
+    (losses, gradients), (other_losses, other_gradients) = found, expected
+    assert losses.keys() == other_losses.keys()
+    pairs = [(gradients[name], other_gradients[name]) for name in gradients]
+    return (
+        max((losses[number] - other_losses[number]).abs().max().item() for number in losses),
+        max((((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)),
+    )
+
+
+@pytest.mark.parametrize("number", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_losses_and_gradients_equal_those_of_each_conversation_alone(number):
+    examples = conversations(number)
+    rows = balanced_rows([len(example.input_ids) for example in examples], number // 10)
+    alone = losses_and_gradients([[i] for i in range(number)], examples, "sdpa", padding_free=False)
+    loss, gradient = differences(losses_and_gradients(rows, examples), alone)
+    assert loss <= 1e-5 and gradient <= 1e-5
+
+
+def test_joined_rows_would_be_seen():
+    """With sdpa that ignores the bounds, losses and gradients differ: the comparison can fail."""
+    examples = conversations(20)
+    rows = balanced_rows([len(example.input_ids) for example in examples], 2)
+    alone = losses_and_gradients([[i] for i in range(20)], examples, "sdpa", padding_free=False)
+    from tinyllama_hf.pretrain.launch import UNPACKED_SDPA
+
+    loss, gradient = differences(losses_and_gradients(rows, examples, UNPACKED_SDPA), alone)
+    assert loss > 0.01 and gradient > 0.01
+
+
+@pytest.mark.parametrize(("rows", "mask"), [(2, None), (1, torch.ones(1, 1, 8, 8))])
+def test_what_would_join_conversations_is_an_error(rows, mask):
+    query = torch.zeros(rows, 2, 8, 4)
+    module = torch.nn.Module()
+    with pytest.raises(ValueError, match="packed_sdpa: takes one packed row and no mask"):
+        packed_sdpa_attention(module, query, query, query, mask, cu_seq_lens_q=torch.tensor([0, 3, 8]))
+
+
+def test_rows_are_balanced():
+    draw = random.Random(1)
+    lengths = [draw.randint(5, 900) for _ in range(64)]
+    rows = balanced_rows(lengths, 8)
+    assert sorted(number for row in rows for number in row) == list(range(64))
+    sums = [sum(lengths[number] for number in row) for row in rows]
+    assert max(sums) - min(sums) < 100 and max(sums) < 4 / 3 * sum(lengths) / 8
+    assert all(balanced_rows([7] * 8, 8)), "no row is empty"
