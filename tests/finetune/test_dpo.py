@@ -215,11 +215,11 @@ def test_there_is_no_second_model(pairs, kind, monkeypatch):
 
     def count(self, model):
         gc.collect()
-        counts.append(sum(isinstance(thing, LlamaForCausalLM) for thing in gc.get_objects()))
+        counts.append(sum(type(thing) is LlamaForCausalLM for thing in gc.get_objects()))
         return evaluate(self, model)
 
     gc.collect()
-    before = sum(isinstance(thing, LlamaForCausalLM) for thing in gc.get_objects())
+    before = sum(type(thing) is LlamaForCausalLM for thing in gc.get_objects())
     monkeypatch.setattr(dpo.PreferenceTraining, "evaluate", count)
     tune(pairs, f"adapter.kind={kind}")
     assert counts == 6 * [before + 1]

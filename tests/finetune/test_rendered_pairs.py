@@ -57,7 +57,9 @@ def test_a_template_that_renders_the_prompt_differently(tokenizer):
     (found,), _ = render_pairs(tokenizer, [pair(["Why?"], "So.", "No.")], 200)
     assert "Well" in tokenizer.decode(found.chosen_ids), "what the template adds to a reply is learned"
     tokenizer.chat_template = template.replace("{%- generation -%}", "{{- ' Well,' -}}{%- generation -%}")
-    with pytest.raises(InputError, match=r"row 1, chosen: before a reply, .* ends the prompt with .*Well"):
+    with pytest.raises(
+        InputError, match=r"row 1, chosen: before a reply, .*, but with this reply .*'W', 'el', 'l', ','"
+    ):
         render_pairs(tokenizer, [pair(["Why?"], "So.", "No.")], 200)
 
 
