@@ -252,6 +252,12 @@ CASES = {
             },
         ),
     },
+    "convert s --to gguf-lora --output new.gguf --base m": {
+        "tinyllama_hf.conversion.convert.convert": (
+            None,
+            {"source": "s", "to": "gguf-lora", "output": Path("new.gguf"), "base": "m"},
+        ),
+    },
     "convert s --to awq --output o --sanity --calibration file --calibration s/config.json": {
         "tinyllama_hf.conversion.convert.convert": (
             None,
@@ -260,6 +266,12 @@ CASES = {
                 "calibration": [Path("file"), Path("s/config.json")],
                 "force": False,
             },
+        ),
+    },
+    "merge m a --output new --dtype bf16 --device cpu --overwrite": {
+        "tinyllama_hf.inference.merge.merge_adapter": (
+            None,
+            {"base": "m", "adapter": "a", "output": Path("new"), "dtype": "bf16", "device": "cpu", "overwrite": True},
         ),
     },
     "verify x y --text t --tolerance 0.5 --tensors --config c": {
@@ -298,12 +310,12 @@ CASES = {
     },
     "sft.py {sft} training.seed=77 --overwrite": {
         "tinyllama_hf.finetune.sft.open_run": ("run", {"config.training.seed": 77, "overwrite": True}),
-        "tinyllama_hf.finetune.run_summary.summary_lines": ([], {"run": "run"}),
+        "tinyllama_hf.finetune.run_summary.summary_lines": ("printed", {"run": "run"}),
         "tinyllama_hf.finetune.sft.finetune_run": (None, {"run": "run", "overwrite": True}),
     },
     "sft.py {sft} --dry-run": {
         "tinyllama_hf.finetune.sft.open_run": ("run", {"overwrite": False}),
-        "tinyllama_hf.finetune.run_summary.summary_lines": ([], {"run": "run"}),
+        "tinyllama_hf.finetune.run_summary.summary_lines": ("printed", {"run": "run"}),
         "tinyllama_hf.finetune.run_summary.dry_run_lines": (None, {"run": "run"}),
     },
     "dpo.py {dpo} training.seed=77 preference.beta=0.5 --overwrite": {
@@ -311,12 +323,12 @@ CASES = {
             "run",
             {"config.training.seed": 77, "config.preference.beta": 0.5, "overwrite": True},
         ),
-        "tinyllama_hf.finetune.pair_summary.preference_lines": ([], {"run": "run"}),
+        "tinyllama_hf.finetune.pair_summary.preference_lines": ("printed", {"run": "run"}),
         "tinyllama_hf.finetune.dpo.tune_preferences": (None, {"run": "run", "overwrite": True}),
     },
     "dpo.py {dpo} --dry-run": {
         "tinyllama_hf.finetune.dpo.open_preference_run": ("run", {"overwrite": False}),
-        "tinyllama_hf.finetune.pair_summary.preference_lines": ([], {"run": "run"}),
+        "tinyllama_hf.finetune.pair_summary.preference_lines": ("printed", {"run": "run"}),
         "tinyllama_hf.finetune.pair_summary.preference_dry_run_lines": (None, {"run": "run"}),
     },
 }

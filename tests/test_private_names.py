@@ -95,6 +95,7 @@ USED: dict[str, tuple[str, ...]] = {
     ),
     "transformers.loss.loss_utils.ForCausalLMLoss": ("modeling_tinyllama.py",),
     "transformers.Trainer._load_from_checkpoint": ("finetune/trainer.py",),
+    "transformers.Trainer._prepare_inputs": ("finetune/rehearsal.py",),
     "transformers.masking_utils.create_causal_mask": ("packed_documents.py",),
     "transformers.masking_utils.packed_sequence_mask_function": ("packed_documents.py",),
     "transformers.masking_utils.sdpa_mask": ("decoding/grouped_attention.py",),

@@ -32,6 +32,7 @@ WRONG = {
     "generate llama/model.safetensors x": "llama/model.safetensors: a file, not a model folder. Give the folder llama",
     "generate llama x --draft /nope": "model '/nope': no such folder",
     "generate llama x --adapter /nope": "model '/nope': no such folder",
+    "generate adapter x": "It is an adapter: give its base model with --adapter adapter, or merge the two",
     "serve /nope": "model '/nope': no such folder",
     "plan /nope": "recipe /nope does not exist",
     f"plan {RECIPE} training.sed=1": "training.sed: unknown key",
@@ -43,6 +44,15 @@ WRONG = {
     "convert llama --to gguf --output x": "--to 'gguf': unknown format; valid: awq, gguf-bf16",
     "convert llama --to awq --output x --calibration /nope": "--calibration /nope: file not found",
     "convert empty --to llama --output llama": "--output llama: already exists",
+    "convert empty --to gguf-lora --output x": "--output x: gguf-lora is one file",
+    "convert empty --to gguf-lora --output x.gguf --vocab-rows 3": "--vocab-rows: changes a model",
+    "convert llama --to awq --output x --base llama": "--base llama: only used by gguf-lora, not by awq",
+    "merge /nope empty --output x": "model '/nope': no such folder",
+    "merge llama /nope --output x": "model '/nope': no such folder",
+    "merge nf4 empty --output x": "model nf4: its weights are quantized",
+    "merge llama empty --output gguf": "--output gguf: already exists. Choose another folder, or pass --overwrite",
+    "merge llama empty --output x --dtype fp8": "--dtype 'fp8': unknown type; use auto, fp32, bf16, fp16",
+    "merge llama empty --output x --device gpu": "--device 'gpu': unknown device",
     "verify empty /nope": "model '/nope': no such folder",
     "eval text /nope": "model '/nope': no such folder",
     "eval text empty --watch --every 0": "--every 0.0: must be above 0",
@@ -100,6 +110,10 @@ def outcomes(tmp_path_factory):
     (folder / "llama").mkdir()
     (folder / "llama" / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 3}')
     (folder / "llama" / "model.safetensors").touch()
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    (folder / "nf4").mkdir()
+    (folder / "nf4" / "config.json").write_text('{"model_type": "llama", "quantization_config": {}}')
     (folder / "gguf").mkdir()
     (folder / "gguf" / "model-q8_0.gguf").write_bytes(b"GGUF")
     command = [sys.executable, "-c", RUN.format(recipes=str(ROOT / "recipes"))]

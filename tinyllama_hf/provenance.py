@@ -76,6 +76,12 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def weight_hashes(folder: Path) -> dict[str, str]:
+    """Returns the SHA-256 of the weight files in a folder, by name."""
+    files = sorted(path for kind in ("safetensors", "bin") for path in folder.glob(f"*.{kind}"))
+    return {file.name: file_sha256(file) for file in files}
+
+
 def _version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)

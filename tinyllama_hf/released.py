@@ -184,6 +184,8 @@ def read_llama_fields(folder: Path) -> dict[str, Any]:
         hint = f"; did you mean {milestones[-1]}?" if milestones else ""
         if any(path.suffix in (".gguf", ".pth") for path in folder.glob("*")):
             hint = f". {_convert_first(folder)}"
+        if (folder / "adapter_config.json").is_file():
+            hint = f". It is an adapter: give its base model with --adapter {folder}, or merge the two first"
         raise InputError(f"model {folder}: holds no config.json, so it is not a model folder{hint}")
     fields = read_json(config)
     model_type = fields.get("model_type") if isinstance(fields, dict) else None

@@ -1,11 +1,11 @@
-"""`tinyllama-hf convert` and `tinyllama-hf verify`."""
+"""`tinyllama-hf convert`, `tinyllama-hf merge` and `tinyllama-hf verify`."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .loading import import_libraries
+from .loading import DEVICE, MODEL, import_libraries
 
 
 _SOURCE = Annotated[
@@ -22,10 +22,16 @@ def convert_command(
         str,
         typer.Option(
             help="llama, litgpt, gguf-f32, gguf-f16, gguf-bf16, gguf-q8_0, gguf-q4_0, w4a16 or awq. gguf-q4_k_m and "
-            "other K-quants need llama-quantize of llama.cpp. gptq prints the command of the program that makes it."
+            "other K-quants need llama-quantize of llama.cpp. gptq prints the command of the program that makes it. "
+            "gguf-lora is for a LoRA adapter of PEFT."
         ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder to write. It is created only when the conversion is complete.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            help="Folder to write, for gguf-lora a file. It is created only when the conversion is complete."
+        ),
+    ],
     dtype: Annotated[str, typer.Option(help="auto (keep), fp32, bf16 or fp16; llama and litgpt only.")] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file: 500MB, 2GB, ...")] = "5GB",
     vocab_rows: Annotated[
@@ -34,6 +40,9 @@ def convert_command(
     config: _CONFIG = None,
     calibration: Annotated[
         list[Path] | None, typer.Option(help="Text file for the scales of w4a16 and awq; repeatable.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="gguf-lora: the adapter's base model; default: the one that it names.")
     ] = None,
     sanity: Annotated[
         bool, typer.Option("--sanity", help="First check that the model predicts a bundled text better than chance.")
@@ -47,26 +56,24 @@ def convert_command(
 
     Example: tinyllama-hf convert lit_model.pth --to llama --output my-model
     """
-    import signal
-    import sys
     import time
 
-    from tinyllama_hf.conversion.arguments import DTYPES, check_arguments, check_output
+    from tinyllama_hf.conversion.arguments import DTYPES, check_arguments, check_destination
     from tinyllama_hf.devices import check_dtype
     from tinyllama_hf.errors import InputError
     from tinyllama_hf.released import find_model
 
     check_dtype(dtype, DTYPES)
     find_model(source)
-    check_arguments(to, dtype, max_shard_size, calibration or ())
-    check_output(output, source, force)
+    of_models = {"--vocab-rows": vocab_rows, "--config": config, "--sanity": sanity}
+    check_arguments(to, dtype, max_shard_size, calibration or (), base, of_models)
+    check_destination(to, output, source, force)
     import_libraries()
     from tinyllama_hf.conversion.convert import convert
     from tinyllama_hf.conversion.verify import check_sanity
     from tinyllama_hf.progress import quiet_library_bars
 
-    for number in (signal.SIGTERM, signal.SIGHUP):  # like Ctrl-C: unwind, so that the unfinished output is removed
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    _end_on_signals()
     quiet_library_bars()
     losses: list[float] = []
     started = time.monotonic()
@@ -80,6 +87,7 @@ def convert_command(
         vocab_rows=vocab_rows,
         config=config,
         calibration=calibration or (),
+        base=base,
         check=check,
         force=force,
         progress=True,
@@ -89,7 +97,7 @@ def convert_command(
         print(f"note        {note}")
     if losses:
         print(f"sanity      loss {losses[0]:.3f} nats per token on the bundled text")
-    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in (output, *output.rglob("*")) if path.is_file())
     print(f"wrote {output}: {done.format}, {size / 1e6:,.1f} MB in {time.monotonic() - started:.1f} s")
     if done.next_lines and to != "gptq":
         raise InputError(
@@ -98,6 +106,55 @@ def convert_command(
         )
     for line in done.next_lines:
         print(line)
+
+
+def _end_on_signals() -> None:
+    """Ends at SIGTERM and SIGHUP like at Ctrl-C, so that the unfinished output is removed."""
+    import signal
+    import sys
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
+def merge_command(
+    base: MODEL,
+    adapter: Annotated[str, typer.Argument(help="Folder or Hub id of a PEFT adapter trained on this model.")],
+    output: Annotated[Path, typer.Option(help="Folder to write. It is created only when the result is checked.")],
+    dtype: Annotated[str, typer.Option(help="auto (the model's), fp32, bf16 or fp16.")] = "auto",
+    device: DEVICE = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier merge.")] = False,
+) -> None:
+    """Merge an adapter into its base model, with the adapter's tokenizer and chat template; write a Llama folder.
+
+    The sum is computed in fp32 and rounded once. The merged model is loaded again and its logits are compared with
+    those of the base with the adapter on top before the folder gets its name. An adapter that was trained on a model
+    in 4 or 8 bit (QLoRA) is merged into the model that was quantized.
+
+    Example: tinyllama-hf merge step-1431k-3T my-adapter --output my-merged
+    """
+    import time
+
+    from tinyllama_hf.conversion.arguments import DTYPES
+    from tinyllama_hf.devices import check_device, check_dtype
+    from tinyllama_hf.inference.options import check_merge
+
+    check_dtype(dtype, DTYPES)
+    check_device(device)
+    check_merge(base, adapter, output, overwrite)
+    import_libraries()
+    from tinyllama_hf.inference.merge import merge_adapter
+    from tinyllama_hf.progress import quiet_library_bars
+
+    _end_on_signals()
+    quiet_library_bars()
+    started = time.monotonic()
+    merged = merge_adapter(base, adapter, output, dtype=dtype, device=device, overwrite=overwrite)
+    print(f"adapter     {adapter}: trained on {merged.trained_on}, changes the logits by {merged.effect:.2g}")
+    print(f"merged      the logits differ by {merged.difference:.2g} from the adapter on top of {base}")
+    print("            (root mean squares in units of the standard deviation of the logits)")
+    size = sum(path.stat().st_size for path in output.iterdir())
+    print(f"wrote {output}: {merged.dtype}, {size / 1e6:,.1f} MB in {time.monotonic() - started:.1f} s")
 
 
 def verify_command(

@@ -1,6 +1,8 @@
 """Fetches other programs that read and write the same formats from the package index."""
 
 import hashlib
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -36,3 +38,26 @@ def _install(folder: Path, requirements: Sequence[str]) -> None:
     if done.returncode:
         pytest.skip(f"the package index does not serve {', '.join(requirements)}: {done.stderr.strip()[-200:]}")
     temporary.rename(folder)
+
+
+@pytest.fixture(scope="session")
+def llama_cpp(peer, tmp_path_factory):
+    """Runs llama.cpp on a file: ids of texts, ids of `"a"` with special tokens, continuations, and prompts.
+
+    `lora` is the file of an adapter; `options` are fields of a completion.
+    """
+    folder = peer("xllamacpp==2026.10.11549")
+
+    def run(model: Path, texts=(), prompts=(), conversations=(), lora: Path | None = None, **options):
+        answer = tmp_path_factory.mktemp("answer") / "answer.json"
+        request = {"model": str(model), "texts": list(texts), "prompts": list(prompts), "answer": str(answer)}
+        request |= {"conversations": list(conversations), "lora": lora and str(lora), "options": options}
+        done = subprocess.run(
+            [sys.executable, Path(__file__).with_name("llama_cpp.py")],
+            input=json.dumps(request), text=True, capture_output=True, timeout=600,
+            env=os.environ | {"PYTHONPATH": str(folder)},
+        )  # fmt: skip
+        assert answer.is_file(), done.stderr[-2000:]
+        return json.loads(answer.read_text())
+
+    return run

@@ -19,6 +19,8 @@ def main() -> None:
     params.use_jinja = True
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    if request["lora"]:
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(request["lora"], 1.0)]
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(params)  # it ends with this name
 
@@ -30,7 +32,14 @@ def main() -> None:
 
     ids = [post("/tokenize", content=t, add_special=False, parse_special=False)["tokens"] for t in request["texts"]]
     framed = post("/tokenize", content="a", add_special=True)["tokens"]
-    greedy = {"n_predict": 64, "temperature": 0, "top_k": 1, "return_tokens": True, "cache_prompt": False}
+    greedy = {
+        "n_predict": 64,
+        **request["options"],
+        "temperature": 0,
+        "top_k": 1,
+        "return_tokens": True,
+        "cache_prompt": False,
+    }
     continued = [post("/completion", prompt=prompt, **greedy)["tokens"] for prompt in request["prompts"]]
     rendered = [post("/apply-template", messages=messages)["prompt"] for messages in request["conversations"]]
     asked = [post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"] for text in rendered]

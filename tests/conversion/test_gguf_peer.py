@@ -1,11 +1,5 @@
 """Runs llama.cpp on our files: same ids, same prompts, and same continuations as transformers."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -57,26 +51,6 @@ PROMPTS = [
     "Photosynthesis is the process by which",
 ]
 QUESTIONS = ["Explain how rainbows form.", "Write a short story about a robot."]
-
-
-@pytest.fixture(scope="session")
-def llama_cpp(peer, tmp_path_factory):
-    """Runs llama.cpp on a file: ids of texts, ids of `"a"` with special tokens, continuations, and prompts."""
-    folder = peer("xllamacpp==2026.10.11549")
-
-    def run(model: Path, texts=(), prompts=(), conversations=()):
-        answer = tmp_path_factory.mktemp("answer") / "answer.json"
-        request = {"model": str(model), "texts": list(texts), "prompts": list(prompts), "answer": str(answer)}
-        request["conversations"] = list(conversations)
-        done = subprocess.run(
-            [sys.executable, Path(__file__).with_name("llama_cpp.py")],
-            input=json.dumps(request), text=True, capture_output=True, timeout=600,
-            env=os.environ | {"PYTHONPATH": str(folder)},
-        )  # fmt: skip
-        assert answer.is_file(), done.stderr[-2000:]
-        return json.loads(answer.read_text())
-
-    return run
 
 
 def assert_same_ids(answer, tokenizer, texts):

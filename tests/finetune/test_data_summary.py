@@ -98,7 +98,9 @@ def test_a_line_per_source_with_every_count(tmp_path, tokenizer):
     a, b = (str(tmp_path / name) for name in ("a.jsonl", "b.csv"))
 
     def lines(too_long):
-        return describe_sources(data.sources, [render_all(tokenizer, part, 64, too_long) for part in parts])
+        first, second = (render_all(tokenizer, part, 64, too_long) for part in parts)
+        used = Counter(conversation.source for conversation in first.conversations + second.conversations)
+        return describe_sources(data.sources, used, first.dropped + second.dropped, first.truncated + second.truncated)
 
     first = f"  2 invalid: {a}, row 9: no known format"
     for too_long, wanted in (("drop", ", 2 too long, 8 used"), ("truncate", ", 2 truncated, 10 used")):

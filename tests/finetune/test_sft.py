@@ -16,7 +16,7 @@ from tests.finetune.runs import COLORS, finetune, tuned
 from tinyllama_hf import load_tokenizer
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.evaluation.models import list_eval_models
-from tinyllama_hf.finetune import sft
+from tinyllama_hf.finetune import opened_base, sft
 from tinyllama_hf.finetune.config import load_finetune_config
 from tinyllama_hf.finetune.conversations import HELD_OUT_FILE, read_conversations, render_all
 from tinyllama_hf.finetune.replies import generate_replies, reply_loss, score_model_replies
@@ -60,13 +60,13 @@ def test_the_reply_loss_is_that_of_a_plain_loop(recipe, base):
     run = sft.open_run(load_finetune_config(recipe))
     model, _ = load_stock(base)
     total = count = 0
-    for rendering in run.held_out:
+    for rendering in run.held_out.examples:
         logits = model(torch.tensor([rendering.input_ids])).logits[0].log_softmax(-1)
         for i, mask in enumerate(rendering.assistant_masks):
             if mask:
                 total -= logits[i - 1, rendering.input_ids[i]].item()
                 count += 1
-    assert reply_loss(model, run.held_out, batch_size=3) == pytest.approx(total / count, abs=1e-5)
+    assert reply_loss(model, run.held_out.examples, batch_size=3) == pytest.approx(total / count, abs=1e-5)
 
 
 def test_trl_trains_on_exactly_our_tokens(recipe, base, monkeypatch):
@@ -85,7 +85,7 @@ def test_trl_trains_on_exactly_our_tokens(recipe, base, monkeypatch):
     folder = tuned(recipe, *once, "training.packing=false")
     assert len(seen) == 1, "32 conversations in steps of 8, a fifth of an epoch"
     run = sft.open_run(load_finetune_config(recipe), overwrite=True)
-    ours = {tuple(r.input_ids): r.assistant_masks for r in run.train}
+    ours = {tuple(r.input_ids): r.assistant_masks for r in run.train.examples}
     for ids, labels, attention in zip(*(seen[0][n] for n in ("input_ids", "labels", "attention_mask")), strict=True):
         length = int(attention.sum())
         masks = ours[tuple(ids[:length].tolist())]
@@ -210,7 +210,7 @@ REACHES = {
 
 
 def test_every_key_reaches_the_trainer(recipe, trainer_of, monkeypatch):
-    monkeypatch.setattr(sft, "check_machine", lambda config: None)  # no GPU here
+    monkeypatch.setattr(opened_base, "check_machine", lambda config: None)  # no GPU here
     names = ("adapter", "training", "evaluation", "checkpoints", "logging")
     sections = {name: load_finetune_config(recipe).model_dump()[name] for name in names}
     assert REACHES.keys() == {f"{section}.{key}" for section, keys in sections.items() for key in keys}
@@ -251,10 +251,11 @@ def test_the_data_section_reaches_the_run(recipe):
     digests = [hashlib.sha256(json.dumps(talk, sort_keys=True).encode()).hexdigest() for talk in talks]
     run = sft.open_run(load_finetune_config(recipe, ["data.validation_fraction=0.5"]))
     held_out = [talk for talk, digest in zip(talks, digests, strict=True) if int(digest, 16) < 0.5 * 16**64]
-    assert [conversation.messages for conversation in run.held_out_conversations] == held_out
-    lengths = sorted(len(rendering.input_ids) for rendering in (*run.train, *run.held_out))
+    assert [conversation.messages for conversation in run.held_out.conversations] == held_out
+    lengths = sorted(len(rendering.input_ids) for rendering in (*run.train.examples, *run.held_out.examples))
     overrides = ["data.validation_fraction=0.5", f"data.max_length={lengths[20]}"]
-    dropped = sft.open_run(load_finetune_config(recipe, [*overrides, "data.too_long=drop"])).num_dropped
+    dropped = sft.open_run(load_finetune_config(recipe, [*overrides, "data.too_long=drop"]))
+    dropped = (dropped.train.dropped + dropped.held_out.dropped).total()
     assert dropped == sum(length > lengths[20] for length in lengths) > 0
     with pytest.raises(InputError, match=f"longer than data.max_length {lengths[20]}"):
         sft.open_run(load_finetune_config(recipe, overrides))

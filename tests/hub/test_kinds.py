@@ -12,7 +12,9 @@ from tests.hub.conftest import files_on_hub
 from tinyllama_hf import load
 from tinyllama_hf.conversion.convert import convert
 from tinyllama_hf.errors import InputError
+from tinyllama_hf.hub.model_folder import open_folder
 from tinyllama_hf.hub.publish import plan_revisions, publish
+from tinyllama_hf.inference.merge import merge_adapter
 
 
 def code_of(card: str) -> str:
@@ -48,6 +50,18 @@ def test_the_command_on_the_card_makes_plain_weights_again(folders, online, tmp_
             convert(place, "llama", tmp_path / name)
         there, here = (load_file(tmp_path / f"{kind}-{name}" / "model.safetensors") for name in ("hub", "here"))
         assert there.keys() == here.keys() and all(there[name].equal(here[name]) for name in here)
+
+
+def test_the_base_of_a_merged_model(folders, tmp_path):
+    """It is named on the card if it was given by its Hub id."""
+    merge_adapter(folders / "base", folders / "adapter", tmp_path / "merged")
+    file = tmp_path / "merged" / "provenance.json"
+    assert open_folder(tmp_path / "merged").base is None
+    record = json.loads(file.read_text())
+    record["merge"]["base"]["path"] = "demo/base"
+    file.write_text(json.dumps(record))
+    model = open_folder(tmp_path / "merged")
+    assert (model.kind, model.base) == ("llama", "demo/base")
 
 
 FACTS = {

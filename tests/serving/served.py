@@ -28,8 +28,11 @@ class Server:
             text=True,
             env=os.environ | {"HF_HOME": str(cwd / "nowhere"), "PYTHONUNBUFFERED": "1"},
         )
-        self.greeting = self.process.stdout.readline()
-        assert self.greeting.startswith("serving "), self.greeting + self.process.communicate(timeout=60)[0]
+        lines = [self.process.stdout.readline()]
+        while not lines[-1].startswith("serving "):  # on a busy machine, after a note that libraries are loading
+            assert lines[-1], "".join(lines)  # it ended
+            lines.append(self.process.stdout.readline())
+        self.greeting = lines[-1]
         self.url = self.greeting.split()[3].rstrip(";")
         self.client = openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=120)
 

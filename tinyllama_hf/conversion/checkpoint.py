@@ -103,11 +103,11 @@ class Checkpoint:
         lazy = self.tensors[name]
         tensor = lazy.read()
         assert tuple(tensor.shape) == lazy.shape and tensor.dtype == lazy.dtype, lazy.source
-        _check_finite(tensor, lazy.source)
+        check_finite(tensor, lazy.source)
         if dtype is not None and dtype != tensor.dtype:
             tensor = tensor.to(dtype)
             fix = " (maximum 65504). Use bf16" if dtype == torch.float16 else ". Use fp32"
-            _check_finite(tensor, lazy.source, f" as {str(dtype)[6:]}{fix}")
+            check_finite(tensor, lazy.source, f" as {str(dtype)[6:]}{fix}")
         self.advance(lazy.num_bytes)
         return tensor
 
@@ -240,7 +240,8 @@ def _check_config(checkpoint: Checkpoint) -> None:
         raise damaged(path, f"{len(checkpoint.tensors)} tensors, but num_hidden_layers is {config.num_hidden_layers}")
 
 
-def _check_finite(tensor: torch.Tensor, source: str, when: str = "") -> None:
+def check_finite(tensor: torch.Tensor, source: str, when: str = "") -> None:
+    """Raises an `InputError` if a tensor has values that are not finite."""
     lowest, highest = torch.aminmax(tensor)  # both are NaN if any value is
     if not (torch.isfinite(lowest) and torch.isfinite(highest)):
         number = int((~torch.isfinite(tensor)).sum())

@@ -17,12 +17,22 @@ from ..devices import find_dtype
 from ..errors import InputError
 from ..files import new_folder, read_json, write_json
 from ..progress import progress_bar
+from ..released import local_folder
 from ..text import read_text
 from ..tokenization_tinyllama import TinyLlamaTokenizer, declared_padding
-from .arguments import CALIBRATED, DTYPES, HAND_OFF, MAX_SHARD_SIZE, NUMBER_BYTES, check_arguments, check_output
+from .arguments import (
+    CALIBRATED,
+    DTYPES,
+    HAND_OFF,
+    LORA,
+    MAX_SHARD_SIZE,
+    NUMBER_BYTES,
+    check_arguments,
+    check_destination,
+)
 from .checkpoint import EMBEDDING, OUTPUT, Checkpoint
 from .formats.llama_write import write_generation_config, write_llama
-from .reading.recognize import open_checkpoint
+from .reading.recognize import open_checkpoint, read_llama_config
 from .resize import resize_vocabulary
 
 
@@ -57,6 +67,7 @@ def convert(
     vocab_rows: int | None = None,
     config: str | Path | None = None,
     calibration: Sequence[str | Path] = (),
+    base: str | Path | None = None,
     check: Callable[[Checkpoint], None] | None = None,
     force: bool = False,
     progress: bool = False,
@@ -66,10 +77,12 @@ def convert(
     Memory use stays near the size of two tensors, or of one layer and its activations for `w4a16` and `awq`.
 
     Args:
-        source (`str` or `Path`): a file or folder in any supported layout, a released name, or a Hub id.
-        to (`str`): one of `FORMATS`, or one of `HAND_OFF`, for which the input of its program is written. K-quants
-            are made if llama.cpp's program `llama-quantize` is on the `PATH`.
-        output (`str` or `Path`): the folder to write. It is created only when the conversion is complete.
+        source (`str` or `Path`): a file or folder in any supported layout, a released name, or a Hub id; for
+            `gguf-lora`, the folder of a LoRA adapter of PEFT.
+        to (`str`): one of `FORMATS`, `gguf-lora`, or one of `HAND_OFF`, for which the input of its program is written.
+            K-quants are made if llama.cpp's program `llama-quantize` is on the `PATH`.
+        output (`str` or `Path`): the folder to write, for `gguf-lora` the file. It is created only when the conversion
+            is complete.
         dtype (`str`, *optional*, defaults to `"auto"`): `"fp32"`, `"fp16"` or `"bf16"`; `"auto"` keeps the dtype of
             each tensor. Only for `llama` and `litgpt`.
         max_shard_size (`str`, *optional*, defaults to `"5GB"`): largest file of `llama`, `w4a16` and `awq`.
@@ -77,6 +90,8 @@ def convert(
         config (`str` or `Path`, *optional*): a configuration to use instead of the source's.
         calibration (`Sequence`, *optional*): text files to search the scales of `w4a16` and `awq`; without them
             weights are only rounded.
+        base (`str` or `Path`, *optional*): the base model of an adapter, of which only the configuration is read; by
+            default the one that the adapter names. Only for `gguf-lora`.
         check (`Callable`, *optional*): called with the checkpoint before anything is written; may raise.
         force (`bool`, *optional*, defaults to `False`): replace the output of an earlier conversion.
         progress (`bool`, *optional*, defaults to `False`): show the progress.
@@ -86,9 +101,12 @@ def convert(
     """
     output = Path(output).absolute() if Path(output).name in ("", "..") else Path(output)
     torch_dtype = find_dtype(dtype, DTYPES)
-    check_arguments(to, dtype, max_shard_size, calibration)
+    of_models = {"--vocab-rows": vocab_rows, "--config": config, "--sanity": check}
+    check_arguments(to, dtype, max_shard_size, calibration, base, of_models)
     shard_size = _shard_bytes(max_shard_size)
-    check_output(output, source, force)
+    check_destination(to, output, source, force)
+    if to == LORA:
+        return _convert_adapter(source, output, base)
     asked, to = to, HAND_OFF.get(to, to)
     program = shutil.which(LLAMA_QUANTIZE) if to == "gguf-f16" and asked != to else None
     checkpoint = open_checkpoint(source, config)
@@ -122,6 +140,26 @@ def convert(
             write_json(folder / "provenance.json", record)
     next_lines = _next_commands(asked, output) if asked != to else ()
     return Conversion(output, to, checkpoint.layout, (*checkpoint.notes, *notes), next_lines)
+
+
+def _convert_adapter(source: str | Path, output: Path, base: str | Path | None) -> Conversion:
+    from .formats.gguf_lora import ADAPTER_FILES, open_lora, write_lora
+
+    adapter = open_lora(local_folder(str(source), ADAPTER_FILES))
+    name = base or adapter.trained_on
+    if name is None:
+        raise InputError(f"adapter {source}: names no base model. Give the model that it was trained on with --base")
+    try:
+        path = local_folder(str(name), ("config.json",))
+        file = path / "config.json"
+        config = read_llama_config(file)[0] if file.is_file() else open_checkpoint(path).config
+    except InputError as error:
+        raise InputError(f"adapter {source}: its base {name} cannot be read ({error}). Give it with --base") from error
+    write_lora(adapter, config, output)
+    notes = [f"use it on a GGUF file of its base, {name}: llama-server -m BASE.gguf --lora {shlex.quote(str(output))}"]
+    if (adapter.folder / "chat_template.jinja").is_file():
+        notes.append("the adapter's chat template is not in the file: add --chat-template-file chat_template.jinja")
+    return Conversion(output, LORA, f"LoRA adapter, {len(adapter.matrices)} matrices", tuple(notes))
 
 
 def _write_weights(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from ..errors import InputError
 from ..text import read_text
@@ -147,16 +147,20 @@ def _tokens(first: Checkpoint, second: Checkpoint, text: str | Path | None) -> t
             raise InputError(f"--text {text}: neither checkpoint has a tokenizer. Omit --text to use random ids")
         random_ids = torch.randint(rows, (length,), generator=torch.Generator().manual_seed(0))
         return random_ids, "random ids, since neither has a tokenizer"
-    ids = encode_text(tokenizer, read_text(Path(text or _SAMPLE)))
-    if tokenizer.bos_token_id is not None:
-        ids = [tokenizer.bos_token_id, *ids]
-    ids = ids[:length]
+    ids = sample_tokens(tokenizer, length, text)
     name = text or "the bundled text"
     if len(ids) < 2 or max(ids) >= rows:
         found = f"{len(ids)} tokens with ids up to {max(ids, default=0)}"
         rule = f"At least 2 tokens with ids below {rows} are needed; {source.tokenizer} may belong to another model"
         raise InputError(f"{name}: {found}. {rule}")
     return torch.tensor(ids), f"{name}, tokenizer of {source.tokenizer}"
+
+
+def sample_tokens(tokenizer: PreTrainedTokenizerBase, length: int, text: str | Path | None = None) -> list[int]:
+    """Returns the first ids of a text, by default a bundled one, with begin-of-sequence if the tokenizer has one."""
+    ids = encode_text(tokenizer, read_text(Path(text or _SAMPLE)))
+    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return [*first, *ids][:length]
 
 
 def check_sanity(checkpoint: Checkpoint) -> float:

@@ -1,5 +1,6 @@
 """Estimates time and memory of a run by its largest forward and backward pass, run once for real."""
 
+import tempfile
 import time
 from typing import Any
 
@@ -50,16 +51,18 @@ def _measure(run: FinetuneRun, row: list[int]) -> tuple[float, int, int]:
     """Returns seconds and peak bytes of a forward and backward pass, and the number of trained parameters."""
     model = load_base(run)
     adapter = lora_config(run.config.adapter, model.config.tie_word_embeddings)
-    trainer: Any = run.make_trainer(common_arguments(run), model, adapter, [])
     rows = [row] if run.order.packing else [[number] for number in row]
-    batch = trainer.data_collator([joined_row([run.train.examples[number] for number in row]) for row in rows])
-    if run.config.training.activation_checkpointing:
-        trainer.model.gradient_checkpointing_enable()
-    for _ in range(2):  # the first pass also allocates, and on a GPU compiles
-        began = time.perf_counter()
-        trainer.compute_loss(trainer.model.train(), trainer._prepare_inputs(batch)).backward()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - began
+    with tempfile.TemporaryDirectory() as scratch:  # the trainer creates its folder
+        arguments = {**common_arguments(run), "output_dir": scratch}
+        trainer: Any = run.make_trainer(arguments, model, adapter, [])
+        batch = trainer.data_collator([joined_row([run.train.examples[number] for number in row]) for row in rows])
+        if run.config.training.activation_checkpointing:
+            trainer.model.gradient_checkpointing_enable()
+        for _ in range(2):  # the first pass also allocates, and on a GPU compiles
+            began = time.perf_counter()
+            trainer.compute_loss(trainer.model.train(), trainer._prepare_inputs(batch)).backward()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - began
     trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     return seconds, peak_memory_bytes(trainer.accelerator.device) or 0, trained

@@ -123,7 +123,10 @@ def open_folder(folder: Path, base: str | None = None) -> ModelFolder:
             "the output_dir of a run, or a model folder. Convert litgpt checkpoints first: "
             f"tinyllama-hf convert {folder} --to llama --output NEW"
         )
-    return model._replace(base=base or _hub_name(model.record.get("conversion", {}).get("source")))
+    made_from = model.record.get("conversion", {}).get("source") or model.record.get("merge", {}).get("base", {}).get(
+        "path"
+    )
+    return model._replace(base=base or _hub_name(made_from))
 
 
 def is_trained(record: dict[str, Any]) -> bool:

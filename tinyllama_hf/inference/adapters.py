@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +88,12 @@ def add_adapter(model: PreTrainedModel, folder: Path, num_tokens: int = 0, train
     """
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 
-    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    config = read_json(folder / "adapter_config.json")
+    base = config.get("base_model_name_or_path")
     fix = f"give the model it was trained on ({base!r}), or download or save the adapter again"
     try:
         weights = load_peft_weights(str(folder), device="cpu")
+        _check_tied(model, weights, config.get("modules_to_save") or (), f"adapter {folder}: {{}}; {fix}")
         _resize(model, weights, num_tokens, folder)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT's (0.21.2), about names in transformers, and keys: see below
@@ -112,6 +115,19 @@ def add_adapter(model: PreTrainedModel, folder: Path, num_tokens: int = 0, train
         return wrapped
     model._hf_peft_config_loaded = True  # as `load_adapter` does, for saving
     return model
+
+
+def _check_tied(
+    model: PreTrainedModel, weights: dict[str, torch.Tensor], trained: Collection[str], error: str
+) -> None:
+    """Refuses embeddings of an untied model on a tied one, which has one matrix for both and would lose the other.
+
+    Matrices in `modules_to_save` are not affected: PEFT keeps them apart from the model's.
+    """
+    found = [tensor for ends in (_EMBEDDING, _HEAD) for name, tensor in weights.items() if name.endswith(ends)]
+    is_untied = len(found) == 2 and not found[0].equal(found[1])
+    if model.config.tie_word_embeddings and is_untied and not {"embed_tokens", "lm_head"} & set(trained):
+        raise InputError(error.format("has another output matrix than embeddings, and this model has one for both"))
 
 
 def _resize(model: PreTrainedModel, weights: dict[str, torch.Tensor], num_tokens: int, folder: Path) -> None:

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..conversion.arguments import check_output
 from ..errors import InputError
+from ..files import read_json
 from ..released import check_model, find_model, read_llama_fields
 
 
@@ -76,3 +78,34 @@ def check_draft(name: str, model: str) -> None:
     layers = read_llama_fields(place).get("num_hidden_layers") if isinstance(place, Path) else None
     if isinstance(layers, int) and number >= layers:
         raise InputError(f"--draft {name}: the model has {layers} layers. Use fewer")
+
+
+def check_merge(base: str, adapter: str, output: Path, overwrite: bool) -> None:
+    """Checks the arguments of `merge_adapter` as far as that needs neither torch nor a download.
+
+    Raises:
+        InputError: if a model is missing, the base is not a Llama or is quantized, or the output cannot be written.
+    """
+    for name in (base, adapter):
+        place = find_model(name)
+        check_output(output, name, overwrite, "merge", "--overwrite")
+        if name == base and isinstance(place, Path):
+            check_plain(place)
+
+
+def check_plain(base: Path) -> None:
+    """Refuses a base with quantized weights; names the model that they were made from if the folder records it.
+
+    Raises:
+        InputError: as described, or if the folder is not a Llama.
+    """
+    fields = read_llama_fields(base)
+    if fields.get("quantization_config") is None:
+        return
+    file = base / "provenance.json"
+    record = read_json(file) if file.is_file() else {}
+    original = fields.get("_name_or_path") or record.get("conversion", {}).get("source")
+    raise InputError(
+        f"model {base}: its weights are quantized, and an adapter is merged into plain weights only, since the sum "
+        f"would be rounded again. Give the model that was quantized{f', {original}' if original else ''}"
+    )

@@ -74,6 +74,9 @@ def open_checkpoint(source: str | Path, config: str | Path | None = None) -> Che
 
 
 def _open_folder(folder: Path, config: Path | None) -> Checkpoint:
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        fix = f"Merge it first: tinyllama-hf merge BASE {folder} --output FOLDER. For llama.cpp, use --to gguf-lora"
+        raise InputError(f"{folder}: an adapter, not a model. {fix}")
     for name in _WEIGHTS:
         if (folder / name).is_file():
             return _open_weights(folder / name, folder, config)
