@@ -4,10 +4,10 @@
 
 Prints trained tokens/s, without padding, of TRL's `SFTTrainer` on the same rendered conversations, for one epoch:
 
-- `trl`: TRL as it is, batches of 8 in random order, padded;
+- `trl`: plain TRL, batches of 8 in random order, padded;
 - `trl packing`: its best-fit packing into rows as long as the longest conversation;
 - `sorted`: this package with `training.packing: false`: batches of 8, similar lengths together, padded;
-- `packed`: this package as it is: rows without padding, 8 conversations on average.
+- `packed`: this package by default: rows without padding, 8 conversations on average.
 
 64 conversations per step (`trl packing`: 8 rows). On a CPU the clock is the CPU time of the process, which other load
 hardly affects; set one thread. Rounds are interleaved; figures are medians.

@@ -34,6 +34,7 @@ class RunCallback(TrainerCallback):
         requests (`StopRequests`): SIGTERM and SIGINT.
         keep (`int`): number of checkpoints to keep in addition to the best one.
         patience (`int`, *optional*): evaluations without a new best loss after which the run ends.
+        after_checkpoint (`Callable`, *optional*): called with the folder of the run, on the main process.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class RunCallback(TrainerCallback):
         requests: StopRequests,
         keep: int,
         patience: int | None,
+        after_checkpoint: Callable[[Path], None] | None = None,
     ):
         self.output, self.run_state, self.intervals, self.tokens_after = output, state, intervals, tokens_after
         self.evaluate, self.metrics, self.requests, self.keep, self.patience = (
@@ -56,6 +58,7 @@ class RunCallback(TrainerCallback):
             keep,
             patience,
         )
+        self.after_checkpoint = after_checkpoint
         self.accelerator: Accelerator | None = None  # the trainer's, once it is created
         self.signal = 0  # that stopped the run
 
@@ -99,6 +102,8 @@ class RunCallback(TrainerCallback):
             self.metrics.sync()
             complete_checkpoint(checkpoint_folder(self.output, state.global_step), self.run_state)
             self._remove_old()
+            if self.after_checkpoint:
+                self.after_checkpoint(self.output)
             self.paused += time.perf_counter() - began
         self.accelerator.wait_for_everyone()
 

@@ -27,7 +27,7 @@ from ..pretrain.metrics import Metrics, flat, start_trackers
 from ..pretrain.milestones import CONFIG_FILE
 from ..pretrain.run_folder import empty_run_folder
 from ..pretrain.signals import Stopped, StopRequests
-from ..provenance import file_sha256, fingerprint
+from ..provenance import fingerprint, weight_hashes
 from .config import AdapterSection, FinetuneConfig
 from .conversations import HELD_OUT_FILE
 from .run_callback import RunCallback
@@ -155,7 +155,7 @@ def run_settings(config: FinetuneConfig, base: Path, tokenizer: PreTrainedTokeni
     return {
         **settings,
         "data": fingerprint(data),
-        "base model": fingerprint([file_sha256(file) for file in sorted(base.glob("*.safetensors"))]),
+        "base model": fingerprint(weight_hashes(base)),
         "chat template": fingerprint(tokenizer.chat_template),
         "processes": _num_processes(),
     }
@@ -232,6 +232,7 @@ def train(
     evaluate: Callable[[PreTrainedModel], dict[str, float]],
     finish: Callable[[TrainedModel, RunState], None],
     overwrite: bool = False,
+    after_checkpoint: Callable[[Path], None] | None = None,
 ) -> None:
     """Trains until the last step or the last useful one, and then writes the model.
 
@@ -241,6 +242,7 @@ def train(
         evaluate (`Callable`): returns `validation_loss`, and possibly more, of a model; all processes call it.
         finish (`Callable`): writes the finished model; called on the main process.
         overwrite (`bool`, *optional*, defaults to `False`): start over.
+        after_checkpoint (`Callable`, *optional*): called with the folder of the run.
 
     Raises:
         InputError: if the run cannot be resumed, or another process is training in the folder.
@@ -265,6 +267,7 @@ def train(
                 requests,
                 run.config.checkpoints.keep,
                 run.config.evaluation.patience,
+                after_checkpoint,
             )
             model = _trained(run, make_trainer, callback, step)
         if is_main:
