@@ -61,11 +61,13 @@ def run_script(
         from .loading import import_libraries
 
         import_libraries()
+        from tinyllama_hf.progress import quiet_bitsandbytes, quiet_library_bars
+
+        quiet_bitsandbytes()  # which the trainer of transformers imports
         stages = import_stages()
         from tinyllama_hf.finetune.run_callback import DivergedError
         from tinyllama_hf.pretrain.checkpoints import FullDiskError
         from tinyllama_hf.pretrain.signals import Stopped
-        from tinyllama_hf.progress import quiet_library_bars
 
         quiet_library_bars()
         run = stages.open_run(config, arguments.overwrite)

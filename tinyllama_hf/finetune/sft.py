@@ -102,7 +102,8 @@ class FinetuneRun(OpenedRun):
         """Returns the loss of the held-out replies. All processes must call it."""
         state = processes()
         own = self.held_out.examples[state.process_index :: state.num_processes]
-        total, count = summed_reply_loss(model.eval(), own)
+        with torch.autocast(model.device.type, torch.bfloat16, self.config.training.precision == "bf16"):
+            total, count = summed_reply_loss(model.eval(), own)
         sums = torch.tensor([total, count], dtype=torch.float64, device=model.device)
         if state.num_processes > 1:
             dist.all_reduce(sums)
