@@ -80,6 +80,7 @@ WRONG = {
     "pretrain.py /nope": "recipe /nope does not exist",
     f"pretrain.py {RECIPE} training.sed=1": "training.sed: unknown key; did you mean 'seed'?",
     "sft.py /nope": "recipe /nope does not exist",
+    "dpo.py /nope": "recipe /nope does not exist",
 }
 # Runs all in one process, which is only possible as long as none imports torch.
 RUN = """
