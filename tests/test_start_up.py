@@ -76,6 +76,7 @@ WRONG = {
     "train a.yaml training.seed=1 --dry-run": "recipes copy recipes && accelerate launch --quiet recipes/pretrain.py "
     "a.yaml training.seed=1 --dry-run",
     "sft": "accelerate launch --quiet recipes/sft.py recipes/sft/full.yaml",
+    "dpo": "accelerate launch --quiet recipes/dpo.py recipes/dpo/lora.yaml",
     "recipes copy empty": "empty: already exists",
     "pretrain.py /nope": "recipe /nope does not exist",
     f"pretrain.py {RECIPE} training.sed=1": "training.sed: unknown key; did you mean 'seed'?",
