@@ -30,7 +30,7 @@ from trl import SFTConfig, SFTTrainer
 
 from tinyllama_hf.finetune.config import load_finetune_config
 from tinyllama_hf.finetune.sft import FinetuneRun, open_run
-from tinyllama_hf.finetune.trainer import common_arguments, load_base
+from tinyllama_hf.finetune.trainer import common_arguments, load_base, lora_config
 from tinyllama_hf.finetune.training_order import TrainingOrder
 
 
@@ -58,19 +58,23 @@ def open_conversations(model: str, files: list[str], number: int, scratch: Path)
     return replace(run, order=TrainingOrder(steps, lengths, PER_STEP // MICRO_BATCH, packing=True))
 
 
-def trainer_of(variant: str, run: FinetuneRun, scratch: Path) -> Any:
-    """Returns the trainer of a variant, before its first step."""
+def trainer_of(variant: str, run: FinetuneRun, scratch: Path, epochs: float = 1) -> Any:
+    """Returns the trainer of a variant, before its first step; ours trains on the steps of the run."""
+    model = load_base(run)
+    adapter = lora_config(run.config.adapter, model.config.tie_word_embeddings)
     if variant in ("sorted", "packed"):
         run = replace(run, order=replace(run.order, packing=variant == "packed"))
-        return run.make_trainer({**common_arguments(run), "output_dir": str(scratch)}, load_base(run), None, [])
+        return run.make_trainer({**common_arguments(run), "output_dir": str(scratch)}, model, adapter, [])
     rows = [{"input_ids": ids, "assistant_masks": masks} for ids, masks in run.train.examples]
-    is_packed = variant == "trl packing"
+    is_packed, per_step = variant == "trl packing", run.config.training.sequences_per_step
     arguments = SFTConfig(
         output_dir=str(scratch),
-        num_train_epochs=1,
+        num_train_epochs=epochs,
         learning_rate=run.config.training.learning_rate,
         per_device_train_batch_size=1 if is_packed else MICRO_BATCH,
-        gradient_accumulation_steps=PER_STEP // MICRO_BATCH,
+        gradient_accumulation_steps=per_step // MICRO_BATCH,
+        lr_scheduler_type=run.config.training.schedule,
+        warmup_steps=run.config.training.warmup_steps,
         packing=is_packed,
         max_length=max(run.order.lengths),
         bf16=False,  # on by default in TRL; slow on a CPU, and ours is fp32
@@ -81,10 +85,11 @@ def trainer_of(variant: str, run: FinetuneRun, scratch: Path) -> Any:
         report_to="none",
     )
     return SFTTrainer(
-        model=load_base(run).train(),
+        model=model.train(),
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=run.tokenizer,
+        peft_config=adapter,
     )
 
 
