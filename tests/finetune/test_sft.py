@@ -413,6 +413,7 @@ def test_the_script(recipe, run_command):
     assert not (recipe.parent / "chat").exists()
     done = run_command(*launch, "training.epochs=1", cwd=recipe.parent, env=env)
     assert done.returncode == 0 and "wrote " in done.stdout, done.stderr
+    assert (recipe.parent / "chat" / "training.png").read_bytes().startswith(b"\x89PNG")
     again = run_command(*launch, cwd=recipe.parent, env=env)
     assert (
         again.returncode != 0 and "pass --overwrite to replace it" in again.stderr and "Traceback" not in again.stderr

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT
 from tests.finetune.runs import finetune, tuned
+from tests.pretrain.test_trackers import scalars
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.finetune import run_checkpoints, sft
 from tinyllama_hf.finetune.config import load_finetune_config
@@ -165,6 +166,13 @@ def test_a_run_that_ended_early_does_not_train_on_when_its_model_could_not_be_wr
     folder = tuned(recipe, *options)
     assert_equal(weights(folder), expected)
     assert json.loads((folder / "provenance.json").read_text())["steps"] == 12
+
+
+def test_trackers_have_the_rows_of_the_log(recipe):
+    folder = tuned(recipe, *SHORT, "logging.trackers=tensorboard")
+    rows = metrics(folder)
+    for name in ("loss", "validation_loss"):
+        assert dict(scalars(folder, name)) == pytest.approx({row["step"]: row[name] for row in rows if name in row})
 
 
 def test_training_that_diverged(recipe):
