@@ -41,8 +41,13 @@ MODULES = {
     "peers": ("peers", "peers"),
     "samples": ("shapes", "samples"),
     "heads": ("shapes", "heads"),
+    "packed_rows": ("packed_attention", "packed_rows"),
+    "full": ("packed_training", "full"),
+    "lora": ("packed_training", "lora"),
+    "qlora": ("packed_training", "qlora"),
 }
 DEFAULT = list(MODULES)[:5]
+EXACT = ("exactness", "packed_rows")
 LIMIT, LEAST, SPARE = 90, 10, 5  # seconds of a part: at most, at least, and between its last row and its end
 Row = dict[str, Any]
 
@@ -116,8 +121,8 @@ def table(rows: list[Row]) -> str:
 
 
 def is_bad(row: Row) -> bool:
-    """Whether a row is wrong, its part failed, or exactness was not checked to its end."""
-    return bool(row.get("wrong")) or "failed" in row or (row["part"] == "exactness" and "stopped" in row)
+    """Whether a row is wrong, its part failed, or was not checked to its end."""
+    return bool(row.get("wrong")) or "failed" in row or (row["part"] in EXACT and "stopped" in row)
 
 
 def main() -> int:
