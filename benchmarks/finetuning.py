@@ -1,19 +1,20 @@
 """Fine-tuning all weights: conversations in packed rows against TRL's own ways of putting them into batches.
 
-    python benchmarks/finetuning.py MODEL FILE [FILE ...] [--conversations 128] [--rounds 3]
+    python benchmarks/finetuning.py MODEL FILE [FILE ...] [--conversations 32] [--rounds 3]
 
 Prints trained tokens/s, without padding, of TRL's `SFTTrainer` on the same rendered conversations, for one epoch:
 
-- `trl`: TRL as it is, batches of 8 in random order, padded;
+- `trl`: plain TRL, batches of 8 in random order, padded;
 - `trl packing`: its best-fit packing into rows as long as the longest conversation;
 - `sorted`: this package with `training.packing: false`: batches of 8, similar lengths together, padded;
-- `packed`: this package as it is: rows without padding, 8 conversations on average.
+- `packed`: this package by default: rows without padding, 8 conversations on average.
 
-64 conversations per step (`trl packing`: 8 rows). On a CPU the clock is the CPU time of the process, which other load
+32 conversations per step (`trl packing`: 4 rows). On a CPU the clock is the CPU time of the process, which other load
 hardly affects; set one thread. Rounds are interleaved; figures are medians.
 """
 
 import argparse
+import random
 import statistics
 import tempfile
 import time
@@ -33,19 +34,25 @@ from tinyllama_hf.finetune.trainer import common_arguments, load_base
 from tinyllama_hf.finetune.training_order import TrainingOrder
 
 
-MICRO_BATCH, PER_STEP = 8, 64
+MICRO_BATCH, PER_STEP = 8, 32
 VARIANTS = ("trl", "trl packing", "sorted", "packed")
 
 
 def open_conversations(model: str, files: list[str], number: int, scratch: Path) -> FinetuneRun:
-    """Returns a run of one epoch over a number of conversations, taken evenly from the files."""
+    """Returns a run of one epoch over a number of conversations, equally many of each file, in random order."""
     recipe = scratch / "recipe.yaml"
     training = {"epochs": 1, "sequences_per_step": PER_STEP, "micro_batch_size": MICRO_BATCH, "warmup_steps": 0}
     data = {"conversations": files, "too_long": "drop"}
     recipe.write_text(yaml.safe_dump({"model": {"path": model}, "data": data, "training": training}))
     run = open_run(load_finetune_config(recipe, [f"output_dir={scratch / 'run'}"]))
-    examples = run.train.examples
-    run.train.examples = examples[:: max(1, len(examples) // number)][:number]
+    chosen = []
+    for source in range(len(files)):
+        pairs = zip(run.train.examples, run.train.conversations, strict=True)
+        examples = [example for example, conversation in pairs if conversation.source == source]
+        share = number // len(files)
+        chosen += examples[:: max(1, len(examples) // share)][:share]
+    random.Random(0).shuffle(chosen)
+    run.train.examples = chosen
     lengths = [len(example.input_ids) for example in run.train.examples]
     steps = [list(range(start, start + PER_STEP)) for start in range(0, number, PER_STEP)]
     return replace(run, order=TrainingOrder(steps, lengths, PER_STEP // MICRO_BATCH, packing=True))
@@ -85,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("files", nargs="+")
-    parser.add_argument("--conversations", type=int, default=128)
+    parser.add_argument("--conversations", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--name", default="finetuning", help="of the file in results/")
     arguments = parser.parse_args()

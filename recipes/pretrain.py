@@ -23,21 +23,15 @@ longer.
 """
 
 import argparse
-import contextlib
 import os
 import sys
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING
-
-
-if TYPE_CHECKING:
-    from tinyllama_hf.report.training import TrainingCurves
 
 from tinyllama_hf_cli.loading import import_libraries
 from tinyllama_hf_cli.openmp import let_threads_sleep
+from tinyllama_hf_cli.optional_output import TrainingPicture, optional_output
 
 
 def main() -> int:
@@ -127,16 +121,6 @@ def next_commands(run: Path) -> list[str]:
 # run. An error in one of them is printed, and training continues.
 
 
-@contextlib.contextmanager
-def optional_output(failure: str, instead: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        from tinyllama_hf.errors import one_line
-
-        print(f"{failure} ({one_line(error)}); training continues; {instead}", flush=True)
-
-
 def write_card(folder: Path, name: str) -> None:
     """Adds the card to the folder of a milestone, which still has a temporary name."""
     from tinyllama_hf.files import write_text
@@ -157,25 +141,6 @@ def score_milestone(run: Path, milestone: Path) -> None:
         scores = score([str(run)], output=run / SCORES_FILE, show_progress=False)
         row = next(row for row in scores.models if row.name == milestone.name)
         print(f"{row.bits_per_byte:.4f} bits per byte  {row.name}", flush=True)
-
-
-class TrainingPicture:
-    """Draws `training.png` at each checkpoint. Keeps the metrics that it has read, so that each row is read once."""
-
-    curves: "TrainingCurves | None" = None
-
-    def __call__(self, run: Path) -> None:
-        with optional_output("training.png: not drawn", "the next checkpoint draws it again"):
-            from tinyllama_hf.pretrain.milestones import list_milestones, read_record
-            from tinyllama_hf.report.plots import training_panels
-            from tinyllama_hf.report.training import TrainingCurves
-
-            # Dropped after an error, since the last row may have been read in part.
-            curves, self.curves = self.curves or TrainingCurves(run), None
-            curves.refresh()
-            tokens = [read_record(folder)["tokens"] for folder in list_milestones(run)]
-            training_panels(curves, tokens, run.name, run / "training.png")
-            self.curves = curves
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def test_modules_can_be_imported_where_there_is_no_posix(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tinyllama_hf_cli").glob("*.py")), ids=lambda p: p.name)
 def test_the_command_imports_nothing_heavy_at_its_top(path):
-    allowed = {"functools", "os", "pathlib", "sys", "typing", "typer", "tinyllama_hf_cli"}
+    allowed = {"contextlib", "functools", "os", "pathlib", "sys", "typing", "typer", "tinyllama_hf_cli"}
     assert {name[0] for name in imported(path, top_level_only=True)} <= allowed
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from argparse import Namespace
     from collections.abc import Callable, Iterable
+    from pathlib import Path
 
 
 class Stages(NamedTuple):
@@ -22,7 +23,7 @@ class Stages(NamedTuple):
     open_run: "Callable[[Any, bool], Any]"
     summary_lines: "Callable[[Any], Iterable[str]]"
     dry_run_lines: "Callable[[Any], Iterable[str]]"
-    train: "Callable[[Any, bool], None]"
+    train: "Callable[[Any, bool, Callable[[Path], None] | None], None]"
 
 
 def run_script(
@@ -40,9 +41,11 @@ def run_script(
         import_stages (`Callable`): imports what needs torch.
     """
     import os
+    from importlib.util import find_spec
     from shlex import quote
 
     from .openmp import let_threads_sleep
+    from .optional_output import TrainingPicture
 
     arguments = _parse_arguments(description, example)
     let_threads_sleep()
@@ -58,11 +61,13 @@ def run_script(
         from .loading import import_libraries
 
         import_libraries()
+        from tinyllama_hf.progress import quiet_bitsandbytes, quiet_library_bars
+
+        quiet_bitsandbytes()  # which the trainer of transformers imports
         stages = import_stages()
         from tinyllama_hf.finetune.run_callback import DivergedError
         from tinyllama_hf.pretrain.checkpoints import FullDiskError
         from tinyllama_hf.pretrain.signals import Stopped
-        from tinyllama_hf.progress import quiet_library_bars
 
         quiet_library_bars()
         run = stages.open_run(config, arguments.overwrite)
@@ -72,7 +77,10 @@ def run_script(
             if is_main:
                 print(*stages.dry_run_lines(run), sep="\n")
             return 0
-        stages.train(run, arguments.overwrite)
+        picture = TrainingPicture() if find_spec("matplotlib") else None
+        if is_main and not picture:
+            print("pictures      none: matplotlib is not installed (pip install 'tinyllama_hf[report]')")
+        stages.train(run, arguments.overwrite, picture)
         if is_main:
             print(f"wrote {run.output}. Next, for example: tinyllama-hf chat {quote(str(run.output))}")
     except InputError as error:

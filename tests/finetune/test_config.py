@@ -38,10 +38,11 @@ def test_preferences_are_not_packed():
         load_preference_config(path, ["preference.loss=kto"])
 
 
-def test_full_and_lora():
-    adapters = {path.stem: load_finetune_config(path).adapter for path in RECIPES}
-    assert (adapters["full"].kind, adapters["lora"].kind) == ("full", "lora")
-    assert adapters["lora"].rank == 8
+def test_the_kind_of_adapter_is_in_the_name():
+    recipes = {path.stem: load_finetune_config(path) for path in RECIPES if path.parent.name == "sft"}
+    named = {name: name.split("-")[-1] for name in recipes if name.split("-")[-1] != "sft"}
+    assert {name: recipes[name].adapter.kind for name in named} == named
+    assert all(recipe.training.packing for recipe in recipes.values())
 
 
 def test_all_problems_at_once(tmp_path):

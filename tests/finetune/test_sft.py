@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -14,6 +15,7 @@ from tests.chat.test_masks import chatml_of
 from tests.conftest import ROOT
 from tests.finetune.runs import COLORS, finetune, tuned
 from tinyllama_hf import load_tokenizer
+from tinyllama_hf.devices import format_bytes
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.evaluation.models import list_eval_models
 from tinyllama_hf.finetune import opened_base, sft
@@ -22,7 +24,7 @@ from tinyllama_hf.finetune.conversations import HELD_OUT_FILE, read_conversation
 from tinyllama_hf.finetune.replies import generate_replies, reply_loss, score_model_replies
 from tinyllama_hf.finetune.run_callback import RunCallback
 from tinyllama_hf.finetune.run_summary import summary_lines
-from tinyllama_hf.inference.load import load_stock
+from tinyllama_hf.inference.load import load, load_stock
 
 
 def test_full_fine_tuning_leaves_a_plain_folder_that_replies_and_stops(recipe, base):
@@ -415,3 +417,24 @@ def test_the_script(recipe, run_command):
     assert (
         again.returncode != 0 and "pass --overwrite to replace it" in again.stderr and "Traceback" not in again.stderr
     )
+
+
+def test_the_dry_run_measures_time_and_memory_and_writes_nothing(recipe, capsys):
+    before = sorted(recipe.parent.rglob("*"))
+    finetune(load_finetune_config(recipe), dry_run=True)
+    printed = capsys.readouterr().out
+    tokens = int(re.search(r"a pass of ([\d,]+) tokens takes", printed)[1].replace(",", ""))
+    run = sft.open_run(load_finetune_config(recipe))
+    assert tokens == max(sum(run.order.lengths[number] for number in row) for row in run.order.rows())
+    parameters = sum(p.numel() for p in load_stock(run.base)[0].parameters())
+    assert f"the optimizer takes {format_bytes(8 * parameters)}" in " ".join(printed.split())
+    assert "median " in printed and "█" in printed and "⟦The " in printed
+    assert sorted(recipe.parent.rglob("*")) == before
+
+
+def test_a_base_with_quantized_weights(recipe, base, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    load(base, quantization="nf4")[0].save_pretrained(tmp_path / "nf4")
+    load_tokenizer(base).save_pretrained(tmp_path / "nf4")
+    with pytest.raises(InputError, match="already quantized; give the unquantized model"):
+        sft.open_run(load_finetune_config(recipe, [f"model.path={tmp_path / 'nf4'}"]))

@@ -16,6 +16,7 @@ from tinyllama_hf.errors import InputError
 from tinyllama_hf.finetune import run_checkpoints, sft
 from tinyllama_hf.finetune.config import load_finetune_config
 from tinyllama_hf.finetune.run_callback import DivergedError
+from tinyllama_hf.inference.load import load_stock
 from tinyllama_hf.pretrain.signals import Stopped
 
 
@@ -80,7 +81,7 @@ def test_stopped_and_resumed_it_equals_the_uninterrupted_run(recipe, signal_at, 
     finetune(config)
     assert_equal(weights(folder), expected)
     assert metrics(folder) == rows
-    assert not list((folder / "checkpoints").glob("checkpoint-*")), "a finished run needs none"
+    assert not (folder / "checkpoints").exists(), "a finished run needs none"
     with pytest.raises(InputError, match="holds a finished model"):
         finetune(config)
 
@@ -120,17 +121,21 @@ def test_an_incomplete_checkpoint_is_not_used(recipe, signal_at, monkeypatch):
     assert_equal(weights(folder), expected)
 
 
-def test_the_best_model_is_kept(recipe, monkeypatch):
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_best_model_is_kept(recipe, monkeypatch, kind):
     """The held-out losses are replaced, so that the second evaluation is the best one; its weights are written."""
-    losses, seen = iter([9.0, 5.0, 1.0, 3.0, 4.0, 6.0]), []
+    losses, seen, ids = iter([9.0, 5.0, 1.0, 3.0, 4.0, 6.0]), [], torch.arange(3, 40)[None]
 
     def evaluate(self, model):
-        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        with torch.no_grad():
+            seen.append(model.eval()(ids).logits)
         return {"validation_loss": next(losses)}
 
     monkeypatch.setattr(sft.FinetuneRun, "evaluate", evaluate)
-    folder = tuned(recipe, *SHORT)
-    assert_equal(weights(folder), seen[2])
+    folder = tuned(recipe, *SHORT, f"adapter.kind={kind}", "training.learning_rate=1e-2")
+    found = load_stock(folder)[0](ids).logits
+    torch.testing.assert_close(found, seen[2], atol=1e-4, rtol=1e-4)
+    assert min((found - other).abs().max() for i, other in enumerate(seen) if i != 2) > 0.01
     record = json.loads((folder / "provenance.json").read_text())
     assert (record["steps"], record["kept_step"]) == (13, 6)
 
@@ -142,6 +147,24 @@ def test_it_stops_early(recipe, monkeypatch):
     record = json.loads((folder / "provenance.json").read_text())
     assert (record["steps"], record["kept_step"]) == (12, 12)
     assert [row["validation_loss"] for row in metrics(folder) if "validation_loss" in row] == [9, 5, 1, 3, 4]
+
+
+def test_a_run_that_ended_early_does_not_train_on_when_its_model_could_not_be_written(recipe, monkeypatch):
+    options = (*SHORT, "evaluation.patience=2", "evaluation.keep=last")
+    losses, write = iter([9.0, 5.0, 1.0, 3.0, 4.0]), sft.write_tuned_folder
+    monkeypatch.setattr(sft.FinetuneRun, "evaluate", lambda self, model: {"validation_loss": next(losses)})
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sft, "write_tuned_folder", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(recipe, *options)
+    expected = load_file(recipe.parent / "chat" / "checkpoints" / "checkpoint-12" / "model.safetensors")
+    monkeypatch.setattr(sft, "write_tuned_folder", write)
+    folder = tuned(recipe, *options)
+    assert_equal(weights(folder), expected)
+    assert json.loads((folder / "provenance.json").read_text())["steps"] == 12
 
 
 def test_training_that_diverged(recipe):

@@ -1,8 +1,10 @@
 """Preference tuning with TRL's `DPOTrainer`, on our rendering of conversations."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -137,12 +139,15 @@ class _Training:
         return preference_scores(self.run.held_out, policy, self.reference, self.run.config.preference)
 
 
-def tune_preferences(run: PreferenceRun, overwrite: bool = False) -> None:
+def tune_preferences(
+    run: PreferenceRun, overwrite: bool = False, after_checkpoint: Callable[[Path], None] | None = None
+) -> None:
     """Trains on preferences, and writes a plain Llama folder with chat template and provenance.
 
     Args:
         run (`PreferenceRun`): from [`open_preference_run`].
         overwrite (`bool`, *optional*, defaults to `False`): replace an earlier fine-tuned model in `output_dir`.
+        after_checkpoint (`Callable`, *optional*): called with the folder of the run.
 
     Raises:
         InputError, Stopped, DivergedError: as in [`train`].
@@ -162,7 +167,7 @@ def tune_preferences(run: PreferenceRun, overwrite: bool = False) -> None:
             values = scores[f"held_out_{name}"]
             print(f"held-out {what}: {values['before']:.3f} before training, {values['after']:.3f} after")
 
-    train(run, training.make_trainer, training.evaluate, finish, overwrite)
+    train(run, training.make_trainer, training.evaluate, finish, overwrite, after_checkpoint)
 
 
 def open_preference_run(config: PreferenceConfig, overwrite: bool = False) -> PreferenceRun:

@@ -10,7 +10,7 @@ from ..devices import format_bytes
 from ..pretrain.metrics import duration
 from ..pretrain.throughput import peak_memory_bytes
 from .sft import FinetuneRun, joined_row
-from .trainer import common_arguments, load_base, lora_config, processes
+from .trainer import common_arguments, load_base, lora_config, processes, quiet_trl
 
 
 _BYTES_PER_MOMENT = {"adamw": 4, "adamw_8bit": 1, "paged_adamw_8bit": 1}  # of two moments per trained parameter
@@ -52,7 +52,7 @@ def _measure(run: FinetuneRun, row: list[int]) -> tuple[float, int, int]:
     model = load_base(run)
     adapter = lora_config(run.config.adapter, model.config.tie_word_embeddings)
     rows = [row] if run.order.packing else [[number] for number in row]
-    with tempfile.TemporaryDirectory() as scratch:  # the trainer creates its folder
+    with tempfile.TemporaryDirectory() as scratch, quiet_trl():  # the trainer creates its folder
         arguments = {**common_arguments(run), "output_dir": scratch}
         trainer: Any = run.make_trainer(arguments, model, adapter, [])
         batch = trainer.data_collator([joined_row([run.train.examples[number] for number in row]) for row in rows])

@@ -32,6 +32,7 @@ from .conversations import HELD_OUT_FILE, TrainingExample, mark_replies, read_co
 
 
 MAX_NEW_TOKENS = 64
+_LOSS_TOKENS = 8192  # of a forward pass; bounds the memory of the logits, 1 GB in fp32 for 32,000 tokens
 
 
 def score_replies(
@@ -100,7 +101,7 @@ def reply_loss(model: PreTrainedModel, examples: Sequence[TrainingExample], batc
     Args:
         model (`PreTrainedModel`): a causal language model in evaluation mode.
         examples (`Sequence[TrainingExample]`): conversations with loss masks.
-        batch_size (`int`, *optional*, defaults to 16): conversations per forward pass.
+        batch_size (`int`, *optional*, defaults to 16): conversations per forward pass, fewer if they are long.
     """
     total, count = summed_reply_loss(model, examples, batch_size)
     return total / count
@@ -118,7 +119,7 @@ def summed_reply_loss(
 def reply_losses(model: PreTrainedModel, examples: Sequence[TrainingExample], batch_size: int = 16) -> list[float]:
     """Returns for each conversation the summed negative log-likelihood of its tokens with loss, in nats."""
     losses = [0.0] * len(examples)
-    for numbers in _batches(sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids)), batch_size):
+    for numbers in _loss_batches(examples, batch_size):
         # Padded on the right: with causal attention, no token with loss attends to padding.
         ids = pad_sequence([torch.tensor(examples[i].input_ids) for i in numbers], batch_first=True)
         masks = [torch.tensor(examples[i].assistant_masks, dtype=torch.bool) for i in numbers]
@@ -222,6 +223,19 @@ def score_model_replies(
         loss=loss,
         samples=samples,
     )
+
+
+def _loss_batches(examples: Sequence[TrainingExample], batch_size: int) -> Iterator[list[int]]:
+    """Yields the numbers of conversations of similar length, with at most `_LOSS_TOKENS` tokens unless it is one."""
+    batch: list[int] = []
+    for number in sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids)):
+        padded = (len(batch) + 1) * len(examples[number].input_ids)
+        if batch and (len(batch) == batch_size or padded > _LOSS_TOKENS):
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

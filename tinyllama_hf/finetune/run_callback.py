@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -13,6 +13,10 @@ from ..pretrain.metrics import Metrics, row_values
 from ..pretrain.signals import StopRequests
 from ..pretrain.throughput import peak_memory_bytes
 from .run_checkpoints import RunState, checkpoint_folder, checkpoint_folders, complete_checkpoint, remove_checkpoints
+
+
+if TYPE_CHECKING:
+    from .trainer import OpenedRun
 
 
 class DivergedError(RuntimeError):
@@ -25,37 +29,28 @@ class RunCallback(TrainerCallback):
     """Called by the trainer, which logs every step and saves only when it is asked to.
 
     Args:
-        output (`Path`): folder of the run.
+        run (`OpenedRun`): what is trained.
         state (`RunState`): as restored from a checkpoint, or new.
-        intervals (`dict[str, int]`): steps between two `logging` rows, `evaluation` and `checkpoints`.
-        tokens_after (`list[int]`): trained tokens after each step.
         evaluate (`Callable`): returns `validation_loss`, and possibly more, of a model; called by all processes.
         metrics (`Metrics`): where rows are written.
         requests (`StopRequests`): SIGTERM and SIGINT.
-        keep (`int`): number of checkpoints to keep in addition to the best one.
-        patience (`int`, *optional*): evaluations without a new best loss after which the run ends.
+        after_checkpoint (`Callable`, *optional*): called with the folder of the run, on the main process.
     """
 
     def __init__(
         self,
-        output: Path,
+        run: "OpenedRun",
         state: RunState,
-        intervals: dict[str, int],
-        tokens_after: list[int],
         evaluate: Callable[[PreTrainedModel], dict[str, float]],
         metrics: Metrics,
         requests: StopRequests,
-        keep: int,
-        patience: int | None,
+        after_checkpoint: Callable[[Path], None] | None = None,
     ):
-        self.output, self.run_state, self.intervals, self.tokens_after = output, state, intervals, tokens_after
-        self.evaluate, self.metrics, self.requests, self.keep, self.patience = (
-            evaluate,
-            metrics,
-            requests,
-            keep,
-            patience,
-        )
+        self.output, self.run_state, self.intervals = run.output, state, run.intervals
+        self.tokens_after, self.patience = run.order.tokens_after(), run.config.evaluation.patience
+        self.keep = run.config.checkpoints.keep
+        self.evaluate, self.metrics, self.requests = evaluate, metrics, requests
+        self.after_checkpoint = after_checkpoint
         self.accelerator: Accelerator | None = None  # the trainer's, once it is created
         self.signal = 0  # that stopped the run
 
@@ -85,7 +80,7 @@ class RunCallback(TrainerCallback):
             self.validate(step, kwargs["model"])
             is_best = self.run_state.best_step == step
             control.should_save |= is_best
-            control.should_training_stop |= self._is_exhausted()
+            control.should_training_stop |= self.is_exhausted
         self.signal = self.requests.requested_signal()
         control.should_save |= bool(self.signal) or is_last or self._is_due("checkpoints", step)
         control.should_training_stop |= bool(self.signal)
@@ -99,6 +94,8 @@ class RunCallback(TrainerCallback):
             self.metrics.sync()
             complete_checkpoint(checkpoint_folder(self.output, state.global_step), self.run_state)
             self._remove_old()
+            if self.after_checkpoint:
+                self.after_checkpoint(self.output)
             self.paused += time.perf_counter() - began
         self.accelerator.wait_for_everyone()
 
@@ -138,7 +135,9 @@ class RunCallback(TrainerCallback):
     def _is_due(self, name: str, step: int) -> bool:
         return step % self.intervals[name] == 0
 
-    def _is_exhausted(self) -> bool:
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether the run ends early, since the held-out loss has not become lower for too long."""
         since = [step for step in self.run_state.losses if step > self.run_state.best_step]
         return self.patience is not None and len(since) >= self.patience
 

@@ -1,8 +1,9 @@
 """Supervised fine-tuning with TRL's `SFTTrainer`, on our rendering of conversations."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,7 +102,8 @@ class FinetuneRun(OpenedRun):
         """Returns the loss of the held-out replies. All processes must call it."""
         state = processes()
         own = self.held_out.examples[state.process_index :: state.num_processes]
-        total, count = summed_reply_loss(model.eval(), own)
+        with torch.autocast(model.device.type, torch.bfloat16, self.config.training.precision == "bf16"):
+            total, count = summed_reply_loss(model.eval(), own)
         sums = torch.tensor([total, count], dtype=torch.float64, device=model.device)
         if state.num_processes > 1:
             dist.all_reduce(sums)
@@ -146,12 +148,15 @@ def joined_row(examples: Sequence[TrainingExample]) -> dict[str, list[int]]:
     }
 
 
-def finetune_run(run: FinetuneRun, overwrite: bool = False) -> None:
+def finetune_run(
+    run: FinetuneRun, overwrite: bool = False, after_checkpoint: Callable[[Path], None] | None = None
+) -> None:
     """Fine-tunes, and writes a plain Llama folder with chat template and provenance.
 
     Args:
         run (`FinetuneRun`): from [`open_run`].
         overwrite (`bool`, *optional*, defaults to `False`): replace an earlier fine-tuned model in `output_dir`.
+        after_checkpoint (`Callable`, *optional*): called with the folder of the run.
 
     Raises:
         InputError, Stopped, DivergedError: as in [`train`].
@@ -162,7 +167,7 @@ def finetune_run(run: FinetuneRun, overwrite: bool = False) -> None:
         for name, values in scores.items():
             print(f"{_SCORES[name]}: {values['before']:.3f} before training, {values['after']:.3f} after")
 
-    train(run, run.make_trainer, run.evaluate, finish, overwrite)
+    train(run, run.make_trainer, run.evaluate, finish, overwrite, after_checkpoint)
 
 
 def open_run(config: ConversationConfig, overwrite: bool = False) -> FinetuneRun:

@@ -3,7 +3,8 @@
 import contextlib
 import logging
 import signal
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -21,13 +22,13 @@ from transformers import (
 )
 
 from ..errors import InputError, require
-from ..files import locked, write_text
+from ..files import locked, remove_folder, write_text
 from ..inference.load import load, load_stock
 from ..pretrain.metrics import Metrics, flat, start_trackers
 from ..pretrain.milestones import CONFIG_FILE
 from ..pretrain.run_folder import empty_run_folder
 from ..pretrain.signals import Stopped, StopRequests
-from ..provenance import file_sha256, fingerprint
+from ..provenance import fingerprint, weight_hashes
 from .config import AdapterSection, FinetuneConfig
 from .conversations import HELD_OUT_FILE
 from .run_callback import RunCallback
@@ -155,7 +156,7 @@ def run_settings(config: FinetuneConfig, base: Path, tokenizer: PreTrainedTokeni
     return {
         **settings,
         "data": fingerprint(data),
-        "base model": fingerprint([file_sha256(file) for file in sorted(base.glob("*.safetensors"))]),
+        "base model": fingerprint(weight_hashes(base)),
         "chat template": fingerprint(tokenizer.chat_template),
         "processes": _num_processes(),
     }
@@ -213,6 +214,20 @@ def lora_config(adapter: AdapterSection, is_tied: bool) -> "LoraConfig | None":
     )
 
 
+@contextlib.contextmanager
+def quiet_trl() -> Iterator[None]:
+    """Silences TRL's (1.16) advice about batches of one row, which are packed here, and its own deprecated calls."""
+    logger = logging.getLogger("trl")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(before)
+
+
 def find_state(run: OpenedRun, overwrite: bool) -> tuple[int, RunState]:
     """Returns the step and the state from which a run starts or resumes.
 
@@ -232,6 +247,7 @@ def train(
     evaluate: Callable[[PreTrainedModel], dict[str, float]],
     finish: Callable[[TrainedModel, RunState], None],
     overwrite: bool = False,
+    after_checkpoint: Callable[[Path], None] | None = None,
 ) -> None:
     """Trains until the last step or the last useful one, and then writes the model.
 
@@ -241,6 +257,7 @@ def train(
         evaluate (`Callable`): returns `validation_loss`, and possibly more, of a model; all processes call it.
         finish (`Callable`): writes the finished model; called on the main process.
         overwrite (`bool`, *optional*, defaults to `False`): start over.
+        after_checkpoint (`Callable`, *optional*): called with the folder of the run.
 
     Raises:
         InputError: if the run cannot be resumed, or another process is training in the folder.
@@ -248,40 +265,28 @@ def train(
         DivergedError: at the first step whose loss or gradient is not finite.
     """
     step, state = find_state(run, overwrite)
+    processes().wait_for_everyone()  # until no process is reading checkpoints that are removed next
     is_main = processes().is_main_process
     with locked(run.output / ".lock", f"output_dir {run.output}") if is_main else contextlib.nullcontext():
         if is_main:
             _prepare_folder(run, step, overwrite)
         processes().wait_for_everyone()
-        tokens = run.order.tokens_after()
-        with Metrics(run.output, tokens[-1], is_main, step) as metrics, StopRequests() as requests:
-            callback = RunCallback(
-                run.output,
-                state,
-                run.intervals,
-                tokens,
-                evaluate,
-                metrics,
-                requests,
-                run.config.checkpoints.keep,
-                run.config.evaluation.patience,
-            )
+        with Metrics(run.output, run.order.tokens_after()[-1], is_main, step) as metrics, StopRequests() as requests:
+            callback = RunCallback(run, state, evaluate, metrics, requests, after_checkpoint)
             model = _trained(run, make_trainer, callback, step)
         if is_main:
             finish(model, state)
-            remove_checkpoints(run.output, set())
+            remove_folder(run.output / CHECKPOINTS_FOLDER)
         processes().wait_for_everyone()
         assert callback.accelerator is not None
         callback.accelerator.end_training()  # ends trackers and the process group
 
 
 def _trained(run: OpenedRun, make_trainer: MakeTrainer, callback: RunCallback, step: int) -> TrainedModel:
-    trl_logger = logging.getLogger("trl")
-    before, trl_logger.level = trl_logger.level, logging.ERROR  # advice about batches of one row; ours are packed
     model = load_base(run)
     adapter = lora_config(run.config.adapter, model.config.tie_word_embeddings)
-    trainer = make_trainer(common_arguments(run), model, adapter, [callback])
-    trl_logger.setLevel(before)
+    with quiet_trl():
+        trainer = make_trainer(common_arguments(run), model, adapter, [callback])
     trainer.remove_callback(PrinterCallback)
     assert trainer.model is not None
     for parameter in trainer.model.parameters():
@@ -292,7 +297,11 @@ def _trained(run: OpenedRun, make_trainer: MakeTrainer, callback: RunCallback, s
     if trackers := run.config.logging.trackers:
         trainer.accelerator.log_with = list(trackers)
         start_trackers(trainer.accelerator, run.config, trackers, run.output, step)
-    trainer.train(resume_from_checkpoint=str(checkpoint_folder(run.output, step)) if step else None)
+    if callback.is_exhausted:  # it was killed while the model was written
+        trainer._load_from_checkpoint(str(checkpoint_folder(run.output, step)))
+        trainer.state.global_step = step
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint_folder(run.output, step)) if step else None)
     done, best = trainer.state.global_step, callback.run_state.best_step
     if callback.signal and done < len(run.order.steps):
         name, folder = signal.Signals(callback.signal).name, checkpoint_folder(run.output, done)

@@ -127,7 +127,7 @@ def _record(run: OpenedRun) -> dict[str, Any]:
     return {
         "base_model": {
             "path": run.config.model.path,
-            "sha256": {file.name: provenance.file_sha256(file) for file in sorted(run.base.glob("*.safetensors"))},
+            "sha256": provenance.weight_hashes(run.base),
             **({"provenance": read_json(base_record)} if base_record.is_file() else {}),
         },
         "tokenizer": tokenizer_fingerprint(run.tokenizer),
