@@ -42,11 +42,11 @@ def test_padded_batches_are_those_of_trl():
 def test_all_variants_train_on_the_same_conversations():
     from packed_batches import Variant, Workload, real_lengths
 
-    workload = Workload(real_lengths(2048), 64, 32000)
-    assert len(workload.conversations) == 1098 and len(workload.steps) == 18
+    workload = Workload(real_lengths(2048), 32, 32000)
+    assert len(workload.conversations) == 1098 and len(workload.steps) == 7, "98 of each source"
     for step in (0, 3):
         seen = []
-        for order, passes in (("random", 8), ("sorted", 8), ("packed", 8), ("packed", 2)):
+        for order, passes in (("random", 4), ("sorted", 4), ("packed", 4), ("packed", 1)):
             batches = workload.batches(Variant("", order, passes), step)
             assert len(batches) == passes
             trained = torch.cat([batch["labels"][:, 1:].flatten() for batch in batches])
@@ -100,3 +100,32 @@ def test_the_exit_status_has_the_check_of_packed_rows():
 
     assert run.is_bad({"part": "packed_rows", "stopped": "after 90 s"})
     assert not run.is_bad({"part": "full", "stopped": "after 90 s"})
+
+
+def test_flex_attention_is_not_compiled_for_each_length(monkeypatch):
+    """Rows need no padding for it: the first length, other lengths, and rows of one block of 128 tokens."""
+    from packed_batches import draw_conversations, packed_batch
+    from torch._dynamo.utils import counters
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.integrations.flex_attention import WrappedFlexAttention
+
+    compile_function = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compile_function(*args, **kwargs, backend="eager"))
+    monkeypatch.setattr(WrappedFlexAttention, "_instance", None)
+    torch.compiler.reset()
+    config = LlamaConfig(vocab_size=64, hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
+                         intermediate_size=48, num_hidden_layers=1)  # fmt: skip
+    model = LlamaForCausalLM._from_config(config, attn_implementation="flex_attention").train()
+
+    def compiled(lengths):
+        before = counters["stats"]["unique_graphs"]
+        batch = packed_batch(draw_conversations([(length, length) for length in lengths], 64))
+        with torch.no_grad():
+            model(**batch, use_cache=False)
+        return counters["stats"]["unique_graphs"] - before
+
+    # Two functions: the one that creates the mask, and attention.
+    assert compiled([150, 40]) == 2 and compiled([300, 20, 37]) == 2
+    assert [compiled(lengths) for lengths in ([64, 64, 64], [401, 99, 2, 17], [100, 30], [900, 30])] == [0, 0, 0, 0]
+    assert compiled([30, 20]) == 2 and compiled([100, 28]) == 0
+    torch.compiler.reset()

@@ -94,7 +94,7 @@ class Variant:
 
 
 class Workload:
-    """The conversations of each training step.
+    """The conversations of each training step, equally many of each source.
 
     Args:
         sources (`list`): tokens and trained tokens of the conversations of each source.
@@ -106,7 +106,8 @@ class Workload:
         lengths = [length for source in sources for length in source]
         self.conversations = draw_conversations(lengths, vocab_size)
         self.lengths = [tokens for tokens, _ in lengths]
-        self.steps = training_steps([len(source) for source in sources], [1] * len(sources), 1, per_step, seed=0)
+        sizes = [len(source) for source in sources]
+        self.steps = training_steps(sizes, [min(sizes) / size for size in sizes], 1, per_step, seed=0)
 
     def tokens(self, step: int) -> int:
         """Returns the number of tokens of a step, without padding."""

@@ -24,7 +24,7 @@ from tinyllama_hf.errors import InputError, one_line
 from tinyllama_hf.finetune.packed_rows import PACKED_SDPA, packed_attention_name
 
 
-ROUNDS, PER_STEP, PASSES = 5, 64, 8  # conversations and forward passes per step
+ROUNDS, PER_STEP, PASSES = 5, 32, 4  # conversations and forward passes per step
 
 
 @dataclass
