@@ -102,30 +102,21 @@ def test_the_exit_status_has_the_check_of_packed_rows():
     assert not run.is_bad({"part": "full", "stopped": "after 90 s"})
 
 
-def test_flex_attention_is_not_compiled_for_each_length(monkeypatch):
-    """Rows need no padding for it: the first length, other lengths, and rows of one block of 128 tokens."""
+@pytest.mark.parametrize("has_autocast", [False, True])
+def test_torch_accepts_the_call_of_varlen_attention(has_autocast):
+    """Shapes and types of a forward and backward pass, without values: it has kernels for GPUs only."""
+    from packed_attention import VARLEN
     from packed_batches import draw_conversations, packed_batch
-    from torch._dynamo.utils import counters
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.integrations.flex_attention import WrappedFlexAttention
 
-    compile_function = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compile_function(*args, **kwargs, backend="eager"))
-    monkeypatch.setattr(WrappedFlexAttention, "_instance", None)
-    torch.compiler.reset()
+    batch = packed_batch(draw_conversations([(9, 4), (14, 14)], 64))
     config = LlamaConfig(vocab_size=64, hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
-                         intermediate_size=48, num_hidden_layers=1)  # fmt: skip
-    model = LlamaForCausalLM._from_config(config, attn_implementation="flex_attention").train()
-
-    def compiled(lengths):
-        before = counters["stats"]["unique_graphs"]
-        batch = packed_batch(draw_conversations([(length, length) for length in lengths], 64))
-        with torch.no_grad():
-            model(**batch, use_cache=False)
-        return counters["stats"]["unique_graphs"] - before
-
-    # Two functions: the one that creates the mask, and attention.
-    assert compiled([150, 40]) == 2 and compiled([300, 20, 37]) == 2
-    assert [compiled(lengths) for lengths in ([64, 64, 64], [401, 99, 2, 17], [100, 30], [900, 30])] == [0, 0, 0, 0]
-    assert compiled([30, 20]) == 2 and compiled([100, 28]) == 0
-    torch.compiler.reset()
+                         intermediate_size=48, num_hidden_layers=2)  # fmt: skip
+    dtype = torch.float32 if has_autocast else torch.bfloat16
+    with FakeTensorMode() as mode, torch.autocast("cpu", torch.bfloat16, enabled=has_autocast):
+        model = LlamaForCausalLM._from_config(config, attn_implementation=VARLEN, dtype=dtype).train()
+        inputs = {n: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
+        model(**inputs, use_cache=False).loss.backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    assert all(gradient is not None and gradient.dtype == dtype for gradient in gradients)
