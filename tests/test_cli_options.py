@@ -318,6 +318,19 @@ CASES = {
         "tinyllama_hf.finetune.run_summary.summary_lines": ("printed", {"run": "run"}),
         "tinyllama_hf.finetune.run_summary.dry_run_lines": (None, {"run": "run"}),
     },
+    "dpo.py {dpo} training.seed=77 preference.beta=0.5 --overwrite": {
+        "tinyllama_hf.finetune.dpo.open_preference_run": (
+            "run",
+            {"config.training.seed": 77, "config.preference.beta": 0.5, "overwrite": True},
+        ),
+        "tinyllama_hf.finetune.pair_summary.preference_lines": ("printed", {"run": "run"}),
+        "tinyllama_hf.finetune.dpo.tune_preferences": (None, {"run": "run", "overwrite": True}),
+    },
+    "dpo.py {dpo} --dry-run": {
+        "tinyllama_hf.finetune.dpo.open_preference_run": ("run", {"overwrite": False}),
+        "tinyllama_hf.finetune.pair_summary.preference_lines": ("printed", {"run": "run"}),
+        "tinyllama_hf.finetune.pair_summary.preference_dry_run_lines": (None, {"run": "run"}),
+    },
 }
 
 
@@ -341,6 +354,7 @@ def test_options_arrive(words, tmp_path, monkeypatch):
     recipes = {
         "{recipe}": ROOT / "recipes" / "pretrain" / "micro.yaml",
         "{sft}": ROOT / "recipes" / "sft" / "full.yaml",
+        "{dpo}": ROOT / "recipes" / "dpo" / "lora.yaml",
     }
     fill = {"{file}": str(file), **{name: str(path) for name, path in recipes.items()}}
     given: dict[str, dict] = {}

@@ -76,10 +76,12 @@ WRONG = {
     "train a.yaml training.seed=1 --dry-run": "recipes copy recipes && accelerate launch --quiet recipes/pretrain.py "
     "a.yaml training.seed=1 --dry-run",
     "sft": "accelerate launch --quiet recipes/sft.py recipes/sft/full.yaml",
+    "dpo": "accelerate launch --quiet recipes/dpo.py recipes/dpo/lora.yaml",
     "recipes copy empty": "empty: already exists",
     "pretrain.py /nope": "recipe /nope does not exist",
     f"pretrain.py {RECIPE} training.sed=1": "training.sed: unknown key; did you mean 'seed'?",
     "sft.py /nope": "recipe /nope does not exist",
+    "dpo.py /nope": "recipe /nope does not exist",
 }
 # Runs all in one process, which is only possible as long as none imports torch.
 RUN = """

@@ -56,6 +56,7 @@ app.command("publish")(hub.publish_command)
 _PASSES_ON = {"ignore_unknown_options": True}  # of the scripts, such as --dry-run
 app.command("train", context_settings=_PASSES_ON)(recipes.train_command)
 app.command("sft", context_settings=_PASSES_ON)(recipes.sft_command)
+app.command("dpo", context_settings=_PASSES_ON)(recipes.dpo_command)
 app.add_typer(evaluation.app, name="eval")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(recipes.app, name="recipes")

@@ -62,6 +62,14 @@ def sft_command(arguments: _ARGUMENTS = None) -> None:
     _name_launch_command("sft.py", arguments or ["recipes/sft/full.yaml"])
 
 
+def dpo_command(arguments: _ARGUMENTS = None) -> None:
+    """Print the command that trains on preferences: accelerate starts the script, with one process per device.
+
+    Example: tinyllama-hf dpo recipes/dpo/lora.yaml model.path=my-chat data.preferences=pairs.jsonl
+    """
+    _name_launch_command("dpo.py", arguments or ["recipes/dpo/lora.yaml"])
+
+
 def _name_launch_command(script: str, arguments: list[str]) -> None:
     import shlex
 

@@ -67,6 +67,12 @@ def test_a_micro_batch_that_does_not_divide():
         load_finetune_config(RECIPES[0], ["training.micro_batch_size=3"])
 
 
+def test_an_adapter_on_the_head():
+    with pytest.raises(InputError, match=r"adapter.targets: lm_head .*Add it to adapter.modules_to_save"):
+        load_finetune_config(RECIPES[0], ["adapter.kind=lora", "adapter.targets=q_proj,lm_head"])
+    load_finetune_config(RECIPES[0], ["adapter.kind=full", "adapter.targets=lm_head"])
+
+
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**64])
 def test_a_seed_that_the_trainer_does_not_take(seed):
     with pytest.raises(InputError, match=f"training.seed: {seed}: "):

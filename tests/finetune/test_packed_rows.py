@@ -104,7 +104,9 @@ def test_flex_attention_keeps_conversations_apart(flex_on_a_cpu):
 
 
 def test_flex_attention_is_not_compiled_for_each_length(flex_on_a_cpu):
-    """Rows need no padding for it: the first length is compiled, then all others, and rows of at most 128 tokens."""
+    """Rows need no padding for it. Compiled are the first length, all others, one block of 128 tokens, and one
+    conversation alone, which has another mask.
+    """
     examples = [TrainingExample([3] * length, [1] * length) for length in range(1, 500)]
 
     def compiled(*lengths):
@@ -116,6 +118,7 @@ def test_flex_attention_is_not_compiled_for_each_length(flex_on_a_cpu):
     assert compiled(150, 40) == 2 and compiled(300, 20, 37) == 2
     assert [compiled(*n) for n in ((64, 64, 64), (401, 99, 2, 17), (100, 30), (470, 300, 200))] == [0, 0, 0, 0]
     assert compiled(30, 20) == 2 and compiled(100, 28) == 0
+    assert compiled(140) == 2 and compiled(400) == 0
 
 
 def test_joined_rows_would_be_seen():

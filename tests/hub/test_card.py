@@ -133,6 +133,7 @@ def test_the_base_of_a_fine_tuned_model(run, names, tmp_path):
     record |= {
         "conversations": {"source": str(tmp_path / "mine.jsonl"), "train": 10, "held_out": 2, "dropped": 0},
         "held_out_loss": {"before": 3.0, "after": 2.0},
+        "stop_rate": {"before": 0.1, "after": 0.9},
     }
     chat = next(model for model in released() if model.kind != "peer" and model.hub)
     for given, base in (
@@ -146,3 +147,37 @@ def test_the_base_of_a_fine_tuned_model(run, names, tmp_path):
         card = ModelCard(revision.files["README.md"].decode())
         assert card.data.base_model == base and str(tmp_path) not in card.text
         assert "| conversations | mine.jsonl: 10 trained, 2 held out |" in card.text
+        assert "replies of 2 held-out conversations went from 3.000 to **2.000** nats per token. Of" in card.text
+        assert "own replies, 10% ended in time before training, and 90% after." in card.text
+    del record["conversations"], record["stop_rate"]
+    record |= {
+        "preferences": {"source": f"{tmp_path}/a.jsonl, {tmp_path}/b.csv", "train": 20, "held_out": 4, "dropped": 0},
+        "held_out_accuracy": {"before": 0.5, "after": 0.75},
+        "held_out_likelier": {"before": 0.25, "after": 0.5},
+        "base_model": {"path": "you/your-model", "sha256": {}},
+    }
+    (folder / "provenance.json").write_text(json.dumps(record))
+    [revision] = plan_revisions(folder, "me/my-model")
+    text = revision.files["README.md"].decode()
+    assert "tuned by DPO from you/your-model on 20 preferences" in text and str(tmp_path) not in text
+    assert "| preferences | a.jsonl, b.csv: 20 trained, 4 held out |" in text
+    assert "higher in **75.0%** of them" in text and "one in 50.0% (25.0% before)" in text
+
+
+def test_commonsense_before_and_after_fine_tuning(chat, names):
+    """A column for the base model, if its scores are in the same file."""
+    record = json.loads((chat / "provenance.json").read_text())
+    record["base_model"] = {"path": "my/base", "sha256": {}}
+    (chat / "provenance.json").write_text(json.dumps(record))
+    scores = commonsense_scores(["base", "chat"], limit=None)
+    scores["models"][0]["path"] = "my/base"
+    (chat / "commonsense.json").write_text(json.dumps(scores))
+    [revision] = plan_revisions(chat, "me/my-model")
+    text = revision.files["README.md"].decode()
+    assert "| task | metric | before fine-tuning | percent ± standard error |" in text
+    assert "| hellaswag | acc_norm | 30.00 | 32.00 ± 0.70 | 10,042 |" in text
+    assert "| **average** |  | 33.00 | **35.00 ± 0.26** |" in text
+    scores["models"] = scores["models"][1:]
+    (chat / "commonsense.json").write_text(json.dumps(scores))
+    [revision] = plan_revisions(chat, "me/my-model")
+    assert "before fine-tuning" not in revision.files["README.md"].decode()

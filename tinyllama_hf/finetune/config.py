@@ -207,11 +207,16 @@ def _fill_in(recipe: dict[str, Any], name: str, rates: tuple[float, float]) -> N
 
 def _contradictions(sections: Mapping[str, Any]) -> list[str]:
     """Returns the violated rules between keys, each with the keys, the values and the fix."""
-    training = sections.get("training")
+    training, adapter, found = sections.get("training"), sections.get("adapter"), []
     if training and training.sequences_per_step % training.micro_batch_size:
         sizes = [n for n in range(1, training.sequences_per_step + 1) if training.sequences_per_step % n == 0]
-        return [
+        found.append(
             f"training.micro_batch_size: {training.micro_batch_size} does not divide training.sequences_per_step "
             f"{training.sequences_per_step}. Use one of {', '.join(map(str, sizes))}"
-        ]
-    return []
+        )
+    if adapter and adapter.kind != "full" and "lm_head" in adapter.targets:
+        found.append(
+            "adapter.targets: lm_head cannot have an adapter, which TRL (1.16) would not train. Add it to "
+            "adapter.modules_to_save instead"
+        )
+    return found

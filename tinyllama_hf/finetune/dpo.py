@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 
 from ..errors import InputError
 from .config import PreferenceConfig
@@ -68,7 +68,7 @@ class PreferenceRun(OpenedRun):
         }
 
 
-class _Training:
+class PreferenceTraining:
     """A run once its trainer is created, which provides the reference log-probabilities."""
 
     def __init__(self, run: PreferenceRun):
@@ -108,6 +108,7 @@ class _Training:
             peft_config=adapter,
             callbacks=callbacks,
         )
+        set_seed(run.config.training.seed)  # computing the reference draws random numbers, and finding it does not
         # The reference is computed once per pair; now the pairs are put into the order of training.
         training, held_out = (
             cast("Dataset", part) for part in (self.trainer.train_dataset, self.trainer.eval_dataset)
@@ -152,7 +153,7 @@ def tune_preferences(
     Raises:
         InputError, Stopped, DivergedError: as in [`train`].
     """
-    training = _Training(run)
+    training = PreferenceTraining(run)
 
     def named(scores: dict[str, float]) -> dict[str, float]:
         return {name.replace("validation", "held_out"): value for name, value in scores.items()}

@@ -44,7 +44,7 @@ def preference_scores(
         losses = -torch.nn.functional.logsigmoid(margins)
     return {
         "validation_loss": losses.mean().item(),
-        "validation_accuracy": ((margins > 0) + 0.5 * (margins == 0)).mean().item(),
+        "validation_accuracy": ((margins > 0) + (margins == 0) / 2).double().mean().item(),
         "validation_margin": margins.mean().item(),
         "validation_likelier": (policy[:, 0] > policy[:, 1]).double().mean().item(),
     }

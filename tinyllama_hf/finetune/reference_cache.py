@@ -68,6 +68,7 @@ def find_cache(config: PreferenceConfig, base: Path, *parts: Sequence[RenderedPa
         {
             "pairs": parts,
             "model": [file_sha256(file) for file in files],
+            "new_tokens": config.model.new_tokens,
             "precision": config.training.precision,
             "device": processes().device.type,
             "adapter": None if kind == "full" else {**config.adapter.model_dump(mode="json"), "seed": seed},
