@@ -32,7 +32,7 @@ def rehearse(output, *options):
 def test_the_gpu_scripts_need_neither_pydantic_nor_sentencepiece_nor_quantization():
     script = """
 import sys
-for name in ("pydantic", "sentencepiece", "typer", "bitsandbytes", "torchao", "pytest"):
+for name in ("pydantic", "sentencepiece", "typer", "trl", "datasets", "bitsandbytes", "torchao", "pytest"):
     sys.modules[name] = None
 sys.path.insert(0, {folder!r})
 import run, importlib

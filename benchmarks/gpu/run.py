@@ -1,7 +1,8 @@
-"""Generation on one GPU within ten minutes: exactness first, then speed; every row is written as it is measured.
+"""Generation and fine-tuning on one GPU: exactness first, then speed; every row is written as it is measured.
 
     python benchmarks/gpu/run.py                           # on an H100 or H200
     python benchmarks/gpu/run.py --parts drafts peers      # some parts; rows of the others stay in the file
+    python benchmarks/gpu/run.py --parts packed_rows full lora qlora --seconds 360
     python benchmarks/gpu/run.py --device cpu --tiny       # the same parts with a small model, to see that they run
 
 Parts, in this order; each runs in a separate process for at most 90 seconds:
@@ -10,7 +11,9 @@ Parts, in this order; each runs in a separate process for at most 90 seconds:
 - `drafts`: a draft whose step takes a tenth of its target's time, with chosen agreements;
 - `quantization`: every quantization that the device supports, next to bf16;
 - `peers`: transformers' growing cache, compiled static cache and continuous batching;
-- `samples` and `heads`, only if they are named: 100 prompts with 10 samples each; key/value heads at equal size.
+- `samples` and `heads`, only if they are named: 100 prompts with 10 samples each; key/value heads at equal size;
+- only if they are named: `packed_rows`, losses and gradients of packed conversations, with the same exit status; then
+  `full`, `lora` and `qlora`, training steps on packed rows and on padded batches.
 
 Weights are random and no row ends early. Rows go to rows.jsonl in $OUT, or to results/gpu_rows.jsonl.
 """
@@ -41,8 +44,13 @@ MODULES = {
     "peers": ("peers", "peers"),
     "samples": ("shapes", "samples"),
     "heads": ("shapes", "heads"),
+    "packed_rows": ("packed_attention", "packed_rows"),
+    "full": ("packed_training", "full"),
+    "lora": ("packed_training", "lora"),
+    "qlora": ("packed_training", "qlora"),
 }
 DEFAULT = list(MODULES)[:5]
+EXACT = ("exactness", "packed_rows")
 LIMIT, LEAST, SPARE = 90, 10, 5  # seconds of a part: at most, at least, and between its last row and its end
 Row = dict[str, Any]
 
@@ -116,8 +124,8 @@ def table(rows: list[Row]) -> str:
 
 
 def is_bad(row: Row) -> bool:
-    """Whether a row is wrong, its part failed, or exactness was not checked to its end."""
-    return bool(row.get("wrong")) or "failed" in row or (row["part"] == "exactness" and "stopped" in row)
+    """Whether a row is wrong, its part failed, or was not checked to its end."""
+    return bool(row.get("wrong")) or "failed" in row or (row["part"] in EXACT and "stopped" in row)
 
 
 def main() -> int:

@@ -4,7 +4,10 @@ import random
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
+from torch.nn.attention import flex_attention
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.integrations.flex_attention import WrappedFlexAttention
 
 from tinyllama_hf.finetune.conversations import TrainingExample
 from tinyllama_hf.finetune.packed_rows import PACKED_SDPA, balanced_rows, packed_sdpa_attention
@@ -19,6 +22,23 @@ def conversations(number, longest=120):
         TrainingExample([draw.randrange(64) for _ in range(length)], [int(draw.random() < 0.5) for _ in range(length)])
         for length in lengths
     ]
+
+
+@pytest.fixture
+def flex_on_a_cpu(monkeypatch):
+    """Flex attention, which is used on a GPU, with reference kernels of torch.
+
+    torch (2.13) has gradients for these, and refuses to use them on a CPU.
+    """
+    compile_function = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda *args, **options: compile_function(*args, **{**options, "backend": "aot_eager"})
+    )
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(WrappedFlexAttention, "_instance", None)
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
 
 
 def losses_and_gradients(rows, examples, attention=PACKED_SDPA, padding_free=True):
@@ -73,6 +93,32 @@ def test_losses_and_gradients_equal_those_of_each_conversation_alone(number):
     alone = losses_and_gradients([[i] for i in range(number)], examples, "sdpa", padding_free=False)
     loss, gradient = differences(losses_and_gradients(rows, examples), alone)
     assert loss <= 1e-5 and gradient <= 1e-5
+
+
+def test_flex_attention_keeps_conversations_apart(flex_on_a_cpu):
+    examples = conversations(40)
+    rows = balanced_rows([len(example.input_ids) for example in examples], 4)
+    alone = losses_and_gradients([[i] for i in range(40)], examples, "sdpa", padding_free=False)
+    loss, gradient = differences(losses_and_gradients(rows, examples, "flex_attention"), alone)
+    assert loss <= 1e-5 and gradient <= 1e-5
+
+
+def test_flex_attention_is_not_compiled_for_each_length(flex_on_a_cpu):
+    """Rows need no padding for it. Compiled are the first length, all others, one block of 128 tokens, and one
+    conversation alone, which has another mask.
+    """
+    examples = [TrainingExample([3] * length, [1] * length) for length in range(1, 500)]
+
+    def compiled(*lengths):
+        before = counters["stats"]["unique_graphs"]
+        losses_and_gradients([list(range(len(lengths)))], [examples[n - 1] for n in lengths], "flex_attention")
+        return counters["stats"]["unique_graphs"] - before
+
+    # Two functions: the one that creates the mask, and attention.
+    assert compiled(150, 40) == 2 and compiled(300, 20, 37) == 2
+    assert [compiled(*n) for n in ((64, 64, 64), (401, 99, 2, 17), (100, 30), (470, 300, 200))] == [0, 0, 0, 0]
+    assert compiled(30, 20) == 2 and compiled(100, 28) == 0
+    assert compiled(140) == 2 and compiled(400) == 0
 
 
 def test_joined_rows_would_be_seen():
