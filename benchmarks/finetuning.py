@@ -38,11 +38,13 @@ MICRO_BATCH, PER_STEP = 8, 32
 VARIANTS = ("trl", "trl packing", "sorted", "packed")
 
 
-def open_conversations(model: str, files: list[str], number: int, scratch: Path) -> FinetuneRun:
+def open_conversations(
+    model: str, files: list[str], number: int, scratch: Path, max_length: int | None = None
+) -> FinetuneRun:
     """Returns a run of one epoch over a number of conversations, equally many of each file, in random order."""
     recipe = scratch / "recipe.yaml"
     training = {"epochs": 1, "sequences_per_step": PER_STEP, "micro_batch_size": MICRO_BATCH, "warmup_steps": 0}
-    data = {"conversations": files, "too_long": "drop"}
+    data = {"conversations": files, "too_long": "drop", "max_length": max_length}
     recipe.write_text(yaml.safe_dump({"model": {"path": model}, "data": data, "training": training}))
     run = open_run(load_finetune_config(recipe, [f"output_dir={scratch / 'run'}"]))
     chosen = []
@@ -98,6 +100,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("files", nargs="+")
     parser.add_argument("--conversations", type=int, default=32)
+    parser.add_argument("--max-length", type=int, help="leaves longer conversations out; padded ones take much memory")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--name", default="finetuning", help="of the file in results/")
     arguments = parser.parse_args()
@@ -105,7 +108,9 @@ def main() -> None:
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     with tempfile.TemporaryDirectory() as folder:
-        run = open_conversations(arguments.model, arguments.files, arguments.conversations, Path(folder))
+        run = open_conversations(
+            arguments.model, arguments.files, arguments.conversations, Path(folder), arguments.max_length
+        )
         for _ in range(arguments.rounds):
             for variant in VARIANTS:
                 trainer = trainer_of(variant, run, Path(folder) / "scratch")

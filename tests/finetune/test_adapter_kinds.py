@@ -159,5 +159,5 @@ def test_new_tokens(recipe, base, tied_base, kind, tied):
 def test_new_tokens_that_an_adapter_would_not_train(recipe):
     with pytest.raises(InputError, match=r"adapter\.modules_to_save to embed_tokens,lm_head"):
         sft.open_run(load_finetune_config(recipe, [*CHATML, "adapter.kind=lora"]))
-    with pytest.raises(InputError, match="new_tokens: '</s>' is already a token"):
+    with pytest.raises(InputError, match="new_tokens: '</s>' is in the vocabulary"):
         sft.open_run(load_finetune_config(recipe, ["model.new_tokens=</s>"]))

@@ -8,7 +8,7 @@ import yaml
 
 from tests.conftest import ROOT
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.finetune.config import ConversationSource, DataSection
+from tinyllama_hf.finetune.config import ConversationDataSection, ConversationSource
 from tinyllama_hf.finetune.conversations import read_conversations, read_sources
 from tinyllama_hf.finetune.preferences import read_preferences
 
@@ -34,7 +34,7 @@ def test_an_example_has_the_format_that_it_is_named_for(tmp_path, number, name):
 
 def test_the_section_of_the_recipe_is_valid():
     (section,) = re.findall(r"```yaml\ndata:\n(.*?)```", PAGE, re.DOTALL)
-    data = DataSection.model_validate(yaml.safe_load(section))
+    data = ConversationDataSection.model_validate(yaml.safe_load(section))
     assert [source.weight for source in data.conversations] == [1, 2] and data.too_long == "truncate"
 
 
