@@ -133,8 +133,17 @@ def tied_base(base, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
+@pytest.mark.parametrize(
+    ("kind", "tied"),
+    [
+        ("full", False),
+        ("lora", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("full", True), ("lora", False), ("qlora", False), ("qlora", True))
+        ),
+    ],
+)
 def test_new_tokens(recipe, base, tied_base, kind, tied):
     """ChatML on a tokenizer without its tokens: their rows are trained and written, and replies end with one."""
     pytest.importorskip("bitsandbytes")

@@ -147,7 +147,7 @@ def test_loss_and_gradients_equal_the_reference(pairs, base, loss, beta, monkeyp
     assert len(seen) == 5 and max(seen) < 1e-6
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_the_second_run_computes_no_reference(pairs, kind, forward_passes):
     options = (f"adapter.kind={kind}", "adapter.dropout=0.1")
     folder, lines = tune(pairs, *options)
@@ -209,7 +209,7 @@ def test_the_reference_is_found_only_for_the_same_one(pairs, base, tmp_path, kin
     assert opened(pairs, *options, change).references.is_complete == is_found
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_there_is_no_second_model(pairs, kind, monkeypatch):
     evaluate, counts = dpo.PreferenceTraining.evaluate, []
 
@@ -267,7 +267,13 @@ def signal_at(monkeypatch):
     return send
 
 
-@pytest.mark.parametrize("options", [(), ("adapter.kind=lora", "adapter.dropout=0.1", "training.learning_rate=1e-2")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("adapter.kind=lora", "adapter.dropout=0.1", "training.learning_rate=1e-2"),
+        pytest.param((), marks=pytest.mark.slow),
+    ],
+)
 def test_stopped_and_resumed_it_equals_the_uninterrupted_run(pairs, signal_at, options, monkeypatch):
     folder, _ = tune(pairs, *options)
     expected, rows = weights(folder), metrics(folder)

@@ -122,7 +122,7 @@ def test_an_incomplete_checkpoint_is_not_used(recipe, signal_at, monkeypatch):
     assert_equal(weights(folder), expected)
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_the_best_model_is_kept(recipe, monkeypatch, kind):
     """The held-out losses are replaced, so that the second evaluation is the best one; its weights are written."""
     losses, seen, ids = iter([9.0, 5.0, 1.0, 3.0, 4.0, 6.0]), [], torch.arange(3, 40)[None]
@@ -253,7 +253,7 @@ def test_two_processes_equal_one(recipe, run_command, packing):
         assert row == pytest.approx(other, rel=1e-4)
 
 
-@pytest.mark.parametrize("packing", ["true", "false"])
+@pytest.mark.parametrize("packing", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_accumulation_1_x_8_equals_8_x_1(recipe, packing):
     """The loss is summed over the tokens with loss of the whole step."""
     options = ("training.epochs=1", "training.learning_rate=1e-3", f"training.packing={packing}")
@@ -264,8 +264,15 @@ def test_accumulation_1_x_8_equals_8_x_1(recipe, packing):
         torch.testing.assert_close(parts[name], whole[name], atol=2e-6, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize("change", ["training.packing=false", "training.activation_checkpointing=true"])
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("full", "training.packing=false"),
+        ("lora", "training.activation_checkpointing=true"),
+        pytest.param("lora", "training.packing=false", marks=pytest.mark.slow),
+        pytest.param("full", "training.activation_checkpointing=true", marks=pytest.mark.slow),
+    ],
+)
 def test_memory_and_speed_options_do_not_change_the_run(recipe, kind, change):
     options = ("training.epochs=2", "training.learning_rate=1e-3", f"adapter.kind={kind}")
     folder = tuned(recipe, *options)
