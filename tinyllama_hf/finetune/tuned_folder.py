@@ -2,6 +2,7 @@
 
 import math
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,9 @@ def _save_weights(run: OpenedRun, trained: TrainedModel, folder: Path) -> None:
             (adapter / "README.md").unlink()  # an empty template
             run.tokenizer.save_pretrained(adapter)
             base = add_token_rows(load_stock(run.base, "cpu")[0], len(run.tokenizer))
-            merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # PEFT's (0.21.2), about names in transformers
+                merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
             replace_folder(adapter, run.output / ADAPTER_FOLDER)
     else:
         merged = trained
