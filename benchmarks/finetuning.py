@@ -60,8 +60,8 @@ def open_conversations(
     return replace(run, order=TrainingOrder(steps, lengths, PER_STEP // MICRO_BATCH, packing=True))
 
 
-def trainer_of(variant: str, run: FinetuneRun, scratch: Path, epochs: float = 1) -> Any:
-    """Returns the trainer of a variant, before its first step; ours trains on the steps of the run."""
+def trainer_of(variant: str, run: FinetuneRun, scratch: Path) -> Any:
+    """Returns the trainer of a variant, before its first step; `trl packing` trains for one epoch."""
     model = load_base(run)
     adapter = lora_config(run.config.adapter, model.config.tie_word_embeddings)
     if variant in ("sorted", "packed"):
@@ -71,7 +71,8 @@ def trainer_of(variant: str, run: FinetuneRun, scratch: Path, epochs: float = 1)
     is_packed, per_step = variant == "trl packing", run.config.training.sequences_per_step
     arguments = SFTConfig(
         output_dir=str(scratch),
-        num_train_epochs=epochs,
+        num_train_epochs=1,
+        max_steps=-1 if is_packed else len(run.order.steps),
         learning_rate=run.config.training.learning_rate,
         per_device_train_batch_size=1 if is_packed else MICRO_BATCH,
         gradient_accumulation_steps=per_step // MICRO_BATCH,

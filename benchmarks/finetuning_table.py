@@ -2,7 +2,7 @@
 
     python benchmarks/finetuning_table.py MODEL FILE [FILE ...] [--tokens 100_000] [--output FOLDER]
 
-Each run is a process of its own, and trains on the same number of tokens of one file. `trl` is TRL's `SFTTrainer` with
+Each run is a process of its own, and trains for the same number of steps on one file. `trl` is TRL's `SFTTrainer` with
 its own batches (8 conversations, padded, random order), `packed` and `sorted` are this package with and without
 packing. Prints for each run the loss of the held-out replies and the share of own replies that end, before and after,
 the CPU time of the training, trained tokens per second of it, and the peak memory of the process.
@@ -42,7 +42,7 @@ def run_once(recipe: Path, variant: str, tokens: int) -> dict[str, Any]:
     steps = training_steps([len(lengths)], [1.0], epochs, training.sequences_per_step, training.seed)
     run = replace(run, order=replace(run.order, steps=steps))
     before = run.score(load_stock(run.base)[0])
-    trainer = trainer_of(variant, run, Path(f"{recipe}.scratch"), epochs)
+    trainer = trainer_of(variant, run, Path(f"{recipe}.scratch"))
     began = time.process_time()
     trainer.train()
     seconds = time.process_time() - began
