@@ -75,7 +75,9 @@ def test_too_long(tokenizer):
     assert lengths == sorted(lengths), "the shortest first"
     with pytest.raises(InputError, match=rf"1 of 3 pairs .* data.max_length {lengths[1]}.* row 90: {lengths[2]} tok"):
         render_pairs(tokenizer, pairs, lengths[1])
-    assert [max(found.lengths()) for found in render_pairs(tokenizer, pairs, lengths[1], True)[0]] == lengths[:2]
+    found, kept = render_pairs(tokenizer, pairs, lengths[1], drop_overlong=True)
+    assert [max(one.lengths()) for one in found] == lengths[:2]
+    assert [one.name for one in kept] == ["row 1", "row 3"], "what is written as held out"
 
 
 def test_pairs_with_the_same_prompt_are_in_one_part():

@@ -182,13 +182,14 @@ def open_preference_run(config: PreferenceConfig, overwrite: bool = False) -> Pr
     data = read_preferences(config.data.preferences, config.data.invalid)
     parts = split_pairs(data.pairs, config.data.validation_fraction)
     drop = config.data.too_long == "drop"
-    (training, sizes), (held_out, held_out_sizes) = (render_pairs(tokenizer, part, max_length, drop) for part in parts)
+    (training, kept), (held_out, kept_out) = (render_pairs(tokenizer, part, max_length, drop) for part in parts)
     if not training or not held_out:
         raise InputError(f"data.max_length: {max_length} drops all pairs. Raise it")
     longest = config.data.max_length or max(max(pair.lengths()) for pair in training + held_out)
     config = config.model_copy(update={"data": config.data.model_copy(update={"max_length": longest})})
     lengths, section = [sum(pair.lengths()) for pair in training], config.training
     weights = [source.weight for source in config.data.preferences]
+    sizes = Counter(pair.source for pair in kept)
     counts = [sizes[number] for number in range(len(weights))]
     steps = training_steps(counts, weights, section.epochs, section.sequences_per_step, section.seed)
     return PreferenceRun(
@@ -199,11 +200,11 @@ def open_preference_run(config: PreferenceConfig, overwrite: bool = False) -> Pr
         template=opened.template,
         order=TrainingOrder(steps, lengths, rows_per_step(config), packing=False),
         settings=run_settings(config, opened.base, tokenizer, [training, held_out]),
-        held_out_rows=write_pairs(parts[1]),
+        held_out_rows=write_pairs(kept_out),
         train=training,
         held_out=held_out,
         references=find_cache(config, opened.base, training, held_out),
         sources=data.sources,
-        used=sizes + held_out_sizes,
+        used=sizes + Counter(pair.source for pair in kept_out),
         num_dropped=len(data.pairs) - len(training) - len(held_out),
     )

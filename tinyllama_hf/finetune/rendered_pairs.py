@@ -1,7 +1,6 @@
 """Pairs of replies as tokens: renders, splits and writes preferences."""
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -41,25 +40,25 @@ def render_pairs(
     pairs: Sequence[PreferencePair],
     max_length: int,
     drop_overlong: bool = False,
-) -> tuple[list[RenderedPair], Counter[int]]:
+) -> tuple[list[RenderedPair], list[PreferencePair]]:
     """Renders pairs for training.
 
     Returns:
         The rendered pairs by source, the shortest first, so that those next to each other need little padding; and
-        their number by source.
+        the same pairs as messages.
 
     Raises:
         InputError: for pairs with more than `max_length` tokens in one of the two conversations unless they are
             dropped, and if the tokens of the prompt are not the same before both replies.
     """
-    rendered: list[tuple[int, RenderedPair]] = []
+    rendered: list[tuple[PreferencePair, RenderedPair]] = []
     overlong: list[tuple[int, str]] = []
     for pair in pairs:
         found = _render_pair(tokenizer, pair)
         if max(found.lengths()) > max_length:
             overlong.append((max(found.lengths()), pair.name))
         else:
-            rendered.append((pair.source, found))
+            rendered.append((pair, found))
     if overlong and not drop_overlong:
         length, name = max(overlong)
         raise InputError(
@@ -67,8 +66,8 @@ def render_pairs(
             f"{name}: {length} tokens. Raise data.max_length (up to the model's context), shorten them, or set "
             "data.too_long to drop"
         )
-    ordered = sorted(rendered, key=lambda item: (item[0], max(item[1].lengths())))
-    return [pair for _, pair in ordered], Counter(source for source, _ in ordered)
+    ordered = sorted(rendered, key=lambda item: (item[0].source, max(item[1].lengths())))
+    return [found for _, found in ordered], [pair for pair, _ in ordered]
 
 
 def _render_pair(tokenizer: PreTrainedTokenizerBase, pair: PreferencePair) -> RenderedPair:
