@@ -1,6 +1,6 @@
 """Fine-tuning in full, with LoRA and with QLoRA, on several data sets, against TRL with the same data.
 
-    python benchmarks/finetuning_table.py MODEL FILE [FILE ...] [--tokens 100_000] [--output FOLDER]
+    python benchmarks/finetuning_table.py MODEL FILE [FILE ...] [--tokens 100_000] [--set KEY=VALUE] [--output FOLDER]
 
 Each run is a process of its own, and trains for the same number of steps on one file. `trl` is TRL's `SFTTrainer` with
 its own batches (8 conversations, padded, random order), `packed` and `sorted` are this package with and without
@@ -26,8 +26,8 @@ from finetuning import trainer_of
 from tinyllama_hf.files import read_json, write_json
 from tinyllama_hf.finetune.config import load_finetune_config
 from tinyllama_hf.finetune.sft import open_run
+from tinyllama_hf.finetune.trainer import load_base
 from tinyllama_hf.finetune.training_order import training_steps
-from tinyllama_hf.inference.load import load_stock
 from tinyllama_hf.pretrain.throughput import peak_memory_bytes
 
 
@@ -35,20 +35,20 @@ KINDS, VARIANTS = ("full", "lora", "qlora"), ("trl", "sorted", "packed")
 
 
 def run_once(recipe: Path, variant: str, tokens: int) -> dict[str, Any]:
-    """Trains in this process, and returns what is printed."""
+    """Trains in this process, and returns what is printed; `before` only scores the untrained model."""
     run = open_run(load_finetune_config(recipe))
+    if variant == "before":
+        return run.score(load_base(run).eval())
     lengths, training = run.order.lengths, run.config.training
     epochs = tokens / sum(lengths)
     steps = training_steps([len(lengths)], [1.0], epochs, training.sequences_per_step, training.seed)
     run = replace(run, order=replace(run.order, steps=steps))
-    before = run.score(load_stock(run.base)[0])
     trainer = trainer_of(variant, run, Path(f"{recipe}.scratch"))
     began = time.process_time()
     trainer.train()
     seconds = time.process_time() - began
     trained = run.order.tokens_after()[-1]
     return {
-        "before": before,
         "after": run.score(trainer.accelerator.unwrap_model(trainer.model).eval()),
         "seconds": seconds,
         "tokens_per_second": trained / seconds,
@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument(
         "--rate", default="1e-3", help="learning rate of all weights; adapters take three times as much"
     )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of all recipes")
     parser.add_argument("--output", type=Path, default=Path("runs/finetuning_table"))
     parser.add_argument("--name", default="finetuning_table", help="of the file in results/")
     arguments = parser.parse_args()
@@ -94,12 +95,20 @@ def main() -> None:
                 "adapter": {"kind": kind},
                 "training": {"learning_rate": rate, "micro_batch_size": 8, "warmup_steps": 5},
             }
+            for setting in arguments.set:
+                key, _, value = setting.partition("=")
+                section, _, name = key.partition(".")
+                values[section][name] = json.loads(value)
             recipe.write_text(json.dumps(values))
+            # An adapter begins as the base, which is in 4 bit only for QLoRA.
+            untrained = arguments.output / f"{data}_{'qlora' if kind == 'qlora' else 'full'}_before.json"
+            child(recipe, "before", arguments.tokens, untrained)
             for variant in VARIANTS:
                 output = arguments.output / f"{data}_{kind}_{variant}.json"
                 child(recipe, variant, arguments.tokens, output)
-                row = figures[f"{data}, {kind}, {variant}"] = read_json(output)
-                before, after = row["before"], row["after"]
+                before = read_json(untrained)
+                row = figures[f"{data}, {kind}, {variant}"] = {"before": before, **read_json(output)}
+                after = row["after"]
                 ends = [f"{scores['stop_rate']:.0%}" if "stop_rate" in scores else "" for scores in (before, after)]
                 print(
                     f"| {data} | {kind} | {variant} | {before['held_out_loss']:.3f} | {after['held_out_loss']:.3f} | "

@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("files", nargs="+")
     parser.add_argument("--tokens", type=int, default=200_000, help="of each run")
+    parser.add_argument("--sequences-per-step", type=int, default=16)
     parser.add_argument("--rates", default=",".join(ADAPTER_RATES), help="of the adapters")
     parser.add_argument("--full-rates", default=",".join(FULL_RATES), help="of all weights")
     parser.add_argument("--output", type=Path, default=Path("runs/lora_ranks"))
@@ -69,7 +70,7 @@ def main() -> None:
     values = {
         "model": {"path": arguments.model},
         "data": {"conversations": arguments.files, "too_long": "drop"},
-        "training": {"micro_batch_size": 16, "warmup_steps": 5},
+        "training": {"sequences_per_step": arguments.sequences_per_step, "warmup_steps": 5},
         "evaluation": {"keep": "last", "every_steps": 1_000_000},  # the last model, as a fixed budget has it
         "logging": {"every_steps": 1_000_000},
     }
