@@ -6,12 +6,12 @@ import pytest
 
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.evaluation.protocol import compare, published_row
-from tinyllama_hf.evaluation.score_files import CommonsenseRow, CommonsenseScoreFile, Protocol, TaskScore
+from tinyllama_hf.evaluation.score_files import Protocol, TaskRow, TaskScore, TaskScoreFile
 from tinyllama_hf.evaluation.table import table_lines
 from tinyllama_hf.released import tables
 
 
-def made_up(shift: float = 0.0, average_shift: float = 0.0) -> CommonsenseRow:
+def made_up(shift: float = 0.0, average_shift: float = 0.0) -> TaskRow:
     """The published scores of pythia-1b, the first one moved by `shift`."""
     published = published_row("pythia-1b")
     results = {
@@ -20,7 +20,7 @@ def made_up(shift: float = 0.0, average_shift: float = 0.0) -> CommonsenseRow:
     }
     results["hellaswag"] = replace(results["hellaswag"], score=published.scores["hellaswag"] + shift)
     average = published.average + average_shift
-    return CommonsenseRow(
+    return TaskRow(
         name="m",
         path="m",
         fingerprint="f",
@@ -32,10 +32,10 @@ def made_up(shift: float = 0.0, average_shift: float = 0.0) -> CommonsenseRow:
     )
 
 
-def table(row: CommonsenseRow, published=None) -> list[str]:
+def table(row: TaskRow, published=None) -> list[str]:
     metrics = tables()["protocol"]["metric"]
     protocol = Protocol("lm-eval", {}, metrics, "float32", 0, False, False, 512, None, {}, sample=False)
-    return list(table_lines(CommonsenseScoreFile(protocol=protocol, models=[row]), published))
+    return list(table_lines(TaskScoreFile(protocol=protocol, models=[row]), published))
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,10 @@ from .models import list_eval_models, load_eval_model
 from .partial_scores import FinishedTask, PartialScores
 from .protocol import TASKS
 from .score_files import (
-    CommonsenseRow,
-    CommonsenseScoreFile,
     Protocol,
     ScoredModel,
+    TaskRow,
+    TaskScoreFile,
     read_scores,
     replace_rows,
     write_scores,
@@ -47,7 +47,7 @@ def score_commonsense(
     samples: Path | None = None,
     note: Callable[[str], Any] = lambda line: None,
     quantization: str = "none",
-) -> CommonsenseScoreFile:
+) -> TaskScoreFile:
     """Scores models under the published protocol. Models that are in the output file are not scored again.
 
     Args:
@@ -66,7 +66,7 @@ def score_commonsense(
             saved quantized keep their own.
 
     Returns:
-        `CommonsenseScoreFile`: the contents of the score file, with only the given models, in their order.
+        `TaskScoreFile`: the contents of the score file, with only the given models, in their order.
 
     Raises:
         InputError: for missing or contradictory input, before the first model is loaded.
@@ -75,17 +75,17 @@ def score_commonsense(
     device = choose_device(device)
     chosen = list_eval_models(models, quantization)
     context = _common_context([model.folder for model in chosen])
-    file = read_scores(output, CommonsenseScoreFile)
+    file = read_scores(output, TaskScoreFile)
     if file:  # checked as far as possible before the tasks are opened, which takes up to a minute
         rows_of = {name: file_sha256(path) for name, path in task_files(data).items()} if data else file.protocol.data
         expected = dataclasses.replace(file.protocol, context_length=context, limit=limit, data=rows_of)
         _check_protocol(output, file, expected)
     with open_suite(data) as suite:
         protocol = _published_protocol(suite, context, limit)
-        file = file or CommonsenseScoreFile(protocol=protocol, models=[])
+        file = file or TaskScoreFile(protocol=protocol, models=[])
         _check_protocol(output, file, protocol)
         partial = PartialScores(output)
-        rows: list[CommonsenseRow] = []
+        rows: list[TaskRow] = []
         lines: list[str] = []
         for model in chosen:
             with progress_bar(f"{model.name}: reading the weights"):
@@ -151,7 +151,7 @@ def _published_protocol(suite: Suite, context: int, limit: int | None) -> Protoc
     )
 
 
-def _check_protocol(output: Path | None, file: CommonsenseScoreFile, protocol: Protocol) -> None:
+def _check_protocol(output: Path | None, file: TaskScoreFile, protocol: Protocol) -> None:
     if differences := protocol.differences(file.protocol):
         raise InputError(
             f"--output {output} has scores of another protocol (different: {'; '.join(differences)}). A file has "
@@ -207,10 +207,10 @@ def _score_folder(
     return [finished[name] for name in TASKS]
 
 
-def _row(model: ScoredModel, fingerprint: str, finished: Sequence[FinishedTask]) -> CommonsenseRow:
+def _row(model: ScoredModel, fingerprint: str, finished: Sequence[FinishedTask]) -> TaskRow:
     scores = [done.score for done in finished]
     errors = [score.standard_error for score in scores if score.standard_error is not None]
-    return CommonsenseRow(
+    return TaskRow(
         **vars(model),
         fingerprint=fingerprint,
         results={done.task: done.score for done in finished},

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from ..errors import InputError
 from ..files import write_text
 from .harness import Item
-from .score_files import CommonsenseRow, Protocol, ScoredModel, TaskScore
+from .score_files import Protocol, ScoredModel, TaskRow, TaskScore
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class PartialScores:
         """Keeps a finished task, which is on the disk when this returns."""
         self._keep([*self.tasks, done])
 
-    def discard(self, rows: Sequence[CommonsenseRow], protocol: Protocol) -> None:
+    def discard(self, rows: Sequence[TaskRow], protocol: Protocol) -> None:
         """Removes the tasks of models with a row in the score file, and those under another protocol."""
         complete = {(row.fingerprint, row.quantization) for row in rows}
         kept = [done for done in self.tasks if (done.fingerprint, done.quantization) not in complete]

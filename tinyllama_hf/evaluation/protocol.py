@@ -4,7 +4,7 @@ import dataclasses
 
 from ..errors import InputError, did_you_mean
 from ..released import Released, released, tables
-from .score_files import CommonsenseRow, CommonsenseScoreFile
+from .score_files import TaskRow, TaskScoreFile
 
 
 TASKS = tuple(tables()["protocol"]["metric"])
@@ -37,7 +37,7 @@ class Comparison:
     outside: list[str]
 
 
-def compare(row: CommonsenseRow, published: Released) -> Comparison:
+def compare(row: TaskRow, published: Released) -> Comparison:
     """Compares the scores of a model with a row of the published table, with the tolerance in `released.yaml`.
 
     Raises:
@@ -56,7 +56,7 @@ def compare(row: CommonsenseRow, published: Released) -> Comparison:
     return Comparison(printed, differences, outside)
 
 
-def caveat(file: CommonsenseScoreFile) -> str:
+def caveat(file: TaskScoreFile) -> str:
     """Returns why scores are not a benchmark result (sample data or a subset of the items), or `""` if they are one.
 
     The rows of a file have the same items, so the first one decides.

@@ -92,7 +92,7 @@ class TextSource:
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """All settings that change a commonsense score. Scores are comparable if their protocols are equal.
+    """All settings that change a task score. Scores are comparable if their protocols are equal.
 
     Attributes:
         harness (`str`): name and version of the harness.
@@ -100,26 +100,29 @@ class Protocol:
         metrics (`dict`): the reported metric of each task. `"acc"` picks the choice with the highest log-likelihood,
             `"acc_norm"` the one with the highest log-likelihood per character.
         dtype (`str`): dtype of weights and arithmetic.
-        num_fewshot (`int`): number of solved examples before each question.
-        add_bos_token (`bool`): whether each request starts with the begin-of-sequence token.
+        num_fewshot (`int` or `dict`): number of solved examples before each question, where it differs by task.
+        add_bos_token (`bool`, *optional*): whether each request starts with the begin-of-sequence token; `None` for
+            what the tokenizer does.
         apply_chat_template (`bool`): whether each question is formatted as a user turn.
         context_length (`int`): context of the model in tokens. Longer requests are truncated from the left.
         limit (`int`, *optional*): number of items per task, from the first; `None` for all.
         data (`dict`): for each task, the SHA-256 of the file that was read, or the location on the Hub.
         sample (`bool`): whether the data are the made-up items that ship with the package.
+        name (`str`): `"published"`, `"modern"`, `"olmes"` or `"instruct"`. Files of early versions have none, and are published.
     """
 
     harness: str
     task_versions: dict[str, int | float | str]
     metrics: dict[str, str]
     dtype: str
-    num_fewshot: int
-    add_bos_token: bool
+    num_fewshot: int | dict[str, int]
+    add_bos_token: bool | None
     apply_chat_template: bool
     context_length: int
     limit: int | None
     data: dict[str, str]
     sample: bool
+    name: str = "published"
 
     def differences(self, other: "Protocol") -> list[str]:
         """Lists the differences from another protocol: `"limit (100, not None)"`, `"data of piqa"`."""
@@ -135,8 +138,16 @@ class Protocol:
 
 
 @dataclasses.dataclass(frozen=True)
+class MetricScore:
+    """A metric of a task and its standard error: in percent for shares, in bits for `bits_per_byte`."""
+
+    score: float
+    standard_error: float | None
+
+
+@dataclasses.dataclass(frozen=True)
 class TaskScore:
-    """Score and standard error on a commonsense task, in percent.
+    """Score and standard error on a task, in percent, and all its metrics.
 
     The standard error is lm-eval's, sqrt(p (1 - p) / (n - 1)) for a share p of n items. It is `None` if all or no
     items are right, where the formula gives 0 although the score is not certain (Wilson 1927, J. Am. Stat. Assoc. 22,
@@ -148,21 +159,31 @@ class TaskScore:
     standard_error: float | None
     items: int
     version: int | float | str
+    metrics: dict[str, MetricScore] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CommonsenseRow(ScoredModel):
-    """Commonsense scores of a model. `fingerprint` is the hash of its files.
+class TaskRow(ScoredModel):
+    """Task scores of a model.
 
-    The average has no standard error if one of its scores has none.
+    Attributes:
+        fingerprint (`str`): hash of the model's files.
+        results (`dict`): the score of each task.
+        groups (`dict`): the scores of groups of tasks, as the harness combines them.
+        average (`float`, *optional*): unweighted mean of the seven scores, under the published protocol. It has no
+            standard error if one of its scores has none.
+        cut_requests (`int`): number of requests that were truncated to the context.
+        items_file (`str`, *optional*): file with the answer to each item, relative to the folder of the score file.
     """
 
     fingerprint: str
     results: dict[str, TaskScore]
-    average: float
-    average_standard_error: float | None
+    groups: dict[str, TaskScore] = dataclasses.field(default_factory=dict)
+    average: float | None = None
+    average_standard_error: float | None = None
     cut_requests: int
     seconds: float
+    items_file: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,12 +227,12 @@ class TextScoreFile:
 
 
 @dataclasses.dataclass(kw_only=True)
-class CommonsenseScoreFile:
-    """Commonsense scores of models under one protocol."""
+class TaskScoreFile:
+    """Task scores of models under one protocol."""
 
     task: str = "commonsense"
     protocol: Protocol
-    models: list[CommonsenseRow]
+    models: list[TaskRow]
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -226,7 +247,7 @@ class ReplyScoreFile:
 
 
 Row = TypeVar("Row", bound=ScoredModel)
-File = TypeVar("File", TextScoreFile, CommonsenseScoreFile, ReplyScoreFile)
+File = TypeVar("File", TextScoreFile, TaskScoreFile, ReplyScoreFile)
 
 
 def read_contents(path: Path | None, task: str, rescore: bool = False) -> dict[str, Any] | None:
@@ -273,7 +294,7 @@ def replace_rows(rows: list[Row], old: Sequence[Row], new: Row) -> None:
     rows[:] = [*rows[:place], new, *(row for row in rows[place:] if row not in old)]
 
 
-def write_scores(path: Path | None, file: TextScoreFile | CommonsenseScoreFile | ReplyScoreFile) -> None:
+def write_scores(path: Path | None, file: TextScoreFile | TaskScoreFile | ReplyScoreFile) -> None:
     """Records this process in the provenance and, if there is a path, writes the file.
 
     Called after each model, so that an interrupted evaluation loses one model at most. A reader sees the old contents
@@ -290,7 +311,7 @@ class RunScores:
     """The score files of a run or a model folder; `None` for missing files."""
 
     text: TextScoreFile | None = None
-    commonsense: CommonsenseScoreFile | None = None
+    commonsense: TaskScoreFile | None = None
     replies: ReplyScoreFile | None = None
 
     def of_model(self, name: str) -> "RunScores":
@@ -314,6 +335,6 @@ def read_run_scores(folder: Path) -> RunScores:
     """
     return RunScores(
         read_scores(folder / "scores.json", TextScoreFile),
-        read_scores(folder / "commonsense.json", CommonsenseScoreFile),
+        read_scores(folder / "commonsense.json", TaskScoreFile),
         read_scores(folder / "replies.json", ReplyScoreFile),
     )

@@ -4,18 +4,18 @@ from collections.abc import Iterator, Sequence
 
 from ..released import Released, tables
 from .protocol import TASKS, caveat, compare
-from .score_files import CommonsenseRow, CommonsenseScoreFile
+from .score_files import TaskRow, TaskScoreFile
 
 
 COLUMNS = (*TASKS, "average")
 WIDTHS = [max(len(name), 8) + 2 for name in COLUMNS]
 
 
-def table_lines(scores: CommonsenseScoreFile, published: Released | None = None) -> Iterator[str]:
+def table_lines(scores: TaskScoreFile, published: Released | None = None) -> Iterator[str]:
     """Yields the lines of the table.
 
     Args:
-        scores (`CommonsenseScoreFile`): the protocol and the models.
+        scores (`TaskScoreFile`): the protocol and the models.
         published (`Released`, *optional*): a row of the published table to compare each model with. Scores on a
             subset of the items are not compared.
     """
@@ -40,7 +40,7 @@ def table_lines(scores: CommonsenseScoreFile, published: Released | None = None)
             yield from _comparison(row, published, label_width)
 
 
-def _comparison(row: CommonsenseRow, published: Released, label_width: int) -> Iterator[str]:
+def _comparison(row: TaskRow, published: Released, label_width: int) -> Iterator[str]:
     found, tolerance = compare(row, published), tables()["protocol"]["tolerance"]
     yield _line(f"  published {published.name}", [f"{found.published[name]:.2f}" for name in COLUMNS], label_width)
     differences = [f"{found.differences[name]:+.2f}{'*' if name in found.outside else ''}" for name in COLUMNS]

@@ -9,7 +9,7 @@ import yaml
 from ..conversion.quantized.w4a16 import read_scheme
 from ..conversion.reading.containers import open_safetensors
 from ..evaluation.protocol import caveat
-from ..evaluation.score_files import NO_SCORES, CommonsenseRow, RunScores
+from ..evaluation.score_files import NO_SCORES, RunScores, TaskRow
 from ..portable import portable
 from ..pretrain.milestones import CONFIG_FILE
 from ..quantization.names import GPU_CAPABILITIES
@@ -66,7 +66,7 @@ def model_card(
     return write_card(metadata, text)
 
 
-def _commonsense_before(model: ModelFolder, scores: RunScores) -> CommonsenseRow | None:
+def _commonsense_before(model: ModelFolder, scores: RunScores) -> TaskRow | None:
     """The scores of the base model of a fine-tuned one, if they are in the same file."""
     base = model.record.get("base_model", {}).get("path")
     rows = scores.commonsense.models if scores.commonsense and base else []

@@ -1,0 +1,81 @@
+"""The answers of a model to the items of tasks: a compressed file per model next to its scores."""
+
+import dataclasses
+import gzip
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from ..errors import InputError
+from ..files import new_file
+from .score_files import TaskRow
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoredItem:
+    """The answer to one item of a task.
+
+    Attributes:
+        task (`str`): name of the task.
+        index (`int`): number of the item in the task, from 0.
+        doc (`str`): hash of the item's row. Two models answered the same item if task and hash are equal.
+        metrics (`dict`): the metrics of this item: 0 or 1 for shares such as `"acc"`, bits for `"bits_per_byte"`.
+            Of generation tasks with several filters, the name is `"exact_match,strict-match"`.
+        log_likelihoods (`list[float]`): of multiple choice, in nats, for each choice.
+        chosen (`int`, *optional*): of multiple choice, the choice that the reported metric picks.
+        gold (`int`, *optional*): of multiple choice, the right choice.
+        replies (`list[str]`): of generation tasks, the generated texts.
+        question (`str`, *optional*), choices (`list[str]`): the texts, kept for the first wrong items of each task.
+    """
+
+    task: str
+    index: int
+    doc: str
+    metrics: dict[str, float]
+    log_likelihoods: list[float] = dataclasses.field(default_factory=list)
+    chosen: int | None = None
+    gold: int | None = None
+    replies: list[str] = dataclasses.field(default_factory=list)
+    question: str | None = None
+    choices: list[str] = dataclasses.field(default_factory=list)
+
+    def to_json(self) -> dict[str, object]:
+        """Returns the item as it is written to a file, without empty fields."""
+        return {key: value for key, value in vars(self).items() if value not in (None, [])}
+
+
+def items_file_name(score_file: Path, row: TaskRow) -> str:
+    """Returns the file of a model's items, relative to the folder of the score file."""
+    kind = "" if row.quantization == "none" else f"-{row.quantization}"
+    return f"{score_file.stem}.items/{row.fingerprint[:16]}{kind}.jsonl.gz"
+
+
+def write_scored_items(path: Path, items: Iterable[ScoredItem]) -> None:
+    """Writes the items of a model. A reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(item.to_json(), ensure_ascii=False) + "\n" for item in items)
+    with new_file(path) as file:
+        file.write(gzip.compress(text.encode(), mtime=0))
+
+
+def read_scored_items(score_file: Path, row: TaskRow) -> list[ScoredItem]:
+    """Reads the items of a row of a score file.
+
+    Raises:
+        InputError: if the row has no items, or their file is missing or damaged.
+    """
+    if row.items_file is None:
+        raise InputError(f"{score_file}: {row.name} has scores without items. Score it again with `eval tasks`")
+    path = score_file.parent / row.items_file
+    try:
+        lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+        return TypeAdapter(list[ScoredItem]).validate_python([json.loads(line) for line in lines])
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{path} is missing, which has the items of {row.name}. Score files are moved together with their "
+            ".items folder; copy it, or score the model again"
+        ) from error
+    except (OSError, EOFError, ValueError) as error:  # of gzip, UTF-8, JSON and pydantic
+        raise InputError(f"{path}: damaged. Remove it, and score {row.name} again") from error
