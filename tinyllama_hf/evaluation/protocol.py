@@ -43,8 +43,8 @@ def compare(row: TaskRow, published: Released) -> Comparison:
     Raises:
         InputError: if the row has no scores.
     """
-    if published.average is None:
-        raise InputError(f"{published.name} has no published scores")
+    if published.average is None or row.average is None:
+        raise InputError(f"{(row if row.average is None else published).name} has no scores of the seven tasks")
     scores = {**{task: row.results[task].score for task in TASKS}, "average": row.average}
     printed = {**{task: published.scores[task] for task in TASKS}, "average": published.average}
     differences = {name: score - printed[name] for name, score in scores.items()}

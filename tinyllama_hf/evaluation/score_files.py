@@ -108,7 +108,8 @@ class Protocol:
         limit (`int`, *optional*): number of items per task, from the first; `None` for all.
         data (`dict`): for each task, the SHA-256 of the file that was read, or the location on the Hub.
         sample (`bool`): whether the data are the made-up items that ship with the package.
-        name (`str`): `"published"`, `"modern"`, `"olmes"` or `"instruct"`. Files of early versions have none, and are published.
+        name (`str`): `"published"`, `"modern"`, `"olmes"` or `"instruct"`. Files of early versions have none; they are
+            published.
     """
 
     harness: str
