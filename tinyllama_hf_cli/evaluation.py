@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .loading import DEVICE, QUANTIZATION, import_libraries, note
+from .loading import ADAPTER, DEVICE, QUANTIZATION, import_libraries, note
 
 
 class _EvalGroup(TyperGroup):
@@ -135,7 +135,19 @@ def eval_tasks_command(
     published: Annotated[
         str | None, typer.Option(help="Row of TinyLlama's table to compare with; see `tinyllama-hf list`.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 8,
+    protocol: Annotated[
+        str, typer.Option(help="published (TinyLlama's table), modern (lm-eval's defaults), olmes or instruct.")
+    ] = "published",
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="Task or group of lm-eval, repeatable; default: those of the protocol."),
+    ] = None,
+    include: Annotated[Path | None, typer.Option(help="Folder with your own tasks, as lm-eval's YAML files.")] = None,
+    show: Annotated[int, typer.Option(help="Print this number of wrong items per task, at most 10.")] = 0,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="Run code that the model writes, in a sandbox (HumanEval).")
+    ] = False,
+    adapter: ADAPTER = None,
     samples: Annotated[
         Path | None,
         typer.Option(help="JSON lines file to write, with all items and the log-likelihoods of their choices."),
@@ -146,35 +158,58 @@ def eval_tasks_command(
     quantization: QUANTIZATION = "none",
     device: DEVICE = "auto",
 ) -> None:
-    """The seven commonsense tasks of TinyLlama's table, with lm-eval.
+    """Tasks of lm-eval: by default the seven commonsense tasks of TinyLlama's table, under its protocol.
 
-    The protocol is the published one: fp32, zero-shot, no begin-of-sequence. Models in the output file are not scored
-    again. After an interruption, the same command resumes with the task that was not finished.
+    The published protocol is fp32, zero-shot, no begin-of-sequence. Models in the output file are not scored again.
+    After an interruption, the same command resumes, and repeats no request.
 
     Example: tinyllama-hf eval tasks my-model --data embedded:sample
+
+    Example: tinyllama-hf eval tasks my-model --protocol modern --task mmlu --limit 100 --output mmlu.json
 
     Example: tinyllama-hf eval tasks step-50k-105b --published step-50k-105b
     """
     from tinyllama_hf.evaluation.protocol import published_row
+    from tinyllama_hf.evaluation.protocol_definitions import define_protocol
     from tinyllama_hf.pretrain.milestones import find_run
 
     folder = _one(data, "pass one folder")
     row = published_row(published) if published is not None else None
+    _check_show(show, protocol, published)
+    definition = define_protocol(protocol, task or (), include)
     _check_models(models, device, quantization)
     import_libraries()
-    from tinyllama_hf.evaluation.commonsense import score_commonsense
-    from tinyllama_hf.evaluation.table import table_lines
+    from tinyllama_hf.evaluation.table import table_lines, wrong_item_lines
+    from tinyllama_hf.evaluation.task_scores import score_tasks
     from tinyllama_hf.progress import quiet_library_bars
 
     quiet_library_bars()
-    target = _target(output, find_run(models), "commonsense", quantization)
+    name = "commonsense" if protocol == "published" else f"tasks-{protocol}"
+    target = _target(output, find_run(models) if not adapter else None, name, quantization)
     try:
-        scores = score_commonsense(models, folder, limit, batch_size, device, target, samples, print, quantization)
+        scored = score_tasks(
+            models,
+            folder,
+            limit,
+            device,
+            target,
+            samples,
+            print,
+            quantization,
+            adapter,
+            definition,
+            include,
+            run_code,
+            with_items=show > 0,
+        )
     except KeyboardInterrupt:
-        note(f"interrupted; {_kept_tasks(target)}")
+        note(f"interrupted; {_kept_answers(target)}")
         raise typer.Exit(130) from None
-    for line in table_lines(scores, row):
+    for line in table_lines(scored.file, row):
         print(line)
+    for model, items in zip(scored.file.models, scored.items, strict=True):
+        for line in wrong_item_lines(model, items, show):
+            print(line)
     for path in filter(None, (target, samples)):
         print(f"wrote {path}")
 
@@ -231,16 +266,28 @@ def _check_models(models: list[str], device: str, quantization: str) -> None:
             check_model(model)
 
 
-def _kept_tasks(target: Path | None) -> str:
+def _check_show(show: int, protocol: str, published: str | None) -> None:
+    from tinyllama_hf.errors import InputError
+
+    if not 0 <= show <= 10:
+        raise InputError(f"--show {show}: must be 0 to 10, since the texts of 10 wrong items per task are kept")
+    if published is not None and protocol != "published":
+        raise InputError(
+            f"--published {published}: its scores are under the published protocol, not under {protocol}. Remove one "
+            "of the two"
+        )
+
+
+def _kept_answers(target: Path | None) -> str:
     """Returns what an interrupted `eval tasks` has kept, and how to resume it."""
-    from tinyllama_hf.evaluation.partial_scores import PartialScores
+    from tinyllama_hf.evaluation.kept_answers import answers_path, count_kept
 
     if target is None:
-        return "nothing was kept. With --output FILE, finished tasks are kept"
-    finished = PartialScores(target)
-    tasks = f"{finished.path} has the finished tasks ({finished})" if finished.tasks else "no task was finished"
+        return "nothing was kept. With --output FILE, all answers are kept"
+    count = count_kept(target)
+    answers = f"{answers_path(target)} has {count} answers" if count else "no request was answered"
     models = f"{target} has the finished models, " if target.is_file() else ""
-    return f"{models}{tasks}. Run the same command to resume"
+    return f"{models}{answers}. Run the same command to resume"
 
 
 def _target(output: Path | None, folder: Path | None, name: str, quantization: str) -> Path | None:

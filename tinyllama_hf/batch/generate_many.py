@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from ..decoding.engine import Decoding
 from ..decoding.proposals import Proposer
@@ -47,7 +47,7 @@ class Completion(NamedTuple):
     Attributes:
         key (`int`): key of the request.
         ids (`list[int]`): new tokens, without the stop token.
-        finish_reason (`str`): `"stop"` after a stop token, `"length"` after `max_new_tokens`.
+        finish_reason (`str`): `"stop"` after a stop token or a stop string, `"length"` after `max_new_tokens`.
     """
 
     key: int
@@ -63,6 +63,7 @@ def generate_many(
     sampling: Sampling | None = None,
     seed: int | None = None,
     draft: Proposer | None = None,
+    stop_strings: Sequence[str] = (),
 ) -> Iterator[Completion]:
     """Continues many prompts and yields each when it is finished: longer prompts start first.
 
@@ -80,6 +81,7 @@ def generate_many(
             own.
         seed (`int`, *optional*): seed of the random numbers.
         draft (`Proposer`, *optional*): proposes tokens.
+        stop_strings (`Sequence[str]`, *optional*): texts that end a completion. They are part of its tokens.
 
     Raises:
         InputError: if a value is out of range, a request does not fit the context, or the model's generation settings
@@ -102,8 +104,38 @@ def generate_many(
     arguments = {"pad_token_id": pad, "eos_token_id": stop_tokens or None, **sampling.arguments()}
     entropy = secrets.randbits(128) if seed is None else seed
     length = None if seed is None else SEEDED_DRAFT_LENGTH
-    begin = functools.partial(_begin, model, draft, length, entropy if sampling.temperature else None, **arguments)
+    stops = functools.partial(_EndsWithText, tokenizer, tuple(filter(None, stop_strings)))
+    begin = functools.partial(
+        _begin,
+        model,
+        draft,
+        length,
+        entropy if sampling.temperature else None,
+        stops if stop_strings else None,
+        **arguments,
+    )
     return _refilled(begin, draft, requests, batch_size, stop_tokens)
+
+
+class _EndsWithText(StoppingCriteria):
+    """Ends a row whose new text has one of the stop strings. The engine calls it after each token.
+
+    The criterion of transformers (5.23) also finds a stop string that begins in the prompt.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: tuple[str, ...], prompt: int):
+        self.tokenizer, self.texts, self.prompt = tokenizer, texts, prompt
+        # Each token is at least one byte. The text before was checked with the tokens before.
+        self._tail = max((len(text.encode()) for text in texts), default=0) + 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_EndsWithText":
+        return self  # has no state, and the engine copies criteria for each row
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
+        new = input_ids[0, max(self.prompt, input_ids.shape[1] - self._tail) :]
+        text = self.tokenizer.decode(new, skip_special_tokens=False)
+        is_ended = any(stop in text for stop in self.texts)
+        return torch.full((len(input_ids),), is_ended, device=input_ids.device)
 
 
 def check_options(batch_size: int, seed: int | None) -> None:
@@ -131,6 +163,7 @@ def _begin(
     draft: Proposer | None,
     draft_length: int | None,
     entropy: int | None,
+    stops: "Callable[[int], _EndsWithText] | None",
     requests: Sequence[Request],
     pad_token_id: int,
     **arguments: Any,
@@ -143,6 +176,8 @@ def _begin(
     plans = [RowPlan(request.key, request.max_new_tokens, _draws(request, entropy)) for request in requests]
     longest = max(request.max_new_tokens for request in requests)
     arguments |= {"max_new_tokens": longest, "pad_token_id": pad_token_id}
+    if stops:
+        arguments["stopping_criteria"] = [stops(ids.shape[1])]
     decoding = Decoding(model, draft, draft_length, ids, mask, plans, **arguments)
     decoding.start()
     return decoding
@@ -165,6 +200,7 @@ def _refilled(
 
     The longest prompts come first, so that a batch that is too large for the device fails at once.
     """
+    limits = {request.key: request.max_new_tokens for request in requests}
     waiting = collections.deque(sorted(requests, key=lambda request: len(request.ids), reverse=True))
 
     def begin_next(number: int) -> Decoding:
@@ -179,7 +215,8 @@ def _refilled(
         for key, ids in running.rows.take_finished():
             new = ids.tolist()
             stopped = new[-1] in stop_tokens
-            yield Completion(key, new[: len(new) - stopped], "stop" if stopped else "length")
+            ended = stopped or len(new) < limits[key]
+            yield Completion(key, new[: len(new) - stopped], "stop" if ended else "length")
         free = batch_size - len(running.rows)
         if waiting and free >= max(1, batch_size // _REFILL):
             running.join(begin_next(free))

@@ -1,150 +1,246 @@
-"""Scores a model on a commonsense task through lm-eval's Python API.
+"""Our model for lm-eval: `tinyllama`, for any causal Llama that [`load`] reads.
 
-lm-eval defines prompts, choices, tokenization and log-likelihoods. This module passes it a loaded model and a
-[`Protocol`], and reads the results.
+lm-eval defines prompts, choices and metrics. This model tokenizes each string once, reads what requests share once
+(see `prefix_tree`), generates with the engine of this package, and keeps its answers, so that an interrupted
+evaluation repeats nothing. It has the answers of lm-eval's own `hf` model.
 """
 
-import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    has_bos_prefix,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..batch.generate_many import Request, generate_many
 from ..errors import InputError
-from .score_files import Protocol, TaskScore
-from .suite import Suite, quiet_harness, right_choice
+from ..inference.options import Sampling
+from .kept_answers import KeptAnswers, request_key
+from .models import describe_model, load_eval_model, model_folder
+from .prefix_tree import EncodedRequest, LikelihoodAnswer, score_requests
 
 
-BATCH_SIZE = 8
+_WINDOWS = 64  # of `loglikelihood_rolling`, read together
+_GENERATED_TOGETHER = 16
+_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
+_SEED = 1234  # lm-eval's own for torch
 
 
-@dataclasses.dataclass(frozen=True)
-class Item:
-    """An item of a task as it is written to a samples file: log-likelihoods in nats, chosen and right choice."""
+class EncodedTexts:
+    """Tokens of strings, which are encoded once for all models with the same tokenizer and begin-of-sequence."""
 
-    task: str
-    index: int
-    log_likelihoods: list[float]
-    chosen: int
-    gold: int
+    def __init__(self) -> None:
+        self._ids: dict[str, list[int]] = {}
 
-
-def run_task(harness_model: Any, name: str, suite: Suite, protocol: Protocol) -> tuple[TaskScore, list[Item], int]:
-    """Scores a model on one task.
-
-    Args:
-        harness_model (`Any`): from [`wrap_model`].
-        name (`str`): name of the task.
-        suite (`Suite`): the opened tasks.
-        protocol (`Protocol`): the settings of the evaluation.
-
-    Returns:
-        `tuple`: the score, all items, and the number of requests that were truncated to the context.
-
-    Raises:
-        InputError: if a log-likelihood is not finite, or a choice is longer than the context.
-    """
-    # Not `simple_evaluate`, which runs git and nvidia-smi to describe the machine, and sets all seeds.
-    from lm_eval import evaluate
-
-    task, metric = suite.tasks[name], protocol.metrics[name]
-    task.set_config("num_fewshot", protocol.num_fewshot)
-    with quiet_harness():
-        output = evaluate(
-            lm=harness_model,
-            task_dict={"tasks": {name: task}},
-            limit=protocol.limit,
-            log_samples=True,
-            apply_chat_template=protocol.apply_chat_template,
-        )
-    samples, scores = output["samples"][name], output["results"][name]
-    score = TaskScore(
-        metric=metric,
-        score=100 * scores[f"{metric},none"],
-        standard_error=100 * scores[f"{metric}_stderr,none"] or None,
-        items=len(samples),
-        version=suite.versions[name],
-    )
-    return score, [_item(name, task, metric, sample) for sample in samples], harness_model.num_cut
+    def encode(self, texts: Iterable[str], encode_all: Callable[[list[str]], list[list[int]]]) -> dict[str, list[int]]:
+        """Returns the tokens of all strings so far; `encode_all` is called with those that are new."""
+        if new := [text for text in dict.fromkeys(texts) if text not in self._ids]:
+            self._ids.update(zip(new, encode_all(new), strict=True))
+        return self._ids
 
 
-def wrap_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    protocol: Protocol,
-    batch_size: int,
-    update: Callable[..., Any],
-) -> Any:
-    """Wraps a loaded model in lm-eval's own `hf` model, with checks of requests and log-likelihoods.
+@register_model("tinyllama")
+class TinyLlamaHarness(HFLM):
+    """The model. lm-eval's command line creates it from `--model_args`.
 
     Args:
-        model (`PreTrainedModel`): a causal language model in the dtype of the protocol.
-        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
-        protocol (`Protocol`): the settings of the evaluation.
-        batch_size (`int`): rows per forward pass. Does not change scores in fp32.
-        update (`Callable`): called with `completed` and `total` numbers of requests, as `rich.Progress.update`.
+        pretrained (`str` or `PreTrainedModel`): a folder, name or Hub id; or a loaded model.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): of a loaded model.
+        adapter (`str`, *optional*): folder or Hub id of an adapter.
+        quantization (`str`, *optional*, defaults to `"none"`): quantization to apply while loading.
+        dtype (`str`, *optional*, defaults to `"auto"`): dtype of the weights; `"auto"` is the saved one.
+        device (`str`, *optional*, defaults to `"auto"`): the device to run on.
+        add_bos_token (`bool`, *optional*): whether requests start with the begin-of-sequence token; by default as the
+            tokenizer does.
+        max_length (`int`, *optional*): context in tokens; by default the model's.
+        encoded (`EncodedTexts`, *optional*): shared by models with the same tokenizer.
+        kept (`KeptAnswers`, *optional*): answers of an interrupted evaluation, to which others are added.
+        update (`Callable`, *optional*): called with `completed` and `total` numbers of requests.
+        batch_size, max_batch_size: ignored, for lm-eval's command line. Batches fit a number of tokens.
     """
-    from lm_eval.models.huggingface import HFLM
 
-    class CheckedHFLM(HFLM):
-        num_cut = 0
-
-        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-            update(completed=0, total=len(requests))  # they are tokenized first, which takes a while
-            return super().loglikelihood(requests, disable_tqdm=True)
-
-        def _loglikelihood_tokens(
-            self, requests: list[Any], disable_tqdm: bool = False, **options: Any
-        ) -> list[tuple[float, bool]]:
-            longest = max(len(continuation) for _, _, continuation in requests)
-            if longest > self.max_length:
-                raise InputError(
-                    f"the model's context of {self.max_length} tokens is too short for a choice of {longest} tokens. "
-                    "Score a model with a longer context"
-                )
-            # A request may have one token more than the context, since the last token is predicted but not read.
-            self.num_cut = sum(len(c) + len(k) > self.max_length + 1 for _, c, k in requests)
-            self.set_cache_hook(_Counter(len(requests), update))
-            answers = super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)
-            if bad := [
-                request for request, answer in zip(requests, answers, strict=True) if not math.isfinite(answer[0])
-            ]:
-                raise InputError(
-                    f"{len(bad)} of {len(requests)} log-likelihoods are not finite, first that of {bad[0][0][1]!r}. "
-                    "The weights are damaged or the training diverged; score another checkpoint"
-                )
-            return answers
-
-    with quiet_harness():
-        return CheckedHFLM(
+    def __init__(
+        self,
+        pretrained: str | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        adapter: str | None = None,
+        quantization: str = "none",
+        dtype: str = "auto",
+        device: str = "auto",
+        add_bos_token: bool | None = None,
+        max_length: int | None = None,
+        encoded: EncodedTexts | None = None,
+        kept: KeptAnswers | None = None,
+        update: Callable[..., Any] = lambda **fields: None,
+        batch_size: Any = None,
+        max_batch_size: Any = None,
+    ):
+        model: Any = pretrained
+        if isinstance(pretrained, str):
+            described = describe_model(model_folder(pretrained, quantized=True), quantization, adapter=adapter)
+            model, tokenizer = load_eval_model(described, device or "auto", _torch_dtype(dtype))
+        super().__init__(
             pretrained=model,
             tokenizer=tokenizer,
-            batch_size=batch_size,
-            max_length=protocol.context_length,
-            add_bos_token=protocol.add_bos_token,
+            batch_size=_WINDOWS,
+            max_length=max_length,
+            add_bos_token=add_bos_token,
         )
+        self.encoded, self.kept = encoded or EncodedTexts(), kept or KeptAnswers("", {}, None)
+        self.update, self.num_cut = update, 0
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Answers requests for the log-likelihood of a continuation after a context."""
+        pairs = [request.args for request in requests]
+        keys = [request_key("loglikelihood", pair) for pair in pairs]
+        encoded = self._encode_pairs(pairs)
+        self.num_cut += sum(self._is_too_long(request) for request in encoded)
+        missing = [number for number, key in enumerate(keys) if key not in self.kept]
+        names = [keys[number] for number in missing]
+        self.update(completed=len(keys) - len(missing), total=len(keys))
+        self._score([encoded[number] for number in missing], [pairs[number][1] for number in missing], names)
+        return [(float(answer[0]), bool(answer[1])) for answer in map(self.kept.__getitem__, keys)]
+
+    def _loglikelihood_tokens(
+        self, requests: list[Any], disable_tqdm: bool = False, **options: Any
+    ) -> list[tuple[float, bool]]:
+        """Answers requests that are tokenized, the windows of `loglikelihood_rolling`."""
+        found: dict[int, LikelihoodAnswer] = {}
+        encoded = [self._fit(EncodedRequest(context, continuation)) for _, context, continuation in requests]
+        score_requests(self.model, encoded, lambda answers, _: found.update(answers))
+        return [found[number] for number in range(len(requests))]
+
+    def _score(self, encoded: Sequence[EncodedRequest], texts: Sequence[str], keys: Sequence[str]) -> None:
+        done = 0
+
+        def answered(answers: list[tuple[int, LikelihoodAnswer]], num_tokens: int) -> None:
+            nonlocal done
+            if bad := [number for number, answer in answers if not math.isfinite(answer.log_likelihood)]:
+                raise InputError(
+                    f"{len(bad)} of {len(answers)} log-likelihoods are not finite, first that of {texts[bad[0]]!r}. "
+                    "The weights are damaged or the training diverged; score another checkpoint"
+                )
+            self.kept.add({keys[number]: list(answer) for number, answer in answers})
+            done += len(answers)
+            self.update(advance=len(answers))
+
+        score_requests(self.model, [self._fit(request) for request in encoded], answered)
+
+    def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[EncodedRequest]:
+        """Returns the tokens of contexts and continuations, divided as lm-eval does (`TemplateLM._encode_pair`).
+
+        Spaces at the end of a context belong to the continuation, and the two are tokenized together.
+        """
+        stripped = [context.rstrip() for context, _ in pairs]
+        wholes = [context + continuation for context, continuation in pairs]
+        ids = self.encoded.encode([*filter(None, stripped), *wholes], self._encode_all)
+        found = []
+        for (context, continuation), start, whole in zip(pairs, stripped, wholes, strict=True):
+            if context == "":
+                tokens = self.tok_encode(continuation, add_special_tokens=False)
+                has_prefix = tokens[:1] == [self.prefix_token_id]
+                found.append(EncodedRequest([self.prefix_token_id], tokens[1:] if has_prefix else tokens))
+            else:
+                length = len(ids[start]) if start else len(self.tok_encode(""))
+                found.append(EncodedRequest(ids[whole][:length], ids[whole][length:]))
+        return found
+
+    def _encode_all(self, texts: list[str]) -> list[list[int]]:
+        bos = self.tokenizer.decode(self.prefix_token_id)
+        plain = [text for text in texts if not has_bos_prefix(text, bos)]
+        tokens = (
+            self.tokenizer(plain, add_special_tokens=self.add_bos_token is not False)["input_ids"] if plain else []
+        )
+        ids = dict(zip(plain, tokens, strict=True))
+        return [ids[text] if text in ids else self.tok_encode(text) for text in texts]
+
+    def _is_too_long(self, request: EncodedRequest) -> bool:
+        # A request may have one token more than the context, since the last token is predicted but not read.
+        return len(request.context) + len(request.continuation) > self.max_length + 1
+
+    def _fit(self, request: EncodedRequest) -> EncodedRequest:
+        """Truncates a request to the context from the left.
+
+        Raises:
+            InputError: if the continuation alone is longer, or there is nothing to score or to score it after.
+        """
+        context, continuation = request
+        if len(continuation) > self.max_length:
+            raise InputError(
+                f"the model's context of {self.max_length} tokens is too short for a choice of {len(continuation)} "
+                "tokens. Score a model with a longer context"
+            )
+        if not context or not continuation:
+            raise InputError(
+                f"a request has {len(context)} tokens of context and {len(continuation)} to score. It needs at least "
+                "one of each; fix the task, or its rows"
+            )
+        return EncodedRequest(context[-(self.max_length + 1 - len(continuation)) :], continuation)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answers requests for generated text, up to the first stop string."""
+        arguments = [request.args for request in requests]
+        repeats: dict[str, int] = {}
+        keys = []
+        for pair in arguments:  # several samples of one request have their own answers
+            key = request_key("generate_until", pair)
+            repeats[key] = repeats.get(key, -1) + 1
+            keys.append(f"{key}/{repeats[key]}" if repeats[key] else key)
+        missing = [number for number, key in enumerate(keys) if key not in self.kept]
+        self.update(completed=len(keys) - len(missing), total=len(keys))
+        groups: dict[str, list[int]] = {}
+        for number in missing:
+            groups.setdefault(repr(arguments[number][1]), []).append(number)
+        for numbers in groups.values():
+            prompts = {number: arguments[number][0] for number in numbers}
+            for number, text in self._generate(prompts, arguments[numbers[0]][1]):
+                self.kept.add({keys[number]: text})
+                self.update(advance=1)
+        return [str(self.kept[key]) for key in keys]
+
+    def _generate(self, prompts: dict[int, str], settings: dict[str, Any]) -> Iterable[tuple[int, str]]:
+        """Yields the number and the text of each prompt when it is finished."""
+        wanted: dict[str, Any] = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
+        if unknown := sorted(set(wanted) - _SETTINGS):
+            raise InputError(
+                f"generation_kwargs of a task: {', '.join(unknown)} not supported. Supported: "
+                f"{', '.join(sorted(_SETTINGS))}"
+            )
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        until = [text for text in handle_stop_sequences(wanted["until"], eos=eos) if text]
+        room = self.max_length - wanted["max_gen_toks"]
+        if room < 1:
+            raise InputError(
+                f"max_gen_toks: {wanted['max_gen_toks']} of a task leaves no room for a prompt in the context of "
+                f"{self.max_length} tokens. Score a model with a longer context"
+            )
+        encoded = {number: self.tok_encode(text) for number, text in prompts.items()}
+        self.num_cut += sum(len(tokens) > room for tokens in encoded.values())
+        chosen = [Request(number, tokens[-room:], wanted["max_gen_toks"]) for number, tokens in encoded.items()]
+        sampling = Sampling(wanted["temperature"] if wanted["do_sample"] else 0, wanted.get("top_p", 1.0))
+        for done in generate_many(
+            self.model, self.tokenizer, chosen, _GENERATED_TOGETHER, sampling, _SEED, stop_strings=until
+        ):
+            text = self.tok_decode(done.ids, skip_special_tokens=True)
+            yield done.key, postprocess_generated_text(text, until, None)
 
 
-class _Counter:
-    """Counts finished requests, in place of lm-eval's cache hook, which is called after each request."""
+def _torch_dtype(name: str) -> torch.dtype | None:
+    """Returns a dtype by its name, `None` for `"auto"`.
 
-    def __init__(self, total: int, update: Callable[..., Any]):
-        self.completed, self.total, self.update = 0, total, update
-
-    def add_partial(self, *answer: Any) -> None:
-        self.completed += 1
-        self.update(completed=self.completed, total=self.total)
-
-
-def _item(name: str, task: Any, metric: str, sample: dict[str, Any]) -> Item:
-    likelihoods = [likelihood for likelihood, _ in sample["filtered_resps"]]
-    lengths = [len(choice) if metric == "acc_norm" else 1 for choice in task.doc_to_choice(sample["doc"])]
-    return Item(
-        task=name,
-        index=sample["doc_id"],
-        log_likelihoods=likelihoods,
-        chosen=int(np.argmax(np.array(likelihoods) / np.array(lengths))),
-        gold=right_choice(task, sample["doc"]),
-    )
+    Raises:
+        InputError: if torch has no such floating-point type.
+    """
+    dtype = None if name == "auto" else getattr(torch, str(name), None)
+    if name != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InputError(f"dtype={name}: unknown. Use auto, float32, bfloat16 or float16")
+    return dtype

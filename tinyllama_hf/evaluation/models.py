@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,7 +21,9 @@ from ..quantization.quantized_model import (
 from .score_files import ScoredModel
 
 
-def describe_model(folder: Path, quantization: str = "none", name: str = "") -> ScoredModel:
+def describe_model(
+    folder: Path, quantization: str = "none", name: str = "", adapter: str | None = None
+) -> ScoredModel:
     """Returns the description of a model folder. Loads no weights.
 
     Args:
@@ -28,6 +31,7 @@ def describe_model(folder: Path, quantization: str = "none", name: str = "") -> 
         quantization (`str`, *optional*, defaults to `"none"`): quantization to apply while loading. A folder that was
             saved quantized keeps its own.
         name (`str`, *optional*): defaults to the name of the folder.
+        adapter (`str`, *optional*): folder or Hub id of an adapter on top of it.
 
     Raises:
         InputError: if the folder was saved with another quantization, or the backend is not installed.
@@ -38,33 +42,40 @@ def describe_model(folder: Path, quantization: str = "none", name: str = "") -> 
     name = name or folder.name
     is_milestone = (folder / "provenance.json").is_file() and (folder / CONFIG_FILE).is_file()
     made = read_record(folder) if is_milestone else {}
+    parts = [*([f"with {Path(adapter).name}"] if adapter else []), *([kind] if kind != "none" else [])]
     return ScoredModel(
-        name=name if kind == "none" else f"{name} ({kind})",
+        name=f"{name} ({', '.join(parts)})" if parts else name,
         path=str(folder),
         quantization=kind,
+        adapter=adapter,
         step=made.get("step"),
         tokens=made.get("tokens"),
     )
 
 
-def list_eval_models(models: Sequence[str], quantization: str = "none") -> list[ScoredModel]:
+def list_eval_models(
+    models: Sequence[str], quantization: str = "none", adapter: str | None = None
+) -> list[ScoredModel]:
     """Returns the models to evaluate: all milestones if `models` is one run, else each model. Loads no weights.
+
+    An adapter is put on top of each of them.
 
     Raises:
         InputError: as [`describe_model`]; if a model does not exist, or a run has no milestone yet.
     """
     if run := find_run(models):
-        return [describe_model(folder, quantization) for folder in require_milestones(run)]
+        return [describe_model(folder, quantization, adapter=adapter) for folder in require_milestones(run)]
     folders = {name: model_folder(name, quantized=True) for name in models}
     return [
-        describe_model(folder, quantization, "" if Path(name).is_dir() else name) for name, folder in folders.items()
+        describe_model(folder, quantization, "" if Path(name).is_dir() else name, adapter)
+        for name, folder in folders.items()
     ]
 
 
 def load_eval_model(
-    model: ScoredModel, device: str = "auto", dtype: torch.dtype = torch.float32
+    model: ScoredModel, device: str = "auto", dtype: torch.dtype | None = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads model and tokenizer as stock transformers classes.
+    """Loads model and tokenizer as stock transformers classes. An adapter brings its own tokenizer, if it has one.
 
     A model that is quantized here gives the same outputs, bit for bit, as a folder that was saved after
     `load(..., quantization=...)`.
@@ -72,22 +83,29 @@ def load_eval_model(
     Args:
         model (`ScoredModel`): the model to load.
         device (`str`, *optional*, defaults to `"auto"`): the device to run on.
-        dtype (`torch.dtype`, *optional*, defaults to fp32): dtype of all weights that are not quantized; in
-            an int4 or fp8 model they are bf16, which the kernels require.
+        dtype (`torch.dtype`, *optional*, defaults to fp32): dtype of all weights that are not quantized, `None` for
+            the saved one; in an int4 or fp8 model they are bf16, which the kernels require.
 
     Raises:
         InputError: as [`load_stock`].
     """
     folder, kind = model.folder, model.quantization
+    wanted: str | torch.dtype = dtype or "auto"
+    tokenizer: PreTrainedTokenizerBase
     if kind in GPU_CAPABILITIES:
         return load_stock(folder, device, torch.bfloat16, kind)
-    if saved_quantization(read_json(folder / "config.json"), str(folder)) == kind:
-        loaded, tokenizer = load_stock(folder, device, dtype)
+    if model.adapter:
+        # PEFT's wrapper is removed: its `forward` is not that of a model in transformers.
+        adapted, tokenizer = load(folder, wanted, device, kind, adapter=model.adapter, trainable=True)
+        loaded = cast(Any, adapted).get_base_model()
+    elif saved_quantization(read_json(folder / "config.json"), str(folder)) == kind:
+        loaded, tokenizer = load_stock(folder, device, wanted)
     else:
         loaded, _ = load(folder, device=device, quantization=kind, trainable=True)
         tokenizer = stock_tokenizer(folder)
-    cast_unquantized(loaded, dtype)  # after quantization, which starts from the dtype of the file
-    return loaded, tokenizer
+    if dtype:
+        cast_unquantized(loaded, dtype)  # after quantization, which starts from the dtype of the file
+    return loaded.eval(), tokenizer
 
 
 def require_milestones(run: Path) -> list[Path]:

@@ -21,6 +21,7 @@ class ScoredModel:
             cannot be mistaken for those of the plain model.
         path (`str`): the model folder.
         quantization (`str`): one of `QUANTIZATIONS`. Files of early versions do not have it; their models are plain.
+        adapter (`str`, *optional*): folder or Hub id of the adapter on top of the model.
         step (`int`, *optional*): training step, for milestones.
         tokens (`int`, *optional*): number of training tokens, for milestones.
     """
@@ -28,6 +29,7 @@ class ScoredModel:
     name: str
     path: str
     quantization: str = "none"
+    adapter: str | None = None
     step: int | None = None
     tokens: int | None = None
 
@@ -37,9 +39,9 @@ class ScoredModel:
         return Path(self.path)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the row as it is written to the file, without `step` and `tokens` where they are `None`."""
-        row = dataclasses.asdict(self)
-        return {key: value for key, value in row.items() if value is not None or key not in ("step", "tokens")}
+        """Returns the row as it is written to the file, without optional fields that are `None`."""
+        row, optional = dataclasses.asdict(self), ("adapter", "step", "tokens", "items_file")
+        return {key: value for key, value in row.items() if value is not None or key not in optional}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

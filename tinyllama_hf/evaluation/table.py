@@ -1,18 +1,20 @@
-"""The table of commonsense scores for the terminal."""
+"""Task scores and wrong items for the terminal."""
 
 from collections.abc import Iterator, Sequence
 
 from ..released import Released, tables
 from .protocol import TASKS, caveat, compare
-from .score_files import TaskRow, TaskScoreFile
+from .score_files import MetricScore, TaskRow, TaskScoreFile
+from .scored_items import ScoredItem
 
 
 COLUMNS = (*TASKS, "average")
+_MOST_TASKS = 20  # that are listed one by one if they are in groups
 WIDTHS = [max(len(name), 8) + 2 for name in COLUMNS]
 
 
 def table_lines(scores: TaskScoreFile, published: Released | None = None) -> Iterator[str]:
-    """Yields the lines of the table.
+    """Yields the lines of the table of the seven tasks; of other tasks, those of a list for each model.
 
     Args:
         scores (`TaskScoreFile`): the protocol and the models.
@@ -24,6 +26,10 @@ def table_lines(scores: TaskScoreFile, published: Released | None = None) -> Ite
         if published:
             yield f"{published.name} is not compared, since its published scores are on all items"
             published = None
+    if any(row.average is None for row in scores.models):
+        for row in scores.models:
+            yield from _list_lines(row)
+        return
     labels = [row.name for row in scores.models] + [
         "standard error",
         *([f"published {published.name}"] if published else []),
@@ -33,11 +39,51 @@ def table_lines(scores: TaskScoreFile, published: Released | None = None) -> Ite
     yield _line("", [*scores.protocol.metrics.values(), ""], label_width)
     for row in scores.models:
         results = [row.results[task] for task in TASKS]
-        yield _line(row.name, [f"{r.score:.2f}" for r in results] + [f"{row.average:.2f}"], label_width)
+        yield _line(row.name, [f"{r.score:.2f}" for r in results] + [f"{row.average or 0:.2f}"], label_width)
         errors = [r.standard_error for r in results] + [row.average_standard_error]
         yield _line("  standard error", [f"{error:.2f}" if error else "none" for error in errors], label_width)
+        bits = [r.metrics.get("bits_per_byte") for r in results]
+        if any(bits):  # files of early versions have none
+            yield _line("  bits per byte", [f"{b.score:.3f}" if b else "" for b in bits] + [""], label_width)
         if published:
             yield from _comparison(row, published, label_width)
+
+
+def _list_lines(row: TaskRow) -> Iterator[str]:
+    """Yields a line for each metric of each group and task. Many tasks that are in groups are left out."""
+    scores = {**row.groups, **row.results}
+    if row.groups and len(row.results) > _MOST_TASKS:
+        scores = row.groups
+    width = max(map(len, [row.name, *scores])) + 2
+    yield f"{row.name:<{width}}{'metric':<28}{'score':>10}{'standard error':>16}{'items':>8}"
+    for name, score in scores.items():
+        own = MetricScore(score.score, score.standard_error)
+        for metric, value in (score.metrics or {score.metric: own}).items():
+            error = "none" if value.standard_error is None else f"{value.standard_error:.2f}"
+            mark = "*" if metric == score.metric else ""
+            yield f"{name:<{width}}{metric + mark:<28}{value.score:>10.2f}{error:>16}{score.items:>8}"
+    left_out = len(row.results) if scores is row.groups else 0
+    yield f"* reported{f'; {left_out} tasks of these groups are in the score file' if left_out else ''}"
+
+
+def wrong_item_lines(row: TaskRow, items: Sequence[ScoredItem], number: int) -> Iterator[str]:
+    """Yields the first wrong items of each task: question, choices with their log-likelihoods, or the reply."""
+    for task in row.results if number else ():
+        wrong = [item for item in items if item.task == task and item.question is not None][:number]
+        for item in wrong:
+            yield f"{row.name}, {task}, item {item.index}:"
+            yield _indented(item.question or "", "  ")
+            for place, (choice, likelihood) in enumerate(zip(item.choices, item.log_likelihoods, strict=False)):
+                marks = [*(["right"] if place == item.gold else []), *(["chosen"] if place == item.chosen else [])]
+                yield _indented(
+                    f"{likelihood:9.3f}  {choice.strip()}{' <- ' + ', '.join(marks) if marks else ''}", "  "
+                )
+            for reply in item.replies:
+                yield _indented(f"reply: {reply.strip()}", "  ")
+
+
+def _indented(text: str, by: str) -> str:
+    return "\n".join(by + line for line in text.splitlines())
 
 
 def _comparison(row: TaskRow, published: Released, label_width: int) -> Iterator[str]:

@@ -147,7 +147,7 @@ def load_draft(
 
 
 def load_stock(
-    folder: Path, device: str = "auto", dtype: torch.dtype = torch.float32, quantization: str = "none"
+    folder: Path, device: str = "auto", dtype: str | torch.dtype = torch.float32, quantization: str = "none"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a folder with stock transformers, as a user without this package would; errors as in [`load`].
 

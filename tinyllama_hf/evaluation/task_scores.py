@@ -1,0 +1,274 @@
+"""Scores models, or all milestones of a run, on tasks of lm-eval, and writes the score file and the items."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from .. import provenance
+from ..errors import InputError
+from ..files import read_json, write_text
+from ..inference.adapters import adapter_folder
+from ..inference.load import choose_device
+from ..progress import progress_bar
+from ..provenance import file_sha256
+from ..tokenization_tinyllama import tokenizer_fingerprint
+from .kept_answers import AnswerFile, open_answers
+from .models import list_eval_models, load_eval_model
+from .protocol import TASKS
+from .protocol_definitions import ProtocolDefinition, define_protocol
+from .score_files import Protocol, ScoredModel, TaskRow, TaskScoreFile, read_scores, replace_rows, write_scores
+from .score_metrics import average_standard_error, commonsense_average
+from .scored_items import ScoredItem, items_file_name, read_scored_items, write_scored_items
+from .suite import Suite, open_suite, quiet_harness, task_files
+
+
+if TYPE_CHECKING:
+    from .harness_results import TaskResults
+
+
+# The files that affect scores: stock transformers loads no others.
+MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+
+class ScoredTasks(NamedTuple):
+    """The contents of the score file with only the given models, and the items of each of them."""
+
+    file: TaskScoreFile
+    items: list[list[ScoredItem]]
+
+
+def score_tasks(
+    models: Sequence[str],
+    data: str | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    output: Path | None = None,
+    samples: Path | None = None,
+    note: Callable[[str], Any] = lambda line: None,
+    quantization: str = "none",
+    adapter: str | None = None,
+    definition: ProtocolDefinition | None = None,
+    include: Path | None = None,
+    run_code: bool = False,
+    with_items: bool = False,
+) -> ScoredTasks:
+    """Scores models under a protocol. Models that are in the output file are not scored again.
+
+    Args:
+        models (`Sequence[str]`): model folders or names; or one run, for all its milestones.
+        data (`str`, *optional*): folder with the tasks' rows, or `"embedded:sample"`. By default they are downloaded
+            from the Hub.
+        limit (`int`, *optional*): number of items per task; by default all.
+        device (`str`, *optional*, defaults to `"auto"`): the device to run on.
+        output (`Path`, *optional*): JSON file, written after each model. Other models in it keep their scores. The
+            items are in files next to it, and so are the answers of a model that is not complete.
+        samples (`Path`, *optional*): JSON lines file for the items of all models, written after each model.
+        note (`Callable`): called with a message about a model that is skipped or resumed, or truncated requests.
+        quantization (`str`, *optional*, defaults to `"none"`): quantization to apply while loading. Folders that were
+            saved quantized keep their own.
+        adapter (`str`, *optional*): folder or Hub id of an adapter on top of each model.
+        definition (`ProtocolDefinition`, *optional*): tasks and settings; by default the published protocol.
+        include (`Path`, *optional*): folder with task definitions.
+        run_code (`bool`, *optional*, defaults to `False`): allow tasks that run code written by the model.
+        with_items (`bool`, *optional*, defaults to `False`): also return the items of models that are not scored again.
+
+    Raises:
+        InputError: for missing or contradictory input, before the first model is loaded.
+    """
+    definition = definition or define_protocol()
+    _check_options(limit, output, samples)
+    device = choose_device(device)
+    chosen = list_eval_models(models, quantization, adapter)
+    folders = [model.folder for model in chosen]
+    context = _common("max_position_embeddings", "contexts", folders)
+    conditions = {"context_length": context, "dtype": _common_dtype(folders, definition.dtype)}
+    file = read_scores(output, TaskScoreFile)
+    if file and definition.name == "published" and file.protocol.name == "published":
+        # Checked as far as possible before the tasks are opened, which takes up to a minute.
+        rows_of = {name: file_sha256(path) for name, path in task_files(data).items()} if data else file.protocol.data
+        _check_protocol(output, file, dataclasses.replace(file.protocol, **conditions, limit=limit, data=rows_of))
+    with open_answers(output) as answers, open_suite(data, definition, include, run_code) as suite:
+        protocol = _protocol(suite, definition, limit, conditions)
+        file = file or TaskScoreFile(task=_kind(definition.name), protocol=protocol, models=[])
+        _check_protocol(output, file, protocol)
+        scoring = _Scoring(suite, protocol, device, answers, note)
+        rows: list[TaskRow] = []
+        items: list[list[ScoredItem]] = []
+        for model in chosen:
+            row, own = _score_or_find(model, scoring, file, output, with_items or samples is not None)
+            rows.append(row)
+            items.append(own)
+            if samples:
+                samples.parent.mkdir(parents=True, exist_ok=True)
+                write_text(samples, "".join(_sample_lines(rows, items)))
+    return ScoredTasks(dataclasses.replace(file, models=rows), items)
+
+
+def _kind(protocol: str) -> str:
+    """Returns the kind of a score file, as it is written in it."""
+    return "commonsense" if protocol == "published" else "tasks"
+
+
+def _check_options(limit: int | None, output: Path | None, samples: Path | None) -> None:
+    if limit is not None and limit < 2:
+        raise InputError(f"--limit {limit}: must be at least 2, to have a standard error")
+    if samples and samples.is_dir():
+        raise InputError(f"--samples {samples} is a folder. Name a file")
+    if output and output == samples:
+        raise InputError(f"--samples {samples} is also the output. Name two files")
+
+
+def _common(field: str, what: str, folders: Sequence[Path]) -> Any:
+    """Returns the value of a configuration field that all models share. It is part of the protocol."""
+    values = {folder: read_json(folder / "config.json").get(field) for folder in folders}
+    if len(set(values.values())) > 1:
+        raise InputError(
+            f"the {what} of the models differ ({', '.join(f'{f}: {v}' for f, v in values.items())}). A protocol has "
+            "one; score the models one at a time, each with its own --output"
+        )
+    return values[folders[0]]
+
+
+def _common_dtype(folders: Sequence[Path], wanted: str) -> str:
+    if wanted != "auto":
+        return wanted
+    new, old = (_common(field, "dtypes", folders) for field in ("dtype", "torch_dtype"))
+    return new or old or "float32"
+
+
+def _protocol(suite: Suite, definition: ProtocolDefinition, limit: int | None, conditions: dict[str, Any]) -> Protocol:
+    shots = suite.num_fewshot
+    return Protocol(
+        harness=suite.harness,
+        task_versions=suite.versions,
+        metrics=suite.metrics,
+        num_fewshot=next(iter(shots.values())) if len(set(shots.values())) == 1 else shots,
+        add_bos_token=definition.add_bos_token,
+        apply_chat_template=definition.apply_chat_template,
+        **conditions,
+        limit=limit,
+        data=suite.data,
+        sample=suite.sample,
+        name=definition.name,
+    )
+
+
+def _check_protocol(output: Path | None, file: TaskScoreFile, protocol: Protocol) -> None:
+    if differences := protocol.differences(file.protocol):
+        raise InputError(
+            f"--output {output} has scores of another protocol (different: {'; '.join(differences)}). A file has "
+            "one protocol. Choose another --output, or remove this file"
+        )
+
+
+def _fingerprint(model: ScoredModel) -> str:
+    folders = [model.folder, *([adapter_folder(model.adapter)] if model.adapter else [])]
+    files = {f"{n}/{file.name}": file for n, f in enumerate(folders) for p in MODEL_FILES for file in f.glob(p)}
+    if model.adapter:
+        files["adapter_config.json"] = folders[1] / "adapter_config.json"
+    # As before for a model without an adapter, so that its row in an existing file is found.
+    names = {name if model.adapter else file.name: file for name, file in files.items()}
+    return provenance.fingerprint({name: file_sha256(file) for name, file in names.items()})
+
+
+class _Scoring:
+    """Scores one model after the other on opened tasks."""
+
+    def __init__(self, suite: Suite, protocol: Protocol, device: str, answers: AnswerFile, note: Callable[[str], Any]):
+        from .harness import EncodedTexts
+        from .harness_results import build_requests_once
+
+        self.suite, self.protocol, self.device, self.answers, self.note = suite, protocol, device, answers, note
+        self._encoded: dict[str, EncodedTexts] = {}  # by tokenizer
+        if not protocol.apply_chat_template:
+            build_requests_once(suite)
+
+    def answers_key(self, model: ScoredModel, fingerprint: str) -> str:
+        """Returns the hash of everything that decides an answer, apart from the request."""
+        protocol = self.protocol
+        own = [fingerprint, model.quantization, protocol.dtype, protocol.add_bos_token, protocol.context_length]
+        return provenance.fingerprint(own)[:16]
+
+    def score(self, model: ScoredModel, fingerprint: str) -> tuple[TaskRow, list[ScoredItem]]:
+        """Returns the scores of a model, and all items."""
+        from .harness import EncodedTexts, TinyLlamaHarness
+        from .harness_results import run_tasks
+
+        began, protocol = time.perf_counter(), self.protocol
+        kept = self.answers.of_model(self.answers_key(model, fingerprint))
+        if len(kept):
+            self.note(f"{model.name}: {len(kept)} requests were answered before the interruption")
+        with progress_bar(f"{model.name}: loading", "requests") as update, quiet_harness():
+            loaded, tokenizer = load_eval_model(model, self.device, getattr(torch, protocol.dtype))
+            harness_model = TinyLlamaHarness(
+                loaded,
+                tokenizer,
+                add_bos_token=protocol.add_bos_token,
+                max_length=protocol.context_length,
+                encoded=self._encoded.setdefault(tokenizer_fingerprint(tokenizer), EncodedTexts()),
+                kept=kept,
+                update=update,
+            )
+            update(description=f"{model.name}: preparing the requests")
+            found = run_tasks(harness_model, self.suite, protocol.limit, protocol.apply_chat_template)
+        if num_cut := harness_model.num_cut:
+            self.note(
+                f"{model.name}: {num_cut} requests are longer than the context of {protocol.context_length} "
+                "tokens and were truncated from the left"
+            )
+        seconds = round(time.perf_counter() - began, 1)
+        return _row(model, fingerprint, found, num_cut, seconds), found.items
+
+
+def _row(model: ScoredModel, fingerprint: str, found: "TaskResults", num_cut: int, seconds: float) -> TaskRow:
+    scores = found.results
+    is_whole = sorted(scores) == sorted(TASKS)
+    errors = [scores[task].standard_error for task in TASKS] if is_whole else []
+    known = [error for error in errors if error is not None]
+    return TaskRow(
+        **vars(model),
+        fingerprint=fingerprint,
+        results=scores,
+        groups=found.groups,
+        average=commonsense_average([scores[task].score for task in TASKS], TASKS) if is_whole else None,
+        average_standard_error=average_standard_error(known) if len(known) == len(TASKS) else None,
+        cut_requests=num_cut,
+        seconds=seconds,
+    )
+
+
+def _score_or_find(
+    model: ScoredModel, scoring: _Scoring, file: TaskScoreFile, output: Path | None, needs_items: bool
+) -> tuple[TaskRow, list[ScoredItem]]:
+    """Returns row and items of a model, and writes them. A model with the same weights is not scored again."""
+    with progress_bar(f"{model.name}: reading the weights"):
+        fingerprint = _fingerprint(model)
+    kind = (model.quantization, model.adapter)
+    own = [row for row in file.models if (row.quantization, row.adapter) == kind]
+    own = [row for row in own if row.path == model.path or row.fingerprint == fingerprint]
+    before = next((row for row in own if row.fingerprint == fingerprint), None)
+    has_items = bool(before and before.items_file and output and (output.parent / before.items_file).is_file())
+    if before and output and (has_items or not needs_items):
+        scoring.note(f"{model.name}: already scored under this protocol, with the same weights")
+        row = dataclasses.replace(before, **vars(model))
+        items = read_scored_items(output, row) if needs_items else []
+    else:
+        row, items = scoring.score(model, fingerprint)
+        if output:
+            row = dataclasses.replace(row, items_file=items_file_name(output, row))
+            write_scored_items(output.parent / str(row.items_file), items)
+    replace_rows(file.models, own, row)
+    write_scores(output, file)
+    scoring.answers.discard([scoring.answers_key(model, fingerprint)])
+    return row, items
+
+
+def _sample_lines(rows: Sequence[TaskRow], items: Sequence[Sequence[ScoredItem]]) -> Iterator[str]:
+    for row, own in zip(rows, items, strict=True):
+        about = {"model": row.path, "quantization": row.quantization}
+        yield from (json.dumps({**about, **item.to_json()}) + "\n" for item in own)
