@@ -15,7 +15,9 @@ from ..data.row_files import read_rows
 from ..errors import InputError, one_line, require
 from ..progress import progress_bar
 from ..provenance import file_sha256
+from ..released import tables
 from .protocol import TASKS
+from .protocol_definitions import ProtocolDefinition, define_protocol
 from .task_rows import BAD_ROW, check_rows, decisive_fields
 
 
@@ -27,13 +29,29 @@ WHERE_DATA_COME_FROM = (
 
 
 class Suite(NamedTuple):
-    """The seven opened tasks. Valid inside [`open_suite`]."""
+    """The opened tasks. Valid inside [`open_suite`].
+
+    Attributes:
+        harness (`str`): name and version of the harness.
+        tasks (`dict`): leaf tasks of lm-eval, by name.
+        groups (`dict`): groups of lm-eval, by name, for `task_dict={"tasks": ..., "groups": ...}` of its `evaluate`.
+        versions (`dict`): version of each task.
+        metrics (`dict`): reported metric of each task, `"acc"`, or with a filter `"exact_match,strict-match"`.
+        num_fewshot (`dict`): number of solved examples before each question, by task.
+        data (`dict`): SHA-256 of the local file, or location on the Hub, by task.
+        sample (`bool`): whether all data are the made-up items that ship with the package.
+        runs_code (`bool`): whether a task runs code that the model wrote.
+    """
 
     harness: str
-    tasks: dict[str, Any]  # of lm-eval, by name
+    tasks: dict[str, Any]
+    groups: dict[str, Any]
     versions: dict[str, int | float | str]
-    data: dict[str, str]  # SHA-256 of the file, or location on the Hub
+    metrics: dict[str, str]
+    num_fewshot: dict[str, int]
+    data: dict[str, str]
     sample: bool
+    runs_code: bool
 
 
 def eval_folder() -> Path:
@@ -66,37 +84,58 @@ def task_files(folder: str | Path) -> dict[str, Path]:
 
 
 @contextlib.contextmanager
-def open_suite(data: str | Path | None = None) -> Iterator[Suite]:
-    """Opens the seven tasks. They can be used for any number of models.
+def open_suite(
+    data: str | Path | None = None,
+    definition: ProtocolDefinition | None = None,
+    include: Path | None = None,
+    run_code: bool = False,
+) -> Iterator[Suite]:
+    """Opens the tasks of a protocol. They can be used for any number of models.
 
     Args:
-        data (`str` or `Path`, *optional*): folder with one file per task, or `"embedded:sample"` for a few made-up
+        data (`str` or `Path`, *optional*): folder with the rows of each task, or `"embedded:sample"` for a few made-up
             items. By default the rows are downloaded from the Hub.
+        definition (`ProtocolDefinition`, *optional*): the protocol; by default the published one.
+        include (`Path`, *optional*): folder with the user's own task definitions.
+        run_code (`bool`, *optional*, defaults to `False`): allow tasks that run code that the model wrote.
 
     Raises:
         InputError: if files are missing or unreadable, the Hub is not reachable, or lm-eval is not installed.
     """
     require("lm_eval", "eval", "the commonsense evaluation")
+    definition = definition or define_protocol()
     files = task_files(data) if data is not None else {}
     # `datasets` converts local rows to Arrow here. A permanent cache could return the rows of another file.
     with tempfile.TemporaryDirectory() as scratch:
-        with progress_bar("Opening the tasks", "tasks", len(TASKS)) as update:
+        with progress_bar("Opening the tasks", "tasks", len(definition.tasks)) as update:
             tasks = {}
-            for name in TASKS:
+            for name in definition.tasks:
                 if files:
                     check_rows(name, read_rows(files[name]), _fields(name), str(files[name]))
                 tasks[name] = _open_task(name, scratch, files.get(name))
                 if not files:
                     rows = tasks[name].dataset[tasks[name].config.test_split or tasks[name].config.validation_split]
                     check_rows(name, enumerate(rows, start=1), _fields(name), name)
+                tasks[name].set_config("num_fewshot", 0)
                 update(advance=1)
-        fingerprints = {name: file_sha256(file) for name, file in files.items()} or {
+        fingerprints = {name: file_sha256(files[name]) for name in tasks if files} or {
             name: "/".join(filter(None, ("hf://datasets", task.config.dataset_path, task.config.dataset_name)))
             for name, task in tasks.items()
         }
         versions = {name: task.VERSION for name, task in tasks.items()}
         sample = {name: file_sha256(file) for name, file in task_files(SAMPLE).items()}
-        yield Suite(f"lm-eval {metadata.version('lm_eval')}", tasks, versions, fingerprints, fingerprints == sample)
+        table = tables()["protocol"]["metric"]
+        yield Suite(
+            harness=f"lm-eval {metadata.version('lm_eval')}",
+            tasks=tasks,
+            groups={},
+            versions=versions,
+            metrics={name: table[name] for name in tasks},
+            num_fewshot=dict.fromkeys(tasks, 0),
+            data=fingerprints,
+            sample=fingerprints.items() <= sample.items(),
+            runs_code=False,
+        )
 
 
 def _redirection(name: str) -> dict[str, Any]:
