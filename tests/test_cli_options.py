@@ -112,15 +112,17 @@ CASES = {
             },
         ),
     },
-    "eval tasks m n --data x --limit 5 --batch-size 3 --samples s --output o --published v1.1 "
-    "--quantization nf4 --device cpu": {
-        "tinyllama_hf.evaluation.commonsense.score_commonsense": (
-            SimpleNamespace(protocol="protocol", models="rows"),
+    "eval tasks m n --data x --limit 5 --samples s --output o --published v1.1 "
+    "--task boolq --adapter a --run-code --quantization nf4 --device cpu": {
+        "tinyllama_hf.evaluation.task_scores.score_tasks": (
+            SimpleNamespace(file=SimpleNamespace(protocol="protocol", models=[]), items=[]),
             {
                 "models": ["m", "n"],
                 "data": "x",
                 "limit": 5,
-                "batch_size": 3,
+                "definition.tasks": ("boolq",),
+                "adapter": "a",
+                "run_code": True,
                 "samples": Path("s"),
                 "output": Path("o"),
                 "quantization": "nf4",

@@ -214,6 +214,28 @@ def eval_tasks_command(
         print(f"wrote {path}")
 
 
+@app.command("harness", context_settings={"ignore_unknown_options": True}, add_help_option=False)
+def eval_harness_command(
+    arguments: Annotated[list[str] | None, typer.Argument(help="Arguments of lm-eval's own command line.")] = None,
+) -> None:
+    """lm-eval's own command line with this package's model as `--model tinyllama`.
+
+    Its `--model_args` are pretrained, adapter, quantization, dtype, add_bos_token and max_length.
+
+    Example: tinyllama-hf eval harness run --model tinyllama --model_args pretrained=my-model --tasks arc_easy
+    """
+    from tinyllama_hf.errors import require
+
+    require("lm_eval", "eval", "the commonsense evaluation")
+    import_libraries()
+    from lm_eval.__main__ import cli_evaluate
+
+    import tinyllama_hf.evaluation.harness  # noqa: F401 - registers the model, which lm-eval 0.4.13 does not discover
+
+    sys.argv = ["tinyllama-hf eval harness", *(arguments or [])]
+    cli_evaluate()
+
+
 @app.command("replies")
 def eval_replies_command(
     models: Annotated[list[str], typer.Argument(help="Folders or names of chat models.")],

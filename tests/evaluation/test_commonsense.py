@@ -16,11 +16,11 @@ from tests.evaluation.commonsense_scorer import SPLITS, Scorer, read_rows
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.evaluation import suite as suites
-from tinyllama_hf.evaluation.task_scores import score_tasks
 from tinyllama_hf.evaluation.protocol import TASKS
 from tinyllama_hf.evaluation.suite import open_suite, task_files
 from tinyllama_hf.evaluation.table import table_lines
 from tinyllama_hf.evaluation.task_rows import check_rows, decisive_fields
+from tinyllama_hf.evaluation.task_scores import score_tasks
 from tinyllama_hf.inference import load as loading
 from tinyllama_hf.pretrain.milestones import write_milestone
 from tinyllama_hf.released import tables
@@ -162,7 +162,8 @@ def test_nothing_is_scored_twice_and_another_protocol_is_refused(run, scored, to
     before, notes = json.loads(output.read_text()), []
     again = score_tasks([str(tmp_path / "run")], "embedded:sample", output=output, note=notes.append)
     assert len(notes) == 2 and all("already scored" in note for note in notes)
-    for row, old in zip(again.models, before["models"], strict=True):
+    assert again.items == [[], []], "they are read only if they are needed"
+    for row, old in zip(again.file.models, before["models"], strict=True):
         assert row.to_json() == {**old, "path": row.path}, "a moved model is not scored again"
     # New weights under the same name are scored again.
     changed = tmp_path / "run" / "milestones" / before["models"][1]["name"]
@@ -170,8 +171,8 @@ def test_nothing_is_scored_twice_and_another_protocol_is_refused(run, scored, to
     notes.clear()
     again = score_tasks([str(tmp_path / "run")], "embedded:sample", output=output, note=notes.append)
     assert [note.split(":")[0] for note in notes] == [before["models"][0]["name"]]
-    assert again.models[1].fingerprint != before["models"][1]["fingerprint"]
-    assert json.loads(output.read_text())["models"] == [row.to_json() for row in again.models]
+    assert again.file.models[1].fingerprint != before["models"][1]["fingerprint"]
+    assert json.loads(output.read_text())["models"] == [row.to_json() for row in again.file.models]
     text = output.read_text()
     with pytest.raises(InputError, match=r"another protocol \(different: limit \(None, not 3\)\)"):
         score_tasks([str(tmp_path / "run")], "embedded:sample", limit=3, output=output)
@@ -189,7 +190,7 @@ def test_other_models_of_the_file_keep_their_scores(run, scored, tmp_path):
     assert len(averages) == 2
     for name in averages:
         only = score_tasks([str(run / "milestones" / name)], "embedded:sample", output=output)
-        assert [row.name for row in only.models] == [name]
+        assert [row.name for row in only.file.models] == [name]
         written = json.loads(output.read_text())["models"]
         assert {row["name"]: row["average"] for row in written} == averages and len(written) == 2
 
@@ -214,7 +215,7 @@ def test_a_short_context_cuts_the_beginning_and_says_so(tokenizer_folder, tmp_pa
     scores = score_tasks([str(tmp_path / "model")], "embedded:sample", limit=4, samples=items, note=notes.append)
     scorer = Scorer(tmp_path / "model")
     assert_same_items(read_items(items), scorer.items(SAMPLE, limit=4))
-    assert scores.models[0].cut_requests == scorer.num_cut > 0
+    assert scores.file.models[0].cut_requests == scorer.num_cut > 0
     assert len(notes) == 1 and notes[0].startswith(f"model: {scorer.num_cut} requests") and "64 tokens" in notes[0]
 
 
@@ -367,7 +368,7 @@ def test_no_standard_error_where_all_or_no_items_are_right(tokenizer_folder, tmp
     save(tmp_path / "model", tokenizer_folder, 1)
     items = tmp_path / "items.jsonl"
     scores = score_tasks([str(tmp_path / "model")], "embedded:sample", limit=2, samples=items)
-    (row,) = scores.models
+    (row,) = scores.file.models
     shares = {result.score: result.standard_error for result in row.results.values()}
     assert shares == {share: 50.0 if share == 50 else None for share in shares} and None in shares.values()
     assert row.average_standard_error is None

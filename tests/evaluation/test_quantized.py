@@ -15,7 +15,7 @@ from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_token
 from tinyllama_hf.chat.templates import load_template
 from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.evaluation import commonsense, series
+from tinyllama_hf.evaluation import series, task_scores
 from tinyllama_hf.evaluation.models import describe_model, load_eval_model
 from tinyllama_hf.finetune import replies
 from tinyllama_hf.pretrain.config import load_pretrain_config
@@ -79,7 +79,7 @@ def score(few):
         if task == "bits_per_byte":
             return [row.to_json() for row in series.score(models, [str(few)], **how).models]
         if task == "commonsense":
-            scores = commonsense.score_commonsense(models, "embedded:sample", limit=2, **how)
+            scores = task_scores.score_tasks(models, "embedded:sample", limit=2, **how).file
             return [row.to_json() for row in scores.models]
         return [row.to_json() for row in replies.score_replies(models, max_new_tokens=4, **how)]
 
@@ -91,7 +91,7 @@ def figures(row):
     return {
         key: value
         for key, value in row.items()
-        if key not in ("name", "path", "quantization", "fingerprint", "seconds")
+        if key not in ("name", "path", "quantization", "fingerprint", "seconds", "items_file")
     }
 
 
@@ -144,7 +144,11 @@ def test_all_that_is_plain_is_fp32(folders, dtype, quantization):
         assert {p.dtype for p in model.parameters()} <= {torch.float32, torch.uint8} and model.dtype == torch.float32
 
 
-PROGRESS = {"bits_per_byte": "bits per byte", "commonsense": "loading|hellaswag", "replies": "replies: 0 of 3 conv"}
+PROGRESS = {
+    "bits_per_byte": "bits per byte",
+    "commonsense": "loading|preparing",
+    "replies": "replies: 0 of 3 conv",
+}
 
 
 @pytest.mark.parametrize("task", TASKS)

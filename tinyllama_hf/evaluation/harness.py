@@ -95,7 +95,8 @@ class TinyLlamaHarness(HFLM):
             max_length=max_length,
             add_bos_token=add_bos_token,
         )
-        self.encoded, self.kept = encoded or EncodedTexts(), kept or KeptAnswers("", {}, None)
+        self.encoded = EncodedTexts() if encoded is None else encoded
+        self.kept = KeptAnswers("", {}, None) if kept is None else kept
         self.update, self.num_cut = update, 0
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:

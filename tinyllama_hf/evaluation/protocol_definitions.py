@@ -49,5 +49,7 @@ def define_protocol(
     if name != "published":
         raise InputError(f"--protocol {name}: not available yet")
     if unknown := [task for task in tasks if task not in TASKS]:
-        raise InputError(f"--task {unknown[0]!r}: unknown task of --protocol published{did_you_mean(unknown[0], TASKS)}")
+        raise InputError(
+            f"--task {unknown[0]!r}: unknown task of --protocol published{did_you_mean(unknown[0], TASKS)}"
+        )
     return ProtocolDefinition("published", "float32", False, False, tuple(tasks) or TASKS)

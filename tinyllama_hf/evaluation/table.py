@@ -75,9 +75,8 @@ def wrong_item_lines(row: TaskRow, items: Sequence[ScoredItem], number: int) -> 
             yield _indented(item.question or "", "  ")
             for place, (choice, likelihood) in enumerate(zip(item.choices, item.log_likelihoods, strict=False)):
                 marks = [*(["right"] if place == item.gold else []), *(["chosen"] if place == item.chosen else [])]
-                yield _indented(
-                    f"{likelihood:9.3f}  {choice.strip()}{' <- ' + ', '.join(marks) if marks else ''}", "  "
-                )
+                end = f"  <- {', '.join(marks)}" if marks else ""
+                yield _indented(f"{likelihood:9.3f}  {choice.strip()}{end}", "  ")
             for reply in item.replies:
                 yield _indented(f"reply: {reply.strip()}", "  ")
 

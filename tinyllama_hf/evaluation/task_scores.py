@@ -75,7 +75,7 @@ def score_tasks(
         definition (`ProtocolDefinition`, *optional*): tasks and settings; by default the published protocol.
         include (`Path`, *optional*): folder with task definitions.
         run_code (`bool`, *optional*, defaults to `False`): allow tasks that run code written by the model.
-        with_items (`bool`, *optional*, defaults to `False`): also return the items of models that are not scored again.
+        with_items (`bool`, *optional*, defaults to `False`): return items also of models that are not scored again.
 
     Raises:
         InputError: for missing or contradictory input, before the first model is loaded.
