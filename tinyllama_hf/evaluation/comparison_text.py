@@ -66,7 +66,7 @@ def method_lines(comparisons: Sequence[ModelComparison], resamples: int, seed: i
     names = [name for name in ("exact McNemar", "paired t", "unpaired") if name in tests]
     yield (
         f"p: {', '.join(names)}; verdicts by p (Holm) < {ALPHA}, corrected for the tasks of a table. "
-        f'"Could show": found with a power of {POWER:.0%} at p < {ALPHA}.'
+        f'"Could show": found with a power of {100 * POWER:.0f} % at p < {ALPHA}.'
     )
 
 
@@ -115,8 +115,8 @@ def _remarks(comparison: ModelComparison) -> Iterator[str]:
 
 
 def _published_lines(check: PublishedCheck) -> Iterator[str]:
-    for departure in check.departures:
-        yield f"  not as the published table was scored: {departure}"
+    if check.departures:
+        yield f"  not as the published table was scored: {'; '.join(check.departures)}"
     if not check.deviations:
         yield f"  as a reproduction of {check.published}: within the tolerance in every task"
     for found in check.deviations:

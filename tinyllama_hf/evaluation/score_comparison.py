@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import InputError, check_seed
-from .compared_models import ComparedModel, ItemValues
+from .compared_models import ComparedModel, ItemValues, lower_is_better
 from .deviations import PublishedCheck, check_against_published
 from .paired_tests import RESAMPLES
 from .protocol import TASKS
@@ -139,7 +139,8 @@ def _compare(
         tasks.append(difference)
     correct_for_tasks(tasks)
     is_published = all(m.published or (m.protocol and m.protocol.name == "published") for m in (reference, model))
-    seven = sorted(metrics) == sorted(TASKS)
+    names = set(metrics.values())
+    seven = sorted(metrics) == sorted(TASKS) and (len(names) == 1 or not any(map(lower_is_better, names)))
     return ModelComparison(
         reference=reference.label,
         model=model.label,

@@ -21,7 +21,7 @@ class ScoreDifference:
 
     Attributes:
         task (`str`): name of the task, or `"average"`.
-        metric (`str`): the metric; empty for the average.
+        metric (`str`): the metric; empty for the average of different ones.
         test (`str`): `"exact McNemar"` or `"paired t"`; `"unpaired"` where items are missing.
         pairs (`int`, *optional*): number of items that both models answered; `None` if unpaired.
         left_out (`tuple[int, int]`): number of items of each model without a partner.
@@ -130,13 +130,13 @@ def average_difference(tasks: Sequence[ScoreDifference], means: Sequence[Floats]
     The tasks are independent samples, so that variances add up. It is unpaired if one of the tasks is.
 
     Args:
-        tasks (`Sequence[ScoreDifference]`): the differences.
+        tasks (`Sequence[ScoreDifference]`): the differences, all of shares or all of one metric.
         means (`Sequence[Floats]`): the bootstrapped differences `[resamples]` of the paired ones.
     """
-    number = len(tasks)
+    number, metrics = len(tasks), {task.metric for task in tasks}
     found = ScoreDifference(
         task="average",
-        metric="",
+        metric=metrics.pop() if len(metrics) == 1 else "",
         test="paired t" if len(means) == number else "unpaired",
         scores=(
             math.fsum(task.scores[0] for task in tasks) / number,
@@ -157,7 +157,7 @@ def average_difference(tasks: Sequence[ScoreDifference], means: Sequence[Floats]
         found.interval = statistics.percentile_interval(np.mean(means, axis=0))
         _test_mean(found, statistics.welch_degrees(errors, [own - 1 for own in pairs]))
     if found.p_value is not None:
-        found.decide(found.p_value, lower_is_better(tasks[0].metric))
+        found.decide(found.p_value, lower_is_better(found.metric))
     return found
 
 
