@@ -158,10 +158,10 @@ CASES = {
             },
         ),
     },
-    "compare step-1195k-2.5T v1.1 --metric acc --different-protocols --resamples 2000 --seed 3 --markdown o --json p": {
+    "compare v1.1 pythia-1b --metric acc --different-protocols --resamples 2000 --seed 3 --markdown o --json p": {
         "tinyllama_hf.evaluation.compared_models.find_compared_models": (
             ["a", "b"],
-            {"arguments": ["step-1195k-2.5T", "v1.1"]},
+            {"arguments": ["v1.1", "pythia-1b"]},
         ),
         "tinyllama_hf.evaluation.score_comparison.check_comparison": (
             "checked",

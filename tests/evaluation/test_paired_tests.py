@@ -47,7 +47,7 @@ def test_standard_errors_and_tests_of_means():
     first, second = generator.normal(2, 1, (2, 137))
     difference = paired_difference("t", "bits_per_byte", (items(first), items(second)), 1000, 0)[0]
     reference = DescrStatsW(second - first)
-    t, p_value, degrees = reference.ttest_mean()
+    p_value = reference.ttest_mean()[1]
     assert difference.standard_error == pytest.approx(reference.std_mean, rel=1e-9)
     assert difference.difference == pytest.approx(reference.mean, rel=1e-9)
     assert difference.p_value == pytest.approx(p_value, abs=1e-9) and difference.test == "paired t"
