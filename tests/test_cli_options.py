@@ -160,6 +160,36 @@ CASES = {
             },
         ),
     },
+    "compare v1.1 pythia-1b --metric acc --different-protocols --resamples 2000 --seed 3 --markdown o --json p": {
+        "tinyllama_hf.evaluation.compared_models.find_compared_models": (
+            ["a", "b"],
+            {"arguments": ["v1.1", "pythia-1b"]},
+        ),
+        "tinyllama_hf.evaluation.score_comparison.check_comparison": (
+            "checked",
+            {"models": ["a", "b"], "metric": "acc", "different_protocols": True, "resamples": 2000, "seed": 3},
+        ),
+        "tinyllama_hf.evaluation.score_comparison.compare_models": (
+            [],
+            {"models": ["a", "b"], "metric": "acc", "different_protocols": True, "resamples": 2000, "seed": 3},
+        ),
+        "tinyllama_hf.evaluation.comparison_text.comparison_lines": (
+            ["a line"],
+            {"comparisons": [], "resamples": 2000, "seed": 3},
+        ),
+        "tinyllama_hf.files.write_text": ("written", {"path": Path("o")}),
+        "tinyllama_hf.files.write_json": (None, {"path": Path("p")}),
+    },
+    "compare a b --fail-on-regression": {
+        "tinyllama_hf.evaluation.compared_models.find_compared_models": ([1, 2], {"arguments": ["a", "b"]}),
+        "tinyllama_hf.evaluation.score_comparison.check_comparison": ("checked", {"different_protocols": False}),
+        "tinyllama_hf.evaluation.score_comparison.compare_models": (
+            [SimpleNamespace(model="b", regressions=["piqa"])],
+            {"different_protocols": False},
+        ),
+        "tinyllama_hf.evaluation.comparison_text.comparison_lines": ([], {}),
+        "typer.Exit": (None, {"code": 1}),
+    },
     "report r m --output o": {
         "tinyllama_hf.report.comparison.write_comparison": (
             None,

@@ -62,6 +62,10 @@ def my_model(tmp_path, tokenizer_folder) -> Path:
     return tmp_path
 
 
+def test_comparing(tmp_path):
+    run("comparing.md", tmp_path, at_least=1)
+
+
 @pytest.mark.slow
 def test_converting(my_model, documents):
     (my_model / "my-text.txt").write_text("\n".join(documents), encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from . import conversion, data, evaluation, hub, inference, memory, plan, recipes, serving, tokenizer
+from . import compare, conversion, data, evaluation, hub, inference, memory, plan, recipes, serving, tokenizer
 from .openmp import let_threads_sleep
 
 
@@ -51,6 +51,7 @@ app.command("merge")(conversion.merge_command)
 app.command("verify")(conversion.verify_command)
 app.command("prepare")(data.prepare_command)
 app.command("plan")(plan.plan_command)
+app.command("compare")(compare.compare_command)
 app.command("report")(evaluation.report_command)
 app.command("publish")(hub.publish_command)
 _PASSES_ON = {"ignore_unknown_options": True}  # of the scripts, such as --dry-run
