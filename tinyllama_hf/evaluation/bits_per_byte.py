@@ -26,7 +26,7 @@ from .text_windows import Window, count_in_batch, sorted_buffers, windows
 
 BUFFER_TOKENS = 1 << 19
 # Tokens of a batch, and logits that are computed at once. A CPU is as fast with few, and needs little memory.
-BATCH_TOKENS = {"cpu": 1 << 12, "cuda": 1 << 16}
+BATCH_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 16}
 HEAD_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}
 
 
