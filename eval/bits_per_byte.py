@@ -1,6 +1,6 @@
 """Bits per byte of models, or of the milestones of a run, on held-out documents. The same as `tinyllama-hf eval text`.
 
-python eval/bits_per_byte.py RUN_OR_MODEL... [--data FOLDER] [--baselines] [--quantization nf4] [--output scores.json]
+python eval/bits_per_byte.py RUN_OR_MODEL... [--data FOLDER] [--baselines] [--max-bytes all] [--output scores.json]
 """
 
 import sys

@@ -85,7 +85,8 @@ CASES = {
             {"config.training.seed": 77, "num_devices": 2, "device.name": "NVIDIA H100 80GB HBM3", "mfu": 0.3},
         ),
     },
-    "eval text m --data x --data y --baselines --output o --rescore --quantization nf4 --device cpu": {
+    "eval text m --data x --data y --baselines --output o --rescore --quantization nf4 --device cpu "
+    "--dtype bf16 --max-bytes 5k": {
         "tinyllama_hf.evaluation.series.score": (
             None,
             {
@@ -96,10 +97,13 @@ CASES = {
                 "rescore": True,
                 "quantization": "nf4",
                 "device": "cpu",
+                "dtype": "bf16",
+                "max_bytes": 5000,
             },
         ),
     },
-    "eval text m --watch --every 9 --output o --rescore --quantization nf4 --device cpu": {
+    "eval text m --watch --every 9 --output o --rescore --quantization nf4 --device cpu --dtype bf16 "
+    "--max-bytes all": {
         "tinyllama_hf.evaluation.series.watch": (
             None,
             {
@@ -109,6 +113,8 @@ CASES = {
                 "rescore": True,
                 "quantization": "nf4",
                 "device": "cpu",
+                "dtype": "bf16",
+                "max_bytes": None,
             },
         ),
     },

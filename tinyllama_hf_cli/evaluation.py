@@ -79,18 +79,27 @@ def eval_text_command(
         bool, typer.Option("--watch", help="Score the milestones of a run as they appear, until the last one.")
     ] = False,
     every: Annotated[float, typer.Option(help="With --watch, seconds between two checks for new milestones.")] = 60,
+    max_bytes: Annotated[
+        str, typer.Option(help="UTF-8 bytes of the sample of each data set, such as 500k; all for everything.")
+    ] = "2_000_000",
     rescore: Annotated[bool, typer.Option("--rescore", help="Score models in the output file again.")] = False,
     output: Annotated[Path | None, typer.Option(help=OUTPUT.format("a run: RUN/scores.json", "scores"))] = None,
     quantization: QUANTIZATION = "none",
+    dtype: Annotated[str, typer.Option(help="Dtype of weights and arithmetic: fp32 or bf16.")] = "fp32",
     device: DEVICE = "auto",
 ) -> None:
     """Bits per byte of held-out documents. Models in the output file are not scored again.
 
+    Of large data sets, a sample of 2 MB is scored. It is chosen by the hash of the documents, so it is the same for
+    all models and tokenizers.
+
     Example: tinyllama-hf eval text runs/demo/pretrain --baselines
 
-    Example: tinyllama-hf eval text my-model other-model --data data/demo
+    Example: tinyllama-hf eval text my-model other-model --data data/demo --max-bytes all
     """
     from tinyllama_hf.errors import InputError
+    from tinyllama_hf.evaluation.held_out_text import parse_max_bytes
+    from tinyllama_hf.evaluation.text_protocol import check_text_dtype
     from tinyllama_hf.pretrain.milestones import find_run
 
     if watch and (len(models) != 1 or data or baselines):
@@ -99,6 +108,8 @@ def eval_text_command(
         )
     if every <= 0:
         raise InputError(f"--every {every}: must be above 0")
+    check_text_dtype(dtype)
+    size = parse_max_bytes(max_bytes)
     if not watch:
         _check_models(models, device, quantization)
     import_libraries()
@@ -110,11 +121,16 @@ def eval_text_command(
     if watch:
         run = Path(models[0])
         watched = output or run / _file_name("scores", quantization)
-        series.watch(run, device, watched, every, lambda line: print(line, flush=True), rescore, quantization)
+        log = partial(print, flush=True)
+        series.watch(run, device, watched, every, log, rescore, quantization, dtype, size)
         print(f"wrote {watched}")
         return
     target = _target(output, find_run(models), "scores", quantization)
-    scores = series.score(models, data or [], baselines, device, target, rescore, quantization=quantization)
+    options: dict[str, Any] = {"quantization": quantization, "dtype": dtype, "max_bytes": size}
+    scores = series.score(models, data or [], baselines, device, target, rescore, **options)
+    for text in scores.data:
+        if text.max_bytes is not None:
+            print(f"sample of {text.path}: {text.bytes:,} of {text.total_bytes:,} bytes")
     print(f"{'bits per byte':>13}  {'tokens':>12}  model")
     rows: list[TextRow | BaselineRow] = [*scores.baselines, *scores.models]
     for row in sorted(rows, key=lambda row: row.tokens or 0):

@@ -33,7 +33,7 @@ EARLY_ROW = {
 PROTOCOL = TextProtocol(32, 16, True, "float32")
 
 
-SOURCE = TextSource("data/prose", "f" * 64, documents=6, bytes=31415)
+SOURCE = TextSource("data/prose", "f" * 64, 6, 31415, total_documents=60, total_bytes=314_159, max_bytes=31416)
 
 
 def row(path: str, bits: float = 3.0) -> TextRow:
@@ -47,7 +47,8 @@ def test_the_layout_on_disk(tmp_path):
     write_scores(tmp_path / "new" / "scores.json", file)
     written = json.loads((tmp_path / "new" / "scores.json").read_text())
     assert list(written) == ["task", "data", "models", "baselines", "provenance"] and written["baselines"] == []
-    assert written["data"] == [{"path": "data/prose", "fingerprint": "f" * 64, "documents": 6, "bytes": 31415}]
+    sample = {"documents": 6, "bytes": 31415, "total_documents": 60, "total_bytes": 314_159, "max_bytes": 31416}
+    assert written["data"] == [{"path": "data/prose", "fingerprint": "f" * 64, **sample}]
     assert written["models"][0] == {**EARLY_ROW, **later}
     assert written["models"][1].keys() == written["models"][0].keys() - {"step", "tokens"}
     assert written["models"][1]["created"] is None and written["provenance"] == file.provenance

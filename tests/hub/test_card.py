@@ -40,7 +40,7 @@ def test_what_it_says(run, names):
         f"`main` holds `{names[1]}`",
         "![loss](loss.png)",
         "![trajectory](trajectory.png)",
-        "**2.2500** over all documents",
+        "**2.2500** over all documents, none",
         "Scored with stock transformers 5.23.0.",
         "| prepared | 2.2500 | 6 | 31,415 | `ffffffffffff` |",
         record["created"],
@@ -55,6 +55,15 @@ def test_what_it_says(run, names):
     older = plain[names[0]]
     assert f'from_pretrained("me/my-model", revision="{names[0]}")' in older.text and "png" not in older.text
     assert older.data.eval_results[0].metric_value == 2.5 and "**2.5000**" in older.text
+
+
+def test_it_says_that_a_sample_was_scored(run):
+    scores = json.loads((run / "scores.json").read_text())
+    scores["data"][0] |= {"total_documents": 60, "total_bytes": 314_159, "max_bytes": 31_416}
+    (run / "scores.json").write_text(json.dumps(scores))
+    card = cards(run)["main"]
+    assert "**2.2500** over all documents of a fixed sample, chosen by the hash of their text, none" in card.text
+    assert card.data.eval_results[0].dataset_name == "prepared, held-out documents, sample of 31,415 bytes"
 
 
 def test_its_pictures_show_the_run(run, names, drawn):

@@ -19,7 +19,7 @@ from tests.pretrain.runs import SCRIPT, pretrain, read_metrics, run_script
 from tests.report.test_plots import assert_draws
 from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.evaluation.bits_per_byte import held_out_documents
+from tinyllama_hf.evaluation.held_out_text import held_out_documents
 from tinyllama_hf.evaluation.series import score, watch
 from tinyllama_hf.files import write_json
 from tinyllama_hf.pretrain import loop
@@ -148,7 +148,7 @@ def test_training_goes_on_where_a_score_or_a_picture_cannot_be_had(recipe, capsy
         raise OSError("No space left on device")
 
     monkeypatch.setattr(plots, "training_panels", no_room)
-    monkeypatch.setattr(series, "held_out_documents", lambda folder: held_out_documents("gone"))
+    monkeypatch.setattr(series, "held_out_documents", lambda *_: held_out_documents("gone"))
     assert run_script(recipe, "evaluate_at_milestones=inline") == 0
     run, printed = Path(load_pretrain_config(recipe).output_dir), capsys.readouterr().out
     names = [folder.name for folder in list_milestones(run)]
@@ -227,7 +227,7 @@ class TestIncremental:
         scores["models"] = scores["models"][:1]
         scores["models"][0]["protocol"] |= {"dtype": "bfloat16"}
         write_json(output, scores)
-        with pytest.raises(InputError, match=r"'bfloat16'.*'float32'"):
+        with pytest.raises(InputError, match=r"bfloat16.*float32.*--rescore"):
             score([str(run)], output=output)
         assert json.loads(output.read_text()) == scores
 
@@ -241,13 +241,13 @@ class TestIncremental:
         assert score([str(moved)], output=moved / "scores.json").models == first.models
 
     def test_counting_models_are_not_fitted_again(self, finished, tmp_path, monkeypatch):
-        from tinyllama_hf.evaluation import series
+        from tinyllama_hf.evaluation import baselines
 
         run, _ = finished
         output = tmp_path / "scores.json"
         first = score([str(run)], baselines=True, output=output)
         assert len(first.baselines) == 4
-        monkeypatch.setattr(series, "NGramModel", lambda *_: pytest.fail("fitted again"))
+        monkeypatch.setattr(baselines, "NGramModel", lambda *_: pytest.fail("fitted again"))
         assert score([str(run)], baselines=True, output=output).baselines == first.baselines
 
     def test_what_is_scored_is_not_scored_again(self, finished, tmp_path, monkeypatch):

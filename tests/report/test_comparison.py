@@ -162,7 +162,14 @@ def test_scores_of_different_texts_are_not_in_one_column(finished, copy, tmp_pat
     _edit(copy / "scores.json", lambda scores: scores["data"][0].update(moved))
     page, [results] = compared(tmp_path / "report", finished, copy)
     assert results[0][-1] == "bits per byte" and results[1][-1] == results[2][-1] != "—"
-    assert "not comparable" not in page
+    assert "not comparable" not in page and "context 32, bfloat16" not in page
+    _edit(copy / "scores.json", lambda scores: scores["models"][-1]["protocol"].update(dtype="bfloat16"))
+    assert "context 32, bfloat16" in compared(tmp_path / "report", finished, copy)[0]
+    _edit(copy / "scores.json", lambda scores: scores["models"][-1]["protocol"].update(dtype="float32"))
+
+    _edit(copy / "scores.json", lambda scores: scores["data"][0].update(bytes=900, max_bytes=900))
+    page, [results] = compared(tmp_path / "report", finished, copy)
+    assert len(results[0]) == len(RESULTS) + 2 and "not comparable" in page, "a sample is another text"
 
     _edit(copy / "scores.json", lambda scores: scores["data"][0].update(fingerprint="other"))
     page, [results] = compared(tmp_path / "report", finished, copy)

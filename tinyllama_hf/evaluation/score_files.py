@@ -84,12 +84,24 @@ class BaselineRow(BitsPerByte):
 
 @dataclasses.dataclass(frozen=True)
 class TextSource:
-    """The held-out text of a prepared data set: its path, fingerprint, number of documents and UTF-8 bytes."""
+    """The held-out text of a prepared data set that was scored, all or a sample.
+
+    Attributes:
+        path (`str`): the data set.
+        fingerprint (`str`): of the data set.
+        documents, bytes (`int`): number of documents that were scored, and their UTF-8 bytes.
+        total_documents, total_bytes (`int`, *optional*): those of all held-out documents. Files of early versions do
+            not have them; all was scored.
+        max_bytes (`int`, *optional*): size of the sample that was requested; `None` if all was scored.
+    """
 
     path: str
     fingerprint: str
     documents: int
     bytes: int
+    total_documents: int | None = None
+    total_bytes: int | None = None
+    max_bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +232,7 @@ class ReplyRow(ReplyScores, ScoredModel):
 
 @dataclasses.dataclass(kw_only=True)
 class TextScoreFile:
-    """Bits per byte of models on one text."""
+    """Bits per byte of models on one text. `data` is part of the protocol: other samples are other text."""
 
     task: str = "bits_per_byte"
     data: list[TextSource]

@@ -21,10 +21,18 @@ def bits_per_byte(nats: Sequence[float], texts: Sequence[str]) -> float:
     Raises:
         InputError: if the texts are empty.
     """
-    num_bytes = sum(len(text.encode()) for text in texts)
+    return bits_by_size(math.fsum(nats), sum(len(text.encode()) for text in texts))
+
+
+def bits_by_size(nats: float, num_bytes: int) -> float:
+    """Returns [`bits_per_byte`] from the summed negative log-likelihood and size of all texts.
+
+    Raises:
+        InputError: if the size is 0.
+    """
     if not num_bytes:
         raise InputError("bits_per_byte: the references are empty. Pass at least one byte of text")
-    return math.fsum(nats) / math.log(2) / num_bytes
+    return nats / math.log(2) / num_bytes
 
 
 def stop_rate(replies: Sequence[Sequence[int]], eos_token_id: int) -> float:

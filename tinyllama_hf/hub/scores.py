@@ -23,18 +23,19 @@ def read_published_scores(folder: Path) -> RunScores:
 
 
 def eval_results(scores: RunScores) -> list[Any]:
-    """The entries of `model-index` for one model. Only scores on a complete text or task are included."""
+    """The entries of `model-index` for one model. Scores on a part of a task are not included."""
     from huggingface_hub import EvalResult
 
     results = []
     if scores.text:
         for source in scores.text.data:
             label = PurePosixPath(portable_text(source.path)).name
+            sample = f", sample of {source.bytes:,} bytes" if source.max_bytes else ""
             results.append(
                 EvalResult(
                     task_type="text-generation",
                     dataset_type=label,
-                    dataset_name=f"{label}, held-out documents",
+                    dataset_name=f"{label}, held-out documents{sample}",
                     dataset_config=source.fingerprint,
                     metric_type="bits_per_byte",
                     metric_name="bits per byte",

@@ -58,9 +58,9 @@ class _Run:
         }
 
     @property
-    def scored_text(self) -> tuple[str, ...]:
-        """Identifies the held-out text of its scores."""
-        return tuple(sorted(source.fingerprint for source in self.text))
+    def scored_text(self) -> tuple[tuple[str, int], ...]:
+        """Identifies the held-out text of its scores: the data sets, and the size of the sample of each."""
+        return tuple(sorted((source.fingerprint, source.bytes) for source in self.text))
 
 
 def write_comparison(runs: Sequence[Path], output: Path, log: Callable[[str], None]) -> Path:
