@@ -13,7 +13,8 @@ Parts, in this order; each runs in a separate process for at most 90 seconds:
 - `peers`: transformers' growing cache, compiled static cache and continuous batching;
 - `samples` and `heads`, only if they are named: 100 prompts with 10 samples each; key/value heads at equal size;
 - only if they are named: `packed_rows`, losses and gradients of packed conversations, with the same exit status; then
-  `full`, `lora` and `qlora`, training steps on packed rows and on padded batches.
+  `full`, `lora` and `qlora`, training steps on packed rows and on padded batches;
+- `tasks`, only if it is named: log-likelihoods of all requests of the seven commonsense tasks (task_requests.py).
 
 Weights are random and no row ends early. Rows go to rows.jsonl in $OUT, or to results/gpu_rows.jsonl.
 """
@@ -48,6 +49,7 @@ MODULES = {
     "full": ("packed_training", "full"),
     "lora": ("packed_training", "lora"),
     "qlora": ("packed_training", "qlora"),
+    "tasks": ("task_requests", "tasks"),
 }
 DEFAULT = list(MODULES)[:5]
 EXACT = ("exactness", "packed_rows")
