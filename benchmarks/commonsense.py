@@ -61,15 +61,9 @@ def write_tasks(data: str, folder: Path) -> None:
 
 def score_ours(models: Sequence[str], arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     limit = ["--limit", str(arguments.limit)] if arguments.limit else []
-    where = [
-        "--data",
-        arguments.data,
-        "--output",
-        str(folder / "scores.json"),
-        "--samples",
-        str(folder / "ours.jsonl"),
-    ]
-    return measured([sys.executable, "-m", "tinyllama_hf_cli", "eval", "tasks", *models, *where, *limit])
+    files = ["--output", str(folder / "scores.json"), "--samples", str(folder / "ours.jsonl")]
+    script = Path(__file__).parents[1] / "eval" / "commonsense.py"
+    return measured([sys.executable, str(script), *models, "--data", arguments.data, *files, *limit])
 
 
 def score_theirs(models: Sequence[str], arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
