@@ -176,7 +176,9 @@ BAD = {
     "nothing was published": (
         "eval tasks model --published chat-v1.0", "--published 'chat-v1.0' has no published scores"),
     "one item": ("eval tasks model --limit 1", "--limit 1: must be at least 2"),
-    "no batch": ("eval tasks model --batch-size 0", "--batch-size 0: must be at least 1"),
+    "more items than are kept": ("eval tasks model --show 11", "--show 11: must be 0 to 10"),
+    "published scores of another protocol": (
+        "eval tasks model --protocol modern --task boolq --published step-50k-105b", "not under modern"),
     "two folders of tasks": (
         "eval tasks model --data empty --data model", "--data empty model: pass one folder"),
     "scores over something else": (
