@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from statsmodels.stats.contingency_tables import mcnemar
 
 from tests.conftest import run_here
@@ -65,7 +66,7 @@ def task_score(task: str, items: list[ScoredItem]) -> TaskScore:
     own = [item.metrics for item in items if item.task == task]
     metrics = {}
     for name in own[0]:
-        values, scale = np.array([m[name] for m in own]), 1 if name == "bits_per_byte" else 100
+        values, scale = np.array([m[name] for m in own if name in m]), 1 if name == "bits_per_byte" else 100
         error = scale * values.std(ddof=1) / math.sqrt(len(values))
         metrics[name] = MetricScore(scale * float(values.mean()), float(error) if error else None)
     reported = metrics[TABLE["metric"][task]]
@@ -174,6 +175,39 @@ def test_a_task_that_one_model_lacks_is_named(files):
     (found,) = compared(files / "a.json", write(files / "some.json", {"some": some}))
     assert "boolq" not in [task.task for task in found.tasks] and found.average is None
     assert found.remarks[0] == "left out: boolq (only a has it)"
+
+
+def test_items_without_bits_per_byte_are_left_out(files):
+    """Of an empty right choice, the score is the mean of the others; accuracy has them all."""
+    some = simulate(0.5, 9)
+    some = [
+        dataclasses.replace(item, metrics={"acc": 1.0, "acc_norm": 1.0}) if item.doc == "piqa-3" else item
+        for item in some
+    ]
+    path = write(files / "some.json", {"some": some})
+    (found,) = compared(files / "a.json", path, metric="bits_per_byte")
+    assert "left out without a partner (of a and of some): piqa 1 and 0" in found.remarks[0]
+    assert "every item has its partner" in compared(files / "a.json", path)[0].remarks[0]
+
+
+def test_a_score_that_is_not_the_mean_of_its_items_is_unpaired(files):
+    for name in ("a", "better"):
+        contents = json.loads((files / f"{name}.json").read_text())
+        contents["models"][0]["results"]["piqa"]["metrics"]["bits_per_byte"]["score"] += 1.0
+        (files / f"{name}.json").write_text(json.dumps(contents))
+    (found,) = compared(files / "a.json", files / "better.json", metric="bits_per_byte")
+    assert [task.task for task in found.tasks if task.test == "unpaired"] == ["piqa"]
+    assert found.remarks[-1] == "unpaired, since the score is not the mean of its items: piqa"
+    assert found.average.test == "unpaired"
+
+
+def test_scores_of_another_protocol_have_their_own_kind(files):
+    protocol = dataclasses.replace(PROTOCOL, name="modern")
+    for name, ability in (("m", 0.0), ("n", 0.9)):
+        path = write(files / f"{name}.json", {name: simulate(ability, 3)}, protocol)
+        path.write_text(path.read_text().replace('"task": "commonsense"', '"task": "tasks"'))
+    (found,) = compared(files / "m.json", files / "n.json")
+    assert len(found.tasks) == 7 and found.average is None
 
 
 def test_items_are_paired_by_their_hash_and_not_by_their_place(files):
@@ -337,6 +371,7 @@ def test_another_dtype_explains_small_deviations_only():
     ("changes", "protocol", "cause"),
     [
         ({"quantization": "nf4"}, {}, "the weights were quantized to nf4"),
+        ({"adapter": "me/lora"}, {}, "the adapter me/lora was loaded"),
         ({"cut_requests": 3}, {}, "3 requests were truncated to the context"),
         ({}, {"num_fewshot": 5}, "num_fewshot is 5, not 0"),
         ({}, {"apply_chat_template": True}, "apply_chat_template is True, not False"),
@@ -435,7 +470,7 @@ BAD = {
     "a.json moved.json": "moved.items/0000000000better.jsonl.gz is missing",
     "a.json fewer.json": "it has 179 items of piqa, and the score is of 180",
     "a.json other.json": "the mean of acc_norm on hellaswag is ",
-    "a.json lacking.json": "item 3 of boolq has no finite value of acc",
+    "a.json lacking.json": "item 3 of boolq has acc nan",
     "a.json torn.json": "torn.items/000000000000torn.jsonl.gz: damaged",
 }
 
@@ -456,7 +491,7 @@ def bad_files(tmp_path_factory):
     for name, damaged in {
         "fewer": [item for item in items if item.doc != "piqa-9"],
         "other": simulate(-0.9, 7),
-        "lacking": [dataclasses.replace(i, metrics={"bits": 1.0}) if i.doc == "boolq-3" else i for i in items],
+        "lacking": [dataclasses.replace(i, metrics={"acc": math.nan}) if i.doc == "boolq-3" else i for i in items],
     }.items():
         path = write(folder / f"{name}.json", {name: items})
         row = find_compared_models([str(path), str(folder / "a.json")])[0].row
@@ -484,3 +519,37 @@ def test_a_name_that_is_given_twice_in_a_file_needs_its_path(files):
     status, _, error = run(files, "a.json", "two.json:m")
     assert status == 2 and "has 2 models 'm'. Use the path: two.json:models/m, two.json:models/n" in error
     assert run(files, "a.json", "two.json:models/n")[0] == 0
+
+
+def test_models_that_were_really_scored(tmp_path, tokenizer_folder):
+    """Two small models on the bundled questions, through `eval tasks`; each score is that of its pairs."""
+    from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
+
+    for name, seed in (("one", 0), ("two", 1)):
+        torch.manual_seed(seed)
+        model = TinyLlamaForCausalLM(TinyLlamaConfig.preset("micro", vocab_size=512))
+        torch.nn.init.normal_(model.lm_head.weight, std=0.2)
+        model.save_pretrained(tmp_path / name)
+        load_tokenizer(tokenizer_folder).save_pretrained(tmp_path / name)
+    scored = run_here(
+        "tinyllama-hf",
+        "eval",
+        "tasks",
+        "one",
+        "two",
+        "--data",
+        "embedded:sample",
+        "--output",
+        "both.json",
+        cwd=tmp_path,
+    )
+    assert scored.returncode == 0, scored.stderr
+    rows = json.loads((tmp_path / "both.json").read_text())["models"]
+    for metric in (None, "bits_per_byte"):
+        (found,) = compared(tmp_path / "both.json", metric=metric)
+        for task in found.tasks:
+            scores = [row["results"][task.task]["metrics"][task.metric]["score"] for row in rows]
+            assert task.pairs == 10 and task.scores == pytest.approx(scores, abs=1e-9)
+    assert found.tasks[0].unit == "bits" and found.remarks[0] == "70 pairs of items; every item has its partner"
+    done = run_here("tinyllama-hf", "compare", "both.json", cwd=tmp_path)
+    assert done.returncode == 0 and "no difference shown" in done.stdout
