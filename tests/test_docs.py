@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_here
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
 
 
@@ -63,7 +64,12 @@ def my_model(tmp_path, tokenizer_folder) -> Path:
 
 
 def test_comparing(tmp_path):
-    run("comparing.md", tmp_path, at_least=1)
+    """The first output on the page is that of its command."""
+    page = ROOT / "docs" / "comparing.md"
+    ((command, wanted),) = commands(page)
+    shown = re.findall(r"```text\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[0]
+    printed = run_here(*shlex.split(command), cwd=tmp_path).stdout
+    assert wanted in shown and shown in printed
 
 
 @pytest.mark.slow

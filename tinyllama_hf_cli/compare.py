@@ -12,7 +12,6 @@ def compare_command(
         typer.Argument(
             help="Score files of `eval tasks`, for all their models; FILE:MODEL for one of them; or names of the "
             "published table. All are compared with the first model.",
-            metavar="A B...",
         ),
     ],
     metric: Annotated[

@@ -16,20 +16,28 @@ from .score_files import MetricScore, Protocol, TaskRow, TaskScoreFile, read_sco
 from .scored_items import read_scored_items
 
 
-LOWER_IS_BETTER = ("bits_per_byte", "word_perplexity", "byte_perplexity", "perplexity", "brier_score")
+# Metrics of lm-eval that are no shares, apart from bits per byte: they have their own unit.
+_OTHER_UNITS = ("perplexity", "word_perplexity", "byte_perplexity", "brier_score", "bleu", "chrf", "ter", "mcc")
+_LOWER_IS_BETTER = ("bits_per_byte", "perplexity", "word_perplexity", "byte_perplexity", "brier_score", "ter")
 
 # The value of each item of a task, by the hash of its row and the number of earlier items with the same hash.
 ItemValues = dict[tuple[str, int], float]
 
 
-def in_bits(metric: str) -> bool:
-    """Returns whether a metric is in bits. All others are shares, with scores in percent."""
-    return metric == "bits_per_byte"
+def metric_unit(metric: str) -> str:
+    """Returns the unit of a metric's scores: `"points"` (percent) of shares, `"bits"`, or empty for others."""
+    name = metric.partition(",")[0]
+    return "bits" if name == "bits_per_byte" else "" if name in _OTHER_UNITS else "points"
+
+
+def metric_scale(metric: str) -> float:
+    """Returns the score of a mean of 1 over the items."""
+    return 100.0 if metric_unit(metric) == "points" else 1.0
 
 
 def lower_is_better(metric: str) -> bool:
     """Returns whether a lower value of a metric is better. The name may have a filter: `"exact_match,strict"`."""
-    return metric.partition(",")[0] in LOWER_IS_BETTER
+    return metric.partition(",")[0] in _LOWER_IS_BETTER
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -86,6 +94,8 @@ class ComparedModel:
     def item_values(self, metrics: dict[str, str]) -> dict[str, ItemValues]:
         """Returns the values of all items by task; none if the model was scored without items.
 
+        Tasks are left out whose score is not the mean of their items, as that of a corpus metric, such as BLEU.
+
         Args:
             metrics (`dict`): the tasks to read and the metric of each.
 
@@ -96,29 +106,34 @@ class ComparedModel:
             return {}
         values: dict[str, ItemValues] = {task: {} for task in metrics}
         seen: Counter[tuple[str, str]] = Counter()
+        counts: Counter[str] = Counter()
         for item in read_scored_items(self.file, self.row):
             if item.task not in metrics:
                 continue
-            value = item.metrics.get(metrics[item.task], math.nan)
-            if not math.isfinite(value):
-                raise self._other_items(
-                    f"item {item.index} of {item.task} has no finite value of {metrics[item.task]}"
-                )
-            values[item.task][item.doc, seen[item.task, item.doc]] = value
+            value = item.metrics.get(metrics[item.task])
+            if value is not None and not math.isfinite(value):
+                raise self._other_items(f"item {item.index} of {item.task} has {metrics[item.task]} {value}")
+            if value is not None:  # an item may lack bits per byte, if the text of its right choice is empty
+                values[item.task][item.doc, seen[item.task, item.doc]] = value
             seen[item.task, item.doc] += 1
-        for task, found in values.items():
-            self._check_items(task, metrics[task], found)
-        return values
+            counts[item.task] += 1
+        for task in metrics:
+            if counts[task] != self.items(task):
+                raise self._other_items(
+                    f"it has {counts[task]} items of {task}, and the score is of {self.items(task)}"
+                )
+        return {task: found for task, found in values.items() if self._is_mean(task, metrics[task], found)}
 
-    def _check_items(self, task: str, metric: str, found: ItemValues) -> None:
-        if len(found) != self.items(task):
-            raise self._other_items(f"it has {len(found)} items of {task}, and the score is of {self.items(task)}")
+    def _is_mean(self, task: str, metric: str, found: ItemValues) -> bool:
+        """Returns whether the score of a task is the mean of its items. For right and wrong it must be."""
         array, score = np.array(list(found.values())), self.score(task, metric)
-        # Other metrics may be combined in another way than by the mean, but shares never are.
-        if score and is_binary(array) and abs(100 * array.mean() - score.score) > 0.01:
-            raise self._other_items(
-                f"the mean of {metric} on {task} is {100 * array.mean():.2f}, not {score.score:.2f}"
-            )
+        if not found or score is None:
+            return False
+        mean = metric_scale(metric) * float(array.mean())
+        is_mean = abs(mean - score.score) < 1e-4 * metric_scale(metric)  # 0.01 points
+        if not is_mean and is_binary(array):
+            raise self._other_items(f"the mean of {metric} on {task} is {mean:.2f}, and the score {score.score:.2f}")
+        return is_mean
 
     def _other_items(self, problem: str) -> InputError:
         assert self.file and self.row and self.row.items_file

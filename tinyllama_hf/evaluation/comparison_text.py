@@ -78,7 +78,7 @@ def _titles(comparison: ModelComparison) -> Iterator[str]:
 
 
 def _cells(found: ScoreDifference) -> tuple[str, ...]:
-    digits = 4 if found.unit == "bits" else 2
+    digits = 2 if found.unit == "points" else 4
     low, high = found.interval or (None, None)
     return (
         found.task,
@@ -101,9 +101,9 @@ def _probability(value: float | None) -> str:
 def _verdict(found: ScoreDifference, digits: int) -> str:
     if found.verdict != "no difference shown":
         return found.verdict
-    could = (
-        "could not show any" if found.detectable is None else f"could show {found.detectable:.{digits}f} {found.unit}"
-    )
+    could = "could not show any"
+    if found.detectable is not None:
+        could = f"could show {found.detectable:.{digits}f} {found.unit}".rstrip()
     return f"{found.verdict} ({could})"
 
 

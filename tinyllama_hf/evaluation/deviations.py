@@ -115,6 +115,8 @@ def _departures(row: TaskRow, protocol: Protocol, published: Released) -> list[D
             found.append(Departure(f"{key} is {own}, not {table[key]}", reach))
     if row.quantization != "none":
         found.append(Departure(f"the weights were quantized to {row.quantization}", unbounded))
+    if row.adapter:
+        found.append(Departure(f"the adapter {row.adapter} was loaded", unbounded))
     if row.cut_requests:
         found.append(Departure(f"{row.cut_requests} requests were truncated to the context", unbounded))
     for task in (task for task in TASKS if task in row.results):

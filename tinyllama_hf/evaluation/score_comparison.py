@@ -209,6 +209,8 @@ def _item_remarks(
         )
     if unmatched:
         remarks.append(f"unpaired, since the models have no items in common: {', '.join(unmatched)}")
+    if not names and (others := [t.task for t in tasks if t.test == "unpaired" and t.task not in unmatched]):
+        remarks.append(f"unpaired, since the score is not the mean of its items: {', '.join(others)}")
     rows = [m.row for m in both if m.row]
     if len(rows) == 2 and rows[0].fingerprint == rows[1].fingerprint and rows[0].quantization == rows[1].quantization:
         remarks.append("both have the same weights")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from . import paired_tests as statistics
-from .compared_models import ItemValues, in_bits, lower_is_better
+from .compared_models import ItemValues, lower_is_better, metric_scale, metric_unit
 from .paired_tests import Floats
 from .score_files import MetricScore
 
@@ -17,7 +17,8 @@ from .score_files import MetricScore
 class ScoreDifference:
     """The difference of two models on a task, or of their averages.
 
-    Scores, differences, errors and bounds are in points (percent), those of `bits_per_byte` in bits.
+    Scores, differences, errors and bounds are in points (percent), those of `bits_per_byte` in bits. Metrics that are
+    neither have their own unit.
 
     Attributes:
         task (`str`): name of the task, or `"average"`.
@@ -51,8 +52,8 @@ class ScoreDifference:
 
     @property
     def unit(self) -> str:
-        """The unit of the scores and the difference."""
-        return "bits" if in_bits(self.metric) else "points"
+        """The unit of the scores and the difference: `"points"`, `"bits"`, or empty."""
+        return metric_unit(self.metric)
 
     def decide(self, corrected: float, lower: bool) -> None:
         """Sets the verdict from the corrected p-value. `lower` is whether a lower score is better."""
@@ -79,7 +80,7 @@ def paired_difference(
     """
     keys = [key for key in items[0] if key in items[1]]
     first, second = (np.array([values[key] for key in keys]) for values in items)
-    differences, scale = second - first, 1.0 if in_bits(metric) else 100.0
+    differences, scale = second - first, metric_scale(metric)
     name = int.from_bytes(hashlib.sha256(task.encode()).digest()[:8])
     sample = statistics.bootstrap_sample(differences)
     means = scale * statistics.bootstrap_means(sample, resamples, np.random.default_rng([seed, name]))

@@ -261,6 +261,9 @@ class ReplyScoreFile:
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+# What is read as a kind of score file: task scores of other protocols than the published one have their own name.
+_KINDS = {"commonsense": ("commonsense", "tasks")}
+
 Row = TypeVar("Row", bound=ScoredModel)
 File = TypeVar("File", TextScoreFile, TaskScoreFile, ReplyScoreFile)
 
@@ -276,7 +279,7 @@ def read_contents(path: Path | None, task: str, rescore: bool = False) -> dict[s
     if rescore or path is None or not path.is_file():
         return None
     contents = read_json(path)
-    if not isinstance(contents, dict) or contents.get("task") != task:
+    if not isinstance(contents, dict) or contents.get("task") not in _KINDS.get(task, (task,)):
         raise InputError(f"{path}: is not a file of {task} scores. Choose another file.")
     return contents
 
