@@ -156,7 +156,13 @@ USED: dict[str, tuple[str, ...]] = {
     "datatrove.utils.batching.batched": ("data/pipeline.py",),
     # lm-eval
     "lm_eval.api.task": ("evaluation/suite.py",),
+    "lm_eval.api.instance.Instance": ("evaluation/harness.py",),
+    "lm_eval.api.registry.register_model": ("evaluation/harness.py",),
     "lm_eval.models.huggingface.HFLM": ("evaluation/harness.py",),
+    "lm_eval.models.utils.handle_stop_sequences": ("evaluation/harness.py",),
+    "lm_eval.models.utils.has_bos_prefix": ("evaluation/harness.py",),
+    "lm_eval.models.utils.normalize_gen_kwargs": ("evaluation/harness.py",),
+    "lm_eval.models.utils.postprocess_generated_text": ("evaluation/harness.py",),
     "lm_eval.models.huggingface.HFLM._loglikelihood_tokens": ("evaluation/harness.py",),
     # huggingface_hub, evaluate, multiprocess
     "huggingface_hub.repocard_data.eval_results_to_model_index": ("hub/card.py",),

@@ -57,14 +57,16 @@ def parse_max_bytes(value: str) -> int | None:
 
 
 def held_out_source(folder: str | Path, max_bytes: int | None = None) -> TextSource:
-    """Returns the held-out text of a data set without reading it. Its sample has at most `bytes` bytes.
+    """Returns the held-out text of a data set without reading it.
+
+    Of a sample, only the largest number of bytes is known then; `documents` counts all.
 
     Args:
         folder (`str` or `Path`): the prepared data set.
         max_bytes (`int`, *optional*): size of the sample; by default everything.
 
     Raises:
-        InputError: if the folder is not a prepared data set, has no held-out documents, or lacks a file of them.
+        InputError: if the folder is not a prepared data set or has no held-out documents.
     """
     folder = Path(folder)
     metadata = read_metadata(folder)
@@ -72,12 +74,6 @@ def held_out_source(folder: str | Path, max_bytes: int | None = None) -> TextSou
     documents, num_bytes = (sum(getattr(shard, key) for shard in shards) for key in ("documents", "bytes"))
     if not num_bytes:
         raise InputError(f"{folder} has no held-out documents. Prepare it again with a larger --validation-fraction")
-    for shard in shards:
-        if not _text_file(folder, shard).is_file():
-            raise InputError(
-                f"{_text_file(folder, shard)}: the file is missing; {METADATA_FILE} lists {shard.documents} "
-                "documents. Prepare the data again"
-            )
     source = TextSource(str(folder), metadata["fingerprint"], documents, num_bytes, documents, num_bytes)
     if max_bytes is None or max_bytes >= num_bytes:
         return source
@@ -94,7 +90,8 @@ def held_out_documents(folder: str | Path, max_bytes: int | None = None) -> Held
         max_bytes (`int`, *optional*): size of the sample; by default everything.
 
     Raises:
-        InputError: as [`held_out_source`]; if a file is damaged, or the first character is longer than the sample.
+        InputError: as [`held_out_source`]; if a file is missing, or the first character is longer than the sample. A
+            damaged file is named when it is read.
     """
     source = held_out_source(folder, max_bytes)
     if source.max_bytes is None:
@@ -132,6 +129,12 @@ class _Documents:
 
     def __init__(self, folder: Path):
         self._folder, self._shards = folder, _held_out_shards(read_metadata(folder))
+        for shard in self._shards:  # before hours of scoring
+            if not (file := _text_file(folder, shard)).is_file():
+                raise InputError(
+                    f"{file}: the file is missing; {METADATA_FILE} lists {shard.documents} documents. Prepare the "
+                    "data again"
+                )
 
     def __iter__(self) -> Iterator[str]:
         for shard in self._shards:
