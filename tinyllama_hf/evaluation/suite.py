@@ -16,12 +16,15 @@ from ..provenance import file_sha256
 from .protocol import TASKS
 from .protocol_definitions import ProtocolDefinition, define_protocol, fewshot_of, metric_of
 from .task_data import (
+    COMMONSENSE_SPLITS,
     SAMPLE,
     WHERE_DATA_COME_FROM,
+    Layout,
     TaskSource,
     check_files,
     data_folder,
     find_source,
+    local_source,
     read_part,
 )
 from .task_index import ChosenTasks, choose_tasks, index_tasks
@@ -61,15 +64,19 @@ class Suite(NamedTuple):
 
 
 def task_files(folder: str | Path) -> dict[str, Path]:
-    """Returns the local file of each of the seven commonsense tasks.
+    """Returns the local file of each of the seven commonsense tasks, also where lm-eval is not installed.
 
     Args:
         folder (`str` or `Path`): as `data` of [`open_suite`].
 
     Raises:
-        InputError: if a file is missing; names it, and where to get it.
+        InputError: if files are missing; names them, and where to get them.
     """
-    return {name: source.files[source.eval_split] for name, source in find_sources(folder, define_protocol()).items()}
+    root = data_folder(folder)
+    assert root is not None
+    sources = {name: local_source(root, name, split, Layout(name)) for name, split in COMMONSENSE_SPLITS.items()}
+    check_files(sources.values(), folder)
+    return {name: source.files[source.eval_split] for name, source in sources.items()}
 
 
 def find_sources(
@@ -229,7 +236,8 @@ def _prepare(task: Any, source: TaskSource) -> None:
 
 def _check_documents(task: Any, source: TaskSource) -> None:
     """Checks the number of items, and the choices of each."""
-    documents = task.eval_docs  # made again at each access
+    # `eval_docs` is made again at each access. Tasks in Python classes of lm-eval have no `task_docs`.
+    documents = getattr(task, "task_docs", None) or task.eval_docs
     if not source.is_redirected and source.task in TASKS:
         check_rows(source.task, enumerate(documents, start=1), _sample_fields(source.task), source.task)
     if len(documents) < 2:

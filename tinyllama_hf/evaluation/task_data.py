@@ -56,6 +56,16 @@ LAYOUTS = {
     "EleutherAI/drop": Layout("drop"),
     "ucinlp/drop": Layout("drop", split="validation_simple_evals"),
 }
+# The scored split of the commonsense tasks.
+COMMONSENSE_SPLITS = {
+    "hellaswag": "validation",
+    "openbookqa": "test",
+    "winogrande": "validation",
+    "arc_challenge": "test",
+    "arc_easy": "test",
+    "boolq": "validation",
+    "piqa": "validation",
+}
 # Builders of `datasets` that read files, for definitions of users with their own data.
 _FILE_BUILDERS = ("json", "csv", "parquet", "arrow", "text")
 
@@ -121,13 +131,22 @@ def find_source(task: str, definition: dict[str, Any], num_fewshot: int, folder:
     if folder is None:
         return source
     layout = LAYOUTS.get(f"{path}/{part}") or LAYOUTS.get(str(path)) or Layout(task)
+    local = local_source(folder, task, eval_split, layout, shot_split)
+    return dataclasses.replace(
+        source, files=local.files, is_redirected=True, column=layout.column, part=part if layout.column else None
+    )
+
+
+def local_source(
+    folder: Path, task: str, eval_split: str, layout: Layout, shot_split: str | None = None
+) -> TaskSource:
+    """Returns the data of a task in a folder, from its layout alone."""
     files = {}
     for split in filter(None, dict.fromkeys((eval_split, shot_split))):
         name = f"{layout.folder}/{layout.split or split}.jsonl"
         plain, compressed = folder / name, folder / f"{name}.gz"
         files[split] = compressed if compressed.is_file() and not plain.is_file() else plain
-    part = part if layout.column else None
-    return dataclasses.replace(source, files=files, is_redirected=True, column=layout.column, part=part)
+    return TaskSource(task, eval_split, shot_split, 0, "", files, is_redirected=True)
 
 
 def check_files(sources: Iterable[TaskSource], data: str | Path | None) -> None:

@@ -9,7 +9,7 @@ import difflib
 import functools
 import importlib.util
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def index_tasks(include: Path | None = None) -> dict[str, TaskFile]:
     for folder in (stock_folder(), eval_folder() / "tasks"):
         index |= _index_folder(folder)
     if include is not None:
-        own = _index_folder(include.resolve()) if include.is_dir() else {}
+        own = _index_folder(include.resolve(), _parsed_keys) if include.is_dir() else {}
         if not own:
             raise InputError(
                 f"--include {include}: no task definitions. Name a folder with .yaml files of lm-eval tasks"
@@ -151,12 +151,14 @@ class _DefinitionLoader(yaml.SafeLoader):
 _DefinitionLoader.add_constructor("!function", lambda loader, node: f"!function {node.value}")
 
 
-def _index_folder(folder: Path) -> dict[str, TaskFile]:
+def _index_folder(
+    folder: Path, keys_of: Callable[[Path], dict[str, tuple[str, ...]]] | None = None
+) -> dict[str, TaskFile]:
     found: dict[str, TaskFile] = {}
     tags: dict[str, list[str]] = {}
     paths = (path for path in folder.rglob("*.yaml") if not _IGNORED.intersection(path.parts))
     for path in sorted(paths, key=lambda path: path.as_posix()):
-        keys = _keys(path)
+        keys = (keys_of or _keys)(path)
         is_group = "group" in keys and "class" not in keys
         name = next(iter(keys.get("group" if is_group else "task", ())), None)
         if name and name not in found:  # lm-eval keeps the first of two in a folder
@@ -179,6 +181,17 @@ def _keys(path: Path) -> dict[str, tuple[str, ...]]:
     for included in own.pop("include", ()):
         inherited |= _keys(path.parent / included)
     return inherited | own
+
+
+def _parsed_keys(path: Path) -> dict[str, tuple[str, ...]]:
+    """Returns the same for a definition of a user, in any form of YAML."""
+    found = {}
+    for key, value in read_definition(path).items():
+        if key in ("task", "group", "tag", "class"):
+            found[key] = tuple(
+                part for part in (value if isinstance(value, list) else [value]) if isinstance(part, str)
+            )
+    return found
 
 
 def _values(text: str) -> Iterator[str]:
