@@ -6,7 +6,9 @@ import math
 import re
 import shutil
 import sys
+from typing import Any
 
+import lm_eval.utils
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ from tinyllama_hf.errors import InputError
 from tinyllama_hf.evaluation import suite as suites
 from tinyllama_hf.evaluation import task_loading
 from tinyllama_hf.evaluation.protocol import TASKS
-from tinyllama_hf.evaluation.suite import open_suite, task_files
+from tinyllama_hf.evaluation.suite import open_suite, quiet_harness, task_files
 from tinyllama_hf.evaluation.table import table_lines
 from tinyllama_hf.evaluation.task_data import find_source
 from tinyllama_hf.evaluation.task_rows import check_rows, decisive_fields
@@ -390,6 +392,31 @@ def test_the_sample_has_the_rows_of_the_real_data_and_none_of_them(shared):
             assert {key: type(value) for key, value in row.items()} == {k: type(v) for k, v in real[0].items()}
         texts = {text for row in real for text in row.values() if isinstance(text, str) and len(text) > 20}
         assert not texts & {text for row in made for text in row.values() if isinstance(text, str)}
+
+
+def test_lm_eval_still_compiles_a_template_for_each_item(opened):
+    """If this fails, the workaround in task_loading.py can be removed. The requests are the same with it."""
+    task, compiled = opened["arc_easy"], []
+    own = lm_eval.utils.env.from_string
+
+    def count(template: str) -> Any:
+        compiled.append(template)
+        return own(template)
+
+    requests = []
+    lm_eval.utils.env.from_string = count
+    try:
+        task.build_all_requests()
+        assert len(compiled) >= 2 * 10 and len(set(compiled)) <= 3
+        requests.append([request.args for request in task.instances])
+        compiled.clear()
+        with quiet_harness():
+            task.build_all_requests()
+        assert len(compiled) == len(set(compiled)) <= 3 and lm_eval.utils.env.from_string is count
+        requests.append([request.args for request in task.instances])
+    finally:
+        lm_eval.utils.env.from_string = own
+    assert requests[0] == requests[1]
 
 
 def test_lm_eval_still_draws_a_bar_for_each_task(capfd):

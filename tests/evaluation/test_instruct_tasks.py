@@ -128,7 +128,7 @@ def test_prompts_of_humaneval(suite):
     )
     task = suite.tasks["instruct_humaneval"]
     assert prompts(task) == [start + row["prompt"] for row in humaneval_rows()]
-    settings = {"do_sample": True, "temperature": 0.1, "top_k": 50, "max_gen_toks": 512, "until": []}
+    settings = {"do_sample": True, "temperature": 0.1, "max_gen_toks": 512, "until": []}
     assert task.instances[0].args[1] == settings
 
 

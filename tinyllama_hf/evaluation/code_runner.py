@@ -21,7 +21,7 @@ CPU_SECONDS = 3
 MEMORY_BYTES = 1 << 30
 FILE_BYTES = 16 << 20
 WORK = "/program-folder"
-NOBODY = 65534
+UNPRIVILEGED = 65534
 
 # From linux/sched.h, sys/mount.h, linux/mount.h, sys/prctl.h and linux/capability.h.
 _NEW_USER, _NEW_PID, _NEW_NET, _NEW_IPC, _NEW_UTS, _NEW_MOUNTS = (
@@ -35,7 +35,7 @@ _SET_PARENT_DEATH_SIGNAL, _SET_NO_NEW_PRIVILEGES = 1, 38
 _CAPABILITY_VERSION = 0x20080522
 
 
-def run(request: dict[str, Any]) -> None:
+def run_request(request: dict[str, Any]) -> None:
     """Enters the namespaces, runs the program in a grandchild process, and ends when it has ended."""
     results = os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
@@ -93,8 +93,8 @@ def _isolate(folder: str, paths: list[str]) -> None:
     os.chdir(WORK)
     if is_root:
         os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
+        os.setresgid(UNPRIVILEGED, UNPRIVILEGED, UNPRIVILEGED)
+        os.setresuid(UNPRIVILEGED, UNPRIVILEGED, UNPRIVILEGED)
     _call("capset", (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)())
     _call("prctl", _SET_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
 
@@ -138,4 +138,4 @@ def _call(function: str, *arguments: Any, name: str = "") -> None:
 
 
 if __name__ == "__main__":
-    run(json.load(sys.stdin))
+    run_request(json.load(sys.stdin))

@@ -19,7 +19,7 @@ from .task_data import (
     COMMONSENSE_SPLITS,
     SAMPLE,
     WHERE_DATA_COME_FROM,
-    Layout,
+    RowLayout,
     TaskSource,
     check_files,
     data_folder,
@@ -74,7 +74,7 @@ def task_files(folder: str | Path) -> dict[str, Path]:
     """
     root = data_folder(folder)
     assert root is not None
-    sources = {name: local_source(root, name, split, Layout(name)) for name, split in COMMONSENSE_SPLITS.items()}
+    sources = {name: local_source(root, name, split, RowLayout(name)) for name, split in COMMONSENSE_SPLITS.items()}
     check_files(sources.values(), folder)
     return {name: source.files[source.eval_split] for name, source in sources.items()}
 
@@ -246,7 +246,8 @@ def _check_documents(task: Any, source: TaskSource) -> None:
         return
     for index, document in enumerate(documents):
         try:
-            choices, right = task.doc_to_choice(document), right_choices(task, document)
+            choices = task.doc_to_choice(document)
+            right = right_choices(task, document, choices)
         except BAD_ROW as error:
             raise InputError(
                 f"{source.name}, row {index + 1} is not a valid {source.task} row ({one_line(error)})"
@@ -258,10 +259,12 @@ def _check_documents(task: Any, source: TaskSource) -> None:
             )
 
 
-def right_choices(task: Any, document: dict[str, Any]) -> list[int]:
-    """Returns the indices of the right choices: some definitions give several, or the text of the choice."""
+def right_choices(task: Any, document: dict[str, Any], choices: list[str]) -> list[int]:
+    """Returns the indices of the right choices: some definitions give several, or the text of the choice.
+
+    WinoGrande has it in `doc_to_text`, since its choices are contexts.
+    """
     target = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
-    choices = task.doc_to_choice(document)
     return [
         choices.index(gold) if isinstance(gold, str) and gold in choices else int(gold)
         for gold in (target if isinstance(target, list) else [target])
@@ -269,5 +272,5 @@ def right_choices(task: Any, document: dict[str, Any]) -> list[int]:
 
 
 def right_choice(task: Any, document: dict[str, Any]) -> int:
-    """Returns the index of the right choice. WinoGrande has it in `doc_to_text`, since its choices are contexts."""
-    return right_choices(task, document)[0]
+    """Returns the index of the first right choice."""
+    return right_choices(task, document, task.doc_to_choice(document))[0]

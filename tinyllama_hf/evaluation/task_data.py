@@ -25,7 +25,7 @@ WHERE_DATA_COME_FROM = (
 )
 
 
-class Layout(NamedTuple):
+class RowLayout(NamedTuple):
     """Where the rows of a data set of the Hub are in a folder.
 
     Attributes:
@@ -41,20 +41,20 @@ class Layout(NamedTuple):
 
 # By path of the data set, or by path and part. Other data sets are in a folder with the name of the task.
 LAYOUTS = {
-    "Rowan/hellaswag": Layout("hellaswag"),
-    "allenai/openbookqa": Layout("openbookqa"),
-    "allenai/winogrande": Layout("winogrande"),
-    "allenai/ai2_arc/ARC-Challenge": Layout("arc_challenge"),
-    "allenai/ai2_arc/ARC-Easy": Layout("arc_easy"),
-    "aps/super_glue/boolq": Layout("boolq"),
-    "baber/piqa": Layout("piqa"),
-    "cais/mmlu": Layout("mmlu", "subject"),
-    "cais/mmlu/all": Layout("mmlu"),
-    "SaylorTwift/bbh": Layout("bbh", "task"),
-    "openai/gsm8k": Layout("gsm8k"),
-    "openai/openai_humaneval": Layout("humaneval"),
-    "EleutherAI/drop": Layout("drop"),
-    "ucinlp/drop": Layout("drop", split="validation_simple_evals"),
+    "Rowan/hellaswag": RowLayout("hellaswag"),
+    "allenai/openbookqa": RowLayout("openbookqa"),
+    "allenai/winogrande": RowLayout("winogrande"),
+    "allenai/ai2_arc/ARC-Challenge": RowLayout("arc_challenge"),
+    "allenai/ai2_arc/ARC-Easy": RowLayout("arc_easy"),
+    "aps/super_glue/boolq": RowLayout("boolq"),
+    "baber/piqa": RowLayout("piqa"),
+    "cais/mmlu": RowLayout("mmlu", "subject"),
+    "cais/mmlu/all": RowLayout("mmlu"),
+    "SaylorTwift/bbh": RowLayout("bbh", "task"),
+    "openai/gsm8k": RowLayout("gsm8k"),
+    "openai/openai_humaneval": RowLayout("humaneval"),
+    "EleutherAI/drop": RowLayout("drop"),
+    "ucinlp/drop": RowLayout("drop", split="validation_simple_evals"),
 }
 # The scored split of the commonsense tasks.
 COMMONSENSE_SPLITS = {
@@ -130,7 +130,7 @@ def find_source(task: str, definition: dict[str, Any], num_fewshot: int, folder:
         return dataclasses.replace(source, files=_own_files(task, definition))
     if folder is None:
         return source
-    layout = LAYOUTS.get(f"{path}/{part}") or LAYOUTS.get(str(path)) or Layout(task)
+    layout = LAYOUTS.get(f"{path}/{part}") or LAYOUTS.get(str(path)) or RowLayout(task)
     local = local_source(folder, task, eval_split, layout, shot_split)
     return dataclasses.replace(
         source, files=local.files, is_redirected=True, column=layout.column, part=part if layout.column else None
@@ -138,7 +138,7 @@ def find_source(task: str, definition: dict[str, Any], num_fewshot: int, folder:
 
 
 def local_source(
-    folder: Path, task: str, eval_split: str, layout: Layout, shot_split: str | None = None
+    folder: Path, task: str, eval_split: str, layout: RowLayout, shot_split: str | None = None
 ) -> TaskSource:
     """Returns the data of a task in a folder, from its layout alone."""
     files = {}

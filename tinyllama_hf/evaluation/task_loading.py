@@ -1,6 +1,7 @@
 """Loads tasks with lm-eval, from a folder of definitions that include the original ones and name local rows."""
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,14 +103,22 @@ def _write_definition(source: TaskSource, chosen: ChosenTasks, folder: Path, fil
 
 @contextlib.contextmanager
 def quiet_harness() -> Iterator[None]:
-    """Silences messages and progress bars of the libraries; errors are reported by our own messages."""
+    """Silences messages and progress bars of the libraries, and lets lm-eval compile each template once.
+
+    Errors are reported by our own messages. Can be entered again inside.
+    """
     import datasets
     import lm_eval.api.task
+    import lm_eval.utils
 
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers.tokenization_utils_base")]
     levels = [logger.level for logger in loggers]
     bars, task_bar = datasets.are_progress_bars_disabled(), lm_eval.api.task.tqdm
+    compile_template = lm_eval.utils.env.from_string
     try:
+        # lm-eval 0.4.13 compiles the templates of a task again for each item, which takes most of the time of building
+        # requests. A compiled template has no state.
+        lm_eval.utils.env.from_string = functools.cache(compile_template)
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
         datasets.disable_progress_bars()
@@ -118,6 +127,7 @@ def quiet_harness() -> Iterator[None]:
         yield
     finally:
         lm_eval.api.task.tqdm = task_bar
+        lm_eval.utils.env.from_string = compile_template
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         if not bars:
