@@ -155,7 +155,7 @@ def test_the_27_tasks_are_alike():
     assert group["task"] == [f"instruct_bbh_{name}" for name in names]
     for name in names:
         task = yaml.safe_load((folder / f"{name}.yaml").read_text())
-        assert task == {"include": "../_bbh_template", "task": f"instruct_bbh_{name}", "dataset_name": name}
+        assert task == {"include": "../_bbh_template.yaml", "task": f"instruct_bbh_{name}", "dataset_name": name}
     assert {path.stem for path in folder.iterdir()} == {*names, "instruct_bbh"}
 
 
