@@ -119,7 +119,7 @@ CASES = {
         ),
     },
     "eval tasks m n --data x --limit 5 --samples s --output o --published v1.1 "
-    "--task boolq --adapter a --run-code --quantization nf4 --device cpu": {
+    "--task boolq --adapter a --run-code --show 2 --quantization nf4 --device cpu": {
         "tinyllama_hf.evaluation.task_scores.score_tasks": (
             SimpleNamespace(file=SimpleNamespace(protocol="protocol", models=[]), items=[]),
             {
@@ -129,6 +129,7 @@ CASES = {
                 "definition.tasks": ("boolq",),
                 "adapter": "a",
                 "run_code": True,
+                "with_items": True,
                 "samples": Path("s"),
                 "output": Path("o"),
                 "quantization": "nf4",
@@ -139,6 +140,17 @@ CASES = {
             None,
             {"scores.protocol": "protocol", "published.name": "v1.1"},
         ),
+    },
+    "eval tasks m --protocol modern --task arc_easy --include i": {
+        "tinyllama_hf.evaluation.protocol_definitions.define_protocol": (
+            SimpleNamespace(name="modern", tasks=("arc_easy",)),
+            {"name": "modern", "tasks": ["arc_easy"], "include": Path("i")},
+        ),
+        "tinyllama_hf.evaluation.task_scores.score_tasks": (
+            SimpleNamespace(file=SimpleNamespace(protocol="protocol", models=[]), items=[]),
+            {"definition.tasks": ("arc_easy",), "include": Path("i")},
+        ),
+        "tinyllama_hf.evaluation.table.table_lines": (None, {"scores.protocol": "protocol"}),
     },
     "eval replies m --data x --limit 5 --max-new-tokens 7 --output o --quantization nf4 --device cpu": {
         "tinyllama_hf.finetune.replies.score_replies": (

@@ -52,7 +52,7 @@ OPTIONAL = {
     "trl": None,
     "peft": None,
     "bitsandbytes": "tinyllama_hf/quantization/repacking.py",
-    "lm_eval": "tinyllama_hf/evaluation/harness.py",
+    "lm_eval": ("tinyllama_hf/evaluation/harness.py", "eval/tasks/"),
     "evaluate": "eval/metrics/",
     "fastapi": None,
     "uvicorn": None,

@@ -155,7 +155,8 @@ USED: dict[str, tuple[str, ...]] = {
     "datatrove.pipeline.tokens.tokenizer.TokenizedFile": ("data/pipeline.py",),
     "datatrove.utils.batching.batched": ("data/pipeline.py",),
     # lm-eval
-    "lm_eval.api.task": ("evaluation/suite.py",),
+    "lm_eval.api.task": ("evaluation/task_loading.py",),
+    "lm_eval.api.task.ConfigurableTask": ("eval/tasks/instruct/instruct_tasks.py",),
     "lm_eval.api.instance.Instance": ("evaluation/harness.py",),
     "lm_eval.api.registry.register_model": ("evaluation/harness.py",),
     "lm_eval.models.huggingface.HFLM": ("evaluation/harness.py",),

@@ -1,14 +1,38 @@
-"""The protocols by name: settings and tasks of each, and what its scores can be compared with."""
+"""The protocols by name: settings and tasks of each, and what its scores can be compared with.
+
+- `published`: TinyLlama's table. The seven tasks, without examples, in fp32, without a begin-of-sequence token.
+- `modern`: the defaults of the installed lm-eval, for any task. Number of examples as the task's definition has it
+  (MMLU 0, GSM8K 5, BBH 3), dtype of the checkpoint, begin-of-sequence as the tokenizer does.
+- `olmes`: the forms of OLMES (Gu et al. 2024, arXiv:2406.08446) that lm-eval has, with 5 examples. Cloze: ARC, BoolQ,
+  HellaSwag, OpenBookQA, PIQA, SocialIQA, WinoGrande and `mmlu_continuation`. Multiple choice: CommonsenseQA and
+  `mmlu`. lm-eval 0.4.13 has neither the other form of these tasks nor OLMES's own examples, prompts, normalization by
+  unconditional likelihood, and choice between both forms; examples are drawn from the training split with lm-eval's
+  seed. Scores are not those of an OLMES table.
+- `instruct`: InstructEval (declare-lab/instruct-eval, commit 49bbd2c), which has the second table of TinyLlama's EVAL
+  page; see `eval/tasks/instruct/README.md`.
+"""
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError, did_you_mean
+from ..released import tables
 from .protocol import TASKS
+from .task_index import choose_tasks, index_tasks
 
 
 PROTOCOLS = ("published", "modern", "olmes", "instruct")
+OLMES_TASKS = (
+    *("arc_challenge", "arc_easy", "boolq", "commonsense_qa", "hellaswag", "mmlu", "mmlu_continuation"),
+    *("openbookqa", "piqa", "social_iqa", "winogrande"),
+)
+INSTRUCT_TASKS = ("instruct_mmlu", "instruct_bbh", "instruct_drop", "instruct_humaneval")
+# Protocols that define their tasks. Under the others, every task is allowed.
+_OWN_TASKS = {"published": TASKS, "olmes": OLMES_TASKS, "instruct": INSTRUCT_TASKS}
+# Protocols that set the number of examples. In the others, the definition of the task does.
+_NUM_FEWSHOT = {"published": 0, "olmes": 5}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +55,15 @@ class ProtocolDefinition:
     tasks: tuple[str, ...]
 
 
+_SETTINGS = {
+    "published": ProtocolDefinition("published", "float32", False, False, TASKS),
+    "modern": ProtocolDefinition("modern", "auto", None, False, TASKS),
+    "olmes": ProtocolDefinition("olmes", "auto", None, False, OLMES_TASKS),
+    # InstructEval loads weights without a dtype, which was fp32, and the tokenizer adds the begin-of-sequence token.
+    "instruct": ProtocolDefinition("instruct", "float32", None, False, INSTRUCT_TASKS),
+}
+
+
 def define_protocol(
     name: str = "published", tasks: Sequence[str] = (), include: Path | None = None
 ) -> ProtocolDefinition:
@@ -38,18 +71,48 @@ def define_protocol(
 
     Args:
         name (`str`, *optional*, defaults to `"published"`): one of `PROTOCOLS`.
-        tasks (`Sequence[str]`, *optional*): names of tasks and groups; by default those of the protocol.
+        tasks (`Sequence[str]`, *optional*): names of tasks, groups and tags; by default those of the protocol. Those
+            of `instruct` can be written without the prefix `instruct_`.
         include (`Path`, *optional*): folder with the user's own task definitions.
 
     Raises:
-        InputError: for an unknown protocol or task; names the nearest one.
+        InputError: for an unknown protocol or task, which names the nearest one, for a task that is not in the
+            protocol or is named twice, or if lm-eval is not installed.
     """
     if name not in PROTOCOLS:
         raise InputError(f"--protocol {name!r}: unknown protocol{did_you_mean(name, PROTOCOLS)}")
-    if name != "published":
-        raise InputError(f"--protocol {name}: not available yet")
-    if unknown := [task for task in tasks if task not in TASKS]:
-        raise InputError(
-            f"--task {unknown[0]!r}: unknown task of --protocol published{did_you_mean(unknown[0], TASKS)}"
-        )
-    return ProtocolDefinition("published", "float32", False, False, tuple(tasks) or TASKS)
+    settings = _SETTINGS[name]
+    if tasks:
+        chosen = tuple(tasks)
+        if name == "instruct":
+            chosen = tuple(task if task.startswith("instruct_") else f"instruct_{task}" for task in tasks)
+        own = _OWN_TASKS.get(name)
+        for task, full in zip(tasks, chosen, strict=True):
+            if own and full not in own and not any(full.startswith(f"{group}_") for group in own):
+                raise InputError(
+                    f"--task {task!r} is not in --protocol {name}{did_you_mean(full, own)}. --protocol modern scores "
+                    "every task of lm-eval"
+                )
+        settings = dataclasses.replace(settings, tasks=chosen)
+    if name == "modern" or include:
+        choose_tasks(settings.tasks, index_tasks(include))
+    return settings
+
+
+def fewshot_of(definition: ProtocolDefinition, settings: dict[str, Any]) -> int:
+    """Returns the number of solved examples before each question of a task with these settings."""
+    return _NUM_FEWSHOT.get(definition.name, int(settings.get("num_fewshot") or 0))
+
+
+def metric_of(definition: ProtocolDefinition, name: str, task: Any) -> str:
+    """Returns the metric to report: of the published table; else `acc_norm`, or the first one of the definition.
+
+    With a filter of the definition it is `"METRIC,FILTER"`, as in the results of lm-eval.
+    """
+    if definition.name == "published":
+        return tables()["protocol"]["metric"][name]
+    metrics = [str(metric) for metric in task.aggregation()]
+    metric = "acc_norm" if "acc_norm" in metrics else metrics[0]
+    filters = task.config.filter_list or [{"name": "none"}]
+    first = filters[0]["name"]
+    return metric if first == "none" else f"{metric},{first}"

