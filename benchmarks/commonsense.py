@@ -30,7 +30,9 @@ import yaml
 from common import save
 
 from tinyllama_hf.evaluation.protocol import TASKS
-from tinyllama_hf.evaluation.suite import eval_folder, task_files
+from tinyllama_hf.evaluation.suite import task_files
+from tinyllama_hf.evaluation.task_data import COMMONSENSE_SPLITS
+from tinyllama_hf.evaluation.task_index import choose_tasks, index_tasks
 from tinyllama_hf.files import read_json, write_json
 
 
@@ -48,14 +50,12 @@ def measured(command: Sequence[str]) -> dict[str, float]:
 
 
 def write_tasks(data: str, folder: Path) -> None:
-    """Writes definitions that read local rows for lm-eval's own command line: `include` names the stock ones."""
-    from lm_eval import tasks as stock
-
+    """Writes definitions that read local rows, for lm-eval's own command line. They include the stock ones."""
+    chosen = choose_tasks(TASKS, index_tasks(None))
     for name, file in task_files(data).items():
-        own = yaml.safe_load((eval_folder() / "tasks" / f"{name}.yaml").read_text(encoding="utf-8"))
-        (split,) = own["dataset_kwargs"]["data_files"]
-        own |= {"task": f"local_{name}", "include": str(Path(stock.__file__).parent / own["include"])}
-        own["dataset_kwargs"] = {"data_files": {split: str(file.resolve())}}
+        rows = {COMMONSENSE_SPLITS[name]: str(file.resolve())}
+        own = {"task": f"local_{name}", "include": str(chosen.files[name].path), "training_split": None}
+        own |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": rows}}
         (folder / f"local_{name}.yaml").write_text(yaml.safe_dump(own), encoding="utf-8")
 
 
