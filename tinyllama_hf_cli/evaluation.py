@@ -200,7 +200,7 @@ def eval_tasks_command(
     from tinyllama_hf.progress import quiet_library_bars
 
     quiet_library_bars()
-    name = "commonsense" if protocol == "published" else f"tasks-{protocol}"
+    name = "commonsense" if protocol == "published" and not task else f"tasks-{protocol}"
     target = _target(output, find_run(models) if not adapter else None, name, quantization)
     try:
         scored = score_tasks(

@@ -64,5 +64,8 @@ def caveat(file: TaskScoreFile) -> str:
     if file.protocol.sample:
         return "a few made-up items that test the pipeline; the scores have no meaning"
     official, results = tables()["protocol"]["items"], file.models[0].results
-    partial = [f"{r.items} of {official[t]} items of {t}" for t, r in results.items() if r.items != official[t]]
+    known = {task: result for task, result in results.items() if task in official}
+    partial = [f"{r.items} of {official[t]} items of {t}" for t, r in known.items() if r.items != official[t]]
+    if file.protocol.limit is not None and not partial:  # the number of items of other tasks is not known here
+        partial = [f"the first {file.protocol.limit} items of each task"]
     return f"{', '.join(partial)}; not comparable with scores on all items" if partial else ""

@@ -349,10 +349,16 @@ def read_run_scores(folder: Path) -> RunScores:
     """Reads the score files that `tinyllama-hf eval` writes into a run or a model folder.
 
     Raises:
-        InputError: as [`read_scores`].
+        InputError: as [`read_scores`]; if the commonsense scores are not those of the seven tasks.
     """
+    commonsense = read_scores(folder / "commonsense.json", TaskScoreFile)
+    if commonsense and any(row.average is None for row in commonsense.models):
+        raise InputError(
+            f"{folder / 'commonsense.json'}: does not have all seven tasks of the published protocol, which report and "
+            "card show. Give scores of other tasks another name"
+        )
     return RunScores(
         read_scores(folder / "scores.json", TextScoreFile),
-        read_scores(folder / "commonsense.json", TaskScoreFile),
+        commonsense,
         read_scores(folder / "replies.json", ReplyScoreFile),
     )
