@@ -354,8 +354,8 @@ def read_run_scores(folder: Path) -> RunScores:
     commonsense = read_scores(folder / "commonsense.json", TaskScoreFile)
     if commonsense and any(row.average is None for row in commonsense.models):
         raise InputError(
-            f"{folder / 'commonsense.json'}: does not have all seven tasks of the published protocol, which report and "
-            "card show. Give scores of other tasks another name"
+            f"{folder / 'commonsense.json'}: does not have all seven tasks of the published protocol, which are shown "
+            "in report and card. Give scores of other tasks another name"
         )
     return RunScores(
         read_scores(folder / "scores.json", TextScoreFile),
