@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import statistics
 import sys
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT, run_here
-from tests.evaluation.commonsense_scorer import SPLITS, Scorer, read_rows
+from tests.evaluation.commonsense_scorer import BY_CHARACTER, SPLITS, Scorer, question, read_rows
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.evaluation import suite as suites
@@ -79,6 +80,31 @@ def assert_scores_follow(row: dict, items: list[dict]) -> None:
     assert row["average_standard_error"] == of_average
 
 
+def assert_metrics_follow(row: dict, items: list[dict]) -> None:
+    """Recomputes all metrics from the log-likelihoods and the rows of the sample."""
+    for task in TASKS:
+        own, values = [item for item in items if item["task"] == task], []
+        for item, source in zip(own, read_rows(SAMPLE, task), strict=True):
+            pairs, lengths, gold = question(task, source)
+            by_character = [x / n for x, n in zip(item["log_likelihoods"], lengths, strict=True)]
+            right = pairs[gold][1].strip().encode()
+            expected = {
+                "acc": float(max(item["log_likelihoods"]) == item["log_likelihoods"][gold]),
+                "bits_per_byte": -item["log_likelihoods"][gold] / math.log(2) / len(right),
+            }
+            if task in BY_CHARACTER:
+                expected["acc_norm"] = float(max(by_character) == by_character[gold])
+            assert {name: item["metrics"][name] for name in expected} == pytest.approx(expected)
+            values.append(expected)
+        for name in values[0]:
+            own_values = [metrics[name] for metrics in values]
+            scale = 1 if name == "bits_per_byte" else 100
+            found = row["results"][task]["metrics"][name]
+            assert found["score"] == pytest.approx(scale * statistics.mean(own_values))
+            error = scale * statistics.stdev(own_values) / math.sqrt(len(own_values))
+            assert found["standard_error"] == (pytest.approx(error) if error else None)
+
+
 @pytest.fixture(scope="module")
 def run(tokenizer_folder, tmp_path_factory):
     """A run with two milestones."""
@@ -118,6 +144,7 @@ def test_every_milestone_scored_item_by_item_as_by_the_independent_scorer(run, s
         assert len(own) == 70
         assert assert_same_items(own, Scorer(row["path"]).items(SAMPLE)) <= 7
         assert_scores_follow(row, own)
+        assert_metrics_follow(row, own)
         assert row["tokens"] == row["step"] * 256 and row["cut_requests"] == 0 and row["seconds"] > 0
 
 

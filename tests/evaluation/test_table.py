@@ -6,8 +6,9 @@ import pytest
 
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.evaluation.protocol import compare, published_row
-from tinyllama_hf.evaluation.score_files import Protocol, TaskRow, TaskScore, TaskScoreFile
-from tinyllama_hf.evaluation.table import table_lines
+from tinyllama_hf.evaluation.score_files import MetricScore, Protocol, TaskRow, TaskScore, TaskScoreFile
+from tinyllama_hf.evaluation.scored_items import ScoredItem
+from tinyllama_hf.evaluation.table import table_lines, wrong_item_lines
 from tinyllama_hf.released import tables
 
 
@@ -86,3 +87,44 @@ def test_published_rows():
         published_row("step-50k-105")
     with pytest.raises(InputError, match=r"--published 'chat-v1.0' has no published scores"):
         published_row("chat-v1.0")
+
+
+def test_bits_per_byte_of_right_answers_are_a_line_of_the_table():
+    row = made_up()
+    assert not any("bits per byte" in line for line in table(row)), "early files have none"
+    for number, task in enumerate(row.results):
+        metrics = {"acc": MetricScore(50, 1), "bits_per_byte": MetricScore(1 + number / 8, 0.1)}
+        row.results[task] = replace(row.results[task], metrics=metrics)
+    (line,) = [line for line in table(row) if "bits per byte" in line]
+    assert line.split()[3:] == ["1.000", "1.125", "1.250", "1.375", "1.500", "1.625", "1.750"]
+
+
+def test_other_tasks_are_a_list_with_all_metrics():
+    """Of many tasks in groups only the groups are listed."""
+    metrics = {"exact_match,strict": MetricScore(12.5, 3.25), "exact_match,flexible": MetricScore(20, None)}
+    score = TaskScore("exact_match,strict", 12.5, 3.25, 40, 1, metrics)
+    row = replace(made_up(), results={"gsm8k": score}, average=None)
+    lines = [line.split() for line in table(row)]
+    assert lines[1:3] == [
+        ["gsm8k", "exact_match,strict*", "12.50", "3.25", "40"],
+        ["gsm8k", "exact_match,flexible", "20.00", "none", "40"],
+    ]
+    many = replace(row, results={f"task_{n}": score for n in range(21)}, groups={"all": score})
+    text = "\n".join(table(many))
+    assert "task_0" not in text and "21 tasks of these groups" in text and "all " in text
+
+
+def test_wrong_items_are_shown_with_choices_and_replies():
+    row = made_up()
+    about = {"task": "piqa", "doc": "d", "metrics": {"acc": 0.0}}
+    chosen = {"log_likelihoods": [-1.5, -2.25], "chosen": 0, "gold": 1, "choices": [" to fly", " to fall"]}
+    items = [
+        ScoredItem(index=0, **about),  # without texts, it is a right one
+        ScoredItem(index=1, question="How\nis it?", **about, **chosen),
+        ScoredItem(index=2, question="Why?", replies=["since"], **about),
+    ]
+    assert list(wrong_item_lines(row, items, 1)) == [
+        "m, piqa, item 1:", "  How\n  is it?", "     -1.500  to fly  <- chosen", "     -2.250  to fall  <- right",
+    ]  # fmt: skip
+    assert list(wrong_item_lines(row, items, 2))[-2:] == ["  Why?", "  reply: since"]
+    assert list(wrong_item_lines(row, items, 0)) == []
