@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -30,10 +31,13 @@ from tinyllama_hf.evaluation.code_tasks import (
 
 @pytest.fixture(scope="module", autouse=True)
 def sandbox():
-    try:
-        check_sandbox()
-    except InputError as error:
-        pytest.skip(str(error))
+    """Skips where util-linux cannot enter the namespaces either."""
+    command = shutil.which("unshare")
+    user = [] if os.geteuid() == 0 else ["--user", "--map-current-user"]
+    namespaces = ["--net", "--mount", "--pid", "--ipc", "--uts", "--fork"]
+    if not command or subprocess.run([command, *user, *namespaces, "true"], capture_output=True).returncode:
+        pytest.skip("this system has no namespaces for this user")
+    check_sandbox()
 
 
 def test_programs_that_end():

@@ -93,7 +93,6 @@ def stock_task(tmp_path: Path, task: str, **rows: list[dict]):
 def prompts(task, num_fewshot: int | None = None) -> list[tuple]:
     if num_fewshot is not None:
         task.set_config("num_fewshot", num_fewshot)
-    task.set_fewshot_seed(FEWSHOT_SEED)
     task.build_all_requests()
     return [(instance.args, task.doc_to_target(instance.doc)) for instance in task.instances]
 
