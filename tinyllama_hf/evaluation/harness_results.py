@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from .score_files import MetricScore, TaskScore
 from .scored_items import ScoredItem
-from .suite import Suite, quiet_harness, right_choice
+from .suite import FEWSHOT_SEED, Suite, quiet_harness, right_choice
 
 
 # Metrics of lm-eval that are shares, here in percent. Others keep their unit.
@@ -29,27 +30,46 @@ class TaskResults(NamedTuple):
     items: list[ScoredItem]
 
 
-def build_requests_once(suite: Suite) -> None:
-    """Makes the tasks keep the requests that they build for the first model, for all models.
+class RequestsOfTasks:
+    """Makes tasks keep the requests that they build for the first model, since most depend on no model.
 
-    For tasks without a chat template, whose requests do not depend on the model.
+    Some tasks of `eval/tasks/` fit their examples into a number of tokens. They are built again for another tokenizer.
+
+    Args:
+        suite (`Suite`): the opened tasks.
+        apply_chat_template (`bool`): whether all requests depend on the tokenizer.
     """
-    for task in suite.tasks.values():
-        task.build_all_requests = _Once(task)
+
+    def __init__(self, suite: Suite, apply_chat_template: bool = False):
+        self._all_depend = apply_chat_template
+        self._built = [_Built(task) for task in suite.tasks.values()]
+        for built in self._built:
+            built.task.build_all_requests = built
+
+    def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        """Prepares the tasks for a model with a tokenizer, which is identified by `name`."""
+        for built in self._built:
+            if hasattr(built.task, "count_tokens"):
+                built.task.count_tokens = lambda text: len(tokenizer(text)["input_ids"])
+            if self._all_depend or hasattr(built.task, "count_tokens"):
+                built.tokenizer = name
 
 
-class _Once:
+class _Built:
     """Replaces the method of a task that builds its requests."""
 
     def __init__(self, task: Any):
-        self.task, self.build, self.is_built = task, task.build_all_requests, False
+        self.task, self.build = task, task.build_all_requests
+        self.tokenizer = ""  # where requests depend on it
+        self.built_for: str | None = None
 
     def __call__(self, **options: Any) -> None:
-        if not self.is_built:
+        if self.built_for != self.tokenizer:
+            self.task.set_fewshot_seed(FEWSHOT_SEED)  # the same examples each time
             self.build(**options)
+            self.built_for = self.tokenizer
         for request in self.task.instances:  # without the answers of the model before
             request.resps, request.filtered_resps = [], {}
-        self.is_built = True
 
 
 def run_tasks(harness_model: Any, suite: Suite, limit: int | None, apply_chat_template: bool = False) -> TaskResults:

@@ -71,8 +71,14 @@ class AnswerFile:
         """Removes the answers of models with a row in the score file."""
         for model in models:
             self._models.pop(model, None)
+            self._write({"model": model, "is_complete": True})
         if self._file and not any(self._models.values()):
             self._file.truncate(0)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._file:
+            self._file.write(f"{json.dumps(record)}\n".encode())
+            self._file.flush()
 
 
 def answers_path(output: Path) -> Path:
@@ -113,11 +119,14 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Answer]], int]:
     try:
         for line in whole.splitlines():
             record = json.loads(line)
+            if record.get("is_complete"):
+                models.pop(str(record["model"]), None)
+                continue
             answer = record["answer"]
             if not isinstance(answer, str):
                 answer = [float(answer[0]), bool(answer[1])]
             models.setdefault(str(record["model"]), {})[str(record["request"])] = answer
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise InputError(
             f"{path}: damaged. It has the answers of an interrupted evaluation; remove it to score them again"
         ) from error

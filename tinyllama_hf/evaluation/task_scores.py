@@ -181,12 +181,11 @@ class _Scoring:
 
     def __init__(self, suite: Suite, protocol: Protocol, device: str, answers: AnswerFile, note: Callable[[str], Any]):
         from .harness import EncodedTexts
-        from .harness_results import build_requests_once
+        from .harness_results import RequestsOfTasks
 
         self.suite, self.protocol, self.device, self.answers, self.note = suite, protocol, device, answers, note
         self._encoded: dict[str, EncodedTexts] = {}  # by tokenizer
-        if not protocol.apply_chat_template:
-            build_requests_once(suite)
+        self._requests = RequestsOfTasks(suite, protocol.apply_chat_template)
 
     def answers_key(self, model: ScoredModel, fingerprint: str) -> str:
         """Returns the hash of everything that decides an answer, apart from the request."""
@@ -205,12 +204,14 @@ class _Scoring:
             self.note(f"{model.name}: {len(kept)} requests were answered before the interruption")
         with progress_bar(f"{model.name}: loading", "requests") as update, quiet_harness():
             loaded, tokenizer = load_eval_model(model, self.device, getattr(torch, protocol.dtype))
+            name = tokenizer_fingerprint(tokenizer)
+            self._requests.use_tokenizer(tokenizer, name)
             harness_model = TinyLlamaHarness(
                 loaded,
                 tokenizer,
                 add_bos_token=protocol.add_bos_token,
                 max_length=protocol.context_length,
-                encoded=self._encoded.setdefault(tokenizer_fingerprint(tokenizer), EncodedTexts()),
+                encoded=self._encoded.setdefault(name, EncodedTexts()),
                 kept=kept,
                 update=update,
             )
