@@ -1,0 +1,154 @@
+"""The runs behind `milestone_selection.py`: three pretraining runs with eight milestones or more, all of them
+fine-tuned with three seeds.
+
+    python benchmarks/milestone_runs.py CONVERSATIONS [--output runs/milestones] [--tasks FOLDER] [--limit 500]
+
+`demo` is the recipe of the demo with a milestone every 150,000 tokens; `wsd` is the same model with another schedule,
+seed and rate; `micro` is a smaller one on the same data. Every milestone of the series to select from (`--series`) is
+fine-tuned on CONVERSATIONS for one epoch, with all weights, and scored on the held-out conversations one by one. Text
+scores need nothing else; task scores need a folder with the tasks' rows.
+
+Every finished stage is a file or a folder in the output folder, so the same command resumes after an interruption.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tinyllama_hf.files import read_json, write_json
+from tinyllama_hf.pretrain.milestones import list_milestones, read_record
+
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+SEEDS = (1, 2, 3)
+MILESTONES = "milestones.tokens=[150_000, 300_000, 450_000, 600_000, 750_000, 900_000, 1_050_000]"
+_VALIDATION = "validation.every_tokens=50_000"
+RUNS = {
+    "demo": ("demo/pretrain.yaml", [MILESTONES, _VALIDATION]),
+    "wsd": (
+        "demo/pretrain.yaml",
+        [
+            *(MILESTONES, _VALIDATION, "training.seed=1", "schedule.name=wsd", "schedule.decay_tokens=240_000"),
+            *("schedule.peak=1e-3", "schedule.floor=0"),
+        ],
+    ),
+    "micro": (
+        "pretrain/micro.yaml",
+        [
+            *(MILESTONES, _VALIDATION, "data.sequence_length=256", "training.micro_batch_size=8"),
+            *("training.total_tokens=1_200_000", "schedule.warmup_tokens=80_000", "training.compile=off"),
+            *("checkpoints.every_tokens=200_000", "training.seed=2"),
+        ],
+    ),
+}
+
+
+def command(*words: object) -> None:
+    """Runs `tinyllama-hf` or a script in a process of its own, and prints the command."""
+    texts = [str(word) for word in words]
+    print("$", *texts, flush=True)
+    subprocess.run([sys.executable, *texts], check=True)
+
+
+def tinyllama(*words: object) -> None:
+    """Runs a command of this package."""
+    command("-c", "import sys; from tinyllama_hf_cli import main; sys.exit(main())", *words)
+
+
+def prepare(output: Path) -> None:
+    """Trains the tokenizer and prepares the data as the demo does."""
+    if not (output / "tokenizer").is_dir():
+        sources = ("embedded:prose", "embedded:code")
+        tinyllama("tokenizer", "train", *sources, "--vocab-size", 2048, "--output", output / "tokenizer")
+    for name, held_out, sample in (("prose", 0.05, 0.28), ("code", 0.01, 0.047)):
+        if not (output / "data" / name).is_dir():
+            tinyllama(
+                *("prepare", f"embedded:{name}", "--tokenizer", output / "tokenizer"),
+                *("--output", output / "data" / name),
+                *("--validation-fraction", held_out, "--sample-fraction", sample),
+            )
+
+
+def pretrain(output: Path, name: str) -> Path:
+    """Trains a run, or resumes it; returns its folder."""
+    recipe, settings = RUNS[name]
+    data = ", ".join(f"{{path: {output / 'data' / part}, weight: {w}}}" for part, w in (("prose", 0.7), ("code", 0.3)))
+    own = [f"output_dir={output / name}", f"data.tokenizer={output / 'tokenizer'}", f"data.sources=[{data}]"]
+    command(RECIPES / "pretrain.py", RECIPES / recipe, *own, *settings)
+    return output / name
+
+
+def fine_tune(milestone: Path, conversations: Path, seed: int, folder: Path) -> None:
+    """Fine-tunes a milestone, and writes the summed loss of each held-out reply in nats and its number of tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tinyllama_hf.finetune.config import load_finetune_config
+    from tinyllama_hf.finetune.replies import reply_losses
+    from tinyllama_hf.finetune.sft import finetune_run, open_run
+
+    target = folder / f"{milestone.name}_{seed}.json"
+    if target.is_file():
+        return
+    tuned = folder / "tuned"
+    options = [
+        *(f"model.path={milestone}", f"output_dir={tuned}", f"data.conversations={conversations}"),
+        *("data.validation_fraction=0.2", "data.max_length=null", "data.too_long=drop"),
+        *("training.epochs=1", f"training.seed={seed}", "training.micro_batch_size=8"),
+        # The last model, as a fixed budget has it: a choice by the held-out loss would favor some milestones.
+        *("evaluation.keep=last", "evaluation.every_steps=1_000_000", "logging.every_steps=1_000_000"),
+    ]
+    began, cpu = time.perf_counter(), time.process_time()
+    run = open_run(load_finetune_config(RECIPES / "sft" / "full.yaml", options), overwrite=True)
+    finetune_run(run, overwrite=True)
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
+    model = AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32)
+    write_json(
+        target,
+        {
+            "losses": reply_losses(model.eval(), run.held_out.examples),
+            "tokens": [sum(example.assistant_masks[1:]) for example in run.held_out.examples],
+            "trained_tokens": run.order.tokens_after()[-1],
+            "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
+            "held_out_loss": read_json(tuned / "provenance.json")["held_out_loss"],
+        },
+    )
+
+
+def tuned_losses(run: Path) -> Iterator[tuple[Path, int, dict[int, dict]]]:
+    """Yields the milestones of a run, their tokens, and what [`fine_tune`] wrote for each seed."""
+    for milestone in list_milestones(run):
+        files = {seed: run / "tuning" / f"{milestone.name}_{seed}.json" for seed in SEEDS}
+        yield milestone, read_record(milestone)["tokens"], {seed: read_json(file) for seed, file in files.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("conversations", type=Path, help="JSON lines, as for recipes/sft.py")
+    parser.add_argument("--output", type=Path, default=Path("runs/milestones"))
+    parser.add_argument("--runs", default=",".join(RUNS), help="to train")
+    parser.add_argument("--series", default="demo", help="the run whose milestones are fine-tuned")
+    parser.add_argument("--tasks", type=Path, help="folder with the tasks' rows, to score every milestone")
+    parser.add_argument("--limit", type=int, default=500, help="items per task")
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    prepare(arguments.output)
+    for name in arguments.runs.split(","):
+        run = pretrain(arguments.output, name)
+        tinyllama("eval", "text", run)
+    series = arguments.output / arguments.series
+    (series / "tuning").mkdir(exist_ok=True)
+    for seed in SEEDS:
+        for milestone in list_milestones(series):
+            fine_tune(milestone, arguments.conversations, seed, series / "tuning")
+            print(f"fine-tuned {milestone.name} with seed {seed}", flush=True)
+    if arguments.tasks:
+        tinyllama("eval", "tasks", series, "--data", arguments.tasks, "--limit", arguments.limit)
+
+
+if __name__ == "__main__":
+    main()
