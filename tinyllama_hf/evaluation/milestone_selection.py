@@ -1,0 +1,237 @@
+"""Which milestone of a series to fine-tune: a ranking by one metric of its scores, with paired intervals and ties."""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ..errors import InputError, did_you_mean, require
+from ..files import read_json
+from .scaling_curve import CONFIDENCE
+from .score_files import ScoredModel, TaskRow, TaskScoreFile, TextScoreFile, read_scores
+from .scored_items import ScoredItem, read_scored_items
+
+
+TEXT = "text"  # bits per byte of held-out text
+BITS_PER_BYTE = "bits_per_byte"  # of the right answers
+ACCURACY = "accuracy"  # the metric that each task reports
+METRICS = (BITS_PER_BYTE, ACCURACY, TEXT)
+Row = TypeVar("Row", bound=ScoredModel)
+_FILES = {TEXT: "scores.json", BITS_PER_BYTE: "commonsense.json", ACCURACY: "commonsense.json"}
+
+
+@dataclasses.dataclass(frozen=True)
+class RankedMilestone:
+    """A milestone in the ranking.
+
+    Attributes:
+        name (`str`), tokens (`int`, *optional*), path (`str`): of the milestone.
+        score (`float`): percent for accuracy, else bits.
+        difference, low, high (`float`, *optional*): by how much it is worse than the best one, and the interval of
+            that; `None` where no interval can be computed.
+        is_tied (`bool`, *optional*): whether it cannot be told apart from the best one.
+    """
+
+    name: str
+    tokens: int | None
+    path: str
+    score: float
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    is_tied: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+    """The milestones of a series, the best one first.
+
+    Attributes:
+        metric (`str`): one of `METRICS`.
+        milestones (`list[RankedMilestone]`): all of them.
+        items (`dict[str, int]`): the number of items per task that all of them answered; of text, bytes per source.
+        left_out (`int`): number of items that some of them did not answer.
+        confidence (`float`, *optional*): of all intervals together.
+        note (`str`, *optional*): why there are no intervals.
+    """
+
+    metric: str
+    milestones: list[RankedMilestone]
+    items: dict[str, int]
+    left_out: int = 0
+    confidence: float | None = None
+    note: str | None = None
+
+    @property
+    def ties(self) -> list[RankedMilestone]:
+        """The milestones that cannot be told apart from the best one, without itself."""
+        return [milestone for milestone in self.milestones[1:] if milestone.is_tied]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what `--json` writes."""
+        return dataclasses.asdict(self) | {"best": self.milestones[0].name, "ties": [m.name for m in self.ties]}
+
+
+def rank_milestones(series: Path, metric: str | None = None, tasks: Sequence[str] = ()) -> Ranking:
+    """Ranks the milestones of a series by a metric.
+
+    Args:
+        series (`Path`): a run with score files, or a score file of `eval tasks` or `eval text`.
+        metric (`str`, *optional*): one of `METRICS`; by default the first one that the scores have.
+        tasks (`Sequence[str]`, *optional*): only these tasks; by default all.
+
+    Raises:
+        InputError: if there are no scores of the metric, or fewer than two milestones; if a milestone has no items,
+            or all together no item of a task in common.
+    """
+    if metric is not None and metric not in METRICS:
+        raise InputError(f"--metric {metric!r}: unknown metric{did_you_mean(metric, METRICS)}")
+    if metric == TEXT and tasks:
+        raise InputError("--task: text has no tasks. Remove it, or choose another --metric")
+    path = _score_file(series, metric, bool(tasks))
+    if path.name == _FILES[TEXT] or _kind(path) == TextScoreFile.task:
+        if metric not in (None, TEXT) or tasks:
+            raise InputError(f"{path}: has bits per byte of text, no task scores. Use --metric {TEXT} without --task")
+        return _rank_text(path)
+    file = read_scores(path, TaskScoreFile)
+    if file is None or metric == TEXT:
+        raise InputError(f"{path}: has task scores, no text. Use --metric {BITS_PER_BYTE} or {ACCURACY}")
+    rows = _at_least_two(path, file.models)
+    if unknown := [task for task in tasks if task not in rows[0].results]:
+        raise InputError(f"--task {unknown[0]}: not scored{did_you_mean(unknown[0], rows[0].results)}")
+    answers = [read_scored_items(path, row) for row in rows]
+    chosen = metric or (BITS_PER_BYTE if _has_bits(answers, tasks) else ACCURACY)
+    return _rank_tasks(path, rows, answers, chosen, tasks)
+
+
+def _score_file(series: Path, metric: str | None, has_tasks: bool) -> Path:
+    """Returns the score file of a run that has the metric."""
+    if not series.is_dir():
+        if not series.is_file():
+            raise InputError(
+                f"{series}: no such run or score file. Score the milestones with `tinyllama-hf eval tasks`"
+            )
+        return series
+    wanted = [_FILES[metric]] if metric else [_FILES[BITS_PER_BYTE]] + ([] if has_tasks else [_FILES[TEXT]])
+    found = next((series / name for name in wanted if (series / name).is_file()), None)
+    if found is None:
+        command = "text" if metric == TEXT else "tasks"
+        raise InputError(
+            f"{series}: has no {' or '.join(wanted)}. Score its milestones: tinyllama-hf eval {command} {series}"
+        )
+    return found
+
+
+def _kind(path: Path) -> str | None:
+    contents = read_json(path)
+    return contents.get("task") if isinstance(contents, dict) else None
+
+
+def _at_least_two(path: Path, rows: Sequence[Row]) -> list[Row]:
+    if len(rows) < 2:
+        raise InputError(f"{path}: has {len(rows)} models, and a ranking needs two. Score more milestones")
+    return list(rows)
+
+
+def _rank_text(path: Path) -> Ranking:
+    file = read_scores(path, TextScoreFile)
+    assert file is not None  # it exists
+    rows = sorted(_at_least_two(path, file.models), key=lambda row: row.bits_per_byte)
+    if bad := [row for row in rows if not math.isfinite(row.bits_per_byte)]:
+        raise InputError(f"{path}: bits per byte of {bad[0].name} are {bad[0].bits_per_byte}. Score it again")
+    best = rows[0].bits_per_byte
+    return Ranking(
+        TEXT,
+        [RankedMilestone(r.name, r.tokens, r.path, r.bits_per_byte, r.bits_per_byte - best) for r in rows],
+        {source.path: source.bytes for source in file.data},
+        note="score files of text have sums over all documents, so there are no intervals, and ties cannot be told. "
+        f"Task scores have both: --metric {BITS_PER_BYTE}",
+    )
+
+
+def _has_bits(answers: Sequence[Iterable[ScoredItem]], tasks: Sequence[str]) -> bool:
+    return all(BITS_PER_BYTE in item.metrics for items in answers for item in items if not tasks or item.task in tasks)
+
+
+def _rank_tasks(
+    path: Path, rows: Sequence[TaskRow], answers: Sequence[list[ScoredItem]], metric: str, tasks: Sequence[str]
+) -> Ranking:
+    """Ranks by the unweighted mean of the tasks, each the mean of the items that all milestones answered."""
+    values = [_values(path, row, items, metric, tasks) for row, items in zip(rows, answers, strict=True)]
+    common = sorted(set.intersection(*map(set, values)))
+    left_out = len(set.union(*map(set, values))) - len(common)
+    counts = Counter(task for task, *_ in common)
+    missing = [task for task in tasks or rows[0].results if counts[task] < 2]
+    if missing:
+        raise InputError(
+            f"{path}: the milestones have {counts[missing[0]]} items of {missing[0]} in common, and an interval "
+            "needs two. Score all milestones on the same items"
+        )
+    per_task = {task: counts[task] for task in tasks or rows[0].results}
+    # [num_milestones, num_items of the task]
+    unit = 100 if metric == ACCURACY else 1
+    tables = [
+        unit * np.array([[value[key] for key in common if key[0] == task] for value in values]) for task in per_task
+    ]
+    scores = np.mean([table.mean(1) for table in tables], axis=0)
+    order = np.argsort(-scores if metric == ACCURACY else scores, kind="stable")
+    ranked = []
+    for number in order:
+        row, score = rows[number], float(scores[number])
+        if number == order[0]:
+            ranked.append(RankedMilestone(row.name, row.tokens, row.path, score, 0.0, 0.0, 0.0, True))
+            continue
+        worse = [table[number] - table[order[0]] for table in tables]
+        worse = [-difference for difference in worse] if metric == ACCURACY else worse
+        mean, low, high = mean_interval(worse, comparisons=len(rows) - 1)
+        ranked.append(RankedMilestone(row.name, row.tokens, row.path, score, mean, low, high, bool(low <= 0)))
+    return Ranking(metric, ranked, per_task, left_out, CONFIDENCE)
+
+
+def _values(
+    path: Path, row: TaskRow, items: Iterable[ScoredItem], metric: str, tasks: Sequence[str]
+) -> dict[tuple[str, str, int], float]:
+    """Returns the metric of each item by task, hash of its row, and number among the rows of this hash."""
+    seen: Counter[tuple[str, str]] = Counter()
+    values = {}
+    for item in items:
+        if (tasks and item.task not in tasks) or item.task not in row.results:
+            continue
+        name = row.results[item.task].metric if metric == ACCURACY else metric
+        value = item.metrics.get(name, math.nan)
+        if not math.isfinite(value):
+            problem = f"is {value}" if name in item.metrics else "is missing"
+            raise InputError(
+                f"{path}: {name} of item {item.index} of {item.task} {problem} for {row.name}. Score it again, or "
+                "choose other tasks with --task or another --metric"
+            )
+        values[item.task, item.doc, seen[item.task, item.doc]] = value
+        seen[item.task, item.doc] += 1
+    return values
+
+
+def mean_interval(differences: Sequence[np.ndarray], comparisons: int = 1) -> tuple[float, float, float]:
+    """Returns the unweighted mean over tasks of paired differences, and its interval.
+
+    The tasks are independent samples: the variance of the mean is the sum of their s^2 / n, divided by the squared
+    number of tasks. The quantile is Student's t with the degrees of freedom of Welch and Satterthwaite, for
+    `1 - (1 - 0.95) / comparisons`: all intervals together hold with 95 % (Bonferroni). The milestones whose interval
+    includes 0 or less thus contain the truly best one with at least 95 %.
+
+    Args:
+        differences (`Sequence[np.ndarray]`): per task, `[num_items]`, at least two items.
+        comparisons (`int`, *optional*, defaults to 1): number of intervals that hold together.
+    """
+    stats = require("scipy.stats", "eval", "intervals of differences")
+    mean = float(np.mean([task.mean() for task in differences]))
+    parts = np.array([task.var(ddof=1) / len(task) for task in differences])
+    if not parts.any():
+        return mean, mean, mean
+    freedom = parts.sum() ** 2 / sum(part**2 / (len(task) - 1) for part, task in zip(parts, differences, strict=True))
+    quantile = stats.t.ppf(1 - (1 - CONFIDENCE) / (2 * comparisons), freedom)
+    half = float(quantile * math.sqrt(parts.sum()) / len(differences))
+    return mean, mean - half, mean + half
