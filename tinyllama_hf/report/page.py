@@ -1,4 +1,4 @@
-"""The report of a run: one self-contained HTML page, and its pictures as PNG files."""
+"""The report of a run: a self-contained HTML page, its pictures as PNG files, and a page of wrong items per model."""
 
 import base64
 from collections.abc import Callable, Sequence
@@ -15,7 +15,9 @@ from ..inference.generation import generate_text
 from ..inference.load import load
 from ..pretrain.metrics import METRICS_FILE
 from ..pretrain.milestones import CONFIG_FILE, list_milestones, read_record
+from .item_pages import read_item_pages, write_item_pages
 from .jinja import render_template
+from .series_section import draw_series, series_section
 from .training import TrainingCurves
 
 
@@ -63,24 +65,32 @@ def write_report(
     milestones = [(folder, read_record(folder)) for folder in list_milestones(run)]
     found = read_run_scores(run)
     scores, commonsense = found.text, found.commonsense
+    config = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
+    tokens = [record["tokens"] for _, record in milestones]
+    series = series_section(config, curves, tokens, found)
+    item_pages = read_item_pages(run / "commonsense.json", commonsense) if commonsense else []
     samples = _samples([folder for folder, _ in milestones], prompts, log)
     output.mkdir(parents=True, exist_ok=True)
-    plots.loss_curve(curves, [record["tokens"] for _, record in milestones], output / "loss.png")
+    plots.loss_curve(curves, tokens, output / "loss.png")
     plots.learning_rate_curve(curves, output / "learning_rate.png")
     if scores:
         plots.trajectory(scores, output / "trajectory.png")
-    pictures = ("loss", "learning_rate", *(("trajectory",) if scores else ()))
+    pictures = ["loss", "learning_rate", *(["trajectory"] if scores else []), *draw_series(series, output)]
+    if commonsense:
+        write_item_pages(item_pages, commonsense, caveat(commonsense), output)
     page = output / "index.html"
     text = render_template(
         Path(__file__).with_name("page.html.jinja"),
         title=f"Run report: {run}",
-        config=yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8")),
+        config=config,
         first=curves.first,
         last=curves.last,
         milestones=milestones,
         pictures={name: base64.b64encode((output / f"{name}.png").read_bytes()).decode() for name in pictures},
         scores=scores,
         counted_bits={(row.name, row.tokens): row.bits_per_byte for row in scores.baselines} if scores else {},
+        series=series,
+        item_pages=item_pages,
         samples=samples,
         sampling=f"temperature {_TEMPERATURE}, top-p {_TOP_P}, seed {_SEED}",
         commonsense=commonsense,
