@@ -139,6 +139,10 @@ def test_page_of_a_published_series(tmp_path, drawn):
     assert panel.get_xscale() == "log"
     assert [text.get_text() for text in tasks.legends[0].get_texts()] == [
         "TinyLlama, published", "pythia-1b, published", "this run"]  # fmt: skip
+    tasks.canvas.draw()
+    above_legend = tasks.legends[0].get_window_extent().y1
+    assert all(axes.get_tightbbox().y0 >= above_legend for axes in tasks.axes), "it covers nothing"
+    assert [axes.get_xlabel() for axes in tasks.axes] == [""] * 4 + ["tokens"] * 4
     assert answers.axes[6].get_title() == "piqa" and answers.axes[6].get_xscale() == "linear"
     for name in ("scaling", "tasks", "answers"):
         assert f'alt="{name}"' in page

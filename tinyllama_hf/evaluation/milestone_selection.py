@@ -157,39 +157,56 @@ def _has_bits(answers: Sequence[Iterable[ScoredItem]], tasks: Sequence[str]) -> 
     return all(BITS_PER_BYTE in item.metrics for items in answers for item in items if not tasks or item.task in tasks)
 
 
+def item_tables(
+    path: Path, rows: Sequence[TaskRow], answers: Sequence[list[ScoredItem]], metric: str, tasks: Sequence[str] = ()
+) -> tuple[dict[str, np.ndarray], int]:
+    """Returns the metric on the items that all milestones answered, and the number of items left out.
+
+    Args:
+        path (`Path`): the score file, for messages.
+        rows (`Sequence[TaskRow]`), answers (`Sequence[list[ScoredItem]]`): the milestones, and their items.
+        metric (`str`): `"bits_per_byte"`, or `"accuracy"` for the metric that each task reports, in percent.
+        tasks (`Sequence[str]`, *optional*): only these tasks; by default all.
+
+    Returns:
+        Per task `[num_milestones, num_items]`.
+
+    Raises:
+        InputError: if an item has no finite value, or the milestones have fewer than two items of a task in common.
+    """
+    values = [_values(path, row, items, metric, tasks) for row, items in zip(rows, answers, strict=True)]
+    common = sorted(set.intersection(*map(set, values)))
+    left_out = len(set.union(*map(set, values))) - len(common)
+    unit, tables = 100 if metric == ACCURACY else 1, {}
+    for task in tasks or rows[0].results:
+        keys = [key for key in common if key[0] == task]
+        if len(keys) < 2:
+            raise InputError(
+                f"{path}: the milestones have {len(keys)} items of {task} in common, and an interval needs two. Score "
+                "all milestones on the same items"
+            )
+        tables[task] = unit * np.array([[value[key] for key in keys] for value in values])
+    return tables, left_out
+
+
 def _rank_tasks(
     path: Path, rows: Sequence[TaskRow], answers: Sequence[list[ScoredItem]], metric: str, tasks: Sequence[str]
 ) -> Ranking:
     """Ranks by the unweighted mean of the tasks, each the mean of the items that all milestones answered."""
-    values = [_values(path, row, items, metric, tasks) for row, items in zip(rows, answers, strict=True)]
-    common = sorted(set.intersection(*map(set, values)))
-    left_out = len(set.union(*map(set, values))) - len(common)
-    counts = Counter(task for task, *_ in common)
-    missing = [task for task in tasks or rows[0].results if counts[task] < 2]
-    if missing:
-        raise InputError(
-            f"{path}: the milestones have {counts[missing[0]]} items of {missing[0]} in common, and an interval "
-            "needs two. Score all milestones on the same items"
-        )
-    per_task = {task: counts[task] for task in tasks or rows[0].results}
-    # [num_milestones, num_items of the task]
-    unit = 100 if metric == ACCURACY else 1
-    tables = [
-        unit * np.array([[value[key] for key in common if key[0] == task] for value in values]) for task in per_task
-    ]
-    scores = np.mean([table.mean(1) for table in tables], axis=0)
-    order = np.argsort(-scores if metric == ACCURACY else scores, kind="stable")
-    ranked = []
+    tables, left_out = item_tables(path, rows, answers, metric, tasks)
+    scores = np.mean([table.mean(1) for table in tables.values()], axis=0)
+    worse_sign = -1 if metric == ACCURACY else 1
+    order = np.argsort(worse_sign * scores, kind="stable")
+    best, ranked = order[0], []
     for number in order:
-        row, score = rows[number], float(scores[number])
-        if number == order[0]:
-            ranked.append(RankedMilestone(row.name, row.tokens, row.path, score, 0.0, 0.0, 0.0, True))
-            continue
-        worse = [table[number] - table[order[0]] for table in tables]
-        worse = [-difference for difference in worse] if metric == ACCURACY else worse
-        mean, low, high = mean_interval(worse, comparisons=len(rows) - 1)
-        ranked.append(RankedMilestone(row.name, row.tokens, row.path, score, mean, low, high, bool(low <= 0)))
-    return Ranking(metric, ranked, per_task, left_out, CONFIDENCE)
+        row, interval = rows[number], (0.0, 0.0, 0.0)
+        if number != best:
+            worse = [worse_sign * (table[number] - table[best]) for table in tables.values()]
+            interval = mean_interval(worse, comparisons=len(rows) - 1)
+        is_tied = bool(interval[1] <= 0)
+        ranked.append(RankedMilestone(row.name, row.tokens, row.path, float(scores[number]), *interval, is_tied))
+    items = {task: table.shape[1] for task, table in tables.items()}
+    return Ranking(metric, ranked, items, left_out, CONFIDENCE)
 
 
 def _values(

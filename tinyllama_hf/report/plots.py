@@ -259,7 +259,8 @@ def task_scores(
         axes.tick_params(labelsize=8)
     for axes in list(grid.flat)[len(points) :]:
         axes.set_axis_off()
-    figure.supxlabel("tokens", fontsize=10)
+    for axes in list(grid.flat)[: len(points)][-num_columns:]:
+        axes.set_xlabel("tokens", fontsize=9)
     figure.supylabel(unit, fontsize=10)
     names = grid.flat[0].get_legend_handles_labels()
     if published:
