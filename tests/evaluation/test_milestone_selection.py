@@ -185,7 +185,7 @@ def test_refusals(tmp_path):
     assert "no such run or score file" in refusal(tmp_path / "nowhere")
     assert "eval tasks" in refusal(tmp_path)
     assert "eval text" in refusal(tmp_path, "text")
-    assert "did you mean 'accuracy'" in refusal(tmp_path, "acuracy")
+    assert "did you mean 'accuracy'" in refusal(tmp_path, "accuracyy")
     assert "text has no tasks" in refusal(tmp_path, "text", ["piqa"])
     run = write_series(tmp_path, {"piqa": np.ones((3, 4))})
     path = run / "commonsense.json"

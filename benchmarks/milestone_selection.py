@@ -1,0 +1,236 @@
+"""Which milestone to fine-tune: the regret of a choice by scores, the cost saved, and forecasts of the last milestone.
+
+    python benchmarks/milestone_selection.py [--output runs/milestones] [--series demo]
+
+Reads what `milestone_runs.py` has written. Prints three tables:
+
+- forecasts of the last two milestones from those up to the fifth, and of the last from all earlier ones, of every run
+  and of the committed run in `results/nano`: from validation losses, and from the milestones alone;
+- Spearman's rank correlation of each score with tokens, and with the loss after fine-tuning;
+- the milestone that each score chooses, and its regret: loss on held-out replies after fine-tuning, minus that of the
+  milestone with the lowest one. The cost saved compares fine-tuning the choice (with and without its ties) with
+  fine-tuning all milestones.
+
+Intervals are percentiles of 2,000 resamples of the held-out conversations and, for scores, of the items of each task;
+each resample has one table of losses for all milestones, so the intervals are paired. The three seeds of fine-tuning
+are averaged; their spread is printed.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import save
+from milestone_runs import RUNS, SEEDS, tuned_losses
+from scipy.stats import spearmanr
+
+from tinyllama_hf.evaluation.milestone_selection import item_tables, rank_milestones
+from tinyllama_hf.evaluation.score_files import TaskScoreFile, TextScoreFile, read_scores
+from tinyllama_hf.evaluation.scored_items import read_scored_items
+from tinyllama_hf.evaluation.series_forecast import fit_series
+from tinyllama_hf.files import read_json
+from tinyllama_hf.pretrain.config import load_pretrain_config
+from tinyllama_hf.pretrain.milestones import list_milestones, read_record
+
+
+NANO = Path(__file__).parent / "results" / "nano"
+RESAMPLES = 2000
+
+
+def validations(run: Path) -> list[tuple[int, float]]:
+    """Returns tokens and loss of each validation of a run."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(row["tokens"], row["validation_loss"]) for row in rows if "validation_loss" in row]
+
+
+def forecasts(run: Path) -> dict[str, list[dict[str, float]]]:
+    """Returns the back-tests of a run, from its validation losses and from the losses of its milestones alone."""
+    config = load_pretrain_config(run / "training.yaml")
+    if run == NANO:
+        places = [row["tokens"] for row in read_json(NANO / "milestones.json")["figures"]]
+    else:
+        places = [read_record(milestone)["tokens"] for milestone in list_milestones(run)]
+    losses = dict(validations(run))
+    kinds = {
+        "validation losses": sorted(losses.items()),
+        "milestones alone": [(place, losses[place]) for place in places],
+    }
+    found = {}
+    for kind, points in kinds.items():
+        fitted = fit_series(kind, "nats", points, places, config.schedule.warmup_tokens, config.training.total_tokens)
+        found[kind] = [
+            {
+                "known": known,
+                "tokens": test.forecast.tokens,
+                "forecast": test.forecast.value,
+                "low": test.forecast.low,
+                "high": test.forecast.high,
+                "measured": test.measured,
+                "miss": test.miss,
+            }
+            for known, test in zip(fitted.known, fitted.back_tests, strict=True)
+        ]
+    return found
+
+
+def resampled(table: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Returns means over resampled columns of a table `[num_rows, num_columns]`: `[RESAMPLES, num_rows]`."""
+    drawn = random.integers(table.shape[1], size=(RESAMPLES, table.shape[1]))
+    return np.stack([table[:, columns].mean(1) for columns in drawn])
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """Returns the 95 % interval of resampled values."""
+    return np.percentile(values, [2.5, 97.5]).tolist()
+
+
+class Tuning:
+    """The fine-tunings of a series.
+
+    Attributes:
+        names (`list[str]`), tokens (`list[int]`): of the milestones.
+        by_seed (`np.ndarray`): `[num_milestones, num_seeds]`, loss of the held-out replies in nats per token.
+        loss (`np.ndarray`): `[num_milestones]`, mean of the seeds.
+        draws (`np.ndarray`): `[RESAMPLES, num_milestones]`, the same for resampled conversations.
+        seconds (`np.ndarray`): `[num_milestones, num_seeds]`, processor time of each fine-tuning.
+    """
+
+    def __init__(self, run: Path, random: np.random.Generator):
+        found = list(tuned_losses(run))
+        self.names = [milestone.name for milestone, _, _ in found]
+        self.tokens = [tokens for _, tokens, _ in found]
+        losses = np.array([[files[seed]["losses"] for seed in SEEDS] for _, _, files in found])
+        counts = np.array(found[0][2][SEEDS[0]]["tokens"])
+        self.by_seed = losses.sum(2) / counts.sum()
+        self.loss = self.by_seed.mean(1)
+        drawn = random.integers(len(counts), size=(RESAMPLES, len(counts)))
+        self.draws = np.stack([losses.mean(1)[:, d].sum(1) / counts[d].sum() for d in drawn])
+        self.seconds = np.array([[files[seed]["cpu_seconds"] for seed in SEEDS] for _, _, files in found])
+
+
+def scores_of(run: Path, metric: str, names: list[str], random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a score of each milestone, lower is better, and its resamples: `[num_milestones]`, `[RESAMPLES, ...]`.
+
+    Text scores have no values per document, so their resamples are equal.
+    """
+    if metric == "text":
+        file = read_scores(run / "scores.json", TextScoreFile)
+        assert file is not None, "milestone_runs.py writes it"
+        bits = {row.name: row.bits_per_byte for row in file.models}
+        values = np.array([bits[name] for name in names])
+        return values, np.tile(values, (RESAMPLES, 1))
+    path = run / "commonsense.json"
+    file = read_scores(path, TaskScoreFile)
+    assert file is not None, "milestone_runs.py --tasks writes it"
+    rows = sorted(file.models, key=lambda row: names.index(row.name))
+    tables, _ = item_tables(path, rows, [read_scored_items(path, row) for row in rows], metric)
+    sign = -1 if metric == "accuracy" else 1
+    values = sign * np.mean([table.mean(1) for table in tables.values()], axis=0)
+    return values, sign * np.mean([resampled(table, random) for table in tables.values()], axis=0)
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Returns Spearman's rank correlation."""
+    return float(spearmanr(a, b).statistic)
+
+
+def choice(run: Path, metric: str, tuning: Tuning, random: np.random.Generator) -> dict[str, Any]:
+    """Returns what a score chooses, its regret, the cost saved, and the rank correlations of the score."""
+    values, draws = scores_of(run, metric, tuning.names, random)
+    chosen = int(np.argmin(values))
+    ties = [milestone.name for milestone in rank_milestones(run, metric).ties]
+    tuned = [chosen, *(tuning.names.index(name) for name in ties)]
+    # With ties, all of them are fine-tuned and the best one is kept.
+    regret = tuning.draws[np.arange(RESAMPLES), np.argmin(draws, 1)] - tuning.draws.min(1)
+    with_ties = tuning.draws[:, tuned].min(1) - tuning.draws.min(1)
+    cost = tuning.seconds.mean(1)
+    return {
+        "chosen": tuning.names[chosen],
+        "ties": ties,
+        "regret": float(tuning.loss[chosen] - tuning.loss.min()),
+        "regret_interval": interval(regret),
+        "regret_with_ties": float(tuning.loss[tuned].min() - tuning.loss.min()),
+        "regret_with_ties_interval": interval(with_ties),
+        "cost_saved": float(1 - cost[chosen] / cost.sum()),
+        "cost_saved_interval": interval(1 - cost[np.argmin(draws, 1)] / cost.sum()),
+        "cost_saved_with_ties": float(1 - cost[tuned].sum() / cost.sum()),
+        "with_tokens": -correlation(values, np.array(tuning.tokens)),
+        "with_tokens_interval": interval(np.array([-correlation(draw, tuning.tokens) for draw in draws])),
+        "with_tuned_loss": correlation(values, tuning.loss),
+        "with_tuned_loss_interval": interval(
+            np.array([correlation(a, b) for a, b in zip(draws, tuning.draws, strict=True)])
+        ),
+        "values": np.abs(values).tolist(),
+    }
+
+
+def print_forecasts(found: dict[str, dict[str, list[dict[str, float]]]]) -> None:
+    print("| run | fitted to | known until | forecast for | forecast | 95 % interval | measured | miss, % |")
+    print("|---|---|--:|--:|--:|--:|--:|--:|")
+    for name, kinds in found.items():
+        for kind, rows in kinds.items():
+            for row in rows:
+                print(
+                    f"| {name} | {kind} | {row['known']:,} | {row['tokens']:,} | {row['forecast']:.3f} | "
+                    f"{row['low']:.3f} to {row['high']:.3f} | {row['measured']:.3f} | {row['miss']:+.2f} |"
+                )
+
+
+def print_choices(tuning: Tuning, choices: dict[str, dict[str, Any]]) -> None:
+    print("\n| milestone | tokens | loss after fine-tuning | seeds | minus the lowest |")
+    print("|---|--:|--:|---|--:|")
+    best = int(np.argmin(tuning.loss))
+    for number, name in enumerate(tuning.names):
+        low, high = interval(tuning.draws[:, number] - tuning.draws[:, best])
+        seeds = ", ".join(f"{value:.3f}" for value in tuning.by_seed[number])
+        print(
+            f"| {name} | {tuning.tokens[number]:,} | {tuning.loss[number]:.4f} | {seeds} | "
+            f"{tuning.loss[number] - tuning.loss[best]:.4f} ({low:.4f} to {high:.4f}) |"
+        )
+    print("\n| score | rank correlation with tokens | with the loss after fine-tuning |\n|---|--:|--:|")
+    for metric, row in choices.items():
+        cells = [
+            f"{row[key]:.3f} ({row[f'{key}_interval'][0]:.3f} to {row[f'{key}_interval'][1]:.3f})"
+            for key in ("with_tokens", "with_tuned_loss")
+        ]
+        print(f"| {metric} | {cells[0]} | {cells[1]} |")
+    print("\n| score | chooses | ties | regret, nats | with ties | cost saved | with ties |")
+    print("|---|---|--:|--:|--:|--:|--:|")
+    for metric, row in choices.items():
+        ranges = [
+            f"{row[key]:.4f} ({row[f'{key}_interval'][0]:.4f} to {row[f'{key}_interval'][1]:.4f})"
+            for key in ("regret", "regret_with_ties")
+        ]
+        low, high = row["cost_saved_interval"]
+        saved = f"{row['cost_saved']:.1%} ({low:.1%} to {high:.1%}) | {row['cost_saved_with_ties']:.1%}"
+        print(f"| {metric} | {row['chosen']} | {len(row['ties'])} | {ranges[0]} | {ranges[1]} | {saved} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/milestones"))
+    parser.add_argument("--series", default="demo", help="the run whose milestones were fine-tuned")
+    parser.add_argument("--name", default="milestone_selection", help="of the file in results/")
+    arguments = parser.parse_args()
+    runs = {name: arguments.output / name for name in RUNS if (arguments.output / name).is_dir()}
+    found = {name: forecasts(run) for name, run in [*runs.items(), ("nano", NANO)]}
+    print_forecasts(found)
+    random, series = np.random.default_rng(0), runs[arguments.series]
+    tuning = Tuning(series, random)
+    metrics = ["text", *(["bits_per_byte", "accuracy"] if (series / "commonsense.json").is_file() else [])]
+    choices = {metric: choice(series, metric, tuning, random) for metric in metrics}
+    print_choices(tuning, choices)
+    figures = {
+        "forecasts": found,
+        "milestones": dict(zip(tuning.names, tuning.tokens, strict=True)),
+        "loss_by_seed": tuning.by_seed.tolist(),
+        "cpu_seconds": tuning.seconds.tolist(),
+        "choices": choices,
+    }
+    print(f"wrote {save(arguments.name, figures)}")
+
+
+if __name__ == "__main__":
+    main()
