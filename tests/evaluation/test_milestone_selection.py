@@ -77,6 +77,8 @@ def test_ranking_with_ties(tmp_path):
     means = [np.mean([table[i].mean() for table in bits.values()]) for i in range(3)]
     assert best.score == pytest.approx(means[first]) and worst.score == pytest.approx(means[0])
     assert worst.difference == pytest.approx(means[0] - means[first])
+    interval = mean_interval([table[0] - table[first] for table in bits.values()], comparisons=2)
+    assert (worst.difference, worst.low, worst.high) == pytest.approx(interval)
     assert worst.tokens == 1000 and worst.path == "run/milestones/step-1"
 
 

@@ -82,6 +82,13 @@ def test_the_first_tenth_is_left_out_where_enough_remain():
     assert fit_series("Loss", "nats", points[:8], [], 0, 1).curve.tokens[0] == 100, "four would remain of 1000 on"
 
 
+def test_a_back_test_counts_only_known_points():
+    """Eight are known at the first back-test, so the first two are fitted there; they are too early for the last."""
+    points = [(t, law(t) * (1 + (t == 100) / 10)) for t in (100, 200, *PLACES)]
+    first, _, last = fit_series("a", "b", points, [6000, 11_000, 12_000], 0, 1).back_tests
+    assert abs(first.miss) > 1 and last.miss == pytest.approx(0, abs=1e-3)
+
+
 def test_a_back_test_does_not_see_later_points():
     points = [(t, law(t) * (1 if t <= 7000 else 1.01)) for t in PLACES]
     fitted = fit_series("Loss", "nats", points, MILESTONES, 1500, 12_000)
