@@ -1,7 +1,7 @@
 """The report of a run: a self-contained HTML page, its pictures as PNG files, and a page of wrong items per model."""
 
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import yaml
 
 from ..errors import InputError, require
 from ..evaluation.protocol import caveat
-from ..evaluation.score_files import ReplyRow, read_run_scores
+from ..evaluation.score_files import ReplyRow, TextScoreFile, read_run_scores
 from ..files import read_json, write_text
 from ..inference.generation import generate_text
 from ..inference.load import load
@@ -51,17 +51,9 @@ def write_report(
         InputError: if the folder is not a run or has no logged step, a file is missing, or matplotlib is not
             installed. Raised before anything is written.
     """
-    curves = TrainingCurves(run)
-    if not curves.last:
-        raise InputError(f"run {run}: no training step is logged yet in {METRICS_FILE}. Wait for the first one")
-    if stages and not stages.is_file():
-        raise InputError(f"--stages {stages}: the file does not exist")
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output {output} is a file. Choose a folder")
+    curves = _checked_curves(run, output, stages)
     replies, chat_record = _chat(chat) if chat else (None, None)
     require("matplotlib", "report", "drawing pictures")
-    from . import plots
-
     milestones = [(folder, read_record(folder)) for folder in list_milestones(run)]
     found = read_run_scores(run)
     scores, commonsense = found.text, found.commonsense
@@ -71,11 +63,7 @@ def write_report(
     item_pages = read_item_pages(run / "commonsense.json", commonsense) if commonsense else []
     samples = _samples([folder for folder, _ in milestones], prompts, log)
     output.mkdir(parents=True, exist_ok=True)
-    plots.loss_curve(curves, tokens, output / "loss.png")
-    plots.learning_rate_curve(curves, output / "learning_rate.png")
-    if scores:
-        plots.trajectory(scores, output / "trajectory.png")
-    pictures = ["loss", "learning_rate", *(["trajectory"] if scores else []), *draw_series(series, output)]
+    pictures = [*_draw(curves, tokens, scores, output), *draw_series(series, output)]
     if commonsense:
         write_item_pages(item_pages, commonsense, caveat(commonsense), output)
     page = output / "index.html"
@@ -103,6 +91,37 @@ def write_report(
     )
     write_text(page, text)
     return page
+
+
+def _checked_curves(run: Path, output: Path, stages: Path | None) -> TrainingCurves:
+    """Returns the metrics of a run.
+
+    Raises:
+        InputError: as [`write_report`].
+    """
+    curves = TrainingCurves(run)
+    if not curves.last:
+        raise InputError(f"run {run}: no training step is logged yet in {METRICS_FILE}. Wait for the first one")
+    if stages and not stages.is_file():
+        raise InputError(f"--stages {stages}: the file does not exist")
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output} is a file. Choose a folder")
+    return curves
+
+
+def _draw(
+    curves: TrainingCurves, milestones: Sequence[int], scores: TextScoreFile | None, output: Path
+) -> Iterator[str]:
+    """Draws the pictures of the training, and yields their names without `.png`."""
+    from . import plots
+
+    plots.loss_curve(curves, milestones, output / "loss.png")
+    yield "loss"
+    plots.learning_rate_curve(curves, output / "learning_rate.png")
+    yield "learning_rate"
+    if scores:
+        plots.trajectory(scores, output / "trajectory.png")
+        yield "trajectory"
 
 
 def _chat(folder: Path) -> tuple[ReplyRow, dict[str, Any]]:
