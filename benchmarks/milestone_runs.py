@@ -1,12 +1,13 @@
 """The runs behind `milestone_selection.py`: three pretraining runs with eight milestones or more, all of them
 fine-tuned with three seeds.
 
-    python benchmarks/milestone_runs.py CONVERSATIONS [--output runs/milestones] [--tasks FOLDER] [--limit 500]
+    python benchmarks/milestone_runs.py CONVERSATIONS [--output runs/milestones] [--corpora FOLDER] [--tasks FOLDER]
 
 `demo` is the recipe of the demo with a milestone every 150,000 tokens; `wsd` is the same model with another schedule,
-seed and rate; `micro` is a smaller one on the same data. Every milestone of the series to select from (`--series`) is
-fine-tuned on CONVERSATIONS for one epoch, with all weights, and scored on the held-out conversations one by one. Text
-scores need nothing else; task scores need a folder with the tasks' rows.
+seed and rate; `micro` is a smaller one on the same data. `text` is the model of the demo on books and web pages, each
+read at most once, from JSON lines in `CORPORA/books` and `CORPORA/web`. Every milestone of `demo` is fine-tuned on
+CONVERSATIONS for one epoch, with all weights, and scored on the held-out conversations one by one. Task scores of
+`demo` and `text` need a folder with the tasks' rows.
 
 Every finished stage is a file or a folder in the output folder, so the same command resumes after an interruption.
 """
@@ -48,6 +49,16 @@ RUNS = {
 }
 
 
+RUNS["text"] = (
+    "demo/pretrain.yaml",
+    [
+        "milestones.tokens=[100_000, 200_000, 300_000, 400_000, 500_000, 600_000, 800_000]",
+        *("training.total_tokens=1_000_000", _VALIDATION, "training.seed=3"),
+    ],
+)
+DEMO_DATA, TEXT_DATA = {"prose": 0.7, "code": 0.3}, {"books": 0.5, "web": 0.5}
+
+
 def command(*words: object) -> None:
     """Runs `tinyllama-hf` or a script in a process of its own, and prints the command."""
     texts = [str(word) for word in words]
@@ -60,8 +71,8 @@ def tinyllama(*words: object) -> None:
     command("-c", "import sys; from tinyllama_hf_cli import main; sys.exit(main())", *words)
 
 
-def prepare(output: Path) -> None:
-    """Trains the tokenizer and prepares the data as the demo does."""
+def prepare(output: Path, corpora: Path | None) -> None:
+    """Trains the tokenizer and prepares the data as the demo does, and those of `text`."""
     if not (output / "tokenizer").is_dir():
         sources = ("embedded:prose", "embedded:code")
         tinyllama("tokenizer", "train", *sources, "--vocab-size", 2048, "--output", output / "tokenizer")
@@ -72,12 +83,20 @@ def prepare(output: Path) -> None:
                 *("--output", output / "data" / name),
                 *("--validation-fraction", held_out, "--sample-fraction", sample),
             )
+    for name, held_out, sample in (("books", 0.1, 0.15), ("web", 0.02, 1)):
+        if corpora and not (output / "data" / name).is_dir():
+            tinyllama(
+                *("prepare", corpora / name / "train.jsonl.gz", "--tokenizer", output / "tokenizer"),
+                *("--output", output / "data" / name),
+                *("--validation-fraction", held_out, "--sample-fraction", sample),
+            )
 
 
 def pretrain(output: Path, name: str) -> Path:
     """Trains a run, or resumes it; returns its folder."""
     recipe, settings = RUNS[name]
-    data = ", ".join(f"{{path: {output / 'data' / part}, weight: {w}}}" for part, w in (("prose", 0.7), ("code", 0.3)))
+    weights = (TEXT_DATA if name == "text" else DEMO_DATA).items()
+    data = ", ".join(f"{{path: {output / 'data' / part}, weight: {weight}}}" for part, weight in weights)
     own = [f"output_dir={output / name}", f"data.tokenizer={output / 'tokenizer'}", f"data.sources=[{data}]"]
     command(RECIPES / "pretrain.py", RECIPES / recipe, *own, *settings)
     return output / name
@@ -132,25 +151,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("conversations", type=Path, help="JSON lines, as for recipes/sft.py")
     parser.add_argument("--output", type=Path, default=Path("runs/milestones"))
-    parser.add_argument("--runs", default=",".join(RUNS), help="to train")
-    parser.add_argument("--series", default="demo", help="the run whose milestones are fine-tuned")
+    parser.add_argument("--runs", default="demo,wsd,micro", help="to train; text needs --corpora")
+    parser.add_argument("--corpora", type=Path, help="folder with books/train.jsonl.gz and web/train.jsonl.gz")
     parser.add_argument("--tasks", type=Path, help="folder with the tasks' rows, to score every milestone")
     parser.add_argument("--limit", type=int, default=500, help="items per task")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    prepare(arguments.output)
+    prepare(arguments.output, arguments.corpora)
     for name in arguments.runs.split(","):
         run = pretrain(arguments.output, name)
         tinyllama("eval", "text", run)
-    series = arguments.output / arguments.series
-    (series / "tuning").mkdir(exist_ok=True)
-    for seed in SEEDS:
-        for milestone in list_milestones(series):
-            fine_tune(milestone, arguments.conversations, seed, series / "tuning")
-            print(f"fine-tuned {milestone.name} with seed {seed}", flush=True)
     if arguments.tasks:
         chosen = [word for task in TASKS for word in ("--task", task)]
-        tinyllama("eval", "tasks", series, "--data", arguments.tasks, "--limit", arguments.limit, *chosen)
+        for name in {"demo", "text"} & set(arguments.runs.split(",")):
+            run = arguments.output / name
+            tinyllama("eval", "tasks", run, "--data", arguments.tasks, "--limit", arguments.limit, *chosen)
+    demo = arguments.output / "demo"
+    (demo / "tuning").mkdir(exist_ok=True)
+    for seed in SEEDS:
+        for milestone in list_milestones(demo):
+            fine_tune(milestone, arguments.conversations, seed, demo / "tuning")
+            print(f"fine-tuned {milestone.name} with seed {seed}", flush=True)
 
 
 if __name__ == "__main__":
