@@ -1,15 +1,16 @@
 """Which milestone to fine-tune: the regret of a choice by scores, the cost saved, and forecasts of the last milestone.
 
-    python benchmarks/milestone_selection.py [--output runs/milestones] [--series demo]
+    python benchmarks/milestone_selection.py [--output runs/milestones]
 
 Reads what `milestone_runs.py` has written. Prints three tables:
 
 - forecasts of the last two milestones from those up to the fifth, and of the last from all earlier ones, of every run
   and of the committed run in `results/nano`: from validation losses, and from the milestones alone;
-- Spearman's rank correlation of each score with tokens, and with the loss after fine-tuning;
+- Spearman's rank correlation of task scores with tokens, and of every score with the loss after fine-tuning;
 - the milestone that each score chooses, and its regret: loss on held-out replies after fine-tuning, minus that of the
   milestone with the lowest one. The cost saved compares fine-tuning the choice (with and without its ties) with
-  fine-tuning all milestones.
+  fine-tuning all milestones, in processor time and without the time of scoring, which is printed. `last` is the last
+  milestone, which needs no score.
 
 Intervals are percentiles of 2,000 resamples of the held-out conversations and, for scores, of the items of each task;
 each resample has one table of losses for all milestones, so the intervals are paired. The three seeds of fine-tuning
@@ -18,6 +19,7 @@ are averaged; their spread is printed.
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from tinyllama_hf.pretrain.milestones import list_milestones, read_record
 
 NANO = Path(__file__).parent / "results" / "nano"
 RESAMPLES = 2000
+LAST = "last"  # the last milestone, without a score
 
 
 def validations(run: Path) -> list[tuple[int, float]]:
@@ -115,11 +118,11 @@ def scores_of(run: Path, metric: str, names: list[str], random: np.random.Genera
 
     Text scores have no values per document, so their resamples are equal.
     """
-    if metric == "text":
+    if metric in ("text", LAST):
         file = read_scores(run / "scores.json", TextScoreFile)
         assert file is not None, "milestone_runs.py writes it"
         bits = {row.name: row.bits_per_byte for row in file.models}
-        values = np.array([bits[name] for name in names])
+        values = np.array([bits[name] if metric == "text" else -float(place) for place, name in enumerate(names)])
         return values, np.tile(values, (RESAMPLES, 1))
     path = run / "commonsense.json"
     file = read_scores(path, TaskScoreFile)
@@ -131,7 +134,7 @@ def scores_of(run: Path, metric: str, names: list[str], random: np.random.Genera
     return values, sign * np.mean([resampled(table, random) for table in tables.values()], axis=0)
 
 
-def correlation(a: np.ndarray, b: np.ndarray) -> float:
+def correlation(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:
     """Returns Spearman's rank correlation."""
     return float(spearmanr(a, b).statistic)
 
@@ -140,7 +143,7 @@ def choice(run: Path, metric: str, tuning: Tuning, random: np.random.Generator) 
     """Returns what a score chooses, its regret, the cost saved, and the rank correlations of the score."""
     values, draws = scores_of(run, metric, tuning.names, random)
     chosen = int(np.argmin(values))
-    ties = [milestone.name for milestone in rank_milestones(run, metric).ties]
+    ties = [] if metric == LAST else [milestone.name for milestone in rank_milestones(run, metric).ties]
     tuned = [chosen, *(tuning.names.index(name) for name in ties)]
     # With ties, all of them are fine-tuned and the best one is kept.
     regret = tuning.draws[np.arange(RESAMPLES), np.argmin(draws, 1)] - tuning.draws.min(1)
@@ -156,14 +159,45 @@ def choice(run: Path, metric: str, tuning: Tuning, random: np.random.Generator) 
         "cost_saved": float(1 - cost[chosen] / cost.sum()),
         "cost_saved_interval": interval(1 - cost[np.argmin(draws, 1)] / cost.sum()),
         "cost_saved_with_ties": float(1 - cost[tuned].sum() / cost.sum()),
-        "with_tokens": -correlation(values, np.array(tuning.tokens)),
-        "with_tokens_interval": interval(np.array([-correlation(draw, tuning.tokens) for draw in draws])),
         "with_tuned_loss": correlation(values, tuning.loss),
         "with_tuned_loss_interval": interval(
             np.array([correlation(a, b) for a, b in zip(draws, tuning.draws, strict=True)])
         ),
         "values": np.abs(values).tolist(),
+        "scoring_seconds": 0 if metric == LAST else scoring_seconds(run, metric),
     }
+
+
+def correlations(run: Path, random: np.random.Generator) -> dict[str, Any]:
+    """Returns the rank correlations of task scores with tokens: 1 if every later milestone is better."""
+    milestones = list_milestones(run)
+    names, tokens = [m.name for m in milestones], [read_record(m)["tokens"] for m in milestones]
+    rows = {row["name"]: row["results"] for row in read_json(run / "commonsense.json")["models"]}
+    scores = {}
+    for metric in ("bits_per_byte", "accuracy"):
+        values, draws = scores_of(run, metric, names, random)
+        scores[metric] = {
+            "with_tokens": -correlation(values, tokens),
+            "with_tokens_interval": interval(np.array([-correlation(draw, tokens) for draw in draws])),
+        }
+    items = sum(result["items"] for result in rows[names[0]].values())
+    return {"items": items, "scores": scores, "tasks": task_correlations(rows, names, tokens)}
+
+
+def scoring_seconds(run: Path, metric: str) -> float:
+    """Returns the time in which all milestones were scored."""
+    name = "scores.json" if metric == "text" else "commonsense.json"
+    return sum(row["seconds"] for row in read_json(run / name)["models"])
+
+
+def task_correlations(rows: dict[str, Any], names: list[str], tokens: list[int]) -> dict[str, dict[str, float]]:
+    """Returns the same for each task alone."""
+    found: dict[str, dict[str, float]] = {}
+    for task in rows[names[0]]:
+        bits = [rows[name][task]["metrics"]["bits_per_byte"]["score"] for name in names]
+        shares = [rows[name][task]["score"] for name in names]
+        found[task] = {"bits_per_byte": -correlation(bits, tokens), "accuracy": correlation(shares, tokens)}
+    return found
 
 
 def print_forecasts(found: dict[str, dict[str, list[dict[str, float]]]]) -> None:
@@ -178,6 +212,20 @@ def print_forecasts(found: dict[str, dict[str, list[dict[str, float]]]]) -> None
                 )
 
 
+def cell(row: dict[str, Any], key: str, digits: int) -> str:
+    """Returns a value with its interval as text."""
+    low, high = row[f"{key}_interval"]
+    return f"{row[key]:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def print_correlations(found: dict[str, dict[str, Any]]) -> None:
+    print("\n| run | score | items | rank correlation with tokens | by task |\n|---|---|--:|--:|---|")
+    for name, run in found.items():
+        for metric, row in run["scores"].items():
+            tasks = ", ".join(f"{task} {values[metric]:.2f}" for task, values in run["tasks"].items())
+            print(f"| {name} | {metric} | {run['items']:,} | {cell(row, 'with_tokens', 3)} | {tasks} |")
+
+
 def print_choices(tuning: Tuning, choices: dict[str, dict[str, Any]]) -> None:
     print("\n| milestone | tokens | loss after fine-tuning | seeds | minus the lowest |")
     print("|---|--:|--:|---|--:|")
@@ -189,41 +237,37 @@ def print_choices(tuning: Tuning, choices: dict[str, dict[str, Any]]) -> None:
             f"| {name} | {tuning.tokens[number]:,} | {tuning.loss[number]:.4f} | {seeds} | "
             f"{tuning.loss[number] - tuning.loss[best]:.4f} ({low:.4f} to {high:.4f}) |"
         )
-    print("\n| score | rank correlation with tokens | with the loss after fine-tuning |\n|---|--:|--:|")
+    print("\n| score | rank correlation with the loss after fine-tuning |\n|---|--:|")
     for metric, row in choices.items():
-        cells = [
-            f"{row[key]:.3f} ({row[f'{key}_interval'][0]:.3f} to {row[f'{key}_interval'][1]:.3f})"
-            for key in ("with_tokens", "with_tuned_loss")
-        ]
-        print(f"| {metric} | {cells[0]} | {cells[1]} |")
-    print("\n| score | chooses | ties | regret, nats | with ties | cost saved | with ties |")
-    print("|---|---|--:|--:|--:|--:|--:|")
+        print(f"| {metric} | {cell(row, 'with_tuned_loss', 3)} |")
+    print("\n| score | chooses | ties | regret, nats | with ties | cost saved | with ties | scoring, s |")
+    print("|---|---|--:|--:|--:|--:|--:|--:|")
     for metric, row in choices.items():
-        ranges = [
-            f"{row[key]:.4f} ({row[f'{key}_interval'][0]:.4f} to {row[f'{key}_interval'][1]:.4f})"
-            for key in ("regret", "regret_with_ties")
-        ]
+        ranges = [cell(row, key, 4) for key in ("regret", "regret_with_ties")]
         low, high = row["cost_saved_interval"]
         saved = f"{row['cost_saved']:.1%} ({low:.1%} to {high:.1%}) | {row['cost_saved_with_ties']:.1%}"
-        print(f"| {metric} | {row['chosen']} | {len(row['ties'])} | {ranges[0]} | {ranges[1]} | {saved} |")
+        seconds = f"{row['scoring_seconds']:.0f}"
+        print(f"| {metric} | {row['chosen']} | {len(row['ties'])} | {' | '.join(ranges)} | {saved} | {seconds} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/milestones"))
-    parser.add_argument("--series", default="demo", help="the run whose milestones were fine-tuned")
     parser.add_argument("--name", default="milestone_selection", help="of the file in results/")
     arguments = parser.parse_args()
     runs = {name: arguments.output / name for name in RUNS if (arguments.output / name).is_dir()}
     found = {name: forecasts(run) for name, run in [*runs.items(), ("nano", NANO)]}
     print_forecasts(found)
-    random, series = np.random.default_rng(0), runs[arguments.series]
-    tuning = Tuning(series, random)
-    metrics = ["text", *(["bits_per_byte", "accuracy"] if (series / "commonsense.json").is_file() else [])]
-    choices = {metric: choice(series, metric, tuning, random) for metric in metrics}
+    random, demo = np.random.default_rng(0), runs["demo"]
+    scored = {name: correlations(run, random) for name, run in runs.items() if (run / "commonsense.json").is_file()}
+    print_correlations(scored)
+    tuning = Tuning(demo, random)
+    metrics = [LAST, "text", *(["bits_per_byte", "accuracy"] if "demo" in scored else [])]
+    choices = {metric: choice(demo, metric, tuning, random) for metric in metrics}
     print_choices(tuning, choices)
     figures = {
         "forecasts": found,
+        "correlations": scored,
         "milestones": dict(zip(tuning.names, tuning.tokens, strict=True)),
         "loss_by_seed": tuning.by_seed.tolist(),
         "cpu_seconds": tuning.seconds.tolist(),

@@ -52,8 +52,11 @@ def test_regret_and_cost(benchmark, tmp_path):
         assert (row["chosen"], row["ties"]) == ("step-3", [])
         assert row["regret"] == pytest.approx(0.25) and row["regret_interval"] == pytest.approx([0.25, 0.25])
         assert row["cost_saved"] == row["cost_saved_with_ties"] == pytest.approx(1 - 30 / 60)
-        assert row["with_tokens"] == pytest.approx(1 if metric == "bits_per_byte" else 0.866, abs=1e-3)
+        found = benchmark.correlations(run, random)["scores"][metric]["with_tokens"]
+        assert found == pytest.approx(1 if metric == "bits_per_byte" else 0.866, abs=1e-3)
     assert benchmark.choice(run, "bits_per_byte", tuning, random)["with_tuned_loss"] == pytest.approx(0.5)
+    last = benchmark.choice(run, "last", tuning, random)
+    assert last["chosen"] == "step-3" and last["regret"] == pytest.approx(0.25) and last["scoring_seconds"] == 0
     text = benchmark.choice(run, "text", tuning, random)
     assert text["chosen"] == "step-2" and text["regret"] == 0 and text["cost_saved"] == pytest.approx(1 - 20 / 60)
 

@@ -26,6 +26,9 @@ def write_series(folder: Path, bits: dict[str, np.ndarray], right: dict[str, np.
     for number, row in enumerate(contents["models"]):
         row |= {"step": number + 1, "tokens": 1000 * (number + 1), "fingerprint": f"{number}" * 64}
         row["results"] = {task: row["results"][task] for task in bits}
+        for task, table in bits.items():
+            score = {"score": float(table[number].mean()), "standard_error": 0.1}
+            row["results"][task]["metrics"] = {"bits_per_byte": score}
     path = folder / "commonsense.json"
     path.write_text(json.dumps(contents))
     for number in range(count):
