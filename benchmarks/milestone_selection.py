@@ -135,7 +135,9 @@ def scores_of(run: Path, metric: str, names: list[str], random: np.random.Genera
 
 
 def correlation(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:
-    """Returns Spearman's rank correlation."""
+    """Returns Spearman's rank correlation; 0 if all values of one are equal, which orders nothing."""
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
     return float(spearmanr(a, b).statistic)
 
 
