@@ -163,7 +163,7 @@ def test_page_of_a_published_series(tmp_path, drawn):
     [
         (100, {}, "100 of 10042 items of hellaswag"),
         (None, {"sample": True}, "made-up items"),
-        (None, {"name": "modern"}, "their protocol is &#39;modern&#39;, not the published one"),
+        (None, {"name": "modern"}, "Here: the protocol &#39;modern&#39;."),
     ],
 )
 def test_the_published_series_is_not_drawn_with_other_scores(tmp_path, drawn, limit, protocol, reason):

@@ -178,11 +178,11 @@ def published_series() -> list[Released]:
 def overlay_problem(file: TaskScoreFile) -> str | None:
     """Returns why scores cannot be drawn with the published series, or `None` if they can."""
     if not file.models:
-        return "there are none"
+        return "no scores"
     if file.protocol.name != "published":
-        return f"their protocol is {file.protocol.name!r}, not the published one"
+        return f"the protocol {file.protocol.name!r}"
     if missing := [task for task in TASKS if any(task not in row.results for row in file.models)]:
-        return f"{', '.join(missing)} are not scored"
+        return f"no scores of {', '.join(missing)}"
     if reason := caveat(file):
         return reason
     return None
