@@ -1,11 +1,11 @@
-"""The runs behind `milestone_selection.py`: three pretraining runs with eight milestones or more, all of them
-fine-tuned with three seeds.
+"""The runs behind `milestone_selection.py`: pretraining runs with eight milestones, and those of one run fine-tuned
+with three seeds each.
 
     python benchmarks/milestone_runs.py CONVERSATIONS [--output runs/milestones] [--corpora FOLDER] [--tasks FOLDER]
 
 `demo` is the recipe of the demo with a milestone every 150,000 tokens; `wsd` is the same model with another schedule,
-seed and rate; `micro` is a smaller one on the same data. `text` is the model of the demo on books and web pages, each
-read at most once, from JSON lines in `CORPORA/books` and `CORPORA/web`. Every milestone of `demo` is fine-tuned on
+seed and rate. `text` is the model of the demo on books and web pages, each read at most once, from JSON lines in
+`CORPORA/books` and `CORPORA/web`. Every milestone of `demo` is fine-tuned on
 CONVERSATIONS for one epoch, with all weights, and scored on the held-out conversations one by one. Task scores of
 `demo` and `text` need a folder with the tasks' rows.
 
@@ -38,24 +38,14 @@ RUNS = {
             *("schedule.peak=1e-3", "schedule.floor=0"),
         ],
     ),
-    "micro": (
-        "pretrain/micro.yaml",
+    "text": (
+        "demo/pretrain.yaml",
         [
-            *(MILESTONES, _VALIDATION, "data.sequence_length=256", "training.micro_batch_size=8"),
-            *("training.total_tokens=1_200_000", "schedule.warmup_tokens=80_000", "training.compile=off"),
-            *("checkpoints.every_tokens=200_000", "training.seed=2"),
+            "milestones.tokens=[100_000, 200_000, 300_000, 400_000, 500_000, 600_000, 800_000]",
+            *("training.total_tokens=1_000_000", _VALIDATION, "training.seed=3"),
         ],
     ),
 }
-
-
-RUNS["text"] = (
-    "demo/pretrain.yaml",
-    [
-        "milestones.tokens=[100_000, 200_000, 300_000, 400_000, 500_000, 600_000, 800_000]",
-        *("training.total_tokens=1_000_000", _VALIDATION, "training.seed=3"),
-    ],
-)
 DEMO_DATA, TEXT_DATA = {"prose": 0.7, "code": 0.3}, {"books": 0.5, "web": 0.5}
 
 
@@ -151,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("conversations", type=Path, help="JSON lines, as for recipes/sft.py")
     parser.add_argument("--output", type=Path, default=Path("runs/milestones"))
-    parser.add_argument("--runs", default="demo,wsd,micro", help="to train; text needs --corpora")
+    parser.add_argument("--runs", default="demo,wsd", help="to train; text needs --corpora")
     parser.add_argument("--corpora", type=Path, help="folder with books/train.jsonl.gz and web/train.jsonl.gz")
     parser.add_argument("--tasks", type=Path, help="folder with the tasks' rows, to score every milestone")
     parser.add_argument("--limit", type=int, default=500, help="items per task")
