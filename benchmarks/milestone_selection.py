@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from common import save
-from milestone_runs import RUNS, SEEDS, tuned_losses
+from milestone_runs import RUNS, SEEDS, TASKS, tuned_losses
 from scipy.stats import spearmanr
 
 from tinyllama_hf.evaluation.milestone_selection import item_tables, rank_milestones
@@ -38,8 +38,16 @@ from tinyllama_hf.pretrain.milestones import list_milestones, read_record
 
 
 NANO = Path(__file__).parent / "results" / "nano"
-RESAMPLES = 2000
+RESAMPLES, NUM_MILESTONES = 2000, 8
 LAST = "last"  # the last milestone, without a score
+# Also without BoolQ, whose choices are " yes" and " no": how likely a model is to answer at all hides the rest.
+SCORES = {
+    LAST: (LAST, ()),
+    "text": ("text", ()),
+    "bits_per_byte": ("bits_per_byte", ()),
+    "bits_per_byte without boolq": ("bits_per_byte", tuple(task for task in TASKS if task != "boolq")),
+    "accuracy": ("accuracy", ()),
+}
 
 
 def validations(run: Path) -> list[tuple[int, float]]:
@@ -113,11 +121,12 @@ class Tuning:
         self.seconds = np.array([[files[seed]["cpu_seconds"] for seed in SEEDS] for _, _, files in found])
 
 
-def scores_of(run: Path, metric: str, names: list[str], random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def scores_of(run: Path, score: str, names: list[str], random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Returns a score of each milestone, lower is better, and its resamples: `[num_milestones]`, `[RESAMPLES, ...]`.
 
     Text scores have no values per document, so their resamples are equal.
     """
+    metric, tasks = SCORES[score]
     if metric in ("text", LAST):
         file = read_scores(run / "scores.json", TextScoreFile)
         assert file is not None, "milestone_runs.py writes it"
@@ -128,7 +137,7 @@ def scores_of(run: Path, metric: str, names: list[str], random: np.random.Genera
     file = read_scores(path, TaskScoreFile)
     assert file is not None, "milestone_runs.py --tasks writes it"
     rows = sorted(file.models, key=lambda row: names.index(row.name))
-    tables, _ = item_tables(path, rows, [read_scored_items(path, row) for row in rows], metric)
+    tables, _ = item_tables(path, rows, [read_scored_items(path, row) for row in rows], metric, tasks)
     sign = -1 if metric == "accuracy" else 1
     values = sign * np.mean([table.mean(1) for table in tables.values()], axis=0)
     return values, sign * np.mean([resampled(table, random) for table in tables.values()], axis=0)
@@ -141,11 +150,12 @@ def correlation(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray
     return float(spearmanr(a, b).statistic)
 
 
-def choice(run: Path, metric: str, tuning: Tuning, random: np.random.Generator) -> dict[str, Any]:
+def choice(run: Path, score: str, tuning: Tuning, random: np.random.Generator) -> dict[str, Any]:
     """Returns what a score chooses, its regret, the cost saved, and the rank correlations of the score."""
-    values, draws = scores_of(run, metric, tuning.names, random)
+    metric, tasks = SCORES[score]
+    values, draws = scores_of(run, score, tuning.names, random)
     chosen = int(np.argmin(values))
-    ties = [] if metric == LAST else [milestone.name for milestone in rank_milestones(run, metric).ties]
+    ties = [] if metric == LAST else [milestone.name for milestone in rank_milestones(run, metric, tasks).ties]
     tuned = [chosen, *(tuning.names.index(name) for name in ties)]
     # With ties, all of them are fine-tuned and the best one is kept.
     regret = tuning.draws[np.arange(RESAMPLES), np.argmin(draws, 1)] - tuning.draws.min(1)
@@ -176,9 +186,11 @@ def correlations(run: Path, random: np.random.Generator) -> dict[str, Any]:
     names, tokens = [m.name for m in milestones], [read_record(m)["tokens"] for m in milestones]
     rows = {row["name"]: row["results"] for row in read_json(run / "commonsense.json")["models"]}
     scores = {}
-    for metric in ("bits_per_byte", "accuracy"):
-        values, draws = scores_of(run, metric, names, random)
-        scores[metric] = {
+    for score, (metric, tasks) in SCORES.items():
+        if metric in ("text", LAST) or not set(tasks) <= set(rows[names[0]]):
+            continue
+        values, draws = scores_of(run, score, names, random)
+        scores[score] = {
             "with_tokens": -correlation(values, tokens),
             "with_tokens_interval": interval(np.array([-correlation(draw, tokens) for draw in draws])),
         }
@@ -221,11 +233,11 @@ def cell(row: dict[str, Any], key: str, digits: int) -> str:
 
 
 def print_correlations(found: dict[str, dict[str, Any]]) -> None:
-    print("\n| run | score | items | rank correlation with tokens | by task |\n|---|---|--:|--:|---|")
+    print("\n| run | score | rank correlation with tokens | by task |\n|---|---|--:|---|")
     for name, run in found.items():
         for metric, row in run["scores"].items():
-            tasks = ", ".join(f"{task} {values[metric]:.2f}" for task, values in run["tasks"].items())
-            print(f"| {name} | {metric} | {run['items']:,} | {cell(row, 'with_tokens', 3)} | {tasks} |")
+            tasks = ", ".join(f"{t} {values[metric]:.2f}" for t, values in run["tasks"].items() if metric in values)
+            print(f"| {name} | {metric} | {cell(row, 'with_tokens', 3)} | {tasks} |")
 
 
 def print_choices(tuning: Tuning, choices: dict[str, dict[str, Any]]) -> None:
@@ -257,15 +269,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/milestones"))
     parser.add_argument("--name", default="milestone_selection", help="of the file in results/")
     arguments = parser.parse_args()
-    runs = {name: arguments.output / name for name in RUNS if (arguments.output / name).is_dir()}
+    folders = {name: arguments.output / name for name in RUNS}
+    runs = {name: run for name, run in folders.items() if len(list_milestones(run)) == NUM_MILESTONES}
     found = {name: forecasts(run) for name, run in [*runs.items(), ("nano", NANO)]}
     print_forecasts(found)
     random, demo = np.random.default_rng(0), runs["demo"]
     scored = {name: correlations(run, random) for name, run in runs.items() if (run / "commonsense.json").is_file()}
     print_correlations(scored)
     tuning = Tuning(demo, random)
-    metrics = [LAST, "text", *(["bits_per_byte", "accuracy"] if "demo" in scored else [])]
-    choices = {metric: choice(demo, metric, tuning, random) for metric in metrics}
+    used = [score for score, (metric, _) in SCORES.items() if metric in (LAST, "text") or "demo" in scored]
+    choices = {score: choice(demo, score, tuning, random) for score in used}
     print_choices(tuning, choices)
     figures = {
         "forecasts": found,
