@@ -14,7 +14,7 @@ Reads what `milestone_runs.py` has written. Prints three tables:
 
 Intervals are percentiles of 2,000 resamples of the held-out conversations and, for scores, of the items of each task;
 each resample has one table of losses for all milestones, so the intervals are paired. The three seeds of fine-tuning
-are averaged; their spread is printed.
+are averaged; their spread is printed. Intervals of the cost are of resampled seeds too.
 """
 
 import argparse
@@ -147,7 +147,7 @@ def correlation(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray
     """Returns Spearman's rank correlation; 0 if all values of one are equal, which orders nothing."""
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return 0.0
-    return float(spearmanr(a, b).statistic)
+    return float(spearmanr(a, b).statistic) + 0.0  # no minus zero
 
 
 def choice(run: Path, score: str, tuning: Tuning, random: np.random.Generator) -> dict[str, Any]:
@@ -161,6 +161,8 @@ def choice(run: Path, score: str, tuning: Tuning, random: np.random.Generator) -
     regret = tuning.draws[np.arange(RESAMPLES), np.argmin(draws, 1)] - tuning.draws.min(1)
     with_ties = tuning.draws[:, tuned].min(1) - tuning.draws.min(1)
     cost = tuning.seconds.mean(1)
+    # [RESAMPLES, num_milestones], of resampled seeds
+    costs = tuning.seconds.T[random.integers(len(SEEDS), size=(RESAMPLES, len(SEEDS)))].mean(1)
     return {
         "chosen": tuning.names[chosen],
         "ties": ties,
@@ -169,7 +171,7 @@ def choice(run: Path, score: str, tuning: Tuning, random: np.random.Generator) -
         "regret_with_ties": float(tuning.loss[tuned].min() - tuning.loss.min()),
         "regret_with_ties_interval": interval(with_ties),
         "cost_saved": float(1 - cost[chosen] / cost.sum()),
-        "cost_saved_interval": interval(1 - cost[np.argmin(draws, 1)] / cost.sum()),
+        "cost_saved_interval": interval(1 - costs[np.arange(RESAMPLES), np.argmin(draws, 1)] / costs.sum(1)),
         "cost_saved_with_ties": float(1 - cost[tuned].sum() / cost.sum()),
         "with_tuned_loss": correlation(values, tuning.loss),
         "with_tuned_loss_interval": interval(
