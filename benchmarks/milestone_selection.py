@@ -38,6 +38,7 @@ from tinyllama_hf.pretrain.milestones import list_milestones, read_record
 
 
 NANO = Path(__file__).parent / "results" / "nano"
+TASK_SCORES = "tasks-published.json"
 RESAMPLES, NUM_MILESTONES = 2000, 8
 LAST = "last"  # the last milestone, without a score
 # Also without BoolQ, whose choices are " yes" and " no": how likely a model is to answer at all hides the rest.
@@ -133,7 +134,7 @@ def scores_of(run: Path, score: str, names: list[str], random: np.random.Generat
         bits = {row.name: row.bits_per_byte for row in file.models}
         values = np.array([bits[name] if metric == "text" else -float(place) for place, name in enumerate(names)])
         return values, np.tile(values, (RESAMPLES, 1))
-    path = run / "commonsense.json"
+    path = run / TASK_SCORES
     file = read_scores(path, TaskScoreFile)
     assert file is not None, "milestone_runs.py --tasks writes it"
     rows = sorted(file.models, key=lambda row: names.index(row.name))
@@ -186,7 +187,7 @@ def correlations(run: Path, random: np.random.Generator) -> dict[str, Any]:
     """Returns the rank correlations of task scores with tokens: 1 if every later milestone is better."""
     milestones = list_milestones(run)
     names, tokens = [m.name for m in milestones], [read_record(m)["tokens"] for m in milestones]
-    rows = {row["name"]: row["results"] for row in read_json(run / "commonsense.json")["models"]}
+    rows = {row["name"]: row["results"] for row in read_json(run / TASK_SCORES)["models"]}
     scores = {}
     for score, (metric, tasks) in SCORES.items():
         if metric in ("text", LAST) or not set(tasks) <= set(rows[names[0]]):
@@ -202,7 +203,7 @@ def correlations(run: Path, random: np.random.Generator) -> dict[str, Any]:
 
 def scoring_seconds(run: Path, metric: str) -> float:
     """Returns the time in which all milestones were scored."""
-    name = "scores.json" if metric == "text" else "commonsense.json"
+    name = "scores.json" if metric == "text" else TASK_SCORES
     return sum(row["seconds"] for row in read_json(run / name)["models"])
 
 
@@ -276,7 +277,7 @@ def main() -> None:
     found = {name: forecasts(run) for name, run in [*runs.items(), ("nano", NANO)]}
     print_forecasts(found)
     random, demo = np.random.default_rng(0), runs["demo"]
-    scored = {name: correlations(run, random) for name, run in runs.items() if (run / "commonsense.json").is_file()}
+    scored = {name: correlations(run, random) for name, run in runs.items() if (run / TASK_SCORES).is_file()}
     print_correlations(scored)
     tuning = Tuning(demo, random)
     used = [score for score, (metric, _) in SCORES.items() if metric in (LAST, "text") or "demo" in scored]

@@ -26,6 +26,7 @@ def tuned_series(folder: Path) -> Path:
     """Three milestones: the second is best after fine-tuning, the third by accuracy and bits per byte."""
     bits = np.tile([[2.0], [1.5], [1.0]], 50) + np.linspace(0, 1, 50)
     run = write_series(folder, {"piqa": bits}, {"piqa": np.tile([[False], [False], [True]], 50)})
+    (run / "commonsense.json").rename(run / "tasks-published.json")
     (run / "tuning").mkdir()
     for number, (name, loss) in enumerate(zip(NAMES, (3.0, 2.0, 2.25), strict=True)):
         milestone = run / "milestones" / name
@@ -66,6 +67,7 @@ def test_ties_are_fine_tuned_too(benchmark, tmp_path):
     random = np.random.default_rng(1)
     noise = random.normal(0, 1, (3, 50))
     write_series(run, {"piqa": 5 + noise - noise.mean(1, keepdims=True) + np.array([[9], [0.001], [0]])})
+    (run / "commonsense.json").rename(run / "tasks-published.json")
     row = benchmark.choice(run, "bits_per_byte", benchmark.Tuning(run, random), random)
     assert (row["chosen"], row["ties"]) == ("step-3", ["step-2"])
     assert row["regret"] == pytest.approx(0.25) and row["regret_with_ties"] == 0

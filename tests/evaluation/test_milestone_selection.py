@@ -166,6 +166,17 @@ def test_text_is_ranked_without_intervals(tmp_path):
     assert rank_milestones(tmp_path / "scores.json", "text").milestones == ranking.milestones
 
 
+def test_scores_of_other_tasks(tmp_path):
+    """`eval tasks RUN --task ...` writes tasks-PROTOCOL.json; of several, one has to be named."""
+    run = write_series(tmp_path, simulated(np.random.default_rng(0), [2.0, 1.0, 1.5]))
+    other = (run / "commonsense.json").rename(run / "tasks-published.json")
+    (run / "scores.json").write_text(json.dumps(bits_per_byte_scores(["step-1", "step-2"], "data")))
+    assert rank_milestones(run).milestones[0].name == "step-2" and rank_milestones(run).metric == "bits_per_byte"
+    (run / "tasks-modern.json").write_text(other.read_text())
+    assert "has the task scores tasks-modern.json, tasks-published.json" in refusal(run)
+    assert rank_milestones(other).metric == "bits_per_byte" and rank_milestones(run, "text").metric == "text"
+
+
 def test_the_command(tmp_path):
     write_series(tmp_path, simulated(np.random.default_rng(0), [2.0, 1.0, 1.001]))
     done = run_here("tinyllama-hf", "select", tmp_path, "--json", tmp_path / "out" / "ranking.json", cwd=tmp_path)

@@ -51,8 +51,8 @@ def run(tmp_path) -> Path:
 
 def test_pages(run, tmp_path):
     index = write_report(run, tmp_path / "report").read_text()
-    assert '<a href="items-step-10.html">step-10</a>: 3 of 4 items' in index
-    assert '<a href="items-step-30-nf4.html">step-30 (nf4)</a>: 3 of 4 items' in index
+    assert '<a href="items-step-10.html">step-10</a>, published: 3 of 4 items' in index
+    assert '<a href="items-step-30-nf4.html">step-30 (nf4)</a>, published: 3 of 4 items' in index
     assert "step-50" not in index.split("Wrong answers")[1].split("</ul>")[0], "it has no items"
     page = (tmp_path / "report" / "items-step-10.html").read_text()
     assert re.findall("<h3>(.*)</h3>", page) == ["Item 1", "Item 7"], "the ones with a question, without the right one"
@@ -68,6 +68,20 @@ def test_pages(run, tmp_path):
     ):
         assert fact in page, fact
     assert "<script>" not in page and "<b>many" not in page
+
+
+def test_scores_of_other_tasks_have_pages_too(run, tmp_path):
+    """Also without the scores of the seven tasks, which are a table of their own."""
+    scores = json.loads((run / "commonsense.json").read_text())
+    scores["protocol"]["name"] = "modern"
+    (run / "tasks-modern.json").write_text(json.dumps(scores))
+    write_report(run, tmp_path / "report")
+    assert len(list((tmp_path / "report").glob("items-step-10*.html"))) == 2
+    assert "protocol modern" in (tmp_path / "report" / "items-step-10-2.html").read_text()
+    (run / "commonsense.json").unlink()
+    index = write_report(run, tmp_path / "alone").read_text()
+    assert "step-10</a>, modern: 3 of 4 items" in index and "Task scores over tokens" in index
+    assert "Commonsense, by lm-eval" not in index
 
 
 def test_missing_items_are_named_on_the_page(run, tmp_path):

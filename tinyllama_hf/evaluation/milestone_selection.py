@@ -21,7 +21,7 @@ BITS_PER_BYTE = "bits_per_byte"  # of the right answers
 ACCURACY = "accuracy"  # the metric that each task reports
 METRICS = (BITS_PER_BYTE, ACCURACY, TEXT)
 Row = TypeVar("Row", bound=ScoredModel)
-_FILES = {TEXT: "scores.json", BITS_PER_BYTE: "commonsense.json", ACCURACY: "commonsense.json"}
+TASKS_FILE, OTHER_TASKS_FILES, TEXT_FILE = "commonsense.json", "tasks-*.json", "scores.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ def rank_milestones(series: Path, metric: str | None = None, tasks: Sequence[str
     if metric == TEXT and tasks:
         raise InputError("--task: text has no tasks. Remove it, or choose another --metric")
     path = _score_file(series, metric, bool(tasks))
-    if path.name == _FILES[TEXT] or _kind(path) == TextScoreFile.task:
+    if _kind(path) == TextScoreFile.task:
         if metric not in (None, TEXT) or tasks:
             raise InputError(f"{path}: has bits per byte of text, no task scores. Use --metric {TEXT} without --task")
         return _rank_text(path)
@@ -116,14 +116,18 @@ def _score_file(series: Path, metric: str | None, has_tasks: bool) -> Path:
                 f"{series}: no such run or score file. Score the milestones with `tinyllama-hf eval tasks`"
             )
         return series
-    wanted = [_FILES[metric]] if metric else [_FILES[BITS_PER_BYTE]] + ([] if has_tasks else [_FILES[TEXT]])
-    found = next((series / name for name in wanted if (series / name).is_file()), None)
-    if found is None:
-        command = "text" if metric == TEXT else "tasks"
+    tasks = [series / TASKS_FILE] if (series / TASKS_FILE).is_file() else sorted(series.glob(OTHER_TASKS_FILES))
+    if len(tasks) > 1 and metric != TEXT:
+        names = ", ".join(path.name for path in tasks)
+        raise InputError(f"{series}: has the task scores {names}. Give one of these files in place of the run")
+    text = [series / TEXT_FILE] if (series / TEXT_FILE).is_file() else []
+    found = text if metric == TEXT else tasks + (text if metric is None and not has_tasks else [])
+    if not found:
+        kind, command = ("text", "text") if metric == TEXT else ("task", "tasks")
         raise InputError(
-            f"{series}: has no {' or '.join(wanted)}. Score its milestones: tinyllama-hf eval {command} {series}"
+            f"{series}: has no {kind} scores of milestones. Score them first: tinyllama-hf eval {command} {series}"
         )
-    return found
+    return found[0]
 
 
 def _kind(path: Path) -> str | None:

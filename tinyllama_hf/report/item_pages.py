@@ -2,11 +2,13 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import InputError
-from ..evaluation.score_files import TaskRow, TaskScoreFile
+from ..evaluation.milestone_selection import OTHER_TASKS_FILES, TASKS_FILE
+from ..evaluation.protocol import caveat
+from ..evaluation.score_files import Protocol, TaskRow, TaskScoreFile, read_scores
 from ..evaluation.scored_items import ScoredItem, read_scored_items
 from ..files import write_text
 from .jinja import render_template
@@ -28,6 +30,8 @@ class ItemPage:
 
     Attributes:
         name (`str`): of the model.
+        protocol (`Protocol`): of the scores.
+        caveat (`str`): why they are not a benchmark result, or `""`.
         file (`str`, *optional*): name of its page; `None` if there is none.
         problem (`str`, *optional*): why there is none.
         items, wrong (`int`): numbers of items, and of wrong ones.
@@ -36,6 +40,8 @@ class ItemPage:
     """
 
     name: str
+    protocol: Protocol
+    caveat: str
     file: str | None = None
     problem: str | None = None
     items: int = 0
@@ -44,42 +50,49 @@ class ItemPage:
     counts: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
 
-def read_item_pages(score_file: Path, scores: TaskScoreFile) -> list[ItemPage]:
-    """Reads the items of all models of a score file that have some.
+def read_task_files(run: Path) -> dict[Path, TaskScoreFile]:
+    """Reads the task scores of a run: those of the seven tasks first, then of other tasks and protocols."""
+    paths = [run / TASKS_FILE, *sorted(run.glob(OTHER_TASKS_FILES))]
+    read = {path: read_scores(path, TaskScoreFile) for path in paths}
+    return {path: file for path, file in read.items() if file and file.models}
+
+
+def read_item_pages(files: Mapping[Path, TaskScoreFile]) -> list[ItemPage]:
+    """Reads the items of all models of score files that have some.
 
     A missing or damaged file of items is a problem of its page, not of the report, since the scores are complete
     without it.
     """
     pages: list[ItemPage] = []
-    for row in scores.models:
-        if row.items_file is None:
-            continue
-        try:
-            items = read_scored_items(score_file, row)
-        except InputError as error:
-            pages.append(ItemPage(row.name, problem=str(error)))
-            continue
-        pages.append(_page(row, items, [page.file for page in pages]))
+    for path, file in files.items():
+        for row in file.models:
+            if row.items_file is None:
+                continue
+            page = ItemPage(row.name, file.protocol, caveat(file))
+            try:
+                items = read_scored_items(path, row)
+            except InputError as error:
+                pages.append(dataclasses.replace(page, problem=str(error)))
+                continue
+            pages.append(_with_items(page, row, items, [page.file for page in pages]))
     return pages
 
 
-def write_item_pages(pages: Sequence[ItemPage], scores: TaskScoreFile, caveat: str, output: Path) -> None:
+def write_item_pages(pages: Sequence[ItemPage], output: Path) -> None:
     """Writes the pages into the folder of the report."""
     for page in pages:
         if page.file:
             template = Path(__file__).with_name("items.html.jinja")
-            title = f"Wrong answers of {page.name}"
-            text = render_template(template, title=title, page=page, protocol=scores.protocol, caveat=caveat)
-            write_text(output / page.file, text)
+            write_text(output / page.file, render_template(template, title=f"Wrong answers of {page.name}", page=page))
 
 
-def _page(row: TaskRow, items: Sequence[ScoredItem], taken: Sequence[str | None]) -> ItemPage:
+def _with_items(page: ItemPage, row: TaskRow, items: Sequence[ScoredItem], taken: Sequence[str | None]) -> ItemPage:
     base = f"items-{re.sub(r'[^A-Za-z0-9._-]+', '-', row.name).strip('-')}"
     names = (f"{base}{'' if number == 1 else f'-{number}'}.html" for number in range(1, len(taken) + 2))
     wrong = [item for item in items if is_wrong(item, row)]
     tasks = list(dict.fromkeys(item.task for item in items))
-    return ItemPage(
-        name=row.name,
+    return dataclasses.replace(
+        page,
         file=next(name for name in names if name not in taken),
         items=len(items),
         wrong=len(wrong),

@@ -15,7 +15,7 @@ from ..inference.generation import generate_text
 from ..inference.load import load
 from ..pretrain.metrics import METRICS_FILE
 from ..pretrain.milestones import CONFIG_FILE, list_milestones, read_record
-from .item_pages import read_item_pages, write_item_pages
+from .item_pages import read_item_pages, read_task_files, write_item_pages
 from .jinja import render_template
 from .series_section import draw_series, series_section
 from .training import TrainingCurves
@@ -59,13 +59,13 @@ def write_report(
     scores, commonsense = found.text, found.commonsense
     config = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
     tokens = [record["tokens"] for _, record in milestones]
-    series = series_section(config, curves, tokens, found)
-    item_pages = read_item_pages(run / "commonsense.json", commonsense) if commonsense else []
+    task_files = read_task_files(run)
+    series = series_section(config, curves, tokens, scores, next(iter(task_files.values()), None))
+    item_pages = read_item_pages(task_files)
     samples = _samples([folder for folder, _ in milestones], prompts, log)
     output.mkdir(parents=True, exist_ok=True)
     pictures = [*_draw(curves, tokens, scores, output), *draw_series(series, output)]
-    if commonsense:
-        write_item_pages(item_pages, commonsense, caveat(commonsense), output)
+    write_item_pages(item_pages, output)
     page = output / "index.html"
     text = render_template(
         Path(__file__).with_name("page.html.jinja"),

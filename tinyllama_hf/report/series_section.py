@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.protocol import TASKS
-from ..evaluation.score_files import RunScores
+from ..evaluation.score_files import TaskScoreFile, TextScoreFile
 from ..evaluation.series_forecast import (
     AVERAGE,
     FittedSeries,
@@ -49,7 +49,11 @@ class SeriesSection:
 
 
 def series_section(
-    config: dict[str, Any], curves: TrainingCurves, milestones: Sequence[int], scores: RunScores
+    config: dict[str, Any],
+    curves: TrainingCurves,
+    milestones: Sequence[int],
+    text: TextScoreFile | None,
+    tasks: TaskScoreFile | None,
 ) -> SeriesSection:
     """Fits curves to the validation losses and scores of a run.
 
@@ -57,19 +61,20 @@ def series_section(
         config (`dict`): its recipe.
         curves (`TrainingCurves`): its metrics.
         milestones (`Sequence[int]`): tokens of its milestones.
-        scores (`RunScores`): its score files.
+        text (`TextScoreFile`, *optional*), tasks (`TaskScoreFile`, *optional*): its scores.
     """
-    text = [(row.tokens, row.bits_per_byte) for row in scores.text.models if row.tokens] if scores.text else []
-    bits = bits_points(scores.commonsense) if scores.commonsense else {}
+    bits = bits_points(tasks) if tasks else {}
     series = {
         ("Validation loss", "nats per token"): curves.validation,
-        ("Held-out text", "bits per byte"): text,
+        ("Held-out text", "bits per byte"): [(r.tokens, r.bits_per_byte) for r in text.models if r.tokens]
+        if text
+        else [],
         ("Right answers, mean of the tasks", "bits per byte"): mean_points(bits),
     }
     warmup, planned = config["schedule"]["warmup_tokens"], config["training"]["total_tokens"]
     fitted = [fit_series(*name, points, milestones, warmup, planned) for name, points in series.items() if points]
-    points = _ordered(task_points(scores.commonsense)) if scores.commonsense else {}
-    problem = overlay_problem(scores.commonsense) if scores.commonsense else None
+    points = _ordered(task_points(tasks)) if tasks else {}
+    problem = overlay_problem(tasks) if tasks else None
     published = published_series() if points and not problem else []
     return SeriesSection(fitted, points, bits, published, problem, config["schedule"]["name"])
 
