@@ -188,6 +188,8 @@ BAD = {
     "no repository": ("publish model --repo micro", "--repo 'micro': the name must have the form USER/NAME"),
     "nothing to publish": ("publish empty --repo me/x --dry-run", "empty: holds neither milestones nor a model"),
     "publish offline": ("publish model --repo me/x", "HF_HUB_OFFLINE is set"),
+    "no scores to select by": ("select empty", "empty: has no task scores of milestones"),
+    "a file without scores": ("select small.jsonl", "small.jsonl: is not a file of commonsense scores"),
     "no run": ("report empty --output out", "metrics.jsonl is missing"),
     "plan for an unknown device": ("plan {recipe} --device h300", "--device 'h300': unknown device; valid: 3090, "),
     "plan for no device": ("plan {recipe} --devices 0", "--devices 0: must be at least 1"),

@@ -208,6 +208,12 @@ CASES = {
         "tinyllama_hf.evaluation.comparison_text.comparison_lines": ([], {}),
         "typer.Exit": (None, {"code": 1}),
     },
+    "select s --metric text --task piqa --task boolq --json j": {
+        "tinyllama_hf.evaluation.milestone_selection.rank_milestones": (
+            None,
+            {"series": Path("s"), "metric": "text", "tasks": ["piqa", "boolq"]},
+        ),
+    },
     "report r m --output o": {
         "tinyllama_hf.report.comparison.write_comparison": (
             None,

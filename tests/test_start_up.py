@@ -69,6 +69,8 @@ WRONG = {
     "report empty llama --output x --stages a": "--stages: is for the report of one run, not for 2",
     "report empty llama --output x --chat empty": "--chat: is for the report of one run, not for 2",
     "report empty llama llama --output x": "run llama: is given twice",
+    "select /nope": "/nope: no such run or score file",
+    "select empty --metric accuracyy": "--metric 'accuracyy': unknown metric; did you mean 'accuracy'?",
     "publish model.gguf --repo a/b": "run model.gguf: a file, not a folder. Give the folder",
     "publish llama --repo ab": "--repo 'ab': the name must have the form USER/NAME",
     "publish llama --repo a/b --base-model b": "--base-model 'b': the name must have the form USER/NAME",

@@ -9,7 +9,20 @@ from typing import Annotated
 
 import typer
 
-from . import compare, conversion, data, evaluation, hub, inference, memory, plan, recipes, serving, tokenizer
+from . import (
+    compare,
+    conversion,
+    data,
+    evaluation,
+    hub,
+    inference,
+    memory,
+    plan,
+    recipes,
+    selection,
+    serving,
+    tokenizer,
+)
 from .openmp import let_threads_sleep
 
 
@@ -53,6 +66,7 @@ app.command("prepare")(data.prepare_command)
 app.command("plan")(plan.plan_command)
 app.command("compare")(compare.compare_command)
 app.command("report")(evaluation.report_command)
+app.command("select")(selection.select_command)
 app.command("publish")(hub.publish_command)
 _PASSES_ON = {"ignore_unknown_options": True}  # of the scripts, such as --dry-run
 app.command("train", context_settings=_PASSES_ON)(recipes.train_command)

@@ -57,7 +57,7 @@ def test_page_of_a_scored_run(run, tmp_path, drawn):
     lines: list[str] = []
     page = write_report(run, tmp_path / "report", ["def <b>"], stages, log=lines.append).read_text()
     assert lines == [f"continuing the prompts with {folder.name}" for folder in list_milestones(run)]
-    assert page.count('src="data:image/png;base64,') == 3
+    assert page.count('src="data:image/png;base64,') == 4
     assert "http" not in re.sub(r'data:image/png;base64,[^"]*|http-equiv', "", page)
     for fact in (
         "The n-gram models (",
@@ -73,12 +73,14 @@ def test_page_of_a_scored_run(run, tmp_path, drawn):
     for name in ("loss", "learning_rate", "trajectory"):
         with Image.open(tmp_path / "report" / f"{name}.png") as picture:
             assert picture.size == (1080, 630)
-    loss, rates, trajectory = (figure.axes for figure in drawn)
+    loss, rates, trajectory, scaling = (figure.axes for figure in drawn)
     assert_draws(loss[0], run, "loss", "training")
     assert_draws(loss[0], run, "validation_loss", "validation, held-out text")
     assert_draws(rates[0], run, "learning_rate")
     assert_draws(rates[1], run, "gradient_norm")
     assert series(trajectory[0], "model") == ([1536, 3072], [3.0, 2.875])
+    assert_draws(scaling[0], run, "validation_loss", "measured")
+    assert "Held-out text: No curve is fitted: 2 points are too few" in page
 
 
 def test_n_gram_models_are_mentioned_only_if_they_were_fitted(run, tmp_path):
@@ -89,7 +91,7 @@ def test_n_gram_models_are_mentioned_only_if_they_were_fitted(run, tmp_path):
 
 def test_page_of_a_run_without_scores(run, tmp_path):
     page = write_report(run, tmp_path / "report").read_text()
-    assert page.count('src="data:image/png;base64,') == 2 and "Bits per byte" not in page
+    assert page.count('src="data:image/png;base64,') == 3 and "Bits per byte" not in page
     assert "has 2 milestones" in page
     again = write_report(run, tmp_path / "report").read_text()
     assert again == page

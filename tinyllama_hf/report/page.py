@@ -1,7 +1,7 @@
-"""The report of a run: one self-contained HTML page, and its pictures as PNG files."""
+"""The report of a run: a self-contained HTML page, its pictures as PNG files, and a page of wrong items per model."""
 
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,15 @@ import yaml
 
 from ..errors import InputError, require
 from ..evaluation.protocol import caveat
-from ..evaluation.score_files import ReplyRow, read_run_scores
+from ..evaluation.score_files import ReplyRow, TextScoreFile, read_run_scores
 from ..files import read_json, write_text
 from ..inference.generation import generate_text
 from ..inference.load import load
 from ..pretrain.metrics import METRICS_FILE
 from ..pretrain.milestones import CONFIG_FILE, list_milestones, read_record
+from .item_pages import read_item_pages, read_task_files, write_item_pages
 from .jinja import render_template
+from .series_section import draw_series, series_section
 from .training import TrainingCurves
 
 
@@ -49,38 +51,34 @@ def write_report(
         InputError: if the folder is not a run or has no logged step, a file is missing, or matplotlib is not
             installed. Raised before anything is written.
     """
-    curves = TrainingCurves(run)
-    if not curves.last:
-        raise InputError(f"run {run}: no training step is logged yet in {METRICS_FILE}. Wait for the first one")
-    if stages and not stages.is_file():
-        raise InputError(f"--stages {stages}: the file does not exist")
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output {output} is a file. Choose a folder")
+    curves = _checked_curves(run, output, stages)
     replies, chat_record = _chat(chat) if chat else (None, None)
     require("matplotlib", "report", "drawing pictures")
-    from . import plots
-
     milestones = [(folder, read_record(folder)) for folder in list_milestones(run)]
     found = read_run_scores(run)
     scores, commonsense = found.text, found.commonsense
+    config = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
+    tokens = [record["tokens"] for _, record in milestones]
+    task_files = read_task_files(run)
+    series = series_section(config, curves, tokens, scores, next(iter(task_files.values()), None))
+    item_pages = read_item_pages(task_files)
     samples = _samples([folder for folder, _ in milestones], prompts, log)
     output.mkdir(parents=True, exist_ok=True)
-    plots.loss_curve(curves, [record["tokens"] for _, record in milestones], output / "loss.png")
-    plots.learning_rate_curve(curves, output / "learning_rate.png")
-    if scores:
-        plots.trajectory(scores, output / "trajectory.png")
-    pictures = ("loss", "learning_rate", *(("trajectory",) if scores else ()))
+    pictures = [*_draw(curves, tokens, scores, output), *draw_series(series, output)]
+    write_item_pages(item_pages, output)
     page = output / "index.html"
     text = render_template(
         Path(__file__).with_name("page.html.jinja"),
         title=f"Run report: {run}",
-        config=yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8")),
+        config=config,
         first=curves.first,
         last=curves.last,
         milestones=milestones,
         pictures={name: base64.b64encode((output / f"{name}.png").read_bytes()).decode() for name in pictures},
         scores=scores,
         counted_bits={(row.name, row.tokens): row.bits_per_byte for row in scores.baselines} if scores else {},
+        series=series,
+        item_pages=item_pages,
         samples=samples,
         sampling=f"temperature {_TEMPERATURE}, top-p {_TOP_P}, seed {_SEED}",
         commonsense=commonsense,
@@ -93,6 +91,37 @@ def write_report(
     )
     write_text(page, text)
     return page
+
+
+def _checked_curves(run: Path, output: Path, stages: Path | None) -> TrainingCurves:
+    """Returns the metrics of a run.
+
+    Raises:
+        InputError: as [`write_report`].
+    """
+    curves = TrainingCurves(run)
+    if not curves.last:
+        raise InputError(f"run {run}: no training step is logged yet in {METRICS_FILE}. Wait for the first one")
+    if stages and not stages.is_file():
+        raise InputError(f"--stages {stages}: the file does not exist")
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output} is a file. Choose a folder")
+    return curves
+
+
+def _draw(
+    curves: TrainingCurves, milestones: Sequence[int], scores: TextScoreFile | None, output: Path
+) -> Iterator[str]:
+    """Draws the pictures of the training, and yields their names without `.png`."""
+    from . import plots
+
+    plots.loss_curve(curves, milestones, output / "loss.png")
+    yield "loss"
+    plots.learning_rate_curve(curves, output / "learning_rate.png")
+    yield "learning_rate"
+    if scores:
+        plots.trajectory(scores, output / "trajectory.png")
+        yield "trajectory"
 
 
 def _chat(folder: Path) -> tuple[ReplyRow, dict[str, Any]]:

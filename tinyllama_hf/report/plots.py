@@ -10,11 +10,14 @@ import matplotlib
 matplotlib.use("Agg")  # files only: works without a display
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from ..evaluation.score_files import TextScoreFile
+from ..evaluation.series_forecast import AVERAGE, FittedSeries, ScorePoint
 from ..files import new_file
+from ..released import Released
 from .run_names import MAX_RUNS
 from .training import TrainingCurves
 
@@ -22,6 +25,7 @@ from .training import TrainingCurves
 _SIZE = (7.2, 4.2)
 _MAX_MARKERS = 100  # more would hide the line
 _COLORS = {"model": "#1f77b4", "validation": "#d62728", "unigram": "#999999", "5-gram": "#2ca02c"}
+_PUBLISHED_COLORS = {"base": "#8c564b", "peer": "#e377c2"}
 _RUN_COLORS = matplotlib.color_sequences["tab10"][:MAX_RUNS]
 _LEGEND_WIDTH = 110  # characters
 
@@ -184,6 +188,94 @@ def trajectory(scores: TextScoreFile, path: Path) -> None:
     axes.set(xlabel="tokens", ylabel="bits per byte, held-out text", title="Bits per byte of each milestone")
     axes.legend(frameon=False)
     _save(figure, path)
+
+
+def scaling_curves(fitted: Sequence[FittedSeries], path: Path) -> None:
+    """Plots fitted curves over tokens, one column per series, with their forecasts and, below, their residuals.
+
+    Points that were not fitted are hollow. The forecast is dashed, with a band for its 95 % interval.
+
+    Args:
+        fitted (`Sequence[FittedSeries]`): series that have a curve.
+        path (`Path`): PNG file to write.
+    """
+    size = (4.1 * len(fitted) + 2, 5.2)
+    figure, panels = plt.subplots(2, len(fitted), figsize=size, squeeze=False, sharex="col", height_ratios=(3, 1))
+    for (above, below), series in zip(panels.T, fitted, strict=True):
+        _scaling_curve(above, series)
+        if series.curve:
+            below.axhline(0, color=_COLORS["validation"], linewidth=1)
+            below.plot(series.curve.tokens, series.curve.residuals, "o", color=_COLORS["model"], markersize=3)
+        below.set(xlabel="tokens", ylabel="residual, %")
+        below.xaxis.set_major_formatter(FuncFormatter(_short))
+    _save(figure, path)
+
+
+def _scaling_curve(axes: Any, series: FittedSeries) -> None:
+    curve, forecast = series.curve, series.forecast
+    assert curve is not None and forecast is not None
+    early = [point for point in series.points if point[0] < curve.tokens[0]]
+    if early:
+        axes.plot(*zip(*early, strict=True), "o", color=_COLORS["model"], mfc="none", markersize=4, label="not fitted")
+    axes.plot(curve.tokens, curve.values, "o", color=_COLORS["model"], markersize=4, label="measured")
+    known = np.geomspace(curve.tokens[0], curve.tokens[-1], 100)
+    axes.plot(known, curve.at(known), color=_COLORS["validation"], linewidth=1.2, label="fitted curve")
+    ahead = np.geomspace(curve.tokens[-1], forecast.tokens, 50)
+    bounds = [curve.forecast(place) for place in ahead]
+    low, high = [bound.low for bound in bounds], [bound.high for bound in bounds]
+    axes.fill_between(ahead, low, high, color=_COLORS["validation"], alpha=0.15, linewidth=0)
+    axes.plot(ahead, curve.at(ahead), "--", color=_COLORS["validation"], linewidth=1.2, label="forecast, 95 %")
+    axes.set(title=f"{series.name}, {series.unit}")
+    _logarithmic(axes)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def task_scores(
+    points: Mapping[str, Sequence[ScorePoint]], unit: str, published: Sequence[Released], path: Path
+) -> None:
+    """Plots scores over tokens with their 95 % intervals, one panel per task.
+
+    Args:
+        points (`Mapping[str, Sequence[ScorePoint]]`): the points of each task.
+        unit (`str`): of the scores.
+        published (`Sequence[Released]`): rows of the published table to draw too; then tokens are logarithmic.
+        path (`Path`): PNG file to write.
+    """
+    num_columns = min(len(points), 4)
+    num_rows = -(-len(points) // num_columns)
+    size = (2.9 * num_columns + 0.6, 2.5 * num_rows + 0.5)
+    figure, grid = plt.subplots(num_rows, num_columns, figsize=size, squeeze=False, layout="constrained")
+    for axes, (task, scores) in zip(grid.flat, points.items(), strict=False):
+        own = [(point.tokens, point.score) for point in scores]
+        sides = [(p.score - p.low, p.high - p.score) if p.low is not None and p.high is not None else (0, 0)
+                 for p in scores]  # fmt: skip
+        style = {"fmt": "o-", "color": _COLORS["model"], "markersize": 4, "linewidth": 1, "elinewidth": 1}
+        axes.errorbar(*zip(*own, strict=True), yerr=np.array(sides).T, capsize=2, label="this run", **style)
+        _published(axes, task, published)
+        axes.set(title=task)
+        if published:
+            axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(_short))
+        axes.tick_params(labelsize=8)
+    for axes in list(grid.flat)[len(points) :]:
+        axes.set_axis_off()
+    for axes in list(grid.flat)[: len(points)][-num_columns:]:
+        axes.set_xlabel("tokens", fontsize=9)
+    figure.supylabel(unit, fontsize=10)
+    names = grid.flat[0].get_legend_handles_labels()
+    if published:
+        figure.legend(*names, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def _published(axes: Any, task: str, published: Sequence[Released]) -> None:
+    """Draws the published scores of a task, or the published averages."""
+    for kind, label in (("base", "TinyLlama, published"), ("peer", "{}, published")):
+        rows = [row for row in published if row.kind == kind and (task == AVERAGE or task in row.scores)]
+        if rows:
+            places = [(row.tokens, row.average if task == AVERAGE else row.scores[task]) for row in rows]
+            names = label.format(", ".join(row.name for row in rows))
+            axes.plot(*zip(*places, strict=True), "s", color=_PUBLISHED_COLORS[kind], markersize=3.5, label=names)
 
 
 def _save(figure: Any, path: Path) -> None:

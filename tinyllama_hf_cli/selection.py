@@ -1,0 +1,78 @@
+"""`tinyllama-hf select`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tinyllama_hf.evaluation.milestone_selection import Ranking
+
+
+def select_command(
+    series: Annotated[
+        Path, typer.Argument(help="Run whose milestones are scored, or a score file of `eval tasks` or `eval text`.")
+    ],
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="bits_per_byte (of the right answers), accuracy, or text (bits per byte of held-out text); default: "
+            "the first of these that the scores have."
+        ),
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Only this task, repeatable; default: all.")] = None,
+    json: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """Rank the milestones of a series, and name those that cannot be told apart from the best one.
+
+    Task scores give a paired interval for each: how much worse a milestone is than the best one on the items that all
+    of them answered. All intervals together hold with 95 %. Text scores are ranked without intervals.
+
+    Example: tinyllama-hf select runs/demo/pretrain
+
+    Example: tinyllama-hf select commonsense.json --metric accuracy --task arc_easy --task piqa --json ranking.json
+    """
+    from tinyllama_hf.errors import InputError
+    from tinyllama_hf.evaluation.milestone_selection import rank_milestones
+
+    if json is not None and json.is_dir():
+        raise InputError(f"--json {json} is a folder. Name a file")
+    ranking = rank_milestones(series, metric, task or ())
+    for line in ranking_lines(ranking):
+        print(line)
+    if json is not None:
+        from tinyllama_hf.files import write_json
+
+        json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(json, ranking.to_json())
+        print(f"wrote {json}")
+
+
+def ranking_lines(ranking: "Ranking") -> "Iterator[str]":
+    """Yields the lines that the command prints."""
+    digits = 2 if ranking.metric == "accuracy" else 4
+    unit = "percent" if ranking.metric == "accuracy" else "bits/byte"
+    sizes = ", ".join(f"{number:,} of {name}" for name, number in ranking.items.items())
+    yield f"{ranking.metric}: {'bytes' if ranking.metric == 'text' else 'items'}: {sizes}"
+    if ranking.left_out:
+        yield f"{ranking.left_out:,} items are left out, which not all milestones answered"
+    yield f"{unit:>10}  {'worse by':>9}  {'95 % interval':>20}  {'tokens':>13}  milestone"
+    for number, milestone in enumerate(ranking.milestones):
+        interval = ""
+        if number and milestone.low is not None and milestone.high is not None:
+            interval = f"{milestone.low:.{digits}f} to {milestone.high:.{digits}f}"
+        difference = f"{milestone.difference:.{digits}f}" if number else ""
+        tokens = f"{milestone.tokens:,}" if milestone.tokens is not None else ""
+        tie = "  (tie)" if number and milestone.is_tied else ""
+        yield (
+            f"{milestone.score:>10.{digits}f}  {difference:>9}  {interval:>20}  {tokens:>13}  {milestone.name}{tie}"
+        )
+    if ranking.note:
+        yield f"note: {ranking.note}"
+    yield f"best: {ranking.milestones[0].name} ({ranking.milestones[0].path})"
+    if ranking.confidence:
+        names = ", ".join(milestone.name for milestone in ranking.ties) or "none"
+        yield f"cannot be told apart from it with these items: {names}"
