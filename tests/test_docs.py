@@ -73,6 +73,12 @@ def test_comparing(tmp_path):
 
 
 @pytest.mark.slow
+def test_evaluation(my_model):
+    run("evaluation.md", my_model, at_least=1)
+    assert len(list((my_model / "my-scores.items").iterdir())) == 1
+
+
+@pytest.mark.slow
 def test_converting(my_model, documents):
     (my_model / "my-text.txt").write_text("\n".join(documents), encoding="utf-8")
     run("converting.md", my_model, at_least=11)

@@ -153,3 +153,29 @@ def test_lm_evals_own_command_line(folder, tmp_path):
         (samples,) = (tmp_path / name).rglob("samples_own_*.jsonl")
         results[name] = [float(resp[0][0]) for line in samples.open() for resp in json.loads(line)["resps"]]
     assert len(results["hf"]) == 4 and results["tinyllama"] == pytest.approx(results["hf"], abs=1e-3)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_with_an_adapter(folder, loaded, pairs, tmp_path, quantization):
+    """The answers of the model with the adapter merged into its weights; in 4 bit, other ones."""
+    pytest.importorskip("bitsandbytes")
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(5)
+    base = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = peft.LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(base, config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    asked, tokenizer = requests("loglikelihood", pairs[:40]), loaded[1]
+    merged = HFLM(pretrained=adapted.merge_and_unload(), tokenizer=tokenizer).loglikelihood(asked, disable_tqdm=True)
+    plain = TinyLlamaHarness(*loaded).loglikelihood(asked)
+    ours = TinyLlamaHarness(str(folder), adapter=str(tmp_path / "adapter"), quantization=quantization, dtype="float32")
+    found = ours.loglikelihood(asked)
+    differences = [abs(own[0] - other[0]) for own, other in zip(found, merged, strict=True)]
+    away = [abs(own[0] - other[0]) for own, other in zip(plain, merged, strict=True)]
+    assert min(away) > 0.01 and (max(differences) < 1e-3) == (quantization == "none")
+    assert sum(differences) < sum(away)
+
+
+def test_a_dtype_that_does_not_exist(folder):
+    with pytest.raises(InputError, match="dtype=bfloat: unknown"):
+        TinyLlamaHarness(str(folder), dtype="bfloat")

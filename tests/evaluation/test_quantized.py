@@ -146,7 +146,7 @@ def test_all_that_is_plain_is_fp32(folders, dtype, quantization):
 
 PROGRESS = {
     "bits_per_byte": "bits per byte",
-    "commonsense": "loading|preparing",
+    "commonsense": "loading|requests",
     "replies": "replies: 0 of 3 conv",
 }
 

@@ -215,7 +215,7 @@ class _Scoring:
                 kept=kept,
                 update=update,
             )
-            update(description=f"{model.name}: preparing the requests")
+            update(description=model.name)
             found = run_tasks(harness_model, self.suite, protocol.limit, protocol.apply_chat_template)
         if num_cut := harness_model.num_cut:
             self.note(
