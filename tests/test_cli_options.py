@@ -152,6 +152,13 @@ CASES = {
         ),
         "tinyllama_hf.evaluation.table.table_lines": (None, {"scores.protocol": "protocol"}),
     },
+    "eval tasks m --data x --server http://h:1 --server-model s --output o": {
+        "tinyllama_hf.evaluation.served_model.find_served_model": (
+            "served",
+            {"model": "m", "server": "http://h:1", "server_model": "s"},
+        ),
+        "tinyllama_hf.evaluation.task_scores.score_tasks": (None, {"server": "served", "output": Path("o")}),
+    },
     "eval replies m --data x --limit 5 --max-new-tokens 7 --output o --quantization nf4 --device cpu": {
         "tinyllama_hf.finetune.replies.score_replies": (
             None,

@@ -173,6 +173,13 @@ def eval_tasks_command(
     ] = None,
     quantization: QUANTIZATION = "none",
     device: DEVICE = "auto",
+    server: Annotated[
+        str | None,
+        typer.Option(help="Score the model behind this OpenAI-compatible server; MODEL is for its tokenizer."),
+    ] = None,
+    server_model: Annotated[
+        str | None, typer.Option(help="Name of the model on the server; default: the only one it has.")
+    ] = None,
 ) -> None:
     """Tasks of lm-eval: by default the seven commonsense tasks of TinyLlama's table, under its protocol.
 
@@ -183,8 +190,14 @@ def eval_tasks_command(
 
     Example: tinyllama-hf eval tasks my-model --protocol modern --task mmlu --limit 100 --output mmlu.json
 
+    A server must return log-probabilities of prompts for multiple choice, as vLLM does. Its key is read from the
+    variable OPENAI_API_KEY.
+
     Example: tinyllama-hf eval tasks step-50k-105b --published step-50k-105b
+
+    Example: tinyllama-hf eval tasks my-model --server http://localhost:8000 --output served.json
     """
+    from tinyllama_hf.errors import InputError
     from tinyllama_hf.evaluation.protocol import published_row
     from tinyllama_hf.evaluation.protocol_definitions import define_protocol
     from tinyllama_hf.pretrain.milestones import find_run
@@ -194,14 +207,19 @@ def eval_tasks_command(
     _check_show(show, protocol, published)
     definition = define_protocol(protocol, task or (), include)
     _check_models(models, device, quantization)
+    loading = {"--quantization": quantization != "none", "--adapter": adapter, "--device": device != "auto"}
+    _check_server(server, server_model, models, [option for option, is_given in loading.items() if is_given])
     import_libraries()
+    from tinyllama_hf.evaluation.served_model import find_served_model
+    from tinyllama_hf.evaluation.server_requests import ServerFailure
     from tinyllama_hf.evaluation.table import table_lines, wrong_item_lines
     from tinyllama_hf.evaluation.task_scores import score_tasks
     from tinyllama_hf.progress import quiet_library_bars
 
     quiet_library_bars()
     name = "commonsense" if protocol == "published" and not task else f"tasks-{protocol}"
-    target = _target(output, find_run(models) if not adapter else None, name, quantization)
+    target = _target(output, find_run(models) if not adapter and not server else None, name, quantization)
+    served = find_served_model(models[0], server, server_model) if server else None
     try:
         scored = score_tasks(
             models,
@@ -217,7 +235,10 @@ def eval_tasks_command(
             include,
             run_code,
             with_items=show > 0,
+            server=served,
         )
+    except ServerFailure as failure:
+        raise InputError(f"{failure}; {_kept_answers(target)}") from failure
     except KeyboardInterrupt:
         note(f"interrupted; {_kept_answers(target)}")
         raise typer.Exit(130) from None
@@ -314,6 +335,22 @@ def _check_show(show: int, protocol: str, published: str | None) -> None:
             f"--published {published}: its scores are under the published protocol, not under {protocol}. Remove one "
             "of the two"
         )
+
+
+def _check_server(server: str | None, server_model: str | None, models: list[str], ignored: list[str]) -> None:
+    """Checks the options of a server, which decides on everything but the tokenizer."""
+    from tinyllama_hf.errors import InputError, require
+
+    if server is None:
+        if server_model is not None:
+            raise InputError(f"--server-model {server_model}: needs --server")
+        return
+    if len(models) != 1:
+        raise InputError(f"--server {server}: takes one MODEL, for its tokenizer, not {len(models)}")
+    if ignored:
+        raise InputError(f"{', '.join(ignored)}: the model is loaded by --server {server}. Start the server with it")
+    for package in ("aiohttp", "requests", "tenacity"):
+        require(package, "eval", "--server")
 
 
 def _kept_answers(target: Path | None) -> str:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..batch.generate_many import Request, generate_many
 from ..errors import InputError
 from ..inference.options import Sampling
-from .kept_answers import KeptAnswers, request_key
+from .kept_answers import KeptAnswers, repeated_keys, request_key
 from .models import describe_model, load_eval_model, model_folder
 from .prefix_tree import EncodedRequest, LikelihoodAnswer, score_requests
 
@@ -116,7 +116,7 @@ class TinyLlamaHarness(HFLM):
     ) -> list[tuple[float, bool]]:
         """Answers requests that are tokenized, the windows of `loglikelihood_rolling`."""
         found: dict[int, LikelihoodAnswer] = {}
-        encoded = [self._fit(EncodedRequest(context, continuation)) for _, context, continuation in requests]
+        encoded = [fit_request(EncodedRequest(*pair), self.max_length) for _, *pair in requests]
         score_requests(self.model, encoded, lambda answers, _: found.update(answers))
         return [found[number] for number in range(len(requests))]
 
@@ -134,7 +134,7 @@ class TinyLlamaHarness(HFLM):
             done += len(answers)
             self.update(advance=len(answers))
 
-        score_requests(self.model, [self._fit(request) for request in encoded], answered)
+        score_requests(self.model, [fit_request(request, self.max_length) for request in encoded], answered)
 
     def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[EncodedRequest]:
         """Returns the tokens of contexts and continuations, divided as lm-eval does (`TemplateLM._encode_pair`).
@@ -168,34 +168,10 @@ class TinyLlamaHarness(HFLM):
         # A request may have one token more than the context, since the last token is predicted but not read.
         return len(request.context) + len(request.continuation) > self.max_length + 1
 
-    def _fit(self, request: EncodedRequest) -> EncodedRequest:
-        """Truncates a request to the context from the left.
-
-        Raises:
-            InputError: if the continuation alone is longer, or there is nothing to score or to score it after.
-        """
-        context, continuation = request
-        if len(continuation) > self.max_length:
-            raise InputError(
-                f"the model's context of {self.max_length} tokens is too short for a choice of {len(continuation)} "
-                "tokens. Score a model with a longer context"
-            )
-        if not context or not continuation:
-            raise InputError(
-                f"a request has {len(context)} tokens of context and {len(continuation)} to score. It needs at least "
-                "one of each; fix the task, or its rows"
-            )
-        return EncodedRequest(context[-(self.max_length + 1 - len(continuation)) :], continuation)
-
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers requests for generated text, up to the first stop string."""
         arguments = [request.args for request in requests]
-        repeats: dict[str, int] = {}
-        keys = []
-        for pair in arguments:  # several samples of one request have their own answers
-            key = request_key("generate_until", pair)
-            repeats[key] = repeats.get(key, -1) + 1
-            keys.append(f"{key}/{repeats[key]}" if repeats[key] else key)
+        keys = repeated_keys("generate_until", arguments)
         missing = [number for number, key in enumerate(keys) if key not in self.kept]
         self.update(completed=len(keys) - len(missing), total=len(keys))
         groups: dict[str, list[int]] = {}
@@ -210,20 +186,10 @@ class TinyLlamaHarness(HFLM):
 
     def _generate(self, prompts: dict[int, str], settings: dict[str, Any]) -> Iterable[tuple[int, str]]:
         """Yields the number and the text of each prompt when it is finished."""
-        wanted: dict[str, Any] = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
-        if unknown := sorted(set(wanted) - _SETTINGS):
-            raise InputError(
-                f"generation_kwargs of a task: {', '.join(unknown)} not supported. Supported: "
-                f"{', '.join(sorted(_SETTINGS))}"
-            )
+        wanted = generation_settings(settings, self.max_gen_toks)
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         until = [text for text in handle_stop_sequences(wanted["until"], eos=eos) if text]
-        room = self.max_length - wanted["max_gen_toks"]
-        if room < 1:
-            raise InputError(
-                f"max_gen_toks: {wanted['max_gen_toks']} of a task leaves no room for a prompt in the context of "
-                f"{self.max_length} tokens. Score a model with a longer context"
-            )
+        room = prompt_room(self.max_length, wanted["max_gen_toks"])
         encoded = {number: self.tok_encode(text) for number, text in prompts.items()}
         self.num_cut += sum(len(tokens) > room for tokens in encoded.values())
         chosen = [Request(number, tokens[-room:], wanted["max_gen_toks"]) for number, tokens in encoded.items()]
@@ -233,6 +199,55 @@ class TinyLlamaHarness(HFLM):
         ):
             text = self.tok_decode(done.ids, skip_special_tokens=True)
             yield done.key, postprocess_generated_text(text, until, None)
+
+
+def generation_settings(settings: dict[str, Any], max_gen_toks: int) -> dict[str, Any]:
+    """Returns the settings of a task for generation in the normal form of lm-eval.
+
+    Raises:
+        InputError: for settings that would be ignored.
+    """
+    wanted: dict[str, Any] = dict(normalize_gen_kwargs(settings, max_gen_toks))
+    if unknown := sorted(set(wanted) - _SETTINGS):
+        raise InputError(
+            f"generation_kwargs of a task: {', '.join(unknown)} not supported. Supported: "
+            f"{', '.join(sorted(_SETTINGS))}"
+        )
+    return wanted
+
+
+def fit_request(request: EncodedRequest, max_length: int) -> EncodedRequest:
+    """Truncates a request from the left, so that a model with a context of `max_length` tokens can answer it.
+
+    Raises:
+        InputError: if the continuation alone is longer, or there is nothing to score or to score it after.
+    """
+    context, continuation = request
+    if len(continuation) > max_length:
+        raise InputError(
+            f"the model's context of {max_length} tokens is too short for a choice of {len(continuation)} tokens. "
+            "Score a model with a longer context"
+        )
+    if not context or not continuation:
+        raise InputError(
+            f"a request has {len(context)} tokens of context and {len(continuation)} to score. It needs at least one "
+            "of each; fix the task, or its rows"
+        )
+    return EncodedRequest(context[-(max_length + 1 - len(continuation)) :], continuation)
+
+
+def prompt_room(max_length: int, max_gen_toks: int) -> int:
+    """Returns the number of tokens of a prompt that fit the context together with the generated tokens.
+
+    Raises:
+        InputError: if no prompt fits.
+    """
+    if max_length - max_gen_toks < 1:
+        raise InputError(
+            f"max_gen_toks: {max_gen_toks} of a task leaves no room for a prompt in the context of {max_length} "
+            "tokens. Score a model with a longer context"
+        )
+    return max_length - max_gen_toks
 
 
 def _torch_dtype(name: str) -> torch.dtype | None:

@@ -23,6 +23,17 @@ def request_key(kind: str, arguments: tuple[Any, ...]) -> str:
     return hashlib.sha256(json.dumps([kind, *arguments], sort_keys=True).encode()).hexdigest()[:32]
 
 
+def repeated_keys(kind: str, arguments: Iterable[tuple[Any, ...]]) -> list[str]:
+    """Returns a [`request_key`] for each request. Several samples of one request have their own answers."""
+    repeats: dict[str, int] = {}
+    keys = []
+    for pair in arguments:
+        key = request_key(kind, pair)
+        repeats[key] = repeats.get(key, -1) + 1
+        keys.append(f"{key}/{repeats[key]}" if repeats[key] else key)
+    return keys
+
+
 class KeptAnswers:
     """The answers of one model, as a mapping from [`request_key`].
 

@@ -17,13 +17,14 @@ from ..inference.load import choose_device
 from ..progress import progress_bar
 from ..provenance import file_sha256
 from ..tokenization_tinyllama import tokenizer_fingerprint
-from .kept_answers import AnswerFile, open_answers
+from .kept_answers import AnswerFile, KeptAnswers, open_answers
 from .models import list_eval_models, load_eval_model
 from .protocol import TASKS
 from .protocol_definitions import ProtocolDefinition, define_protocol
 from .score_files import Protocol, ScoredModel, TaskRow, TaskScoreFile, read_scores, replace_rows, write_scores
 from .score_metrics import average_standard_error, commonsense_average
 from .scored_items import ScoredItem, items_file_name, read_scored_items, write_scored_items
+from .served_model import ServedModel
 from .suite import Suite, open_suite, quiet_harness, task_files
 
 
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 # The files that affect scores: stock transformers loads no others.
 MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+Place = str | ServedModel  # where a model runs: a device, or its server
+Note = Callable[[str], Any]
 
 
 class ScoredTasks(NamedTuple):
@@ -56,6 +60,7 @@ def score_tasks(
     include: Path | None = None,
     run_code: bool = False,
     with_items: bool = False,
+    server: ServedModel | None = None,
 ) -> ScoredTasks:
     """Scores models under a protocol. Models that are in the output file are not scored again.
 
@@ -76,27 +81,35 @@ def score_tasks(
         include (`Path`, *optional*): folder with task definitions.
         run_code (`bool`, *optional*, defaults to `False`): allow tasks that run code written by the model.
         with_items (`bool`, *optional*, defaults to `False`): return items also of models that are not scored again.
+        server (`ServedModel`, *optional*): the model behind a server, in the place of `models`.
 
     Raises:
         InputError: for missing or contradictory input, before the first model is loaded.
     """
     definition = definition or define_protocol()
     _check_options(limit, output, samples)
-    device = choose_device(device)
-    chosen = list_eval_models(models, quantization, adapter)
-    folders = [model.folder for model in chosen]
-    context = _common("max_position_embeddings", "contexts", folders)
-    conditions = {"context_length": context, "dtype": _common_dtype(folders, definition.dtype)}
+    if server:
+        chosen, conditions, definition = [server.description], server.conditions, server.define(definition)
+    else:
+        device = choose_device(device)
+        chosen = list_eval_models(models, quantization, adapter)
+        folders = [model.folder for model in chosen]
+        context = _common("max_position_embeddings", "contexts", folders)
+        conditions = {"context_length": context, "dtype": _common_dtype(folders, definition.dtype)}
     file = read_scores(output, TaskScoreFile)
     if file and definition.name == "published" and file.protocol.name == "published":
         # Checked as far as possible before the tasks are opened, which takes up to a minute.
-        rows_of = {name: file_sha256(path) for name, path in task_files(data).items()} if data else file.protocol.data
+        files = {name: path for name, path in task_files(data).items() if name in definition.tasks} if data else {}
+        rows_of = {name: file_sha256(path) for name, path in files.items()} or file.protocol.data
         _check_protocol(output, file, dataclasses.replace(file.protocol, **conditions, limit=limit, data=rows_of))
     with open_answers(output) as answers, open_suite(data, definition, include, run_code) as suite:
+        if server:
+            server.check_tasks({name: task.OUTPUT_TYPE for name, task in suite.tasks.items()})
+            suite = suite._replace(harness=server.harness(suite.harness))
         protocol = _protocol(suite, definition, limit, conditions)
         file = file or TaskScoreFile(task=_kind(definition.name), protocol=protocol, models=[])
         _check_protocol(output, file, protocol)
-        scoring = _Scoring(suite, protocol, device, answers, note)
+        scoring = _Scoring(suite, protocol, server or device, answers, note)
         rows: list[TaskRow] = []
         items: list[list[ScoredItem]] = []
         for model in chosen:
@@ -179,11 +192,11 @@ def _fingerprint(model: ScoredModel) -> str:
 class _Scoring:
     """Scores one model after the other on opened tasks."""
 
-    def __init__(self, suite: Suite, protocol: Protocol, device: str, answers: AnswerFile, note: Callable[[str], Any]):
+    def __init__(self, suite: Suite, protocol: Protocol, place: Place, answers: AnswerFile, note: Note):
         from .harness import EncodedTexts
         from .harness_results import RequestsOfTasks
 
-        self.suite, self.protocol, self.device, self.answers, self.note = suite, protocol, device, answers, note
+        self.suite, self.protocol, self.place, self.answers, self.note = suite, protocol, place, answers, note
         self._encoded: dict[str, EncodedTexts] = {}  # by tokenizer
         self._requests = RequestsOfTasks(suite, protocol.apply_chat_template)
 
@@ -195,7 +208,6 @@ class _Scoring:
 
     def score(self, model: ScoredModel, fingerprint: str) -> tuple[TaskRow, list[ScoredItem]]:
         """Returns the scores of a model, and all items."""
-        from .harness import EncodedTexts, TinyLlamaHarness
         from .harness_results import run_tasks
 
         began, protocol = time.perf_counter(), self.protocol
@@ -203,18 +215,7 @@ class _Scoring:
         if len(kept):
             self.note(f"{model.name}: {len(kept)} requests were answered before the interruption")
         with progress_bar(f"{model.name}: loading", "requests") as update, quiet_harness():
-            loaded, tokenizer = load_eval_model(model, self.device, getattr(torch, protocol.dtype))
-            name = tokenizer_fingerprint(tokenizer)
-            self._requests.use_tokenizer(tokenizer, name)
-            harness_model = TinyLlamaHarness(
-                loaded,
-                tokenizer,
-                add_bos_token=protocol.add_bos_token,
-                max_length=protocol.context_length,
-                encoded=self._encoded.setdefault(name, EncodedTexts()),
-                kept=kept,
-                update=update,
-            )
+            harness_model = self._harness_model(model, kept, update)
             update(description=model.name)
             found = run_tasks(harness_model, self.suite, protocol.limit, protocol.apply_chat_template)
         if num_cut := harness_model.num_cut:
@@ -224,6 +225,30 @@ class _Scoring:
             )
         seconds = round(time.perf_counter() - began, 1)
         return _row(model, fingerprint, found, num_cut, seconds), found.items
+
+    def _harness_model(self, model: ScoredModel, kept: KeptAnswers, update: Callable[..., Any]) -> Any:
+        """Returns the model for lm-eval, on a server or loaded here."""
+        protocol = self.protocol
+        if isinstance(self.place, ServedModel):
+            from .server_harness import ServerHarness
+
+            served = ServerHarness(self.place, protocol.add_bos_token, kept, update, self.note)
+            self._requests.use_tokenizer(served.tokenizer, self.place.tokenizer)
+            return served
+        from .harness import EncodedTexts, TinyLlamaHarness
+
+        loaded, tokenizer = load_eval_model(model, self.place, getattr(torch, protocol.dtype))
+        name = tokenizer_fingerprint(tokenizer)
+        self._requests.use_tokenizer(tokenizer, name)
+        return TinyLlamaHarness(
+            loaded,
+            tokenizer,
+            add_bos_token=protocol.add_bos_token,
+            max_length=protocol.context_length,
+            encoded=self._encoded.setdefault(name, EncodedTexts()),
+            kept=kept,
+            update=update,
+        )
 
 
 def _row(model: ScoredModel, fingerprint: str, found: "TaskResults", num_cut: int, seconds: float) -> TaskRow:
@@ -248,14 +273,16 @@ def _score_or_find(
 ) -> tuple[TaskRow, list[ScoredItem]]:
     """Returns row and items of a model, and writes them. A model with the same weights is not scored again."""
     with progress_bar(f"{model.name}: reading the weights"):
-        fingerprint = _fingerprint(model)
+        server = scoring.place if isinstance(scoring.place, ServedModel) else None
+        fingerprint = server.fingerprint if server else _fingerprint(model)
     kind = (model.quantization, model.adapter)
     own = [row for row in file.models if (row.quantization, row.adapter) == kind]
     own = [row for row in own if row.path == model.path or row.fingerprint == fingerprint]
     before = next((row for row in own if row.fingerprint == fingerprint), None)
     has_items = bool(before and before.items_file and output and (output.parent / before.items_file).is_file())
     if before and output and (has_items or not needs_items):
-        scoring.note(f"{model.name}: already scored under this protocol, with the same weights")
+        same = "on the same server; its weights are not known" if server else "with the same weights"
+        scoring.note(f"{model.name}: already scored under this protocol, {same}")
         row = dataclasses.replace(before, **vars(model))
         items = read_scored_items(output, row) if needs_items else []
     else:
