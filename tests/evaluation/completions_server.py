@@ -17,7 +17,7 @@ class CompletionsServer:
         takes_tokens: whether prompts may be token ids.
         strips: removes the first space of a text, as decoding the new tokens alone does.
         extra_tokens: in `usage`.
-        max_model_len: in the list of models.
+        context: fields of each model in the list.
         echo: `"right"`, `"ignored"`, `"short"`, `"shifted"`, `"not finite"`, `"llama.cpp"` or `"without the end"`.
         failure, fail_from, num_failures: `"status 500"`, `"drop"`, `"not JSON"`, `"error object"`, `"no text"` or
             `"slow"`, from this request on, and for how many.
@@ -34,7 +34,7 @@ class CompletionsServer:
     def reset(self) -> None:
         self.names, self.key, self.echo, self.takes_tokens = ["tiny"], None, "right", True
         self.strips = False
-        self.extra_tokens, self.max_model_len = 0, None
+        self.extra_tokens, self.context = 0, {}
         self.failure, self.fail_from, self.num_failures = None, 0, 10**9
         self.requests: list[dict] = []
         self.run = object()  # connections from before it are of a client that stopped
@@ -114,8 +114,8 @@ class _Handler(BaseHTTPRequestHandler):
         if owner.key and self.headers.get("Authorization") != f"Bearer {owner.key}":
             return self._answer(401, '{"error": "a key is needed"}\nmore')
         rows = [{"id": name, "object": "model"} for name in owner.names]
-        if owner.max_model_len:
-            rows = [{**row, "max_model_len": owner.max_model_len} for row in rows]
+        if owner.context:
+            rows = [{**row, **owner.context} for row in rows]
         return self._answer(200, json.dumps({"object": "list", "data": rows}))
 
     def do_POST(self):

@@ -261,13 +261,15 @@ def test_scored_again_only_if_the_server_is_another(server, num_probes, folder, 
 
 def test_the_model_on_the_server(server, folder):
     assert find_served_model(str(folder), f"{server.url}/v1/completions").name == "tiny"
-    server.names, server.max_model_len = ["first", "second"], 100
+    server.names, server.context = ["first", "second"], {"max_model_len": 100}
     with pytest.raises(InputError, match=r"2 models: first, second\. Choose one with --server-model"):
         find_served_model(str(folder), server.url)
     with pytest.raises(InputError, match=r"--server-model 'secnd'.*did you mean 'second'"):
         find_served_model(str(folder), server.url, "secnd")
     found = find_served_model(str(folder), server.url, "second")
     assert (found.name, found.context_length, found.no_choices) == ("second", 100, "")
+    server.context = {"meta": {"n_ctx": 90, "n_ctx_train": 1000}}  # of llama.cpp
+    assert find_served_model(str(folder), server.url, "first").context_length == 90
 
 
 def test_the_tokenizer_of_another_model(server, folder):

@@ -126,7 +126,7 @@ async def _probe(
 
 
 def _choose_model(answer: Mapping[str, Any], address: str, wanted: str | None) -> tuple[str, int | None]:
-    """Returns the name of the model, and its context if the server has it in its list, as vLLM does."""
+    """Returns the name of the model, and its context if the list has it, as in vLLM (0.32) and llama.cpp."""
     rows = answer.get("data")
     if not isinstance(rows, list) or not all(isinstance(row, dict) and isinstance(row.get("id"), str) for row in rows):
         raise InputError(f"{address}/models: has no list of models. --server must be an OpenAI-compatible API")
@@ -137,8 +137,9 @@ def _choose_model(answer: Mapping[str, Any], address: str, wanted: str | None) -
     name = wanted if wanted is not None else next(iter(names))
     if name not in names:
         raise InputError(f"--server-model {name!r}: {address} does not have it{did_you_mean(name, names)}")
-    limit = names[name].get("max_model_len")
-    return name, limit if isinstance(limit, int) and limit > 0 else None
+    meta = names[name].get("meta")
+    limits = [names[name].get("max_model_len"), meta.get("n_ctx") if isinstance(meta, dict) else None]
+    return name, next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
 
 
 class _Probe:

@@ -74,7 +74,8 @@ async def request_json(session: "ClientSession", url: str, payload: dict[str, An
             status, reason, body = response.status, response.reason, await response.text(errors="replace")
     except (ClientConnectorError, InvalidURL) as error:
         raise ServerFailure(
-            f"{url}: cannot be reached ({one_line(error)}). Start the server, or correct --server"
+            f"{url}: cannot be reached ({one_line(getattr(error, 'os_error', error))}). Start the server, or correct "
+            "--server"
         ) from error
     except TimeoutError as error:
         raise ServerFailure(
