@@ -27,9 +27,7 @@ def main() -> None:
     parser.add_argument("--items", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--f16-cache", action="store_true", help="llama.cpp's default; otherwise keys and values are f32"
-    )
+    parser.add_argument("--f16-cache", action="store_true", help="keys and values in f16, the default there")
     arguments = parser.parse_args()
 
     items = read(arguments.items)
@@ -53,7 +51,14 @@ def scored(path: Path, questions: list, items: list[dict], threads: int, f16_cac
 
     cache = llama_cpp.GGML_TYPE_F16 if f16_cache else llama_cpp.GGML_TYPE_F32
     model = llama_cpp.Llama(
-        str(path), n_ctx=512, logits_all=True, n_threads=threads, type_k=cache, type_v=cache, verbose=False
+        str(path),
+        n_ctx=512,
+        logits_all=True,
+        n_threads=threads,
+        n_threads_batch=threads,
+        type_k=cache,
+        type_v=cache,
+        verbose=False,
     )
     began = time.perf_counter()
     theirs = [[log_likelihood(model, context, choice) for choice in choices] for context, choices in questions]
