@@ -84,6 +84,7 @@ def score(server, folder, output, tasks=("arc_easy", "boolq"), **options):
 
 
 def test_multiple_choice_has_the_scores_of_the_folder(server, folder, local, tmp_path):
+    server.echo = "without the end"  # some servers have no log-probability of the end-of-sequence that they generate
     scored = score(server, folder, tmp_path / "out.json", ())
     theirs = json.loads(local.read_text())["models"][0]
     (row,) = scored.file.models
@@ -111,11 +112,11 @@ def test_requests_that_are_too_long_are_cut_like_those_of_the_folder(server, fol
         ("Once", " more"),
         ("Once", " more"),
     ]
-    server.echo = "without the end"
     served = ServerHarness(find_served_model(str(folder), server.url), False, KeptAnswers("", {}, None))
     before = len(server.requests)
     found = served.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
     assert len(server.requests) == before + 4 and served.num_cut == 1  # the same request once
+    assert max(len(request["prompt"]) for request in server.requests[before:]) == 255
     local = TinyLlamaHarness(*loaded, add_bos_token=False, max_length=254)
     expected = local.loglikelihood(requests("loglikelihood", pairs))
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
@@ -207,7 +208,7 @@ def test_a_failing_server_loses_no_answer(server, num_probes, folder, local, tmp
     assert FAILURES[failure] in stopped.stderr and f"{server.url}/v1/completions" in stopped.stderr
     assert ("attempt 1 of 2 failed" in stopped.stdout) == (failure != "no text")
     kept = count_kept(tmp_path / "out.json")
-    assert kept >= 6 and f"out.partial.jsonl has {kept} answers. Run the same command to resume" in stopped.stderr
+    assert 1 <= kept <= 6 and f"out.partial.jsonl has {kept} answers. Run the same command to resume" in stopped.stderr
     server.reset()
     resumed = run_eval(server, folder, tmp_path)
     assert resumed.returncode == 0, resumed.stderr
@@ -264,8 +265,8 @@ def test_the_model_on_the_server(server, folder):
     server.names, server.context = ["first", "second"], {"max_model_len": 100}
     with pytest.raises(InputError, match=r"2 models: first, second\. Choose one with --server-model"):
         find_served_model(str(folder), server.url)
-    with pytest.raises(InputError, match=r"--server-model 'secnd'.*did you mean 'second'"):
-        find_served_model(str(folder), server.url, "secnd")
+    with pytest.raises(InputError, match=r"--server-model 'seconds'.*did you mean 'second'"):
+        find_served_model(str(folder), server.url, "seconds")
     found = find_served_model(str(folder), server.url, "second")
     assert (found.name, found.context_length, found.no_choices) == ("second", 100, "")
     server.context = {"meta": {"n_ctx": 90, "n_ctx_train": 1000}}  # of llama.cpp
