@@ -53,8 +53,11 @@ def write_tasks(data: str, folder: Path) -> None:
     """Writes definitions that read local rows, for lm-eval's own command line. They include the stock ones."""
     chosen = choose_tasks(TASKS, index_tasks(None))
     for name, file in task_files(data).items():
-        rows = {COMMONSENSE_SPLITS[name]: str(file.resolve())}
-        own = {"task": f"local_{name}", "include": str(chosen.files[name].path), "training_split": None}
+        scored = COMMONSENSE_SPLITS[name]
+        rows = {scored: str(file.resolve())}
+        own: dict[str, Any] = {"task": f"local_{name}", "include": str(chosen.files[name].path)}
+        own |= {f"{split}_split": split if split == scored else None for split in ("validation", "test")}
+        own |= {"training_split": None, "fewshot_split": None}  # lm-eval opens the splits that are named
         own |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": rows}}
         (folder / f"local_{name}.yaml").write_text(yaml.safe_dump(own), encoding="utf-8")
 

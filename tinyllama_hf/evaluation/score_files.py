@@ -264,6 +264,7 @@ class ReplyScoreFile:
 # What is read as a kind of score file: task scores of other protocols than the published one have their own name.
 _KINDS = {"commonsense": ("commonsense", "tasks")}
 
+SERVER_DTYPE = "server"  # of a protocol, for a model behind a server, which does not tell it
 Row = TypeVar("Row", bound=ScoredModel)
 File = TypeVar("File", TextScoreFile, TaskScoreFile, ReplyScoreFile)
 
@@ -356,6 +357,11 @@ def read_run_scores(folder: Path) -> RunScores:
         raise InputError(
             f"{folder / 'commonsense.json'}: does not have all seven tasks of the published protocol, which are shown "
             "in report and card. Give scores of other tasks another name"
+        )
+    if commonsense and commonsense.protocol.dtype == SERVER_DTYPE:
+        raise InputError(
+            f"{folder / 'commonsense.json'}: has the scores of a model on a server, whose weights are not known. Score "
+            "the folder itself for report and card, or give the file another name"
         )
     return RunScores(
         read_scores(folder / "scores.json", TextScoreFile),

@@ -13,7 +13,7 @@ from ..inference.load import stock_tokenizer
 from ..released import TOKENIZER_FILES, local_folder, read_llama_fields
 from ..tokenization_tinyllama import tokenizer_fingerprint
 from .protocol_definitions import ProtocolDefinition
-from .score_files import ScoredModel
+from .score_files import SERVER_DTYPE, ScoredModel
 from .server_requests import ServerFailure, api_address, open_session, request_json, single_completion
 
 
@@ -68,7 +68,7 @@ class ServedModel:
     @property
     def conditions(self) -> dict[str, Any]:
         """The fields of a `Protocol` that the server decides."""
-        return {"context_length": self.context_length, "dtype": "server"}
+        return {"context_length": self.context_length, "dtype": SERVER_DTYPE}
 
     def harness(self, harness: str) -> str:
         """Returns the name of the harness for a `Protocol`."""

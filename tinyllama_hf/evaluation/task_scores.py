@@ -224,7 +224,7 @@ class _Scoring:
                 "tokens and were truncated from the left"
             )
         seconds = round(time.perf_counter() - began, 1)
-        return _row(model, fingerprint, found, num_cut, seconds), found.items
+        return _row(model, fingerprint, found, num_cut, seconds, protocol.name == "published"), found.items
 
     def _harness_model(self, model: ScoredModel, kept: KeptAnswers, update: Callable[..., Any]) -> Any:
         """Returns the model for lm-eval, on a server or loaded here."""
@@ -251,9 +251,11 @@ class _Scoring:
         )
 
 
-def _row(model: ScoredModel, fingerprint: str, found: "TaskResults", num_cut: int, seconds: float) -> TaskRow:
+def _row(
+    model: ScoredModel, fingerprint: str, found: "TaskResults", num_cut: int, seconds: float, is_published: bool
+) -> TaskRow:
     scores = found.results
-    is_whole = sorted(scores) == sorted(TASKS)
+    is_whole = is_published and sorted(scores) == sorted(TASKS)
     errors = [scores[task].standard_error for task in TASKS] if is_whole else []
     known = [error for error in errors if error is not None]
     return TaskRow(
