@@ -360,8 +360,8 @@ def read_run_scores(folder: Path) -> RunScores:
         )
     if commonsense and commonsense.protocol.dtype == SERVER_DTYPE:
         raise InputError(
-            f"{folder / 'commonsense.json'}: has the scores of a model on a server, whose weights are not known. Score "
-            "the folder itself for report and card, or give the file another name"
+            f"{folder / 'commonsense.json'}: has the scores of a model on a server, whose weights are not known. "
+            "Score the folder itself for report and card, or rename the file"
         )
     return RunScores(
         read_scores(folder / "scores.json", TextScoreFile),
