@@ -221,8 +221,9 @@ def test_an_ordinary_user(tmp_path):
         "from tinyllama_hf.evaluation.code_sandbox import check_sandbox, run_program\n"
         "check_sandbox()\nprint(run_program('x = 1'), run_program('import os; os.fork()'))"
     )
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    for folder in (tmp_path, *tmp_path.parents):
+        if not folder.stat().st_mode & 0o001:
+            folder.chmod(0o755)
     done = subprocess.run(
         [python, "-c", program], env={"PYTHONPATH": str(tmp_path)}, user=65534, group=65534, extra_groups=[],
         cwd="/", capture_output=True, text=True,

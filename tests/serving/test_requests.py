@@ -166,7 +166,7 @@ def test_settings_of_a_generation_config(client):
     assert text(generation_config={"top_k": 1}) == text(top_p=0) == text(generation_config={"top_p": 0}) == greedy
     assert text(generation_config='{"transformers_version": "5"}') == text()
     assert text(generation_config='{"temperature": 0}', temperature=0.8) == text()
-    status, answer = ask(client, {"max_tokens": None, "generation_config": '{"max_new_tokens": 7}'})
+    status, answer = ask(client, {"max_tokens": None, "temperature": 0, "generation_config": '{"max_new_tokens": 7}'})
     assert (status, answer["usage"]["completion_tokens"]) == (200, 7)
 
 
