@@ -128,6 +128,7 @@ def test_kept_answers_are_not_asked_again(loaded, pairs, monkeypatch):
     assert TinyLlamaHarness(*loaded, kept=kept).loglikelihood(asked) == whole
 
 
+@pytest.mark.slow
 def test_lm_evals_own_command_line(folder, tmp_path):
     """A task of the user's own, through `--include_path`, with both models."""
     rows = [

@@ -133,6 +133,7 @@ def test_intervals_cover_the_truth(name):
     assert 930 <= covered <= 970
 
 
+@pytest.mark.slow
 def test_intervals_of_an_average_cover_the_truth():
     generator, covered = np.random.default_rng(18), 0
     for seed in range(1000):

@@ -313,6 +313,7 @@ def test_our_humaneval_is_that_of_lm_eval():
         assert [entry["metric"] for entry in ours["metric_list"]] == [f"pass@{number}" for number in k]
 
 
+@pytest.mark.slow
 def test_every_real_row_is_taken(shared):
     """MMLU, BBH, HumanEval and DROP in full."""
     definition = define_protocol("modern", ["mmlu", "bbh_fewshot", "gsm8k_cot", "humaneval", "instruct_drop"])

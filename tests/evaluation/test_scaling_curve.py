@@ -61,6 +61,7 @@ def test_fit_and_interval_equal_those_of_scipy():
     assert curve.residuals == pytest.approx(100 * np.expm1(errors), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_intervals_cover():
     """Independent errors of 0.5 %: a value at twice the tokens is within its 95 % interval in 92 to 98 % of series."""
     random, inside = np.random.default_rng(2), 0
