@@ -50,7 +50,7 @@ DEMO_DATA, TEXT_DATA = {"prose": 0.7, "code": 0.3}, {"books": 0.5, "web": 0.5}
 
 
 def command(*words: object) -> None:
-    """Runs `tinyllama-hf` or a script in a process of its own, and prints the command."""
+    """Runs `tinyllama-hf` or a script in a separate process, and prints the command."""
     texts = [str(word) for word in words]
     print("$", *texts, flush=True)
     subprocess.run([sys.executable, *texts], check=True)

@@ -4,7 +4,7 @@
     python benchmarks/text_scoring.py --model MODEL --data DATA [--max-bytes 12_000] [--rounds 2]
 
 The first version read all documents, kept all their windows, and computed the logits of every position of 16 windows
-at once. Each measurement is a process of its own, and the variants take turns. Memory is the highest resident set
+at once. Each measurement is a separate process, and the variants take turns. Memory is the highest resident set
 while scoring minus that after loading the model.
 """
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.evaluation.test_commonsense import save
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.evaluation import prefix_tree
+from tinyllama_hf.evaluation import prefix_tree, task_scores
 from tinyllama_hf.evaluation.kept_answers import KeptAnswers, count_kept, open_answers
 from tinyllama_hf.evaluation.task_scores import score_tasks
 
@@ -148,6 +148,19 @@ def test_a_damaged_file_of_answers(tmp_path, text):
     ):
         pass
     assert (tmp_path / "out.partial.jsonl").read_text() == text
+
+
+def test_rows_that_are_written_before_the_lock_are_kept(models, monkeypatch, tmp_path):
+    output, lock = tmp_path / "out.json", task_scores.open_answers
+
+    def lock_after_another(path):
+        monkeypatch.setattr(task_scores, "open_answers", lock)
+        score_tasks([str(models[1])], "embedded:sample", limit=2, output=path)
+        return lock(path)
+
+    monkeypatch.setattr(task_scores, "open_answers", lock_after_another)
+    score_tasks([str(models[0])], "embedded:sample", limit=2, output=output)
+    assert [row["name"] for row in rows_of(output)] == ["model-2", "model-1"]
 
 
 def test_two_evaluations_do_not_write_the_same_file(models, tmp_path):

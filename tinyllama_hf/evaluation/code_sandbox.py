@@ -1,4 +1,4 @@
-"""Runs Python programs that a model wrote, each in a process of its own without network, with limits.
+"""Runs Python programs that a model wrote, each in a separate process without network, with limits.
 
 [`code_runner`] has what a program cannot do. What is not prevented: it can read the interpreter's own folders, and a
 program made for this purpose could claim that it passed, since tests and program share a process, as in human-eval.

@@ -103,6 +103,7 @@ def score_tasks(
         rows_of = {name: file_sha256(path) for name, path in files.items()} or file.protocol.data
         _check_protocol(output, file, dataclasses.replace(file.protocol, **conditions, limit=limit, data=rows_of))
     with open_answers(output) as answers, open_suite(data, definition, include, run_code) as suite:
+        file = read_scores(output, TaskScoreFile)  # again, since another process may have written before the lock
         if server:
             server.check_tasks({name: task.OUTPUT_TYPE for name, task in suite.tasks.items()})
             suite = suite._replace(harness=server.harness(suite.harness))
