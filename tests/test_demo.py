@@ -161,9 +161,12 @@ def test_the_story_lies_there_with_its_pictures(finished):
 
     report = finished[0] / "report"
     page = (report / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 3 and "bits per byte" in page
-    for name in ("loss.png", "learning_rate.png", "trajectory.png"):
-        with Image.open(report / name) as picture:
+    pictures = sorted(report.glob("*.png"))
+    names = {"loss", "learning_rate", "trajectory", "scaling", "tasks", "answers"}
+    assert {picture.stem for picture in pictures} == names
+    assert page.count("data:image/png;base64,") == len(names) and "bits per byte" in page
+    for name in pictures:
+        with Image.open(name) as picture:
             assert picture.width > 800 and len(picture.convert("RGB").getcolors(1 << 24)) > 50, "an empty picture"
 
 
