@@ -1,6 +1,7 @@
 """Scoring checkpoints on the seven tasks: time against lm-eval's `hf` model, and equal choices.
 
-    python benchmarks/commonsense.py MODEL [MODEL ...] --data FOLDER [--limit 500] [--rounds 1] [--output FOLDER]
+    python benchmarks/commonsense.py MODEL [MODEL ...] --data FOLDER [--tasks arc_easy piqa ...] [--limit 500]
+        [--rounds 1] [--output FOLDER]
 
 Each run is a process from start to finish: `ours` is one `eval/commonsense.py` for all models, `lm-eval` one
 `lm_eval run --model hf` per model (fp32, no begin-of-sequence, batches of 16, the same rows). Runs take turns. The
@@ -49,10 +50,12 @@ def measured(command: Sequence[str]) -> dict[str, float]:
     return {"processor_seconds": used, "seconds": time.perf_counter() - began}
 
 
-def write_tasks(data: str, folder: Path) -> None:
+def write_tasks(tasks: Sequence[str], data: str, folder: Path) -> None:
     """Writes definitions that read local rows, for lm-eval's own command line. They include the stock ones."""
-    chosen = choose_tasks(TASKS, index_tasks(None))
+    chosen = choose_tasks(tasks, index_tasks(None))
     for name, file in task_files(data).items():
+        if name not in tasks:
+            continue
         scored = COMMONSENSE_SPLITS[name]
         rows = {scored: str(file.resolve())}
         own: dict[str, Any] = {"task": f"local_{name}", "include": str(chosen.files[name].path)}
@@ -64,31 +67,39 @@ def write_tasks(data: str, folder: Path) -> None:
 
 def score_ours(models: Sequence[str], arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     limit = ["--limit", str(arguments.limit)] if arguments.limit else []
+    chosen = [word for name in arguments.tasks for word in ("--task", name)]
     files = ["--output", str(folder / "scores.json"), "--samples", str(folder / "ours.jsonl")]
     script = Path(__file__).parents[1] / "eval" / "commonsense.py"
-    return measured([sys.executable, str(script), *models, "--data", arguments.data, *files, *limit])
+    return measured([sys.executable, str(script), *models, "--data", arguments.data, *files, *limit, *chosen])
 
 
 def score_theirs(models: Sequence[str], arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     total = {"processor_seconds": 0.0, "seconds": 0.0}
     limit = ["--limit", str(arguments.limit)] if arguments.limit else []
     with tempfile.TemporaryDirectory() as definitions:
-        write_tasks(arguments.data, Path(definitions))
+        write_tasks(arguments.tasks, arguments.data, Path(definitions))
         for number, model in enumerate(models):
             about = f"pretrained={model},dtype=float32,add_bos_token=False"
             command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", about]
-            command += ["--tasks", *(f"local_{name}" for name in TASKS), "--batch_size", "16", "--device", "cpu"]
+            command += [
+                "--tasks",
+                *(f"local_{name}" for name in arguments.tasks),
+                "--batch_size",
+                "16",
+                "--device",
+                "cpu",
+            ]
             command += ["--include_path", definitions, "--log_samples", "--output_path", str(folder / str(number))]
             for name, seconds in measured([*command, *limit]).items():
                 total[name] += seconds
     return total
 
 
-def read_theirs(folder: Path, models: Sequence[str]) -> dict[tuple[str, str, int], list[float]]:
+def read_theirs(folder: Path, models: Sequence[str], tasks: Sequence[str]) -> dict[tuple[str, str, int], list[float]]:
     """Returns lm-eval's log-likelihoods by model, task and number of the item."""
     found = {}
     for number, model in enumerate(models):
-        for name in TASKS:
+        for name in tasks:
             (file,) = (folder / str(number)).rglob(f"samples_local_{name}_*.jsonl")
             for line in file.open(encoding="utf-8"):
                 sample = json.loads(line)
@@ -96,10 +107,10 @@ def read_theirs(folder: Path, models: Sequence[str]) -> dict[tuple[str, str, int
     return found
 
 
-def differences(folder: Path, data: str, models: Sequence[str]) -> dict[str, Any]:
+def differences(folder: Path, data: str, models: Sequence[str], tasks: Sequence[str]) -> dict[str, Any]:
     """Compares the two item by item."""
-    theirs, leads, largest, items, correct = read_theirs(folder / "lm-eval", models), {}, 0.0, 0, {}
-    lengths = {name: [_lengths(name, row) for row in _rows(data, name)] for name in TASKS}
+    theirs, leads, largest, items, correct = read_theirs(folder / "lm-eval", models, tasks), {}, 0.0, 0, {}
+    lengths = {name: [_lengths(name, row) for row in _rows(data, name)] for name in tasks}
     for line in (folder / "ours" / "ours.jsonl").open(encoding="utf-8"):
         item = json.loads(line)
         key = item["model"], item["task"], item["index"]
@@ -143,6 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+")
     parser.add_argument("--data", required=True)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS])
     parser.add_argument("--limit", type=int, default=500, help="items per task; 0 for all")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("runs/commonsense_benchmark"))
@@ -161,14 +173,21 @@ def main() -> None:
                 write_json(done, score(arguments.models, arguments, folder))
             seconds[name].append(read_json(done)["processor_seconds"])
             print(f"round {number}, {name}: {seconds[name][-1]:.0f} processor seconds", flush=True)
-    found = differences(arguments.output / "0", arguments.data, arguments.models)
+    found = differences(arguments.output / "0", arguments.data, arguments.models, arguments.tasks)
     ratio = statistics.median(seconds["lm-eval"]) / statistics.median(seconds["ours"])
     print(f"{len(arguments.models)} models, {found['items']} items: {ratio:.2f} times as fast as lm-eval")
     print(f"largest difference of a log-likelihood {found['largest_difference']:.1e}")
     print(
         f"{len(found['chosen_differently'])} chosen differently, {len(found['wrong'])} of them with a lead above 1e-4"
     )
-    figures = {"models": len(arguments.models), "limit": arguments.limit, "seconds": seconds, "ratio": ratio, **found}
+    figures = {
+        "models": len(arguments.models),
+        "tasks": arguments.tasks,
+        "limit": arguments.limit,
+        "seconds": seconds,
+        "ratio": ratio,
+        **found,
+    }
     print(f"wrote {save(arguments.name, figures)}")
 
 
