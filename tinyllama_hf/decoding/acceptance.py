@@ -1,6 +1,7 @@
 """Acceptance of drafted tokens: the target's scores per row, and the rules for greedy decoding and for sampling."""
 
 import copy
+import math
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
@@ -10,6 +11,14 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 from ..errors import InputError
 from .row_state import ACCEPTING, CHOOSING, RowState
 from .rows import Rows
+
+
+class MostLikelyToken(LogitsProcessor):
+    """Leaves the most likely token only. With it, sampling is greedy, so that one batch can have rows of both kinds."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        nothing = torch.full_like(scores, -math.inf)
+        return nothing.scatter(-1, scores.argmax(dim=-1, keepdim=True), 0.0)
 
 
 # These look at the scores of one position only, so all rows and positions can be processed in one call.
@@ -24,6 +33,7 @@ _WITHOUT_CONTEXT = (
     generation.LogitNormalization,
     generation.InfNanRemoveLogitsProcessor,
     generation.SuppressTokensLogitsProcessor,
+    MostLikelyToken,
 )
 # Of these, the ones that never read from the device.
 _RECORDABLE = (
@@ -32,6 +42,7 @@ _RECORDABLE = (
     generation.TopPLogitsWarper,
     generation.MinPLogitsWarper,
     generation.LogitNormalization,
+    MostLikelyToken,
 )
 # These count tokens from the left edge of the padded batch. The attribute is shifted to the start of the row.
 _COUNTING = {
@@ -70,15 +81,15 @@ class RowProcessors:
                     f"logits processor {type(processor).__name__}: cannot be applied to rows of different lengths. "
                     "Generate one prompt at a time without a draft"
                 )
-        self._shared: Callable[..., torch.Tensor] | None = None
-        if all(isinstance(processor, _WITHOUT_CONTEXT) for processor in processors):
-            self._shared = LogitsProcessorList(processors)
         # The kinds of processors that run in Python, after the target's pass.
         self.not_recordable = [type(each).__name__ for each in processors if type(each) not in _RECORDABLE]
-        # What a recorded step depends on; `None` if the processors cannot be a part of one.
-        self.recordable: tuple[Hashable, ...] | None = None
+        # Rows with equal settings share one call.
+        settings: Hashable = None
         if not self.not_recordable:
-            self.recordable = tuple((type(each).__name__, *sorted(vars(each).items())) for each in processors)
+            settings = tuple((type(each).__name__, *sorted(vars(each).items())) for each in processors)
+        elif all(isinstance(processor, _WITHOUT_CONTEXT) for processor in processors):
+            settings = object()  # not compared with those of other batches
+        self._settings = [settings] * len(paddings)
         # `generate` derives a minimum length from `min_new_tokens` for the padded batch, which has to be shifted. A
         # `min_length` that the caller gave counts from the left edge of the padded batch, as in stock `generate`.
         counts_new = any(
@@ -94,6 +105,16 @@ class RowProcessors:
             for row, (padding, limit) in enumerate(zip(paddings, limits, strict=True))
         ]
 
+    @property
+    def recordable(self) -> tuple[Hashable, ...] | None:
+        """What a recorded step depends on; `None` if the processors cannot be a part of one, or rows differ."""
+        settings = self._settings[0] if self._are_shared else None
+        return settings if isinstance(settings, tuple) else None
+
+    @property
+    def _are_shared(self) -> bool:
+        return None not in self._settings and len(set(self._settings)) == 1
+
     def __call__(self, logits: torch.Tensor, rows: Rows, offset: int = 0) -> torch.Tensor:
         """Returns the scores of consecutive positions.
 
@@ -105,8 +126,8 @@ class RowProcessors:
         Returns:
             `[rows, positions, vocab_size]`.
         """
-        if self._shared is not None:
-            return self._shared(None, logits.flatten(0, 1)).view_as(logits)
+        if self._are_shared:
+            return self._rows[0](None, logits.flatten(0, 1)).view_as(logits)
         scores = logits.clone()
         for row, (processors, length) in enumerate(zip(self._rows, rows.lengths, strict=True)):
             for position in range(logits.shape[1]):
@@ -117,10 +138,12 @@ class RowProcessors:
     def keep(self, rows: Sequence[int]) -> None:
         """Keeps the rows with these indices."""
         self._rows = [self._rows[row] for row in rows]
+        self._settings = [self._settings[row] for row in rows]
 
     def join(self, other: "RowProcessors") -> None:
-        """Adds the rows of another batch that was prepared with the same settings."""
+        """Adds the rows of another batch."""
         self._rows += other._rows
+        self._settings += other._settings
 
 
 def _for_row(processor: LogitsProcessor, row: int, padding: int, limit: int) -> LogitsProcessor:

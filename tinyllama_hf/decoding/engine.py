@@ -1,7 +1,7 @@
 """The generation engine: rounds of drafting, one target pass and acceptance, over rows that may finish and join."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -68,8 +68,9 @@ class Decoding:
         config (`GenerationConfig`): as `generate` resolved it.
         rows (`Rows`): the unfinished rows.
         statistics (`SpeculationStatistics`): counts and times up to the last round.
-        token_scores (`dict`): what to collect, `"scores"` (after processing) or `"logits"` (before): a list per row,
-            to which each round adds `[new tokens, vocab_size]`.
+        token_scores (`dict`): what to collect, `"scores"` (after processing) or `"logits"` (before): a list for each
+            row by its key, to which each round adds `[new tokens, vocab_size]`.
+        draft_counts (`dict`): the number of drafted and of accepted tokens of each row so far, by its key.
 
     Raises:
         InputError: if an option is not supported, or a prompt fills the context.
@@ -119,7 +120,9 @@ class Decoding:
         self._next: _Round | None = None  # a round that was started ahead
         self._appended: dict[int, list[int]] = {}  # new tokens by key that were not returned yet
         self.statistics = SpeculationStatistics(num_rows)
-        self.token_scores: dict[str, list[list[torch.Tensor]]] = {}
+        self.token_scores: dict[str, dict[int, list[torch.Tensor]]] = {}
+        self.draft_counts: dict[int, tuple[int, int]] = dict.fromkeys(self.rows.keys, (0, 0))
+        self._unread = self.input_ids.shape[1]  # tokens of the longest prompt
 
     def _find_recorder(self) -> graphs.Recorder | None:
         """Returns what records the steps of rounds as graphs, or `None` if they cannot be recorded here."""
@@ -138,10 +141,28 @@ class Decoding:
         return [self._target, draft.reader] if isinstance(draft, ModelProposer) else [self._target]
 
     @_without_gradients
+    def read_piece(self, num_tokens: int, with_logits: bool = False) -> torch.Tensor | None:
+        """Reads the next tokens of the prompts, so that a long prompt need not be read in one pass.
+
+        Args:
+            num_tokens (`int`): maximum number of tokens per row. At least one token is left for [`start`].
+            with_logits (`bool`, *optional*, defaults to `False`): whether to compute the logits of each token.
+
+        Returns:
+            `[rows, tokens, vocab_size]`, of the last token only by default; `None` if no more than one token is left.
+        """
+        taken = min(num_tokens, self._unread - 1)
+        if not taken:
+            return None
+        self._unread -= taken
+        self._draft.read_piece(self.rows, taken, -self._unread)
+        return self._target.read(self.rows, taken, -self._unread, taken if with_logits else 1)
+
+    @_without_gradients
     def start(self) -> dict[int, list[int]]:
-        """Reads the prompts and returns the first new token of each row, by its key."""
+        """Reads the rest of the prompts and returns the first new token of each row, by its key."""
         began = mark(self.input_ids)
-        logits = self._target.read(self.rows, self.input_ids.shape[1])
+        logits = self._target.read(self.rows, self._unread)
         values = self._choose(0, logits)
         ended = mark(self.input_ids)
         self._record(_Round(values, logits, 0, [], (began, began, began, ended), False, True))
@@ -151,7 +172,11 @@ class Decoding:
 
     @_without_gradients
     def join(self, other: "Decoding") -> None:
-        """Adds the rows of a `Decoding` that was prepared with the same arguments and has started."""
+        """Adds the rows of a `Decoding` that has started.
+
+        Both have the same models, end-of-sequence tokens and `do_sample`. Logits processors may differ, and are called
+        for each row if they do.
+        """
         self._settle()
         self._remove_finished()
         self.statistics.add(other.statistics)
@@ -168,6 +193,9 @@ class Decoding:
         self._processors.join(other._processors)
         self._length.join(len(other.rows))
         self.rows.join(other.rows)
+        self.draft_counts |= other.draft_counts
+        for name, collected in other.token_scores.items():
+            self.token_scores.setdefault(name, {}).update(collected)
         self.statistics.target_passes, self.statistics.draft_passes = self._target.passes, self._draft.passes
 
     @_without_gradients
@@ -176,6 +204,8 @@ class Decoding:
 
         Where nothing waits for the tokens of a round on a GPU, the next one starts before they are read.
         """
+        if not len(self.rows):
+            return self._take_appended()
         if self._remark is not None:
             logger.info(self._remark)
             self._remark = None
@@ -188,6 +218,13 @@ class Decoding:
             self._settle()
         self._remove_finished()
         return self._take_appended()
+
+    @_without_gradients
+    def cancel(self, keys: Collection[int]) -> None:
+        """Ends the rows with these keys; their tokens so far are those of finished rows."""
+        self._settle()
+        self.rows.cancel(keys)
+        self._remove_finished()
 
     def _settle(self) -> None:
         """Waits for a round that was started ahead, and records it."""
@@ -205,7 +242,7 @@ class Decoding:
             self._memory is not None
             and type(self._draft) is Proposer
             and self._processors.recordable is not None
-            and not self.token_scores
+            and not any(self.token_scores.values())
             and not self.rows.criteria_names
             and max(self.rows.remaining) > 1
         )
@@ -219,7 +256,7 @@ class Decoding:
             max(0, min(remaining - 1, draft.context - length))
             for remaining, length in zip(rows.remaining, rows.lengths, strict=True)
         ]
-        chosen = self._length.choose()
+        chosen = rows.draft_length or self._length.choose()
         # All rows draft the same number, and `drafted` of the state cuts it per row.
         wanted = min(chosen, max(limits)) if self._memory is None or not max(limits) else chosen
         rows.make_room(wanted + 2)  # a round may already be under way
@@ -255,7 +292,7 @@ class Decoding:
 
         def step() -> torch.Tensor:
             scores = self._processors(logits, rows)
-            if self.token_scores:
+            if self.token_scores.get("scores"):
                 self._scores = scores
             tokens, accepted, is_finite = self._accept(scores, rows.state)
             drafted = rows.state.drafted if width else accepted  # zeros
@@ -264,7 +301,7 @@ class Decoding:
             return torch.cat([columns, tokens], dim=1)
 
         settings = self._processors.recordable
-        if self._memory is None or settings is None or self.token_scores:
+        if self._memory is None or settings is None or any(self.token_scores.values()):
             chosen = step()
         else:
             # The logits of each bucket have their own address.
@@ -301,9 +338,12 @@ class Decoding:
         for name, collected in self.token_scores.items():
             of_rows = (self._scores if name == "scores" else found.logits)[: len(values)]
             for key, new, tensors in zip(rows.keys, appended, of_rows, strict=True):
-                collected[key].append(tensors[: len(new)].clone())
-        for key, new in zip(rows.keys, appended, strict=True):
+                if key in collected:
+                    collected[key].append(tensors[: len(new)].clone())
+        for key, new, proposed, taken in zip(rows.keys, appended, drafted, accepted, strict=True):
             self._appended.setdefault(key, []).extend(new)
+            all_drafted, all_accepted = self.draft_counts[key]
+            self.draft_counts[key] = all_drafted + proposed, all_accepted + min(taken, len(new))
 
     def _remove_finished(self) -> None:
         if self.rows.has_finished():

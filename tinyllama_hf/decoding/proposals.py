@@ -102,6 +102,9 @@ class Proposer:
         """Returns a proposer for one generation, which holds the state of its rows."""
         return self
 
+    def read_piece(self, rows: Rows, num_tokens: int, offset: int) -> None:
+        """Reads the tokens of each row up to `offset` tokens after its end, before the row has started."""
+
     def catch_up(self, rows: Rows) -> None:
         """Reads unread tokens, such as the prompts, if there are more of them than drafting reads anyway."""
 
@@ -150,6 +153,10 @@ class ModelProposer(Proposer):
     def reader(self) -> RaggedModel:
         """Reads rows with the draft."""
         return self._reader
+
+    def read_piece(self, rows: Rows, num_tokens: int, offset: int) -> None:
+        self._reader.read(rows, num_tokens, offset)
+        self._read = [max(0, length + offset) for length in rows.lengths]
 
     def catch_up(self, rows: Rows) -> None:
         """Reads prompts and the tokens of plain rounds; after a drafting round only one or two tokens are unread."""
@@ -213,8 +220,9 @@ class ModelProposer(Proposer):
         if not len(other_rows):
             return
         for proposer, own_rows in ((self, rows), (other, other_rows)):
-            if len(own_rows) and not proposer.passes:
-                proposer._read_all(own_rows, proposer._behind(own_rows))
+            behind = proposer._behind(own_rows) if len(own_rows) else 0
+            if behind > 2 or (behind and not proposer.passes):
+                proposer._read_all(own_rows, behind)
         if self.passes:
             self._reader.join(other._reader, len(rows), max([*rows.lengths, *other_rows.lengths]))
         else:

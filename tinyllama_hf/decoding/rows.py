@@ -5,7 +5,7 @@ The tokens are on the device, see `row_state.py`.
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,13 +32,16 @@ class RowPlan(NamedTuple):
         key (`int`): identifies the row's output.
         max_new_tokens (`int`): maximum number of new tokens.
         draws (`torch.Tensor`, *optional*): `[3, max_new_tokens]` random numbers in [0, 1), for sampling; by default
-            they are drawn from torch's generator. Since they are drawn in advance, the row's output depends neither
-            on the other rows nor on how many tokens are drafted at a time.
+            they are drawn from torch's generator. Since they are drawn in advance, the row's output does not depend on
+            the other rows.
+        draft_length (`int`, *optional*): number of tokens to draft in each round, for all rows of its batch, in place
+            of a number that depends on measured times.
     """
 
     key: int
     max_new_tokens: int
     draws: torch.Tensor | None = None
+    draft_length: int | None = None
 
 
 class Bucket(NamedTuple):
@@ -154,6 +157,11 @@ class Rows:
         return [row.limit for row in self._rows]
 
     @property
+    def draft_length(self) -> int | None:
+        """The number of drafted tokens that a row asks for."""
+        return next((row.plan.draft_length for row in self._rows if row.plan.draft_length), None)
+
+    @property
     def paddings(self) -> list[int]:
         """Number of padding tokens of each prompt, as it was given."""
         return [len(row.padding) for row in self._rows]
@@ -208,6 +216,11 @@ class Rows:
             own.length += len(appended[row])
             own.is_finished = end is not None or not active[row]
         return appended
+
+    def cancel(self, keys: Collection[int]) -> None:
+        """Ends the rows with these keys."""
+        for row in self._rows:
+            row.is_finished |= row.plan.key in keys
 
     def has_finished(self) -> bool:
         """Whether a row has finished and was not removed yet."""

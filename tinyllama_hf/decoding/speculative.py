@@ -168,7 +168,7 @@ def _run(decoding: Decoding, streamer: BaseStreamer | None) -> torch.Tensor | Sp
         streamer.put(decoding.input_ids.cpu())
     for name in ("scores", "logits"):
         if config.return_dict_in_generate and getattr(config, f"output_{name}"):
-            decoding.token_scores[name] = [[] for _ in range(len(rows))]
+            decoding.token_scores[name] = {key: [] for key in rows.keys}
     appended = decoding.start()
     while True:
         if streamer is not None and appended.get(0):
@@ -185,7 +185,10 @@ def _run(decoding: Decoding, streamer: BaseStreamer | None) -> torch.Tensor | Sp
         return sequences
     # Per name one tensor `[rows, vocab_size]` per new token, zero after a row's end.
     collected = decoding.token_scores.items()
-    fields: Any = {name: tuple(pad_sequence([torch.cat(row) for row in of_rows])) for name, of_rows in collected}
+    fields: Any = {
+        name: tuple(pad_sequence([torch.cat(of_rows[row]) for row in range(len(of_rows))]))
+        for name, of_rows in collected
+    }
     fields["sequences"] = sequences
     return SpeculativeOutput(statistics=decoding.statistics, **fields)
 
