@@ -1,5 +1,9 @@
 """`tinyllama-hf serve`."""
 
+import json
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -20,12 +24,16 @@ from .loading import (
 )
 
 
+_LIMITS, _ACCESS = "Limits", "Access"
+
+
 def serve_command(
     model: MODEL,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 means all addresses of this machine.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 chooses a free one.")] = 8000,
+    page: Annotated[bool, typer.Option("--page", help="Serve a page to chat with the model, at the address.")] = False,
     template: Annotated[
         str | None,
         typer.Option(help="Chat template in place of the folder's: llama2, zephyr, chatml, llama3, or a .jinja file."),
@@ -34,39 +42,117 @@ def serve_command(
     dtype: DTYPE = "auto",
     quantization: QUANTIZATION = "none",
     adapter: ADAPTER = None,
+    draft: Annotated[
+        str | None, typer.Option(help="Draft that speeds up all replies: a model, lookup, or layers:N.")
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="tinyllama-hf, or vllm: start vLLM on the same folder, where it is installed.")
+    ] = "tinyllama-hf",
+    rows: Annotated[
+        int, typer.Option(min=1, help="Replies that are generated at a time.", rich_help_panel=_LIMITS)
+    ] = 16,
+    waiting: Annotated[
+        int,
+        typer.Option(min=1, help="Replies that may wait; further requests get status 429.", rich_help_panel=_LIMITS),
+    ] = 64,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most tokens of a reply; by default the context.", rich_help_panel=_LIMITS),
+    ] = None,
+    max_messages: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Most messages of a conversation; by default the context in tokens.", rich_help_panel=_LIMITS
+        ),
+    ] = None,
+    max_body_bytes: Annotated[int, typer.Option(min=1024, help="Largest request.", rich_help_panel=_LIMITS)] = 4
+    * 2**20,
+    row_seconds: Annotated[
+        float, typer.Option(min=1, help="Most seconds of a reply, waiting included.", rich_help_panel=_LIMITS)
+    ] = 600,
+    shutdown_seconds: Annotated[
+        float,
+        typer.Option(
+            min=0, help="Seconds that replies under way have after Ctrl-C or SIGTERM.", rich_help_panel=_LIMITS
+        ),
+    ] = 30,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="TINYLLAMA_HF_API_KEY",
+            help="Clients must send it as 'Authorization: Bearer KEY'.",
+            rich_help_panel=_ACCESS,
+        ),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Origin of a page that may use the server, such as http://localhost:3000; may be repeated.",
+            rich_help_panel=_ACCESS,
+        ),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name of this machine that clients may use, beyond addresses and localhost; may be repeated.",
+            rich_help_panel=_ACCESS,
+        ),
+    ] = None,
     compiled: COMPILE = False,
     verbose: VERBOSE = False,
 ) -> None:
-    """Serve a model through OpenAI's API: chat completions, completions, responses. Ctrl-C stops the server.
+    """Serve a model to many clients through OpenAI's API, and to people with --page. Ctrl-C stops the server.
 
-    Sampling defaults to that of `generate`, and requests can change it. There is no authentication: any client that
-    reaches the address can use the server.
+    Replies are generated together, each with its own settings. Sampling defaults to that of `generate`. It listens on
+    this machine only, unless --host says otherwise; then set --api-key.
 
-    Example: tinyllama-hf serve chat-v1.0 --quantization nf4
+    Examples:
+
+    tinyllama-hf serve chat-v1.0 --page --quantization nf4
+
+    tinyllama-hf serve my-model --template llama2 --draft lookup --rows 32 --host 0.0.0.0 --api-key SECRET
     """
-    check_model_options(model, dtype, device, quantization, None, adapter, compiled)
+    from tinyllama_hf.errors import InputError, did_you_mean, require
+
+    if engine not in ("tinyllama-hf", "vllm"):
+        raise InputError(f"--engine {engine}: unknown{did_you_mean(engine, ['tinyllama-hf', 'vllm'])}")
+    if api_key == "":
+        raise InputError("--api-key: is empty. Give a key, or leave it out")
+    check_model_options(model, dtype, device, quantization, draft, adapter, compiled)
+    name = Path(model).resolve().name if Path(model).exists() else model
+    if engine == "vllm":
+        other: dict[str, object] = {"--page": page, "--draft": draft, "--adapter": adapter, "--compile": compiled}
+        other |= {"--quantization": quantization != "none", "--max-messages": max_messages, "--max-tokens": max_tokens}
+        _refuse_for_vllm(other)
+        start_vllm(model, name, host, port, template, dtype, rows, api_key)
     if verbose or compiled:
         show_log()
+    for package in ("fastapi", "uvicorn", "llguidance", "prometheus_client"):
+        require(package, "serving", "serve")
     import_libraries()
     from tinyllama_hf.chat.templates import load_template, set_template
-    from tinyllama_hf.serving.app import bind, build_app, check_installed, run
+    from tinyllama_hf.serving.app import ServerOptions, build_app
+    from tinyllama_hf.serving.run_server import bind, run_server
 
-    check_installed()
     if template is not None:
         load_template(template)  # so that an unknown one is refused before the model is loaded
     bound = bind(host, port)
-    loaded, tokenizer, _ = load_model(model, dtype, device, quantization, None, adapter, compiled)
+    loaded, tokenizer, proposer = load_model(model, dtype, device, quantization, draft, adapter, compiled)
     if template is not None:
         set_template(tokenizer, template, model)
-    name = Path(model).resolve().name if Path(model).exists() else model
-    app = build_app(name, loaded, tokenizer)
+    names = [host, *(allow_host or ())]
+    options = ServerOptions(
+        rows, waiting, max_tokens, max_messages, max_body_bytes, row_seconds, api_key, page, allow_origin or (), names
+    )
+    facts = {"dtype": str(loaded.dtype).removeprefix("torch."), "quantization": quantization, "draft": draft}
+    app = build_app(name, loaded, tokenizer, proposer, options, facts)
     bound.listen()  # from now on connections are queued
-    shown = f"[{host}]" if ":" in host else host
-    print(_greeting(name, f"http://{shown}:{bound.getsockname()[1]}/v1", bool(tokenizer.chat_template)), flush=True)
-    try:
-        run(app, bound)
-    except KeyboardInterrupt:  # uvicorn raises it again after shutdown
-        pass
+    shown = f"http://[{host}]" if ":" in host else f"http://{host}"
+    shown += f":{bound.getsockname()[1]}"
+    print(_greeting(name, f"{shown}/v1", bool(tokenizer.chat_template)), flush=True)
+    if page:
+        print(f"  page: {shown}/", flush=True)
+    run_server(app, bound, shutdown_seconds)
 
 
 def _greeting(name: str, url: str, is_chat: bool) -> str:
@@ -80,3 +166,42 @@ def _greeting(name: str, url: str, is_chat: bool) -> str:
         f"  curl {url}{path} -H 'Content-Type: application/json' -d '{{\"model\": \"{name}\", {body}}}'\n"
         f'  client = openai.OpenAI(base_url="{url}", api_key="none"); {call}'
     )
+
+
+def _refuse_for_vllm(options: dict[str, object]) -> None:
+    from tinyllama_hf.errors import InputError
+
+    if given := [name for name, value in options.items() if value]:
+        raise InputError(f"{given[0]}: not with --engine vllm; leave it out, or see `vllm serve --help`")
+
+
+def start_vllm(
+    model: str, name: str, host: str, port: int, template: str | None, dtype: str, rows: int, api_key: str | None
+) -> None:
+    """Replaces this process by vLLM's server on the same folder, with this package's template, context and sampling.
+
+    Raises:
+        InputError: if vLLM is not installed, or the folder is not a Llama.
+    """
+    from tinyllama_hf.chat.templates import template_file
+    from tinyllama_hf.errors import InputError
+    from tinyllama_hf.inference.options import Sampling
+    from tinyllama_hf.released import find_model, read_llama_fields
+
+    program = shutil.which("vllm", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    if program is None:
+        raise InputError("--engine vllm: vLLM is not installed. Install it (pip install vllm), or leave --engine out")
+    place = find_model(model)
+    sampling = {"temperature": Sampling().temperature, "top_p": Sampling().top_p, "top_k": 0}
+    command = [program, "serve", str(place), "--served-model-name", name, "--host", host, "--port", str(port)]
+    command += ["--max-num-seqs", str(rows), "--override-generation-config", json.dumps(sampling)]
+    if isinstance(place, Path):
+        command += ["--max-model-len", str(read_llama_fields(place)["max_position_embeddings"])]
+    if template is not None:
+        command += ["--chat-template", str(template_file(template))]
+    if dtype != "auto":
+        command += ["--dtype", {"fp32": "float32", "bf16": "bfloat16"}[dtype]]
+    if api_key is not None:
+        os.environ["VLLM_API_KEY"] = api_key  # not on the command line, which other users of the machine can read
+    sys.stdout.flush()
+    os.execv(program, command)

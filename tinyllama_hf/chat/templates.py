@@ -36,8 +36,8 @@ def template_names() -> list[str]:
     return sorted(path.stem for path in _FOLDER.glob("*.jinja"))
 
 
-def load_template(name: str) -> str:
-    """Returns the text of a template.
+def template_file(name: str) -> Path:
+    """Returns the file of a template.
 
     Args:
         name (`str`): one of [`template_names`], or a file ending in `.jinja`.
@@ -48,7 +48,12 @@ def load_template(name: str) -> str:
     path = Path(name) if name.endswith(".jinja") else _FOLDER / f"{name}.jinja"
     if not path.is_file():
         raise InputError(f"unknown chat template {name!r}{did_you_mean(name, template_names())}, or a .jinja file")
-    return read_text(path)
+    return path
+
+
+def load_template(name: str) -> str:
+    """Returns the text of a template; see [`template_file`]."""
+    return read_text(template_file(name))
 
 
 def required_tokens(name: str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from .rows import Rows
 
 
 class MostLikelyToken(LogitsProcessor):
-    """Leaves the most likely token only. With it, sampling is greedy, so that one batch can have rows of both kinds."""
+    """Leaves the most likely token only: sampling is then greedy, so that one batch can have rows of both kinds."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         nothing = torch.full_like(scores, -math.inf)

@@ -30,7 +30,8 @@ class Refusal(Exception):
     @property
     def body(self) -> dict[str, Any]:
         """The error as clients of OpenAI's API expect it."""
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
