@@ -29,6 +29,14 @@ def local(served_folder):
 
 
 @pytest.fixture(scope="module")
+def reader(local):
+    """Reads requests to this model."""
+    from tinyllama_hf.serving.request_fields import Limits, RequestReader
+
+    return RequestReader("my-model", local[1], Limits.of(*local))
+
+
+@pytest.fixture(scope="module")
 def app(local):
     """The application of the server for this model."""
     from tinyllama_hf.serving.app import build_app

@@ -1,184 +1,241 @@
-"""Reads requests of OpenAI's API: checks their fields, and encodes the prompt in each of its forms.
-
-The fields are checked before the handlers of transformers (5.23) read them: these convert values without a check, and
-answer with status 500 if that fails.
-"""
+"""Reads requests of OpenAI's API: checks names, types and ranges of their fields, and encodes the prompts."""
 
 import functools
-import json
-from collections.abc import Iterable
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
-from pydantic_core import from_json
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
+from pydantic_core import ErrorDetails, from_json
+from transformers import PreTrainedTokenizerFast
 
-from ..batch.prompts import chat_ids
-from ..chat.messages import TEXT_PARTS, content_text
-from ..errors import InputError, check_seed, did_you_mean
-from ..text import check_text
+from ..errors import check_seed
+from ..inference.options import Sampling
+from .call import Call, Refusal, RowRequest
+from .prompt_reading import TOO_LONG, Limits, quoted, read_prompts, refused, refusing
+from .response_formats import grammar_of
 
 
+Kind = Literal["chat", "completion", "response"]
+_PROMPT_FIELDS: dict[Kind, str] = {"chat": "messages", "completion": "prompt", "response": "input"}
 # These fields do not change the answer.
 _HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier"}
 _HARMLESS |= {"prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"}
 # Unsupported fields, with the values that request the default behavior; `null` and empty values do so too.
 _DEFAULTS: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "presence_penalty": (0,),
-    "top_logprobs": (0,),
-    "tool_choice": ("none", "auto"),
-    "function_call": ("none", "auto"),
+    **dict.fromkeys(("n", "best_of"), (1,)),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "top_logprobs"), (0,)),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
     "response_format": ({"type": "text"},),
-    "text": ({"format": {"type": "text"}},),
     "modalities": (["text"],),
     "truncation": ("disabled",),
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
 }
-# `name` is not given to the template; `type`, `id` and `status` come from answers that clients send back.
-_MESSAGE_FIELDS = {"role", "content", "name", "type", "id", "status"}
-_FORM = 'must be a list of {"role": "...", "content": "..."}'
-
+_INSTEAD = {"generation_config": "send top_k, min_p, repetition_penalty and min_tokens as fields of the request"}
+# Fields of a request, with the name of each in `RowRequest` where it differs.
+_ROW_FIELDS = {"min_tokens": "min_new_tokens", "stop": "stop_strings"} | {
+    name: name
+    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "logit_bias")
+    + ("presence_penalty", "frequency_penalty")
+}
+_LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+_REPEATED = ("instructions", "metadata", "temperature", "top_p", "max_output_tokens", "text")
 _STOPS, _STOP_LENGTH = 4, 100  # the first limit is OpenAI's
 _LEAST = 1e-6  # smallest divisor of logits that keeps them finite
+
+
+def _read_temperature(value: float) -> float:
+    if 0 < value < _LEAST:
+        raise ValueError(f"must be 0 (always the most likely token) or at least {_LEAST}")
+    return value
+
+
+def _read_stops(value: Any) -> tuple[str, ...]:
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) and text for text in texts):
+        raise ValueError("must be a non-empty string or a list of non-empty strings")
+    if len(texts) > _STOPS or any(len(text) > _STOP_LENGTH for text in texts):
+        raise ValueError(f"must be at most {_STOPS} strings of at most {_STOP_LENGTH} characters")
+    return tuple(texts)
+
+
+def _read_biases(value: dict[str, Any], info: ValidationInfo) -> dict[int, float]:
+    assert isinstance(info.context, Limits)
+    last = info.context.vocab_size - 1
+    for key, bias in value.items():
+        if not (key.isdecimal() and len(key) < 10 and int(key) <= last):
+            raise ValueError(f"{quoted(key)} must be a token id from 0 to {last}")
+        if type(bias) not in (int, float) or not -100 <= bias <= 100:
+            raise ValueError(f"the bias of token {key} must be a number from -100 to 100")
+    return {int(key): float(bias) for key, bias in value.items()}
+
+
+def _read_n(value: int, info: ValidationInfo) -> int:
+    assert isinstance(info.context, Limits)
+    if not 1 <= value <= info.context.n:
+        raise ValueError(f"must be from 1 to {info.context.n}")
+    return value
+
+
 _Count = Annotated[int, Field(ge=1)]
-_Share = Annotated[float, Field(gt=0, le=1)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Penalty = Annotated[float, Field(ge=-2, le=2)]
+_TopLogprobs = Annotated[int, Field(ge=0, le=20)]
 
 
-class Limits(NamedTuple):
-    """Limits on a request.
+class _Fields(BaseModel):
+    """The fields of all endpoints; the last four are those of the servers of vLLM and llama.cpp."""
 
-    Attributes:
-        vocab_size (`int`): size of the model's vocabulary.
-        context (`int`): the model's context in tokens.
-        characters (`int`): most characters that fit the context. Longer prompts are refused before they are encoded,
-            since encoding megabytes takes half a minute.
-    """
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
-    vocab_size: int
-    context: int
-    characters: int
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> "Limits":
-        """Returns the limits of a model and its tokenizer."""
-        context = model.config.max_position_embeddings
-        return cls(model.config.vocab_size, context, context * max(map(len, tokenizer.get_vocab())))
-
-
-class _Sampling(BaseModel):
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
-
-    temperature: Annotated[float, Field(ge=0)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-
-    @field_validator("temperature")
-    @classmethod
-    def _not_tiny(cls, value: float | None) -> float | None:
-        if value and value < _LEAST:
-            raise ValueError(f"must be 0 (always the most likely token) or at least {_LEAST}")
-        return value
-
-
-class _GenerationConfig(_Sampling):
-    """The supported settings of `generation_config`, which transformers adds to the fields of OpenAI's API."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    do_sample: bool | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    typical_p: _Share | None = None
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: "_StreamOptions | None" = None
+    parallel_tool_calls: bool | None = None  # accepted without effect
+    seed: Annotated[int, AfterValidator(functools.partial(check_seed, name=""))] | None = None
+    temperature: Annotated[float, Field(ge=0), AfterValidator(_read_temperature)] | None = None
+    top_p: _Share | None = None
+    top_k: Annotated[int, Field(ge=-1), AfterValidator(lambda k: max(k, 0))] | None = None  # 0 and -1: all tokens
+    min_p: _Share | None = None
     repetition_penalty: Annotated[float, Field(ge=_LEAST, le=1 / _LEAST)] | None = None
-    no_repeat_ngram_size: Annotated[int, Field(ge=0)] | None = None
-    min_new_tokens: Annotated[int, Field(ge=0)] | None = None
-    max_new_tokens: _Count | None = None
-    transformers_version: str | None = Field(None, exclude=True)  # written by `GenerationConfig.to_json_string`
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
 
 
 class _StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = _Fields.model_config
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None  # accepted without effect
 
 
-class _Fields(_Sampling):
-    model: str | None = None
-    stream: bool | None = None
-    stream_options: _StreamOptions | None = None
-    instructions: str | None = None
-    suffix: str | None = None
+class _SampledFields(_Fields):
+    n: Annotated[int, AfterValidator(_read_n)] | None = None
+    stop: Annotated[Any, AfterValidator(_read_stops)] | None = None
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    logit_bias: Annotated[dict[str, Any], AfterValidator(_read_biases)] | None = None
+
+
+class _ChatFields(_SampledFields):
     max_tokens: _Count | None = None
     max_completion_tokens: _Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: _TopLogprobs | None = None
+    response_format: Any = None
+
+
+class _CompletionFields(_SampledFields):
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    best_of: int | None = None
+    echo: bool | None = None
+    logprobs: _TopLogprobs | None = None
+
+
+class _ResponseText(BaseModel):
+    model_config = _Fields.model_config
+
+    format: Any = None
+    verbosity: Literal["medium"] | None = None
+
+
+_Name = Annotated[str, Field(max_length=64)]  # this limit and the next two are OpenAI's
+_Value = Annotated[str, Field(max_length=512)]
+
+
+class _ResponseFields(_Fields):
+    instructions: str | None = None
     max_output_tokens: _Count | None = None
-    parallel_tool_calls: bool | None = None
-    seed: Annotated[int, AfterValidator(functools.partial(check_seed, name=""))] | None = None
-    # transformers adds 1 to get its repetition penalty, which must be positive; the upper limit is OpenAI's.
-    frequency_penalty: Annotated[float, Field(gt=-1, le=2)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    stop: Any = None
-    generation_config: _GenerationConfig | None = None
-
-    @field_validator("generation_config", mode="before")
-    @classmethod
-    def _object(cls, value: Any) -> Any:
-        """Accepts an object, and JSON in a string as the server of transformers does."""
-        return from_json(value) if isinstance(value, str) else value
-
-    @field_validator("logit_bias")
-    @classmethod
-    def _ids(cls, value: dict[str, float] | None, info: ValidationInfo) -> dict[str, float] | None:
-        assert isinstance(info.context, Limits)
-        size = info.context.vocab_size
-        if bad := [key for key in value or () if not (key.isdecimal() and int(key) < size)]:
-            raise ValueError(f"{bad[0]!r} must be a token id from 0 to {size - 1}")
-        return value
-
-    @field_validator("stop")
-    @classmethod
-    def _texts(cls, value: Any) -> Any:
-        texts = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(text, str) and text for text in texts):
-            raise ValueError("must be a non-empty string or a list of non-empty strings")
-        if len(texts) > _STOPS or any(len(text) > _STOP_LENGTH for text in texts):
-            raise ValueError(f"must be at most {_STOPS} strings of at most {_STOP_LENGTH} characters")
-        return value
+    metadata: Annotated[dict[_Name, _Value], Field(max_length=16)] | None = None
+    text: _ResponseText | None = None
 
 
-def check_fields(body: dict[str, Any], needed: str, limits: Limits) -> dict[str, Any]:
-    """Checks the names, types and ranges of the fields of a request.
+_FIELDS: dict[Kind, type[_Fields]] = {
+    "chat": _ChatFields,
+    "completion": _CompletionFields,
+    "response": _ResponseFields,
+}
+_KNOWN = {*_PROMPT_FIELDS.values()}.union(*(fields.model_fields for fields in _FIELDS.values()))
+
+
+class RequestReader:
+    """Reads the bodies of requests; for one thread at a time, since calling a tokenizer changes its settings.
 
     Args:
-        body (`dict`): the request, with fields of OpenAI's API only.
-        needed (`str`): name of the field with the prompt, which is not checked here.
-        limits (`Limits`): limits of the model.
-
-    Returns:
-        The fields that affect the generation, without those that are `null` or empty; `generation_config` is a
-        dictionary.
-
-    Raises:
-        InputError: naming the field, its value and the rule.
+        name (`str`): name of the model in requests, which may leave it out.
+        tokenizer (`PreTrainedTokenizerFast`): the model's tokenizer; chat needs its chat template.
+        limits (`Limits`): limits on a request.
     """
-    for name in sorted(body.keys() - _Fields.model_fields.keys() - _HARMLESS - {needed}):
-        if not _is_default(name, body[name]):
-            raise InputError(f"{name}: not supported by this server; leave it out")
-    check_text(json.dumps(body, ensure_ascii=False), "body")
+
+    def __init__(self, name: str, tokenizer: PreTrainedTokenizerFast, limits: Limits):
+        self._name, self._tokenizer, self._limits = name, tokenizer, limits
+
+    def read(self, kind: Kind, body: bytes) -> Call:
+        """Returns what the body of a request, in JSON, asks for.
+
+        Raises:
+            Refusal: if it is invalid; names the field, its value, the rule and the fix.
+        """
+        whole, field = _parse(body), _PROMPT_FIELDS[kind]
+        given = _check_fields(whole, kind, self._limits)
+        if (model := given.get("model", self._name)) != self._name:
+            message = f"model {quoted(model)}: not served here; the only model is {self._name!r}"
+            raise Refusal(message, 404, "model_not_found", "model")
+        settings = _row_settings(given)
+        if whole.get(field) is None:
+            raise refused(field, f"{field}: missing")
+        prompts = read_prompts(whole[field], field, given.get("instructions"), self._tokenizer, self._limits)
+        lengths = [self._num_new_tokens(len(prompt.ids), field, given) for prompt in prompts]
+        n, is_streamed = given.get("n", 1), given.get("stream", False)
+        rows = [
+            RowRequest(tuple(prompt.ids), length, place=place * n + copy, **settings)
+            for place, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
+            for copy in range(n)
+        ]
+        texts = [prompt.text(self._tokenizer) for prompt in prompts for _ in range(n)] if given.get("echo") else []
+        repeated = {name: whole[name] for name in _REPEATED if name in given} if kind == "response" else {}
+        has_usage = is_streamed and _asks_for_usage(given)
+        return Call(kind, rows, sum(len(prompt.ids) for prompt in prompts), is_streamed, has_usage, texts, repeated)
+
+    def _num_new_tokens(self, length: int, field: str, given: dict[str, Any]) -> int:
+        """Returns the maximum number of new tokens, by default all that are left of the context."""
+        if not length:
+            raise refused(field, f"{field}: empty, and this tokenizer has no begin-of-sequence token to start with")
+        context, most = self._limits.context, self._limits.new_tokens
+        wanted = next((given[name] for name in _LENGTHS if name in given), most)
+        if length + min(wanted, 1) > context:
+            message = f"{field}: {length} tokens plus {min(wanted, 1)} new tokens exceed the context of {context}"
+            raise refused(field, f"{message}; shorten it", TOO_LONG)
+        return min(wanted, context - length, most)
+
+
+def _parse(body: bytes) -> dict[str, Any]:
     try:
-        known = _Fields.model_validate(body, context=limits)
+        whole = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        if "recursion limit" in str(error):
+            raise refused(None, "body: nested too deeply") from error
+        hint = "; halves of surrogate pairs are not text" if "hex escape" in str(error) else ""
+        raise refused(None, f"body: not valid JSON ({error}{hint})") from error
+    if not isinstance(whole, dict):
+        raise refused(None, "body: must be a JSON object")
+    return whole
+
+
+def _check_fields(whole: dict[str, Any], kind: Kind, limits: Limits) -> dict[str, Any]:
+    """Checks names, types and ranges; returns the fields that are not `null`, without the prompt."""
+    fields = _FIELDS[kind]
+    own = whole.keys() & fields.model_fields.keys()
+    for name in sorted(whole.keys() - own - _HARMLESS - {_PROMPT_FIELDS[kind]}):
+        if not _is_default(name, whole[name]):
+            place = "endpoint" if name in _KNOWN else "server"
+            raise refused(name, f"{name}: not supported by this {place}; {_INSTEAD.get(name, 'leave it out')}")
+    try:
+        checked = fields.model_validate({name: whole[name] for name in own}, context=limits)
     except ValidationError as error:
-        raise InputError(_describe(error)) from error
-    checked = {name: value for name, value in known.model_dump(exclude_none=True).items() if value not in ([], {})}
-    if checked.keys() >= {"max_tokens", "max_completion_tokens"}:
-        raise InputError("max_tokens, max_completion_tokens: both limit the reply; give only one")
-    if "stream_options" in checked and not checked.get("stream"):
-        raise InputError(
-            f"stream_options {checked['stream_options']}: only valid with stream: true; set it or leave them out"
-        )
-    return checked
+        first = error.errors(include_url=False)[0]
+        raise refused(str(first["loc"][0]), _describe(first)) from error
+    given = {name: value for name, value in checked if value is not None}
+    _check_combinations(given)
+    return given
 
 
 def _is_default(name: str, value: Any) -> bool:
@@ -188,91 +245,41 @@ def _is_default(name: str, value: Any) -> bool:
     return value in _DEFAULTS.get(name, ()) or (not value and not isinstance(value, (int, float)))
 
 
-def _describe(error: ValidationError) -> str:
-    first = error.errors()[0]
-    name = ".".join(map(str, first["loc"]))
-    if first["type"] == "extra_forbidden":
-        section, key = first["loc"]
-        known = (_StreamOptions if section == "stream_options" else _GenerationConfig).model_fields
-        valid = did_you_mean(str(key), known.keys() - {"transformers_version"})
-        return f"{name} {first['input']!r}: not supported by this server{valid}"
-    rule = first["msg"].removeprefix("Value error, ").replace("input should", "must").replace("Input should", "must")
-    return f"{name} {first['input']!r}: {rule}"
+def _describe(error: ErrorDetails) -> str:
+    rule = error["msg"].removeprefix("Value error, ").replace("input should", "must").replace("Input should", "must")
+    if error["type"] == "extra_forbidden":
+        rule = "not supported by this server; leave it out"
+    return f"{'.'.join(map(str, error['loc']))} {quoted(error['input'])}: {rule}"
 
 
-def prompt_ids(
-    body: dict[str, Any], field: str, instructions: str | None, tokenizer: PreTrainedTokenizerFast, limits: Limits
-) -> list[int]:
-    """Returns the tokens of the prompt of a request; control tokens that are spelled out in its text stay text.
-
-    Args:
-        body (`dict`): the request.
-        field (`str`): name of the field with the prompt: `"prompt"`, `"messages"` or `"input"`.
-        instructions (`str`, *optional*): the system message.
-        tokenizer (`PreTrainedTokenizerFast`): the model's tokenizer.
-        limits (`Limits`): limits of the model.
-
-    Raises:
-        InputError: if the field is missing, malformed, or longer than the context.
-    """
-    given = body.get(field)
-    if given is None:
-        raise InputError(f"{field}: missing")
-    if field == "prompt":
-        return _ids_of_text(given, tokenizer, limits)
-    if isinstance(given, str) and field == "input":
-        messages = [{"role": "user", "content": given}]
-    else:
-        messages = _conversation(given, field, limits)
-    if instructions:
-        messages.insert(0, {"role": "system", "content": instructions})
-    _check_length((message["content"] for message in messages), limits)
-    return chat_ids(messages, tokenizer)
+def _check_combinations(given: dict[str, Any]) -> None:
+    if given.keys() >= {"max_tokens", "max_completion_tokens"}:
+        raise refused("max_tokens", "max_tokens, max_completion_tokens: both limit the reply; give only one")
+    if given.get("max_tokens") == 0 and not given.get("echo"):
+        raise refused("max_tokens", "max_tokens 0: only valid with echo: true; must be at least 1 otherwise")
+    if _asks_for_usage(given) and not given.get("stream"):
+        raise refused("stream_options", "stream_options.include_usage True: only valid with stream: true; set it")
+    if "best_of" in given and given["best_of"] != (n := given.get("n", 1)):
+        raise refused("best_of", f"best_of {given['best_of']}: must be equal to n, {n}")
+    if given.get("top_logprobs") and not given.get("logprobs"):
+        raise refused("top_logprobs", f"top_logprobs {given['top_logprobs']}: only valid with logprobs: true; set it")
 
 
-def _ids_of_text(prompt: Any, tokenizer: PreTrainedTokenizerFast, limits: Limits) -> list[int]:
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
-        prompt = prompt[0]
-    if isinstance(prompt, str):
-        _check_length([prompt], limits)
-        return tokenizer(prompt, split_special_tokens=True, verbose=False)["input_ids"]
-    ids = range(limits.vocab_size)
-    if not prompt or not isinstance(prompt, list) or not all(type(item) is int and item in ids for item in prompt):
-        raise InputError(
-            f"prompt: must be a string or a list of token ids from 0 to {limits.vocab_size - 1}. Send one request "
-            "per prompt"
-        )
-    return prompt
+def _asks_for_usage(given: dict[str, Any]) -> bool:
+    return "stream_options" in given and bool(given["stream_options"].include_usage)
 
 
-def _check_length(texts: Iterable[str], limits: Limits) -> None:
-    """Refuses text that cannot fit the context, before it is encoded."""
-    if (length := sum(map(len, texts))) > limits.characters:
-        raise InputError(
-            f"prompt: {length} characters; must be at most {limits.characters}, since the model's context has "
-            f"{limits.context} tokens. Shorten it"
-        )
-
-
-def _conversation(given: Any, field: str, limits: Limits) -> list[dict[str, Any]]:
-    """Returns messages with role and text only; roles are checked when the conversation is rendered."""
-    if not isinstance(given, list) or not all(isinstance(item, dict) for item in given):
-        raise InputError(f"{field}: {_FORM}")
-    if len(given) > limits.context:  # each message has at least one token
-        raise InputError(
-            f"{field}: {len(given)} messages; must be at most {limits.context}, the model's context in tokens"
-        )
-    if field == "input" and given and all("role" not in item and item.get("type") in TEXT_PARTS for item in given):
-        return [{"role": "user", "content": content_text(given, field)}]  # the parts of one message
-    return [_message(item, f"{field}, message {number}") for number, item in enumerate(given)]
-
-
-def _message(item: dict[str, Any], where: str) -> dict[str, Any]:
-    if item.get("type", "message") != "message":
-        raise InputError(f"{where}: type {item['type']!r} not supported by this server; leave it out")
-    if unknown := sorted(key for key, value in item.items() if value and key not in _MESSAGE_FIELDS):
-        raise InputError(f"{where}: {unknown[0]} not supported by this server; leave it out")
-    if "role" not in item:
-        raise InputError(f"{where}: has no role; {_FORM}")
-    role = "system" if item["role"] == "developer" else item["role"]  # OpenAI's newer name of the role
-    return {"role": role, "content": content_text(item.get("content"), where)}
+def _row_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of `RowRequest` apart from the prompt and its length."""
+    settings: dict[str, Any] = {"temperature": Sampling.temperature, "top_p": Sampling.top_p}
+    settings |= {row_name: given[name] for name, row_name in _ROW_FIELDS.items() if name in given}
+    top = given.get("logprobs")
+    settings["scores_prompt"] = bool(given.get("echo")) and top is not None
+    settings["top_logprobs"] = (given.get("top_logprobs", 0) if top else None) if isinstance(top, bool) else top
+    form = given["text"].format if "text" in given else given.get("response_format")
+    field = "text" if "text" in given else "response_format"
+    with refusing(field):
+        settings["grammar"] = grammar_of(form, "text.format" if field == "text" else field)
+    if settings["grammar"] and given.get("min_tokens"):
+        raise refused("min_tokens", "min_tokens: not valid with a JSON format, which decides when a reply may end")
+    return settings
