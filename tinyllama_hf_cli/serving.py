@@ -116,8 +116,8 @@ def serve_command(
 
     if engine not in ("tinyllama-hf", "vllm"):
         raise InputError(f"--engine {engine}: unknown{did_you_mean(engine, ['tinyllama-hf', 'vllm'])}")
-    if api_key == "":
-        raise InputError("--api-key: is empty. Give a key, or leave it out")
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
+        raise InputError("--api-key: must be ASCII characters that a header can hold. Give another, or leave it out")
     check_model_options(model, dtype, device, quantization, draft, adapter, compiled)
     name = Path(model).resolve().name if Path(model).exists() else model
     if engine == "vllm":

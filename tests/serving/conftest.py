@@ -39,9 +39,11 @@ def reader(local):
 @pytest.fixture(scope="module")
 def app(local):
     """The application of the server for this model."""
-    from tinyllama_hf.serving.app import build_app
+    from tinyllama_hf.serving.app import ServerOptions, build_app
 
-    return build_app("my-model", *local)
+    made = build_app("my-model", *local, options=ServerOptions(page=True), facts={"quantization": "none"})
+    yield made
+    made.state.service.scheduler.close(0)
 
 
 @pytest.fixture(scope="module")
@@ -49,4 +51,4 @@ def client(app):
     """A client of the application in this process."""
     from starlette.testclient import TestClient
 
-    return TestClient(app, raise_server_exceptions=False, follow_redirects=False)
+    return TestClient(app, "http://127.0.0.1", raise_server_exceptions=False, follow_redirects=False)

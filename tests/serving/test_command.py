@@ -1,16 +1,20 @@
 """Errors of `tinyllama-hf serve` before it starts to serve."""
 
+import json
+import os
 import socket
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import tinyllama_hf_cli
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.serving.app import bind
+from tinyllama_hf.serving.run_server import bind
 
 
-for package in ("fastapi", "uvicorn", "openai"):
+for package in ("fastapi", "uvicorn", "llguidance", "prometheus_client"):
     pytest.importorskip(package)
 
 
@@ -57,3 +61,45 @@ def test_models_and_templates(served_folder, refuse):
 def test_without_the_packages(served_folder, monkeypatch, refuse):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert "serve needs the package uvicorn: pip install 'tinyllama_hf[serving]'" in refuse(served_folder)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--engine", "vlm"), "--engine vlm: unknown; did you mean 'vllm'?"),
+        (("--api-key", ""), "--api-key: must be ASCII"),
+        (("--api-key", "k\u00e9y"), "--api-key: must be ASCII"),
+        (("--engine", "vllm", "--page"), "--page: not with --engine vllm"),
+        (("--engine", "vllm", "--draft", "lookup"), "--draft: not with --engine vllm"),
+        (("--draft", "layers:9"), "--draft layers:9: the model has"),
+        (("--engine", "vllm"), "--engine vllm: vLLM is not installed"),
+    ],
+)
+def test_options(served_folder, refuse, words, message, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert message in refuse(served_folder, *words)
+
+
+def test_vllm_is_started_on_the_same_folder(served_folder, tmp_path):
+    """A program in its place records what it is started with; benchmarks/peers has the real one."""
+    record = tmp_path / "record.json"
+    program = tmp_path / "vllm"
+    program.write_text(
+        f"#!{sys.executable}\nimport json, os, sys\n"
+        f"json.dump([sys.argv[1:], os.environ.get('VLLM_API_KEY')], open({str(record)!r}, 'w'))\n"
+    )
+    program.chmod(0o755)
+    command = [Path(sys.executable).parent / "tinyllama-hf", "serve", served_folder, "--engine", "vllm"]
+    command += ["--template", "llama2", "--dtype", "bf16", "--rows", "5", "--api-key", "k", "--port", "81"]
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run([*map(str, command)], env=os.environ | {"PATH": path}, check=True, timeout=120)
+    words, key = json.loads(record.read_text())
+    assert words[:2] == ["serve", str(served_folder)] and key == "k" and "k" not in words
+    given = dict(zip(words[2::2], words[3::2], strict=True))
+    template = given.pop("--chat-template")
+    assert "[INST]" in Path(template).read_text()
+    assert json.loads(given.pop("--override-generation-config")) == {"temperature": 0.8, "top_p": 0.95, "top_k": 0}
+    assert given == {
+        "--served-model-name": "my-model", "--host": "127.0.0.1", "--port": "81", "--max-num-seqs": "5",
+        "--max-model-len": "400", "--dtype": "bfloat16",
+    }  # fmt: skip

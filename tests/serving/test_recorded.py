@@ -1,16 +1,14 @@
-"""Requests of the server through recorded steps, which a GPU has: the same text, stop strings and cancellation."""
-
-import asyncio
-import copy
+"""Rows of the server through recorded steps, which a GPU has: the same replies, with rows that join and leave."""
 
 import pytest
 import torch
-from transformers import GenerationConfig
 
 from tests.decoding.replay import Replay
+from tests.serving.scheduled import Delivered, row
 from tinyllama_hf import load
 from tinyllama_hf.decoding import fixed_memory, graphs
-from tinyllama_hf.serving.request_queue import Generation
+from tinyllama_hf.decoding.proposals import PromptLookup
+from tinyllama_hf.serving.scheduler import Scheduler
 
 
 @pytest.fixture
@@ -18,51 +16,25 @@ def stories(shared):
     return load(shared / "data" / "models" / "stories260K", dtype=torch.float32)
 
 
-@pytest.fixture
-def recorders(monkeypatch):
-    found: list[Replay] = []
+def replies(stories, draft):
+    """Of rows with equal settings, with different ones, with stop strings; one leaves."""
+    tokenizer, scheduler = stories[1], Scheduler(*stories, draft=draft, max_rows=4)
+    rows = [row(tokenizer, text, 40) for text in ("Once upon a time", "The", "A girl", "One day")]
+    rows += [row(tokenizer, "Once", 30, temperature=0.8, seed=1), row(tokenizer, "He", 30, stop_strings=("she", "."))]
+    leaving = Delivered(scheduler, row(tokenizer, "Tom", 300))
+    delivered = [Delivered(scheduler, each) for each in rows]
+    scheduler.cancel(leaving.rows)
+    texts = [each.text() for each in delivered]
+    scheduler.close(0)
+    scheduler.join()
+    return texts
+
+
+@pytest.mark.parametrize("draft", [None, PromptLookup()], ids=["plain", "lookup"])
+def test_the_same_replies(stories, draft, monkeypatch):
     fixed_memory._kept.clear()
-    monkeypatch.setattr(graphs, "recorder_for", lambda device: found.append(Replay()) or found[-1])
-    return found
-
-
-def config(**options):
-    made = GenerationConfig(max_new_tokens=40, do_sample=False, pad_token_id=0, eos_token_id=2, **options)
-    made.seed = None
-    return made
-
-
-def answer(stories, **options):
-    model, tokenizer = stories
-    inputs = tokenizer("Once upon a time", return_tensors="pt")
-    text, _, ids = asyncio.run(
-        Generation().generate_non_streaming(model, tokenizer, dict(inputs), config(**options), "id")
-    )
-    return text, ids.tolist()
-
-
-@pytest.mark.parametrize("options", [{}, {"stop_strings": ["girl"]}], ids=["length", "stop string"])
-def test_the_same_text(stories, recorders, options, monkeypatch):
-    found = answer(stories, **options)
+    plain = replies(stories, draft)
+    recorders: list[Replay] = []
+    monkeypatch.setattr(graphs, "recorder_for", lambda device: recorders.append(Replay()) or recorders[-1])
+    assert replies(stories, draft) == plain
     assert recorders and sum(recorder.replays for recorder in recorders) > 5
-    monkeypatch.setattr(graphs, "recorder_for", lambda device: None)
-    assert found == answer(stories, **copy.deepcopy(options))
-
-
-def test_a_client_that_leaves_ends_its_generation(stories, recorders):
-    model, tokenizer = stories
-
-    async def leave() -> list[str]:
-        generation = Generation()
-        inputs = dict(tokenizer("Once upon a time", return_tensors="pt"))
-        settings = config()
-        settings.max_new_tokens = 400
-        queue, reply = generation.generate_streaming(model, tokenizer, inputs, settings, "id")
-        parts = [await queue.get()]
-        reply.cancel()
-        while (part := await queue.get()) is not None:
-            parts.append(part)
-        return parts
-
-    assert len(asyncio.run(leave())) < 200
-    assert answer(stories)[0], "the next request is answered"

@@ -1,197 +1,267 @@
-"""Invalid requests and missing endpoints, tested on the application in this process."""
+"""Requests over HTTP to the application in this process: cases of clients, endpoints, errors, access and limits."""
 
-import re
+import asyncio
+import json
+import threading
+import time
 
 import pytest
 
-from tests.serving.served import GENERATING, ask, post, stream
-from tests.serving.test_library import ROUTES
-from tinyllama_hf.serving.app import PATHS
+from tests.serving.client_cases import SHARED_CASES
+from tests.serving.served import CONTEXT, GENERATING, ask, post, stream, text_of
+from tinyllama_hf.serving import prompt_reading
+from tinyllama_hf.serving.app import ServerOptions, build_app
+from tinyllama_hf.serving.scheduler import Scheduler
 
 
-FIELDS = [
-    ({"max_tokens": "ten"}, "max_tokens 'ten': must be a valid integer"),
-    ({"max_tokens": 1.5}, "max_tokens 1.5: must be a valid integer"),
-    ({"temperature": "x"}, "temperature 'x': must be a valid number"),
-    ({"temperature": float("inf")}, "temperature inf: must be a finite number"),
-    ({"temperature": 1e-40}, "temperature 1e-40: must be 0 (always the most likely token) or at least 1e-06"),
-    ({"top_p": True}, "top_p True: must be a valid number"),
-    ({"seed": "x"}, "seed 'x': must be a valid integer"),
-    ({"seed": -1}, "seed -1: must be an integer from 0 to 18446744073709551615"),
-    ({"seed": 2**64}, "seed 18446744073709551616: must be an integer from 0 to 18446744073709551615"),
-    ({"stop": 5}, "stop 5: must be a non-empty string"),
-    ({"stop": ""}, "stop '': must be a non-empty string"),
-    ({"stop": ["a", ""]}, "stop ['a', '']: must be a non-empty string"),
-    ({"stop": list("abcde")}, "must be at most 4 strings of at most 100 characters"),
-    ({"stop": "a" * 101}, "must be at most 4 strings of at most 100 characters"),
-    ({"n": 0}, "n: not supported by this server"),
-    ({"logprobs": 0}, "logprobs: not supported by this server"),
-    ({"stream": "yes"}, "stream 'yes': must be a valid boolean"),
-    ({"suffix": 5}, "suffix 5: must be a valid string"),
-    ({"frequency_penalty": -1}, "frequency_penalty -1: must be greater than -1"),
-    ({"logit_bias": {"x": 1}}, "logit_bias {'x': 1}: 'x' must be a token id from 0 to 511"),
-    ({"logit_bias": {"512": 1}}, "'512' must be a token id"),
-    ({"logit_bias": {"5": "x"}}, "logit_bias.5 'x': must be a valid number"),
-    ({"generation_config": "nojson"}, "generation_config 'nojson': "),
-    ({"generation_config": 5}, "generation_config 5: "),
-    ({"generation_config": "5"}, "generation_config 5: "),
-    ({"generation_config": {"num_beams": 3}}, "generation_config.num_beams 3: "),
-    ({"generation_config": {"top_k": "1"}}, "generation_config.top_k '1': "),
-    ({"generation_config": '{"num_beams": 3}'},
-     "generation_config.num_beams 3: not supported by this server; valid: do_sample"),
-    ({"generation_config": '{"top_k": -1}'}, "generation_config.top_k -1: must be greater than or equal to 0"),
-    ({"generation_config": '{"repetition_penalty": 1e-40}'},
-     "repetition_penalty 1e-40: must be greater than or equal to 0.000001"),
-    ({"prompt": "\ud83d"}, r"is '\ud83d', half of a surrogate pair"),
-    ({"nonsense": 1}, "Unexpected fields in the request: {'nonsense'}"),
-    ([1], "body: must be a JSON object"),
-    (b'{"prompt": "x"', "body: not valid JSON (Expecting ',' delimiter)"),
-    (b'{"prompt": "\xff"}', "There was an error parsing the body"),
-    (b"[" * 100_000, "There was an error parsing the body"),
-]  # fmt: skip
-CONVERSATIONS = [
-    ("chat/completions", {"messages": [{"role": "user", "content": 5}]}, "messages, message 0: content is int"),
-    ("chat/completions", {"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "content part 0 (type None)"),
-    ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
-     "content part 0 (type 'text')"),
-    ("chat/completions", {"messages": [{"role": "assistant", "content": "x", "tool_calls": [5]}]},
-     "messages, message 0: tool_calls"),
-    ("chat/completions", {"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs: not supported"),
-    ("chat/completions", {"max_completion_tokens": "x"}, "max_completion_tokens 'x': must be a valid integer"),
-    ("chat/completions", {"tools": "x"}, "tools: not supported"),
-    ("chat/completions", {"verbosity": "low"}, "verbosity: not supported"),
-    ("responses", {"tools": [5]}, "tools: not supported"),
-    ("responses", {"conversation": "x"}, "conversation: not supported"),
-    ("responses", {"parallel_tool_calls": "x"}, "parallel_tool_calls 'x': must be a valid boolean"),
-    ("responses", {"input": [{"type": "reasoning", "role": "user", "content": "x"}]},
-     "input, message 0: type 'reasoning' not supported"),
-    ("responses", {"max_output_tokens": 0}, "max_output_tokens 0: must be greater"),
-    ("responses", {"input": 5}, "input: must be a list of"),
-    ("responses", {"input": [5]}, "input: must be a list of"),
-    ("responses", {"input": [{"type": "function_call"}]}, "input, message 0: type 'function_call'"),
-    ("responses", {"instructions": 5}, "instructions 5: must be a valid string"),
-]  # fmt: skip
+testclient = pytest.importorskip("starlette.testclient")
+
+PATHS = {"chat": "chat/completions", "completion": "completions", "response": "responses"}
+BODY = {"Content-Type": "application/json"}
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "message"),
-    [*(("completions", body, message) for body, message in FIELDS), *CONVERSATIONS],
-    ids=lambda value: str(value)[:40],
-)
-def test_bad_fields(client, path, body, message):
-    """Status 400 in OpenAI's format; the message names field, value and rule."""
-    status, error = ask(client, body, path)
-    assert status == 400 and message in error["message"] and error["type"] == "invalid_request_error"
+@pytest.mark.parametrize("name", SHARED_CASES)
+def test_a_case_of_a_client(client, name):
+    """The reply has the text of every row, or the message of the refusal."""
+    case = SHARED_CASES[name]
+    body = {"prompt": None, **case.body} if case.kind == "completion" else case.body
+    if body.get("stream"):
+        *events, end = stream(client, body, PATHS[case.kind])
+        assert end == "[DONE]" and ("usage" in events[-1]) == case.call.get("has_usage", False)
+        return
+    status, answer = ask(client, body, PATHS[case.kind])
+    assert status == case.status
+    if case.message is not None:
+        assert answer["message"].startswith(case.message) and answer["type"] == "invalid_request_error"
+        return
+    choices = answer["choices"]
+    assert [choice["index"] for choice in choices] == list(range(len(case.prompts)))
+    assert all(choice["finish_reason"] in ("stop", "length") for choice in choices)
+    usage = answer["usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    if isinstance(limit := case.rows.get("max_new_tokens"), int):
+        assert usage["completion_tokens"] <= limit * len(choices)
 
 
-def test_what_is_nested_too_deeply(client):
-    """The JSON reader or the checks refuse them."""
-    for depth in (*range(900, 1000, 2), 5000):
-        deep = b'{"prompt": "x", "max_tokens": ' + b"[" * depth + b"]" * depth + b"}"
-        assert ask(client, deep)[0] == 400, depth
-
-
-@pytest.mark.parametrize("path", GENERATING)
-def test_long_texts(client, path):
-    """They are refused before they are encoded, which takes seconds, and the message quotes only a part."""
-    long = "Once " * 200_000
-    body = {"chat/completions": {"messages": [{"role": "user", "content": [{"type": "text", "text": long}]}]}}
-    status, error = ask(client, body.get(path, {"prompt": long} if path == "completions" else {"input": long}), path)
-    assert status == 400 and error["message"].startswith("prompt: 1000000 characters; must be at most ")
-    status, error = ask(client, {"temperature": long}, path)
-    assert status == 400 and len(error["message"]) < 1100
-    assert error["message"].startswith("temperature 'Once ") and error["message"].endswith("must be a valid number")
-
-
-@pytest.mark.parametrize("path", sorted(ROUTES))
-def test_routes(client, path):
-    """The server has the endpoints for one model, and no others."""
-    for method in ROUTES[path]:
+def test_endpoints(client):
+    """There are those for one model, and no others."""
+    assert client.get("/health").json() == {"status": "ok"}
+    (model,) = client.get("/v1/models").json()["data"]
+    assert model["id"] == "my-model" and model["max_model_len"] == CONTEXT and model["quantization"] == "none"
+    assert model["is_chat"] and client.get("/v1/models/my-model").json() == model
+    for method, path in (("GET", "/docs"), ("GET", "/openapi.json"), ("POST", "/load_model"), ("POST", "/v1/x")):
         answer = client.request(method, path)
-        assert (answer.status_code == 404) == (path not in PATHS), method
-        if method != "HEAD" and path not in PATHS:
-            error = answer.json()["error"]
-            assert error["message"].startswith(f"{method} {path}: Not Found; the endpoints are /v1/chat/completions")
-            assert error["type"] == "invalid_request_error"
-    assert ask(client, {"max_tokens": 1})[0] == 200
-
-
-def test_other_methods(client):
+        error = answer.json()["error"]
+        assert answer.status_code == 404 and error["type"] == "invalid_request_error"
+        assert error["message"].startswith(f"{method} {path}: Not Found; the endpoints are /v1/chat/completions")
     answer = client.get("/v1/completions")
     assert answer.status_code == 405 and "GET /v1/completions: Method Not Allowed" in answer.json()["error"]["message"]
     assert client.post("/v1/completions/").status_code == 404
+    answer = client.get("/v1/models/a/b")
+    assert answer.status_code == 404 and answer.json()["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize("headers", [{}, {"Content-Type": "text/plain"}], ids=["none", "text"])
+def test_the_type_of_a_body(client, headers):
+    """A form of another site cannot send JSON without the browser asking first."""
+    answer = client.post("/v1/completions", content=b'{"prompt": "x"}', headers=headers)
+    assert answer.status_code == 400 and "Content-Type: application/json" in answer.json()["error"]["message"]
 
 
 @pytest.fixture(params=["ending", "failing"])
 def trouble(request, app, local, monkeypatch):
     """Status and message of a request during shutdown, or if the generation fails."""
+    scheduler = app.state.service.scheduler
 
     def fail(**_):
         raise RuntimeError('out of "memory"\n')
 
     if request.param == "failing":
-        monkeypatch.setattr(local[0], "generate", fail)
-        yield 500, 'out of "memory"\n'
+        monkeypatch.setattr(local[0], "forward", fail)
+        yield 500, 'out of "memory"'
     else:
-        app.state.ending.set()
+        scheduler._end_time = time.monotonic()
         yield 503, "the server is shutting down"
-        app.state.ending.clear()
+        scheduler._end_time = None
 
 
 @pytest.mark.parametrize("path", GENERATING)
 def test_trouble_has_an_error_of_the_same_form(client, path, trouble):
-    """With and without streaming; a stream has already started with status 200."""
+    """With and without streaming; a stream may have started with status 200."""
     status, message = trouble
     found, error = ask(client, {}, path)
     assert found == status and error["message"].endswith(message) and error["type"] == "server_error"
-    events = stream(client, {}, path)
-    if path == "responses":
-        assert events[-2]["type"] == "error" and events[-2]["message"] == message
-        assert events[-1]["type"] == "response.failed"
-    else:
-        assert events[-2]["error"] == {"message": message, "type": "server_error", "param": None, "code": None}
-        assert events[-1] == "[DONE]"
+    if status == 503:
+        assert post(client, {"stream": True}, path).status_code == 503
+        return
+    last = stream(client, {}, path)[-1]
+    error = last if path == "responses" else last["error"]
+    assert error["message"].endswith(message)
+    assert last.get("type") == ("error" if path == "responses" else None)
 
 
-def test_settings_of_a_generation_config(client):
-    """They override the settings of the model, and fields of the request override them."""
+@pytest.mark.parametrize("chunks", [None, 7], ids=["declared", "chunked"])
+def test_the_size_of_a_body(client, chunks):
+    """One byte above the limit is refused, whether the size is declared or not; a body at the limit is read."""
+    limit = ServerOptions().max_body_bytes
 
-    def text(**body):
-        status, answer = ask(client, {"max_tokens": 20, "seed": 1, **body})
-        assert status == 200
-        return answer["choices"][0]["text"]
+    def send(size):
+        body = json.dumps({"prompt": "x", "nonsense": ""}).encode()
+        body = body.replace(b'""', b'"' + b"x" * (size - len(body)) + b'"')
+        parts = body if chunks is None else (body[i : i + 2**20] for i in range(0, len(body), 2**20))
+        return client.post("/v1/completions", content=parts, headers=BODY)
 
-    greedy = text(temperature=0)
-    assert text() != greedy == text(generation_config='{"top_k": 1}') == text(generation_config='{"temperature": 0}')
-    assert text(generation_config={"top_k": 1}) == text(top_p=0) == text(generation_config={"top_p": 0}) == greedy
-    assert text(generation_config='{"transformers_version": "5"}') == text()
-    assert text(generation_config='{"temperature": 0}', temperature=0.8) == text()
-    status, answer = ask(client, {"max_tokens": None, "temperature": 0, "generation_config": '{"max_new_tokens": 7}'})
-    assert (status, answer["usage"]["completion_tokens"]) == (200, 7)
-
-
-@pytest.mark.parametrize("path", GENERATING)
-def test_a_seed(client, path):
-    length = {"max_output_tokens" if path == "responses" else "max_tokens": 10}
-
-    def streamed(seed):
-        """Removes id and time, which differ between answers."""
-        text = post(client, {"stream": True, "seed": seed, **length}, path).text
-        return re.findall(r'"(?:text|content|delta)":("[^"]*")', text)
-
-    assert [] != streamed(1) == streamed(1) != streamed(2)
+    answer = send(limit + 1)
+    assert answer.status_code == 413
+    error = answer.json()["error"]
+    assert str(limit) in error["message"] and error["type"] == "invalid_request_error"
+    answer = send(limit)
+    assert answer.status_code == 400 and "nonsense" in answer.json()["error"]["message"]
 
 
-def test_a_bias(client, local):
-    token = local[1].convert_tokens_to_ids("\u2581a")
-    answer = ask(client, {"logit_bias": {str(token): 100}, "max_tokens": 3, "temperature": 0})[1]
-    assert answer["choices"][0]["text"] == " a a a"
-    assert ask(client, {"logit_bias": {}, "stop": [], "max_tokens": 3})[0] == 200
+def test_a_body_without_end(app):
+    """The rest of a large body is discarded before the answer; reading stops in a body without an end."""
+    limit, taken = ServerOptions().max_body_bytes, 0
+
+    def endless():
+        nonlocal taken
+        while True:
+            taken += 2**16
+            assert taken < 16 * limit
+            yield b" " * 2**16
+
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": headers}
+    parts, sent = endless(), []
+
+    async def receive():
+        more = {"type": "http.request", "body": next(parts), "more_body": True}
+        return {"type": "http.disconnect"} if sent else more
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == 413 and taken > 4 * limit
 
 
-def test_messages_as_clients_send_them_back(client):
-    message = {"role": "assistant", "content": "y", "tool_calls": None}
-    turns = [{"role": "user", "content": [{"type": "text", "text": "x"}]}, message, {"role": "user", "content": "z"}]
-    assert ask(client, {"messages": turns, "max_tokens": 2}, "chat/completions")[0] == 200
-    parts = [{"type": "input_text", "text": "x"}]
-    assert ask(client, {"input": parts, "max_output_tokens": 2}, "responses")[0] == 200
+class TestAccess:
+    @pytest.fixture
+    def make(self, local):
+        made = []
+
+        def of(address="http://127.0.0.1", **options):
+            app = build_app("my-model", *local, options=ServerOptions(page=True, **options))
+            made.append(app)
+            return testclient.TestClient(app, address, follow_redirects=False)
+
+        yield of
+        for app in made:
+            app.state.service.scheduler.close(0)
+
+    def test_the_key(self, make):
+        """Needed for everything but `/health` and the page."""
+        client = make(api_key="secret")
+        for path in ("/v1/models", "/metrics"):
+            for header in (None, "Bearer wrong", "Bearer ", "Basic secret", "Bearer secrets", "Bearer s\u00e9cret"):
+                headers = {} if header is None else {"Authorization": header.encode("latin-1")}
+                answer = client.get(path, headers=headers)
+                assert answer.status_code == 401 and answer.headers["WWW-Authenticate"] == "Bearer"
+                assert answer.json()["error"]["code"] == "invalid_api_key"
+            assert client.get(path, headers={"Authorization": "Bearer secret"}).is_success
+        assert client.post("/v1/completions", json={"prompt": "x"}).status_code == 401
+        assert client.get("/health").is_success and client.get("/").is_success
+
+    @pytest.mark.parametrize(
+        ("address", "allowed"),
+        [("http://127.0.0.1:8000", True), ("http://[::1]:8000", True), ("http://192.168.1.5", True),
+         ("http://localhost:5", True), ("http://my-box", True), ("http://evil.example", False),
+         ("http://localhost.evil.example", False), ("http://127.0.0.1.evil.example", False)],
+    )  # fmt: skip
+    def test_names_of_this_machine(self, make, address, allowed):
+        """A page of another site may point its own name here, and must not read answers."""
+        answer = make(address, allow_hosts=["my-box"]).get("/v1/models")
+        assert answer.is_success == allowed
+        if not allowed:
+            assert answer.status_code == 403 and "--allow-host" in answer.json()["error"]["message"]
+
+    def test_other_origins(self, make):
+        """Browsers may not hand answers to other pages, unless their origin is allowed."""
+        asked = {"Origin": "http://other.example", "Access-Control-Request-Method": "POST"}
+        closed, open_ = make(api_key="k"), make(api_key="k", allow_origins=["http://other.example"])
+        for client, allowed in ((closed, None), (open_, "http://other.example")):
+            assert client.get("/health", headers=asked).headers.get("Access-Control-Allow-Origin") == allowed
+            preflight = client.options("/v1/chat/completions", headers=asked)
+            assert preflight.headers.get("Access-Control-Allow-Origin") == allowed
+        strange = open_.get("/health", headers={"Origin": "http://third.example"})
+        assert "Access-Control-Allow-Origin" not in strange.headers
+
+    def test_the_page_is_sent_only_when_asked_for(self, make, local):
+        client = make()
+        for path, kind in (("/", "text/html"), ("/page.css", "text/css"), ("/page.js", "javascript")):
+            answer = client.get(path)
+            assert answer.is_success and kind in answer.headers["Content-Type"], path
+            assert "script-src 'self'" in answer.headers["Content-Security-Policy"]
+        without = build_app("my-model", *local)
+        assert testclient.TestClient(without, "http://127.0.0.1").get("/").status_code == 404
+        without.state.service.scheduler.close(0)
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "responses"])
+def test_others_are_answered_while_a_conversation_is_rendered(app, path, monkeypatch):
+    begun, resume, found = threading.Event(), threading.Event(), []
+    render = prompt_reading.chat_ids
+
+    def slow(*arguments):
+        begun.set()
+        assert resume.wait(timeout=10), "no other request was answered"
+        return render(*arguments)
+
+    monkeypatch.setattr(prompt_reading, "chat_ids", slow)
+    length = {"max_output_tokens" if path == "responses" else "max_tokens": 1}
+    with testclient.TestClient(app, "http://127.0.0.1") as alone:  # one event loop, as in a server
+        thread = threading.Thread(target=lambda: found.append(post(alone, length, path).status_code))
+        thread.start()
+        assert begun.wait(timeout=10)
+        assert alone.get("/health").json() == {"status": "ok"} and alone.get("/v1/models").is_success
+        resume.set()
+        thread.join()
+    assert found == [200]
+
+
+def test_a_full_queue(local):
+    """The next request gets status 429 on every endpoint; refused requests take no place."""
+    app = build_app("my-model", *local, options=ServerOptions(rows=1, waiting=1))
+    scheduler: Scheduler = app.state.service.scheduler
+    with testclient.TestClient(app, "http://127.0.0.1") as client:
+        found = []
+        bodies = [{"max_tokens": CONTEXT - 10, "temperature": 0}, {"max_tokens": 2}]
+        for number, body in enumerate(bodies):
+            threading.Thread(target=lambda body=body: found.append(post(client, body, "completions"))).start()
+            while scheduler.running + scheduler.waiting <= number:
+                time.sleep(0.001)
+        for path in GENERATING:
+            answer = post(client, {}, path)
+            error = answer.json()["error"]
+            assert answer.status_code == 429 and int(answer.headers["Retry-After"]) > 0
+            assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
+        while len(found) < 2:
+            time.sleep(0.01)
+        assert [answer.status_code for answer in found] == [200, 200]
+        assert ask(client, {"max_tokens": 1})[0] == 200
+    scheduler.close(0)
+
+
+def test_metrics(local):
+    app = build_app("my-model", *local)
+    client = testclient.TestClient(app, "http://127.0.0.1")
+    for path in GENERATING:
+        limit = {"max_output_tokens" if path == "responses" else "max_tokens": 3}
+        assert text_of(ask(client, limit, path)[1]) is not None
+    assert ask(client, {"max_tokens": "wrong"})[0] == 400
+    lines = dict(line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if line[0] != "#")
+    assert [lines[f'tinyllama_hf_answers_total{{endpoint="{kind}"}}'] for kind in PATHS] == ["1.0"] * 3
+    assert lines['tinyllama_hf_tokens_total{kind="new"}'] == "9.0"
+    assert lines["tinyllama_hf_rows_running"] == lines["tinyllama_hf_rows_waiting"] == "0.0"
+    assert lines["tinyllama_hf_answer_seconds_count"] == "3.0"
+    app.state.service.scheduler.close(0)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,10 +19,12 @@ from tests.conftest import ROOT
 from tests.serving.served import CONTEXT, Server, chat, complete
 from tests.test_docs import commands
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load, load_tokenizer
+from tinyllama_hf.batch.generate_many import Request, generate_many
 from tinyllama_hf.inference.chat import ChatSession
 from tinyllama_hf.inference.generation import generate_text
 from tinyllama_hf.inference.options import Sampling
-from tinyllama_hf.serving.app import MAX_BODY_BYTES
+from tinyllama_hf.serving.app import ServerOptions
+from tinyllama_hf.text import decode_text
 
 
 openai = pytest.importorskip("openai")
@@ -128,17 +131,17 @@ def test_stop_strings(client, local):
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (lambda c: complete(c, "x " * 500), f"exceed the model's context of {CONTEXT}"),
-        (lambda c: complete(c, "x " * 500, stream=True), f"exceed the model's context of {CONTEXT}"),
-        (lambda c: chat(c, "x " * 500), f"exceed the model's context of {CONTEXT}"),
-        (lambda c: complete(c, "x", max_tokens=0), "max_tokens 0: must be greater than or equal to 1"),
+        (lambda c: complete(c, "x " * 500), f"exceed the context of {CONTEXT}"),
+        (lambda c: complete(c, "x " * 500, stream=True), f"exceed the context of {CONTEXT}"),
+        (lambda c: chat(c, "x " * 500), f"exceed the context of {CONTEXT}"),
+        (lambda c: complete(c, "x", max_tokens=0), "max_tokens 0: "),
         (lambda c: complete(c, "x", temperature=-1), "temperature -1: must be greater than or equal to 0"),
         (lambda c: complete(c, "x", temperature=1, top_p=-1), "top_p -1: "),
-        (lambda c: complete(c, "x", n=2), "n: not supported by this server"),
-        (lambda c: complete(c, "x", logprobs=3), "logprobs: not supported by this server"),
-        (lambda c: chat(c, "x", response_format={"type": "json_object"}), "response_format: not supported"),
+        (lambda c: complete(c, "x", n=9), "n 9: must be"),
+        (lambda c: complete(c, "x", suffix="y"), "suffix: not supported by this server"),
+        (lambda c: chat(c, "x", response_format={"type": "xml"}), "response_format: its type must be"),
         (lambda c: chat(c, "x", tools=[{"type": "function", "function": {"name": "f"}}]), "tools: not supported"),
-        (lambda c: complete(c, ["x", "y"]), "prompt: "),
+        (lambda c: complete(c, [["x"], "y"]), "prompt"),
         (lambda c: c.post("/chat/completions", body={"model": "my-model"}, cast_to=object), "messages: missing"),
         (lambda c: c.chat.completions.create(model="my-model", messages=["x"]), "messages: must be a list of"),
         (lambda c: c.chat.completions.create(model="my-model", messages=[{"role": "user", "content": [
@@ -147,7 +150,7 @@ def test_stop_strings(client, local):
         (lambda c: chat(c, "x", "y"), "messages end with the role 'assistant'"),
         (lambda c: chat(c), "messages: empty"),
         (lambda c: c.chat.completions.create(model="my-model", messages=[{"role": "tool", "content": "x"}]),
-         "unknown role 'tool'"),
+         "role 'tool'; must be one of"),
     ],
 )  # fmt: skip
 def test_bad_requests(client, ask, message):
@@ -173,10 +176,11 @@ def test_another_model(client, ask):
 
 def test_a_body_above_the_limit(client):
     """The client receives the message although it had not sent the whole body."""
-    for size in (MAX_BODY_BYTES + 1, 5 * MAX_BODY_BYTES):
+    limit = ServerOptions().max_body_bytes
+    for size in (limit + 1, 5 * limit):
         with pytest.raises(openai.APIStatusError) as error:
             complete(client, "x" * size)
-        assert error.value.status_code == 413 and str(MAX_BODY_BYTES) in error.value.message
+        assert error.value.status_code == 413 and str(limit) in error.value.message
     assert complete(client, "x", max_tokens=1).choices[0].text
 
 
@@ -218,7 +222,9 @@ def test_a_seed_repeats_with_other_requests_in_parallel(client, local, stream):
     for request in requests:
         ask(*request)
     assert together == texts and len(set(texts.values())) == 5
-    assert ("def" + texts[7]).rstrip("\ufffd") == generate_text(*local, "def", 12, 1.0, seed=7).rstrip("\ufffd")
+    request = Request(0, local[1]("def")["input_ids"], 12)
+    (expected,) = generate_many(*local, [request], sampling=Sampling(1.0, 0.95), seed=7)
+    assert "def" + texts[7] == decode_text(local[1], [*request.ids, *expected.ids])
 
 
 def test_without_a_seed_nothing_repeats(client):
@@ -230,43 +236,169 @@ def test_without_a_seed_nothing_repeats(client):
     assert len(texts) == 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "stream"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
-def test_it_ends_in_the_middle_of_a_request(tmp_path, tokenizer_folder, number, stream):
-    """A base model that never stops; the server ends within a few seconds, without a traceback."""
+def read_metrics(server) -> dict[str, float]:
+    with urllib.request.urlopen(server.url.replace("/v1", "/metrics")) as answer:
+        lines = answer.read().decode().splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_client_that_leaves_frees_its_place(endless, stream):
+    """Also one that waits for a whole reply, and only closes the connection."""
+    body = {"prompt": "x", "max_tokens": 190_000, "stream": stream}
+    with socket.create_connection(("127.0.0.1", int(endless.url.split(":")[-1].removesuffix("/v1")))) as connection:
+        data = json.dumps(body).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n"
+        connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + data)
+        while not read_metrics(endless)["tinyllama_hf_rows_running"]:
+            time.sleep(0.05)
+    deadline = time.monotonic() + 20
+    while read_metrics(endless)["tinyllama_hf_rows_running"]:
+        assert time.monotonic() < deadline, "it is still generated"
+        time.sleep(0.05)
+    assert complete(endless.client, "x", model="base", max_tokens=1).choices[0].text is not None
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory, tokenizer_folder):
+    """A server with a base model that never stops, in a long context."""
+    folder = tmp_path_factory.mktemp("endless")
     torch.manual_seed(0)
     config = TinyLlamaConfig.preset("micro", vocab_size=512, max_position_embeddings=200_000)
     model = TinyLlamaForCausalLM(config)
     model.lm_head.weight.data[2] = 0.0
-    model.save_pretrained(tmp_path / "base")
-    load_tokenizer(tokenizer_folder).save_pretrained(tmp_path / "base")
-    server = Server(tmp_path / "base", tmp_path)
-    assert "/completions -H" in server.process.stdout.readline()
-    answer = complete(server.client, "x", model="base", max_tokens=190_000, stream=True)
-    next(answer)
-    answer.close()  # ends the generation, which would block the next request
-    complete(server.client, "x", model="base", max_tokens=1)
+    model.save_pretrained(folder / "base")
+    load_tokenizer(tokenizer_folder).save_pretrained(folder / "base")
+    started = Server(folder / "base", folder, "--shutdown-seconds", "3")
+    assert "/completions -H" in started.process.stdout.readline()
+    yield started
+    if started.process.poll() is None:
+        started.stop()
+
+
+def test_a_base_model_has_no_chat(endless):
+    with pytest.raises(openai.BadRequestError, match="no chat template, so this is a base model"):
+        chat(endless.client, "One?", model="base")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_replies_under_way_end_before_the_server(served_folder, tmp_path, number):
+    """New requests are refused meanwhile; the status is 0."""
+    server, found = Server(served_folder, tmp_path, "--template", "llama2"), []
+    stream = complete(server.client, "x", max_tokens=300, stream=True)
+    next(stream)
+    whole = threading.Thread(target=lambda: found.append(complete(server.client, "y", max_tokens=300)))
+    whole.start()
+    while read_metrics(server)["tinyllama_hf_rows_running"] < 2:
+        time.sleep(0.01)
+    server.process.send_signal(number)
+    chunks = list(stream)
+    whole.join(timeout=60)
+    assert chunks[-1].choices[0].finish_reason == "length" and found[0].usage.completion_tokens == 300
+    printed = server.process.communicate(timeout=60)[0]
+    assert server.process.returncode == 0 and "Traceback" not in printed, printed
+    with pytest.raises(openai.APIConnectionError):
+        complete(server.client, "x", max_tokens=1)
+
+
+def test_replies_that_do_not_end_are_cut(endless):
+    """After the time that the option gives them; each client gets an error. The last test of this server."""
     ended = []
 
-    def ask():
+    def ask(stream):
         try:
-            answer = complete(server.client, "x", model="base", max_tokens=190_000, stream=stream)
+            answer = complete(endless.client, "x", model="base", max_tokens=190_000, stream=stream)
             ended.extend(answer if stream else [answer])
         except openai.APIError as error:
             ended.append(error)
 
-    thread = threading.Thread(target=ask)
-    thread.start()
-    time.sleep(2)
-    with pytest.raises(openai.BadRequestError, match="no chat template, so this is a base model"):
-        chat(server.client, "One?", model="base")
+    threads = [threading.Thread(target=ask, args=[stream]) for stream in (False, True)]
+    for thread in threads:
+        thread.start()
+    while read_metrics(endless)["tinyllama_hf_rows_running"] < 2:
+        time.sleep(0.01)
     began = time.monotonic()
-    printed = server.stop(number)
-    assert time.monotonic() - began < 20
-    thread.join(timeout=10)
-    assert "the server is shutting down" in str(ended[-1])
-    assert server.process.returncode == (0 if number == signal.SIGINT else -signal.SIGTERM), printed
-    assert "Traceback" not in printed
+    printed = endless.stop(signal.SIGTERM)
+    assert 2 < time.monotonic() - began < 20
+    for thread in threads:
+        thread.join(timeout=10)
+    errors = [each for each in ended if isinstance(each, openai.APIError)]
+    assert len(errors) == 2 and all("the server is shutting down" in str(error) for error in errors)
+    assert endless.process.returncode == 0 and "Traceback" not in printed, printed
+
+
+def test_several_replies_and_prompts(client):
+    """In the order of the prompts; the first of several sampled replies is that of `n: 1`."""
+    one = complete(client, "def", max_tokens=8, temperature=1.0, seed=3)
+    answer = complete(client, ["def", "class"], n=2, max_tokens=8, temperature=1.0, seed=3)
+    texts = [choice.text for choice in answer.choices]
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3] and len(set(texts)) == 4
+    assert texts[0] == one.choices[0].text and 4 < answer.usage.completion_tokens <= 32
+    streamed = {}
+    for chunk in complete(client, ["def", "class"], n=2, max_tokens=8, temperature=1.0, seed=3, stream=True):
+        choice = chunk.choices[0]
+        streamed[choice.index] = streamed.get(choice.index, "") + choice.text
+    assert [streamed[place] for place in range(4)] == texts
+    reply = chat(client, "x", n=2, max_tokens=5, temperature=1.0, seed=3)
+    assert len({choice.message.content for choice in reply.choices}) == 2
+
+
+def test_log_probabilities(client, local):
+    """Equal to the model's own, in the forms of both endpoints."""
+    model, tokenizer = local
+    prompt = "def f(x):"
+    answer = complete(client, prompt, max_tokens=6, echo=True, logprobs=2).choices[0]
+    found, length = answer.logprobs, len(tokenizer(prompt)["input_ids"])
+    assert answer.text.startswith(prompt) and len(found.tokens) == length + 6 == len(found.text_offset)
+    assert found.token_logprobs[0] is None and found.top_logprobs[0] is None
+    ids = tokenizer(answer.text)["input_ids"]
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    for place in range(1, length):
+        value = float(expected[place - 1, ids[place]])
+        assert found.token_logprobs[place] == pytest.approx(value, abs=1e-4)
+        best = float(expected[place - 1].max())
+        assert max(found.top_logprobs[place].values()) == pytest.approx(best, abs=1e-4)
+    assert [
+        found.token_logprobs[place] == max(found.top_logprobs[place].values()) for place in range(length, length + 6)
+    ]
+    scored = complete(client, prompt, max_tokens=0, echo=True, logprobs=0).choices[0]
+    assert scored.text == prompt and scored.logprobs.token_logprobs[1:] == pytest.approx(
+        found.token_logprobs[1:length], abs=1e-4
+    )
+    reply = chat(client, "x", max_tokens=4, logprobs=True, top_logprobs=3).choices[0]
+    assert len(reply.logprobs.content) == 4
+    for token in reply.logprobs.content:
+        assert len(token.top_logprobs) == 3 and token.top_logprobs[0].logprob == token.logprob
+    assert b"".join(bytes(token.bytes) for token in reply.logprobs.content).decode(errors="replace")
+    plain = chat(client, "x", max_tokens=4).choices[0]
+    assert plain.logprobs is None and plain.message.content == reply.message.content
+
+
+def test_replies_to_a_schema(client):
+    schema = {"type": "object", "properties": {"a": {"type": "integer", "minimum": 10, "maximum": 99},
+              "b": {"enum": ["x", "y"]}}, "required": ["a", "b"], "additionalProperties": False}  # fmt: skip
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
+    reply = chat(client, "x", max_tokens=100, temperature=1.0, seed=1, response_format=form, n=4)
+    for choice in reply.choices:
+        value = json.loads(choice.message.content)
+        assert 10 <= value["a"] <= 99 and value["b"] in ("x", "y") and choice.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("draft", ["lookup", "layers:1"])
+def test_a_draft(served_folder, tmp_path, client, draft):
+    """Greedy replies are the same, and the usage tells how many drafted tokens were accepted."""
+    server = Server(served_folder, tmp_path, "--template", "llama2", "--draft", draft)
+    try:
+        assert server.client.models.list().data[0].draft == draft
+        prompts = ["def f(x): return x def f(x): return", "x = 1"]
+        answers = [complete(each, prompts, max_tokens=30) for each in (client, server.client)]
+        assert [choice.text for choice in answers[0].choices] == [choice.text for choice in answers[1].choices]
+        details = answers[1].usage.completion_tokens_details
+        assert details.accepted_prediction_tokens + details.rejected_prediction_tokens > 0
+        assert answers[0].usage.completion_tokens_details is None
+    finally:
+        server.stop()
 
 
 @pytest.mark.slow
