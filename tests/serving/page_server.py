@@ -8,10 +8,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import fastapi
-import uvicorn
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+import pytest
 
+
+fastapi = pytest.importorskip("fastapi")
+responses = pytest.importorskip("fastapi.responses")
+uvicorn = pytest.importorskip("uvicorn")
 
 PAGE = Path(__file__).parents[2] / "tinyllama_hf" / "serving" / "page"
 POLICY = (
@@ -31,9 +33,9 @@ MODEL = {
 def add_page(app: fastapi.FastAPI, model: dict) -> None:
     """Adds the files of the page and the list of models to an app."""
 
-    def send_file(name: str = "index.html") -> FileResponse:
+    def send_file(name: str = "index.html") -> responses.FileResponse:
         headers = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"}
-        return FileResponse(PAGE / name, headers=headers)
+        return responses.FileResponse(PAGE / name, headers=headers)
 
     app.router.routes[:] = [r for r in app.router.routes if not getattr(r, "path", "").startswith("/v1/models")]
     app.add_api_route("/v1/models", lambda: {"object": "list", "data": [model]})
@@ -62,7 +64,7 @@ class ScriptedServer:
     """A server of the page that sends prepared events.
 
     Attributes:
-        pieces (`list`): what the next reply consists of: texts, seconds to wait, and objects, which are sent unchanged.
+        pieces (`list`): what the next reply consists of: texts, seconds to wait, and events.
         refusal (`tuple`, *optional*): status, message and headers of the answer to the next request instead.
         key (`str`, *optional*): the key without which requests are refused.
         bodies (`list[dict]`): the requests so far.
@@ -83,11 +85,11 @@ class ScriptedServer:
         if not request.url.path.startswith("/v1") or (is_allowed and not self.refusal):
             return await proceed(request)
         self.refusal = None
-        return JSONResponse({"error": {"message": message}}, status_code=status, headers=headers)
+        return responses.JSONResponse({"error": {"message": message}}, status_code=status, headers=headers)
 
-    async def answer(self, request: fastapi.Request) -> StreamingResponse:
+    async def answer(self, request: fastapi.Request) -> responses.StreamingResponse:
         self.bodies.append(await request.json())
-        return StreamingResponse(self.events(), media_type="text/event-stream")
+        return responses.StreamingResponse(self.events(), media_type="text/event-stream")
 
     async def events(self):
         usage = {"prompt_tokens": 10, "completion_tokens": sum(isinstance(piece, str) for piece in self.pieces)}

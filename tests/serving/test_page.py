@@ -6,14 +6,12 @@ import re
 
 import pytest
 
-
-for package in ("fastapi", "uvicorn", "openai"):
-    pytest.importorskip(package)
-
 from tests.serving.browser import Browser
 from tests.serving.page_server import MODEL, ScriptedServer, add_page, serve_app
 from tinyllama_hf.finetune.conversations import read_conversations
 
+
+openai = pytest.importorskip("openai")
 
 CONTRAST = """
 const channel = (value) => (value /= 255) <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
@@ -127,8 +125,6 @@ def roles(browser):
 
 def test_conversation_with_a_real_model(browser, real_url):
     """By keyboard alone. The text on the page is the text that the server sends to any client."""
-    import openai
-
     visit(browser, real_url)
     assert browser.text("#name") == "my-model" and "float32 · not quantized · context of" in browser.text("#details")
     configure(browser, temperature="0", max_tokens="24", system="Be brief.")
@@ -167,8 +163,6 @@ def test_the_reply_appears_while_it_is_generated(browser, real_url):
 
 def test_a_base_model_continues_texts(browser, served_folder):
     """Without a template; a second Continue continues the whole text so far."""
-    import openai
-
     from tinyllama_hf import load
     from tinyllama_hf.serving.app import build_app
 
@@ -460,7 +454,8 @@ def test_the_context_is_full(page, scripted):
 
 HOSTILE = (
     "<script>window.hit = 1</script> <img src=x onerror='window.hit = 1'> <b>bold</b> [a](javascript:window.hit=1) "
-    '[b](data:text/html,x) [c]( http://a" onclick="x) [d](https://a.org/"onclick="x)\n\n```html\n<script>window.hit = 1'
+    '[b](data:text/html,x) [c]( http://a" onclick="x) [d](https://a.org/"onclick="x)\n\n'
+    "```html\n<script>window.hit = 1"
 )
 
 
@@ -530,9 +525,8 @@ def test_keyboard_alone(page, scripted):
     for _ in range(40):
         page.type("<Tab>")
         found = page.run(
-            "const e = document.activeElement, style = getComputedStyle(e), box = e.closest('#box') ?? e;"
-            "return [e.id || e.className || e.type || e.localName, style.outlineStyle, getComputedStyle(box).outlineStyle,"
-            " e.computedName ?? '']"
+            "const one = document.activeElement, box = one.closest('#box') ?? one;"
+            "return [one.id || one.className || one.localName, getComputedStyle(box).outlineStyle]"
         )
         if reached and found[0] == reached[0][0]:
             break
@@ -540,7 +534,7 @@ def test_keyboard_alone(page, scripted):
             reached.append(found)
     names = {name for name, *_ in reached}
     assert {"new", "title", "rename", "delete", "export", "open-settings", "scroll", "copy", "retry", "text"} <= names
-    assert all("solid" in outlines or "auto" in outlines for _, *outlines in reached), reached
+    assert all(outline == "solid" for _, outline in reached), reached
     tree = page.protocol("Accessibility.getFullAXTree")["nodes"]
     controls = [n for n in tree if n.get("role", {}).get("value") in ("button", "textbox", "spinbutton", "region")]
     assert len(controls) > 9 and all(node["name"].get("value") for node in controls)
