@@ -188,8 +188,10 @@ async function call(path, options = {}) {
 }
 
 async function askForKey(refused) {
-  const given = await ask({ title: "API key", action: "Continue", type: "password",
-    text: refused ? "The server refused this key." : "This server asks for a key. It is kept until you close this tab." });
+  const text = refused ? "The server refused this key." : "This server asks for a key. It is kept until you close this tab.";
+  asked ??= ask({ title: "API key", action: "Continue", type: "password", text }); // once for all requests
+  const given = await asked;
+  asked = null;
   if (!given) return false;
   key = given;
   try { session.setItem(STORE + "key", key); } catch { /* kept in memory */ }
@@ -287,7 +289,7 @@ const running = new Map(); // id of a conversation -> AbortController of its rep
 const views = new WeakMap(); // message -> its element
 const frames = new Set(); // conversations that are drawn in the next frame
 let model = null, key = session.getItem(STORE + "key"), settings = stored(STORE + "settings") ?? {};
-let conversations = [], current = null, editing = null; // `editing`: what the message box held before
+let conversations = [], current = null, asked = null, editing = null; // `editing`: what the message box held before
 conversations = loadConversations();
 
 function notify(text) {
