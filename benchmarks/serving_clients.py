@@ -36,6 +36,7 @@ class Reply:
         has_left (`bool`): the client closed the connection.
         retry_after (`str`, *optional*): header of the answer.
         error (`str`, *optional*): the server's error, or that of the connection.
+        was_refused_connection (`bool`): the server did not accept the connection.
         is_refusal (`bool`): the error has the form of OpenAI's API.
     """
 
@@ -50,6 +51,7 @@ class Reply:
     has_left: bool = False
     retry_after: str | None = None
     error: str | None = None
+    was_refused_connection: bool = False
     is_refusal: bool = False
 
     @property
@@ -73,14 +75,14 @@ def session(seconds: float = 600, key: str | None = None) -> aiohttp.ClientSessi
     )
 
 
-async def send(client: aiohttp.ClientSession, url: str, body: Any, pieces: float = math.inf) -> Reply:
+async def send(client: aiohttp.ClientSession, url: str, body: Any, leave_after: int | None = None) -> Reply:
     """Sends a request and reads the answer.
 
     Args:
         client (`ClientSession`): from [`session`].
         url (`str`): of the endpoint.
         body (`Any`): a JSON value, or bytes.
-        pieces (`float`, *optional*): leave after this number of pieces of a stream.
+        leave_after (`int`, *optional*): close the connection after this number of pieces of a stream.
     """
     reply, began = Reply(), time.perf_counter()
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -88,12 +90,13 @@ async def send(client: aiohttp.ClientSession, url: str, body: Any, pieces: float
         async with client.post(url, data=data) as response:
             reply.status, reply.retry_after = response.status, response.headers.get("Retry-After")
             if response.content_type == "text/event-stream":
-                await _read_stream(response, reply, began, pieces)
+                await _read_stream(response, reply, began, leave_after)
             else:
                 _read_answer(json.loads(await response.read()), reply)
                 reply.is_complete = True
     except (aiohttp.ClientError, ConnectionError, TimeoutError, ValueError) as error:
         reply.error = f"{type(error).__name__}: {error}"
+        reply.was_refused_connection = isinstance(error, aiohttp.ClientConnectorError)
     reply.seconds = time.perf_counter() - began
     return reply
 
@@ -110,7 +113,7 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)] if ordered else math.nan
 
 
-async def _read_stream(response: aiohttp.ClientResponse, reply: Reply, began: float, pieces: float) -> None:
+async def _read_stream(response: aiohttp.ClientResponse, reply: Reply, began: float, leave_after: int | None) -> None:
     async for line in response.content:
         if not line.startswith(b"data:"):
             continue
@@ -122,7 +125,7 @@ async def _read_stream(response: aiohttp.ClientResponse, reply: Reply, began: fl
         if _read_answer(event, reply):
             reply.arrivals.append(time.perf_counter() - began)
         reply.is_complete |= event.get("type") in _ENDS
-        if len(reply.arrivals) >= pieces:
+        if leave_after is not None and len(reply.arrivals) >= leave_after:
             reply.has_left = True
             response.close()
             return
