@@ -127,8 +127,7 @@ async def _read_stream(response: aiohttp.ClientResponse, reply: Reply, began: fl
         reply.is_complete |= event.get("type") in _ENDS
         if leave_after is not None and len(reply.arrivals) >= leave_after:
             reply.has_left = True
-            response.close()
-            return
+            return  # aiohttp closes the connection of an answer that was not read to its end
 
 
 def _read_answer(answer: Any, reply: Reply) -> bool:
