@@ -28,7 +28,8 @@ PREPARED = SimpleNamespace(
     print=lambda *_: None,
     summary=[],
 )
-LOADED = (SimpleNamespace(device="cpu"), SimpleNamespace(chat_template=None), "draft")
+LOADED = (SimpleNamespace(device="cpu", dtype="torch.bfloat16"), SimpleNamespace(chat_template=None), "draft")
+BOUND = SimpleNamespace(listen=lambda: None, getsockname=lambda: ("h", 9))
 LOAD = {
     "model": "m",
     "dtype": "bf16",
@@ -275,16 +276,29 @@ CASES = {
             },
         ),
     },
-    f"serve m --host h --port 9 --template llama2 {LOADING}": {
-        "tinyllama_hf.serving.app.bind": ("bound", {"host": "h", "port": 9}),
-        "tinyllama_hf_cli.serving.load_model": (LOADED, {**LOAD, "draft": None}),
+    f"serve m --host h --port 9 --template llama2 --page --rows 3 --waiting 4 --max-tokens 5 --max-messages 6 "
+    f"--max-body-bytes 7000 --row-seconds 8 --api-key k --allow-origin o --allow-host n --engine tinyllama-hf "
+    f"--draft lookup --shutdown-seconds 9 {LOADING}": {
+        "tinyllama_hf.serving.run_server.bind": (BOUND, {"host": "h", "port": 9}),
+        "tinyllama_hf_cli.serving.load_model": (LOADED, {**LOAD, "draft": "lookup"}),
         "tinyllama_hf.serving.app.build_app": (
-            None,
+            "app",
             {
                 "name": "m",
                 "tokenizer.chat_template": (ROOT / "tinyllama_hf" / "chat" / "llama2.jinja").read_text(),
+                "options.rows": 3,
+                "options.waiting": 4,
+                "options.max_tokens": 5,
+                "options.max_messages": 6,
+                "options.max_body_bytes": 7000,
+                "options.row_seconds": 8,
+                "options.api_key": "k",
+                "options.page": True,
+                "options.allow_origins": ["o"],
+                "options.allow_hosts": ["h", "n"],
             },
         ),
+        "tinyllama_hf.serving.run_server.run_server": (None, {"app": "app", "seconds": 9}),
     },
     "memory micro --batch 3 --context 50 --quantization nf4 --dtype fp32 --device 16GB": {
         "tinyllama_hf.planning.inference_memory.batch_memory": (

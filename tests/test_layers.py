@@ -56,8 +56,14 @@ OPTIONAL = {
     "tenacity": "tinyllama_hf/evaluation/server_harness.py",
     "aiohttp": None,
     "evaluate": "eval/metrics/",
-    "fastapi": None,
-    "uvicorn": None,
+    "fastapi": (
+        "tinyllama_hf/serving/app.py",
+        "tinyllama_hf/serving/client_access.py",
+        "tinyllama_hf/serving/run_server.py",
+    ),
+    "uvicorn": "tinyllama_hf/serving/run_server.py",
+    "llguidance": None,
+    "prometheus_client": "tinyllama_hf/serving/server_metrics.py",
     "openai": None,
 }
 SOURCES = sorted(

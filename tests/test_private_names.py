@@ -34,7 +34,6 @@ INTERNAL = (
     "torch.distributed.checkpoint.api",
     "torch.distributed.checkpoint.planner",
     "torch.multiprocessing.reductions",
-    "transformers.cli",
     "transformers.generation.utils",
     "transformers.integrations",
     "transformers.loss",
@@ -71,18 +70,6 @@ USED: dict[str, tuple[str, ...]] = {
     "transformers.PreTrainedModel._supports_attention_backend": ("decoding/ragged_cache.py",),
     "transformers.PreTrainedModel._supports_sdpa": ("decoding/ragged_cache.py",),
     "transformers.PreTrainedTokenizerFast._save_pretrained": ("tokenization_tinyllama.py",),
-    "transformers.cli.serving.chat_completion.ChatCompletionHandler": ("serving/app.py",),
-    "transformers.cli.serving.completion.CompletionHandler": ("serving/app.py",),
-    "transformers.cli.serving.model_manager.ModelManager": ("serving/app.py",),
-    "transformers.cli.serving.model_manager.ModelManager._load_model": ("serving/app.py",),
-    "transformers.cli.serving.model_manager.ModelManager._load_processor": ("serving/app.py",),
-    "transformers.cli.serving.response.ResponseHandler": ("serving/app.py",),
-    "transformers.cli.serving.server.build_server": ("serving/app.py",),
-    "transformers.cli.serving.utils.BaseHandler._build_generation_config": ("serving/app.py",),
-    "transformers.cli.serving.utils.BaseHandler._validate_request": ("serving/app.py",),
-    "transformers.cli.serving.utils.GenerateManager": ("serving/request_queue.py",),
-    "transformers.cli.serving.utils.GenerationState": ("serving/request_queue.py",),
-    "transformers.cli.serving.utils._StreamError": ("serving/request_queue.py",),
     "transformers.generation.logits_process.PrefixConstrainedLogitsProcessor._prefix_allowed_tokens_fn": (
         "decoding/acceptance.py",
     ),
@@ -327,12 +314,12 @@ def test_a_library_with_private_names_in_use_has_an_upper_bound():
 def test_this_test_finds_what_it_looks_for(tmp_path):
     planted = tmp_path / "planted.py"
     planted.write_text(
-        "import torch\nfrom transformers.cli.serving.server import build_server\nfrom torch import _assert_async\n"
+        "import torch\nfrom transformers.masking_utils import create_causal_mask\nfrom torch import _assert_async\n"
         "from torch import nn\n"
         "class Layer(nn.Module):\n    def _apply(self): self._own = getattr(torch, '_shape_as_tensor')\n"
         "    def _helper(self): return self._own, self._modules, torch._foo()\n"
     )
     tree = ast.parse(planted.read_text())
-    names = {"_assert_async", "_shape_as_tensor", "_modules", "_foo", "build_server"}
+    names = {"_assert_async", "_shape_as_tensor", "_modules", "_foo", "create_causal_mask"}
     assert {name.rpartition(".")[2] for name in found(tree, own_names(tree))} == names
     assert overridden(tree, ROOT / "tinyllama_hf" / "planted.py") == {"_apply"}

@@ -1,9 +1,5 @@
 """`tinyllama-hf serve`."""
 
-import json
-import os
-import shutil
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -124,6 +120,8 @@ def serve_command(
         other: dict[str, object] = {"--page": page, "--draft": draft, "--adapter": adapter, "--compile": compiled}
         other |= {"--quantization": quantization != "none", "--max-messages": max_messages, "--max-tokens": max_tokens}
         _refuse_for_vllm(other)
+        from tinyllama_hf.serving.vllm_server import start_vllm
+
         start_vllm(model, name, host, port, template, dtype, rows, api_key)
     if verbose or compiled:
         show_log()
@@ -144,8 +142,8 @@ def serve_command(
     options = ServerOptions(
         rows, waiting, max_tokens, max_messages, max_body_bytes, row_seconds, api_key, page, allow_origin or (), names
     )
-    facts = {"dtype": str(loaded.dtype).removeprefix("torch."), "quantization": quantization, "draft": draft}
-    app = build_app(name, loaded, tokenizer, proposer, options, facts)
+    described = {"dtype": str(loaded.dtype).removeprefix("torch."), "quantization": quantization, "draft": draft}
+    app = build_app(name, loaded, tokenizer, proposer, options, described)
     bound.listen()  # from now on connections are queued
     shown = f"http://[{host}]" if ":" in host else f"http://{host}"
     shown += f":{bound.getsockname()[1]}"
@@ -173,35 +171,3 @@ def _refuse_for_vllm(options: dict[str, object]) -> None:
 
     if given := [name for name, value in options.items() if value]:
         raise InputError(f"{given[0]}: not with --engine vllm; leave it out, or see `vllm serve --help`")
-
-
-def start_vllm(
-    model: str, name: str, host: str, port: int, template: str | None, dtype: str, rows: int, api_key: str | None
-) -> None:
-    """Replaces this process by vLLM's server on the same folder, with this package's template, context and sampling.
-
-    Raises:
-        InputError: if vLLM is not installed, or the folder is not a Llama.
-    """
-    from tinyllama_hf.chat.templates import template_file
-    from tinyllama_hf.errors import InputError
-    from tinyllama_hf.inference.options import Sampling
-    from tinyllama_hf.released import find_model, read_llama_fields
-
-    program = shutil.which("vllm", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-    if program is None:
-        raise InputError("--engine vllm: vLLM is not installed. Install it (pip install vllm), or leave --engine out")
-    place = find_model(model)
-    sampling = {"temperature": Sampling().temperature, "top_p": Sampling().top_p, "top_k": 0}
-    command = [program, "serve", str(place), "--served-model-name", name, "--host", host, "--port", str(port)]
-    command += ["--max-num-seqs", str(rows), "--override-generation-config", json.dumps(sampling)]
-    if isinstance(place, Path):
-        command += ["--max-model-len", str(read_llama_fields(place)["max_position_embeddings"])]
-    if template is not None:
-        command += ["--chat-template", str(template_file(template))]
-    if dtype != "auto":
-        command += ["--dtype", {"fp32": "float32", "bf16": "bfloat16"}[dtype]]
-    if api_key is not None:
-        os.environ["VLLM_API_KEY"] = api_key  # not on the command line, which other users of the machine can read
-    sys.stdout.flush()
-    os.execv(program, command)

@@ -41,7 +41,7 @@ def app(local):
     """The application of the server for this model."""
     from tinyllama_hf.serving.app import ServerOptions, build_app
 
-    made = build_app("my-model", *local, options=ServerOptions(page=True), facts={"quantization": "none"})
+    made = build_app("my-model", *local, options=ServerOptions(page=True), described={"quantization": "none"})
     yield made
     made.state.service.scheduler.close(0)
 

@@ -173,7 +173,7 @@ def test_a_long_prompt_does_not_stop_the_others(local, make, monkeypatch):
 
 
 def test_clients_that_leave(local, make):
-    """While their row waits, while its prompt is read, and while it is generated; the others go on."""
+    """While their row waits, while its prompt is read, and while it is generated; the others continue."""
     tokenizer = local[1]
     scheduler = make(max_rows=2)
     staying = Delivered(scheduler, row(tokenizer, "def f(x):", 200))

@@ -15,10 +15,10 @@ from starlette.exceptions import HTTPException
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..decoding.proposals import Proposer
-from .access import Access, error_response
+from .client_access import Access, error_response
 from .answers import Answer, ChatAnswer, TextAnswer
 from .call import Refusal
-from .metrics import ServerMetrics
+from .server_metrics import ServerMetrics
 from .request_fields import Kind, Limits, RequestReader
 from .response_answer import ResponseAnswer
 from .response_formats import grammar_tokenizer
@@ -79,7 +79,7 @@ class Service:
         tokenizer (`PreTrainedTokenizerFast`): its tokenizer; the chat endpoints need its chat template.
         draft (`Proposer`, *optional*): proposes tokens for all rows.
         options (`ServerOptions`): limits.
-        facts (`dict`): what `/v1/models` tells of the model, beyond OpenAI's fields.
+        described (`dict`): what `/v1/models` tells of the model, beyond OpenAI's fields.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Service:
         tokenizer: PreTrainedTokenizerFast,
         draft: Proposer | None,
         options: ServerOptions,
-        facts: Mapping[str, Any],
+        described: Mapping[str, Any],
     ):
         self._vocabulary = grammar_tokenizer(model, tokenizer)
         given = {"new_tokens": options.max_tokens, "messages": options.max_messages}
@@ -101,8 +101,13 @@ class Service:
             model, tokenizer, draft, options.rows, options.waiting, options.row_seconds, self._vocabulary
         )
         self.metrics = ServerMetrics(self.scheduler)
-        described = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "tinyllama_hf"}
-        self._model = {**described, "max_model_len": limits.context, "is_chat": bool(tokenizer.chat_template), **facts}
+        basics = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "tinyllama_hf"}
+        self._model = {
+            **basics,
+            "max_model_len": limits.context,
+            "is_chat": bool(tokenizer.chat_template),
+            **described,
+        }
 
     async def models(self) -> dict[str, Any]:
         """Lists the model."""
@@ -229,11 +234,11 @@ def build_app(
     tokenizer: PreTrainedTokenizerFast,
     draft: Proposer | None = None,
     options: ServerOptions | None = None,
-    facts: Mapping[str, Any] | None = None,
+    described: Mapping[str, Any] | None = None,
 ) -> FastAPI:
     """Builds the application of the server; the arguments are those of [`Service`]."""
     options = options or ServerOptions()
-    service = Service(name, model, tokenizer, draft, options, facts or {})
+    service = Service(name, model, tokenizer, draft, options, described or {})
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     app.state.service = service
     for path in _PATHS:

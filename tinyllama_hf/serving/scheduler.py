@@ -200,7 +200,7 @@ class Scheduler:
         return True
 
     def _remove_ended(self) -> None:
-        """Removes rows whose client is gone or whose time is over."""
+        """Removes rows that were cancelled, or have no time left."""
         now = time.monotonic()
         is_over = self._end_time is not None and now > self._end_time
         for row in [*self._reading, *self._rows.values()]:
@@ -218,7 +218,7 @@ class Scheduler:
             row = self._reading[0]
             try:
                 room -= self._read(row, room)
-            except Exception as error:  # of this row: the others go on
+            except Exception as error:  # of this row: the others continue
                 logger.exception("row %d failed", row.key)
                 self._refuse([row], Refusal(f"the prompt failed: {one_line(error)}", 500))
             if row.has_ended or row.key in self._rows:
