@@ -35,7 +35,9 @@ class Case(NamedTuple):
     status: int = 200
 
 
-def chat(message: str | None = None, *, status: int = 0, prompt: Any = None, call: Any = None, rows: Any = None, **body):
+def chat(
+    message: str | None = None, *, status: int = 0, prompt: Any = None, call: Any = None, rows: Any = None, **body
+):
     """A case of `/v1/chat/completions`."""
     status = status or (400 if message else 200)
     prompts = None if message else [[USER] if prompt is None else prompt]
@@ -88,9 +90,7 @@ CHAT = {
         "messages, message 1: content is null", messages=replied(content=None, tool_calls=None)
     ),
     "assistant refusal null": chat(
-        messages=replied(
-            content="Yes", refusal=None, annotations=[], audio=None, function_call=None, tool_calls=None
-        ),
+        messages=replied(content="Yes", refusal=None, annotations=[], audio=None, function_call=None, tool_calls=None),
         prompt=YES,
     ),
     "assistant extra": chat(messages=replied(content="Yes", refusal=None, reasoning_content=""), prompt=YES),
