@@ -1,6 +1,7 @@
 """Reads the prompt of a request in each of its forms, and encodes it; control tokens in its text stay text."""
 
 import contextlib
+import reprlib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,7 +21,9 @@ TOO_LONG = "context_length_exceeded"  # OpenAI's code
 # `name` is not given to the template; `type`, `id` and `status` come from answers that clients send back.
 _MESSAGE_FIELDS = {"role", "content", "name", "type", "id", "status"}
 _FORM = 'must be a list of {"role": "...", "content": "..."}'
-_LONGEST_QUOTE, _LONGEST_MESSAGE = 200, 1000  # characters
+_LONGEST_MESSAGE = 1000  # characters
+_REPR = reprlib.Repr()  # of large values it formats a part only, which `repr` takes a second for
+_REPR.maxstring = 200
 
 
 class Limits(NamedTuple):
@@ -68,17 +71,15 @@ class EncodedPrompt(NamedTuple):
 
 
 def quoted(value: Any) -> str:
-    """Returns a value of a request for an error message; a long one is shortened in the middle."""
-    return _shortened(repr(value), _LONGEST_QUOTE)
+    """Returns a value of a request for an error message; of a long one only parts."""
+    return _REPR.repr(value)
 
 
 def refused(field: str | None, message: str, code: str | None = None) -> Refusal:
     """Returns the refusal of a field with status 400; a long message is shortened in the middle."""
-    return Refusal(_shortened(message, _LONGEST_MESSAGE), code=code, param=field)
-
-
-def _shortened(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"
+    if len(message) > _LONGEST_MESSAGE:
+        message = f"{message[: _LONGEST_MESSAGE // 2]} ... {message[-_LONGEST_MESSAGE // 2 :]}"
+    return Refusal(message, code=code, param=field)
 
 
 @contextlib.contextmanager
