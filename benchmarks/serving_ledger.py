@@ -41,7 +41,9 @@ class Ledger:
     def add_hostile(self, path: str, body: bytes, reply: Reply) -> None:
         """Enters a body that may be refused, or answered if it is valid."""
         outcome, problem = "wrong", "neither an answer nor OpenAI's form of an error"
-        if 400 <= reply.status < 500 and reply.is_refusal:
+        if reply.has_left:
+            outcome, problem = "left", ""
+        elif 400 <= reply.status < 500 and reply.is_refusal:
             outcome, problem = "refused", ""
         elif reply.is_answered and reply.is_complete:
             outcome, problem = "answered", ""

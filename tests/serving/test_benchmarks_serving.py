@@ -153,6 +153,8 @@ def test_a_server_that_ends_may_refuse_but_not_lose(scripts, canned):
     for given, outcome in (
         (answer(ERROR, 503), "refused"),
         (events(chunk("H"), ERROR), "refused"),
+        (events({"type": "error", "message": "no"}), "refused"),
+        (events({"type": "response.failed", "response": ERROR}), "refused"),
         (answer(ERROR, 400), "wrong"),
         (events(chunk("H"), end=b""), "lost"),
         (b"", "lost"),
