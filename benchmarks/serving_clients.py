@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 
 
-PATHS = {"chat": "chat/completions", "completions": "completions", "responses": "responses"}
+PATHS = {"chat": "chat/completions", "completion": "completions", "response": "responses"}
 # No limit, since requests that wait in the client would not show how the server handles them; and a connection per
 # request, since a server may close an idle one at the moment when the next request is sent.
 _CONNECTIONS = {"limit": 0, "force_close": True}
