@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 
 
-PATHS = {"chat": "chat/completions", "completions": "completions", "responses": "responses"}
+PATHS = {"chat": "chat/completions", "completion": "completions", "response": "responses"}
 # No limit, since requests that wait in the client would not show how the server handles them; and a connection per
 # request, since a server may close an idle one at the moment when the next request is sent.
 _CONNECTIONS = {"limit": 0, "force_close": True}
@@ -134,9 +134,8 @@ def _read_answer(answer: Any, reply: Reply) -> bool:
     """Adds an answer, or an event of a stream, to a reply; returns whether it has text."""
     if not isinstance(answer, dict):
         raise ValueError(f"the answer is not a JSON object: {str(answer)[:200]}")
-    error = answer.get("error")
-    if error or answer.get("type") in ("error", "response.failed"):
-        reply.error = json.dumps(answer)[:1000]
+    if error := _error_of(answer):
+        reply.error = json.dumps(error)[:1000]
         reply.is_refusal = isinstance(error, dict) and isinstance(error.get("message"), str)
         return False
     if answer.get("type") == "response.output_text.delta":
@@ -159,6 +158,14 @@ def _read_answer(answer: Any, reply: Reply) -> bool:
     with contextlib.suppress(KeyError):
         reply.tokens = usage["output_tokens" if "output_tokens" in usage else "completion_tokens"]
     return has_text
+
+
+def _error_of(answer: dict[str, Any]) -> Any:
+    """Returns the error of an answer or an event: of the older endpoints, and both forms of responses."""
+    kind = answer.get("type")
+    if kind == "response.failed":
+        return answer["response"]["error"]
+    return answer if kind == "error" else answer.get("error")
 
 
 def _add(reply: Reply, index: int, text: str) -> bool:

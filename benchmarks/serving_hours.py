@@ -22,10 +22,10 @@ import statistics
 import sys
 import time
 from collections.abc import Coroutine, Sequence
+from pathlib import Path
 from typing import Any
 
 from aiohttp import ClientError, ClientSession
-from hostile_bodies import hostile_bodies
 from server_process import ServerProcess
 from serving_clients import PATHS, Reply, model_name, percentile, send, session
 from serving_ledger import Ledger, lines_of
@@ -35,6 +35,8 @@ from serving_mix import Planned, greedy, plan
 MAX_GROWTH = 0.05  # of memory, from a sixth of the time to its end
 MAX_BODY_MS = 100  # of the main thread's processor time
 SECONDS_TO_ANSWER = 300
+PAUSE_SECONDS = 0.5  # after status 429
+BODY_SECONDS = 3  # the client leaves if a hostile body is valid and its reply long
 BURSTS = 10
 END_TOKENS = 256  # of each reply that is under way at the end
 _SAMPLES = 360  # of memory: each 5 seconds in 30 minutes
@@ -127,23 +129,30 @@ class Hours:
         await asyncio.gather(*(self._request(one) for one in planned))
 
     async def _request(self, planned: Planned, is_ending: bool = False) -> None:
-        url = f"{self.url}/{PATHS[planned.path]}"
-        try:
-            async with asyncio.timeout(planned.leave_seconds):
-                reply = await send(self.client, url, planned.body, planned.leave_after)
-        except TimeoutError:
-            reply = Reply(has_left=True)
+        reply = await self._send(planned.path, planned.body, planned.leave_seconds, planned.leave_after)
         self.ledger.add(planned, reply, is_ending)
+        if reply.status == 429:
+            await asyncio.sleep(PAUSE_SECONDS)
+
+    async def _send(self, path: str, body: Any, leave_seconds: float | None, leave_after: int | None = None) -> Reply:
+        try:
+            async with asyncio.timeout(leave_seconds):
+                return await send(self.client, f"{self.url}/{PATHS[path]}", body, leave_after)
+        except TimeoutError:
+            return Reply(has_left=True)
 
     async def _hostile_bodies(self) -> dict[str, Any]:
-        """Sends each body alone; it may be refused, or answered if it is valid after all."""
+        """Sends each body alone; one that is valid after all may be answered, and the client leaves after a time."""
+        sys.path.insert(0, str(Path(__file__).parents[1]))
+        from tests.serving.hostile_bodies import hostile_bodies
+
         costs: list[tuple[float, float, str]] = []
-        for path, body in hostile_bodies(self.arguments.bodies, self.arguments.seed):
+        for name, path, body in hostile_bodies(self.arguments.bodies, self.arguments.seed):
             before = self.server.main_thread_seconds() if self.server else 0.0
-            reply = await send(self.client, f"{self.url}/{PATHS[path]}", body)
+            reply = await self._send(path, body, BODY_SECONDS)
             after = self.server.main_thread_seconds() if self.server else 0.0
-            self.ledger.add_hostile(path, body, reply)
-            costs.append((after - before, reply.seconds, f"{path}, {len(body):,} bytes: {body[:60]!r}"))
+            self.ledger.add_hostile(name, path, body, reply)
+            costs.append((after - before, reply.seconds, f"{path}, {name}, {len(body):,} bytes"))
         figures: dict[str, Any] = {"seconds_p50": round(percentile([wall for _, wall, _ in costs], 0.5), 4),
                                    "seconds_max": round(max(wall for _, wall, _ in costs), 3)}  # fmt: skip
         if self.server:

@@ -38,10 +38,12 @@ class Ledger:
         body = planned.body if isinstance(planned.body, bytes) else json.dumps(planned.body).encode()
         self._enter(planned.kind, planned.path, body, reply, outcome, problem)
 
-    def add_hostile(self, path: str, body: bytes, reply: Reply) -> None:
-        """Enters a body that may be refused, or answered if it is valid."""
-        outcome, problem = "wrong", "neither an answer nor OpenAI's form of an error"
-        if 400 <= reply.status < 500 and reply.is_refusal:
+    def add_hostile(self, name: str, path: str, body: bytes, reply: Reply) -> None:
+        """Enters a body that may be refused, or answered if it is valid; `name` is what it tries."""
+        outcome, problem = "wrong", f"{name}: neither an answer nor OpenAI's form of an error"
+        if reply.has_left:
+            outcome, problem = "left", ""
+        elif 400 <= reply.status < 500 and reply.is_refusal:
             outcome, problem = "refused", ""
         elif reply.is_answered and reply.is_complete:
             outcome, problem = "answered", ""
@@ -96,7 +98,7 @@ def problem_of(planned: Planned, reply: Reply) -> str:
         return f"choices {sorted(reply.texts)} with finish_reason of {sorted(reply.finish_reasons)}, not {number}"
     if wrong := set(reply.finish_reasons.values()) - {"stop", "length"}:
         return f"finish_reason {sorted(wrong)}"
-    has_usage = "stream_options" in body or not body.get("stream") or planned.path == "responses"
+    has_usage = "stream_options" in body or not body.get("stream") or planned.path == "response"
     if (reply.tokens is not None) != has_usage:
         return f"{reply.tokens} tokens by its usage, which {'was' if has_usage else 'was not'} asked for"
     if has_usage and not 0 <= reply.tokens <= number * most:

@@ -3,7 +3,7 @@
     python benchmarks/serving_load.py ours=http://127.0.0.1:8000/v1 llama.cpp=http://127.0.0.1:8001/v1 \\
         --start "ours=tinyllama-hf serve MODEL --dtype fp32 --port 8000" \\
         --start "llama.cpp=python benchmarks/peers/serve_gguf.py MODEL.gguf --port 8001" \\
-        --clients 1 2 4 8 --requests 32 --max-tokens 64 --check MODEL [--api completions] [--prompts FILE.jsonl]
+        --clients 1 2 4 8 --requests 32 --max-tokens 64 --check MODEL [--api completion] [--prompts FILE.jsonl]
 
 Greedy streaming requests; each client sends its next request when its last one is answered. Servers and numbers of
 clients take turns, and figures are medians of the rounds. `--start` starts a server, measures its highest resident set
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("servers", nargs="+", metavar="NAME=URL", help="the URL ends in /v1")
     parser.add_argument("--start", action="append", default=[], metavar="NAME=COMMAND", help="starts this server")
     parser.add_argument("--model", action="append", default=[], metavar="NAME=MODEL", help="default: the first listed")
-    parser.add_argument("--api", choices=("chat", "completions"), default="chat")
+    parser.add_argument("--api", choices=("chat", "completion"), default="chat")
     parser.add_argument("--prompts", type=Path, help='JSON lines with "messages" or "prompt"; default: 32 questions')
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--requests", type=int, default=32, help="in each round of each number of clients")
@@ -150,7 +150,7 @@ def pairs(given: Sequence[str]) -> dict[str, str]:
 
 def read_prompts(path: Path | None, api: str) -> list[dict[str, Any]]:
     """Returns the fields of each request that hold its prompt."""
-    key = {"chat": "messages", "completions": "prompt"}[api]
+    key = {"chat": "messages", "completion": "prompt"}[api]
     if path is not None:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         if missing := [number for number, line in enumerate(lines, 1) if key not in line]:
@@ -158,7 +158,7 @@ def read_prompts(path: Path | None, api: str) -> list[dict[str, Any]]:
         return [{key: line[key]} for line in lines]
     questions = [question.format(topic) for question in QUESTIONS for topic in TOPICS]
     return [
-        {"prompt": q} if api == "completions" else {"messages": [{"role": "user", "content": q}]} for q in questions
+        {"prompt": q} if api == "completion" else {"messages": [{"role": "user", "content": q}]} for q in questions
     ]
 
 

@@ -8,7 +8,7 @@ SUBJECTS = ("rivers", "bread", "the moon", "a small dog", "old maps", "rain", "t
 STOPS = (".", "\n", " the", ["and", "?"])
 LENGTHS = (1, 4, 16, 48)  # new tokens
 LONG_PROMPTS = 1 / 8  # share
-LENGTH_FIELDS = {"chat": "max_tokens", "completions": "max_tokens", "responses": "max_output_tokens"}
+LENGTH_FIELDS = {"chat": "max_tokens", "completion": "max_tokens", "response": "max_output_tokens"}
 # What no server may answer with text, and on which path.
 BAD_BODIES: tuple[tuple[str, Any], ...] = (
     ("chat", b"{"),
@@ -18,15 +18,15 @@ BAD_BODIES: tuple[tuple[str, Any], ...] = (
     ("chat", {"messages": "Hello"}),
     ("chat", {"messages": [{"role": "user"}]}),
     ("chat", {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": -1}),
-    ("chat", {"messages": [{"role": "user", "content": "Hello"}], "temperature": 9}),
+    ("chat", {"messages": [{"role": "user", "content": "Hello"}], "temperature": -1}),
     ("chat", {"messages": [{"role": "user", "content": "Hello"}], "model": "another-model"}),
-    ("completions", {"prompt": {"text": "Hello"}}),
-    ("completions", {"prompt": "Hello", "n": 1000}),
-    ("completions", {"prompt": "Hello", "stop": 5}),
-    ("completions", {"prompt": "word " * 100_000}),
-    ("completions", {"prompt": [-1]}),
-    ("responses", {"input": 5}),
-    ("responses", {"input": "Hello", "previous_response_id": "resp_1"}),
+    ("completion", {"prompt": {"text": "Hello"}}),
+    ("completion", {"prompt": "Hello", "n": 1000}),
+    ("completion", {"prompt": "Hello", "stop": 5}),
+    ("completion", {"prompt": "word " * 100_000}),
+    ("completion", {"prompt": [-1]}),
+    ("response", {"input": 5}),
+    ("response", {"input": "Hello", "previous_response_id": "resp_1"}),
 )
 
 
@@ -61,7 +61,7 @@ def plan(draw: random.Random, model: str, long_words: int) -> Planned:
     is_streamed = draw.random() < 0.5
     if is_streamed:
         body |= streaming(path, has_usage=draw.random() < 0.5)
-    if path != "responses":
+    if path != "response":
         body |= extras(draw, path)
     kind = f"{path}, {'stream' if is_streamed else 'whole'}"
     if draw.random() < 0.15:
@@ -77,7 +77,7 @@ def prompt(draw: random.Random, path: str, long_words: int) -> dict[str, Any]:
     text = f"Tell me about {draw.choice(SUBJECTS)}"
     if draw.random() < LONG_PROMPTS:
         text += " and more" * (long_words // 2)
-    field_values = {"chat": {"messages": [{"role": "user", "content": text}]}, "completions": {"prompt": text}}
+    field_values = {"chat": {"messages": [{"role": "user", "content": text}]}, "completion": {"prompt": text}}
     return field_values.get(path, {"input": text})
 
 
@@ -102,5 +102,5 @@ def greedy(draw: random.Random, kind: str, model: str, tokens: int) -> Planned:
 
 def streaming(path: str, has_usage: bool = True) -> dict[str, Any]:
     """Returns the fields of a stream; that of responses always has the usage."""
-    options = {"stream_options": {"include_usage": True}} if has_usage and path != "responses" else {}
+    options = {"stream_options": {"include_usage": True}} if has_usage and path != "response" else {}
     return {"stream": True, **options}
