@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..decoding.proposals import Proposer
+from ..inference.options import Sampling
 from .access import Access, error_response
 from .answers import Answer, ChatAnswer, TextAnswer
 from .call import Refusal
@@ -102,7 +103,9 @@ class Service:
         )
         self.metrics = ServerMetrics(self.scheduler)
         described = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "tinyllama_hf"}
-        self._model = {**described, "max_model_len": limits.context, "is_chat": bool(tokenizer.chat_template), **facts}
+        defaults = {"temperature": Sampling.temperature, "top_p": Sampling.top_p, "max_tokens": limits.new_tokens}
+        own = {"max_model_len": limits.context, "is_chat": bool(tokenizer.chat_template), "defaults": defaults}
+        self._model = {**described, **own, **facts}
 
     async def models(self) -> dict[str, Any]:
         """Lists the model."""
