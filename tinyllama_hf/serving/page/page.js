@@ -183,6 +183,7 @@ async function call(path, options = {}) {
     if (response.status === 401 && (key !== sent || await askForKey(Boolean(sent)))) continue;
     const wait = response.headers.get("Retry-After");
     throw new Error((error?.message ?? `The server answered with status ${response.status}.`) +
+      (error?.code === "context_length_exceeded" ? ". Start a new conversation, or edit the message." : "") +
       (wait ? ` Try again in ${wait} s.` : ""));
   }
 }
@@ -387,7 +388,7 @@ function showList() {
 }
 
 function showModel() {
-  const { id, dtype, quantization, draft, max_model_len, is_chat, defaults = {} } = model;
+  const { id, dtype, quantization, draft, max_model_len, is_chat, defaults } = model;
   document.title = $("#name").textContent = id;
   $("#details").textContent = [dtype, quantization === "none" ? "not quantized" : quantization, draft && `draft ${draft}`,
     `context of ${count(max_model_len)} tokens`].filter(Boolean).join(" · ");
@@ -398,7 +399,7 @@ function showModel() {
   $("#examples").replaceChildren(...EXAMPLES[is_chat ? "chat" : "text"].map((text) =>
     make("button", { type: "button", textContent: text, onclick: () => send(text) }, [])));
   for (const name of ["temperature", "top_p", "max_tokens"])
-    fields[name].placeholder = defaults[name] ?? "server's default";
+    fields[name].placeholder = defaults[name];
   fields.max_tokens.max = max_model_len;
 }
 
