@@ -407,7 +407,7 @@ def test_the_key(browser, local):
 def test_a_refusal_and_its_retry(page, server):
     server.refusal = (429, "64 requests are waiting", {"Retry-After": "7"})
     say(page, "One?")
-    assert "64 requests are waiting Try again in 7 s." in page.text("#problem")
+    assert "64 requests are waiting. Try again in 7 s." in page.text("#problem")
     server.pieces = ["yes"]
     page.type("typed meanwhile")
     page.click("#problem button")

@@ -183,8 +183,8 @@ async function call(path, options = {}) {
     const error = (await response.json().catch(() => null))?.error;
     if (response.status === 401 && (key !== sent || await askForKey(Boolean(sent)))) continue;
     const wait = response.headers.get("Retry-After");
-    throw new Error((error?.message ?? `The server answered with status ${response.status}.`) +
-      (error?.code === "context_length_exceeded" ? ". Start a new conversation, or edit the message." : "") +
+    throw new Error((error?.message ?? `The server answered with status ${response.status}`).replace(/\.?$/, ".") +
+      (error?.code === "context_length_exceeded" ? " Start a new conversation, or edit the message." : "") +
       (wait ? ` Try again in ${wait} s.` : ""));
   }
 }
