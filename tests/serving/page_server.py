@@ -1,4 +1,4 @@
-"""A server of the page in this process, and one whose answers a test writes, for what no model does when asked."""
+"""The server with its page in this process; on request it sends prepared events in place of the model's reply."""
 
 import asyncio
 import contextlib
@@ -6,7 +6,6 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -15,81 +14,53 @@ fastapi = pytest.importorskip("fastapi")
 responses = pytest.importorskip("fastapi.responses")
 uvicorn = pytest.importorskip("uvicorn")
 
-PAGE = Path(__file__).parents[2] / "tinyllama_hf" / "serving" / "page"
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-MODEL = {
-    "id": "my-model",
-    "max_model_len": 400,
-    "dtype": "float32",
-    "quantization": "none",
-    "draft": None,
-    "is_chat": True,
-}
 
+class PageServer:
+    """`serve --page` for a model.
 
-def add_page(app: fastapi.FastAPI, model: dict) -> None:
-    """Adds the files of the page and the list of models to an app."""
-
-    def send_file(name: str = "index.html") -> responses.FileResponse:
-        headers = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"}
-        return responses.FileResponse(PAGE / name, headers=headers)
-
-    app.router.routes[:] = [r for r in app.router.routes if not getattr(r, "path", "").startswith("/v1/models")]
-    app.add_api_route("/v1/models", lambda: {"object": "list", "data": [model]})
-    for name in ("", "page.css", "page.js"):
-        app.add_api_route(f"/{name}", lambda name=name or "index.html": send_file(name), include_in_schema=False)
-
-
-@contextlib.contextmanager
-def serve_app(app: fastapi.FastAPI, port: int = 0) -> Iterator[str]:
-    """Serves an app in a thread of this process, and yields its address."""
-    config = uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    finally:
-        server.should_exit = True
-        thread.join(timeout=60)
-
-
-class ScriptedServer:
-    """A server of the page that sends prepared events.
+    Args:
+        model (`PreTrainedModel`), tokenizer (`PreTrainedTokenizerFast`), proposer (`Proposer`, *optional*): as loaded.
+        api_key (`str`, *optional*): clients must send it.
+        summary: what `/v1/models` tells of the model.
 
     Attributes:
-        pieces (`list`): what the next reply consists of: texts, seconds to wait, and events.
-        refusal (`tuple`, *optional*): status, message and headers of the answer to the next request instead.
-        key (`str`, *optional*): the key without which requests are refused.
-        bodies (`list[dict]`): the requests so far.
+        pieces (`list`, *optional*): what the next replies consist of, in place of the model's: texts, seconds to wait,
+            and events.
+        refusal (`tuple`, *optional*): status, message and headers of the answer to the next request.
+        bodies (`list[dict]`): the requests that got prepared replies.
     """
 
-    def __init__(self, **model):
-        self.pieces, self.refusal, self.key, self.bodies = [], None, None, []
-        self.app = fastapi.FastAPI()
-        self.model = MODEL | model
-        add_page(self.app, self.model)
-        self.app.middleware("http")(self.check)
-        for path in ("/v1/chat/completions", "/v1/completions"):
-            self.app.add_api_route(path, self.answer, methods=["POST"])
+    def __init__(self, model, tokenizer, proposer=None, api_key=None, **summary):
+        from tinyllama_hf.serving.app import ServerOptions, build_app
 
-    async def check(self, request: fastapi.Request, proceed):
-        status, message, headers = self.refusal or (401, "a key is needed", {})
-        is_allowed = not self.key or request.headers.get("Authorization") == f"Bearer {self.key}"
-        if not request.url.path.startswith("/v1") or (is_allowed and not self.refusal):
-            return await proceed(request)
+        options = ServerOptions(page=True, api_key=api_key)
+        summary = {"dtype": "float32", "quantization": "none", "draft": None} | summary
+        self.app = build_app("my-model", model, tokenizer, proposer, options, summary)
+        self.app.add_middleware(_Prepared, server=self)
+        self.reset()
+
+    def reset(self) -> None:
+        self.pieces, self.refusal, self.bodies = None, None, []
+
+    @contextlib.contextmanager
+    def running(self, port: int = 0) -> Iterator[str]:
+        """Serves in a thread, and yields the address of the page."""
+        server = uvicorn.Server(uvicorn.Config(self.app, port=port, log_level="warning", timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
+        finally:
+            server.should_exit = True
+            thread.join(timeout=60)
+
+    def refuse(self) -> "responses.Response":
+        status, message, headers = self.refusal
         self.refusal = None
         return responses.JSONResponse({"error": {"message": message}}, status_code=status, headers=headers)
-
-    async def answer(self, request: fastapi.Request) -> responses.StreamingResponse:
-        self.bodies.append(await request.json())
-        return responses.StreamingResponse(self.events(), media_type="text/event-stream")
 
     async def events(self):
         usage = {"prompt_tokens": 10, "completion_tokens": sum(isinstance(piece, str) for piece in self.pieces)}
@@ -101,3 +72,18 @@ class ScriptedServer:
             event = {"choices": [{"delta": {"content": piece}}]} if isinstance(piece, str) else piece
             yield f"data: {json.dumps(event)}\n\n"
         yield "data: [DONE]\n\n"
+
+
+class _Prepared:
+    def __init__(self, app, server: PageServer):
+        self.app, self.server = app, server
+
+    async def __call__(self, scope, receive, send) -> None:
+        server, app = self.server, self.app
+        if scope["type"] == "http" and scope["method"] == "POST":
+            if server.refusal is not None:
+                app = server.refuse()
+            elif server.pieces is not None:
+                server.bodies.append(await fastapi.Request(scope, receive).json())
+                app = responses.StreamingResponse(server.events(), media_type="text/event-stream")
+        await app(scope, receive, send)

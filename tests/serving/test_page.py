@@ -7,7 +7,8 @@ import re
 import pytest
 
 from tests.serving.browser import Browser
-from tests.serving.page_server import MODEL, ScriptedServer, add_page, serve_app
+from tests.serving.page_server import PageServer
+from tests.serving.served import Server
 from tinyllama_hf.finetune.conversations import read_conversations
 
 
@@ -63,33 +64,38 @@ def browser(chromium):
     assert not written
 
 
-@pytest.fixture
-def scripted():
-    return ScriptedServer()
+@pytest.fixture(scope="module")
+def served(local):
+    """The server of a random model, which tests may tell what to reply, and its address."""
+    made = PageServer(*local)
+    with made.running() as url:
+        yield made, url
 
 
 @pytest.fixture
-def page(browser, scripted):
-    """The page of the scripted server."""
-    with serve_app(scripted.app) as url:
-        visit(browser, url)
-        yield browser
+def server(served):
+    served[0].reset()
+    return served[0]
+
+
+@pytest.fixture
+def page(browser, served, server):
+    """The page of this server."""
+    visit(browser, served[1])
+    return browser
 
 
 @pytest.fixture(scope="module", params=["micro", pytest.param("smollm2", marks=pytest.mark.slow)])
-def real_url(request, local):
-    """The page of a real model: a random one, and one that speaks."""
-    from tinyllama_hf import load
-    from tinyllama_hf.serving.app import build_app
-
+def real_url(request, tmp_path_factory):
+    """The page of a real model: a random one, and by the command one that speaks."""
     if request.param == "micro":
-        model, tokenizer = local
+        with PageServer(*request.getfixturevalue("local")).running() as url:
+            yield url
     else:
-        model, tokenizer = load(request.getfixturevalue("smollm2"))
-    app = build_app("my-model", model, tokenizer)
-    add_page(app, MODEL | {"max_model_len": model.config.max_position_embeddings})
-    with serve_app(app) as url:
-        yield url
+        options = ("--page", "--dtype", "fp32", "--device", "cpu")
+        started = Server(request.getfixturevalue("smollm2"), tmp_path_factory.mktemp("cwd"), *options)
+        yield started.url.removesuffix("v1")
+        started.stop()
 
 
 def visit(browser, url):
@@ -126,15 +132,16 @@ def roles(browser):
 def test_conversation_with_a_real_model(browser, real_url):
     """By keyboard alone. The text on the page is the text that the server sends to any client."""
     visit(browser, real_url)
-    assert browser.text("#name") == "my-model" and "float32 · not quantized · context of" in browser.text("#details")
+    client = openai.OpenAI(base_url=f"{real_url}v1", api_key="none", max_retries=0)
+    (model,) = client.models.list()
+    assert browser.text("#name") == model.id and "float32 · not quantized · context of" in browser.text("#details")
     configure(browser, temperature="0", max_tokens="24", system="Be brief.")
     say(browser, "Say hello.")
     say(browser, "And now goodbye.")
-    client = openai.OpenAI(base_url=f"{real_url}v1", api_key="none", max_retries=0)
     messages = [{"role": "system", "content": "Be brief."}]
     for i, question in enumerate(("Say hello.", "And now goodbye.")):
         messages.append({"role": "user", "content": question})
-        right = client.chat.completions.create(model="my-model", messages=messages, temperature=0, max_tokens=24)
+        right = client.chat.completions.create(model=model.id, messages=messages, temperature=0, max_tokens=24)
         messages.append({"role": "assistant", "content": right.choices[0].message.content})
         assert roles(browser)[2 * i : 2 * i + 2] == [(m["role"], m["content"]) for m in messages[-2:]]
     tokens = right.usage.completion_tokens
@@ -164,11 +171,8 @@ def test_the_reply_appears_while_it_is_generated(browser, real_url):
 def test_a_base_model_continues_texts(browser, served_folder):
     """Without a template; a second Continue continues the whole text so far."""
     from tinyllama_hf import load
-    from tinyllama_hf.serving.app import build_app
 
-    app = build_app("my-model", *load(served_folder))
-    add_page(app, MODEL | {"is_chat": False})
-    with serve_app(app) as url:
+    with PageServer(*load(served_folder)).running() as url:
         visit(browser, url)
         assert "--template" in browser.text("#empty") and browser.text("#send") == "Continue"
         configure(browser, temperature="0", max_tokens="8")
@@ -187,10 +191,10 @@ def test_a_base_model_continues_texts(browser, served_folder):
         assert roles(browser)[0] == ("user", "def f(x): # a function") and len(roles(browser)) == 2
 
 
-def test_states(page, scripted):
+def test_states(page, server):
     """Empty, waiting, reply under way, finished."""
     assert len(page.texts("#examples button")) == 3 and not page.texts("article")
-    scripted.pieces = [0.5, "Because ", 0.5, "of **scattering**."]
+    server.pieces = [0.5, "Because ", 0.5, "of **scattering**."]
     page.click("#examples button")
     assert page.wait("document.querySelector('.waiting') && document.querySelector('#send').textContent") == "Stop"
     assert page.wait("document.querySelector('.open:not(.waiting) .content')?.textContent === 'Because '")
@@ -200,11 +204,11 @@ def test_states(page, scripted):
     assert "first token 0.5" in page.texts(".stats")[1]
 
 
-def test_what_is_sent(page, scripted):
+def test_what_is_sent(page, server):
     """Settings without a value are left out, so that the server's defaults hold."""
-    scripted.pieces = ["yes"]
+    server.pieces = ["yes"]
     say(page, "One?")
-    assert scripted.bodies[-1] == {
+    assert server.bodies[-1] == {
         "model": "my-model",
         "stream": True,
         "stream_options": {"include_usage": True},
@@ -212,53 +216,53 @@ def test_what_is_sent(page, scripted):
     }
     configure(page, temperature="0.5", top_p="0.9", max_tokens="9", seed="7", stop="END\n\nSTOP", system="Be kind.")
     say(page, "Two<Shift+Enter>lines?")
-    body = scripted.bodies[-1]
+    body = server.bodies[-1]
     assert body["messages"] == [
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "One?"},
         {"role": "assistant", "content": "yes"},
         {"role": "user", "content": "Two\nlines?"},
     ]
-    assert {k: v for k, v in body.items() if k not in scripted.bodies[0]} == {
+    assert {k: v for k, v in body.items() if k not in server.bodies[0]} == {
         **{"temperature": 0.5, "top_p": 0.9, "max_tokens": 9, "seed": 7, "stop": ["END", "STOP"]}
     }
     page.click("#open-settings")
     page.click("#reset")
     page.click("#settings [type=submit]")
     say(page, "Three?")
-    assert scripted.bodies[-1].keys() == scripted.bodies[0].keys()
+    assert server.bodies[-1].keys() == server.bodies[0].keys()
 
 
-def test_invalid_settings_are_refused_at_once(page, scripted):
+def test_invalid_settings_are_refused_at_once(page, server):
     configure(page, temperature="3")
     invalid = page.run("return [...document.querySelectorAll('#settings[open] input:invalid')].map((one) => one.name)")
     assert invalid == ["temperature"]
     page.type("<Escape>")
     page.wait("!document.querySelector('#settings').open")
-    scripted.pieces = ["x"]
+    server.pieces = ["x"]
     say(page, "One?")
-    assert "temperature" not in scripted.bodies[-1]
+    assert "temperature" not in server.bodies[-1]
 
 
-@pytest.mark.parametrize("defaults", [{}, {"defaults": {"temperature": 0.8, "top_p": 0.95, "max_tokens": 1024}}])
-def test_defaults_and_properties_of_the_server(browser, defaults):
-    server = ScriptedServer(draft="tiny", quantization="nf4", dtype="bfloat16", **defaults)
-    with serve_app(server.app) as url:
+def test_properties_of_the_server(browser, local):
+    """With a draft, each reply shows how many of its tokens were accepted."""
+    from tinyllama_hf.inference.load import load_draft
+
+    made = PageServer(*local, load_draft("lookup", *local), draft="lookup", quantization="nf4", dtype="bfloat16")
+    with made.running() as url:
         visit(browser, url)
-        assert browser.text("#details") == "bfloat16 · nf4 · draft tiny · context of 400 tokens"
-        shown = browser.run("return document.querySelector('#settings [name=temperature]').placeholder")
-        assert shown == ("0.8" if defaults else "server's default")
-        accepted = {"accepted_prediction_tokens": 6, "rejected_prediction_tokens": 2}
-        usage = {"prompt_tokens": 5, "completion_tokens": 9, "completion_tokens_details": accepted}
-        server.pieces = ["x", {"choices": [], "usage": usage}, {"error": {"message": "the end"}}]
-        say(browser, "One?")
-        assert "75% of 8 drafted tokens accepted" in browser.texts(".stats")[1]
+        assert browser.text("#details") == "bfloat16 · nf4 · draft lookup · context of 400 tokens"
+        shown = browser.run("return [...document.querySelectorAll('#settings input')].map((one) => one.placeholder)")
+        assert shown == ["0.8", "0.95", "400", "random"]
+        configure(browser, temperature="0", max_tokens="60")
+        say(browser, "One, two, three, four, one, two, three, four, one")
+        assert re.search(r"\d+% of \d+ drafted tokens accepted$", browser.texts(".stats")[-1])
 
 
-def test_retry_and_edit(page, scripted):
-    scripted.pieces = ["first"]
+def test_retry_and_edit(page, server):
+    server.pieces = ["first"]
     say(page, "One?")
-    scripted.pieces = ["second"]
+    server.pieces = ["second"]
     page.click("article.assistant .retry")
     page.wait("document.querySelector('article.assistant .content').textContent === 'second'")
     page.wait(WAITING)
@@ -272,15 +276,15 @@ def test_retry_and_edit(page, scripted):
     say(page, " Or two?")
     assert roles(page) == [("user", "One? Or two?"), ("assistant", "second")]
     assert page.run("return document.querySelector('#text').value") == "a draft"
-    scripted.refusal = (503, "the server ends", {})
+    server.refusal = (503, "the server ends", {})
     page.click("article.assistant .retry")
     page.wait("!document.querySelector('#notice').hidden")
     assert roles(page)[1] == ("assistant", "second"), "a reply is replaced only by another one"
 
 
-def test_conversations_are_kept(page, scripted):
+def test_conversations_are_kept(page, server):
     """After a reload, too; a new name and a deletion are final, and deleting is confirmed."""
-    scripted.pieces = ["yes"]
+    server.pieces = ["yes"]
     say(page, "One?")
     page.click("#new")
     say(page, "Two?")
@@ -305,12 +309,12 @@ def test_conversations_are_kept(page, scripted):
     assert [one["title"] for one in stored(page)] == ["Two?"] and not page.texts("article")
 
 
-def test_a_reply_goes_on_while_another_conversation_is_open(page, scripted):
-    scripted.pieces = ["one ", 1.0, "two"]
+def test_a_reply_goes_on_while_another_conversation_is_open(page, server):
+    server.pieces = ["one ", 1.0, "two"]
     page.type("First<Enter>")
     page.wait("document.querySelector('.open .content').textContent === 'one '")
     page.click("#new")
-    scripted.pieces = ["other"]
+    server.pieces = ["other"]
     say(page, "Second")
     assert page.texts("article .content") == ["Second", "other"]
     page.click("#list li:last-child .title")
@@ -318,14 +322,14 @@ def test_a_reply_goes_on_while_another_conversation_is_open(page, scripted):
     assert page.texts("article .content") == ["First", "one two"]
 
 
-def test_export_is_what_fine_tuning_reads(page, scripted, downloads):
-    scripted.pieces = ["yes ü"]
+def test_export_is_what_fine_tuning_reads(page, server, downloads):
+    server.pieces = ["yes ü"]
     configure(page, system="Be kind.")
     say(page, "One?")
-    scripted.refusal = (503, "busy", {})
+    server.refusal = (503, "busy", {})
     say(page, "unanswered")
     page.click("#new")
-    scripted.refusal = (503, "busy", {})
+    server.refusal = (503, "busy", {})
     say(page, "never answered")
     page.click("#export")
     path = downloads / "conversations.jsonl"
@@ -336,9 +340,9 @@ def test_export_is_what_fine_tuning_reads(page, scripted, downloads):
     assert "yes ü" in str(conversation)
 
 
-def test_broken_storage(page, scripted):
+def test_broken_storage(page, server):
     """What cannot be read is named and left unchanged, and the rest works."""
-    scripted.pieces = ["yes"]
+    server.pieces = ["yes"]
     say(page, "One?")
     broken = ["{", '{"id": "b", "title": "b", "messages": [{"role": "user"}]}', "null"]
     for i, text in enumerate(broken):
@@ -353,17 +357,17 @@ def test_broken_storage(page, scripted):
     assert kept == broken
 
 
-def test_full_storage(page, scripted):
+def test_full_storage(page, server):
     page.run(
         "for (let size = 2 ** 22; size; size >>= 1)"
         " try { for (let i = 0; i < 9; i++) localStorage[`other${size}${i}`] = 'x'.repeat(size) } catch {}"
     )
-    scripted.pieces = ["yes"]
+    server.pieces = ["yes"]
     say(page, "One?")
     assert page.texts("article .content") == ["One?", "yes"] and "not saved" in page.text("#notice")
 
 
-def test_storage_that_is_switched_off(page, scripted):
+def test_storage_that_is_switched_off(page, server):
     """As in a browser that refuses all cookies, where even the name `localStorage` is an error."""
     off = (
         "for (const n of ['localStorage', 'sessionStorage']) Object.defineProperty(window, n, {get() {throw Error()}})"
@@ -372,17 +376,16 @@ def test_storage_that_is_switched_off(page, scripted):
     try:
         page.send("POST", "/refresh", {})
         page.wait("document.querySelector('#details').textContent && document.activeElement.id === 'text'")
-        scripted.pieces = ["yes"]
+        server.pieces = ["yes"]
         say(page, "One?")
         assert page.texts("article .content") == ["One?", "yes"] and "not saved" in page.text("#notice")
     finally:
         page.protocol("Page.removeScriptToEvaluateOnNewDocument", **script)
 
 
-def test_the_key(browser, scripted):
+def test_the_key(browser, local):
     """It is asked for until it is right, then kept for this tab only."""
-    scripted.key = "secret"
-    with serve_app(scripted.app) as url:
+    with PageServer(*local, api_key="secret").running() as url:
         browser.open(url)
         browser.wait("document.querySelector('#ask').open")
         browser.type("<Escape>")
@@ -393,19 +396,19 @@ def test_the_key(browser, scripted):
         browser.wait("document.querySelector('#ask p').textContent.includes('refused')")
         browser.type("secret<Enter>")
         browser.wait("document.querySelector('#details').textContent")
-        scripted.pieces = ["yes"]
+        configure(browser, max_tokens="4")
         say(browser, "One?")
-        assert browser.texts("article .content") == ["One?", "yes"]
+        assert roles(browser)[1][1]
         browser.send("POST", "/refresh", {})
         browser.wait("document.querySelectorAll('article').length === 2")
         assert "secret" not in browser.run("return JSON.stringify(localStorage) + document.body.innerHTML")
 
 
-def test_a_refusal_and_its_retry(page, scripted):
-    scripted.refusal = (429, "64 requests are waiting", {"Retry-After": "7"})
+def test_a_refusal_and_its_retry(page, server):
+    server.refusal = (429, "64 requests are waiting", {"Retry-After": "7"})
     say(page, "One?")
-    assert "64 requests are waiting Try again in 7 s." in page.text("#problem")
-    scripted.pieces = ["yes"]
+    assert "64 requests are waiting. Try again in 7 s." in page.text("#problem")
+    server.pieces = ["yes"]
     page.type("typed meanwhile")
     page.click("#problem button")
     page.wait("document.querySelectorAll('article').length === 2")
@@ -414,16 +417,16 @@ def test_a_refusal_and_its_retry(page, scripted):
     assert page.run("return document.querySelector('#text').value") == "typed meanwhile"
 
 
-def test_a_server_that_is_gone(browser, scripted):
+def test_a_server_that_is_gone(browser, server):
     """Nothing typed is lost, also over a reload without the server; Retry works when it is back."""
-    with serve_app(scripted.app) as url:
+    with server.running() as url:
         visit(browser, url)
     say(browser, "One?")
     assert "does not answer" in browser.text("#problem") and browser.texts("article .content") == ["One?"]
     say(browser, "Two?")
     assert browser.texts("article .content") == ["One?\n\nTwo?"]
-    scripted.pieces = ["yes"]
-    with serve_app(scripted.app, int(url.split(":")[-1].strip("/"))):
+    server.pieces = ["yes"]
+    with server.running(int(url.split(":")[-1].strip("/"))):
         browser.click("#problem button")
         browser.wait("document.querySelectorAll('article').length === 2")
         browser.wait(WAITING)
@@ -434,11 +437,11 @@ def test_a_server_that_is_gone(browser, scripted):
     ("end", "message"),
     [({"error": {"message": "out of memory"}}, "out of memory"), (None, "The connection to the server ended")],
 )
-def test_a_reply_that_breaks_off(browser, scripted, end, message):
+def test_a_reply_that_breaks_off(browser, server, end, message):
     """The text so far stays, with the reason."""
-    scripted.pieces = ["some text", end or 30.0]
+    server.pieces = ["some text", end or 30.0]
     with contextlib.ExitStack() as stack:
-        visit(browser, stack.enter_context(serve_app(scripted.app)))
+        visit(browser, stack.enter_context(server.running()))
         browser.type("One?<Enter>")
         browser.wait("document.querySelector('article.assistant .content')?.textContent === 'some text'")
         if end is None:
@@ -447,11 +450,11 @@ def test_a_reply_that_breaks_off(browser, scripted, end, message):
         assert message in browser.texts(".stats")[1] and roles(browser)[1] == ("assistant", "some text")
 
 
-def test_the_context_is_full(page, scripted):
-    scripted.pieces = ["x"] * 300 + [{"choices": [{"delta": {}, "finish_reason": "length"}]}]
+def test_the_context_is_full(page, server):
+    server.pieces = ["x"] * 300 + [{"choices": [{"delta": {}, "finish_reason": "length"}]}]
     say(page, "One?")
     assert "310 of 400" in page.text("#used") and "limit of tokens" in page.texts(".stats")[1]
-    scripted.pieces = ["x"] * 350
+    server.pieces = ["x"] * 350
     say(page, "Two?")
     assert "90% of the context" in page.text("#used")
 
@@ -463,9 +466,9 @@ HOSTILE = (
 )
 
 
-def test_a_hostile_reply_is_text(page, scripted):
+def test_a_hostile_reply_is_text(page, server):
     """As a reply and as a title; the fence without an end is a block of code."""
-    scripted.pieces = [HOSTILE]
+    server.pieces = [HOSTILE]
     say(page, "<img src=x onerror='window.hit = 1'>")
     page.send("POST", "/refresh", {})
     page.wait("document.querySelectorAll('article').length === 2")
@@ -480,7 +483,7 @@ def test_a_hostile_reply_is_text(page, scripted):
     assert links == [["http:", "noopener noreferrer"], ["https:", "noopener noreferrer"]]
 
 
-def test_a_reply_under_way_is_drawn_once_per_frame(page, scripted):
+def test_a_reply_under_way_is_drawn_once_per_frame(page, server):
     """And only its last block: the nodes of finished blocks stay."""
     page.run(
         "window.frames_ = 0; window.draws = 0;"
@@ -488,7 +491,7 @@ def test_a_reply_under_way_is_drawn_once_per_frame(page, scripted):
         "new MutationObserver(() => draws++)"
         ".observe(document.querySelector('#log'), { subtree: true, childList: true, characterData: true })"
     )
-    scripted.pieces = ["The *first* block.\n\n", 0.2, *["word "] * 3000, 0.2, "end"]
+    server.pieces = ["The *first* block.\n\n", 0.2, *["word "] * 3000, 0.2, "end"]
     page.type("One?<Enter>")
     page.wait("document.querySelector('.open em')")
     page.run("window.first = document.querySelector('.open em')")
@@ -499,20 +502,20 @@ def test_a_reply_under_way_is_drawn_once_per_frame(page, scripted):
     assert page.text("article.assistant").count("word") == 3000
 
 
-def test_replies_are_announced_once(page, scripted):
+def test_replies_are_announced_once(page, server):
     page.run(
         "window.said = []; const element = document.querySelector('#announcement');"
         "new MutationObserver(() => said.push(element.textContent)).observe(element, { childList: true })"
     )
-    scripted.pieces = ["one ", 0.1, "two ", 0.1, "three"]
+    server.pieces = ["one ", 0.1, "two ", 0.1, "three"]
     say(page, "One?")
     assert page.run("return said") == ["The model is replying.", "one two three"]
     assert page.run("return [...document.querySelectorAll('[aria-live], [role=log]')].length") == 0
 
 
-def test_enter_while_composing_does_not_send(page, scripted):
+def test_enter_while_composing_does_not_send(page, server):
     """A Japanese or Chinese input method takes Enter for itself."""
-    scripted.pieces = ["yes"]
+    server.pieces = ["yes"]
     page.protocol("Input.imeSetComposition", text="にほん", selectionStart=3, selectionEnd=3)
     page.protocol("Input.dispatchKeyEvent", type="keyDown", key="Enter", code="Enter", windowsVirtualKeyCode=13)
     assert not page.texts("article") and page.run("return document.querySelector('#text').value") == "にほん"
@@ -521,9 +524,9 @@ def test_enter_while_composing_does_not_send(page, scripted):
     assert page.texts("article .content")[0] == "日本"
 
 
-def test_keyboard_alone(page, scripted):
+def test_keyboard_alone(page, server):
     """Tab reaches every control in view, each with a name and a visible focus."""
-    scripted.pieces = ["```\ncode\n```"]
+    server.pieces = ["```\ncode\n```"]
     say(page, "One?")
     reached = []
     for _ in range(40):
@@ -544,11 +547,11 @@ def test_keyboard_alone(page, scripted):
     assert len(controls) > 9 and all(node["name"].get("value") for node in controls)
 
 
-def test_copy(page, scripted):
-    scripted.pieces = ["Run:\n\n```sh\nls -l\n```"]
+def test_copy(page, server):
+    server.pieces = ["Run:\n\n```sh\nls -l\n```"]
     say(page, "One?")
     page.protocol("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
-    for selector, text in ((".code button", "ls -l"), ("article.assistant .copy", scripted.pieces[0])):
+    for selector, text in ((".code button", "ls -l"), ("article.assistant .copy", server.pieces[0])):
         page.click(selector)
         page.wait(f"document.querySelector('{selector}').textContent === 'Copied'")
         assert page.run("return navigator.clipboard.readText()") == text
@@ -559,12 +562,10 @@ def test_copy(page, scripted):
 
 
 @pytest.mark.parametrize("width", [360, 390])
-def test_phone(page, scripted, width):
+def test_phone(page, server, width):
     """No scrolling to the side, whatever a reply holds; the list of conversations is behind a button."""
     page.resize(width, 740, is_phone=True)
-    scripted.pieces = [
-        f"{'x' * 300} `{'y' * 300}` https://a.org/{'z' * 300}\n\n```\n{'w' * 300}\n```\n\n1. {'v' * 300}"
-    ]
+    server.pieces = [f"{'x' * 300} `{'y' * 300}` https://a.org/{'z' * 300}\n\n```\n{'w' * 300}\n```\n\n1. {'v' * 300}"]
     say(page, "q" * 300)
     assert page.run("return document.documentElement.scrollWidth") == width
     assert page.run("const e = document.querySelector('#scroll'); return e.scrollWidth <= e.clientWidth")
@@ -581,13 +582,13 @@ def test_phone(page, scripted, width):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_contrast(page, scripted, scheme):
+def test_contrast(page, server, scheme):
     """At least 4.5:1 for every text, as WCAG AA asks."""
     page.prefer(prefers_color_scheme=scheme)
     assert page.run(CONTRAST) == []
-    scripted.pieces = ["Text, `code`, https://a.org\n\n```\nblock\n```"]
+    server.pieces = ["Text, `code`, https://a.org\n\n```\nblock\n```"]
     say(page, "One?")
-    scripted.refusal = (503, "the server ends", {})
+    server.refusal = (503, "the server ends", {})
     say(page, "Two?")
     assert page.run(CONTRAST) == []
     ground = page.run("return getComputedStyle(document.body).backgroundColor")
@@ -596,11 +597,23 @@ def test_contrast(page, scripted, scheme):
     assert page.run(CONTRAST) == []
 
 
-def test_reduced_motion(page, scripted):
-    scripted.pieces = [3.0, "late"]
+def test_reduced_motion(page, server):
+    server.pieces = [3.0, "late"]
     page.type("One?<Enter>")
     page.wait("document.querySelector('.waiting')")
     moving = "return document.getAnimations().length"
     assert page.run(moving) == 0
     page.prefer(prefers_reduced_motion="no-preference")
     assert page.run(moving) == 1
+
+
+def test_a_message_that_is_too_long(page, server):
+    """The model's own server says so; the message can be edited."""
+    page.run("document.querySelector('#text').value = 'word '.repeat(500)")
+    say(page, "")
+    assert "400" in page.text("#problem") and "Start a new conversation" in page.text("#problem")
+    page.click("article.user .edit")
+    page.run("document.querySelector('#text').value = ''")
+    server.pieces = ["yes"]
+    say(page, "Short?")
+    assert roles(page) == [("user", "Short?"), ("assistant", "yes")]

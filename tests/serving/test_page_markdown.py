@@ -3,7 +3,7 @@
 import pytest
 
 from tests.serving.browser import Browser
-from tests.serving.page_server import ScriptedServer, serve_app
+from tests.serving.page_server import PageServer
 
 
 RENDER = """
@@ -13,9 +13,9 @@ renderMarkdown(element, arguments[0]);
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
+def page(local, tmp_path_factory):
     started = Browser(tmp_path_factory.mktemp("downloads"))
-    with serve_app(ScriptedServer().app) as url:
+    with PageServer(*local).running() as url:
         started.open(url)
         yield started
         started.close()

@@ -15,15 +15,16 @@ from starlette.exceptions import HTTPException
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..decoding.proposals import Proposer
-from .client_access import Access, error_response
+from ..inference.options import Sampling
 from .answers import Answer, ChatAnswer, TextAnswer
 from .call import Refusal
-from .server_metrics import ServerMetrics
+from .client_access import Access, error_response
 from .request_fields import Kind, Limits, RequestReader
 from .response_answer import ResponseAnswer
 from .response_formats import grammar_tokenizer
 from .row_text import Piece
 from .scheduler import Row, Scheduler
+from .server_metrics import ServerMetrics
 
 
 _ANSWERS: dict[Kind, type[Answer]] = {"chat": ChatAnswer, "completion": TextAnswer, "response": ResponseAnswer}
@@ -102,12 +103,9 @@ class Service:
         )
         self.metrics = ServerMetrics(self.scheduler)
         basics = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "tinyllama_hf"}
-        self._model = {
-            **basics,
-            "max_model_len": limits.context,
-            "is_chat": bool(tokenizer.chat_template),
-            **described,
-        }
+        defaults = {"temperature": Sampling.temperature, "top_p": Sampling.top_p, "max_tokens": limits.new_tokens}
+        own = {"max_model_len": limits.context, "is_chat": bool(tokenizer.chat_template), "defaults": defaults}
+        self._model = {**basics, **own, **described}
 
     async def models(self) -> dict[str, Any]:
         """Lists the model."""

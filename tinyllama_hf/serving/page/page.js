@@ -15,7 +15,7 @@ const $ = (selector, within = document) => within.querySelector(selector);
 const clone = (id) => $(id).content.firstElementChild.cloneNode(true);
 const count = (number) => number.toLocaleString("en");
 
-function make(tag, properties, children) {
+function make(tag, properties = {}, children = []) {
   const element = Object.assign(document.createElement(tag), properties);
   for (const child of children) element.append(child);
   return element;
@@ -77,7 +77,7 @@ function splitBlocks(text) {
 }
 
 function list(lines) {
-  const root = make("div", {}, []), levels = []; // the open lists, outermost first, with their indentation
+  const root = make("div"), levels = []; // the open lists, outermost first, with their indentation
   for (const line of lines) {
     const [, space, mark, text] = line.match(ITEM) ?? [];
     if (mark === undefined) { levels.at(-1).element.lastChild.append("\n", ...inline(line.trim())); continue; }
@@ -88,7 +88,7 @@ function list(lines) {
     if (!level || deeper || level.element.localName !== tag) {
       if (level && !deeper) levels.pop();
       const parent = levels.at(-1)?.element.lastChild ?? root;
-      level = { indent: space.length, element: make(tag, tag === "ol" ? { start: parseInt(mark) } : {}, []) };
+      level = { indent: space.length, element: make(tag, tag === "ol" ? { start: parseInt(mark) } : {}) };
       parent.append(level.element);
       levels.push(level);
     }
@@ -99,8 +99,7 @@ function list(lines) {
 
 function code(block) {
   const text = block.lines.join("\n");
-  const copyButton = make("button", { type: "button", textContent: "Copy" }, []);
-  copyButton.ariaLabel = "Copy code";
+  const copyButton = make("button", { type: "button", textContent: "Copy", ariaLabel: "Copy code" });
   copyButton.onclick = () => copy(text, copyButton);
   return make("div", { className: "code" }, [
     make("div", {}, [make("span", {}, [block.language || "text"]), copyButton]),
@@ -145,8 +144,9 @@ function stored(name) {
   try { return JSON.parse(local.getItem(name)); } catch { return undefined; }
 }
 
-const isConversation = (it) => typeof it?.id === "string" && typeof it.title === "string" && Array.isArray(it.messages) &&
-  it.messages.every((message) => typeof message?.content === "string" && ["user", "assistant"].includes(message.role));
+const isMessage = (it) => typeof it?.content === "string" && ["user", "assistant"].includes(it.role);
+const isConversation = (it) => typeof it?.id === "string" && typeof it.title === "string" &&
+  Array.isArray(it.messages) && it.messages.every(isMessage);
 
 function loadConversations() {
   const names = Object.keys(local).filter((name) => name.startsWith(STORE + "conversation."));
@@ -165,7 +165,8 @@ function save(conversation) {
 
 function newConversation() {
   const id = Date.now().toString(36) + Math.random().toString(36).slice(2, 8);
-  return { id, title: "", kind: model?.is_chat === false ? "text" : "chat", system: settings.system ?? "", messages: [] };
+  const kind = model?.is_chat === false ? "text" : "chat";
+  return { id, title: "", kind, system: settings.system ?? "", messages: [] };
 }
 
 // ---- The server ----
@@ -182,13 +183,15 @@ async function call(path, options = {}) {
     const error = (await response.json().catch(() => null))?.error;
     if (response.status === 401 && (key !== sent || await askForKey(Boolean(sent)))) continue;
     const wait = response.headers.get("Retry-After");
-    throw new Error((error?.message ?? `The server answered with status ${response.status}.`) +
+    throw new Error((error?.message ?? `The server answered with status ${response.status}`).replace(/\.?$/, ".") +
+      (error?.code === "context_length_exceeded" ? " Start a new conversation, or edit the message." : "") +
       (wait ? ` Try again in ${wait} s.` : ""));
   }
 }
 
 async function askForKey(refused) {
-  const text = refused ? "The server refused this key." : "This server asks for a key. It is kept until you close this tab.";
+  const text = refused ? "The server refused this key."
+    : "This server asks for a key. It is kept until you close this tab.";
   asked ??= ask({ title: "API key", action: "Continue", type: "password", text }); // once for all requests
   const given = await asked;
   asked = null;
@@ -246,7 +249,7 @@ async function reply(conversation, old = null) {
       message.content += piece;
       if (choice?.finish_reason === "length") message.note = "cut off at the limit of tokens";
       usage = event.usage ?? usage;
-      if (piece) drawSoon(conversation);
+      if (piece) drawSoon();
     }
     if (!message.content) problem = "The model ended its reply without a word.";
   } catch (error) {
@@ -287,9 +290,9 @@ function describe({ note, stats }) {
 
 const running = new Map(); // id of a conversation -> AbortController of its reply
 const views = new WeakMap(); // message -> its element
-const frames = new Set(); // conversations that are drawn in the next frame
 let model = null, key = session.getItem(STORE + "key"), settings = stored(STORE + "settings") ?? {};
-let conversations = [], current = null, asked = null, editing = null; // `editing`: what the message box held before
+let conversations = [], current = null, frame = null, asked = null;
+let editing = null; // while the last message is edited, what the box held before
 conversations = loadConversations();
 
 function notify(text) {
@@ -320,21 +323,21 @@ function draw(message, conversation) {
   const isOpen = running.has(conversation.id) && message === conversation.messages.at(-1);
   view.classList.toggle("open", isOpen);
   view.classList.toggle("waiting", isOpen && !message.content);
-  if (message.role === "assistant" && conversation.kind !== "text") renderMarkdown($(".content", view), message.content);
-  else $(".content", view).textContent = message.content;
+  const content = $(".content", view);
+  if (message.role === "assistant" && conversation.kind !== "text") renderMarkdown(content, message.content);
+  else content.textContent = message.content;
   $(".stats", view).textContent = describe(message);
   return view;
 }
 
-// Draws a reply under way at most once per frame, and follows it unless the reader scrolled up.
-function drawSoon(conversation) {
-  if (!frames.size) requestAnimationFrame(() => {
+// Draws the reply under way at most once per frame, and follows it unless the reader scrolled up.
+function drawSoon() {
+  frame ??= requestAnimationFrame(() => {
     const follow = isAtEnd();
-    if (frames.has(current)) draw(current.messages.at(-1), current);
-    frames.clear();
+    frame = null;
+    if (running.has(current.id)) draw(current.messages.at(-1), current);
     if (follow) scrollToEnd();
   });
-  frames.add(conversation);
 }
 
 const isAtEnd = () => $("#scroll").scrollHeight - $("#scroll").scrollTop - $("#scroll").clientHeight < 60;
@@ -387,18 +390,18 @@ function showList() {
 }
 
 function showModel() {
-  const { id, dtype, quantization, draft, max_model_len, is_chat, defaults = {} } = model;
+  const { id, dtype, quantization, draft, max_model_len, is_chat, defaults } = model;
   document.title = $("#name").textContent = id;
-  $("#details").textContent = [dtype, quantization === "none" ? "not quantized" : quantization, draft && `draft ${draft}`,
-    `context of ${count(max_model_len)} tokens`].filter(Boolean).join(" · ");
+  $("#details").textContent = [dtype, quantization === "none" ? "not quantized" : quantization,
+    draft && `draft ${draft}`, `context of ${count(max_model_len)} tokens`].filter(Boolean).join(" · ");
   $("#empty h2").textContent = is_chat ? `Chat with ${id}` : `Continue a text with ${id}`;
   $("#empty p").replaceChildren(...(is_chat ? ["Conversations stay in this browser."] : [
     "This is a base model: it continues texts and does not answer. To chat, restart the server with a template: ",
     make("code", {}, ["tinyllama-hf serve MODEL --template llama2"])]));
   $("#examples").replaceChildren(...EXAMPLES[is_chat ? "chat" : "text"].map((text) =>
-    make("button", { type: "button", textContent: text, onclick: () => send(text) }, [])));
+    make("button", { type: "button", textContent: text, onclick: () => send(text) })));
   for (const name of ["temperature", "top_p", "max_tokens"])
-    fields[name].placeholder = defaults[name] ?? "server's default";
+    fields[name].placeholder = defaults[name];
   fields.max_tokens.max = max_model_len;
 }
 
@@ -447,7 +450,7 @@ function stopEditing() {
 async function copy(text, button) {
   if (navigator.clipboard) await navigator.clipboard.writeText(text);
   else { // on http, other than on this machine
-    const area = document.body.appendChild(make("textarea", { value: text, className: "unseen" }, []));
+    const area = document.body.appendChild(make("textarea", { value: text, className: "unseen" }));
     area.select();
     document.execCommand("copy");
     area.remove();
@@ -510,14 +513,15 @@ function exportAll() {
   });
   const text = rows.filter(Boolean).map((row) => JSON.stringify(row) + "\n").join("");
   const href = URL.createObjectURL(new Blob([text], { type: "application/jsonl" }));
-  make("a", { href, download: "conversations.jsonl" }, []).click();
+  make("a", { href, download: "conversations.jsonl" }).click();
   setTimeout(() => URL.revokeObjectURL(href), 60000);
 }
 
 const fields = $("#settings form").elements;
 
 function showSettings() {
-  for (const name of SETTINGS) fields[name].value = name === "stop" ? (settings.stop ?? []).join("\n") : settings[name] ?? "";
+  for (const name of SETTINGS) fields[name].value = settings[name] ?? "";
+  fields.stop.value = (settings.stop ?? []).join("\n");
   fields.system.value = current.system;
   fields.system.closest("label").hidden = current.kind === "text";
   $("#settings").showModal();
