@@ -59,6 +59,7 @@ OPTIONAL = {
     "fastapi": None,
     "uvicorn": None,
     "openai": None,
+    "llguidance": None,
 }
 SOURCES = sorted(
     p for part in ("tinyllama_hf", "tinyllama_hf_cli", "recipes", "eval") for p in (ROOT / part).rglob("*.py")
