@@ -35,7 +35,7 @@ from serving_mix import Planned, greedy, plan
 MAX_GROWTH = 0.05  # of memory, from a sixth of the time to its end
 MAX_BODY_MS = 100  # of the main thread's processor time
 SECONDS_TO_ANSWER = 300
-PAUSE_SECONDS = 0.5  # after status 429
+PAUSE_SECONDS = 0.5  # of a client after status 429, or without an answer
 BODY_SECONDS = 3  # the client leaves if a hostile body is valid and its reply long
 BURSTS = 10
 END_TOKENS = 256  # of each reply that is under way at the end
@@ -68,6 +68,36 @@ def main() -> None:
         sys.exit("wrong: " + "; ".join(wrong))
 
 
+class Health:
+    """Requests to `/health`, ten times a second.
+
+    Attributes:
+        seconds (`list[float]`): time of each.
+        failed (`int`): number of those without status 200.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.failed = 0
+
+    async def watch(self, client: ClientSession, url: str) -> None:
+        """Requests it until the task is canceled."""
+        while True:
+            began = time.perf_counter()
+            try:
+                async with client.get(f"{url.removesuffix('/v1')}/health") as response:
+                    self.failed += response.status != 200
+            except (ClientError, TimeoutError):
+                self.failed += 1
+            self.seconds.append(time.perf_counter() - began)
+            await asyncio.sleep(0.1)
+
+    def figures(self) -> dict[str, float]:
+        """Returns number and percentiles."""
+        times = {f"health_p{p}_ms": round(1e3 * percentile(self.seconds, p / 100), 1) for p in (50, 95, 100)}
+        return {"health_requests": len(self.seconds), "health_failed": self.failed, **times}
+
+
 class Hours:
     """The load on one server.
 
@@ -78,7 +108,7 @@ class Hours:
 
     def __init__(self, arguments: argparse.Namespace, server: ServerProcess | None):
         self.arguments, self.server, self.ledger = arguments, server, Ledger()
-        self.url, self.model = arguments.url, ""
+        self.url, self.model, self.health = arguments.url, "", Health()
 
     async def run(self) -> tuple[dict[str, Any], list[str]]:
         """Returns the figures, and what is wrong."""
@@ -86,8 +116,8 @@ class Hours:
         figures: dict[str, Any] = {name: getattr(self.arguments, name) for name in wanted}
         async with session(SECONDS_TO_ANSWER) as self.client:
             self.model = await model_name(self.client, self.url)
-            figures["load"] = await with_health(self.client, self.url, self._mixed_load())
-            figures["bodies"] = await with_health(self.client, self.url, self._hostile_bodies())
+            figures["load"] = await self._with_health(self._mixed_load())
+            figures["bodies"] = await self._with_health(self._hostile_bodies())
             if self.server:
                 figures["end"] = await self._end(self.server)
         wrong = problems_in(figures, self.ledger)
@@ -97,6 +127,13 @@ class Hours:
             for (kind, outcome), number in sorted(self.ledger.outcomes.items())
         ]
         return {**figures, "wrong": wrong, "outcomes": counts, "problems": self.ledger.problems[:100]}, wrong
+
+    async def _with_health(self, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+        self.health = Health()
+        watching = asyncio.create_task(self.health.watch(self.client, self.url))
+        figures = await work
+        watching.cancel()
+        return figures | self.health.figures()
 
     async def _mixed_load(self) -> dict[str, Any]:
         seconds, began = 60 * self.arguments.minutes, time.perf_counter()
@@ -131,7 +168,7 @@ class Hours:
     async def _request(self, planned: Planned, is_ending: bool = False) -> None:
         reply = await self._send(planned.path, planned.body, planned.leave_seconds, planned.leave_after)
         self.ledger.add(planned, reply, is_ending)
-        if reply.status == 429:
+        if reply.status in (0, 429) and not reply.has_left:
             await asyncio.sleep(PAUSE_SECONDS)
 
     async def _send(self, path: str, body: Any, leave_seconds: float | None, leave_after: int | None = None) -> Reply:
@@ -139,29 +176,27 @@ class Hours:
             async with asyncio.timeout(leave_seconds):
                 return await send(self.client, f"{self.url}/{PATHS[path]}", body, leave_after)
         except TimeoutError:
-            return Reply(has_left=True)
+            return Reply(has_left=True, seconds=leave_seconds or 0.0)
 
     async def _hostile_bodies(self) -> dict[str, Any]:
         """Sends each body alone; one that is valid after all may be answered, and the client leaves after a time."""
         sys.path.insert(0, str(Path(__file__).parents[1]))
         from tests.serving.hostile_bodies import hostile_bodies
 
-        costs: list[tuple[float, float, str]] = []
+        rows: list[dict[str, Any]] = []
         for name, path, body in hostile_bodies(self.arguments.bodies, self.arguments.seed):
             before = self.server.main_thread_seconds() if self.server else 0.0
+            already = len(self.health.seconds)
             reply = await self._send(path, body, BODY_SECONDS)
             after = self.server.main_thread_seconds() if self.server else 0.0
             self.ledger.add_hostile(name, path, body, reply)
-            costs.append((after - before, reply.seconds, f"{path}, {name}, {len(body):,} bytes"))
-        figures: dict[str, Any] = {"seconds_p50": round(percentile([wall for _, wall, _ in costs], 0.5), 4),
-                                   "seconds_max": round(max(wall for _, wall, _ in costs), 3)}  # fmt: skip
-        if self.server:
-            figures["main_thread_ms_mean"] = round(1e3 * statistics.fmean(cost for cost, _, _ in costs), 2)
-            figures["main_thread_ms_largest"] = [
-                {"ms": round(1e3 * cost), "seconds": round(wall, 3), "body": body}
-                for cost, wall, body in sorted(costs, reverse=True)[:5]
-            ]
-        return figures
+            row = {"body": f"{path}, {name}, {len(body):,} bytes", "ms": round(1e3 * reply.seconds)}
+            row["main_thread_ms"] = round(1e3 * (after - before))
+            row["health_ms"] = round(1e3 * max(self.health.seconds[already:], default=0))
+            rows.append(row)
+        keys = ("ms", "health_ms", *(["main_thread_ms"] if self.server else []))
+        means = {f"{key}_mean": round(statistics.fmean(row[key] for row in rows), 2) for key in keys}
+        return means | {f"{key}_largest": sorted(rows, key=lambda row, k=key: -row[k])[:5] for key in keys}
 
     async def _end(self, server: ServerProcess) -> dict[str, Any]:
         """Sends the signal while replies are generated, and a few requests after it."""
@@ -179,30 +214,6 @@ class Hours:
         return {"requests_under_way": number, "exit_status": status, "seconds": seconds}
 
 
-async def with_health(client: ClientSession, url: str, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
-    """Requests `/health` ten times a second while something else runs; adds the times to its figures."""
-    seconds: list[float] = []
-    failed = 0
-
-    async def request_health() -> None:
-        nonlocal failed
-        while True:
-            began = time.perf_counter()
-            try:
-                async with client.get(f"{url.removesuffix('/v1')}/health") as response:
-                    failed += response.status != 200
-            except (ClientError, TimeoutError):
-                failed += 1
-            seconds.append(time.perf_counter() - began)
-            await asyncio.sleep(0.1)
-
-    requesting = asyncio.create_task(request_health())
-    figures = await work
-    requesting.cancel()
-    times = {f"health_p{p}_ms": round(1e3 * percentile(seconds, p / 100), 1) for p in (50, 95, 100)}
-    return {**figures, "health_requests": len(seconds), "health_failed": failed, **times}
-
-
 def growth(samples: Sequence[tuple[float, float, float]]) -> dict[str, float]:
     """Returns the memory that is not shared after a sixth of the time and at its end, in megabytes, and the growth."""
     begin, window = len(samples) // 6, max(1, len(samples) // 20)
@@ -218,7 +229,11 @@ def problems_in(figures: dict[str, Any], ledger: Ledger) -> list[str]:
     if (grown := figures["load"].get("growth", 0)) > MAX_GROWTH:
         wrong.append(f"memory grew by {grown:.1%}, more than {MAX_GROWTH:.0%}")
     largest = figures["bodies"].get("main_thread_ms_largest", [])
-    wrong += [f"{row['ms']} ms of the main thread for {row['body']}" for row in largest if row["ms"] > MAX_BODY_MS]
+    wrong += [
+        f"{row['main_thread_ms']} ms of the main thread for {row['body']}"
+        for row in largest
+        if row["main_thread_ms"] > MAX_BODY_MS
+    ]
     failed = sum(figures[part]["health_failed"] for part in ("load", "bodies"))
     wrong += [f"{failed} requests for /health failed"] if failed else []
     status = figures.get("end", {}).get("exit_status", 0)
