@@ -61,7 +61,7 @@ ALLOWED: dict[tuple[str, str], str] = {
 }
 
 FOLDERS = ("tinyllama_hf", "tinyllama_hf_cli", "recipes", "eval", "benchmarks", "tests", "docs")
-KINDS = (".py", ".yaml", ".md", ".jinja", ".sh", ".sbatch", ".cfg", ".toml")
+KINDS = (".py", ".html", ".css", ".js", ".yaml", ".md", ".jinja", ".sh", ".sbatch", ".cfg", ".toml")
 SKIPPED = ("benchmarks/results/", "tests/test_words.py", "tests/upstream/")
 
 

@@ -153,7 +153,7 @@ def test_conversation_with_a_real_model(browser, real_url):
 def test_the_reply_appears_while_it_is_generated(browser, real_url):
     """And Escape ends it; the text so far stays, and the server is free for the next request."""
     visit(browser, real_url)
-    browser.type("Tell me a long story.<Enter>")
+    browser.type("Describe the sea at length.<Enter>")
     length = "document.querySelector('.open .content')?.textContent.length"
     first = browser.wait(length)
     browser.wait(f"{length} > {first}")
@@ -309,7 +309,7 @@ def test_conversations_are_kept(page, server):
     assert [one["title"] for one in stored(page)] == ["Two?"] and not page.texts("article")
 
 
-def test_a_reply_goes_on_while_another_conversation_is_open(page, server):
+def test_a_reply_continues_while_another_conversation_is_open(page, server):
     server.pieces = ["one ", 1.0, "two"]
     page.type("First<Enter>")
     page.wait("document.querySelector('.open .content').textContent === 'one '")

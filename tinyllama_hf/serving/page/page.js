@@ -107,8 +107,8 @@ function code(block) {
   ]);
 }
 
-// Renders a text, and leaves the blocks that did not change since the last call as they are: of a reply under way,
-// only the last block is built again.
+// Renders a text. Of a reply under way only the last block is built again: blocks that did not change since the last
+// call stay.
 export function renderMarkdown(element, text) {
   const blocks = splitBlocks(text);
   blocks.forEach((block, i) => {
