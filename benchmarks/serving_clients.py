@@ -65,12 +65,12 @@ class Reply:
         return len(self.arrivals) if self.tokens is None else self.tokens
 
 
-def session(seconds: float = 600, key: str | None = None) -> aiohttp.ClientSession:
+def session(seconds: float = 600) -> aiohttp.ClientSession:
     """Returns a client that waits up to `seconds` for an answer, and up to `seconds` for its next bytes."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(**_CONNECTIONS),
         timeout=aiohttp.ClientTimeout(total=None, sock_read=seconds, sock_connect=seconds),
-        headers=_HEADERS | ({"Authorization": f"Bearer {key}"} if key else {}),
+        headers=_HEADERS,
         read_bufsize=_LINE_BYTES,
     )
 

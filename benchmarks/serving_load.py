@@ -80,7 +80,8 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     expected = texts_alone(arguments.check, prompts, arguments.max_tokens) if arguments.check else None
     started: dict[str, ServerProcess] = {}
     try:
-        started |= {name: ServerProcess(command, urls[name]) for name, command in commands.items()}
+        for name, command in commands.items():  # one by one, so that those before one that fails are ended
+            started[name] = ServerProcess(command, urls[name])
         async with session() as client, asyncio.TaskGroup() as tasks:
             watching = [tasks.create_task(server.watch_memory(_MEMORY_SECONDS)) for server in started.values()]
             models = {name: models.get(name) or await model_name(client, url) for name, url in urls.items()}

@@ -22,13 +22,14 @@ USAGE = {"completion_tokens": 2}
 def scripts(monkeypatch):
     """The modules of the benchmarks, which import each other by their bare names."""
     monkeypatch.syspath_prepend(SCRIPTS)
+    import server_process
     import serving_clients
     import serving_hours
     import serving_ledger
     import serving_load
     import serving_mix
 
-    modules = (serving_clients, serving_hours, serving_ledger, serving_load, serving_mix)
+    modules = (server_process, serving_clients, serving_hours, serving_ledger, serving_load, serving_mix)
     return type("Scripts", (), {module.__name__: module for module in modules})
 
 
@@ -215,6 +216,11 @@ def command_of(folder, port, options=""):
 def free_port():
     with socketserver.TCPServer(("127.0.0.1", 0), None) as server:
         return server.server_address[1]
+
+
+def test_a_server_that_does_not_start(scripts):
+    with pytest.raises(SystemExit, match=r"did not answer at http://127\.0\.0\.1:1/v1\n.*no model here"):
+        scripts.server_process.ServerProcess(f"{sys.executable} -c 'exit(\"no model here\")'", "http://127.0.0.1:1/v1")
 
 
 def test_load_on_a_real_server(served_folder, results):
