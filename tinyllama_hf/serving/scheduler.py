@@ -218,7 +218,9 @@ class Scheduler:
             row = self._reading[0]
             try:
                 room -= self._read(row, room)
-            except Exception as error:  # of this row: the others continue
+            except Exception as error:
+                if row.key in self._rows:
+                    raise  # it was joining the batch, which may be damaged
                 logger.exception("row %d failed", row.key)
                 self._refuse([row], Refusal(f"the prompt failed: {one_line(error)}", 500))
             if row.has_ended or row.key in self._rows:
