@@ -176,7 +176,7 @@ def _schema(rng: random.Random, depth: int = 0) -> object:
             {"type": "string", "pattern": rng.choice(("^a+$", "(", r"\d{3,}", "(?=a)", "a{999}", "^$", r"\p{L}"))},
             {"type": "string", "format": rng.choice(("date", "uuid", "foo", "email", "ipv6"))},
             {"$ref": rng.choice(("#", "#/$defs/a", "#/properties/text", "x.json", ""))},
-            {"type": rng.choice(("null", "boolean", "strin", ["string", "null"], [], 5))},
+            {"type": rng.choice(("null", "boolean", "word", ["string", "null"], [], 5))},
             True, False, {},
         ])  # fmt: skip
     inner = [_schema(rng, depth + 1) for _ in range(rng.randrange(1, 4))]

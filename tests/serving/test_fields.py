@@ -116,10 +116,13 @@ OF_CHAT = [
      "response_format.schema: not supported with type 'json_object'"),
     ({"response_format": {"type": "json_schema"}}, "response_format: has no schema"),
     ({"response_format": {"type": "json_schema", "json_schema": {"schema": "x"}}}, "response_format: has no schema"),
-    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "strin"}}}},
-     "response_format: the JSON schema cannot be enforced (Invalid type: strin)"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "word"}}}},
+     "response_format: the JSON schema cannot be enforced (Invalid type: word)"),
     ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {"type": "string"}}}}},
      'response_format: the JSON schema cannot be enforced (Unimplemented keys: ["not"])'),
+    ({"response_format": {"type": "json_schema",
+                          "json_schema": {"schema": {"not": {}, "x-guidance": {"lenient": True}}}}},
+     "response_format: the JSON schema cannot be enforced (Unimplemented keys"),
     ({"response_format": JSON_SCHEMA, "min_tokens": 3}, "min_tokens: not valid with a JSON format"),
     ({"messages": None}, "messages: missing"),
     ({"messages": []}, "messages: empty"),
@@ -335,6 +338,14 @@ def test_the_length_of_a_reply(reader, local):
         assert row(short, kind, **{name: 5})["max_new_tokens"] == 5
     assert row(reader, prompt=[1] * (CONTEXT - 1), max_tokens=5)["max_new_tokens"] == 1
     assert refusal(reader, "completion", {"prompt": [1] * CONTEXT}).code == "context_length_exceeded"
+
+
+def test_messages_quote_a_part_of_a_long_value(reader):
+    for body in ({"temperature": "Once " * 9_999}, {"stop": ["x"] * 9_999}, {"k" * 9_999: 1}):
+        found = refusal(reader, "completion", body)
+        assert len(found.message) < (1_100 if "k" * 99 in found.message else 400) and "..." in found.message
+        assert found.message.startswith(found.param[:100])
+    assert refusal(reader, "completion", {"logit_bias": {"9" * 5_000: 1}}).param == "logit_bias"
 
 
 def test_limits(local):

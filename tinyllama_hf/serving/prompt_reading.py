@@ -91,7 +91,7 @@ def refusing(field: str) -> Iterator[None]:
         raise refused(field, str(error)) from error
 
 
-def read_prompts(
+def encode_prompts(
     given: Any, field: str, instructions: str | None, tokenizer: PreTrainedTokenizerFast, limits: Limits
 ) -> list[EncodedPrompt]:
     """Encodes the prompts of a request.

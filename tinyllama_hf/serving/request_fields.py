@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from ..errors import check_seed
 from ..inference.options import Sampling
 from .call import Call, Refusal, RowRequest
-from .prompt_reading import TOO_LONG, Limits, quoted, read_prompts, refused, refusing
+from .prompt_reading import TOO_LONG, Limits, encode_prompts, quoted, refused, refusing
 from .response_formats import grammar_of
 
 
@@ -62,7 +62,7 @@ def _read_biases(value: dict[str, Any], info: ValidationInfo) -> dict[int, float
     assert isinstance(info.context, Limits)
     last = info.context.vocab_size - 1
     for key, bias in value.items():
-        if not (key.isdecimal() and len(key) < 10 and int(key) <= last):
+        if not (key.isdecimal() and int(key) <= last):
             raise ValueError(f"{quoted(key)} must be a token id from 0 to {last}")
         if type(bias) not in (int, float) or not -100 <= bias <= 100:
             raise ValueError(f"the bias of token {key} must be a number from -100 to 100")
@@ -182,7 +182,7 @@ class RequestReader:
         settings = _row_settings(given)
         if whole.get(field) is None:
             raise refused(field, f"{field}: missing")
-        prompts = read_prompts(whole[field], field, given.get("instructions"), self._tokenizer, self._limits)
+        prompts = encode_prompts(whole[field], field, given.get("instructions"), self._tokenizer, self._limits)
         lengths = [self._num_new_tokens(len(prompt.ids), field, given) for prompt in prompts]
         n, is_streamed = given.get("n", 1), given.get("stream", False)
         rows = [

@@ -72,7 +72,11 @@ def _brief(reason: str) -> str:
 
 
 def grammar_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> "LLTokenizer":
-    """Returns llguidance's form of a tokenizer, which takes a second for a large vocabulary."""
+    """Returns llguidance's form of a tokenizer, which takes a second for a large vocabulary.
+
+    Raises:
+        ValueError: if the model has no stop token.
+    """
     from llguidance.hf import from_tokenizer
 
     return from_tokenizer(tokenizer, n_vocab=model.config.vocab_size, eos_token=stop_token_ids(model, tokenizer))
