@@ -65,7 +65,6 @@ OPTIONAL = {
     "llguidance": None,
     "prometheus_client": "tinyllama_hf/serving/server_metrics.py",
     "openai": None,
-    "llguidance": None,
 }
 SOURCES = sorted(
     p for part in ("tinyllama_hf", "tinyllama_hf_cli", "recipes", "eval") for p in (ROOT / part).rglob("*.py")

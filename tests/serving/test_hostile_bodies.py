@@ -15,7 +15,7 @@ from tinyllama_hf.serving.response_formats import GrammarProcessor, grammar_toke
 def outcomes(reader):
     """Of each body its form and endpoint, the call or refusal, and the processor time of this thread in seconds."""
     gc.collect()
-    gc.freeze()  # as the server does; otherwise each collection visits all objects of torch and transformers
+    gc.freeze()  # otherwise each collection visits all objects of torch and transformers
     found = []
     for name, kind, body in hostile_bodies(2_000):
         began = time.thread_time()
