@@ -36,6 +36,7 @@ for (const element of document.querySelectorAll("body *")) {
 }
 return poor;
 """
+EXPORTED = "conversations.jsonl"
 WAITING = "!document.querySelector('.open') && document.querySelector('#send').textContent !== 'Stop'"
 
 
@@ -125,6 +126,15 @@ def stored(browser):
     return sorted(found, key=lambda one: -one["updated"])
 
 
+def exported(browser, downloads):
+    """The rows of the file that the page writes."""
+    path = downloads / EXPORTED
+    path.unlink(missing_ok=True)
+    browser.click("#export")
+    browser.wait(path.exists)
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def roles(browser):
     return [(message["role"], message["content"]) for message in stored(browser)[0]["messages"]]
 
@@ -168,8 +178,8 @@ def test_the_reply_appears_while_it_is_generated(browser, real_url):
     assert roles(browser)[1][1] != text and "4 tokens" in browser.texts(".stats")[-1]
 
 
-def test_a_base_model_continues_texts(browser, served_folder):
-    """Without a template; a second Continue continues the whole text so far."""
+def test_a_base_model_continues_texts(browser, served_folder, downloads):
+    """Without a template; a second Continue continues the whole text so far, which is exported as one text."""
     from tinyllama_hf import load
 
     with PageServer(*load(served_folder)).running() as url:
@@ -186,6 +196,7 @@ def test_a_base_model_continues_texts(browser, served_folder):
             texts.append(right.choices[0].text)
         assert roles(browser) == list(zip(("user", "assistant", "assistant"), texts, strict=True))
         assert len(browser.texts("article footer")) == 1
+        assert exported(browser, downloads) == [{"text": "".join(texts)}]
         browser.click("article:last-child .edit")
         say(browser, " # a function")
         assert roles(browser)[0] == ("user", "def f(x): # a function") and len(roles(browser)) == 2
@@ -331,12 +342,9 @@ def test_export_is_what_fine_tuning_reads(page, server, downloads):
     page.click("#new")
     server.refusal = (503, "busy", {})
     say(page, "never answered")
-    page.click("#export")
-    path = downloads / "conversations.jsonl"
-    page.wait(path.exists)
-    (row,) = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    (row,) = exported(page, downloads)
     assert [m["content"] for m in row["messages"]] == ["Be kind.", "One?", "yes ü"]
-    (conversation,) = read_conversations(str(path))
+    (conversation,) = read_conversations(str(downloads / EXPORTED))
     assert "yes ü" in str(conversation)
 
 
