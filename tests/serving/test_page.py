@@ -212,7 +212,11 @@ def test_states(page, server):
     page.wait(WAITING)
     assert page.texts("article .content")[1] == "Because of scattering."
     assert page.text("#empty") == "" and page.text("#list .title").startswith("Why is the sky blue?")
-    assert "first token 0.5" in page.texts(".stats")[1]
+    stats = page.texts(".stats")[-1]
+    seconds, rate, first = map(
+        float, re.fullmatch(r"2 tokens · (.*) s · (.*) tokens/s · first token (.*) s", stats).groups()
+    )
+    assert first >= 0.5 and seconds >= first + 0.4 and rate == pytest.approx(1 / (seconds - first), rel=0.2)
 
 
 def test_what_is_sent(page, server):
@@ -331,6 +335,22 @@ def test_a_reply_continues_while_another_conversation_is_open(page, server):
     page.click("#list li:last-child .title")
     page.wait(WAITING)
     assert page.texts("article .content") == ["First", "one two"]
+
+
+def test_two_tabs(page, server):
+    """What another tab saves or deletes is seen, also during a reply, which continues."""
+    server.pieces = ["one ", 1.0, "two"]
+    page.type("First<Enter>")
+    page.wait("document.querySelector('.open .content')?.textContent === 'one '")
+    page.run(
+        "const messages = [{ role: 'user', content: 'x' }], one = { id: 'a', title: 'Other', messages, updated: 1 };"
+        "localStorage['tinyllama_hf.v1.conversation.a'] = JSON.stringify(one); dispatchEvent(new Event('storage'))"
+    )
+    assert page.texts("#list .title") == ["First", "Other"]
+    page.wait(WAITING)
+    assert page.texts("article .content") == ["First", "one two"]
+    page.run("delete localStorage['tinyllama_hf.v1.conversation.a']; dispatchEvent(new Event('storage'))")
+    assert page.texts("#list .title") == ["First"] and roles(page)[1] == ("assistant", "one two")
 
 
 def test_export_is_what_fine_tuning_reads(page, server, downloads):
