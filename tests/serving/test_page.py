@@ -36,6 +36,7 @@ for (const element of document.querySelectorAll("body *")) {
 }
 return poor;
 """
+EXPORTED = "conversations.jsonl"
 WAITING = "!document.querySelector('.open') && document.querySelector('#send').textContent !== 'Stop'"
 
 
@@ -125,6 +126,15 @@ def stored(browser):
     return sorted(found, key=lambda one: -one["updated"])
 
 
+def exported(browser, downloads):
+    """The rows of the file that the page writes."""
+    path = downloads / EXPORTED
+    path.unlink(missing_ok=True)
+    browser.click("#export")
+    browser.wait(path.exists)
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def roles(browser):
     return [(message["role"], message["content"]) for message in stored(browser)[0]["messages"]]
 
@@ -168,8 +178,8 @@ def test_the_reply_appears_while_it_is_generated(browser, real_url):
     assert roles(browser)[1][1] != text and "4 tokens" in browser.texts(".stats")[-1]
 
 
-def test_a_base_model_continues_texts(browser, served_folder):
-    """Without a template; a second Continue continues the whole text so far."""
+def test_a_base_model_continues_texts(browser, served_folder, downloads):
+    """Without a template; a second Continue continues the whole text so far, which is exported as one text."""
     from tinyllama_hf import load
 
     with PageServer(*load(served_folder)).running() as url:
@@ -186,6 +196,7 @@ def test_a_base_model_continues_texts(browser, served_folder):
             texts.append(right.choices[0].text)
         assert roles(browser) == list(zip(("user", "assistant", "assistant"), texts, strict=True))
         assert len(browser.texts("article footer")) == 1
+        assert exported(browser, downloads) == [{"text": "".join(texts)}]
         browser.click("article:last-child .edit")
         say(browser, " # a function")
         assert roles(browser)[0] == ("user", "def f(x): # a function") and len(roles(browser)) == 2
@@ -201,7 +212,11 @@ def test_states(page, server):
     page.wait(WAITING)
     assert page.texts("article .content")[1] == "Because of scattering."
     assert page.text("#empty") == "" and page.text("#list .title").startswith("Why is the sky blue?")
-    assert "first token 0.5" in page.texts(".stats")[1]
+    stats = page.texts(".stats")[-1]
+    seconds, rate, first = map(
+        float, re.fullmatch(r"2 tokens · (.*) s · (.*) tokens/s · first token (.*) s", stats).groups()
+    )
+    assert first >= 0.5 and seconds >= first + 0.4 and rate == pytest.approx(1 / (seconds - first), rel=0.2)
 
 
 def test_what_is_sent(page, server):
@@ -322,6 +337,22 @@ def test_a_reply_continues_while_another_conversation_is_open(page, server):
     assert page.texts("article .content") == ["First", "one two"]
 
 
+def test_two_tabs(page, server):
+    """What another tab saves or deletes is seen, also during a reply, which continues."""
+    server.pieces = ["one ", 1.0, "two"]
+    page.type("First<Enter>")
+    page.wait("document.querySelector('.open .content')?.textContent === 'one '")
+    page.run(
+        "const messages = [{ role: 'user', content: 'x' }], one = { id: 'a', title: 'Other', messages, updated: 1 };"
+        "localStorage['tinyllama_hf.v1.conversation.a'] = JSON.stringify(one); dispatchEvent(new Event('storage'))"
+    )
+    assert page.texts("#list .title") == ["First", "Other"]
+    page.wait(WAITING)
+    assert page.texts("article .content") == ["First", "one two"]
+    page.run("delete localStorage['tinyllama_hf.v1.conversation.a']; dispatchEvent(new Event('storage'))")
+    assert page.texts("#list .title") == ["First"] and roles(page)[1] == ("assistant", "one two")
+
+
 def test_export_is_what_fine_tuning_reads(page, server, downloads):
     server.pieces = ["yes ü"]
     configure(page, system="Be kind.")
@@ -331,12 +362,9 @@ def test_export_is_what_fine_tuning_reads(page, server, downloads):
     page.click("#new")
     server.refusal = (503, "busy", {})
     say(page, "never answered")
-    page.click("#export")
-    path = downloads / "conversations.jsonl"
-    page.wait(path.exists)
-    (row,) = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    (row,) = exported(page, downloads)
     assert [m["content"] for m in row["messages"]] == ["Be kind.", "One?", "yes ü"]
-    (conversation,) = read_conversations(str(path))
+    (conversation,) = read_conversations(str(downloads / EXPORTED))
     assert "yes ü" in str(conversation)
 
 

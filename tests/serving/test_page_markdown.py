@@ -32,6 +32,7 @@ def link(address, text):
         ("# A *b*\ntext", "<h4>A <em>b</em></h4><p>text</p>"),
         ("#tag", "<p>#tag</p>"),
         ("**a *b* c** _d_ `e*f*`", "<p><strong>a <em>b</em> c</strong> <em>d</em> <code>e*f*</code></p>"),
+        ("`a` b `*c*`", "<p><code>a</code> b <code>*c*</code></p>"),
         ("2 * 3 * 4, snake_case_name, **open", "<p>2 * 3 * 4, snake_case_name, **open</p>"),
         ("- a\n- b\n  more\n\n- c\n\ntext", "<div><ul><li>a</li><li>b\nmore</li><li>c</li></ul></div><p>text</p>"),
         (
