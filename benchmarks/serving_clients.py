@@ -32,6 +32,7 @@ class Reply:
         tokens (`int`, *optional*): number of generated tokens by the server's usage.
         arrivals (`list[float]`): seconds from the request to each piece of text of a stream.
         seconds (`float`): from the request to the end of the answer.
+        whole_text (`str`, *optional*): of the last event of a stream of responses.
         is_complete (`bool`): the answer was a JSON object, or the stream ended as the API specifies.
         has_left (`bool`): the client closed the connection.
         retry_after (`str`, *optional*): header of the answer.
@@ -47,6 +48,7 @@ class Reply:
     tokens: int | None = None
     arrivals: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    whole_text: str | None = None
     is_complete: bool = False
     has_left: bool = False
     retry_after: str | None = None
@@ -141,7 +143,10 @@ def _read_answer(answer: Any, reply: Reply) -> bool:
     if answer.get("type") == "response.output_text.delta":
         return _add(reply, 0, answer["delta"])
     if answer.get("type") in _ENDS:
-        answer = {**answer["response"], "output": []}  # the text was in the deltas
+        answer = answer["response"]
+        reply.whole_text = "".join(part["text"] for item in answer["output"] for part in item["content"])
+        reply.texts.setdefault(0, "")  # a reply without text has no deltas
+        answer = {**answer, "output": []}
     has_text = False
     for choice in answer.get("choices") or ():
         message = choice.get("delta") or choice.get("message") or choice

@@ -96,6 +96,8 @@ def problem_of(planned: Planned, reply: Reply) -> str:
     most = body[LENGTH_FIELDS[planned.path]]
     if set(reply.texts) != set(range(number)) or set(reply.finish_reasons) != set(range(number)):
         return f"choices {sorted(reply.texts)} with finish_reason of {sorted(reply.finish_reasons)}, not {number}"
+    if reply.whole_text not in (None, reply.texts[0]):
+        return f"the deltas are not the whole text, {reply.whole_text[:500]!r}"
     if wrong := set(reply.finish_reasons.values()) - {"stop", "length"}:
         return f"finish_reason {sorted(wrong)}"
     has_usage = "stream_options" in body or not body.get("stream") or planned.path == "response"

@@ -88,7 +88,7 @@ def ask(scripts, server, body=CHAT, **options):
 
     is_ending, ledger = options.pop("is_ending", False), options.pop("ledger", scripts.serving_ledger.Ledger())
     before = ledger.outcomes.copy()
-    planned = scripts.serving_mix.Planned("chat", "chat", body, **options)
+    planned = scripts.serving_mix.Planned("chat", "response" if "input" in body else "chat", body, **options)
     ledger.add(planned, asyncio.run(send()), is_ending)
     ((_, outcome),) = ledger.outcomes - before
     return outcome, ledger
@@ -178,6 +178,26 @@ def test_greedy_replies_are_compared_with_the_first(scripts, canned):
     assert ask(scripts, canned, CHAT | {"temperature": 1.0}, ledger=ledger)[0] == "answered", "sampled"
     assert ask(scripts, canned, ledger=ledger)[0] == "wrong"
     assert "'Hi'" in ledger.problems[0]["problem"] and ledger.compared == 4
+
+
+def test_a_stream_of_responses(scripts, canned):
+    """The deltas must be the text of the last event; a reply may be empty."""
+    body = {"input": "Hello", "max_output_tokens": 4, "stream": True}
+
+    def stream(whole, *deltas):
+        output = [{"type": "message", "content": [{"type": "output_text", "text": whole}]}]
+        last = {"status": "incomplete", "output": output, "usage": {"output_tokens": 2}}
+        parts = [{"type": "response.output_text.delta", "delta": delta} for delta in deltas]
+        return events(*parts, {"type": "response.incomplete", "response": last}, end=b"")
+
+    for given, outcome in (
+        (stream("Hi", "H", "i"), "answered"),
+        (stream(""), "answered"),
+        (stream("Hi", "H"), "wrong"),
+        (events({"type": "response.output_text.delta", "delta": "H"}, end=b""), "lost"),
+    ):
+        canned.answer = given
+        assert ask(scripts, canned, body)[0] == outcome
 
 
 def test_growth_of_memory(scripts):
