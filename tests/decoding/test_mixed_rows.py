@@ -1,4 +1,4 @@
-"""Rows with different settings in one batch, prompts that are read in pieces, and rows that are cancelled."""
+"""Rows with different settings in one batch, prompts that are read in pieces, and rows that are canceled."""
 
 import pytest
 import torch
@@ -137,7 +137,7 @@ def test_pieces_of_a_batch_with_padding(model):
     assert found[0] == found[1]
 
 
-def test_cancelled_rows_leave_and_the_others_go_on(model):
+def test_canceled_rows_leave_and_the_others_go_on(model):
     running = joined(model)
     before = {key: len(running.rows.lengths) for key in running.rows.keys}
     assert set(before) == set(range(5))

@@ -1,4 +1,4 @@
-"""Other clients than `openai` against a real server: lm-eval, as `eval tasks --server` uses it, and huggingface_hub."""
+"""Other clients than `openai` on a real server: lm-eval, as `eval tasks --server` uses it, and huggingface_hub."""
 
 import json
 
@@ -61,7 +61,9 @@ def test_the_client_of_huggingface_hub(server, folder, monkeypatch):
     ).say("One?")
     client = InferenceClient(base_url=server.url, api_key="none")
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "One?"}]
-    whole = client.chat_completion(messages, model="model", max_tokens=12, temperature=0, logprobs=True, top_logprobs=2)
+    whole = client.chat_completion(
+        messages, model="model", max_tokens=12, temperature=0, logprobs=True, top_logprobs=2
+    )
     assert whole.choices[0].message.content.strip() == expected and len(whole.choices[0].logprobs.content) == 12
     parts = client.chat_completion(messages, model="model", max_tokens=12, temperature=0, stream=True)
     assert "".join(part.choices[0].delta.content or "" for part in parts if part.choices).strip() == expected

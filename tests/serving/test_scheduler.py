@@ -15,6 +15,7 @@ from tinyllama_hf.decoding.proposals import ModelProposer, PromptLookup
 from tinyllama_hf.inference.options import Sampling
 from tinyllama_hf.serving import scheduler as scheduler_module
 from tinyllama_hf.serving.call import Refusal
+from tinyllama_hf.serving.response_formats import grammar_of, grammar_tokenizer
 from tinyllama_hf.serving.scheduler import Scheduler
 from tinyllama_hf.text import decode_text
 
@@ -269,3 +270,16 @@ def test_nothing_is_kept_of_ended_rows(local, make):
     while scheduler._batch is not None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert scheduler._batch is None and not scheduler._rows and not scheduler._reading
+
+
+def test_a_schema_that_cannot_be_followed(local):
+    """The reply would look complete, and is refused; the others get theirs."""
+    model, tokenizer = local
+    scheduler = Scheduler(model, tokenizer, vocabulary=grammar_tokenizer(model, tokenizer))
+    endless = grammar_of({"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#"}}}, "x")
+    good = grammar_of({"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["a", 5]}}}, "x")
+    bad, other = (Delivered(scheduler, row(tokenizer, "x", 30, grammar=each)) for each in (endless, good))
+    assert bad.last().error.message.startswith("response_format: the schema cannot be followed any further (")
+    assert other.text() in ('"a"', "5") and other.last().finish_reason == "stop"
+    scheduler.close(0)
+    scheduler.join()

@@ -75,11 +75,17 @@ def grammar_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
     """Returns llguidance's form of a tokenizer, which takes a second for a large vocabulary.
 
     Raises:
-        ValueError: if the model has no stop token.
+        InputError: if the model has no stop token.
     """
     from llguidance.hf import from_tokenizer
 
-    return from_tokenizer(tokenizer, n_vocab=model.config.vocab_size, eos_token=stop_token_ids(model, tokenizer))
+    stops = stop_token_ids(model, tokenizer)
+    if not stops:
+        raise InputError(
+            "model: no reply would end, since it has no end-of-sequence token. Set eos_token_id in its "
+            "generation_config.json"
+        )
+    return from_tokenizer(tokenizer, n_vocab=model.config.vocab_size, eos_token=stops)
 
 
 class GrammarProcessor(LogitsProcessor):

@@ -1,5 +1,6 @@
 """Runs the application of a server on a socket."""
 
+import gc
 import signal
 import socket
 from types import FrameType
@@ -50,6 +51,9 @@ def run_server(app: FastAPI, bound: socket.socket, seconds: float) -> None:
         seconds (`float`): for the replies that are being generated; waiting and new ones are refused.
     """
     scheduler = app.state.service.scheduler
+    # The libraries have a million objects, which a collection would visit again while a large body is parsed.
+    gc.collect()
+    gc.freeze()
 
     class Server(uvicorn.Server):
         # Not the method of uvicorn, which raises the signal again at the end: the status would not be 0.

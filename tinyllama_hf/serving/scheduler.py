@@ -48,6 +48,7 @@ class Row:
         self.key, self.request, self.text, self.deadline = key, request, text, deadline
         self.is_cancelled = self.has_ended = False
         self.decoding: Decoding | None = None  # while the prompt is read
+        self.grammar: GrammarProcessor | None = None
         self.num_read = 0  # tokens of the prompt whose successors have been scored
         self._deliver = deliver
 
@@ -200,7 +201,7 @@ class Scheduler:
         return True
 
     def _remove_ended(self) -> None:
-        """Removes rows that were cancelled, or have no time left."""
+        """Removes rows that were canceled, or have no time left."""
         now = time.monotonic()
         is_over = self._end_time is not None and now > self._end_time
         for row in [*self._reading, *self._rows.values()]:
@@ -277,7 +278,10 @@ class Scheduler:
             if key in collected:
                 collected[key] = []
             row.receive(ids, logits)
-            if row.text.finish_reason is not None:
+            if row.grammar is not None and row.grammar.error:
+                message = f"response_format: the schema cannot be followed any further ({row.grammar.error})"
+                row.end(error=Refusal(message, param="response_format"))
+            elif row.text.finish_reason is not None:
                 row.end(*decoding.draft_counts[key])
 
     def _leave(self, rows: Sequence[Row]) -> None:
@@ -311,19 +315,20 @@ class Scheduler:
             "max_new_tokens": num_new,
             "pad_token_id": 0,  # rows have no padding
             "eos_token_id": self._stop_tokens or None,
-            "logits_processor": self._processors(request),
+            "logits_processor": self._processors(row),
         }
         return Decoding(self._model, self._draft, None, ids, torch.ones_like(ids), [plan], **arguments)
 
-    def _processors(self, request: RowRequest) -> list[Any]:
+    def _processors(self, row: Row) -> list[Any]:
         processors: list[Any] = []
-        length = len(request.ids)
+        request, length = row.request, len(row.request.ids)
         if request.presence_penalty or request.frequency_penalty:
             processors.append(CountPenalty(request.presence_penalty, request.frequency_penalty, length))
         if request.logit_bias:
             processors.append(TokenBias(request.logit_bias, self._model.device))
         if request.grammar is not None:
-            processors.append(GrammarProcessor(self._vocabulary, request.grammar, length))
+            row.grammar = GrammarProcessor(self._vocabulary, request.grammar, length)
+            processors.append(row.grammar)
         if not request.temperature:
             processors.append(MostLikelyToken())
         return processors

@@ -1,5 +1,6 @@
 """Starts vLLM in place of the own server, for more clients than one process of this package can serve."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -20,12 +21,15 @@ def start_vllm(
     Raises:
         InputError: if vLLM is not installed, or the folder is not a Llama.
     """
-    program = shutil.which("vllm", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-    if program is None:
-        raise InputError("--engine vllm: vLLM is not installed. Install it (pip install vllm), or leave --engine out")
     place = find_model(model)
+    if importlib.util.find_spec("vllm"):  # not its command, which looks for a package of another name on a CPU
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(place)]
+    elif program := shutil.which("vllm"):  # of another environment
+        command = [program, "serve", str(place)]
+    else:
+        raise InputError("--engine vllm: vLLM is not installed. Install it (pip install vllm), or leave --engine out")
     sampling = {"temperature": Sampling().temperature, "top_p": Sampling().top_p, "top_k": 0}
-    command = [program, "serve", str(place), "--served-model-name", name, "--host", host, "--port", str(port)]
+    command += ["--served-model-name", name, "--host", host, "--port", str(port)]
     command += ["--max-num-seqs", str(rows), "--override-generation-config", json.dumps(sampling)]
     if isinstance(place, Path):
         command += ["--max-model-len", str(read_llama_fields(place)["max_position_embeddings"])]
@@ -36,4 +40,4 @@ def start_vllm(
     if api_key is not None:
         os.environ["VLLM_API_KEY"] = api_key  # not on the command line, which other users of the machine can read
     sys.stdout.flush()
-    os.execv(program, command)
+    os.execv(command[0], command)
