@@ -63,7 +63,7 @@ class ServerOptions:
     waiting: int = 64
     max_tokens: int | None = None
     max_messages: int | None = None
-    max_body_bytes: int = 4 * 2**20
+    max_body_bytes: int = 2**20
     row_seconds: float = 600
     api_key: str | None = None
     page: bool = False
