@@ -47,21 +47,31 @@ def test_conversation_with_a_real_model(browser, real_url):
 
 
 def test_the_reply_appears_while_it_is_generated(browser, real_url):
-    """And Escape ends it; the text so far stays, and the server is free for the next request."""
     visit(browser, real_url)
-    browser.type("Describe the sea at length.<Enter>")
-    length = "document.querySelector('.open .content')?.textContent.length"
-    first = browser.wait(length)
-    browser.wait(f"{length} > {first}")
-    assert browser.text("#send") == "Stop"
-    browser.type("<Escape>")
-    browser.wait(WAITING)
-    text = roles(browser)[1][1]
-    assert text and "Stopped" in browser.texts(".stats")[-1]
-    configure(browser, max_tokens="4")
-    browser.click("article:last-child .retry")
-    browser.wait("document.querySelector('.stats:last-child') && !document.querySelector('.open')")
-    assert roles(browser)[1][1] != text and "4 tokens" in browser.texts(".stats")[-1]
+    configure(browser, max_tokens="40")
+    browser.run(
+        "window.lengths = new Set(); const log = document.querySelector('#log');"
+        "new MutationObserver(() => lengths.add(log.querySelector('.open .content')?.textContent.length))"
+        ".observe(log, { subtree: true, childList: true, characterData: true })"
+    )
+    say(browser, "Describe the sea.")
+    assert len(browser.run("return [...lengths].filter((length) => length > 0)")) > 3
+
+
+@pytest.mark.parametrize("way", ["key", "button"])
+def test_stop(page, server, way):
+    """The text so far stays, and another reply can be generated."""
+    server.pieces = ["some text", 600.0]
+    page.type("One?<Enter>")
+    page.wait("document.querySelector('article.assistant .content')?.textContent === 'some text'")
+    assert page.text("#send") == "Stop"
+    page.type("next<Escape>") if way == "key" else page.click("#send")
+    page.wait(WAITING)
+    assert roles(page) == [("user", "One?"), ("assistant", "some text")] and "Stopped" in page.texts(".stats")[-1]
+    assert page.run("return document.querySelector('#text').value") == ("next" if way == "key" else "")
+    server.pieces = ["all of it"]
+    page.click("article:last-child .retry")
+    page.wait("document.querySelector('article.assistant .content').textContent === 'all of it'")
 
 
 def test_a_base_model_continues_texts(browser, served_folder, downloads):
