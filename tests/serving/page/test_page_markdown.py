@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.serving.browser import Browser
-from tests.serving.page_server import PageServer
+from tests.serving.page.browser import Browser
+from tests.serving.page.page_server import PageServer
 
 
 RENDER = """
