@@ -63,7 +63,7 @@ def serve_command(
     ] = None,
     max_body_bytes: Annotated[
         int, typer.Option(min=1024, help="Largest request; parsing more delays others.", rich_help_panel=_LIMITS)
-    ] = 4 * 2**20,
+    ] = 2**20,
     row_seconds: Annotated[
         float, typer.Option(min=1, help="Most seconds of a reply, waiting included.", rich_help_panel=_LIMITS)
     ] = 600,
