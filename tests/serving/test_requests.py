@@ -198,7 +198,12 @@ class TestAccess:
 
     def test_the_page_is_sent_only_when_asked_for(self, make, local):
         client = make()
-        for path, kind in (("/", "text/html"), ("/page.css", "text/css"), ("/page.js", "javascript")):
+        for path, kind in (
+            ("/", "text/html"),
+            ("/page.css", "text/css"),
+            ("/page.js", "javascript"),
+            ("/markdown.js", "javascript"),
+        ):
             answer = client.get(path)
             assert answer.is_success and kind in answer.headers["Content-Type"], path
             assert "script-src 'self'" in answer.headers["Content-Security-Policy"]

@@ -35,7 +35,7 @@ _PATHS: dict[str, Kind] = {
 }
 _DISCARDED = 8  # a body that is too large is read up to this multiple of the limit; then the connection is closed
 _PAGE = Path(__file__).with_name("page")
-_PAGE_FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
+_PAGE_FILES = {"/": "index.html", **{f"/{name}": name for name in ("page.css", "page.js", "markdown.js")}}
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

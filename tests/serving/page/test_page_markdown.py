@@ -7,7 +7,7 @@ from tests.serving.page.page_server import PageServer
 
 
 RENDER = """
-const { renderMarkdown } = await import("/page.js"), element = document.createElement("div");
+const { renderMarkdown } = await import("/markdown.js"), element = document.createElement("div");
 renderMarkdown(element, arguments[0]);
 """
 
