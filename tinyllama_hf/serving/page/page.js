@@ -217,9 +217,7 @@ function draw(message, conversation) {
   view.classList.toggle("open", isOpen);
   view.classList.toggle("waiting", isOpen && !message.content);
   const content = $(".content", view);
-  if (message.role === "assistant" && conversation.kind !== "text") {
-    renderMarkdown(content, message.content, copy);
-  }
+  if (message.role === "assistant" && conversation.kind !== "text") renderMarkdown(content, message.content, copy);
   else content.textContent = message.content;
   $(".stats", view).textContent = describe(message);
   return view;
