@@ -103,11 +103,9 @@ def serve_command(
     Replies are generated together, each with its own settings. Sampling defaults to that of `generate`. It listens on
     this machine only, unless --host says otherwise; then set --api-key.
 
-    Examples:
+    Example: tinyllama-hf serve chat-v1.0 --page --quantization nf4
 
-    tinyllama-hf serve chat-v1.0 --page --quantization nf4
-
-    tinyllama-hf serve my-model --template llama2 --draft lookup --rows 32 --host 0.0.0.0 --api-key SECRET
+    Example: tinyllama-hf serve my-model --template llama2 --draft lookup --host 0.0.0.0 --api-key SECRET
     """
     from tinyllama_hf.errors import InputError, did_you_mean, require
 
