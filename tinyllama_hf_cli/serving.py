@@ -16,6 +16,7 @@ from .loading import (
     check_model_options,
     import_libraries,
     load_model,
+    note,
     show_log,
 )
 
@@ -149,6 +150,8 @@ def serve_command(
     print(_greeting(name, f"{shown}/v1", bool(tokenizer.chat_template)), flush=True)
     if page:
         print(f"  page: {shown}/", flush=True)
+    if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
+        note("without --api-key: any client that reaches this machine can use the server")
     run_server(app, bound, shutdown_seconds)
 
 
