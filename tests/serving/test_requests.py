@@ -257,12 +257,50 @@ def test_a_full_queue(local):
     scheduler.close(0)
 
 
+def test_many_bodies_at_once(local, monkeypatch):
+    """Those that wait to be read are counted, too."""
+    app, resume, found = build_app("my-model", *local, options=ServerOptions(rows=1, waiting=2)), threading.Event(), []
+    service = app.state.service
+    read = service._reader.read
+    monkeypatch.setattr(service._reader, "read", lambda *request: resume.wait(timeout=20) and read(*request))
+    with testclient.TestClient(app, "http://127.0.0.1") as client:
+        body = {"max_tokens": 1}
+        threads = [threading.Thread(target=lambda: found.append(post(client, body, "completions"))) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        while service._num_reading < 3:
+            time.sleep(0.001)
+        assert post(client, body, "completions").status_code == 429
+        resume.set()
+        for thread in threads:
+            thread.join()
+        assert {answer.status_code for answer in found} <= {200, 429} and service._num_reading == 0
+        assert ask(client, body)[0] == 200
+    service.scheduler.close(0)
+
+
+def test_a_body_that_does_not_arrive(app, monkeypatch):
+    monkeypatch.setattr("tinyllama_hf.serving.app._BODY_SECONDS", 0.05)
+    sent = []
+
+    async def receive():
+        await asyncio.sleep(30)
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": headers}
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == 408 and b"was not complete after" in sent[1]["body"]
+
+
 def test_metrics(local):
     app = build_app("my-model", *local)
     client = testclient.TestClient(app, "http://127.0.0.1")
     for path in GENERATING:
         limit = {"max_output_tokens" if path == "responses" else "max_tokens": 3}
-        assert text_of(ask(client, limit, path)[1]) is not None
+        assert text_of(ask(client, {"temperature": 0, **limit}, path)[1]) is not None
     assert ask(client, {"max_tokens": "wrong"})[0] == 400
     while app.state.service.scheduler.running:  # the last row leaves after its reply
         time.sleep(0.01)

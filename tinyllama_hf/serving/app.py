@@ -23,7 +23,7 @@ from .request_fields import Kind, Limits, RequestReader
 from .response_answer import ResponseAnswer
 from .response_formats import grammar_tokenizer
 from .row_text import Piece
-from .scheduler import Row, Scheduler
+from .scheduler import Row, Scheduler, queue_full
 from .server_metrics import ServerMetrics
 
 
@@ -33,6 +33,7 @@ _PATHS: dict[str, Kind] = {
     "/v1/completions": "completion",
     "/v1/responses": "response",
 }
+_BODY_SECONDS = 60  # to send the body of a request
 _DISCARDED = 8  # a body that is too large is read up to this multiple of the limit; then the connection is closed
 _PAGE = Path(__file__).with_name("page")
 _PAGE_FILES = {"/": "index.html", **{f"/{name}": name for name in ("page.css", "page.js", "markdown.js")}}
@@ -98,6 +99,7 @@ class Service:
         self._max_body_bytes = options.max_body_bytes
         self._name, self._reader = name, RequestReader(name, tokenizer, limits)
         self._reading = ThreadPoolExecutor(1, "read")  # calling a tokenizer changes its settings
+        self._num_reading, self._most_reading = 0, options.rows + options.waiting
         self.scheduler = Scheduler(
             model, tokenizer, draft, options.rows, options.waiting, options.row_seconds, self._vocabulary
         )
@@ -128,8 +130,15 @@ class Service:
         began, kind = time.monotonic(), _PATHS[request.url.path]
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refusal("body: must be a JSON object, sent with Content-Type: application/json")
-        loop, body = asyncio.get_running_loop(), await _body(request, self._max_body_bytes)
-        call = await loop.run_in_executor(self._reading, self._reader.read, kind, body)
+        body = await _body(request, self._max_body_bytes)
+        if self._num_reading >= self._most_reading:
+            raise queue_full(self._num_reading)
+        loop = asyncio.get_running_loop()
+        self._num_reading += 1
+        try:
+            call = await loop.run_in_executor(self._reading, self._reader.read, kind, body)
+        finally:
+            self._num_reading -= 1
         pieces: asyncio.Queue[Piece] = asyncio.Queue()
 
         def deliver(piece: Piece) -> None:
@@ -215,12 +224,16 @@ async def _body(request: Request, num_bytes: int) -> bytes:
     they have sent the whole body.
     """
     parts, taken = [], 0
-    async for part in request.stream():
-        taken += len(part)
-        if taken <= num_bytes:
-            parts.append(part)
-        elif taken > _DISCARDED * num_bytes:
-            break
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            async for part in request.stream():
+                taken += len(part)
+                if taken <= num_bytes:
+                    parts.append(part)
+                elif taken > _DISCARDED * num_bytes:
+                    break
+    except TimeoutError as error:
+        raise Refusal(f"body: was not complete after {_BODY_SECONDS} seconds", 408) from error
     if taken > num_bytes:
         raise Refusal(f"body: larger than {num_bytes} bytes; shorten it", 413)
     return b"".join(parts)

@@ -146,8 +146,7 @@ class Scheduler:
             if self._end_time is not None:
                 raise shutting_down()
             if len(self._waiting) >= self._max_waiting:
-                message = f"{len(self._waiting)} replies are waiting; try again in {_RETRY_SECONDS} seconds"
-                raise Refusal(message, 429, "rate_limit_exceeded", headers={"Retry-After": str(_RETRY_SECONDS)})
+                raise queue_full(len(self._waiting))
             self._waiting.extend(rows)
             self._changed.notify()
         return rows
@@ -345,6 +344,12 @@ def _sampling(request: RowRequest) -> dict[str, Any]:
     if request.min_new_tokens:
         arguments["min_new_tokens"] = request.min_new_tokens
     return arguments
+
+
+def queue_full(waiting: int) -> Refusal:
+    """Returns the answer to requests beyond the limit on those that wait."""
+    message = f"{waiting} replies are waiting; try again in {_RETRY_SECONDS} seconds"
+    return Refusal(message, 429, "rate_limit_exceeded", headers={"Retry-After": str(_RETRY_SECONDS)})
 
 
 def shutting_down() -> Refusal:
