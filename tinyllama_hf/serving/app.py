@@ -1,6 +1,7 @@
 """The application of the server: OpenAI's API over one model, for many clients at a time."""
 
 import asyncio
+import contextlib
 import dataclasses
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -142,7 +143,8 @@ class Service:
         pieces: asyncio.Queue[Piece] = asyncio.Queue()
 
         def deliver(piece: Piece) -> None:
-            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+            with contextlib.suppress(RuntimeError):  # the loop has ended, as in a shutdown that does not wait
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         rows = self.scheduler.submit(call.rows, deliver)
         answer = _ANSWERS[kind](call, self._name, self._vocabulary)

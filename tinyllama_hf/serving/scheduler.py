@@ -170,8 +170,10 @@ class Scheduler:
         self._thread.join()
 
     def _run(self) -> None:
-        while self._wait_for_rows():
+        while True:
             try:
+                if not self._wait_for_rows():
+                    return
                 self._remove_ended()
                 self._read_prompts()
                 self._generate()
