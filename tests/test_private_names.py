@@ -126,6 +126,9 @@ USED: dict[str, tuple[str, ...]] = {
     "torch.nn.Module._load_from_state_dict": ("quantization/repacking.py",),
     "torch.nn.Module._modules": ("decoding/proposals.py",),
     "torch.nn.Module._parameters": ("quantization/bitsandbytes.py",),
+    "torch.nn.Module._save_to_state_dict": ("inference/packed_weights.py",),
+    "torch.ops.mkldnn._linear_pointwise": ("inference/packed_weights.py",),
+    "torch.ops.mkldnn._reorder_linear_weight": ("inference/packed_weights.py",),
     # accelerate
     "accelerate.parallelism_config.ParallelismConfig": ("pretrain/launch.py",),
     "accelerate.state.AcceleratorState": ("pretrain/launch.py",),

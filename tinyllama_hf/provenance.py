@@ -56,7 +56,7 @@ def _git(root: Path, *arguments: str) -> str | None:
 @functools.cache
 def machine() -> dict[str, Any]:
     """Returns processor, cores and, if torch is already imported, threads and accelerators."""
-    record: dict[str, Any] = {"platform": platform.platform(), "processor": _processor(), "cores": os.cpu_count()}
+    record: dict[str, Any] = {"platform": platform.platform(), "processor": processor_name(), "cores": os.cpu_count()}
     torch = sys.modules.get("torch")  # the provenance of a dataset should not import torch
     if torch is not None:
         record["threads"] = torch.get_num_threads()
@@ -89,7 +89,8 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """Returns the name of the machine's processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

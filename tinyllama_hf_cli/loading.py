@@ -95,9 +95,11 @@ def load_model(
     compiled: bool = False,
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerFast", "Proposer | None"]:
     """Returns model, tokenizer, and draft or `None`; prints the memory of a quantized model to standard error."""
+    from tinyllama_hf.decoding.proposals import ModelProposer
     from tinyllama_hf.devices import find_dtype
     from tinyllama_hf.errors import InputError
     from tinyllama_hf.inference.load import choose_device, load, load_draft
+    from tinyllama_hf.inference.packed_weights import pack_weights
     from tinyllama_hf.progress import progress_bar, quiet_library_bars
     from tinyllama_hf.quantization.quantized_model import QuantizedTinyLlama, describe_footprint
 
@@ -110,6 +112,9 @@ def load_model(
     if isinstance(loaded, QuantizedTinyLlama):
         note(describe_footprint(loaded))
     helper = load_draft(draft, loaded, tokenizer, chosen, device) if draft else None
+    pack_weights(loaded)
+    if isinstance(helper, ModelProposer):
+        pack_weights(helper.model)
     if compiled:
         from tinyllama_hf.decoding.llama_step import compile_for_generation
 

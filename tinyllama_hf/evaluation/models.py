@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import InputError
 from ..files import read_json
 from ..inference.load import load, load_stock, model_folder, stock_tokenizer
+from ..inference.packed_weights import pack_weights
 from ..pretrain.milestones import CONFIG_FILE, find_run, list_milestones, read_record
 from ..quantization.names import GPU_CAPABILITIES
 from ..quantization.quantized_model import (
@@ -105,6 +106,8 @@ def load_eval_model(
         tokenizer = stock_tokenizer(folder)
     if dtype:
         cast_unquantized(loaded, dtype)  # after quantization, which starts from the dtype of the file
+    if not model.adapter:
+        pack_weights(loaded)
     return loaded.eval(), tokenizer
 
 
