@@ -45,7 +45,7 @@ def pack_weights(model: PreTrainedModel) -> int:
 
     Args:
         model (`PreTrainedModel`): a model that is not trained, changed or saved afterwards. Its tied embeddings are
-            kept beside the packed head.
+            kept in addition to the packed head.
 
     Returns:
         The number of packed layers.
