@@ -85,7 +85,7 @@ USED: dict[str, tuple[str, ...]] = {
     "transformers.Trainer._prepare_inputs": ("finetune/rehearsal.py",),
     "transformers.masking_utils.create_causal_mask": ("packed_documents.py",),
     "transformers.masking_utils.packed_sequence_mask_function": ("packed_documents.py",),
-    "transformers.masking_utils.sdpa_mask": ("decoding/grouped_attention.py",),
+    "transformers.masking_utils.sdpa_mask": ("decoding/grouped_attention.py", "finetune/packed_rows.py"),
     "transformers.modeling_utils._is_hf_initialized": ("modeling_tinyllama.py",),
     "transformers.core_model_loading._weight_conversions": ("quantization/quantized_model.py",),
     "transformers.modeling_layers.GradientCheckpointingLayer._gradient_checkpointing_func": (

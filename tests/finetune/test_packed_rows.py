@@ -148,3 +148,20 @@ def test_rows_are_balanced():
     sums = [sum(lengths[number] for number in row) for row in rows]
     assert max(sums) - min(sums) < 100 and max(sums) < 4 / 3 * sum(lengths) / 8
     assert all(balanced_rows([7] * 8, 8)), "no row is empty"
+
+
+def test_a_model_with_packed_attention_generates_as_with_sdpa():
+    """Prompts with padding on the left, and rows with padding on the right, are masked."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=2, **sizes)).eval()
+    ids = torch.tensor([[0, 0, 0, 0, 5, 17, 33], [9, 3, 7, 41, 8, 60, 21]])
+    mask = (torch.arange(7) >= torch.tensor([[4], [0]])).long()
+    found = []
+    for attention in ("sdpa", PACKED_SDPA):
+        model.set_attn_implementation(attention)
+        options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        right = model(ids.flip(1), attention_mask=mask.flip(1)).logits[:, :3]
+        found.append((model.generate(ids, attention_mask=mask, **options), right))
+    assert found[0][0].equal(found[1][0])
+    torch.testing.assert_close(found[1][1], found[0][1])

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available
 
 
-# TRL's collator passes the bounds of the conversations in a row as `cu_seq_lens_q`. transformers (5.23) creates no
-# mask for an attention implementation that it does not know; for sdpa it would be dense, [tokens, tokens].
+# TRL's collator passes the bounds of the conversations in a row as `cu_seq_lens_q`.
 PACKED_SDPA = "packed_sdpa"
 
 
@@ -31,24 +31,37 @@ def packed_sdpa_attention(
 
     Args:
         query, key, value (`torch.Tensor`): `[1, heads, tokens, head_dim]`; without `cu_seq_lens_q` any batch size.
-        attention_mask (`torch.Tensor`, *optional*): must be `None`.
+        attention_mask (`torch.Tensor`, *optional*): from [`packed_mask`]; must be `None` for packed rows.
         cu_seq_lens_q (`torch.Tensor`, *optional*): the start of each conversation, and the number of tokens. Without
-            it each row is one sequence.
+            it each row is one sequence, and attention is that of sdpa.
 
     Raises:
-        ValueError: for a mask, or for several packed rows: they would be joined.
+        ValueError: for packed rows with a mask, or several of them: they would be joined.
     """
-    if attention_mask is not None or (cu_seq_lens_q is not None and len(query) != 1):
-        raise ValueError(f"{PACKED_SDPA}: takes one packed row and no mask, got {len(query)} rows")
     if cu_seq_lens_q is None:
-        return sdpa_attention_forward(module, query, key, value, None, **kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if attention_mask is not None or len(query) != 1:
+        raise ValueError(f"{PACKED_SDPA}: takes one packed row and no mask, got {len(query)} rows")
     lengths = cu_seq_lens_q.diff().tolist()
     rows = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     outputs = [sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in rows]
     return torch.cat(outputs, dim=1), None
 
 
+def packed_mask(
+    q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **kwargs: Any
+) -> torch.Tensor | None:
+    """Returns the mask of sdpa for batches with padding and for generation; packed rows need none, `[tokens, tokens]`.
+
+    transformers creates no mask at all for an implementation that it does not know, padding included.
+    """
+    if q_length == kv_length and (attention_mask is None or bool(attention_mask.all())):
+        return None
+    return sdpa_mask(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kwargs)
+
+
 AttentionInterface.register(PACKED_SDPA, packed_sdpa_attention)
+AttentionMaskInterface.register(PACKED_SDPA, packed_mask)
 
 
 def packed_attention_name(device: torch.device) -> str:
