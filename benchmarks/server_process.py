@@ -88,7 +88,7 @@ class ServerProcess:
 
 
 def _answers(url: str) -> bool:
-    """Returns whether a server is ready: by `/health`, or by the list of models where there is no such path."""
+    """Returns whether a server is ready, by `/health`, or by the list of models if it has no `/health`."""
     for path in (f"{url.removesuffix('/v1')}/health", f"{url}/models"):
         try:
             with urllib.request.urlopen(path, timeout=5):

@@ -53,7 +53,7 @@ def pack_weights(model: PreTrainedModel) -> int:
     is_useful = model.device.type == "cpu" and torch.backends.mkldnn.is_available() and "Intel" not in processor_name()
     if not is_useful or hasattr(model, "peft_config"):
         return 0
-    head = model.get_output_embeddings()  # of a class of its own in `TinyLlamaForCausalLM`, for its loss
+    head = model.get_output_embeddings()  # in `TinyLlamaForCausalLM` a subclass, which computes the loss
     found = [
         (module, name, child)
         for module in model.modules()

@@ -1,5 +1,6 @@
 """Answers in the form of OpenAI's API, whole or as a stream of events: chat completions and completions."""
 
+import abc
 import json
 import secrets
 import time
@@ -18,7 +19,7 @@ class Reply:
         self.scores: list[TokenScore] = []
 
 
-class Answer:
+class Answer(abc.ABC):
     """The answer to a call, from the pieces of its rows.
 
     Args:
@@ -38,17 +39,17 @@ class Answer:
         """Yields the events before the first piece."""
         return ()
 
+    @abc.abstractmethod
     def events(self, piece: Piece) -> Iterable[str]:
         """Yields the events of a piece that was added."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def end(self) -> Iterable[str]:
         """Yields the events after the last piece."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def whole(self) -> dict[str, Any]:
         """Returns the answer without a stream."""
-        raise NotImplementedError
 
     def failed(self, refusal: Refusal) -> Iterable[str]:
         """Yields the events of an error after the stream has begun."""
@@ -104,9 +105,9 @@ class _Completion(Answer):
         choices = [self.choice(place, reply) for place, reply in enumerate(self.replies)]
         return {**self._head(self.kind), "choices": choices, "usage": self.usage}
 
+    @abc.abstractmethod
     def choice(self, place: int, reply: Reply) -> dict[str, Any]:
         """Returns the complete reply of a row."""
-        raise NotImplementedError
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}

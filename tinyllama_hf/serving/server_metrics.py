@@ -14,7 +14,7 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class ServerMetrics:
-    """Metrics of one server, in a registry of its own.
+    """Metrics of one server, in a separate registry.
 
     Args:
         scheduler (`Scheduler`): its rows are counted when the metrics are read.
