@@ -203,7 +203,7 @@ class Hours:
         draw = random.Random(f"{self.arguments.seed} end")
         long = [greedy(draw, "at the end", self.model, END_TOKENS) for _ in range(self.arguments.clients)]
         under_way = [asyncio.create_task(self._request(one, is_ending=True)) for one in long]
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.05)
         number = sum(not task.done() for task in under_way)
         began = time.perf_counter()
         server.send_signal(signal.Signals[f"SIG{self.arguments.signal}"])

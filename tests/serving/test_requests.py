@@ -234,8 +234,10 @@ def test_others_are_answered_while_a_conversation_is_rendered(app, path, monkeyp
     assert found == [200]
 
 
-def test_a_full_queue(local):
+def test_a_full_queue(local, monkeypatch):
     """The next request gets status 429 on every endpoint; refused requests take no place."""
+    forward = local[0].forward
+    monkeypatch.setattr(local[0], "forward", lambda **inputs: time.sleep(0.005) or forward(**inputs))
     app = build_app("my-model", *local, options=ServerOptions(rows=1, waiting=1))
     scheduler: Scheduler = app.state.service.scheduler
     with testclient.TestClient(app, "http://127.0.0.1") as client:

@@ -289,7 +289,7 @@ def test_replies_under_way_end_before_the_server(served_folder, tmp_path, number
     next(stream)
     whole = threading.Thread(target=lambda: found.append(complete(server.client, "y", max_tokens=300)))
     whole.start()
-    while read_metrics(server)["tinyllama_hf_rows_running"] < 2:
+    while read_metrics(server)["tinyllama_hf_rows_running"] < 2 and whole.is_alive():
         time.sleep(0.01)
     server.process.send_signal(number)
     chunks = list(stream)

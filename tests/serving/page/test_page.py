@@ -55,7 +55,8 @@ def test_the_reply_appears_while_it_is_generated(browser, real_url):
         ".observe(log, { subtree: true, childList: true, characterData: true })"
     )
     say(browser, "Describe the sea.")
-    assert len(browser.run("return [...lengths].filter((length) => length > 0)")) > 3
+    # A fast model writes several tokens between two frames.
+    assert len(browser.run("return [...lengths].filter((length) => length > 0)")) > 1
 
 
 @pytest.mark.parametrize("way", ["key", "button"])
