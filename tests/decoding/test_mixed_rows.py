@@ -172,3 +172,20 @@ def test_logits_of_chosen_rows_and_counts_of_drafts(model):
     assert [sum(counts) for counts in zip(*running.draft_counts.values(), strict=True)] == [
         statistics.drafted, statistics.accepted,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["lookup", "model"])
+def test_rows_without_a_draft(model, kind):
+    """Nothing is drafted for them, their tokens are those of plain decoding, and the others keep their drafts."""
+    draft = PromptLookup() if kind == "lookup" else ModelProposer(near(model, 0.05, 1))
+    running = decoding(model, 0, draft, 3)
+    running.start()
+    for key in (2, 4):
+        other = decoding(model, key, draft)
+        row = other.rows._rows[0]
+        row.plan = row.plan._replace(is_drafted=False)
+        other.start()
+        running.join(other)
+    assert finish(running) == {0: alone(model, 0, draft, 3), 2: alone(model, 2), 4: alone(model, 4)}
+    drafted = {key: counts[0] for key, counts in running.draft_counts.items()}
+    assert drafted[2] == drafted[4] == 0 < drafted[0]

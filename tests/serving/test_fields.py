@@ -239,6 +239,7 @@ SETTINGS = {
     "frequency_penalty": (0.5, {"frequency_penalty": 0.5}),
     "logit_bias": ({"7": 3.5, "9": -100}, {"logit_bias": {7: 3.5, 9: -100.0}}),
     "min_tokens": (2, {"min_new_tokens": 2}),
+    "draft": (False, {"is_drafted": False}),
     "seed": (2**64 - 1, {"seed": 2**64 - 1}),
     "stop": (["the", "q"], {"stop_strings": ("the", "q")}),
     "max_tokens": (2, {"max_new_tokens": 2}),

@@ -64,6 +64,14 @@ def test_each_row_is_as_alone(local, make, kind):
     assert together.running == together.waiting == 0
 
 
+def test_a_row_without_the_draft(local, make):
+    scheduler = make(draft=PromptLookup())
+    requests = [row(local[1], "def f(x): return x def f(x):", 20, is_drafted=drafted) for drafted in (True, False)]
+    with_draft, without = [Delivered(scheduler, request) for request in requests]
+    assert with_draft.text() == without.text()
+    assert with_draft.last().counts.drafted > 0 == without.last().counts.drafted
+
+
 def test_replies_are_those_of_generate(local, make):
     """Of `generate --input`, also sampled with a seed."""
     model, tokenizer = local

@@ -253,8 +253,8 @@ class Decoding:
         # At most as many tokens as the draft can read. Every round also adds a token of the target's own, so drafting
         # the last token of a row would be wasted.
         limits = [
-            max(0, min(remaining - 1, draft.context - length))
-            for remaining, length in zip(rows.remaining, rows.lengths, strict=True)
+            max(0, min(remaining - 1, draft.context - length)) if is_drafted else 0
+            for remaining, length, is_drafted in zip(rows.remaining, rows.lengths, rows.are_drafted, strict=True)
         ]
         chosen = rows.draft_length or self._length.choose()
         # All rows draft the same number, and `drafted` of the state cuts it per row.
@@ -269,6 +269,9 @@ class Decoding:
             width = draft.propose(rows, wanted, self._processors, self.config.do_sample)
             if self._memory is not None and width:
                 width = wanted
+            for row, is_drafted in enumerate(rows.are_drafted):
+                if not is_drafted:
+                    rows.state.drafted[row] = 0
         drafted = mark(self.input_ids)
         # The last accepted token was never read by the target, so a pass reads it and the drafted ones: the logits of
         # `width + 1` positions verify all drafted tokens and give one more.

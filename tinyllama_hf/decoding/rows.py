@@ -36,12 +36,14 @@ class RowPlan(NamedTuple):
             the other rows.
         draft_length (`int`, *optional*): number of tokens to draft in each round, for all rows of its batch, in place
             of a number that depends on measured times.
+        is_drafted (`bool`): whether tokens are drafted for the row; other rows of its batch are not affected.
     """
 
     key: int
     max_new_tokens: int
     draws: torch.Tensor | None = None
     draft_length: int | None = None
+    is_drafted: bool = True
 
 
 class Bucket(NamedTuple):
@@ -160,6 +162,11 @@ class Rows:
     def draft_length(self) -> int | None:
         """The number of drafted tokens that a row asks for."""
         return next((row.plan.draft_length for row in self._rows if row.plan.draft_length), None)
+
+    @property
+    def are_drafted(self) -> list[bool]:
+        """Whether tokens are drafted for each row."""
+        return [row.plan.is_drafted for row in self._rows]
 
     @property
     def paddings(self) -> list[int]:

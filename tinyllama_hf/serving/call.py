@@ -53,6 +53,7 @@ class RowRequest:
         top_logprobs (`int`, *optional*): number of the most likely tokens to report with each token; `None` reports
             no log-probabilities.
         scores_prompt (`bool`): whether to report the log-probabilities of the prompt, too.
+        is_drafted (`bool`): whether the server's draft proposes tokens.
         grammar (`str`, *optional*): llguidance's form of the grammar that the reply must follow.
     """
 
@@ -72,6 +73,7 @@ class RowRequest:
     stop_strings: tuple[str, ...] = ()
     top_logprobs: int | None = None
     scores_prompt: bool = False
+    is_drafted: bool = True
     grammar: str | None = None
 
 

@@ -32,7 +32,7 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
 }
 _INSTEAD = {"generation_config": "send top_k, min_p, repetition_penalty and min_tokens as fields of the request"}
 # Fields of a request, with the name of each in `RowRequest` where it differs.
-_ROW_FIELDS = {"min_tokens": "min_new_tokens", "stop": "stop_strings"} | {
+_ROW_FIELDS = {"min_tokens": "min_new_tokens", "stop": "stop_strings", "draft": "is_drafted"} | {
     name: name
     for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "logit_bias")
     + ("presence_penalty", "frequency_penalty")
@@ -83,7 +83,7 @@ _TopLogprobs = Annotated[int, Field(ge=0, le=20)]
 
 
 class _Fields(BaseModel):
-    """The fields of all endpoints; the last four are those of the servers of vLLM and llama.cpp."""
+    """The fields of all endpoints; those from `top_k` on are not OpenAI's."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -98,6 +98,7 @@ class _Fields(BaseModel):
     min_p: _Share | None = None
     repetition_penalty: Annotated[float, Field(ge=_LEAST, le=1 / _LEAST)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
+    draft: bool | None = None  # of this server: false leaves out its draft
 
 
 class _StreamOptions(BaseModel):

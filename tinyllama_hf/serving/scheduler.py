@@ -310,8 +310,10 @@ class Scheduler:
         num_new = max(1, request.max_new_tokens)
         seed = secrets.randbits(128) if request.seed is None else request.seed
         draws = torch.from_numpy(np.random.default_rng([seed, request.place]).random((3, num_new)))
-        is_fixed = self._draft is not None and request.seed is not None and request.temperature > 0
-        plan = RowPlan(row.key, num_new, draws, SEEDED_DRAFT_LENGTH if is_fixed else None)
+        is_fixed = (
+            self._draft is not None and request.is_drafted and request.seed is not None and request.temperature > 0
+        )
+        plan = RowPlan(row.key, num_new, draws, SEEDED_DRAFT_LENGTH if is_fixed else None, request.is_drafted)
         arguments = _sampling(request) | {
             "max_new_tokens": num_new,
             "pad_token_id": 0,  # rows have no padding
