@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -91,7 +92,7 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 task.cancel()
         own = {
             name: {
-                "start": commands[name],
+                "start": re.sub(r"(?<![\w.])/\S*/", "", commands[name]),  # without the folders of this machine
                 "start_seconds": round(server.start_seconds, 1),
                 "peak_megabytes": round(max(rss for _, rss, _ in server.samples)),
                 "exit_status": server.end(),
