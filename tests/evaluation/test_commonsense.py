@@ -20,6 +20,7 @@ from tinyllama_hf.errors import InputError
 from tinyllama_hf.evaluation import suite as suites
 from tinyllama_hf.evaluation import task_loading
 from tinyllama_hf.evaluation.protocol import TASKS
+from tinyllama_hf.evaluation.protocol_definitions import define_protocol
 from tinyllama_hf.evaluation.suite import open_suite, quiet_harness, task_files
 from tinyllama_hf.evaluation.table import table_lines
 from tinyllama_hf.evaluation.task_data import find_source
@@ -445,6 +446,23 @@ def test_lm_eval_still_compiles_a_template_for_each_item(opened):
     finally:
         lm_eval.utils.env.from_string = own
     assert requests[0] == requests[1]
+
+
+def test_lm_eval_still_processes_all_rows_at_each_access(monkeypatch):
+    """If this fails, the workaround in suite.py can be removed. With it, they are processed once for all models."""
+    with open_suite("embedded:sample", define_protocol(tasks=["hellaswag"])) as suite:
+        task, processed = suite.tasks["hellaswag"], []
+        process = task.config.process_docs
+
+        def count(rows: Any) -> Any:
+            processed.append(len(rows))
+            return process(rows)
+
+        monkeypatch.setattr(task.config, "process_docs", count)
+        assert [len(type(task).validation_docs(task)), len(type(task).validation_docs(task))] == processed == [10, 10]
+        assert task.eval_docs is task.eval_docs and processed == [10, 10]
+        task.build_all_requests(limit=2)
+        assert len(task.instances) == 8 and processed == [10, 10]
 
 
 def test_lm_eval_still_draws_a_bar_for_each_task(capfd):

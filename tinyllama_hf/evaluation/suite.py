@@ -223,7 +223,7 @@ def _fields(source: TaskSource, chosen: ChosenTasks, rows: list[dict[str, Any]],
 
 
 def _prepare(task: Any, source: TaskSource) -> None:
-    """Sets what lm-eval's command sets on a task."""
+    """Sets what lm-eval's command sets on a task, and lets it process its rows once."""
     if getattr(task, "MULTIMODAL", False):
         raise InputError(
             f"--task {source.task} has images or audio, which this model cannot read. Choose another task"
@@ -232,12 +232,14 @@ def _prepare(task: Any, source: TaskSource) -> None:
         raise InputError(f"--task {source.task} reads its rows itself, from the Hub. Score it without --data")
     task.set_config("num_fewshot", source.num_fewshot)
     task.set_fewshot_seed(FEWSHOT_SEED)
+    # lm-eval 0.4.13 processes all rows of a task again at each access to `eval_docs`, several times for each model.
+    for name in ("test_docs", "validation_docs"):
+        setattr(task, name, functools.cache(getattr(task, name)))
 
 
 def _check_documents(task: Any, source: TaskSource) -> None:
     """Checks the number of items, and the choices of each."""
-    # `eval_docs` is made again at each access. Tasks in Python classes of lm-eval have no `task_docs`.
-    documents = getattr(task, "task_docs", None) or task.eval_docs
+    documents = task.eval_docs
     if not source.is_redirected and source.task in TASKS:
         check_rows(source.task, enumerate(documents, start=1), _sample_fields(source.task), source.task)
     if len(documents) < 2:
