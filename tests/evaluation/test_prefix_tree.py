@@ -114,6 +114,39 @@ def test_answers_are_those_of_each_request_alone(model, seed):
     assert all(found[number].is_greedy for number in range(len(requests) - 3, len(requests)))
 
 
+def test_attention_of_rows_computes_no_keys_after_a_block(model, monkeypatch):
+    """Only while rows are read, and for a model with eager attention too."""
+    requests, shapes = questions(3, number=60), []
+
+    def count(queries, keys, values, mask, **options):
+        shapes.append((queries.shape[2], keys.shape[2]))
+        assert mask.shape[2:] == shapes[-1]
+        return torch.nn.functional.scaled_dot_product_attention(queries, keys, values, mask, **options)
+
+    monkeypatch.setattr(prefix_tree, "scaled_dot_product_attention", count)
+    score_all(model, requests)
+    assert model.config._attn_implementation == "sdpa"
+    assert {keys for _, keys in shapes} >= {64, 128, 192} and (64, 64) in shapes and max(shapes)[1] <= 256
+    model.set_attn_implementation("eager")
+    try:
+        found = score_all(model, requests)
+        assert model.config._attn_implementation == "eager"
+        for number, request in enumerate(requests):
+            assert found[number].log_likelihood == pytest.approx(alone(model, request)[0], abs=1e-4)
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
+def test_attention_is_restored_after_an_error(model, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("stop")
+
+    monkeypatch.setattr(prefix_tree, "_token_scores", fail)
+    with pytest.raises(RuntimeError, match="stop"):
+        score_all(model, questions(0))
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_the_logits_in_memory_are_bounded(model, monkeypatch):
     requests = questions(1)
     whole, sizes = score_all(model, requests), []

@@ -4,17 +4,21 @@ The requests are sorted by their tokens. In this order neighbors share the most,
 or the solved examples before all questions of a subject. A *row* is a prefix tree of neighboring requests, written one
 branch after the other: each token is in it once, its position is its depth in the tree, and it attends to the tokens
 on the path from the root to itself. So a row is a forward pass of a plain causal model with its own `position_ids` and
-attention mask.
+attention mask. No token attends to one that is written after it.
 """
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from ..errors import InputError
 
@@ -27,6 +31,8 @@ TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384, "mps": 8192}
 _TOKENS_PER_ROW, _TOKENS_PER_LONG_ROW, _HIDDEN_SIZE_OF_LONG_ROWS = 256, 512, 512
 # Elements of the logits that are in memory at a time: 128 MB in fp32.
 _LOGITS = 1 << 25
+PREFIX_TREE = "prefix_tree"  # `attn_implementation` for rows
+_QUERIES = 64  # of a call of sdpa; 128 were slower
 
 
 class EncodedRequest(NamedTuple):
@@ -130,6 +136,50 @@ def _row(requests: Sequence[EncodedRequest], inputs: Sequence[list[int]], number
     return row
 
 
+def prefix_tree_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of rows; on a CPU a block of queries at a time, with the keys up to its end.
+
+    There sdpa with a mask computes all pairs of tokens, twice as many as are needed. On a GPU blocks only add calls.
+
+    Args:
+        query (`torch.Tensor`): `[rows, heads, tokens, head_dim]`.
+        key, value (`torch.Tensor`): `[rows, num_key_value_heads, tokens, head_dim]`.
+        attention_mask (`torch.Tensor`): `[rows, 1, tokens, tokens]`, False above the diagonal.
+    """
+    if query.device.type != "cpu":
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    outputs = []
+    for start in range(0, query.shape[2], _QUERIES):
+        end = start + _QUERIES
+        mask = attention_mask[:, :, start:end, :end]
+        queries, keys, values = query[:, :, start:end], key[:, :, :end], value[:, :, :end]
+        outputs.append(scaled_dot_product_attention(queries, keys, values, mask, scale=scaling, enable_gqa=True))
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(PREFIX_TREE, prefix_tree_attention)
+AttentionMaskInterface.register(PREFIX_TREE, sdpa_mask)
+
+
+@contextlib.contextmanager
+def _attention_of_rows(model: PreTrainedModel) -> Iterator[None]:
+    """Makes a model compute the attention of rows. Its own may not take their mask; that of eager is a sum."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(PREFIX_TREE)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
 def score_requests(
     model: PreTrainedModel,
     requests: Sequence[EncodedRequest],
@@ -153,7 +203,8 @@ def score_requests(
         count = max(1, budget // len(rows[start].tokens))
         batch = rows[start : start + count]
         try:
-            answers = _score_rows(model, batch, requests)
+            with _attention_of_rows(model):
+                answers = _score_rows(model, batch, requests)
         except torch.OutOfMemoryError as error:
             if len(batch) == 1:
                 raise InputError(
