@@ -31,9 +31,9 @@ import yaml
 from common import save
 
 from tinyllama_hf.evaluation.protocol import TASKS
-from tinyllama_hf.evaluation.suite import task_files
-from tinyllama_hf.evaluation.task_data import COMMONSENSE_SPLITS
-from tinyllama_hf.evaluation.task_index import choose_tasks, index_tasks
+from tinyllama_hf.evaluation.tasks.suite import task_files
+from tinyllama_hf.evaluation.tasks.task_data import COMMONSENSE_SPLITS
+from tinyllama_hf.evaluation.tasks.task_index import choose_tasks, index_tasks
 from tinyllama_hf.files import read_json, write_json
 
 

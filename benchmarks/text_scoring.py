@@ -54,7 +54,7 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace) -> dict[str, float]:
     """Scores the sample in this process, after one small forward pass."""
-    from tinyllama_hf.evaluation.held_out_text import held_out_documents
+    from tinyllama_hf.evaluation.held_out.held_out_text import held_out_documents
     from tinyllama_hf.inference.load import load_stock
 
     model, tokenizer = load_stock(arguments.model, "cpu")
@@ -80,7 +80,7 @@ def peak_megabytes() -> float:
 
 def present(model: Any, tokenizer: Any, source: Any) -> float:
     """Scores as `tinyllama-hf eval text` does."""
-    from tinyllama_hf.evaluation.bits_per_byte import score_documents
+    from tinyllama_hf.evaluation.held_out.bits_per_byte import score_documents
 
     return score_documents(model, tokenizer, [source])[0].bits_per_byte
 
@@ -88,8 +88,8 @@ def present(model: Any, tokenizer: Any, source: Any) -> float:
 @torch.inference_mode()
 def first(model: Any, tokenizer: Any, source: Any) -> float:
     """Scores as the first version did."""
-    from tinyllama_hf.evaluation.bits_per_byte import document_tokens
-    from tinyllama_hf.evaluation.text_windows import windows
+    from tinyllama_hf.evaluation.held_out.bits_per_byte import document_tokens
+    from tinyllama_hf.evaluation.held_out.text_windows import windows
 
     context, nats, everything = model.config.max_position_embeddings, 0.0, []
     for text in source.texts:

@@ -143,7 +143,7 @@ CASES = {
         ),
     },
     "eval tasks m --protocol modern --task arc_easy --include i": {
-        "tinyllama_hf.evaluation.protocol_definitions.define_protocol": (
+        "tinyllama_hf.evaluation.tasks.protocol_definitions.define_protocol": (
             SimpleNamespace(name="modern", tasks=("arc_easy",)),
             {"name": "modern", "tasks": ["arc_easy"], "include": Path("i")},
         ),
@@ -154,7 +154,7 @@ CASES = {
         "tinyllama_hf.evaluation.table.table_lines": (None, {"scores.protocol": "protocol"}),
     },
     "eval tasks m --data x --server http://h:1 --server-model s --output o": {
-        "tinyllama_hf.evaluation.served_model.find_served_model": (
+        "tinyllama_hf.evaluation.harness.served_model.find_served_model": (
             "served",
             {"model": "m", "server": "http://h:1", "server_model": "s"},
         ),
@@ -187,19 +187,19 @@ CASES = {
         ),
     },
     "compare v1.1 pythia-1b --metric acc --different-protocols --resamples 2000 --seed 3 --markdown o --json p": {
-        "tinyllama_hf.evaluation.compared_models.find_compared_models": (
+        "tinyllama_hf.evaluation.comparison.compared_models.find_compared_models": (
             ["a", "b"],
             {"arguments": ["v1.1", "pythia-1b"]},
         ),
-        "tinyllama_hf.evaluation.score_comparison.check_comparison": (
+        "tinyllama_hf.evaluation.comparison.score_comparison.check_comparison": (
             "checked",
             {"models": ["a", "b"], "metric": "acc", "different_protocols": True, "resamples": 2000, "seed": 3},
         ),
-        "tinyllama_hf.evaluation.score_comparison.compare_models": (
+        "tinyllama_hf.evaluation.comparison.score_comparison.compare_models": (
             [],
             {"models": ["a", "b"], "metric": "acc", "different_protocols": True, "resamples": 2000, "seed": 3},
         ),
-        "tinyllama_hf.evaluation.comparison_text.comparison_lines": (
+        "tinyllama_hf.evaluation.comparison.comparison_text.comparison_lines": (
             ["a line"],
             {"comparisons": [], "resamples": 2000, "seed": 3},
         ),
@@ -207,13 +207,16 @@ CASES = {
         "tinyllama_hf.files.write_json": (None, {"path": Path("p")}),
     },
     "compare a b --fail-on-regression": {
-        "tinyllama_hf.evaluation.compared_models.find_compared_models": ([1, 2], {"arguments": ["a", "b"]}),
-        "tinyllama_hf.evaluation.score_comparison.check_comparison": ("checked", {"different_protocols": False}),
-        "tinyllama_hf.evaluation.score_comparison.compare_models": (
+        "tinyllama_hf.evaluation.comparison.compared_models.find_compared_models": ([1, 2], {"arguments": ["a", "b"]}),
+        "tinyllama_hf.evaluation.comparison.score_comparison.check_comparison": (
+            "checked",
+            {"different_protocols": False},
+        ),
+        "tinyllama_hf.evaluation.comparison.score_comparison.compare_models": (
             [SimpleNamespace(model="b", regressions=["piqa"])],
             {"different_protocols": False},
         ),
-        "tinyllama_hf.evaluation.comparison_text.comparison_lines": ([], {}),
+        "tinyllama_hf.evaluation.comparison.comparison_text.comparison_lines": ([], {}),
         "typer.Exit": (None, {"code": 1}),
     },
     "select s --metric text --task piqa --task boolq --json j": {

@@ -52,8 +52,12 @@ OPTIONAL = {
     "trl": None,
     "peft": None,
     "bitsandbytes": "tinyllama_hf/quantization/repacking.py",
-    "lm_eval": ("tinyllama_hf/evaluation/harness.py", "tinyllama_hf/evaluation/server_harness.py", "eval/tasks/"),
-    "tenacity": "tinyllama_hf/evaluation/server_harness.py",
+    "lm_eval": (
+        "tinyllama_hf/evaluation/harness/local_harness.py",
+        "tinyllama_hf/evaluation/harness/server_harness.py",
+        "eval/tasks/",
+    ),
+    "tenacity": "tinyllama_hf/evaluation/harness/server_harness.py",
     "aiohttp": None,
     "evaluate": "eval/metrics/",
     "fastapi": (

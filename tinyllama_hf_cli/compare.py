@@ -42,9 +42,13 @@ def compare_command(
 
     Example: tinyllama-hf compare step-1195k-2.5T step-1431k-3T
     """
-    from tinyllama_hf.evaluation.compared_models import find_compared_models
-    from tinyllama_hf.evaluation.comparison_text import comparison_json, comparison_lines, comparison_markdown
-    from tinyllama_hf.evaluation.score_comparison import check_comparison, compare_models
+    from tinyllama_hf.evaluation.comparison.compared_models import find_compared_models
+    from tinyllama_hf.evaluation.comparison.comparison_text import (
+        comparison_json,
+        comparison_lines,
+        comparison_markdown,
+    )
+    from tinyllama_hf.evaluation.comparison.score_comparison import check_comparison, compare_models
     from tinyllama_hf.files import write_json, write_text
     from tinyllama_hf.progress import progress_bar
 

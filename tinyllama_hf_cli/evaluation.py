@@ -98,8 +98,8 @@ def eval_text_command(
     Example: tinyllama-hf eval text my-model other-model --data data/demo --max-bytes all
     """
     from tinyllama_hf.errors import InputError
-    from tinyllama_hf.evaluation.held_out_text import parse_max_bytes
-    from tinyllama_hf.evaluation.text_protocol import check_text_dtype
+    from tinyllama_hf.evaluation.held_out.held_out_text import parse_max_bytes
+    from tinyllama_hf.evaluation.held_out.text_protocol import check_text_dtype
     from tinyllama_hf.pretrain.milestones import find_run
 
     if watch and (len(models) != 1 or data or baselines):
@@ -199,7 +199,7 @@ def eval_tasks_command(
     """
     from tinyllama_hf.errors import InputError
     from tinyllama_hf.evaluation.protocol import published_row
-    from tinyllama_hf.evaluation.protocol_definitions import define_protocol
+    from tinyllama_hf.evaluation.tasks.protocol_definitions import define_protocol
     from tinyllama_hf.pretrain.milestones import find_run
 
     folder = _one(data, "pass one folder")
@@ -210,8 +210,8 @@ def eval_tasks_command(
     loading = {"--quantization": quantization != "none", "--adapter": adapter, "--device": device != "auto"}
     _check_server(server, server_model, models, [option for option, is_given in loading.items() if is_given])
     import_libraries()
-    from tinyllama_hf.evaluation.served_model import find_served_model
-    from tinyllama_hf.evaluation.server_requests import ServerFailure
+    from tinyllama_hf.evaluation.harness.served_model import find_served_model
+    from tinyllama_hf.evaluation.harness.server_requests import ServerFailure
     from tinyllama_hf.evaluation.table import table_lines, wrong_item_lines
     from tinyllama_hf.evaluation.task_scores import score_tasks
     from tinyllama_hf.progress import quiet_library_bars
@@ -267,7 +267,7 @@ def eval_harness_command(
     import_libraries()
     from lm_eval.__main__ import cli_evaluate
 
-    import tinyllama_hf.evaluation.harness  # noqa: F401 - registers the model, which lm-eval 0.4.13 does not discover
+    import tinyllama_hf.evaluation.harness.local_harness  # noqa: F401 - registers the model, which lm-eval 0.4.13 does not discover
 
     sys.argv = ["tinyllama-hf eval harness", *(arguments or [])]
     cli_evaluate()
@@ -355,7 +355,7 @@ def _check_server(server: str | None, server_model: str | None, models: list[str
 
 def _kept_answers(target: Path | None) -> str:
     """Returns what an interrupted `eval tasks` has kept, and how to resume it."""
-    from tinyllama_hf.evaluation.kept_answers import answers_path, count_kept
+    from tinyllama_hf.evaluation.harness.kept_answers import answers_path, count_kept
 
     if target is None:
         return "nothing was kept. With --output FILE, all answers are kept"

@@ -17,7 +17,7 @@ import torch
 from measuring import Bench, Figures
 from torch.nn.utils.rnn import pad_sequence
 
-from tinyllama_hf.evaluation.prefix_tree import EncodedRequest, score_requests, tree_rows
+from tinyllama_hf.evaluation.harness.prefix_tree import EncodedRequest, score_requests, tree_rows
 
 
 FILE = Path(__file__).parents[2] / "build" / "task_requests.npz"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyllama_hf.evaluation.compared_models import find_compared_models
+from tinyllama_hf.evaluation.comparison.compared_models import find_compared_models
+from tinyllama_hf.evaluation.comparison.score_comparison import compare_models
 from tinyllama_hf.evaluation.protocol import TASKS
-from tinyllama_hf.evaluation.score_comparison import compare_models
 from tinyllama_hf.evaluation.score_files import (
     MetricScore,
     Protocol,

@@ -4,7 +4,7 @@ import functools
 import json
 from pathlib import Path
 
-from tinyllama_hf.evaluation.task_index import choose_tasks, index_tasks
+from tinyllama_hf.evaluation.tasks.task_index import choose_tasks, index_tasks
 
 
 DOUBLE = {

@@ -15,13 +15,13 @@ from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
 from tinyllama_hf.data.mixture import Mixture
 from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.evaluation import bits_per_byte
-from tinyllama_hf.evaluation.baselines import fit_baselines
-from tinyllama_hf.evaluation.bits_per_byte import score_documents, summarize
-from tinyllama_hf.evaluation.held_out_text import HeldOut, held_out_documents
+from tinyllama_hf.evaluation.held_out import bits_per_byte
+from tinyllama_hf.evaluation.held_out.baselines import fit_baselines
+from tinyllama_hf.evaluation.held_out.bits_per_byte import score_documents, summarize
+from tinyllama_hf.evaluation.held_out.held_out_text import HeldOut, held_out_documents
+from tinyllama_hf.evaluation.held_out.text_windows import count_in_batch, sorted_buffers, windows
 from tinyllama_hf.evaluation.score_files import TextProtocol, TextSource
 from tinyllama_hf.evaluation.series import score
-from tinyllama_hf.evaluation.text_windows import count_in_batch, sorted_buffers, windows
 from tinyllama_hf.pretrain.config import load_pretrain_config
 from tinyllama_hf.tokenization_tinyllama import encode_text, tokenizer_fingerprint
 

@@ -15,9 +15,9 @@ import pytest
 from tests.evaluation.task_folders import DOUBLE
 from tinyllama_hf.data.row_files import read_rows
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.evaluation import code_runner, code_sandbox
-from tinyllama_hf.evaluation.code_sandbox import Outcome, check_sandbox, run_program, run_programs
-from tinyllama_hf.evaluation.code_tasks import (
+from tinyllama_hf.evaluation.tasks import code_runner, code_sandbox
+from tinyllama_hf.evaluation.tasks.code_sandbox import Outcome, check_sandbox, run_program, run_programs
+from tinyllama_hf.evaluation.tasks.code_tasks import (
     check_program,
     first_paragraph,
     pass_at_1,
@@ -211,14 +211,14 @@ def test_an_ordinary_user(tmp_path):
         or subprocess.run([python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]).returncode
     ):
         pytest.skip("needs a Python of the system")
-    package = Path(code_sandbox.__file__).parents[1]
-    for name in ("errors.py", "evaluation/code_runner.py", "evaluation/code_sandbox.py"):
+    package = Path(code_sandbox.__file__).parents[2]
+    for name in ("errors.py", "evaluation/tasks/code_runner.py", "evaluation/tasks/code_sandbox.py"):
         copy = tmp_path / "tinyllama_hf" / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text((package / name).read_text())
         (copy.parent / "__init__.py").touch()
     program = (
-        "from tinyllama_hf.evaluation.code_sandbox import check_sandbox, run_program\n"
+        "from tinyllama_hf.evaluation.tasks.code_sandbox import check_sandbox, run_program\n"
         "check_sandbox()\nprint(run_program('x = 1'), run_program('import os; os.fork()'))"
     )
     for folder in (tmp_path, *tmp_path.parents):

@@ -17,15 +17,15 @@ from tests.conftest import ROOT, run_here
 from tests.evaluation.commonsense_scorer import BY_CHARACTER, SPLITS, Scorer, question, read_rows
 from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.evaluation import suite as suites
-from tinyllama_hf.evaluation import task_loading
 from tinyllama_hf.evaluation.protocol import TASKS
-from tinyllama_hf.evaluation.protocol_definitions import define_protocol
-from tinyllama_hf.evaluation.suite import open_suite, quiet_harness, task_files
 from tinyllama_hf.evaluation.table import table_lines
-from tinyllama_hf.evaluation.task_data import find_source
-from tinyllama_hf.evaluation.task_rows import check_rows, decisive_fields
 from tinyllama_hf.evaluation.task_scores import score_tasks
+from tinyllama_hf.evaluation.tasks import suite as suites
+from tinyllama_hf.evaluation.tasks import task_loading
+from tinyllama_hf.evaluation.tasks.protocol_definitions import define_protocol
+from tinyllama_hf.evaluation.tasks.suite import open_suite, quiet_harness, task_files
+from tinyllama_hf.evaluation.tasks.task_data import find_source
+from tinyllama_hf.evaluation.tasks.task_rows import check_rows, decisive_fields
 from tinyllama_hf.inference import load as loading
 from tinyllama_hf.pretrain.milestones import write_milestone
 from tinyllama_hf.released import tables

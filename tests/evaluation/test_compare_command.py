@@ -9,9 +9,9 @@ import pytest
 
 from tests.conftest import run_here
 from tests.evaluation.simulated_scores import PROTOCOL, simulate, write
-from tinyllama_hf.evaluation.compared_models import find_compared_models
+from tinyllama_hf.evaluation.comparison.compared_models import find_compared_models
+from tinyllama_hf.evaluation.comparison.score_comparison import compare_models
 from tinyllama_hf.evaluation.protocol import TASKS
-from tinyllama_hf.evaluation.score_comparison import compare_models
 from tinyllama_hf.evaluation.scored_items import read_scored_items, write_scored_items
 
 

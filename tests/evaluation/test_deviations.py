@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import run_here
 from tests.evaluation.simulated_scores import PROTOCOL, TABLE, compared
-from tinyllama_hf.evaluation.deviations import check_against_published
+from tinyllama_hf.evaluation.comparison.deviations import check_against_published
 from tinyllama_hf.evaluation.protocol import TASKS, published_row
 from tinyllama_hf.evaluation.score_files import MetricScore, TaskRow, TaskScore, TaskScoreFile, write_scores
 

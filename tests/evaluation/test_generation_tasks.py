@@ -7,8 +7,8 @@ from lm_eval.models.huggingface import HFLM
 from tests.evaluation.task_folders import DOUBLE, humaneval_rows, write_rows, write_tasks
 from tests.evaluation.test_commonsense import model
 from tinyllama_hf import load_tokenizer
-from tinyllama_hf.evaluation.protocol_definitions import define_protocol
-from tinyllama_hf.evaluation.suite import open_suite, quiet_harness
+from tinyllama_hf.evaluation.tasks.protocol_definitions import define_protocol
+from tinyllama_hf.evaluation.tasks.suite import open_suite, quiet_harness
 
 
 @pytest.fixture(scope="module")

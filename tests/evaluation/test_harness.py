@@ -12,8 +12,8 @@ from tests.conftest import run_here
 from tests.evaluation.commonsense_scorer import SPLITS, question, read_rows
 from tests.evaluation.test_commonsense import SAMPLE, save
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.evaluation.harness import EncodedTexts, TinyLlamaHarness
-from tinyllama_hf.evaluation.kept_answers import KeptAnswers
+from tinyllama_hf.evaluation.harness.kept_answers import KeptAnswers
+from tinyllama_hf.evaluation.harness.local_harness import EncodedTexts, TinyLlamaHarness
 
 
 def requests(kind: str, arguments: list[tuple]) -> list[Instance]:

@@ -14,16 +14,16 @@ from tinyllama_hf import TinyLlamaConfig, TinyLlamaForCausalLM, load_tokenizer
 from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.data.train_tokenizer import train_tokenizer
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.evaluation.bits_per_byte import score_documents
-from tinyllama_hf.evaluation.held_out_text import (
+from tinyllama_hf.evaluation.held_out.bits_per_byte import score_documents
+from tinyllama_hf.evaluation.held_out.held_out_text import (
     choose_sample,
     held_out_documents,
     held_out_source,
     parse_max_bytes,
 )
+from tinyllama_hf.evaluation.held_out.text_protocol import check_same_dtype, check_same_text
 from tinyllama_hf.evaluation.score_files import TextScoreFile, TextSource, read_scores
 from tinyllama_hf.evaluation.series import check_can_score, lock_score_file, score
-from tinyllama_hf.evaluation.text_protocol import check_same_dtype, check_same_text
 from tinyllama_hf.files import read_json, write_json
 
 

@@ -18,8 +18,8 @@ from tests.evaluation.task_folders import (
     write_tasks,
 )
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.evaluation.protocol_definitions import define_protocol
-from tinyllama_hf.evaluation.suite import open_suite
+from tinyllama_hf.evaluation.tasks.protocol_definitions import define_protocol
+from tinyllama_hf.evaluation.tasks.suite import open_suite
 
 
 @pytest.fixture(scope="module")

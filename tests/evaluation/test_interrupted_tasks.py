@@ -8,16 +8,17 @@ import pytest
 
 from tests.evaluation.test_commonsense import save
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.evaluation import prefix_tree, task_scores
-from tinyllama_hf.evaluation.kept_answers import KeptAnswers, count_kept, open_answers
+from tinyllama_hf.evaluation import task_scores
+from tinyllama_hf.evaluation.harness import prefix_tree
+from tinyllama_hf.evaluation.harness.kept_answers import KeptAnswers, count_kept, open_answers
 from tinyllama_hf.evaluation.task_scores import score_tasks
 
 
 # Small forward passes; prints the number of requests that each answers, and sends a signal to itself before one.
 COMMAND = """
 import os, sys
-from tinyllama_hf.evaluation import prefix_tree
-from tinyllama_hf.evaluation.kept_answers import KeptAnswers
+from tinyllama_hf.evaluation.harness import prefix_tree
+from tinyllama_hf.evaluation.harness.kept_answers import KeptAnswers
 from tinyllama_hf_cli import main
 
 number, last, add, passes = int(sys.argv.pop(1)), int(sys.argv.pop(1)), KeptAnswers.add, []

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from tinyllama_hf.evaluation.ngram import NGramModel
+from tinyllama_hf.evaluation.held_out.ngram import NGramModel
 
 
 VOCABULARY = 7

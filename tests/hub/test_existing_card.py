@@ -128,7 +128,7 @@ def test_scores_that_are_gone_leave_the_metadata(chat, online):
 @pytest.mark.parametrize("told", [True, False], ids=["by-the-file", "by-one-task"])
 def test_made_up_items_are_no_scores(chat, told, limit):
     """They appear in neither text nor metadata, even if only one task used the sample."""
-    from tinyllama_hf.evaluation.suite import SAMPLE, task_files
+    from tinyllama_hf.evaluation.tasks.suite import SAMPLE, task_files
     from tinyllama_hf.provenance import file_sha256
 
     scores = commonsense_scores(["chat"], limit, sample=told)

@@ -19,7 +19,7 @@ from tests.pretrain.runs import SCRIPT, pretrain, read_metrics, run_script
 from tests.report.test_plots import assert_draws
 from tinyllama_hf.data.prepare import prepare
 from tinyllama_hf.errors import InputError
-from tinyllama_hf.evaluation.held_out_text import held_out_documents
+from tinyllama_hf.evaluation.held_out.held_out_text import held_out_documents
 from tinyllama_hf.evaluation.series import score, watch
 from tinyllama_hf.files import write_json
 from tinyllama_hf.pretrain import loop
@@ -241,7 +241,7 @@ class TestIncremental:
         assert score([str(moved)], output=moved / "scores.json").models == first.models
 
     def test_counting_models_are_not_fitted_again(self, finished, tmp_path, monkeypatch):
-        from tinyllama_hf.evaluation import baselines
+        from tinyllama_hf.evaluation.held_out import baselines
 
         run, _ = finished
         output = tmp_path / "scores.json"

@@ -9,9 +9,9 @@ from tests.evaluation.test_commonsense import save
 from tests.serving.served import Server
 from tinyllama_hf import load
 from tinyllama_hf.chat.templates import load_template
-from tinyllama_hf.evaluation.protocol_definitions import define_protocol
-from tinyllama_hf.evaluation.served_model import find_served_model
+from tinyllama_hf.evaluation.harness.served_model import find_served_model
 from tinyllama_hf.evaluation.task_scores import score_tasks
+from tinyllama_hf.evaluation.tasks.protocol_definitions import define_protocol
 from tinyllama_hf.inference.chat import ChatSession
 from tinyllama_hf.inference.options import Sampling
 

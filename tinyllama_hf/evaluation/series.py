@@ -20,12 +20,18 @@ from ..progress import progress_bar
 from ..quantization.names import check_quantization_name
 from ..quantization.quantized_model import check_quantization
 from ..tokenization_tinyllama import load_tokenizer, tokenizer_fingerprint
-from .baselines import fit_baselines
-from .bits_per_byte import score_documents
-from .held_out_text import DEFAULT_MAX_BYTES, HeldOut, held_out_documents
+from .held_out.baselines import fit_baselines
+from .held_out.bits_per_byte import score_documents
+from .held_out.held_out_text import DEFAULT_MAX_BYTES, HeldOut, held_out_documents
+from .held_out.text_protocol import (
+    check_same_dtype,
+    check_same_protocol,
+    check_same_text,
+    check_text_dtype,
+    text_dtype,
+)
 from .models import describe_model, list_eval_models, load_eval_model
 from .score_files import ScoredModel, TextRow, TextScoreFile, read_scores, replace_rows, write_scores
-from .text_protocol import check_same_dtype, check_same_protocol, check_same_text, check_text_dtype, text_dtype
 
 
 SCORES_FILE = "scores.json"

@@ -17,19 +17,19 @@ from ..inference.load import choose_device
 from ..progress import progress_bar
 from ..provenance import file_sha256
 from ..tokenization_tinyllama import tokenizer_fingerprint
-from .kept_answers import AnswerFile, KeptAnswers, open_answers
+from .harness.kept_answers import AnswerFile, KeptAnswers, open_answers
+from .harness.served_model import ServedModel
 from .models import list_eval_models, load_eval_model
 from .protocol import TASKS
-from .protocol_definitions import ProtocolDefinition, define_protocol
 from .score_files import Protocol, ScoredModel, TaskRow, TaskScoreFile, read_scores, replace_rows, write_scores
 from .score_metrics import average_standard_error, commonsense_average
 from .scored_items import ScoredItem, items_file_name, read_scored_items, write_scored_items
-from .served_model import ServedModel
-from .suite import Suite, open_suite, quiet_harness, task_files
+from .tasks.protocol_definitions import ProtocolDefinition, define_protocol
+from .tasks.suite import Suite, open_suite, quiet_harness, task_files
 
 
 if TYPE_CHECKING:
-    from .harness_results import TaskResults
+    from .harness.harness_results import TaskResults
 
 
 # The files that affect scores: stock transformers loads no others.
@@ -194,8 +194,8 @@ class _Scoring:
     """Scores one model after the other on opened tasks."""
 
     def __init__(self, suite: Suite, protocol: Protocol, place: Place, answers: AnswerFile, note: Note):
-        from .harness import EncodedTexts
-        from .harness_results import RequestsOfTasks
+        from .harness.harness_results import RequestsOfTasks
+        from .harness.local_harness import EncodedTexts
 
         self.suite, self.protocol, self.place, self.answers, self.note = suite, protocol, place, answers, note
         self._encoded: dict[str, EncodedTexts] = {}  # by tokenizer
@@ -209,7 +209,7 @@ class _Scoring:
 
     def score(self, model: ScoredModel, fingerprint: str) -> tuple[TaskRow, list[ScoredItem]]:
         """Returns the scores of a model, and all items."""
-        from .harness_results import run_tasks
+        from .harness.harness_results import run_tasks
 
         began, protocol = time.perf_counter(), self.protocol
         kept = self.answers.of_model(self.answers_key(model, fingerprint))
@@ -231,12 +231,12 @@ class _Scoring:
         """Returns the model for lm-eval, on a server or loaded here."""
         protocol = self.protocol
         if isinstance(self.place, ServedModel):
-            from .server_harness import ServerHarness
+            from .harness.server_harness import ServerHarness
 
             served = ServerHarness(self.place, protocol.add_bos_token, kept, update, self.note)
             self._requests.use_tokenizer(served.tokenizer, self.place.tokenizer)
             return served
-        from .harness import EncodedTexts, TinyLlamaHarness
+        from .harness.local_harness import EncodedTexts, TinyLlamaHarness
 
         loaded, tokenizer = load_eval_model(model, self.place, getattr(torch, protocol.dtype))
         name = tokenizer_fingerprint(tokenizer)

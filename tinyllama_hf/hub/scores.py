@@ -6,7 +6,7 @@ from typing import Any
 
 from ..evaluation.protocol import caveat
 from ..evaluation.score_files import RunScores, read_run_scores
-from ..evaluation.suite import SAMPLE, task_files
+from ..evaluation.tasks.suite import SAMPLE, task_files
 from ..portable import portable_text
 from ..provenance import file_sha256
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..score_files import MetricScore
 from . import paired_tests as statistics
 from .compared_models import ItemValues, lower_is_better, metric_scale, metric_unit
 from .paired_tests import Floats
-from .score_files import MetricScore
 
 
 @dataclasses.dataclass(kw_only=True)

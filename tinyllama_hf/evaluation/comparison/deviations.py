@@ -3,9 +3,9 @@
 import dataclasses
 import math
 
-from ..released import Released, tables
-from .protocol import TASKS
-from .score_files import Protocol, TaskRow, TaskScore
+from ...released import Released, tables
+from ..protocol import TASKS
+from ..score_files import Protocol, TaskRow, TaskScore
 
 
 # bf16 changed the choice on 11 of 700 items of SmolLM2-135M-Instruct, scored with lm-eval's own model.

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, did_you_mean
-from ..released import tables
-from .protocol import TASKS
+from ...errors import InputError, did_you_mean
+from ...released import tables
+from ..protocol import TASKS
 from .task_index import choose_tasks, index_tasks
 
 

@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
-from ..errors import InputError
+from ...errors import InputError
 
 
 # Tokens of a forward pass.
@@ -166,7 +165,6 @@ def prefix_tree_attention(
 
 
 AttentionInterface.register(PREFIX_TREE, prefix_tree_attention)
-AttentionMaskInterface.register(PREFIX_TREE, sdpa_mask)
 
 
 @contextlib.contextmanager

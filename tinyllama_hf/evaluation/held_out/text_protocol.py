@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import InputError
-from ..quantization.names import GPU_CAPABILITIES
+from ...errors import InputError
+from ...quantization.names import GPU_CAPABILITIES
+from ..score_files import ScoredModel, TextRow, TextScoreFile, TextSource
 from .held_out_text import held_out_source
-from .score_files import ScoredModel, TextRow, TextScoreFile, TextSource
 
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}

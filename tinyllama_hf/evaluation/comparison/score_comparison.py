@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..errors import InputError, check_seed
+from ...errors import InputError, check_seed
+from ..protocol import TASKS
 from .compared_models import ComparedModel, ItemValues, lower_is_better
 from .deviations import PublishedCheck, check_against_published
 from .paired_tests import RESAMPLES
-from .protocol import TASKS
 from .score_differences import (
     ScoreDifference,
     average_difference,

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from ..data.mixture import Mixture
-from ..pretrain.milestones import read_record
-from ..progress import progress_bar
+from ...data.mixture import Mixture
+from ...pretrain.milestones import read_record
+from ...progress import progress_bar
+from ..score_files import BaselineRow
 from .bits_per_byte import document_tokens, summarize
 from .held_out_text import HeldOut
 from .ngram import NGramModel
-from .score_files import BaselineRow
 
 
 BASELINES = {"unigram": 1, "5-gram": 5}

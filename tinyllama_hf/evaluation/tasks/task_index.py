@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import InputError
+from ...errors import InputError
 
 
 _IGNORED = {"__pycache__", ".ipynb_checkpoints"}
@@ -51,7 +51,7 @@ class ChosenTasks:
 
 def eval_folder() -> Path:
     """Returns the folder `eval/`: inside the package if that is installed, next to it in a clone."""
-    package = Path(__file__).parents[1]
+    package = Path(__file__).parents[2]
     return next(path for path in (package / "eval", package.parent / "eval") if path.is_dir())
 
 

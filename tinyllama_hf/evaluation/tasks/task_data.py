@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..data.row_files import read_rows
-from ..errors import InputError, one_line
-from ..provenance import file_sha256, fingerprint
+from ...data.row_files import read_rows
+from ...errors import InputError, one_line
+from ...provenance import file_sha256, fingerprint
 from .task_index import eval_folder
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from jinja2 import UndefinedError
 
-from ..errors import InputError
-from ..text import check_text
+from ...errors import InputError
+from ...text import check_text
 
 
 # Raised by a task definition for a malformed row.

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import InputError
-from ..files import locked
+from ...errors import InputError
+from ...files import locked
 
 
 Answer = list[float | bool] | str  # log-likelihood and whether it is greedy; or a generated text

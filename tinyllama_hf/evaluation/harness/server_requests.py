@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from ..errors import InputError, one_line
+from ...errors import InputError, one_line
 
 
 if TYPE_CHECKING:

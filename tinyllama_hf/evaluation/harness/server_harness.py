@@ -15,9 +15,9 @@ from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.models.utils import has_bos_prefix, postprocess_generated_text
 from tenacity import RetryCallState, retry, retry_if_exception, stop_after_attempt, wait_exponential
 
-from ..inference.load import stock_tokenizer
-from .harness import fit_request, generation_settings, prompt_room
+from ...inference.load import stock_tokenizer
 from .kept_answers import KeptAnswers, repeated_keys, request_key
+from .local_harness import fit_request, generation_settings, prompt_room
 from .prefix_tree import EncodedRequest
 from .served_model import NoLogProbabilities, ServedModel, prompt_log_probabilities
 from .server_requests import ServerFailure, open_session, request_json, single_completion

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import provenance
-from ..errors import InputError, did_you_mean
-from ..inference.load import stock_tokenizer
-from ..released import TOKENIZER_FILES, local_folder, read_llama_fields
-from ..tokenization_tinyllama import tokenizer_fingerprint
-from .protocol_definitions import ProtocolDefinition
-from .score_files import SERVER_DTYPE, ScoredModel
+from ... import provenance
+from ...errors import InputError, did_you_mean
+from ...inference.load import stock_tokenizer
+from ...released import TOKENIZER_FILES, local_folder, read_llama_fields
+from ...tokenization_tinyllama import tokenizer_fingerprint
+from ..score_files import SERVER_DTYPE, ScoredModel
+from ..tasks.protocol_definitions import ProtocolDefinition
 from .server_requests import ServerFailure, api_address, open_session, request_json, single_completion
 
 

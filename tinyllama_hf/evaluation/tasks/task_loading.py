@@ -9,13 +9,13 @@ from typing import Any
 
 import yaml
 
-from ..errors import InputError, one_line
+from ...errors import InputError, one_line
 from .task_data import WHERE_DATA_COME_FROM, TaskSource, local_rows_settings
 from .task_index import ChosenTasks
 
 
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
-_LOCAL_ROWS = "custom_dataset: !function tinyllama_hf.evaluation.task_data.load_local_rows\n"
+_LOCAL_ROWS = "custom_dataset: !function tinyllama_hf.evaluation.tasks.task_data.load_local_rows\n"
 
 
 def load_example(source: TaskSource, chosen: ChosenTasks, folder: Path, examples: Path) -> Any:

@@ -21,11 +21,11 @@ from lm_eval.models.utils import (
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..batch.generate_many import Request, generate_many
-from ..errors import InputError
-from ..inference.options import Sampling
+from ...batch.generate_many import Request, generate_many
+from ...errors import InputError
+from ...inference.options import Sampling
+from ..models import describe_model, load_eval_model, model_folder
 from .kept_answers import KeptAnswers, repeated_keys, request_key
-from .models import describe_model, load_eval_model, model_folder
 from .prefix_tree import EncodedRequest, LikelihoodAnswer, score_requests
 
 

@@ -15,10 +15,10 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ..data.shards import METADATA_FILE, Shard, read_metadata
-from ..errors import InputError, refuse_damage
-from ..recipe import parse_count
-from .score_files import TextSource
+from ...data.shards import METADATA_FILE, Shard, read_metadata
+from ...errors import InputError, refuse_damage
+from ...recipe import parse_count
+from ..score_files import TextSource
 
 
 DEFAULT_MAX_BYTES = 2_000_000

@@ -16,11 +16,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import InputError
-from ..tokenization_tinyllama import encode_text
-from . import score_metrics
+from ...errors import InputError
+from ...tokenization_tinyllama import encode_text
+from .. import score_metrics
+from ..score_files import BitsPerByte, TextProtocol
 from .held_out_text import HeldOut
-from .score_files import BitsPerByte, TextProtocol
 from .text_windows import Window, count_in_batch, sorted_buffers, windows
 
 

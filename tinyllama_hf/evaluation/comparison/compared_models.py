@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import InputError, did_you_mean
-from ..released import Released, released, tables
+from ...errors import InputError, did_you_mean
+from ...released import Released, released, tables
+from ..score_files import MetricScore, Protocol, TaskRow, TaskScoreFile, read_scores
+from ..scored_items import read_scored_items
 from .paired_tests import binomial_standard_error, is_binary
-from .score_files import MetricScore, Protocol, TaskRow, TaskScoreFile, read_scores
-from .scored_items import read_scored_items
 
 
 # Metrics of lm-eval that are no shares, apart from bits per byte: they have their own unit.

@@ -9,11 +9,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..data.row_files import read_rows
-from ..errors import InputError, one_line, require
-from ..progress import progress_bar
-from ..provenance import file_sha256
-from .protocol import TASKS
+from ...data.row_files import read_rows
+from ...errors import InputError, one_line, require
+from ...progress import progress_bar
+from ...provenance import file_sha256
+from ..protocol import TASKS
 from .protocol_definitions import ProtocolDefinition, define_protocol, fewshot_of, metric_of
 from .task_data import (
     COMMONSENSE_SPLITS,
@@ -34,7 +34,7 @@ from .task_rows import BAD_ROW, NUM_ASKED, check_rows, decisive_fields, typical_
 
 # lm-eval's default. It decides which solved examples are drawn; set it again before requests are built again.
 FEWSHOT_SEED = 1234
-_OUR_CODE_TASKS = "tinyllama_hf.evaluation.code_tasks."
+_OUR_CODE_TASKS = "tinyllama_hf.evaluation.tasks.code_tasks."
 
 
 class Suite(NamedTuple):

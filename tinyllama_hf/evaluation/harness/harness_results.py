@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from .score_files import MetricScore, TaskScore
-from .scored_items import ScoredItem
-from .suite import FEWSHOT_SEED, Suite, quiet_harness, right_choice
+from ..score_files import MetricScore, TaskScore
+from ..scored_items import ScoredItem
+from ..tasks.suite import FEWSHOT_SEED, Suite, quiet_harness, right_choice
 
 
 # Metrics of lm-eval that are shares, here in percent. Others keep their unit.
