@@ -68,32 +68,27 @@ def test_the_type_of_a_body(client, headers):
     assert answer.status_code == 400 and "Content-Type: application/json" in answer.json()["error"]["message"]
 
 
-@pytest.fixture(params=["ending", "failing"])
-def trouble(request, app, local, monkeypatch):
-    """Status and message of a request during shutdown, or if the generation fails."""
-    scheduler = app.state.service.scheduler
+@pytest.mark.parametrize("path", GENERATING)
+def test_a_server_that_shuts_down_refuses_requests(local, path):
+    app = build_app("my-model", *local)
+    app.state.service.scheduler.close(0)
+    ending = testclient.TestClient(app, "http://127.0.0.1")
+    status, error = ask(ending, {}, path)
+    assert status == 503 and error["message"] == "the server is shutting down" and error["type"] == "server_error"
+    assert post(ending, {"stream": True}, path).status_code == 503
+
+
+@pytest.mark.parametrize("path", GENERATING)
+def test_a_failure_of_the_generation_has_an_error_of_the_same_form(client, path, local, monkeypatch):
+    """With and without streaming; a stream has started with status 200."""
 
     def fail(**_):
         raise RuntimeError('out of "memory"\n')
 
-    if request.param == "failing":
-        monkeypatch.setattr(local[0], "forward", fail)
-        yield 500, 'out of "memory"'
-    else:
-        scheduler._end_time = time.monotonic()
-        yield 503, "the server is shutting down"
-        scheduler._end_time = None
-
-
-@pytest.mark.parametrize("path", GENERATING)
-def test_trouble_has_an_error_of_the_same_form(client, path, trouble):
-    """With and without streaming; a stream may have started with status 200."""
-    status, message = trouble
-    found, error = ask(client, {}, path)
-    assert found == status and error["message"].endswith(message) and error["type"] == "server_error"
-    if status == 503:
-        assert post(client, {"stream": True}, path).status_code == 503
-        return
+    monkeypatch.setattr(local[0], "forward", fail)
+    message = 'out of "memory"'
+    status, error = ask(client, {}, path)
+    assert status == 500 and error["message"].endswith(message) and error["type"] == "server_error"
     last = stream(client, {}, path)[-1]
     error = last if path == "responses" else last["error"]
     assert error["message"].endswith(message)
