@@ -84,7 +84,7 @@ def test_every_request_is_a_path_of_its_row(seed, tokens_per_row):
             for depth, index in enumerate(path):
                 assert mask[index].nonzero().flatten().tolist() == path[: depth + 1]
             seen.append(number)
-        assert len(row.tokens) <= max(tokens_per_row, max(sum(map(len, requests[n])) for n, _ in row.scored))
+        assert len(row.tokens) <= max(tokens_per_row, 2 * max(sum(map(len, requests[n])) for n, _ in row.scored))
     assert sorted(seen) == list(range(len(requests)))
     assert [len(row.tokens) for row in rows] == sorted((len(row.tokens) for row in rows), reverse=True)
 
@@ -97,6 +97,17 @@ def test_what_is_shared_is_read_once():
     other = [EncodedRequest([49, *context], [1, 2]), EncodedRequest([49, *context], [2, 3])]
     rows = tree_rows([*other, *choices], 60)
     assert [len(row.tokens) for row in rows] == [48, 43], "a row ends between two questions"
+
+
+def test_a_context_that_is_longer_than_a_row_is_read_for_many_requests():
+    solved = [n % 50 for n in range(600)]
+    (row,) = tree_rows([EncodedRequest(solved, [n]) for n in range(4)], 256)
+    assert len(row.tokens) == 600 and len(row.scored) == 4, "choices of one token add none"
+    asked = [
+        EncodedRequest([*solved, 40 + n, *range(n, n + 30)], [choice, 1]) for n in range(9) for choice in range(4)
+    ]
+    rows = tree_rows(asked, 256)
+    assert [len(row.scored) for row in rows] == [36] and sum(len(row.tokens) for row in rows) == 600 + 9 * (31 + 4)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -88,8 +88,9 @@ class TreeRow(NamedTuple):
 def tree_rows(requests: Sequence[EncodedRequest], tokens_per_row: int = _TOKENS_PER_ROW) -> list[TreeRow]:
     """Puts requests into rows, the longest row first.
 
-    A row has at most `tokens_per_row` tokens, unless a single request has more. It ends where the next request shares
-    the least with it, among the places at which the row is at least half full.
+    A row has at most `tokens_per_row` tokens, or twice those of its first request, so that a long context is read for
+    many requests. It ends where the next request shares the least with it, among the places at which the row is at
+    least half full.
     """
     inputs = [[*context, *continuation][:-1] for context, continuation in requests]
     order = sorted(range(len(requests)), key=inputs.__getitem__)
@@ -97,10 +98,11 @@ def tree_rows(requests: Sequence[EncodedRequest], tokens_per_row: int = _TOKENS_
     rows, start = [], 0
     while start < len(order):
         end, sizes = start, [0]
+        limit = max(tokens_per_row, 2 * len(inputs[order[start]]))
         while end < len(order):
             new = len(inputs[order[end]]) - (shared[end] if end > start else 0)
-            if end > start and sizes[-1] + new > tokens_per_row:
-                half_full = [n for n in range(start + 1, end + 1) if sizes[n - start] >= tokens_per_row / 2]
+            if sizes[-1] + new > limit:
+                half_full = [n for n in range(start + 1, end + 1) if sizes[n - start] >= limit / 2]
                 end = min(half_full or [end], key=lambda n: (shared[n], -n))
                 break
             sizes.append(sizes[-1] + new)
@@ -200,20 +202,29 @@ def score_requests(
     while start < len(rows):
         count = max(1, budget // len(rows[start].tokens))
         batch = rows[start : start + count]
-        try:
-            with _attention_of_rows(model):
-                answers = _score_rows(model, batch, requests)
-        except torch.OutOfMemoryError as error:
-            if len(batch) == 1:
-                raise InputError(
-                    f"a request of {len(batch[0].tokens)} tokens does not fit the memory of {model.device}. Use "
-                    "--quantization, or a device with more memory"
-                ) from error
+        answers = _try_rows(model, batch, requests)
+        if answers is None:
             budget = sum(len(row.tokens) for row in batch) // 2
-            torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # not while the error is handled, which holds the tensors of the batch
             continue
         answered(answers, sum(len(row.tokens) for row in batch))
         start += len(batch)
+
+
+def _try_rows(
+    model: PreTrainedModel, rows: Sequence[TreeRow], requests: Sequence[EncodedRequest]
+) -> list[tuple[int, LikelihoodAnswer]] | None:
+    """Returns the answers of rows; `None` if the GPU has no memory for them, but might for fewer rows."""
+    try:
+        with _attention_of_rows(model):
+            return _score_rows(model, rows, requests)
+    except torch.OutOfMemoryError as error:
+        if len(rows) > 1:
+            return None
+        raise InputError(
+            f"a row of {len(rows[0].tokens)} tokens does not fit the memory of {model.device}. Use --quantization, or "
+            "a device with more memory"
+        ) from error
 
 
 @torch.inference_mode()
