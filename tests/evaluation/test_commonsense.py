@@ -474,6 +474,19 @@ def test_lm_eval_still_draws_a_bar_for_each_task(capfd):
     assert set(task_files("embedded:sample")) == set(TASKS)
 
 
+def test_tokenizers_that_differ_in_the_token_that_they_add(tokenizer_folder, tmp_path):
+    """Models of a series with the same vocabulary share tokens only if both begin a text with the same one."""
+    folders = [save(tmp_path / name, tokenizer_folder, 1) for name in ("with", "without")]
+    file = folders[1] / "tokenizer.json"
+    written = json.loads(file.read_text(encoding="utf-8"))
+    written["post_processor"] = None
+    file.write_text(json.dumps(written), encoding="utf-8")
+    definition = define_protocol("modern", ["arc_easy"])
+    together = score_tasks([str(folder) for folder in folders], "embedded:sample", definition=definition).file.models
+    alone = score_tasks([str(folders[1])], "embedded:sample", definition=definition).file.models[0]
+    assert together[1].results == alone.results != together[0].results
+
+
 @pytest.mark.slow
 def test_a_real_model_on_real_data(smollm2, shared, run_command, tmp_path):
     """SmolLM2-135M-Instruct on 25 items per task equals the independent scorer."""

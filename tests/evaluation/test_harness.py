@@ -1,5 +1,6 @@
 """Our model for lm-eval against lm-eval's own `hf` model: the same answers to the same requests."""
 
+import copy
 import json
 
 import pytest
@@ -74,6 +75,23 @@ def test_rolling_log_likelihoods(loaded):
     assert ours == pytest.approx(theirs, abs=1e-2)
 
 
+def test_windows_of_texts_are_kept_and_checked(loaded, monkeypatch, capfd):
+    asked, kept = requests("loglikelihood_rolling", [("A text of several windows. " * 60,)]), KeptAnswers("", {}, None)
+    whole = TinyLlamaHarness(*loaded, kept=kept).loglikelihood_rolling(asked)
+    assert len(kept) > 1 and "it/s" not in capfd.readouterr().err
+    monkeypatch.setattr(LlamaForCausalLM, "get_decoder", lambda self: pytest.fail("a forward pass"))
+    assert TinyLlamaHarness(*loaded, kept=kept).loglikelihood_rolling(asked) == whole
+
+
+@torch.no_grad()
+def test_windows_of_a_damaged_model_are_refused(loaded):
+    model, tokenizer = loaded
+    damaged = copy.deepcopy(model)
+    damaged.model.norm.weight[0] = float("nan")
+    with pytest.raises(InputError, match=r"log-likelihoods are not finite, first that of 'A short text\.'"):
+        TinyLlamaHarness(damaged, tokenizer).loglikelihood_rolling(requests("", [("A short text.",)]))
+
+
 SETTINGS = [
     {"until": ["\n\n"], "max_gen_toks": 20, "do_sample": False},
     {"until": ["e", "zz"], "max_gen_toks": 30},
@@ -96,6 +114,14 @@ def test_samples_repeat_and_differ_by_request(loaded):
     asked = requests("generate_until", [("Once", settings), ("Once", settings), ("Twice", settings)])
     first, second = (TinyLlamaHarness(*loaded).generate_until(asked) for _ in range(2))
     assert first == second and first[0] != first[1]
+
+
+def test_prompts_that_are_cut_are_counted_with_and_without_kept_answers(loaded):
+    settings, kept = {"until": ["\n"], "max_gen_toks": 8}, KeptAnswers("", {}, None)
+    asked = requests("generate_until", [("Once", settings), ("word " * 400, settings), ("many " * 400, settings)])
+    whole, resumed = TinyLlamaHarness(*loaded, kept=kept), TinyLlamaHarness(*loaded, kept=kept)
+    assert whole.generate_until(asked[:2]) == resumed.generate_until(asked)[:2]
+    assert (whole.num_cut, resumed.num_cut) == (1, 2)
 
 
 def test_settings_that_would_be_ignored_are_refused(loaded):

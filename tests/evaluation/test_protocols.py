@@ -13,7 +13,7 @@ from tests.evaluation.task_folders import bbh_rows, gsm8k_rows, humaneval_rows, 
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.evaluation.protocol import TASKS
 from tinyllama_hf.evaluation.tasks.protocol_definitions import PROTOCOLS, define_protocol
-from tinyllama_hf.evaluation.tasks.suite import FEWSHOT_SEED, find_sources, open_suite, task_files
+from tinyllama_hf.evaluation.tasks.suite import FEWSHOT_SEED, find_sources, open_suite, runs_in_sandbox, task_files
 from tinyllama_hf.evaluation.tasks.task_index import choose_tasks, index_tasks, read_definition, stock_folder
 
 
@@ -299,6 +299,33 @@ def test_own_definitions(folder, tmp_path):
         define_protocol("modern", ["capitals"], own)
     with pytest.raises(InputError, match=r"--include .*no task definitions"):
         define_protocol("modern", ["capitals"], tmp_path / "nowhere")
+
+
+def test_rows_of_the_file_of_a_definition_are_checked(folder, tmp_path):
+    """lm-eval would ask for "The capital of None"."""
+    rows = [{"country": name, "cities": ["Bern", "Oslo"], "right": 1} for name in ("Norway", "Norge", None, "Noreg")]
+    own = tmp_path / "own"
+    own.mkdir()
+    file = write_rows(tmp_path / "capitals.jsonl", rows)
+    (own / "capitals.yaml").write_text(OWN.format(file=file))
+    definition = define_protocol("modern", ["capitals"], own)
+    with pytest.raises(InputError, match=r"capitals\.jsonl, row 3, field 'country' is null, not of type str"):
+        with open_suite(folder, definition, own):
+            pytest.fail("the suite was opened")
+
+
+def test_a_definition_with_a_function_of_its_own_is_not_run_in_the_sandbox(tmp_path):
+    """The name of our functions elsewhere in the definition does not help."""
+    whole = index_tasks()["humaneval"].path
+    own = f"task: {{}}\ninclude: {whole}\ndescription: tinyllama_hf.evaluation.tasks.code_tasks.pass_at_1\n"
+    (tmp_path / "same.yaml").write_text(own.format("same"))
+    (tmp_path / "other.yaml").write_text(own.format("other") + "process_results: !function code.run\n")
+    (tmp_path / "code.py").write_text("def run(document, results):\n    return {'pass@1': 0}\n")
+    chosen = choose_tasks(["same", "other"], index_tasks(tmp_path))
+    assert runs_in_sandbox(chosen.tasks["same"]) and not runs_in_sandbox(chosen.tasks["other"])
+    with pytest.raises(InputError, match="--task other: lm-eval runs the code that the model writes"):
+        with open_suite(None, define_protocol("modern", ["other"], tmp_path), tmp_path, run_code=True):
+            pytest.fail("the suite was opened")
 
 
 def test_our_humaneval_is_that_of_lm_eval():

@@ -239,7 +239,8 @@ class _Scoring:
         from .harness.local_harness import EncodedTexts, TinyLlamaHarness
 
         loaded, tokenizer = load_eval_model(model, self.place, getattr(torch, protocol.dtype))
-        name = tokenizer_fingerprint(tokenizer)
+        # The fingerprint is that of the ids of a text, without the special tokens that the tokenizer adds.
+        name = f"{tokenizer_fingerprint(tokenizer)} {tokenizer('')['input_ids']}"
         self._requests.use_tokenizer(tokenizer, name)
         return TinyLlamaHarness(
             loaded,

@@ -6,7 +6,7 @@ evaluation repeats nothing. It has the answers of lm-eval's own `hf` model.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -111,27 +111,30 @@ class TinyLlamaHarness(HFLM):
         self._score([encoded[number] for number in missing], [pairs[number][1] for number in missing], names)
         return [(float(answer[0]), bool(answer[1])) for answer in map(self.kept.__getitem__, keys)]
 
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Answers requests for the log-likelihood of whole texts, without lm-eval's own bar."""
+        return list(super().loglikelihood_rolling(requests, disable_tqdm=True))
+
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, **options: Any
     ) -> list[tuple[float, bool]]:
         """Answers requests that are tokenized, the windows of `loglikelihood_rolling`."""
-        found: dict[int, LikelihoodAnswer] = {}
-        encoded = [fit_request(EncodedRequest(*pair), self.max_length) for _, *pair in requests]
-        score_requests(self.model, encoded, lambda answers, _: found.update(answers))
-        return [found[number] for number in range(len(requests))]
+        windows = [EncodedRequest(context, continuation) for _, context, continuation in requests]
+        keys = [request_key("window", window) for window in windows]
+        missing = {key: window for key, window in zip(keys, windows, strict=True) if key not in self.kept}
+        self.update(completed=len(keys) - len(missing), total=len(keys))
+        texts = [self.tok_decode(list(window.continuation)) for window in missing.values()]
+        self._score([*missing.values()], texts, [*missing])
+        return [(float(answer[0]), bool(answer[1])) for answer in map(self.kept.__getitem__, keys)]
 
     def _score(self, encoded: Sequence[EncodedRequest], texts: Sequence[str], keys: Sequence[str]) -> None:
-        done = 0
-
         def answered(answers: list[tuple[int, LikelihoodAnswer]], num_tokens: int) -> None:
-            nonlocal done
             if bad := [number for number, answer in answers if not math.isfinite(answer.log_likelihood)]:
                 raise InputError(
                     f"{len(bad)} of {len(answers)} log-likelihoods are not finite, first that of {texts[bad[0]]!r}. "
                     "The weights are damaged or the training diverged; score another checkpoint"
                 )
             self.kept.add({keys[number]: list(answer) for number, answer in answers})
-            done += len(answers)
             self.update(advance=len(answers))
 
         score_requests(self.model, [fit_request(request, self.max_length) for request in encoded], answered)
@@ -172,27 +175,32 @@ class TinyLlamaHarness(HFLM):
         """Answers requests for generated text, up to the first stop string."""
         arguments = [request.args for request in requests]
         keys = repeated_keys("generate_until", arguments)
-        missing = [number for number, key in enumerate(keys) if key not in self.kept]
-        self.update(completed=len(keys) - len(missing), total=len(keys))
+        self.update(completed=sum(key in self.kept for key in keys), total=len(keys))
         groups: dict[str, list[int]] = {}
-        for number in missing:
-            groups.setdefault(repr(arguments[number][1]), []).append(number)
+        for number, (_, settings) in enumerate(arguments):
+            groups.setdefault(repr(settings), []).append(number)
         for numbers in groups.values():
             prompts = {number: arguments[number][0] for number in numbers}
-            for number, text in self._generate(prompts, arguments[numbers[0]][1]):
+            missing = {number for number in numbers if keys[number] not in self.kept}
+            for number, text in self._generate(prompts, missing, arguments[numbers[0]][1]):
                 self.kept.add({keys[number]: text})
                 self.update(advance=1)
         return [str(self.kept[key]) for key in keys]
 
-    def _generate(self, prompts: dict[int, str], settings: dict[str, Any]) -> Iterable[tuple[int, str]]:
-        """Yields the number and the text of each prompt when it is finished."""
+    def _generate(
+        self, prompts: dict[int, str], missing: Collection[int], settings: dict[str, Any]
+    ) -> Iterable[tuple[int, str]]:
+        """Yields number and text of each prompt that has no answer yet, when it is finished.
+
+        All prompts are counted that are longer than the context has room for.
+        """
         wanted = generation_settings(settings, self.max_gen_toks)
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         until = [text for text in handle_stop_sequences(wanted["until"], eos=eos) if text]
         room = prompt_room(self.max_length, wanted["max_gen_toks"])
         encoded = {number: self.tok_encode(text) for number, text in prompts.items()}
         self.num_cut += sum(len(tokens) > room for tokens in encoded.values())
-        chosen = [Request(number, tokens[-room:], wanted["max_gen_toks"]) for number, tokens in encoded.items()]
+        chosen = [Request(number, encoded[number][-room:], wanted["max_gen_toks"]) for number in sorted(missing)]
         sampling = Sampling(wanted["temperature"] if wanted["do_sample"] else 0, wanted.get("top_p", 1.0))
         for done in generate_many(
             self.model, self.tokenizer, chosen, _GENERATED_TOGETHER, sampling, _SEED, stop_strings=until

@@ -114,19 +114,19 @@ class ServerHarness(LocalCompletionsAPI):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers requests for generated text, up to the first stop string."""
         keys = repeated_keys("generate_until", [request.args for request in requests])
-        missing = [number for number, key in enumerate(keys) if key not in self.kept]
-        self.update(completed=len(keys) - len(missing), total=len(keys))
+        self.update(completed=sum(key in self.kept for key in keys), total=len(keys))
         asked = []
-        for number in missing:
-            text, given = requests[number].args
+        for key, request in zip(keys, requests, strict=True):
+            text, given = request.args
             settings = generation_settings(given, _MAX_GEN_TOKS)
             settings["until"] = [stop for stop in settings["until"] if stop]
             # Several samples of one request have seeds of their own.
-            settings["seed"] = _SEED + int(keys[number].partition("/")[2] or 0)
+            settings["seed"] = _SEED + int(key.partition("/")[2] or 0)
             room = prompt_room(self.max_length, settings["max_gen_toks"])
             self.num_cut += self.tokenized_requests and len(self.tok_encode(text)) > room
-            self._names[request_key("generate_until", (text, settings))] = keys[number]
-            asked.append(dataclasses.replace(requests[number], arguments=(text, settings)))
+            if key not in self.kept:
+                self._names[request_key("generate_until", (text, settings))] = key
+                asked.append(dataclasses.replace(request, arguments=(text, settings)))
         if asked:
             super().generate_until(asked)
         return [str(self.kept[key]) for key in keys]

@@ -1,8 +1,10 @@
 """Opens the tasks of a protocol: redirects lm-eval's definitions to local rows, and checks the rows."""
 
 import contextlib
+import dataclasses
 import functools
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from importlib import metadata
@@ -132,8 +134,10 @@ def open_suite(
                     _check_file(source, chosen, Path(scratch) / f"check-{number}")
                 update(advance=1)
             tasks, groups = load_tasks(chosen, sources, Path(scratch) / "tasks")
-            for name, task in tasks.items():
+            for number, (name, task) in enumerate(tasks.items()):
                 _prepare(task, sources[name])
+                if sources[name].files and not sources[name].is_redirected:
+                    _check_own_rows(task, sources[name], chosen, Path(scratch) / f"own-{number}")
                 _check_documents(task, sources[name])
         fingerprints = {name: source.fingerprint() for name, source in sources.items()}
         sample = {name: file_sha256(file) for name, file in task_files(SAMPLE).items()}
@@ -154,7 +158,7 @@ def _check_code(chosen: ChosenTasks, run_code: bool) -> bool:
     """Returns whether a task runs code of the model; refuses it without permission or without limits."""
     names = [name for name, settings in chosen.tasks.items() if settings.get("unsafe_code")]
     for name in names:
-        if _OUR_CODE_TASKS not in repr(chosen.tasks[name]):
+        if not runs_in_sandbox(chosen.tasks[name]):
             raise InputError(
                 f"--task {name}: lm-eval runs the code that the model writes for it without limits. Only humaneval, "
                 "its variants and instruct_humaneval are supported, which run it in a sandbox"
@@ -169,6 +173,13 @@ def _check_code(chosen: ChosenTasks, run_code: bool) -> bool:
 
         check_sandbox()
     return bool(names)
+
+
+def runs_in_sandbox(settings: dict[str, Any]) -> bool:
+    """Returns whether all functions of a definition that see a reply are ours."""
+    seeing = repr([settings.get(key) for key in ("process_results", "filter_list", "metric_list")])
+    functions = re.findall(r"!function ([\w.]+)", seeing)
+    return bool(functions) and all(name.startswith(_OUR_CODE_TASKS) for name in functions)
 
 
 def _check_file(source: TaskSource, chosen: ChosenTasks, scratch: Path) -> None:
@@ -190,6 +201,19 @@ def _check_file(source: TaskSource, chosen: ChosenTasks, scratch: Path) -> None:
             f"{source.files[source.shot_split]} has {len(rows)} rows of {source.task}. {needed} are needed for "
             f"{source.num_fewshot} solved examples"
         )
+
+
+def _check_own_rows(task: Any, source: TaskSource, chosen: ChosenTasks, scratch: Path) -> None:
+    """Checks the rows of files that a definition names itself, as lm-eval has read them."""
+    if callable(task.config.custom_dataset):
+        return  # a function of the definition makes the rows
+    fields: dict[str, Any] = {}
+    for split in filter(None, dict.fromkeys((source.eval_split, source.shot_split))):
+        # The scored rows first: they decide which fields are needed. Values such as dates become text.
+        rows = [json.loads(json.dumps(row, default=str)) for row in task.dataset[split]]
+        read_here = dataclasses.replace(source, is_redirected=True)
+        fields = fields or _fields(read_here, chosen, typical_rows(rows), scratch)
+        check_rows(source.task, enumerate(rows, start=1), fields, str(source.files.get(split, source.task)))
 
 
 @functools.cache
