@@ -154,7 +154,7 @@ def read_prompts(path: Path | None, api: str) -> list[dict[str, Any]]:
     """Returns the fields of each request that hold its prompt."""
     key = {"chat": "messages", "completion": "prompt"}[api]
     if path is not None:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         if missing := [number for number, line in enumerate(lines, 1) if key not in line]:
             raise SystemExit(f"{path}, line {missing[0]}: has no {key!r}, which --api {api} needs")
         return [{key: line[key]} for line in lines]

@@ -1,20 +1,98 @@
 """Which rows of a task score file are kept, copied or scored again, and what their protocol says."""
 
+import dataclasses
+import json
+
 import pytest
+import torch
 
 from tests.evaluation.simulated_scores import simulate, write
+from tests.evaluation.test_commonsense import save
+from tinyllama_hf.errors import InputError
+from tinyllama_hf.evaluation import models, task_scores
+from tinyllama_hf.evaluation.models import describe_model, load_eval_model
 from tinyllama_hf.evaluation.score_files import TaskScoreFile, read_scores
 from tinyllama_hf.evaluation.scored_items import ScoredItem, read_scored_items
+from tinyllama_hf.evaluation.task_scores import score_tasks
+from tinyllama_hf.evaluation.tasks.protocol_definitions import define_protocol
+
+
+PIQA = define_protocol(tasks=["piqa"])
+
+
+@pytest.fixture
+def folder(tokenizer_folder, tmp_path):
+    """A model folder."""
+    return save(tmp_path / "model", tokenizer_folder, 1)
+
+
+@pytest.fixture
+def score(tmp_path):
+    """Scores models on two items of PIQA into one file, and returns their rows and all notes."""
+
+    def run(*folders, **options):
+        notes = []
+        options = {"definition": PIQA, "limit": 2, "output": tmp_path / "scores.json", "note": notes.append} | options
+        return score_tasks([str(folder) for folder in folders], "embedded:sample", **options).file.models, notes
+
+    return run
+
+
+def protocol_of(path) -> dict:
+    return json.loads(path.read_text())["protocol"]
 
 
 def test_items_with_line_separators_of_unicode_are_read(tmp_path):
     """Regression: the file was split at U+2028, U+2029 and U+0085, and so taken for damaged."""
     text = "one\u2028two\u2029three\x85four\x0bfive\x1csix\r\nseven"
-    items = [
-        ScoredItem(
-            task="piqa", index=0, doc="a", metrics={"acc_norm": 1.0}, question=text, choices=[text], replies=[text]
-        )
-    ]
+    texts = {"question": text, "choices": [text], "replies": [text]}
+    items = [ScoredItem(task="piqa", index=0, doc="a", metrics={"acc_norm": 1.0}, **texts)]
     path = write(tmp_path / "scores.json", {"model": [*items, *simulate(0.0, 1)]})
     (row,) = read_scores(path, TaskScoreFile).models
     assert read_scored_items(path, row)[:1] == items
+
+
+def test_a_model_without_a_context_has_that_of_llama(folder, score, tmp_path):
+    """Regression: the file had none, and was refused as damaged when it was read again."""
+    fields = json.loads((folder / "config.json").read_text())
+    del fields["max_position_embeddings"]
+    (folder / "config.json").write_text(json.dumps(fields))
+    score(folder)
+    assert protocol_of(tmp_path / "scores.json")["context_length"] == 2048
+    assert "already scored" in score(folder)[1][0]
+
+
+def test_the_protocol_has_the_dtype_of_int4(folder, score, monkeypatch, tokenizer_folder, tmp_path):
+    """Regression: it was that of the other models, although the kernels compute in bf16."""
+    dtypes, other = [], save(tmp_path / "other", tokenizer_folder, 2)
+    list_models = task_scores.list_eval_models
+
+    def list_as_int4(names, *options):
+        return [dataclasses.replace(m, quantization="int4" if m.folder == folder else "none")
+                for m in list_models(names, *options)]  # fmt: skip
+
+    def load_plain(model, device, dtype):
+        dtypes.append(dtype)
+        return load_eval_model(dataclasses.replace(model, quantization="none"), device)
+
+    monkeypatch.setattr(task_scores, "list_eval_models", list_as_int4)
+    monkeypatch.setattr(task_scores, "load_eval_model", load_plain)
+    with pytest.raises(InputError, match=r"dtypes of the models differ \(.*model: bfloat16, .*other: float32\)"):
+        score(folder, other)
+    score(folder)
+    assert dtypes == [torch.bfloat16] and protocol_of(tmp_path / "scores.json")["dtype"] == "bfloat16"
+    with pytest.raises(InputError, match=r"another protocol \(different: dtype \(bfloat16, not float32\)\)"):
+        score(other)
+
+
+def test_an_adapter_on_int4_is_not_ignored(folder, monkeypatch):
+    """Regression: the model was scored without it. `load` refuses it."""
+    model = dataclasses.replace(describe_model(folder, adapter="adapter"), quantization="int4")
+    monkeypatch.setattr(models, "load_stock", lambda *_: pytest.fail("loaded without the adapter"))
+
+    def load(folder, *options, adapter, **others):
+        raise InputError(f"--adapter {adapter}")
+
+    monkeypatch.setattr(models, "load", load)
+    with pytest.raises(InputError, match="--adapter adapter"):
+        load_eval_model(model, "cpu")

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..decoding.proposals import Proposer
 from ..errors import InputError
 from ..files import locked, read_json, write_json, write_text
 from ..inference.adapters import adapter_folder, load_adapted_tokenizer
 from ..inference.generation import Context
-from ..inference.load import model_folder
+from ..inference.load import context_length, model_folder
 from ..inference.options import LAYERS, LOOKUP, Sampling
 from ..progress import progress_bar
 from ..provenance import collect, file_sha256, fingerprint
@@ -75,13 +75,7 @@ def open_job(
 
 def _context(name: str) -> int:
     """Returns the context length of a model; downloads configuration and tokenizer if needed."""
-    folder = model_folder(local_folder(name, ("config.json", *TOKENIZER_FILES)), quantized=True)
-    context = read_json(folder / "config.json").get("max_position_embeddings", LlamaConfig.max_position_embeddings)
-    if not isinstance(context, int):
-        raise InputError(
-            f"{folder / 'config.json'}: max_position_embeddings {context!r} is not an integer. Download it again"
-        )
-    return context
+    return context_length(model_folder(local_folder(name, ("config.json", *TOKENIZER_FILES)), quantized=True))
 
 
 def _files_sha256(folder: Path) -> str:

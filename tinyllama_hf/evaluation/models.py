@@ -88,12 +88,12 @@ def load_eval_model(
             the saved one; in an int4 or fp8 model they are bf16, which the kernels require.
 
     Raises:
-        InputError: as [`load_stock`].
+        InputError: as [`load_stock`]; for an adapter on an int4 or fp8 model.
     """
     folder, kind = model.folder, model.quantization
     wanted: str | torch.dtype = dtype or "auto"
     tokenizer: PreTrainedTokenizerBase
-    if kind in GPU_CAPABILITIES:
+    if kind in GPU_CAPABILITIES and not model.adapter:  # with one, `load` refuses
         return load_stock(folder, device, torch.bfloat16, kind)
     if model.adapter:
         # PEFT's wrapper is removed: its `forward` is not that of a model in transformers.

@@ -70,8 +70,9 @@ def read_scored_items(score_file: Path, row: TaskRow) -> list[ScoredItem]:
         raise InputError(f"{score_file}: {row.name} has scores without items. Score it again with `eval tasks`")
     path = score_file.parent / row.items_file
     try:
-        lines = gzip.decompress(path.read_bytes()).decode().splitlines()
-        return TypeAdapter(list[ScoredItem]).validate_python([json.loads(line) for line in lines])
+        # Not `splitlines`, which also splits at U+2028 and other characters inside of a text.
+        lines = gzip.decompress(path.read_bytes()).decode().split("\n")
+        return TypeAdapter(list[ScoredItem]).validate_python([json.loads(line) for line in lines if line])
     except FileNotFoundError as error:
         raise InputError(
             f"{path} is missing, which has the items of {row.name}. Score files are moved together with their "

@@ -13,9 +13,10 @@ from .. import provenance
 from ..errors import InputError
 from ..files import read_json, write_text
 from ..inference.adapters import adapter_folder
-from ..inference.load import choose_device
+from ..inference.load import choose_device, context_length
 from ..progress import progress_bar
 from ..provenance import file_sha256
+from ..quantization.names import arithmetic_dtype
 from ..tokenization_tinyllama import tokenizer_fingerprint
 from .harness.kept_answers import AnswerFile, KeptAnswers, open_answers
 from .harness.served_model import ServedModel
@@ -93,9 +94,7 @@ def score_tasks(
     else:
         device = choose_device(device)
         chosen = list_eval_models(models, quantization, adapter)
-        folders = [model.folder for model in chosen]
-        context = _common("max_position_embeddings", "contexts", folders)
-        conditions = {"context_length": context, "dtype": _common_dtype(folders, definition.dtype)}
+        conditions = _conditions(chosen, definition.dtype)
     file = read_scores(output, TaskScoreFile)
     if file and definition.name == "published" and file.protocol.name == "published":
         # Checked as far as possible before the tasks are opened, which takes up to a minute.
@@ -137,22 +136,29 @@ def _check_options(limit: int | None, output: Path | None, samples: Path | None)
         raise InputError(f"--samples {samples} is also the output. Name two files")
 
 
-def _common(field: str, what: str, folders: Sequence[Path]) -> Any:
-    """Returns the value of a configuration field that all models share. It is part of the protocol."""
-    values = {folder: read_json(folder / "config.json").get(field) for folder in folders}
+def _conditions(models: Sequence[ScoredModel], dtype: str) -> dict[str, Any]:
+    """Returns the fields of a `Protocol` that the models decide, which must be the same for all."""
+    return {
+        "context_length": _common("contexts", {model.path: context_length(model.folder) for model in models}),
+        "dtype": _common("dtypes", {model.path: _dtype(model, dtype) for model in models}),
+    }
+
+
+def _common(what: str, values: dict[str, Any]) -> Any:
     if len(set(values.values())) > 1:
         raise InputError(
-            f"the {what} of the models differ ({', '.join(f'{f}: {v}' for f, v in values.items())}). A protocol has "
-            "one; score the models one at a time, each with its own --output"
+            f"the {what} of the models differ ({', '.join(f'{path}: {v}' for path, v in values.items())}). A protocol "
+            "has one; score the models one at a time, each with its own --output"
         )
-    return values[folders[0]]
+    return next(iter(values.values()))
 
 
-def _common_dtype(folders: Sequence[Path], wanted: str) -> str:
-    if wanted != "auto":
-        return wanted
-    new, old = (_common(field, "dtypes", folders) for field in ("dtype", "torch_dtype"))
-    return new or old or "float32"
+def _dtype(model: ScoredModel, wanted: str) -> str:
+    """Returns torch's name of the dtype that a model is scored in; `"auto"` is the one of its folder."""
+    if wanted == "auto":
+        fields = read_json(model.folder / "config.json")
+        wanted = fields.get("dtype") or fields.get("torch_dtype") or "float32"
+    return arithmetic_dtype(model.quantization, wanted)
 
 
 def _protocol(suite: Suite, definition: ProtocolDefinition, limit: int | None, conditions: dict[str, Any]) -> Protocol:

@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -237,6 +238,20 @@ def model_folder(path_or_name: str | os.PathLike, quantized: bool = False) -> Pa
     if saved != "none" and not quantized:
         raise InputError(f"{folder / 'config.json'}: the weights are already quantized; give the unquantized model")
     return folder
+
+
+def context_length(folder: Path) -> int:
+    """Returns the context of a model folder in tokens: that of its `config.json`, or Llama's default.
+
+    Raises:
+        InputError: if it is not a Llama, or the context is not an integer.
+    """
+    context = read_llama_fields(folder).get("max_position_embeddings", LlamaConfig.max_position_embeddings)
+    if not isinstance(context, int):
+        raise InputError(
+            f"{folder / 'config.json'}: max_position_embeddings {context!r} is not an integer. Download it again"
+        )
+    return context
 
 
 def _open_folder(path_or_name: str | os.PathLike) -> tuple[Path, str]:

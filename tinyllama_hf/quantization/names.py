@@ -33,6 +33,11 @@ def check_quantization_name(quantization: str, device: str = "auto") -> None:
         raise unsupported_device(quantization, "a CPU")
 
 
+def arithmetic_dtype(quantization: str, dtype: str) -> str:
+    """Returns torch's name of the dtype that a model computes in, given the wanted one. int4 and fp8 need bf16."""
+    return "bfloat16" if quantization in GPU_CAPABILITIES else dtype
+
+
 def unsupported_device(quantization: str, device: str) -> InputError:
     """Returns the error for a device that lacks the kernels of a quantization."""
     major, minor = GPU_CAPABILITIES[quantization]

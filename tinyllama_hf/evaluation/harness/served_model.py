@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ... import provenance
 from ...errors import InputError, did_you_mean
-from ...inference.load import stock_tokenizer
-from ...released import TOKENIZER_FILES, local_folder, read_llama_fields
+from ...inference.load import context_length, stock_tokenizer
+from ...released import TOKENIZER_FILES, local_folder
 from ...tokenization_tinyllama import tokenizer_fingerprint
 from ..score_files import SERVER_DTYPE, ScoredModel
 from ..tasks.protocol_definitions import ProtocolDefinition
@@ -106,8 +106,7 @@ def find_served_model(model: str, server: str, server_model: str | None = None) 
     """
     address = api_address(server)
     folder = local_folder(model, (*TOKENIZER_FILES, "config.json"))
-    context = int(read_llama_fields(folder).get("max_position_embeddings", 2048))
-    tokenizer = stock_tokenizer(folder)
+    context, tokenizer = context_length(folder), stock_tokenizer(folder)
     return asyncio.run(_probe(address, folder, tokenizer, context, server_model))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import InputError
-from ...quantization.names import GPU_CAPABILITIES
+from ...quantization.names import arithmetic_dtype
 from ..score_files import ScoredModel, TextRow, TextScoreFile, TextSource
 from .held_out_text import held_out_source
 
@@ -23,8 +23,8 @@ def check_text_dtype(dtype: str) -> None:
 
 
 def text_dtype(model: ScoredModel, dtype: str) -> str:
-    """Returns torch's name of the dtype that a model is scored in. The kernels of int4 and fp8 need bf16."""
-    return DTYPES["bf16" if model.quantization in GPU_CAPABILITIES else dtype]
+    """Returns torch's name of the dtype that a model is scored in."""
+    return arithmetic_dtype(model.quantization, DTYPES[dtype])
 
 
 def check_same_text(file: TextScoreFile, data: Sequence[str], max_bytes: int | None, path: Path | None) -> None:
