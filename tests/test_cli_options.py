@@ -120,7 +120,7 @@ CASES = {
         ),
     },
     "eval tasks m n --data x --limit 5 --samples s --output o --published v1.1 "
-    "--task boolq --adapter a --run-code --show 2 --quantization nf4 --device cpu": {
+    "--task boolq --adapter a --run-code --show 2 --rescore --quantization nf4 --device cpu": {
         "tinyllama_hf.evaluation.task_scores.score_tasks": (
             SimpleNamespace(file=SimpleNamespace(protocol="protocol", models=[]), items=[]),
             {
@@ -131,6 +131,7 @@ CASES = {
                 "adapter": "a",
                 "run_code": True,
                 "with_items": True,
+                "rescore": True,
                 "samples": Path("s"),
                 "output": Path("o"),
                 "quantization": "nf4",

@@ -59,6 +59,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 MODELS = Annotated[list[str], typer.Argument(help="Model folders or names; or one run, for all its milestones.")]
+RESCORE = Annotated[bool, typer.Option("--rescore", help="Score models in the output file again.")]
 OUTPUT = "JSON file to write; default for {}. With --quantization nf4: {}-nf4.json."
 
 
@@ -82,7 +83,7 @@ def eval_text_command(
     max_bytes: Annotated[
         str, typer.Option(help="UTF-8 bytes of the sample of each data set, such as 500k; all for everything.")
     ] = "2_000_000",
-    rescore: Annotated[bool, typer.Option("--rescore", help="Score models in the output file again.")] = False,
+    rescore: RESCORE = False,
     output: Annotated[Path | None, typer.Option(help=OUTPUT.format("a run: RUN/scores.json", "scores"))] = None,
     quantization: QUANTIZATION = "none",
     dtype: Annotated[str, typer.Option(help="Dtype of weights and arithmetic: fp32 or bf16.")] = "fp32",
@@ -168,6 +169,7 @@ def eval_tasks_command(
         Path | None,
         typer.Option(help="JSON lines file to write, with all items and the log-likelihoods of their choices."),
     ] = None,
+    rescore: RESCORE = False,
     output: Annotated[
         Path | None, typer.Option(help=OUTPUT.format("a run: RUN/commonsense.json", "commonsense"))
     ] = None,
@@ -236,11 +238,12 @@ def eval_tasks_command(
             run_code,
             with_items=show > 0,
             server=served,
+            rescore=rescore,
         )
     except ServerFailure as failure:
-        raise InputError(f"{failure}; {_kept_answers(target)}") from failure
+        raise InputError(f"{failure}; {_kept_answers(target, rescore)}") from failure
     except KeyboardInterrupt:
-        note(f"interrupted; {_kept_answers(target)}")
+        note(f"interrupted; {_kept_answers(target, rescore)}")
         raise typer.Exit(130) from None
     for line in table_lines(scored.file, row):
         print(line)
@@ -353,7 +356,7 @@ def _check_server(server: str | None, server_model: str | None, models: list[str
         require(package, "eval", "--server")
 
 
-def _kept_answers(target: Path | None) -> str:
+def _kept_answers(target: Path | None, rescore: bool) -> str:
     """Returns what an interrupted `eval tasks` has kept, and how to resume it."""
     from tinyllama_hf.evaluation.harness.kept_answers import answers_path, count_kept
 
@@ -362,7 +365,7 @@ def _kept_answers(target: Path | None) -> str:
     count = count_kept(target)
     answers = f"{answers_path(target)} has {count} answers" if count else "no request was answered"
     models = f"{target} has the finished models, " if target.is_file() else ""
-    return f"{models}{answers}. Run the same command to resume"
+    return f"{models}{answers}. Run the same command{' without --rescore' if rescore else ''} to resume"
 
 
 def _target(output: Path | None, folder: Path | None, name: str, quantization: str) -> Path | None:

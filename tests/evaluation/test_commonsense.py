@@ -186,9 +186,16 @@ def test_what_is_printed(run, scored):
     assert "published" not in "".join(lines[2:]) and "difference" not in scored.stdout
 
 
+def copy_scores(run, folder):
+    """Copies the score file and its items, as of a run that was at another place."""
+    text = (run / "commonsense.json").read_text().replace(str(run), str(folder / "gone"))
+    (folder / "commonsense.json").write_text(text)
+    shutil.copytree(run / "commonsense.items", folder / "commonsense.items")
+    return folder / "commonsense.json"
+
+
 def test_nothing_is_scored_twice_and_another_protocol_is_refused(run, scored, tokenizer_folder, tmp_path):
-    output = tmp_path / "commonsense.json"
-    shutil.copyfile(run / "commonsense.json", output)
+    output = copy_scores(run, tmp_path)
     shutil.copytree(run / "milestones", tmp_path / "run" / "milestones")
     before, notes = json.loads(output.read_text()), []
     again = score_tasks([str(tmp_path / "run")], "embedded:sample", output=output, note=notes.append)
@@ -215,8 +222,7 @@ def test_nothing_is_scored_twice_and_another_protocol_is_refused(run, scored, to
 
 
 def test_other_models_of_the_file_keep_their_scores(run, scored, tmp_path):
-    output = tmp_path / "commonsense.json"
-    shutil.copyfile(run / "commonsense.json", output)
+    output = copy_scores(run, tmp_path)
     averages = {row["name"]: row["average"] for row in json.loads(output.read_text())["models"]}
     assert len(averages) == 2
     for name in averages:

@@ -1,7 +1,10 @@
 """Which rows of a task score file are kept, copied or scored again, and what their protocol says."""
 
 import dataclasses
+import gzip
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from tests.evaluation.simulated_scores import simulate, write
 from tests.evaluation.test_commonsense import save
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.evaluation import models, task_scores
+from tinyllama_hf.evaluation.known_rows import model_fingerprints
 from tinyllama_hf.evaluation.models import describe_model, load_eval_model
 from tinyllama_hf.evaluation.score_files import TaskScoreFile, read_scores
 from tinyllama_hf.evaluation.scored_items import ScoredItem, read_scored_items
@@ -96,3 +100,87 @@ def test_an_adapter_on_int4_is_not_ignored(folder, monkeypatch):
     monkeypatch.setattr(models, "load", load)
     with pytest.raises(InputError, match="--adapter adapter"):
         load_eval_model(model, "cpu")
+
+
+def rows_of(path) -> list[tuple]:
+    return [(row.path, row.results, row.items_file) for row in read_scores(path, TaskScoreFile).models]
+
+
+def test_a_copy_keeps_its_own_row(folder, score, tmp_path):
+    """Regression: the row of an equal model was taken over, so that the file had only one of the two."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    for _ in range(2):
+        score(folder, copy)
+        (path, *first), (other, *second) = rows_of(tmp_path / "scores.json")
+        assert (path, other) == (str(folder), str(copy)) and first == second
+    shutil.move(copy, tmp_path / "moved")
+    (row,), notes = score(tmp_path / "moved")
+    assert "already scored" in notes[0] and row.name == "moved"
+    assert [path for path, *_ in rows_of(tmp_path / "scores.json")] == [str(folder), str(tmp_path / "moved")]
+
+
+def test_one_folder_has_one_row(folder, score, tmp_path, monkeypatch):
+    """By whichever path, and also after its weights have changed."""
+    monkeypatch.chdir(tmp_path)
+    score(folder)
+    (row,), _ = score("model")
+    assert row.path == "model" and [path for path, *_ in rows_of(tmp_path / "scores.json")] == ["model"]
+    shutil.copyfile(folder / "generation_config.json", folder / "added.safetensors")
+    assert score(folder)[1] == [] and [path for path, *_ in rows_of(tmp_path / "scores.json")] == [str(folder)]
+
+
+@pytest.mark.parametrize("damage", ["missing", "torn", "none"])
+def test_a_model_without_items_is_scored_again(folder, score, tmp_path, damage):
+    """Regression: messages said so, and the command answered that it was already scored."""
+    score(folder)
+    ((_, _, name),) = rows_of(tmp_path / "scores.json")
+    items = (tmp_path / name).read_bytes()
+    if damage == "missing":
+        shutil.rmtree((tmp_path / name).parent)
+    elif damage == "torn":
+        (tmp_path / name).write_bytes(items[:-20])
+    (note,) = score(folder)[1]
+    assert ("already scored" if damage == "none" else f"items ({tmp_path / name}) are missing or damaged") in note
+    assert (tmp_path / name).read_bytes() == items
+
+
+def test_rescore(folder, score, tokenizer_folder, tmp_path, monkeypatch):
+    """Scores of other models are kept, and an interrupted call resumes without it."""
+    path, copy = tmp_path / "scores.json", shutil.copytree(folder, tmp_path / "copy")
+    score(folder, copy, save(tmp_path / "other", tokenizer_folder, 2))
+    before = {name: rest for name, *rest in rows_of(path)}
+    file = tmp_path / before[str(folder)][1]
+    items = file.read_bytes()
+    file.write_bytes(gzip.compress(re.sub(rb'"acc": ...', b'"acc": NaN', gzip.decompress(items))))
+    assert "already scored" in score(folder)[1][0]
+    with monkeypatch.context() as patch:
+        patch.setattr(task_scores, "load_eval_model", lambda *_: pytest.fail("interrupted"))
+        with pytest.raises(pytest.fail.Exception):
+            score(folder, rescore=True)
+    assert {name: rest for name, *rest in rows_of(path)} == {k: v for k, v in before.items() if k != str(folder)}
+    assert score(folder, rescore=True)[1] == [] and file.read_bytes() == items
+    assert {name: rest for name, *rest in rows_of(path)} == before
+
+
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "added_tokens.json", "generation_config.json"])
+def test_a_changed_file_of_the_tokenizer_or_of_generation(folder, score, tmp_path, name):
+    """Regression: the model counted as unchanged."""
+    (folder / "generation_config.json").unlink()
+    score(folder)
+    (folder / name).write_text("{}")
+    assert score(folder)[1] == [] and "already scored" in score(folder)[1][0]
+
+
+def test_a_row_of_an_early_version_is_kept(folder, score, tmp_path):
+    """Its fingerprint leaves out some files. It gets a whole one, so that a later change is seen."""
+    (folder / "special_tokens_map.json").write_text("{}")
+    score(folder)
+    contents = json.loads((tmp_path / "scores.json").read_text())
+    whole, early = model_fingerprints(describe_model(folder))
+    assert contents["models"][0]["fingerprint"] == whole != early
+    contents["models"][0]["fingerprint"] = early
+    (tmp_path / "scores.json").write_text(json.dumps(contents))
+    (row,), notes = score(folder)
+    assert "already scored" in notes[0] and row.fingerprint == whole
+    (folder / "special_tokens_map.json").write_text('{"pad_token": "<unk>"}')
+    assert score(folder)[1] == []

@@ -67,7 +67,7 @@ def read_scored_items(score_file: Path, row: TaskRow) -> list[ScoredItem]:
         InputError: if the row has no items, or their file is missing or damaged.
     """
     if row.items_file is None:
-        raise InputError(f"{score_file}: {row.name} has scores without items. Score it again with `eval tasks`")
+        raise InputError(f"{score_file}: {row.name} has scores without items. Score it with `eval tasks --rescore`")
     path = score_file.parent / row.items_file
     try:
         # Not `splitlines`, which also splits at U+2028 and other characters inside of a text.
@@ -76,7 +76,7 @@ def read_scored_items(score_file: Path, row: TaskRow) -> list[ScoredItem]:
     except FileNotFoundError as error:
         raise InputError(
             f"{path} is missing, which has the items of {row.name}. Score files are moved together with their "
-            ".items folder; copy it, or score the model again"
+            ".items folder; copy it, or score the model again with `eval tasks`"
         ) from error
     except (OSError, EOFError, ValueError) as error:  # of gzip, UTF-8, JSON and pydantic
-        raise InputError(f"{path}: damaged. Remove it, and score {row.name} again") from error
+        raise InputError(f"{path}: damaged. Score {row.name} again with `eval tasks`") from error

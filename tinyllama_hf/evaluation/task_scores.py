@@ -11,20 +11,20 @@ import torch
 
 from .. import provenance
 from ..errors import InputError
-from ..files import read_json, write_text
-from ..inference.adapters import adapter_folder
-from ..inference.load import choose_device, context_length
+from ..files import write_text
+from ..inference.load import choose_device
 from ..progress import progress_bar
 from ..provenance import file_sha256
-from ..quantization.names import arithmetic_dtype
 from ..tokenization_tinyllama import tokenizer_fingerprint
 from .harness.kept_answers import AnswerFile, KeptAnswers, open_answers
 from .harness.served_model import ServedModel
+from .known_rows import find_rows, is_row_of, model_fingerprints
 from .models import list_eval_models, load_eval_model
 from .protocol import TASKS
 from .score_files import Protocol, ScoredModel, TaskRow, TaskScoreFile, read_scores, replace_rows, write_scores
 from .score_metrics import average_standard_error, commonsense_average
 from .scored_items import ScoredItem, items_file_name, read_scored_items, write_scored_items
+from .task_protocol import check_protocol, model_conditions, suite_protocol
 from .tasks.protocol_definitions import ProtocolDefinition, define_protocol
 from .tasks.suite import Suite, open_suite, quiet_harness, task_files
 
@@ -32,9 +32,6 @@ from .tasks.suite import Suite, open_suite, quiet_harness, task_files
 if TYPE_CHECKING:
     from .harness.harness_results import TaskResults
 
-
-# The files that affect scores: stock transformers loads no others.
-MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 Place = str | ServedModel  # where a model runs: a device, or its server
 Note = Callable[[str], Any]
@@ -62,6 +59,7 @@ def score_tasks(
     run_code: bool = False,
     with_items: bool = False,
     server: ServedModel | None = None,
+    rescore: bool = False,
 ) -> ScoredTasks:
     """Scores models under a protocol. Models that are in the output file are not scored again.
 
@@ -83,6 +81,8 @@ def score_tasks(
         run_code (`bool`, *optional*, defaults to `False`): allow tasks that run code written by the model.
         with_items (`bool`, *optional*, defaults to `False`): return items also of models that are not scored again.
         server (`ServedModel`, *optional*): the model behind a server, in the place of `models`.
+        rescore (`bool`, *optional*, defaults to `False`): score all models again. Their rows in the output file are
+            removed first, so that an interrupted call is resumed by one without `rescore`.
 
     Raises:
         InputError: for missing or contradictory input, before the first model is loaded.
@@ -94,26 +94,29 @@ def score_tasks(
     else:
         device = choose_device(device)
         chosen = list_eval_models(models, quantization, adapter)
-        conditions = _conditions(chosen, definition.dtype)
+        conditions = model_conditions(chosen, definition.dtype)
     file = read_scores(output, TaskScoreFile)
     if file and definition.name == "published" and file.protocol.name == "published":
         # Checked as far as possible before the tasks are opened, which takes up to a minute.
         files = {name: path for name, path in task_files(data).items() if name in definition.tasks} if data else {}
         rows_of = {name: file_sha256(path) for name, path in files.items()} or file.protocol.data
-        _check_protocol(output, file, dataclasses.replace(file.protocol, **conditions, limit=limit, data=rows_of))
+        check_protocol(output, file, dataclasses.replace(file.protocol, **conditions, limit=limit, data=rows_of))
     with open_answers(output) as answers, open_suite(data, definition, include, run_code) as suite:
         file = read_scores(output, TaskScoreFile)  # again, since another process may have written before the lock
         if server:
             server.check_tasks({name: task.OUTPUT_TYPE for name, task in suite.tasks.items()})
             suite = suite._replace(harness=server.harness(suite.harness))
-        protocol = _protocol(suite, definition, limit, conditions)
+        protocol = suite_protocol(suite, definition, limit, conditions)
         file = file or TaskScoreFile(task=_kind(definition.name), protocol=protocol, models=[])
-        _check_protocol(output, file, protocol)
+        check_protocol(output, file, protocol)
+        if rescore:
+            file.models = [row for row in file.models if not any(is_row_of(row, model) for model in chosen)]
+            write_scores(output, file)
         scoring = _Scoring(suite, protocol, server or device, answers, note)
         rows: list[TaskRow] = []
         items: list[list[ScoredItem]] = []
         for model in chosen:
-            row, own = _score_or_find(model, scoring, file, output, with_items or samples is not None)
+            row, own = _score_or_find(model, scoring, file, output, with_items or samples is not None, rescore)
             rows.append(row)
             items.append(own)
             if samples:
@@ -134,66 +137,6 @@ def _check_options(limit: int | None, output: Path | None, samples: Path | None)
         raise InputError(f"--samples {samples} is a folder. Name a file")
     if output and output == samples:
         raise InputError(f"--samples {samples} is also the output. Name two files")
-
-
-def _conditions(models: Sequence[ScoredModel], dtype: str) -> dict[str, Any]:
-    """Returns the fields of a `Protocol` that the models decide, which must be the same for all."""
-    return {
-        "context_length": _common("contexts", {model.path: context_length(model.folder) for model in models}),
-        "dtype": _common("dtypes", {model.path: _dtype(model, dtype) for model in models}),
-    }
-
-
-def _common(what: str, values: dict[str, Any]) -> Any:
-    if len(set(values.values())) > 1:
-        raise InputError(
-            f"the {what} of the models differ ({', '.join(f'{path}: {v}' for path, v in values.items())}). A protocol "
-            "has one; score the models one at a time, each with its own --output"
-        )
-    return next(iter(values.values()))
-
-
-def _dtype(model: ScoredModel, wanted: str) -> str:
-    """Returns torch's name of the dtype that a model is scored in; `"auto"` is the one of its folder."""
-    if wanted == "auto":
-        fields = read_json(model.folder / "config.json")
-        wanted = fields.get("dtype") or fields.get("torch_dtype") or "float32"
-    return arithmetic_dtype(model.quantization, wanted)
-
-
-def _protocol(suite: Suite, definition: ProtocolDefinition, limit: int | None, conditions: dict[str, Any]) -> Protocol:
-    shots = suite.num_fewshot
-    return Protocol(
-        harness=suite.harness,
-        task_versions=suite.versions,
-        metrics=suite.metrics,
-        num_fewshot=next(iter(shots.values())) if len(set(shots.values())) == 1 else shots,
-        add_bos_token=definition.add_bos_token,
-        apply_chat_template=definition.apply_chat_template,
-        **conditions,
-        limit=limit,
-        data=suite.data,
-        sample=suite.sample,
-        name=definition.name,
-    )
-
-
-def _check_protocol(output: Path | None, file: TaskScoreFile, protocol: Protocol) -> None:
-    if differences := protocol.differences(file.protocol):
-        raise InputError(
-            f"--output {output} has scores of another protocol (different: {'; '.join(differences)}). A file has "
-            "one protocol. Choose another --output, or remove this file"
-        )
-
-
-def _fingerprint(model: ScoredModel) -> str:
-    folders = [model.folder, *([adapter_folder(model.adapter)] if model.adapter else [])]
-    files = {f"{n}/{file.name}": file for n, f in enumerate(folders) for p in MODEL_FILES for file in f.glob(p)}
-    if model.adapter:
-        files["adapter_config.json"] = folders[1] / "adapter_config.json"
-    # As before for a model without an adapter, so that its row in an existing file is found.
-    names = {name if model.adapter else file.name: file for name, file in files.items()}
-    return provenance.fingerprint({name: file_sha256(file) for name, file in names.items()})
 
 
 class _Scoring:
@@ -279,31 +222,52 @@ def _row(
 
 
 def _score_or_find(
-    model: ScoredModel, scoring: _Scoring, file: TaskScoreFile, output: Path | None, needs_items: bool
+    model: ScoredModel,
+    scoring: _Scoring,
+    file: TaskScoreFile,
+    output: Path | None,
+    needs_items: bool,
+    rescore: bool,
 ) -> tuple[TaskRow, list[ScoredItem]]:
     """Returns row and items of a model, and writes them. A model with the same weights is not scored again."""
     with progress_bar(f"{model.name}: reading the weights"):
         server = scoring.place if isinstance(scoring.place, ServedModel) else None
-        fingerprint = server.fingerprint if server else _fingerprint(model)
-    kind = (model.quantization, model.adapter)
-    own = [row for row in file.models if (row.quantization, row.adapter) == kind]
-    own = [row for row in own if row.path == model.path or row.fingerprint == fingerprint]
-    before = next((row for row in own if row.fingerprint == fingerprint), None)
-    has_items = bool(before and before.items_file and output and (output.parent / before.items_file).is_file())
-    if before and output and (has_items or not needs_items):
+        fingerprints = [server.fingerprint] if server else model_fingerprints(model)
+    known, replaced = find_rows(file.models, model, fingerprints)
+    items = None if rescore else _known_items(model, known, output, needs_items, scoring.note)
+    if known and items is not None:
         same = "on the same server; its weights are not known" if server else "with the same weights"
         scoring.note(f"{model.name}: already scored under this protocol, {same}")
-        row = dataclasses.replace(before, **vars(model))
-        items = read_scored_items(output, row) if needs_items else []
+        row = dataclasses.replace(known, **vars(model), fingerprint=fingerprints[0])
     else:
-        row, items = scoring.score(model, fingerprint)
+        row, items = scoring.score(model, fingerprints[0])
         if output:
             row = dataclasses.replace(row, items_file=items_file_name(output, row))
             write_scored_items(output.parent / str(row.items_file), items)
-    replace_rows(file.models, own, row)
+    replace_rows(file.models, replaced, row)
     write_scores(output, file)
-    scoring.answers.discard([scoring.answers_key(model, fingerprint)])
+    scoring.answers.discard([scoring.answers_key(model, fingerprints[0])])
     return row, items
+
+
+def _known_items(
+    model: ScoredModel, row: TaskRow | None, output: Path | None, needs_items: bool, note: Note
+) -> list[ScoredItem] | None:
+    """Returns the items of a row, or none if they are not needed; `None` if the model must be scored.
+
+    Scores without their items cannot be compared item by item, so they are not kept. Early versions wrote no items.
+    """
+    if row is None or output is None:
+        return None
+    if row.items_file is None and not needs_items:
+        return []
+    try:
+        items = read_scored_items(output, row)
+    except InputError:
+        where = f" ({output.parent / row.items_file})" if row.items_file else ""
+        note(f"{model.name}: scored again, since its items{where} are missing or damaged")
+        return None
+    return items if needs_items else []
 
 
 def _sample_lines(rows: Sequence[TaskRow], items: Sequence[Sequence[ScoredItem]]) -> Iterator[str]:
