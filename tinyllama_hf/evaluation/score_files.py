@@ -124,6 +124,7 @@ class Protocol:
         sample (`bool`): whether the data are the made-up items that ship with the package.
         name (`str`): `"published"`, `"modern"`, `"olmes"` or `"instruct"`. Files of early versions have none; they are
             published.
+        definitions (`dict`): the hash of the definition of each task and group. Files of early versions have none.
     """
 
     harness: str
@@ -138,6 +139,7 @@ class Protocol:
     data: dict[str, str]
     sample: bool
     name: str = "published"
+    definitions: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def differences(self, other: "Protocol") -> list[str]:
         """Lists the differences from another protocol: `"limit (100, not None)"`, `"data of piqa"`."""
@@ -145,7 +147,9 @@ class Protocol:
         for key, mine in vars(self).items():
             theirs = vars(other)[key]
             if isinstance(mine, dict):
-                tasks = [task for task in mine | theirs if mine.get(task) != theirs.get(task)]
+                # A definition without a hash is not known to differ. Which tasks there are is in the other fields.
+                names = [task for task in mine if task in theirs] if key == "definitions" else mine | theirs
+                tasks = [task for task in names if mine.get(task) != theirs.get(task)]
                 found += [f"{key} of {', '.join(tasks)}"] if tasks else []
             elif mine != theirs:
                 found.append(f"{key} ({theirs}, not {mine})")

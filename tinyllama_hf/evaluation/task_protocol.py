@@ -52,6 +52,7 @@ def suite_protocol(
         **conditions,
         limit=limit,
         data=suite.data,
+        definitions=suite.definitions,
         sample=suite.sample,
         name=definition.name,
     )

@@ -109,6 +109,8 @@ def score_tasks(
         protocol = suite_protocol(suite, definition, limit, conditions)
         file = file or TaskScoreFile(task=_kind(definition.name), protocol=protocol, models=[])
         check_protocol(output, file, protocol)
+        # Files of early versions have no hashes of definitions. They get those of now, so that later changes are seen.
+        file.protocol = protocol
         if rescore:
             file.models = [row for row in file.models if not any(is_row_of(row, model) for model in chosen)]
             write_scores(output, file)

@@ -16,6 +16,7 @@ from ...errors import InputError, one_line, require
 from ...progress import progress_bar
 from ...provenance import file_sha256
 from ..protocol import TASKS
+from .definition_hashes import hash_definitions
 from .protocol_definitions import ProtocolDefinition, define_protocol, fewshot_of, metric_of
 from .task_data import (
     COMMONSENSE_SPLITS,
@@ -49,6 +50,7 @@ class Suite(NamedTuple):
         versions (`dict`): version of each task.
         metrics (`dict`): reported metric of each task, `"acc"`, or with a filter `"exact_match,strict-match"`.
         num_fewshot (`dict`): number of solved examples before each question, by task.
+        definitions (`dict`): hash of the definition of each task and group.
         data (`dict`): SHA-256 of the local file, or location on the Hub, by task.
         sample (`bool`): whether all data are the made-up items that ship with the package.
         runs_code (`bool`): whether a task runs code that the model wrote.
@@ -60,6 +62,7 @@ class Suite(NamedTuple):
     versions: dict[str, int | float | str]
     metrics: dict[str, str]
     num_fewshot: dict[str, int]
+    definitions: dict[str, str]
     data: dict[str, str]
     sample: bool
     runs_code: bool
@@ -148,6 +151,7 @@ def open_suite(
             versions={name: task.VERSION for name, task in tasks.items()},
             metrics={name: metric_of(definition, name, task) for name, task in tasks.items()},
             num_fewshot={name: sources[name].num_fewshot for name in tasks},
+            definitions=hash_definitions(chosen),
             data=fingerprints,
             sample=fingerprints.items() <= sample.items(),
             runs_code=runs_code,

@@ -248,6 +248,11 @@ def _shot_split(definition: dict[str, Any]) -> str | None:
     return definition.get("training_split") or definition.get("validation_split") or definition.get("test_split")
 
 
+def is_url(path: str) -> bool:
+    """Returns whether a file that a definition names is not local."""
+    return re.match(r"\w+://", path) is not None
+
+
 def _own_files(task: str, definition: dict[str, Any]) -> dict[str, Path]:
     """Returns the local files that a definition names itself."""
     files = (definition.get("dataset_kwargs") or {}).get("data_files") or {}
@@ -255,7 +260,7 @@ def _own_files(task: str, definition: dict[str, Any]) -> dict[str, Path]:
     found = {}
     for split, paths in named.items():
         for number, path in enumerate([paths] if isinstance(paths, str) else paths):
-            if re.match(r"\w+://", path):
+            if is_url(path):
                 continue
             if not Path(path).is_file():
                 raise InputError(f"--task {task}: its definition names the file {path}, which does not exist")

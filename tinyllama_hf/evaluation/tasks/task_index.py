@@ -24,6 +24,12 @@ _KEY = re.compile(r"""^["']?(task|group|tag|include|class)["']?[ \t]*:[ \t]*(.*(
 _OF_GROUP = {"group", "group_alias", "task", "aggregate_metric_list", "metadata", "tag", "include"}
 
 
+class Function(str):
+    """A function in a definition, as `"!function NAME"`. Its name is relative to `folder`, that of the definition."""
+
+    folder: Path
+
+
 @dataclasses.dataclass(frozen=True)
 class TaskFile:
     """Where a name is defined. A group lists its tasks in its file; a tag has no file, but the names of its tasks."""
@@ -126,13 +132,14 @@ def choose_tasks(names: Sequence[str], index: dict[str, TaskFile]) -> ChosenTask
 
 
 def read_definition(path: Path) -> dict[str, Any]:
-    """Reads a definition with its includes. Functions are left as `"!function NAME"`.
+    """Reads a definition with its includes. Functions are not imported, see [`Function`].
 
     Raises:
         InputError: if a file is missing or not valid YAML.
     """
     try:
-        definition = yaml.load(path.read_text(encoding="utf-8"), Loader=_DefinitionLoader)
+        with path.open(encoding="utf-8") as file:
+            definition = yaml.load(file, Loader=_DefinitionLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{path}: not a readable task definition ({' '.join(str(error).split())})") from error
     if not isinstance(definition, dict):
@@ -148,7 +155,13 @@ class _DefinitionLoader(yaml.SafeLoader):
     pass
 
 
-_DefinitionLoader.add_constructor("!function", lambda loader, node: f"!function {node.value}")
+def _construct_function(loader: _DefinitionLoader, node: yaml.ScalarNode) -> Function:
+    function = Function(f"!function {node.value}")
+    function.folder = Path(loader.name).parent
+    return function
+
+
+_DefinitionLoader.add_constructor("!function", _construct_function)
 
 
 def _index_folder(
