@@ -26,7 +26,7 @@ SUBJECTS = ("anatomy", "astronomy", "marketing", "nutrition", "sociology")
 
 
 def questions(data: str, subjects: list[str], limit: int) -> list[Any]:
-    """Returns lm-eval's requests, one for each choice of each question."""
+    """Returns lm-eval's requests: all choices of all questions."""
     found = []
     with open_suite(data, define_protocol("olmes", [f"mmlu_{name}" for name in subjects])) as suite, quiet_harness():
         for task in suite.tasks.values():
