@@ -17,6 +17,7 @@ from tinyllama_hf.evaluation.score_files import (
     TaskScoreFile,
     write_scores,
 )
+from tinyllama_hf.evaluation.score_metrics import metric_scale
 from tinyllama_hf.evaluation.scored_items import ScoredItem, items_file_name, write_scored_items
 from tinyllama_hf.released import tables
 
@@ -53,23 +54,26 @@ def simulate(ability: float, seed: int, counts=COUNTS) -> list[ScoredItem]:
     return items
 
 
-def task_score(task: str, items: list[ScoredItem]) -> TaskScore:
+def task_score(task: str, items: list[ScoredItem], reported: str | None = None) -> TaskScore:
     """The score of a task as lm-eval computes it."""
     own = [item.metrics for item in items if item.task == task]
     metrics = {}
     for name in own[0]:
-        values, scale = np.array([m[name] for m in own if name in m]), 1 if name == "bits_per_byte" else 100
+        values, scale = np.array([m[name] for m in own if name in m]), metric_scale(name)
         error = scale * values.std(ddof=1) / math.sqrt(len(values))
         metrics[name] = MetricScore(scale * float(values.mean()), float(error) if error else None)
-    reported = metrics[TABLE["metric"][task]]
-    return TaskScore(TABLE["metric"][task], reported.score, reported.standard_error, len(own), 1.0, metrics)
+    reported = reported or TABLE["metric"][task]
+    score = metrics[reported]
+    return TaskScore(reported, score.score, score.standard_error, len(own), 1.0, metrics)
 
 
-def write(path: Path, models: dict[str, list[ScoredItem]], protocol: Protocol = PROTOCOL) -> Path:
-    """Writes a score file with the items of its models."""
+def write(
+    path: Path, models: dict[str, list[ScoredItem]], protocol: Protocol = PROTOCOL, reported: str | None = None
+) -> Path:
+    """Writes a score file with the items of its models, perhaps with another reported metric."""
     rows = []
     for name, items in models.items():
-        results = {task: task_score(task, items) for task in dict.fromkeys(item.task for item in items)}
+        results = {task: task_score(task, items, reported) for task in dict.fromkeys(item.task for item in items)}
         average = math.fsum(r.score for r in results.values()) / len(results)
         row = TaskRow(
             name=name, path=f"models/{name}", fingerprint=f"{name:0>16}", results=results, average=average,

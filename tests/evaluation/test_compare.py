@@ -13,6 +13,7 @@ from tests.conftest import run_here
 from tests.evaluation.simulated_scores import COUNTS, PROTOCOL, TABLE, compared, simulate, write
 from tinyllama_hf.errors import InputError
 from tinyllama_hf.evaluation.protocol import TASKS
+from tinyllama_hf.evaluation.scored_items import ScoredItem
 
 
 def change(path: Path, **fields) -> None:
@@ -90,6 +91,25 @@ def test_another_metric(files):
     )
     with pytest.raises(InputError, match="no brier in a and better"):
         compared(files / "a.json", files / "better.json", metric="brier")
+
+
+@pytest.mark.parametrize("metric", ["prompt_level_strict_acc", "pass@2"])
+def test_fractions_are_compared_as_fractions(tmp_path, metric):
+    """Score files have only some metrics in percent; IFEval's accuracies and pass@2 are between 0 and 1."""
+    right = np.random.default_rng(0).random((2, 50)) < np.array([[0.2], [0.8]])
+    if metric == "pass@2":
+        right = right / 2
+    for name, values in zip("ab", right, strict=True):
+        items = [
+            ScoredItem(task="ifeval", index=i, doc=f"{i}", metrics={metric: float(v)}) for i, v in enumerate(values)
+        ]
+        write(tmp_path / f"{name}.json", {name: items}, reported=metric)
+    (found,) = compared(tmp_path / "a.json", tmp_path / "b.json")
+    (task,) = found.tasks
+    assert task.scores == pytest.approx(right.mean(1)) and task.pairs == 50 and task.unit == ""
+    assert task.verdict == "better" and found.average is None
+    output = run_here("tinyllama-hf", "compare", "a.json", "b.json", cwd=tmp_path).stdout
+    assert f"{right[0].mean():.4f}" in output and " points" not in output
 
 
 def test_a_task_that_one_model_lacks_is_named(files):

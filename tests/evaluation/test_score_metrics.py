@@ -7,15 +7,53 @@ import pytest
 
 from tests.conftest import ROOT
 from tinyllama_hf.errors import InputError
+from tinyllama_hf.evaluation.harness import harness_results
 from tinyllama_hf.evaluation.protocol import TASKS
+from tinyllama_hf.evaluation.score_files import MetricScore
 from tinyllama_hf.evaluation.score_metrics import (
     average_standard_error,
     bits_per_byte,
     commonsense_average,
+    is_share,
+    lower_is_better,
     median_length,
+    metric_scale,
+    metric_unit,
     stop_rate,
 )
 from tinyllama_hf.released import tables
+
+
+@pytest.mark.parametrize(
+    ("metric", "unit", "share"),
+    [
+        ("acc_norm", "points", True),
+        ("exact_match,strict-match", "points", True),
+        ("pass@1,create_test", "points", True),
+        ("f1", "points", False),
+        ("mcc", "points", False),
+        ("prompt_level_strict_acc", "", False),
+        ("pass@64,create_test", "", False),
+        ("bleu", "", False),
+        ("bits_per_byte", "bits", False),
+    ],
+)
+def test_the_unit_of_a_metric_is_that_of_score_files(metric, unit, share):
+    """The scale is part of the format of score files: another one would make those of other versions incomparable."""
+    scale = 100 if unit == "points" else 1
+    assert (metric_unit(metric), metric_scale(metric), is_share(metric)) == (unit, scale, share)
+    name, _, selection = metric.partition(",")
+    values = {f"{name},{selection or 'none'}": 0.25, f"{name}_stderr,{selection or 'none'}": 0.125}
+    assert harness_results._metrics(values) == {metric: MetricScore(scale * 0.25, scale * 0.125)}
+
+
+def test_the_direction_of_a_metric_is_that_of_lm_eval():
+    import lm_eval.api.metrics  # noqa: F401 - registers them
+    from lm_eval.api.registry import higher_is_better_registry as higher
+
+    assert {"brier_score", "acc"} <= set(higher)
+    assert [name for name in higher if lower_is_better(name) == higher.get(name)] == []
+    assert lower_is_better("perplexity,filtered")
 
 
 def test_commonsense_average():

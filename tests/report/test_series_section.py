@@ -176,6 +176,22 @@ def test_the_published_series_is_not_drawn_with_other_scores(tmp_path, drawn, li
     assert panel.get_xscale() == "linear"
 
 
+def test_a_metric_that_is_no_share_keeps_its_unit_and_its_standard_error(tmp_path, drawn):
+    run = series_run(tmp_path)
+    scores = write_scores(run)
+    for row in scores["models"]:
+        row["results"]["boolq"] |= {"metric": "f1", "score": 60.0, "standard_error": 2.0}
+        row["results"]["piqa"] |= {"metric": "bleu", "score": 12.0, "standard_error": 1.0}
+    scores["protocol"]["name"] = "modern"
+    (run / "commonsense.json").write_text(json.dumps(scores))
+    write_report(run, tmp_path / "report")
+    tasks = drawn[3]
+    assert tasks.get_supylabel() == "score, with 95 % intervals"
+    panel = next(axes for axes in tasks.axes if axes.get_title() == "boolq")
+    [bars] = panel.containers[0].lines[2]
+    assert bars.get_segments()[0][:, 1] == pytest.approx([60 - 3.92, 60 + 3.92], abs=0.01)
+
+
 def test_a_score_without_items_right_has_an_interval(tmp_path, drawn):
     run = series_run(tmp_path)
     scores = write_scores(run)

@@ -1,4 +1,6 @@
-"""The three summary metrics. The modules in `eval/metrics/` wrap them as `evaluate.Metric`."""
+"""What the metrics of scores mean: unit, scale and direction. And the three summary metrics, which the modules in
+`eval/metrics/` wrap as `evaluate.Metric`.
+"""
 
 import math
 import statistics
@@ -6,6 +8,45 @@ from collections.abc import Sequence
 
 from ..errors import InputError
 from .protocol import TASKS
+
+
+# Metrics of lm-eval that score files have in percent: the share of right items, and other metrics of at most 1. All
+# others stay as lm-eval gives them, even fractions such as pass@2, so that score files of all versions are comparable.
+_SHARES = {
+    *("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "em", "likelihood_acc"),
+    *("pass@1", "pass_at_1", "prefix_match", "contains"),
+}
+_OTHERS_IN_PERCENT = {"f1", "mcc"}
+_LOWER_IS_BETTER = {"bits_per_byte", "perplexity", "word_perplexity", "byte_perplexity", "brier_score", "ter"}
+
+
+def metric_unit(metric: str) -> str:
+    """Returns the unit of a metric's scores: `"points"` (percent), `"bits"`, or empty for a unit of its own.
+
+    Args:
+        metric (`str`): as score files name it, perhaps with a filter: `"exact_match,strict-match"`.
+    """
+    name = _without_filter(metric)
+    return "points" if name in _SHARES | _OTHERS_IN_PERCENT else "bits" if name == "bits_per_byte" else ""
+
+
+def metric_scale(metric: str) -> float:
+    """Returns the score of a mean of 1 over the items. For the argument see [`metric_unit`]."""
+    return 100.0 if metric_unit(metric) == "points" else 1.0
+
+
+def lower_is_better(metric: str) -> bool:
+    """Returns whether a lower value of a metric is better. For the argument see [`metric_unit`]."""
+    return _without_filter(metric) in _LOWER_IS_BETTER
+
+
+def is_share(metric: str) -> bool:
+    """Returns whether a score is the percentage of the items that are right. For the argument see [`metric_unit`]."""
+    return _without_filter(metric) in _SHARES
+
+
+def _without_filter(metric: str) -> str:
+    return metric.partition(",")[0]
 
 
 def bits_per_byte(nats: Sequence[float], texts: Sequence[str]) -> float:

@@ -18,11 +18,11 @@ from .scaling_curve import (
     wilson_interval,
 )
 from .score_files import MetricScore, TaskScore, TaskScoreFile
+from .score_metrics import is_share
 
 
 AVERAGE = "average"
 BITS_PER_BYTE = "bits_per_byte"
-_SHARES = ("acc", "acc_norm", "exact_match", "pass@1")  # metrics that are 0 or 1 per item
 _EARLY_SHARE = 0.1  # of the tokens known so far
 _KNOWN_MILESTONES = 5  # of the first back-test, which forecasts the last two
 
@@ -157,7 +157,7 @@ def mean_points(points: dict[str, list[ScorePoint]]) -> list[tuple[int, float]]:
 
 
 def _task_point(tokens: int, result: TaskScore) -> ScorePoint:
-    if result.metric.split(",")[0] not in _SHARES:
+    if not is_share(result.metric):
         return _mean_point(tokens, MetricScore(result.score, result.standard_error))
     return ScorePoint(tokens, result.score, *wilson_interval(result.score, result.items))
 

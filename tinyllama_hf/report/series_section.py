@@ -7,6 +7,7 @@ from typing import Any
 
 from ..evaluation.protocol import TASKS
 from ..evaluation.score_files import TaskScoreFile, TextScoreFile
+from ..evaluation.score_metrics import metric_unit
 from ..evaluation.series_forecast import (
     AVERAGE,
     FittedSeries,
@@ -28,7 +29,8 @@ class SeriesSection:
 
     Attributes:
         fitted (`list[FittedSeries]`): the series to which a curve is fitted, also those where that failed.
-        scores (`dict[str, list[ScorePoint]]`): task scores in percent, by task.
+        scores (`dict[str, list[ScorePoint]]`): task scores, by task.
+        unit (`str`): `"percent"`, or `"score"` if a task has a metric with a unit of its own.
         bits (`dict[str, list[ScorePoint]]`): bits per byte of the right answers, by task.
         published (`list[Released]`): rows of the published table to draw with the scores.
         overlay_problem (`str`, *optional*): why there are none, if there are scores.
@@ -37,6 +39,7 @@ class SeriesSection:
 
     fitted: list[FittedSeries]
     scores: dict[str, list[ScorePoint]]
+    unit: str
     bits: dict[str, list[ScorePoint]]
     published: list[Released]
     overlay_problem: str | None
@@ -76,7 +79,9 @@ def series_section(
     points = _ordered(task_points(tasks)) if tasks else {}
     problem = overlay_problem(tasks) if tasks else None
     published = published_series() if points and not problem else []
-    return SeriesSection(fitted, points, bits, published, problem, config["schedule"]["name"])
+    metrics = {result.metric for row in tasks.models for result in row.results.values()} if tasks else set()
+    unit = "percent" if all(metric_unit(metric) == "points" for metric in metrics) else "score"
+    return SeriesSection(fitted, points, unit, bits, published, problem, config["schedule"]["name"])
 
 
 def _ordered(points: dict[str, list[ScorePoint]]) -> dict[str, list[ScorePoint]]:
@@ -94,7 +99,8 @@ def draw_series(section: SeriesSection, output: Path) -> list[str]:
         plots.scaling_curves(section.drawn, output / "scaling.png")
         pictures.append("scaling")
     if section.scores:
-        plots.task_scores(section.scores, "percent, with 95 % intervals", section.published, output / "tasks.png")
+        unit = f"{section.unit}, with 95 % intervals"
+        plots.task_scores(section.scores, unit, section.published, output / "tasks.png")
         pictures.append("tasks")
     if section.bits:
         unit = "bits per byte of the right answers, with 95 % intervals"

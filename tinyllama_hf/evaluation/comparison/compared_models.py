@@ -12,32 +12,13 @@ import numpy as np
 from ...errors import InputError, did_you_mean
 from ...released import Released, released, tables
 from ..score_files import MetricScore, Protocol, TaskRow, TaskScoreFile, read_scores
+from ..score_metrics import metric_scale
 from ..scored_items import read_scored_items
 from .paired_tests import binomial_standard_error, is_binary
 
 
-# Metrics of lm-eval that are no shares, apart from bits per byte: they have their own unit.
-_OTHER_UNITS = ("perplexity", "word_perplexity", "byte_perplexity", "brier_score", "bleu", "chrf", "ter", "mcc")
-_LOWER_IS_BETTER = ("bits_per_byte", "perplexity", "word_perplexity", "byte_perplexity", "brier_score", "ter")
-
 # The value of each item of a task, by the hash of its row and the number of earlier items with the same hash.
 ItemValues = dict[tuple[str, int], float]
-
-
-def metric_unit(metric: str) -> str:
-    """Returns the unit of a metric's scores: `"points"` (percent) of shares, `"bits"`, or empty for others."""
-    name = metric.partition(",")[0]
-    return "bits" if name == "bits_per_byte" else "" if name in _OTHER_UNITS else "points"
-
-
-def metric_scale(metric: str) -> float:
-    """Returns the score of a mean of 1 over the items."""
-    return 100.0 if metric_unit(metric) == "points" else 1.0
-
-
-def lower_is_better(metric: str) -> bool:
-    """Returns whether a lower value of a metric is better. The name may have a filter: `"exact_match,strict"`."""
-    return metric.partition(",")[0] in _LOWER_IS_BETTER
 
 
 @dataclasses.dataclass(kw_only=True)

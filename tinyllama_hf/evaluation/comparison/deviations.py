@@ -6,6 +6,7 @@ import math
 from ...released import Released, tables
 from ..protocol import TASKS
 from ..score_files import Protocol, TaskRow, TaskScore
+from ..score_metrics import metric_unit
 
 
 # bf16 changed the choice on 11 of 700 items of SmolLM2-135M-Instruct, scored with lm-eval's own model.
@@ -91,10 +92,11 @@ def _is_within(difference: float, tolerance: float) -> bool:
 
 def _near(result: TaskScore, printed: float, tolerance: float) -> dict[str, float]:
     """Returns the scores of other metrics, in percent, that are within the tolerance of the published score."""
-    others = {
-        name: metric.score for name, metric in result.metrics.items() if name not in (result.metric, "bits_per_byte")
+    return {
+        name: metric.score
+        for name, metric in result.metrics.items()
+        if name != result.metric and metric_unit(name) == "points" and _is_within(metric.score - printed, tolerance)
     }
-    return {name: score for name, score in others.items() if _is_within(score - printed, tolerance)}
 
 
 def _average_reach(departure: Departure) -> float:

@@ -6,7 +6,8 @@ from typing import Any
 
 from ...errors import InputError, check_seed
 from ..protocol import TASKS
-from .compared_models import ComparedModel, ItemValues, lower_is_better
+from ..score_metrics import metric_unit
+from .compared_models import ComparedModel, ItemValues
 from .deviations import PublishedCheck, check_against_published
 from .paired_tests import RESAMPLES
 from .score_differences import (
@@ -140,7 +141,9 @@ def _compare(
     correct_for_tasks(tasks)
     is_published = all(m.published or (m.protocol and m.protocol.name == "published") for m in (reference, model))
     names = set(metrics.values())
-    seven = sorted(metrics) == sorted(TASKS) and (len(names) == 1 or not any(map(lower_is_better, names)))
+    seven = sorted(metrics) == sorted(TASKS) and (
+        len(names) == 1 or {metric_unit(name) for name in names} == {"points"}
+    )
     return ModelComparison(
         reference=reference.label,
         model=model.label,

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..score_files import MetricScore
+from ..score_metrics import lower_is_better, metric_scale, metric_unit
 from . import paired_tests as statistics
-from .compared_models import ItemValues, lower_is_better, metric_scale, metric_unit
+from .compared_models import ItemValues
 from .paired_tests import Floats
 
 
@@ -53,7 +54,7 @@ class ScoreDifference:
     @property
     def unit(self) -> str:
         """The unit of the scores and the difference: `"points"`, `"bits"`, or empty."""
-        return metric_unit(self.metric)
+        return metric_unit(self.metric) if self.metric else "points"  # only shares are averaged over different metrics
 
     def decide(self, corrected: float, lower: bool) -> None:
         """Sets the verdict from the corrected p-value. `lower` is whether a lower score is better."""

@@ -8,15 +8,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..score_files import MetricScore, TaskScore
+from ..score_metrics import metric_scale
 from ..scored_items import ScoredItem
 from ..tasks.suite import FEWSHOT_SEED, Suite, quiet_harness, right_choice
 
 
-# Metrics of lm-eval that are shares, here in percent. Others keep their unit.
-_SHARES = {
-    *("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "f1", "em", "mcc", "likelihood_acc"),
-    *("pass@1", "pass_at_1", "prefix_match", "contains"),
-}
 _SHOWN = 10  # wrong items of each task whose texts are kept
 _LONGEST_QUESTION = 2000  # characters of it, from the end
 _BOOTSTRAP = 1000  # resamples of lm-eval for metrics that are no means
@@ -125,7 +121,7 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, MetricScore]:
         if not comma or metric.endswith("_stderr") or isinstance(value, bool) or not isinstance(value, int | float):
             continue
         error = values.get(f"{metric}_stderr,{selection}")
-        scale = 100 if metric in _SHARES else 1
+        scale = metric_scale(metric)
         # lm-eval gives 0 where all or no items are right, although the score is not certain.
         known = error if isinstance(error, int | float) and error > 0 else None
         found[_name(metric, selection)] = MetricScore(scale * float(value), known and scale * float(known))
