@@ -29,7 +29,8 @@ def select_command(
     """Rank the milestones of a series, and name those that cannot be told apart from the best one.
 
     Task scores give a paired interval for each: how much worse a milestone is than the best one on the items that all
-    of them answered. All intervals together hold with 95 %. Text scores are ranked without intervals.
+    of them answered. With 95 %, the truly best one is the first or one of its ties. Text scores are ranked without
+    intervals.
 
     Example: tinyllama-hf select runs/demo/pretrain
 
@@ -53,8 +54,8 @@ def select_command(
 
 def ranking_lines(ranking: "Ranking") -> "Iterator[str]":
     """Yields the lines that the command prints."""
-    digits = 2 if ranking.metric == "accuracy" else 4
-    unit = "percent" if ranking.metric == "accuracy" else "bits/byte"
+    digits = 2 if ranking.unit == "points" else 4
+    unit = {"points": "percent", "bits": "bits/byte"}.get(ranking.unit, "score")
     sizes = ", ".join(f"{number:,} of {name}" for name, number in ranking.items.items())
     yield f"{ranking.metric}: {'bytes' if ranking.metric == 'text' else 'items'}: {sizes}"
     if ranking.left_out:

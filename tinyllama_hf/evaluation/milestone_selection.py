@@ -13,6 +13,7 @@ from ..errors import InputError, did_you_mean, require
 from ..files import read_json
 from .scaling_curve import CONFIDENCE
 from .score_files import ScoredModel, TaskRow, TaskScoreFile, TextScoreFile, read_scores
+from .score_metrics import lower_is_better, metric_scale, metric_unit
 from .scored_items import ScoredItem, read_scored_items
 
 
@@ -30,7 +31,7 @@ class RankedMilestone:
 
     Attributes:
         name (`str`), tokens (`int`, *optional*), path (`str`): of the milestone.
-        score (`float`): percent for accuracy, else bits.
+        score (`float`): in the unit of the ranking.
         difference, low, high (`float`, *optional*): by how much it is worse than the best one, and the interval of
             that; `None` where no interval can be computed.
         is_tied (`bool`, *optional*): whether it cannot be told apart from the best one.
@@ -52,14 +53,17 @@ class Ranking:
 
     Attributes:
         metric (`str`): one of `METRICS`.
+        unit (`str`): `"points"` (percent), `"bits"`, or empty for a unit of the reported metric's own.
         milestones (`list[RankedMilestone]`): all of them.
         items (`dict[str, int]`): the number of items per task that all of them answered; of text, bytes per source.
         left_out (`int`): number of items that some of them did not answer.
-        confidence (`float`, *optional*): of all intervals together.
+        confidence (`float`, *optional*): the probability with which the truly best milestone is the first one or one of
+            its ties.
         note (`str`, *optional*): why there are no intervals.
     """
 
     metric: str
+    unit: str
     milestones: list[RankedMilestone]
     items: dict[str, int]
     left_out: int = 0
@@ -150,6 +154,7 @@ def _rank_text(path: Path) -> Ranking:
     best = rows[0].bits_per_byte
     return Ranking(
         TEXT,
+        metric_unit(BITS_PER_BYTE),
         [RankedMilestone(r.name, r.tokens, r.path, r.bits_per_byte, r.bits_per_byte - best) for r in rows],
         {source.path: source.bytes for source in file.data},
         note="score files of text have sums over all documents, so there are no intervals, and ties cannot be told. "
@@ -169,11 +174,11 @@ def item_tables(
     Args:
         path (`Path`): the score file, for messages.
         rows (`Sequence[TaskRow]`), answers (`Sequence[list[ScoredItem]]`): the milestones, and their items.
-        metric (`str`): `"bits_per_byte"`, or `"accuracy"` for the metric that each task reports, in percent.
+        metric (`str`): `"bits_per_byte"`, or `"accuracy"` for the metric that each task reports.
         tasks (`Sequence[str]`, *optional*): only these tasks; by default all.
 
     Returns:
-        Per task `[num_milestones, num_items]`.
+        Per task `[num_milestones, num_items]`, in the unit of score files.
 
     Raises:
         InputError: if an item has no finite value, or the milestones have fewer than two items of a task in common.
@@ -181,15 +186,15 @@ def item_tables(
     values = [_values(path, row, items, metric, tasks) for row, items in zip(rows, answers, strict=True)]
     common = sorted(set.intersection(*map(set, values)))
     left_out = len(set.union(*map(set, values))) - len(common)
-    unit, tables = 100 if metric == ACCURACY else 1, {}
-    for task in tasks or rows[0].results:
+    tables = {}
+    for task, name in _metric_names(rows[0], metric, tasks).items():
         keys = [key for key in common if key[0] == task]
         if len(keys) < 2:
             raise InputError(
                 f"{path}: the milestones have {len(keys)} items of {task} in common, and an interval needs two. Score "
                 "all milestones on the same items"
             )
-        tables[task] = unit * np.array([[value[key] for key in keys] for value in values])
+        tables[task] = metric_scale(name) * np.array([[value[key] for key in keys] for value in values])
     return tables, left_out
 
 
@@ -197,9 +202,10 @@ def _rank_tasks(
     path: Path, rows: Sequence[TaskRow], answers: Sequence[list[ScoredItem]], metric: str, tasks: Sequence[str]
 ) -> Ranking:
     """Ranks by the unweighted mean of the tasks, each the mean of the items that all milestones answered."""
+    name = _common_metric(path, _metric_names(rows[0], metric, tasks))
     tables, left_out = item_tables(path, rows, answers, metric, tasks)
     scores = np.mean([table.mean(1) for table in tables.values()], axis=0)
-    worse_sign = -1 if metric == ACCURACY else 1
+    worse_sign = 1 if lower_is_better(name) else -1
     order = np.argsort(worse_sign * scores, kind="stable")
     best, ranked = order[0], []
     for number in order:
@@ -210,7 +216,28 @@ def _rank_tasks(
         is_tied = bool(interval[1] <= 0)
         ranked.append(RankedMilestone(row.name, row.tokens, row.path, float(scores[number]), *interval, is_tied))
     items = {task: table.shape[1] for task, table in tables.items()}
-    return Ranking(metric, ranked, items, left_out, CONFIDENCE)
+    return Ranking(metric, metric_unit(name), ranked, items, left_out, CONFIDENCE)
+
+
+def _metric_names(row: TaskRow, metric: str, tasks: Sequence[str]) -> dict[str, str]:
+    """Returns the name of the metric in the items of each task."""
+    return {task: row.results[task].metric if metric == ACCURACY else metric for task in tasks or row.results}
+
+
+def _common_metric(path: Path, names: dict[str, str]) -> str:
+    """Returns a metric with the unit and the direction of those of all tasks.
+
+    Raises:
+        InputError: if they have different ones, so that they cannot be averaged.
+    """
+    different = list(dict.fromkeys(names.values()))
+    if len(different) > 1 and any(metric_unit(name) != "points" for name in different):
+        reported = ", ".join(f"{name} of {task}" for task, name in names.items())
+        raise InputError(
+            f"{path}: {reported} cannot be averaged, since they have different units. Choose tasks of one metric with "
+            "--task"
+        )
+    return different[0]
 
 
 def _values(
@@ -218,11 +245,11 @@ def _values(
 ) -> dict[tuple[str, str, int], float]:
     """Returns the metric of each item by task, hash of its row, and number among the rows of this hash."""
     seen: Counter[tuple[str, str]] = Counter()
-    values = {}
+    names, values = _metric_names(row, metric, tasks), {}
     for item in items:
-        if (tasks and item.task not in tasks) or item.task not in row.results:
+        if item.task not in names:
             continue
-        name = row.results[item.task].metric if metric == ACCURACY else metric
+        name = names[item.task]
         value = item.metrics.get(name, math.nan)
         if not math.isfinite(value):
             problem = f"is {value}" if name in item.metrics else "is missing"
@@ -240,12 +267,13 @@ def mean_interval(differences: Sequence[np.ndarray], comparisons: int = 1) -> tu
 
     The tasks are independent samples: the variance of the mean is the sum of their s^2 / n, divided by the squared
     number of tasks. The quantile is Student's t with the degrees of freedom of Welch and Satterthwaite, for
-    `1 - (1 - 0.95) / comparisons`: all intervals together hold with 95 % (Bonferroni). The milestones whose interval
-    includes 0 or less thus contain the truly best one with at least 95 %.
+    `1 - (1 - 0.95) / comparisons` (Bonferroni). So with at least 95 %, no comparison with the truly best milestone shows
+    that it is worse: the milestones whose interval includes 0 or less contain it. The intervals do not hold together with
+    95 %, since the one that all are compared with is chosen by the same items.
 
     Args:
         differences (`Sequence[np.ndarray]`): per task, `[num_items]`, at least two items.
-        comparisons (`int`, *optional*, defaults to 1): number of intervals that hold together.
+        comparisons (`int`, *optional*, defaults to 1): number of other milestones that could have been the best one.
     """
     stats = require("scipy.stats", "eval", "intervals of differences")
     mean = float(np.mean([task.mean() for task in differences]))
