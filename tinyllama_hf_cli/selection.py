@@ -73,7 +73,9 @@ def ranking_lines(ranking: "Ranking") -> "Iterator[str]":
         )
     if ranking.note:
         yield f"note: {ranking.note}"
-    yield f"best: {ranking.milestones[0].name} ({ranking.milestones[0].path})"
+    best = ranking.milestones[0]
+    place = f" ({best.path})"
+    yield f"best: {best.name.removesuffix(place)}{place}"  # the path is in the name if several have this name
     if ranking.confidence:
         names = ", ".join(milestone.name for milestone in ranking.ties) or "none"
         yield f"cannot be told apart from it with these items: {names}"

@@ -190,6 +190,11 @@ def test_equal_names_are_told_apart(files):
     path = write(files / "other" / "commonsense.json", {"a": simulate(0.5, 8)})
     (found,) = compared(files / "a.json", path.parent)
     assert (found.reference, found.model) == (f"a ({files / 'a.json'})", f"a ({path})")
+    series = files / "series.json"
+    series.write_text(series.read_text().replace('"name": "step-1"', '"name": "step-0"'))
+    first, second = compared(series)
+    assert first.reference == f"step-0 ({series}:models/step-0)" and first.model == f"step-0 ({series}:models/step-1)"
+    assert second.model == "step-2"
 
 
 def test_the_same_seed_gives_the_same_interval_in_any_order(files):

@@ -247,6 +247,21 @@ def test_the_command(tmp_path):
     assert f"{worst['low']:.4f} to {worst['high']:.4f}" in done.stdout
 
 
+def test_equal_names_are_told_apart(tmp_path):
+    """By their paths: in the ranking, in the ties and in the JSON file."""
+    run = write_series(tmp_path, simulated(np.random.default_rng(0), [2.0, 1.0, 1.001]))
+    contents = json.loads((run / "commonsense.json").read_text())
+    for row in contents["models"][1:]:
+        row["name"] = "model"
+    (run / "commonsense.json").write_text(json.dumps(contents))
+    done = run_here("tinyllama-hf", "select", run, "--json", "ranking.json", cwd=tmp_path)
+    written = json.loads((tmp_path / "ranking.json").read_text())
+    best, tie, _ = [milestone["name"] for milestone in written["milestones"]]
+    assert {best, tie} == {f"model (run/milestones/step-{i})" for i in (2, 3)}
+    assert written["best"] == best and written["ties"] == [tie]
+    assert f"\nbest: {best}\ncannot be told apart from it with these items: {tie}\n" in done.stdout
+
+
 def refusal(series: Path, *arguments) -> str:
     with pytest.raises(InputError) as error:
         rank_milestones(series, *arguments)

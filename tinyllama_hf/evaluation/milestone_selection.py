@@ -57,8 +57,7 @@ class Ranking:
         milestones (`list[RankedMilestone]`): all of them.
         items (`dict[str, int]`): the number of items per task that all of them answered; of text, bytes per source.
         left_out (`int`): number of items that some of them did not answer.
-        confidence (`float`, *optional*): the probability with which the truly best milestone is the first one or one of
-            its ties.
+        confidence (`float`, *optional*): probability with which the truly best milestone is the first one or a tie.
         note (`str`, *optional*): why there are no intervals.
     """
 
@@ -140,9 +139,11 @@ def _kind(path: Path) -> str | None:
 
 
 def _at_least_two(path: Path, rows: Sequence[Row]) -> list[Row]:
+    """Returns the rows of a score file, with the path in names that several of them have."""
     if len(rows) < 2:
         raise InputError(f"{path}: has {len(rows)} models, and a ranking needs two. Score more milestones")
-    return list(rows)
+    names = Counter(row.name for row in rows)
+    return [dataclasses.replace(row, name=f"{row.name} ({row.path})") if names[row.name] > 1 else row for row in rows]
 
 
 def _rank_text(path: Path) -> Ranking:
@@ -267,9 +268,9 @@ def mean_interval(differences: Sequence[np.ndarray], comparisons: int = 1) -> tu
 
     The tasks are independent samples: the variance of the mean is the sum of their s^2 / n, divided by the squared
     number of tasks. The quantile is Student's t with the degrees of freedom of Welch and Satterthwaite, for
-    `1 - (1 - 0.95) / comparisons` (Bonferroni). So with at least 95 %, no comparison with the truly best milestone shows
-    that it is worse: the milestones whose interval includes 0 or less contain it. The intervals do not hold together with
-    95 %, since the one that all are compared with is chosen by the same items.
+    `1 - (1 - 0.95) / comparisons` (Bonferroni). So with at least 95 %, the interval of the truly best milestone
+    includes 0 or less, whichever one it is compared with. The intervals do not hold together with 95 %, since the
+    milestone that all are compared with is chosen by the same items.
 
     Args:
         differences (`Sequence[np.ndarray]`): per task, `[num_items]`, at least two items.

@@ -144,10 +144,12 @@ def find_compared_models(arguments: Sequence[str]) -> list[ComparedModel]:
             f"{' '.join(arguments)}: has one model, and a comparison needs two. Add a score file, FILE:MODEL, or a "
             "name from `tinyllama-hf list`"
         )
-    names = Counter(model.label for model in models)
+    names, in_file = Counter(m.label for m in models), Counter((m.label, m.file) for m in models)
     for model in models:
+        is_in_file_twice = in_file[model.label, model.file] > 1
+        place = f"{model.file}:{model.row.path}" if model.row and is_in_file_twice else model.file or "published"
         if names[model.label] > 1:
-            model.label += f" ({model.file or 'published'})"
+            model.label += f" ({place})"
     return models
 
 
