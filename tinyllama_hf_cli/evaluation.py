@@ -206,7 +206,9 @@ def eval_tasks_command(
 
     folder = _one(data, "pass one folder")
     row = published_row(published) if published is not None else None
-    _check_show(show, protocol, published)
+    _check_show(show)
+    if published is not None:
+        _check_published(published, protocol)
     definition = define_protocol(protocol, task or (), include)
     _check_models(models, device, quantization)
     loading = {"--quantization": quantization != "none", "--adapter": adapter, "--device": device != "auto"}
@@ -328,12 +330,17 @@ def _check_models(models: list[str], device: str, quantization: str) -> None:
             check_model(model)
 
 
-def _check_show(show: int, protocol: str, published: str | None) -> None:
+def _check_show(show: int) -> None:
     from tinyllama_hf.errors import InputError
 
     if not 0 <= show <= 10:
         raise InputError(f"--show {show}: must be 0 to 10, since the texts of 10 wrong items per task are kept")
-    if published is not None and protocol != "published":
+
+
+def _check_published(published: str, protocol: str) -> None:
+    from tinyllama_hf.errors import InputError
+
+    if protocol != "published":
         raise InputError(
             f"--published {published}: its scores are under the published protocol, not under {protocol}. Remove one "
             "of the two"

@@ -86,7 +86,7 @@ def test_holm(count):
 def test_the_bootstrap_on_the_same_resamples(pairs, binary):
     generator = np.random.default_rng(pairs)
     values = generator.choice([-1.0, 0.0, 1.0], pairs) if binary else generator.normal(0, 1, pairs)
-    sample = paired_tests.bootstrap_sample(values)
+    sample = paired_tests.bootstrap_sample(values) if binary else values
     assert len(sample) == pairs + 2 * binary and sample.sum() == pytest.approx(values.sum())
     means = paired_tests.bootstrap_means(sample, 2000, np.random.default_rng(5))
     reference = stats.bootstrap(
@@ -206,11 +206,13 @@ def test_the_detectable_mean_is_detected_in_80_percent(count):
     assert paired_tests.detectable_mean(1.0) == pytest.approx(stats.norm.ppf([0.975, 0.8]).sum(), rel=1e-9)
 
 
-@pytest.mark.parametrize(("values", "p_value"), [([0.0, 0.0, 0.0], 1.0), ([0.5, 0.5, 0.5], 0.0)])
+@pytest.mark.parametrize(("values", "p_value"), [([0.0, 0.0, 0.0], 1.0), ([0.5, 0.5, 0.5], 0.0), ([1.0, 1.0, 1.0], 0.0)])
 def test_differences_without_spread(values, p_value):
+    """Also where all differences are 0 or 1, which does not make bits per byte right and wrong."""
     first = np.array([1.0, 2.0, 3.0])
     found, _ = paired_difference("t", "bits_per_byte", (items(first), items(first + values)), 1000, 0)
     assert found.standard_error == 0 and found.p_value == p_value and found.detectable is None
+    assert found.interval == (values[0], values[0]) and found.test == "paired t"
 
 
 def test_equal_answers_have_an_interval_with_a_width():

@@ -76,6 +76,12 @@ def test_fitted_series(tmp_path):
     assert seven.known == [PLACES[9], PLACES[9], PLACES[10]], "of seven, the fifth"
 
 
+def test_the_last_value_of_a_number_of_tokens_counts():
+    """As after a resumed run, which validates again."""
+    fitted = fit_series("Loss", "nats", [(2, 5.0), (1, 9.0), (1, 8.0)], [], 0, 1)
+    assert fitted.points == [(1, 8.0), (2, 5.0)]
+
+
 def test_the_first_tenth_is_left_out_where_enough_remain():
     points = [(t, law(t)) for t in (100, 200, *PLACES)]
     assert fit_series("Loss", "nats", points, [], 0, 1).curve.tokens[0] == 2000

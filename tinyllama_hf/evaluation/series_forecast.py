@@ -80,7 +80,7 @@ def fit_series(
         warmup_tokens (`int`): length of the warm-up of the learning rate.
         planned_tokens (`int`): length of the run.
     """
-    values = dict(sorted(points))
+    values = dict(sorted(points, key=lambda point: point[0]))  # stable: of equal tokens, the last one stays
     series = FittedSeries(name, unit, list(values.items()))
     last = max(values, default=0)
     try:

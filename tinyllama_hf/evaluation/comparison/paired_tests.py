@@ -98,15 +98,12 @@ def welch_degrees(standard_errors: Sequence[float], degrees: Sequence[int]) -> i
 
 
 def bootstrap_sample(differences: Floats) -> Floats:
-    """Returns the differences `[pairs]` that are resampled for an interval.
+    """Returns the differences `[pairs]` of a 0/1 metric with two more, 1 and -1, to resample for an interval.
 
-    Differences of 0/1 metrics get two more, 1 and -1. Without them the interval is too narrow for few discordant
-    pairs, and has no width for none. This is the adjustment of Bonett and Price (2012, J. Educ. Behav. Stat. 37, 479),
-    which adds one to both numbers of discordant pairs.
+    Without them the interval is too narrow for few discordant pairs, and has no width for none. This is the adjustment
+    of Bonett and Price (2012, J. Educ. Behav. Stat. 37, 479), which adds one to both numbers of discordant pairs.
     """
-    if np.isin(differences, (-1.0, 0.0, 1.0)).all():
-        return np.concatenate([differences, [1.0, -1.0]])
-    return differences
+    return np.concatenate([differences, [1.0, -1.0]])
 
 
 def bootstrap_means(values: Floats, resamples: int, generator: np.random.Generator) -> Floats:

@@ -83,7 +83,8 @@ def paired_difference(
     first, second = (np.array([values[key] for key in keys]) for values in items)
     differences, scale = second - first, metric_scale(metric)
     name = int.from_bytes(hashlib.sha256(task.encode()).digest()[:8])
-    sample = statistics.bootstrap_sample(differences)
+    is_binary = statistics.is_binary(first) and statistics.is_binary(second)
+    sample = statistics.bootstrap_sample(differences) if is_binary else differences
     means = scale * statistics.bootstrap_means(sample, resamples, np.random.default_rng([seed, name]))
     found = ScoreDifference(
         task=task,
@@ -96,7 +97,7 @@ def paired_difference(
         standard_error=scale * statistics.paired_standard_error(differences),
         interval=statistics.percentile_interval(means),
     )
-    if statistics.is_binary(first) and statistics.is_binary(second):
+    if is_binary:
         gained, lost = int((differences > 0).sum()), int((differences < 0).sum())
         found.test, found.p_value = "exact McNemar", statistics.mcnemar_p_value(gained, lost)
         share = statistics.detectable_share(len(keys), gained + lost)

@@ -197,7 +197,7 @@ def _keys(path: Path) -> dict[str, tuple[str, ...]]:
 
 
 def _parsed_keys(path: Path) -> dict[str, tuple[str, ...]]:
-    """Returns the same for a definition of a user, in any form of YAML."""
+    """Returns what [`_keys`] does, of a definition of the user, which may be in any form of YAML."""
     found = {}
     for key, value in read_definition(path).items():
         if key in ("task", "group", "tag", "class"):
