@@ -68,6 +68,28 @@ def test_the_outputs(files):
     assert tables_written[2].split(" | ")[1:3] == ["acc\\_norm", "400"]
 
 
+def without_items(path: Path) -> dict:
+    """The contents of a score file, as if its models had been scored without items."""
+    contents = json.loads(path.read_text())
+    for row in contents["models"]:
+        del row["items_file"]
+    return contents
+
+
+@pytest.mark.parametrize("error", [0.0, math.nan, math.inf])
+def test_a_standard_error_of_zero_is_an_unknown_one(files, error):
+    """Files of early versions have it where all or no items are right."""
+    for name in ("a", "better"):
+        contents = without_items(files / f"{name}.json")
+        contents["models"][0]["results"]["boolq"]["standard_error"] = error
+        (files / f"{name}.json").write_text(json.dumps(contents))
+    status, _, message = run(files, "a.json", "better.json", "--json", "out.json")
+    assert (status, message) == (0, "")
+    tasks = json.loads((files / "out.json").read_text())["comparisons"][0]["tasks"]
+    verdicts = {task["task"]: (task["standard_error"] is None, task["verdict"]) for task in tasks}
+    assert verdicts.pop("boolq") == (True, "not tested") and set(verdicts.values()) == {(False, "better")}
+
+
 BAD = {
     "step-1431k-3 a.json": "did you mean 'step-1431k-3T'?",
     "step-1431k-3T.json a.json": "step-1431k-3T.json: file not found",
@@ -91,6 +113,7 @@ BAD = {
     "a.json other.json": "the mean of acc_norm on hellaswag is ",
     "a.json lacking.json": "item 3 of boolq has acc nan",
     "a.json torn.json": "torn.items/000000000000torn.jsonl.gz: damaged",
+    "a.json nan.json": "nan.json: acc_norm of piqa is nan for better. A comparison needs finite scores",
 }
 
 
@@ -106,6 +129,9 @@ def bad_files(tmp_path_factory):
     write(folder / "series.json", {f"step-{i}": simulate(0.4 * i, 5 + i) for i in range(2)})
     write(folder / "sample.json", {"sample": simulate(0.0, 1)}, dataclasses.replace(PROTOCOL, sample=True))
     (folder / "moved.json").write_text((folder / "better.json").read_text().replace("better.items", "moved.items"))
+    contents = without_items(folder / "better.json")
+    contents["models"][0]["results"]["piqa"]["score"] = math.nan
+    (folder / "nan.json").write_text(json.dumps(contents))
     items = simulate(0.9, 2)
     for name, damaged in {
         "fewer": [item for item in items if item.doc != "piqa-9"],

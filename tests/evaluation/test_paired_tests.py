@@ -206,7 +206,9 @@ def test_the_detectable_mean_is_detected_in_80_percent(count):
     assert paired_tests.detectable_mean(1.0) == pytest.approx(stats.norm.ppf([0.975, 0.8]).sum(), rel=1e-9)
 
 
-@pytest.mark.parametrize(("values", "p_value"), [([0.0, 0.0, 0.0], 1.0), ([0.5, 0.5, 0.5], 0.0), ([1.0, 1.0, 1.0], 0.0)])
+@pytest.mark.parametrize(
+    ("values", "p_value"), [([0.0, 0.0, 0.0], 1.0), ([0.5, 0.5, 0.5], 0.0), ([1.0, 1.0, 1.0], 0.0)]
+)
 def test_differences_without_spread(values, p_value):
     """Also where all differences are 0 or 1, which does not make bits per byte right and wrong."""
     first = np.array([1.0, 2.0, 3.0])

@@ -59,18 +59,33 @@ class ComparedModel:
         """Returns a score and its standard error; `None` if the model has no such task or metric.
 
         Of a published row, the standard error is that of a share of the official number of items.
+
+        Raises:
+            InputError: if the score is not finite.
         """
         if task not in self.tasks or (metric != self.metric(task) and self.row is None):
             return None
         if self.row:
-            result = self.row.results[task]
-            if metric == result.metric:
-                return MetricScore(result.score, result.standard_error)
-            return result.metrics.get(metric)
+            return self._row_score(self.row, task, metric)
         assert self.published
         score = self.published.scores[task]
         error = binomial_standard_error(score / 100, self.items(task))
         return MetricScore(score, None if error is None else 100 * error)
+
+    def _row_score(self, row: TaskRow, task: str, metric: str) -> MetricScore | None:
+        result = row.results[task]
+        reported = MetricScore(result.score, result.standard_error)
+        found = reported if metric == result.metric else result.metrics.get(metric)
+        if found is None:
+            return None
+        if not math.isfinite(found.score):
+            raise InputError(
+                f"{self.file}: {metric} of {task} is {found.score} for {row.name}. A comparison needs finite scores; "
+                "score the model again"
+            )
+        # Files of early versions have 0 where all or no items are right, although the score is not certain.
+        error = found.standard_error
+        return MetricScore(found.score, error if error and 0 < error < math.inf else None)
 
     def item_values(self, metrics: dict[str, str]) -> dict[str, ItemValues]:
         """Returns the values of all items by task; none if the model was scored without items.
