@@ -52,8 +52,8 @@ def check_against_published(row: TaskRow, protocol: Protocol, published: Release
     """Compares the reported scores of a model with a published row, and looks for the cause of each difference.
 
     A difference beyond the tolerance of `released.yaml` is explained by the departures from the published protocol
-    that can be as large, and by another metric of the same row that is within the tolerance. This only makes sense
-    for scores of the published model.
+    that can be as large, alone or together, and by another metric of the same row that is within the tolerance. This
+    only makes sense for scores of the published model.
 
     Args:
         row (`TaskRow`): the scores.
@@ -70,7 +70,7 @@ def check_against_published(row: TaskRow, protocol: Protocol, published: Release
         matching[task] = result.score
         if _is_within(difference, tolerance["per_task"]):
             continue
-        causes = [d.text for d in departures if abs(difference) <= d.reach.get(task, 0)]
+        causes = _causes(difference, {d.text: d.reach.get(task, 0.0) for d in departures})
         for metric, score in _near(result, printed, tolerance["per_task"]).items():
             matching[task] = score
             causes.append(f"{metric} of the same row is {score:.2f}, and {result.metric} is reported")
@@ -78,12 +78,23 @@ def check_against_published(row: TaskRow, protocol: Protocol, published: Release
     if row.average is not None and published.average is not None:
         difference = row.average - published.average
         if not _is_within(difference, tolerance["average"]):
-            causes = [d.text for d in departures if abs(difference) <= _average_reach(d)]
+            causes = _causes(difference, {d.text: _average_reach(d) for d in departures})
             average = math.fsum(matching.values()) / len(TASKS)
             if _is_within(average - published.average, tolerance["average"]):
                 causes.append("another metric, see the tasks")
             deviations.append(Deviation("average", difference, causes))
     return PublishedCheck(published.name, [d.text for d in departures], deviations)
+
+
+def _causes(difference: float, reaches: dict[str, float]) -> list[str]:
+    """Returns the departures that explain a difference: each one that reaches it, or else all of them together.
+
+    The effects of departures are independent errors, so that together they reach the root of the sum of squares.
+    """
+    alone = [text for text, reach in reaches.items() if abs(difference) <= reach]
+    if alone or abs(difference) > math.hypot(*reaches.values()):
+        return alone
+    return [" and ".join(text for text, reach in reaches.items() if reach > 0)]
 
 
 def _is_within(difference: float, tolerance: float) -> bool:
