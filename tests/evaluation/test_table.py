@@ -126,5 +126,7 @@ def test_wrong_items_are_shown_with_choices_and_replies():
     assert list(wrong_item_lines(row, items, 1)) == [
         "m, piqa, item 1:", "  How\n  is it?", "     -1.500  to fly  <- chosen", "     -2.250  to fall  <- right",
     ]  # fmt: skip
+    both = [replace(items[1], chosen=2, gold=0, also_right=[1])]
+    assert [line.rpartition("  ")[2] for line in wrong_item_lines(row, both, 1)][-2:] == ["<- right", "<- right"]
     assert list(wrong_item_lines(row, items, 2))[-2:] == ["  Why?", "  reply: since"]
     assert list(wrong_item_lines(row, items, 0)) == []

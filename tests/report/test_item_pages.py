@@ -19,9 +19,11 @@ ITEMS = [
         chosen=0, gold=0,
     ),
     ScoredItem(
-        task="piqa", index=1, doc="b", metrics={"acc": 1.0, "acc_norm": 0.0}, log_likelihoods=[-12.3456, -7.5],
-        chosen=0, gold=1, question="How <b>many</b> & why?", choices=["<script>alert(1)</script>", "just two"],
+        task="piqa", index=1, doc="b", metrics={"acc": 1.0, "acc_norm": 0.0}, log_likelihoods=[-12.3456, -7.5, -8.0],
+        chosen=0, gold=1, also_right=[2], question="How <b>many</b> & why?",
+        choices=["<script>alert(1)</script>", "just two", "a pair"],
     ),
+    ScoredItem(task="piqa", index=3, doc="e", metrics={"acc": 1.0, "acc_norm": 1.0}, chosen=1, gold=0, also_right=[1]),
     ScoredItem(task="piqa", index=2, doc="c", metrics={"acc": 0.0, "acc_norm": 0.0}, chosen=1, gold=0),
     ScoredItem(
         task="gsm8k", index=7, doc="d", metrics={"exact_match,strict-match": 0.0}, replies=["It is <5>."],
@@ -51,17 +53,18 @@ def run(tmp_path) -> Path:
 
 def test_pages(run, tmp_path):
     index = write_report(run, tmp_path / "report").read_text()
-    assert '<a href="items-step-10.html">step-10</a>, published: 3 of 4 items' in index
-    assert '<a href="items-step-30-nf4.html">step-30 (nf4)</a>, published: 3 of 4 items' in index
+    assert '<a href="items-step-10.html">step-10</a>, published: 3 of 5 items' in index
+    assert '<a href="items-step-30-nf4.html">step-30 (nf4)</a>, published: 3 of 5 items' in index
     assert "step-50" not in index.split("Wrong answers")[1].split("</ul>")[0], "it has no items"
     page = (tmp_path / "report" / "items-step-10.html").read_text()
-    assert re.findall("<h3>(.*)</h3>", page) == ["Item 1", "Item 7"], "the ones with a question, without the right one"
+    assert re.findall("<h3>(.*)</h3>", page) == ["Item 1", "Item 7"], "those with a question, without the right ones"
     for fact in (
         "Wrong answers of step-10",
         "How &lt;b&gt;many&lt;/b&gt; &amp; why?",
         '<td>&lt;script&gt;alert(1)&lt;/script&gt;</td><td class="n">-12.346</td><td>chosen</td>',
         '<td>just two</td><td class="n">-7.500</td><td>right</td>',
-        "2 of 3 items are wrong, 1 of them are shown",
+        '<td>a pair</td><td class="n">-8.000</td><td>right</td>',
+        "2 of 4 items are wrong, 1 of them are shown",
         "1 of 1 items are wrong, 1 of them are shown",
         "It is &lt;5&gt;.",
         "under the protocol published (float32)",
@@ -80,7 +83,7 @@ def test_scores_of_other_tasks_have_pages_too(run, tmp_path):
     assert "protocol modern" in (tmp_path / "report" / "items-step-10-2.html").read_text()
     (run / "commonsense.json").unlink()
     index = write_report(run, tmp_path / "alone").read_text()
-    assert "step-10</a>, modern: 3 of 4 items" in index and "Task scores over tokens" in index
+    assert "step-10</a>, modern: 3 of 5 items" in index and "Task scores over tokens" in index
     assert "Commonsense, by lm-eval" not in index
 
 

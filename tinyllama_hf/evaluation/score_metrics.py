@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ..errors import InputError
 from .protocol import TASKS
+from .scored_items import ScoredItem
 
 
 # Metrics of lm-eval that score files have in percent: the share of right items, and other metrics of at most 1. All
@@ -43,6 +44,16 @@ def lower_is_better(metric: str) -> bool:
 def is_share(metric: str) -> bool:
     """Returns whether a score is the percentage of the items that are right. For the argument see [`metric_unit`]."""
     return _without_filter(metric) in _SHARES
+
+
+def is_wrong(item: ScoredItem, metric: str) -> bool:
+    """Returns whether the answer to an item is wrong: the reported metric of its task is below 1.
+
+    Where an item has no such metric, as for F1 over all items, or a lower value is better, its choice decides.
+    """
+    if metric in item.metrics and not lower_is_better(metric):
+        return item.metrics[metric] < 1
+    return item.gold is not None and item.chosen not in item.right_choices
 
 
 def _without_filter(metric: str) -> str:

@@ -25,7 +25,7 @@ class ScoredItem:
             Of generation tasks with several filters, the name is `"exact_match,strict-match"`.
         log_likelihoods (`list[float]`): of multiple choice, in nats, for each choice.
         chosen (`int`, *optional*): of multiple choice, the choice that the reported metric picks.
-        gold (`int`, *optional*): of multiple choice, the right choice.
+        gold (`int`, *optional*), also_right (`list[int]`): of multiple choice, the right choice, and other right ones.
         replies (`list[str]`): of generation tasks, the generated texts.
         question (`str`, *optional*), choices (`list[str]`): the texts, kept for the first wrong items of each task.
     """
@@ -37,9 +37,15 @@ class ScoredItem:
     log_likelihoods: list[float] = dataclasses.field(default_factory=list)
     chosen: int | None = None
     gold: int | None = None
+    also_right: list[int] = dataclasses.field(default_factory=list)
     replies: list[str] = dataclasses.field(default_factory=list)
     question: str | None = None
     choices: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def right_choices(self) -> list[int]:
+        """All right choices of multiple choice."""
+        return [] if self.gold is None else [self.gold, *self.also_right]
 
     def to_json(self) -> dict[str, object]:
         """Returns the item as it is written to a file, without empty fields."""

@@ -74,7 +74,8 @@ def wrong_item_lines(row: TaskRow, items: Sequence[ScoredItem], number: int) -> 
             yield f"{row.name}, {task}, item {item.index}:"
             yield _indented(item.question or "", "  ")
             for place, (choice, likelihood) in enumerate(zip(item.choices, item.log_likelihoods, strict=False)):
-                marks = [*(["right"] if place == item.gold else []), *(["chosen"] if place == item.chosen else [])]
+                is_marked = {"right": place in item.right_choices, "chosen": place == item.chosen}
+                marks = [mark for mark, is_set in is_marked.items() if is_set]
                 end = f"  <- {', '.join(marks)}" if marks else ""
                 yield _indented(f"{likelihood:9.3f}  {choice.strip()}{end}", "  ")
             for reply in item.replies:

@@ -9,6 +9,7 @@ from ..errors import InputError
 from ..evaluation.milestone_selection import OTHER_TASKS_FILES, TASKS_FILE
 from ..evaluation.protocol import caveat
 from ..evaluation.score_files import Protocol, TaskRow, TaskScoreFile, read_scores
+from ..evaluation.score_metrics import is_wrong
 from ..evaluation.scored_items import ScoredItem, read_scored_items
 from ..files import write_text
 from .jinja import render_template
@@ -89,7 +90,8 @@ def write_item_pages(pages: Sequence[ItemPage], output: Path) -> None:
 def _with_items(page: ItemPage, row: TaskRow, items: Sequence[ScoredItem], taken: Sequence[str | None]) -> ItemPage:
     base = f"items-{re.sub(r'[^A-Za-z0-9._-]+', '-', row.name).strip('-')}"
     names = (f"{base}{'' if number == 1 else f'-{number}'}.html" for number in range(1, len(taken) + 2))
-    wrong = [item for item in items if is_wrong(item, row)]
+    metrics = {task: result.metric for task, result in row.results.items()}
+    wrong = [item for item in items if item.task in metrics and is_wrong(item, metrics[item.task])]
     tasks = list(dict.fromkeys(item.task for item in items))
     return dataclasses.replace(
         page,
@@ -101,20 +103,12 @@ def _with_items(page: ItemPage, row: TaskRow, items: Sequence[ScoredItem], taken
     )
 
 
-def is_wrong(item: ScoredItem, row: TaskRow) -> bool:
-    """Returns whether the answer to an item is wrong: another choice, or a metric of the task below 1."""
-    if item.chosen is not None and item.gold is not None:
-        return item.chosen != item.gold
-    result = row.results.get(item.task)
-    return result is not None and item.metrics.get(result.metric, 1.0) < 1
-
-
 def _shown(item: ScoredItem) -> WrongItem:
     likelihoods = (
         item.log_likelihoods if len(item.log_likelihoods) == len(item.choices) else [None] * len(item.choices)
     )
     choices = [
-        (text, value, number == item.gold, number == item.chosen)
+        (text, value, number in item.right_choices, number == item.chosen)
         for number, (text, value) in enumerate(zip(item.choices, likelihoods, strict=True))
     ]
     return WrongItem(item.index, item.question or "", choices, item.replies)

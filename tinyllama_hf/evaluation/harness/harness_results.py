@@ -1,5 +1,6 @@
 """Runs lm-eval's evaluation with a model, and returns its results in the form of score files."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,9 +9,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..score_files import MetricScore, TaskScore
-from ..score_metrics import metric_scale
+from ..score_metrics import is_wrong, metric_scale
 from ..scored_items import ScoredItem
-from ..tasks.suite import FEWSHOT_SEED, Suite, quiet_harness, right_choice
+from ..tasks.suite import FEWSHOT_SEED, Suite, quiet_harness, right_choices
 
 
 _SHOWN = 10  # wrong items of each task whose texts are kept
@@ -160,12 +161,10 @@ def _items(name: str, task: Any, metric: str, samples: Sequence[Mapping[str, Any
         if is_choice:
             fields = _choice_fields(task, metric, own[0])
             values |= _right_choice_bits(fields, own[0])
-        texts = {}
-        if not values.get(metric, 1.0) and num_shown < _SHOWN:
-            texts, num_shown = _texts(own[0]), num_shown + 1
-        items.append(
-            ScoredItem(task=name, index=number, doc=own[0]["doc_hash"][:16], metrics=values, **fields, **texts)
-        )
+        item = ScoredItem(task=name, index=number, doc=own[0]["doc_hash"][:16], metrics=values, **fields)
+        if is_wrong(item, metric) and num_shown < _SHOWN:
+            item, num_shown = dataclasses.replace(item, **_texts(own[0])), num_shown + 1
+        items.append(item)
     return items
 
 
@@ -174,10 +173,12 @@ def _choice_fields(task: Any, metric: str, sample: Mapping[str, Any]) -> dict[st
     document, choices = sample["doc"], task.doc_to_choice(sample["doc"])
     likelihoods = likelihoods[: len(choices)]  # with acc_mutual_info, those without a context follow
     lengths = [len(choice) if metric == "acc_norm" else 1 for choice in choices]
+    gold, *also_right = right_choices(task, document, choices)
     return {
         "log_likelihoods": likelihoods,
         "chosen": int(np.argmax(np.array(likelihoods) / np.array(lengths))),
-        "gold": right_choice(task, document),
+        "gold": gold,
+        "also_right": also_right,
     }
 
 

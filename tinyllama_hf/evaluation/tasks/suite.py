@@ -299,8 +299,3 @@ def right_choices(task: Any, document: dict[str, Any], choices: list[str]) -> li
         choices.index(gold) if isinstance(gold, str) and gold in choices else int(gold)
         for gold in (target if isinstance(target, list) else [target])
     ]
-
-
-def right_choice(task: Any, document: dict[str, Any]) -> int:
-    """Returns the index of the first right choice."""
-    return right_choices(task, document, task.doc_to_choice(document))[0]
