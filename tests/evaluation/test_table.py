@@ -72,6 +72,21 @@ def test_the_table_with_a_published_row():
     assert lines[6] == "  tolerance, 0.9 per task and 0.25 for the average: within"
 
 
+def test_some_of_the_tasks_are_compared_with_a_published_row():
+    """As with `--task arc_easy --task boolq`, which have no average."""
+    row = made_up()
+    row = replace(row, results={task: row.results[task] for task in ("arc_easy", "boolq")}, average=None)
+    row.results["boolq"] = replace(row.results["boolq"], score=61.83)
+    lines = table(row, published_row("pythia-1b"))
+    assert [line.split() for line in lines[-4:-1]] == [
+        ["arc_easy", "boolq"],
+        ["published", "pythia-1b", "48.99", "60.83"],
+        ["difference", "+0.00", "+1.00*"],
+    ]
+    assert lines[-1] == "  tolerance, 0.9 per task: outside in boolq (*)"
+    assert table(row) == lines[:-4]
+
+
 def test_a_subset_says_that_it_is_one_and_is_not_compared():
     row = made_up()
     row.results["boolq"] = replace(row.results["boolq"], items=100)

@@ -29,7 +29,7 @@ def published_row(name: str) -> Released:
 class Comparison:
     """Published scores, score minus published score, and the names of differences beyond the tolerance.
 
-    Both are in percent, by task and for the `"average"`.
+    Both are in percent, by task and, of all seven tasks, for the `"average"`.
     """
 
     published: dict[str, float]
@@ -41,12 +41,15 @@ def compare(row: TaskRow, published: Released) -> Comparison:
     """Compares the scores of a model with a row of the published table, with the tolerance in `released.yaml`.
 
     Raises:
-        InputError: if the row has no scores.
+        InputError: if they have no task in common.
     """
-    if published.average is None or row.average is None:
-        raise InputError(f"{(row if row.average is None else published).name} has no scores of the seven tasks")
-    scores = {**{task: row.results[task].score for task in TASKS}, "average": row.average}
-    printed = {**{task: published.scores[task] for task in TASKS}, "average": published.average}
+    tasks = [task for task in TASKS if task in row.results and task in published.scores]
+    if not tasks:
+        raise InputError(f"{row.name} and {published.name} have no task in common")
+    scores = {task: row.results[task].score for task in tasks}
+    printed = {task: published.scores[task] for task in tasks}
+    if row.average is not None and published.average is not None:
+        scores["average"], printed["average"] = row.average, published.average
     differences = {name: score - printed[name] for name, score in scores.items()}
     tolerance = tables()["protocol"]["tolerance"]
     allowed = dict.fromkeys(TASKS, tolerance["per_task"]) | {"average": tolerance["average"]}

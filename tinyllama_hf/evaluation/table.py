@@ -10,7 +10,7 @@ from .scored_items import ScoredItem
 
 COLUMNS = (*TASKS, "average")
 _MOST_TASKS = 20  # that are listed one by one if they are in groups
-WIDTHS = [max(len(name), 8) + 2 for name in COLUMNS]
+WIDTHS = {name: max(len(name), 8) + 2 for name in COLUMNS}
 
 
 def table_lines(scores: TaskScoreFile, published: Released | None = None) -> Iterator[str]:
@@ -29,6 +29,8 @@ def table_lines(scores: TaskScoreFile, published: Released | None = None) -> Ite
     if any(row.average is None for row in scores.models):
         for row in scores.models:
             yield from _list_lines(row)
+            if published:
+                yield from _comparison(row, published, len(f"  published {published.name}") + 2, with_titles=True)
         return
     labels = [row.name for row in scores.models] + [
         "standard error",
@@ -86,15 +88,23 @@ def _indented(text: str, by: str) -> str:
     return "\n".join(by + line for line in text.splitlines())
 
 
-def _comparison(row: TaskRow, published: Released, label_width: int) -> Iterator[str]:
+def _comparison(row: TaskRow, published: Released, label_width: int, with_titles: bool = False) -> Iterator[str]:
+    """Yields the differences from the published scores, of the tasks that the row has."""
     found, tolerance = compare(row, published), tables()["protocol"]["tolerance"]
-    yield _line(f"  published {published.name}", [f"{found.published[name]:.2f}" for name in COLUMNS], label_width)
-    differences = [f"{found.differences[name]:+.2f}{'*' if name in found.outside else ''}" for name in COLUMNS]
-    yield _line("  difference", differences, label_width)
-    bounds = f"{tolerance['per_task']} per task and {tolerance['average']} for the average"
+    columns = list(found.published)
+    if with_titles:
+        yield _line("", columns, label_width, columns)
+    scores = [f"{score:.2f}" for score in found.published.values()]
+    yield _line(f"  published {published.name}", scores, label_width, columns)
+    differences = [f"{found.differences[name]:+.2f}{'*' if name in found.outside else ''}" for name in columns]
+    yield _line("  difference", differences, label_width, columns)
+    bounds = f"{tolerance['per_task']} per task"
+    if "average" in columns:
+        bounds += f" and {tolerance['average']} for the average"
     verdict = f"outside in {', '.join(found.outside)} (*)" if found.outside else "within"
     yield f"  tolerance, {bounds}: {verdict}"
 
 
-def _line(label: str, cells: Sequence[str], label_width: int) -> str:
-    return (f"{label:<{label_width}}" + "".join(f"{c:>{w}}" for c, w in zip(cells, WIDTHS, strict=True))).rstrip()
+def _line(label: str, cells: Sequence[str], label_width: int, columns: Sequence[str] = COLUMNS) -> str:
+    padded = (f"{cell:>{WIDTHS[name]}}" for cell, name in zip(cells, columns, strict=True))
+    return (f"{label:<{label_width}}" + "".join(padded)).rstrip()
