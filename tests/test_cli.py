@@ -1,5 +1,6 @@
 """The commands: help without torch, examples that parse, and bad input that ends with one message and status 2."""
 
+import importlib
 import io
 import json
 import re
@@ -304,11 +305,37 @@ def test_a_prompt_from_standard_input(tmp_path, monkeypatch):
         generate(b"\xff")
 
 
-def test_a_bug_is_not_bad_input(monkeypatch, call):
-    """Only InputError is turned into a message; anything else keeps its traceback."""
-    monkeypatch.setattr(sys.modules["tinyllama_hf.released"], "released", lambda: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError(), ValueError("a bug"), OSError("of a library, without a number")]
+)
+def test_a_bug_is_not_bad_input(monkeypatch, call, error):
+    """Only InputError and errors of the system are turned into a message; anything else keeps its traceback."""
+
+    def fail():
+        raise error
+
+    monkeypatch.setattr(importlib.import_module("tinyllama_hf.released"), "released", fail)
+    with pytest.raises(type(error)):
         call("tinyllama-hf", "list")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            PermissionError(13, "Permission denied", "a/b"),
+            "a/b: Permission denied. Check the name, the permissions and",
+        ),
+        (ConnectionRefusedError(111, "Connection refused"), "ConnectionRefusedError: [Errno 111] Connection refused"),
+    ],
+)
+def test_an_error_of_the_system_is_one_message(monkeypatch, call, error, message):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(importlib.import_module("tinyllama_hf.released"), "released", fail)
+    status, printed = call("tinyllama-hf", "list")
+    assert status == 2 and printed.startswith(f"error: {message}") and printed.count("\n") == 1
 
 
 def test_prepare_dry_run_writes_nothing(call, things, tmp_path, capsys):

@@ -96,25 +96,33 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     """Yields a file to write to, which gets its name once its contents are on the disk.
 
     After an exception the file is removed, and an existing file of that name is unchanged.
+
+    Raises:
+        OSError: if it cannot be written; with its final name, which that of a full disk would not have.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        file = _open_locked(temporary)
-    except (BlockingIOError, _NoLocks) as error:
-        if isinstance(error, _NoLocks):
-            temporary.unlink()  # just created; without locks no process writes to this name
-        temporary = _unused_name(path, "tmp")
-        file = temporary.open("xb")
-    with file:
         try:
-            file.truncate(0)  # a killed process may have left some of it
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # before the rename, or a power cut could leave an empty file under the name
-            os.replace(temporary, path)
-        finally:
-            if _is_named(file, temporary):
-                temporary.unlink()
+            file = _open_locked(temporary)
+        except (BlockingIOError, _NoLocks) as error:
+            if isinstance(error, _NoLocks):
+                temporary.unlink()  # just created; without locks no process writes to this name
+            temporary = _unused_name(path, "tmp")
+            file = temporary.open("xb")
+        with file:
+            try:
+                file.truncate(0)  # a killed process may have left some of it
+                yield file
+                file.flush()
+                os.fsync(file.fileno())  # before the rename, or a power cut could leave an empty file under the name
+                os.replace(temporary, path)
+            finally:
+                if _is_named(file, temporary):
+                    temporary.unlink()
+    except OSError as error:
+        if error.errno is not None and (error.filename is None or Path(error.filename) == temporary):
+            error.filename = str(path)
+        raise
     sync(path.parent)
 
 

@@ -78,14 +78,29 @@ app.add_typer(recipes.app, name="recipes")
 
 
 def main() -> None:
-    """Runs the command; bad input ends with one message and exit status 2."""
+    """Runs the command; bad input, or an error of the system, ends with one message and exit status 2."""
     let_threads_sleep()
     try:
         app()
-    except ValueError as error:
-        from tinyllama_hf.errors import InputError
-
-        if not isinstance(error, InputError):
+    except (ValueError, OSError) as error:
+        message = _message(error)
+        if message is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+def _message(error: ValueError | OSError) -> str | None:
+    """Returns the message of an expected exception; `None` for one that needs a traceback.
+
+    An error of the system has a number. Libraries also raise `OSError` without one, for all that goes wrong in them.
+    """
+    from tinyllama_hf.errors import InputError, one_line
+
+    if isinstance(error, InputError):
+        return str(error)
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    if error.filename is None:
+        return one_line(error)
+    return f"{error.filename}: {error.strerror}. Check the name, the permissions and the free space"

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from .outputs import check_output_file
+
 
 def compare_command(
     models: Annotated[
@@ -79,7 +81,7 @@ def _check_outputs(markdown: Path | None, json: Path | None) -> None:
     from tinyllama_hf.errors import InputError
 
     for option, path in (("--markdown", markdown), ("--json", json)):
-        if path and path.is_dir():
-            raise InputError(f"{option} {path} is a folder. Name a file")
+        if path:
+            check_output_file(option, path)
     if markdown and markdown == json:
         raise InputError(f"--json {json} is also the Markdown file. Name two files")

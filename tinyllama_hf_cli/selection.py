@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .outputs import check_output_file
+
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,11 +38,10 @@ def select_command(
 
     Example: tinyllama-hf select commonsense.json --metric accuracy --task arc_easy --task piqa --json ranking.json
     """
-    from tinyllama_hf.errors import InputError
     from tinyllama_hf.evaluation.milestone_selection import rank_milestones
 
-    if json is not None and json.is_dir():
-        raise InputError(f"--json {json} is a folder. Name a file")
+    if json is not None:
+        check_output_file("--json", json)
     ranking = rank_milestones(series, metric, task or ())
     for line in ranking_lines(ranking):
         print(line)

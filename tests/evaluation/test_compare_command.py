@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import run_here
+from tests.conftest import limited_files, run_here
 from tests.evaluation.simulated_scores import PROTOCOL, simulate, write
 from tinyllama_hf.evaluation.comparison.compared_models import find_compared_models
 from tinyllama_hf.evaluation.comparison.score_comparison import compare_models
@@ -66,6 +66,42 @@ def test_the_outputs(files):
     tables_written = [line for line in (files / "new" / "c.md").read_text().splitlines() if line.startswith("|")]
     assert len(tables_written) == 2 * (2 + 8) and {line.count("|") for line in tables_written} == {12}
     assert tables_written[2].split(" | ")[1:3] == ["acc\\_norm", "400"]
+
+
+@pytest.mark.parametrize(
+    "command", [("compare", "a.json", "worse.json", "--fail-on-regression"), ("select", "a.json")]
+)
+def test_an_output_that_cannot_be_written(files, command):
+    """Status 2, since 1 is a regression. What is known before is checked before."""
+    write(files / "a.json", {name: simulate(0.0, seed) for name, seed in (("a", 1), ("b", 2))})
+
+    def run_with(output):
+        done = run_here("tinyllama-hf", *command, "--json", output, cwd=files)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        return done.stdout, done.stderr
+
+    for output, message in (
+        (
+            "worse.json/x.json",
+            f"error: --json worse.json/x.json: {files}/worse.json is a file. Name a file in a folder",
+        ),
+        (".", "error: --json . is a folder. Name a file"),
+    ):
+        printed, error = run_with(output)
+        assert printed == "" and error == f"{message}\n"
+    before = set(files.rglob("*"))
+    assert run_with("/proc/x.json")[1].startswith("error: /proc/x.json: No such file or directory. Check the name")
+    with limited_files(100):
+        assert run_with("full.json")[1].startswith("error: full.json: File too large. Check")
+    assert set(files.rglob("*")) == before
+
+
+def test_a_folder_without_permission(files, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write to any folder
+    status, output, error = run(files, "a.json", "worse.json", "--markdown", "new/c.md")
+    assert (status, output) == (2, "") and error.startswith(
+        f"error: --markdown new/c.md: {files} cannot be written to"
+    )
 
 
 def without_items(path: Path) -> dict:
