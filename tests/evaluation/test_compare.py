@@ -112,6 +112,15 @@ def test_fractions_are_compared_as_fractions(tmp_path, metric):
     assert f"{right[0].mean():.4f}" in output and " points" not in output
 
 
+def test_metrics_of_different_units_have_no_average(files):
+    for name in ("a", "better"):
+        contents = json.loads((files / f"{name}.json").read_text())
+        contents["models"][0]["results"]["piqa"] |= {"metric": "bleu", "score": 20.0, "standard_error": 1.0}
+        (files / f"{name}.json").write_text(json.dumps(contents))
+    (found,) = compared(files / "a.json", files / "better.json")
+    assert len(found.tasks) == 7 and found.average is None
+
+
 def test_a_task_that_one_model_lacks_is_named(files):
     some = [item for item in simulate(0.5, 9) if item.task != "boolq"]
     (found,) = compared(files / "a.json", write(files / "some.json", {"some": some}))

@@ -72,6 +72,12 @@ def test_acc_in_place_of_acc_norm_is_flagged(label):
     }
 
 
+def test_a_metric_with_a_unit_of_its_own_is_no_cause():
+    row = reproduction()
+    row = moved(row, "arc_easy", score=51.0, metrics={"perplexity": MetricScore(55.25, 1.0)})
+    assert checked(row)[1]["arc_easy"] == (-4.25, [])
+
+
 def test_acc_without_any_acc_norm_is_flagged():
     row = moved(reproduction(), "arc_easy", score=51.0, metric="acc", metrics={})
     assert checked(row)[1]["arc_easy"] == (-4.25, ["arc_easy reports acc, not acc_norm"])
