@@ -151,7 +151,7 @@ def _rank_text(path: Path) -> Ranking:
     assert file is not None  # it exists
     rows = sorted(_at_least_two(path, file.models), key=lambda row: row.bits_per_byte)
     if bad := [row for row in rows if not math.isfinite(row.bits_per_byte)]:
-        raise InputError(f"{path}: bits per byte of {bad[0].name} are {bad[0].bits_per_byte}. Score it again")
+        raise InputError(f"{path}: bits per byte of {bad[0].name} are {bad[0].bits_per_byte}. Score with --rescore")
     best = rows[0].bits_per_byte
     return Ranking(
         TEXT,
@@ -255,8 +255,8 @@ def _values(
         if not math.isfinite(value):
             problem = f"is {value}" if name in item.metrics else "is missing"
             raise InputError(
-                f"{path}: {name} of item {item.index} of {item.task} {problem} for {row.name}. Score it again, or "
-                "choose other tasks with --task or another --metric"
+                f"{path}: {name} of item {item.index} of {item.task} {problem} for {row.name}. Score it with "
+                "`eval tasks --rescore`, or choose other tasks with --task or another --metric"
             )
         values[item.task, item.doc, seen[item.task, item.doc]] = value
         seen[item.task, item.doc] += 1

@@ -81,7 +81,7 @@ class ComparedModel:
         if not math.isfinite(found.score):
             raise InputError(
                 f"{self.file}: {metric} of {task} is {found.score} for {row.name}. A comparison needs finite scores; "
-                "score the model again"
+                "score the model with `eval tasks --rescore`"
             )
         # Files of early versions have 0 where all or no items are right, although the score is not certain.
         error = found.standard_error
@@ -135,7 +135,7 @@ class ComparedModel:
         assert self.file and self.row and self.row.items_file
         return InputError(
             f"{self.file.parent / self.row.items_file}: {problem}. The items must be those of the scores of "
-            f"{self.row.name} in {self.file}; score the model again"
+            f"{self.row.name} in {self.file}; score the model with `eval tasks --rescore`"
         )
 
 
