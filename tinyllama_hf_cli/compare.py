@@ -12,31 +12,29 @@ def compare_command(
     models: Annotated[
         list[str],
         typer.Argument(
-            help="Score files of `eval tasks`, for all their models; FILE:MODEL for one of them; or names of the "
+            help="Score files of `eval tasks`, for all their models; FILE:MODEL for one of them; or rows of the "
             "published table. All are compared with the first model.",
         ),
     ],
     metric: Annotated[
         str | None,
-        typer.Option(help="Metric of all tasks, such as acc, acc_norm or bits_per_byte; default: that of each task."),
+        typer.Option(help="Metric for all tasks: acc, acc_norm, bits_per_byte ...; default: that of each task."),
     ] = None,
     different_protocols: Annotated[
         bool,
-        typer.Option("--different-protocols", help="Compare scores of different protocols, and list the differences."),
+        typer.Option("--different-protocols", help="Allow different protocols, and list the differences."),
     ] = False,
     fail_on_regression: Annotated[
         bool,
-        typer.Option(
-            "--fail-on-regression", help="Exit with status 1 if a model is worse than the first, for use in CI."
-        ),
+        typer.Option("--fail-on-regression", help="Exit with status 1 if a model is worse than the first, for CI."),
     ] = False,
     markdown: Annotated[Path | None, typer.Option(help="Markdown file to write.")] = None,
     json: Annotated[Path | None, typer.Option(help="JSON file to write, with unrounded numbers.")] = None,
     resamples: Annotated[int, typer.Option(help="Bootstrap samples per interval.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
 ) -> None:
-    """Is B better than A? Differences of task scores with intervals, tests on the items that both models answered, and
-    the smallest difference that this number of items could show.
+    """Is B better than A? Differences between task scores, with intervals, tests on the items that both models
+    answered, and the smallest difference that this number of items could show.
 
     Example: tinyllama-hf compare old/commonsense.json new/commonsense.json --fail-on-regression
 
@@ -84,4 +82,4 @@ def _check_outputs(markdown: Path | None, json: Path | None) -> None:
         if path:
             check_output_file(option, path)
     if markdown and markdown == json:
-        raise InputError(f"--json {json} is also the Markdown file. Name two files")
+        raise InputError(f"--json {json} is also the --markdown file. Name two files")

@@ -52,13 +52,13 @@ def _new_spelling(args: list[str]) -> list[str]:
 
 app = typer.Typer(
     cls=_EvalGroup,
-    help="Score models with stock transformers: bits per byte of held-out text, commonsense tasks, replies of chat "
+    help="Score models with stock transformers: bits per byte on held-out text, lm-eval tasks, replies of chat "
     "models.\n\n"
     "Example: tinyllama-hf eval text runs/demo/pretrain --baselines",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
-MODELS = Annotated[list[str], typer.Argument(help="Model folders or names; or one run, for all its milestones.")]
+MODELS = Annotated[list[str], typer.Argument(help="Model folders or names, or one run, for all its milestones.")]
 RESCORE = Annotated[bool, typer.Option("--rescore", help="Score models in the output file again.")]
 OUTPUT = "JSON file to write; default for {}. With --quantization nf4: {}-nf4.json."
 
@@ -73,25 +73,25 @@ def eval_text_command(
     baselines: Annotated[
         bool,
         typer.Option(
-            "--baselines", help="Also fit a unigram and a 5-gram model on the training text of each milestone."
+            "--baselines", help="Also fit a unigram and a 5-gram model to the training text of each milestone."
         ),
     ] = False,
     watch: Annotated[
         bool, typer.Option("--watch", help="Score the milestones of a run as they appear, until the last one.")
     ] = False,
-    every: Annotated[float, typer.Option(help="With --watch, seconds between two checks for new milestones.")] = 60,
+    every: Annotated[float, typer.Option(help="With --watch, seconds between checks for new milestones.")] = 60,
     max_bytes: Annotated[
-        str, typer.Option(help="UTF-8 bytes of the sample of each data set, such as 500k; all for everything.")
+        str, typer.Option(help="Sample size per data set in UTF-8 bytes, such as 500k, or all for everything.")
     ] = "2_000_000",
     rescore: RESCORE = False,
     output: Annotated[Path | None, typer.Option(help=OUTPUT.format("a run: RUN/scores.json", "scores"))] = None,
     quantization: QUANTIZATION = "none",
-    dtype: Annotated[str, typer.Option(help="Dtype of weights and arithmetic: fp32 or bf16.")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="Dtype of weights and computation: fp32 or bf16.")] = "fp32",
     device: DEVICE = "auto",
 ) -> None:
-    """Bits per byte of held-out documents. Models in the output file are not scored again.
+    """Bits per byte on held-out documents. Models in the output file are not scored again.
 
-    Of large data sets, a sample of 2 MB is scored. It is chosen by the hash of the documents, so it is the same for
+    For large data sets, a sample of 2 MB is scored. It is chosen by the hashes of the documents, so it is the same for
     all models and tokenizers.
 
     Example: tinyllama-hf eval text runs/demo/pretrain --baselines
@@ -148,7 +148,7 @@ def eval_tasks_command(
         list[str] | None,
         typer.Option(help="Folder with the tasks' rows, or embedded:sample (not a benchmark); default: the Hub."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Number of items per task, from the first; default: all.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Score only the first N items of each task; default: all.")] = None,
     published: Annotated[
         str | None, typer.Option(help="Row of TinyLlama's table to compare with; see `tinyllama-hf list`.")
     ] = None,
@@ -157,12 +157,12 @@ def eval_tasks_command(
     ] = "published",
     task: Annotated[
         list[str] | None,
-        typer.Option(help="Task or group of lm-eval, repeatable; default: those of the protocol."),
+        typer.Option(help="lm-eval task or group, repeatable; default: those of the protocol."),
     ] = None,
-    include: Annotated[Path | None, typer.Option(help="Folder with your own tasks, as lm-eval's YAML files.")] = None,
-    show: Annotated[int, typer.Option(help="Print this number of wrong items per task, at most 10.")] = 0,
+    include: Annotated[Path | None, typer.Option(help="Folder with your own tasks, as lm-eval YAML files.")] = None,
+    show: Annotated[int, typer.Option(help="Number of wrong answers to print per task, at most 10.")] = 0,
     run_code: Annotated[
-        bool, typer.Option("--run-code", help="Run code that the model writes, in a sandbox (HumanEval).")
+        bool, typer.Option("--run-code", help="Run code written by the model, in a sandbox (HumanEval).")
     ] = False,
     adapter: ADAPTER = None,
     samples: Annotated[
@@ -177,23 +177,23 @@ def eval_tasks_command(
     device: DEVICE = "auto",
     server: Annotated[
         str | None,
-        typer.Option(help="Score the model behind this OpenAI-compatible server; MODEL is for its tokenizer."),
+        typer.Option(help="Score the model behind this OpenAI-compatible server; MODEL provides the tokenizer."),
     ] = None,
     server_model: Annotated[
         str | None, typer.Option(help="Name of the model on the server; default: the only one it has.")
     ] = None,
 ) -> None:
-    """Tasks of lm-eval: by default the seven commonsense tasks of TinyLlama's table, under its protocol.
+    """lm-eval tasks: by default the seven commonsense tasks of TinyLlama's table, under its protocol.
 
     The published protocol is fp32, zero-shot, no begin-of-sequence. Models in the output file are not scored again.
-    After an interruption, the same command resumes, and repeats no request.
+    After an interruption, the same command resumes and repeats no request.
 
     Example: tinyllama-hf eval tasks my-model --data embedded:sample
 
     Example: tinyllama-hf eval tasks my-model --protocol modern --task mmlu --limit 100 --output mmlu.json
 
-    A server must return log-probabilities of prompts for multiple choice, as vLLM does. Its key is read from the
-    variable OPENAI_API_KEY.
+    For multiple choice, a server must return log-probabilities of prompts, as vLLM does. Its key is read from the
+    environment variable OPENAI_API_KEY.
 
     Example: tinyllama-hf eval tasks step-50k-105b --published step-50k-105b
 
@@ -282,17 +282,17 @@ def eval_harness_command(
 def eval_replies_command(
     models: Annotated[list[str], typer.Argument(help="Folders or names of chat models.")],
     data: Annotated[
-        list[str] | None, typer.Option(help="JSON lines of conversations; default: MODEL/validation.jsonl.")
+        list[str] | None, typer.Option(help="JSON lines file of conversations; default: MODEL/validation.jsonl.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Number of conversations, from the first; default: all.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens of a reply.")] = 64,
+    limit: Annotated[int | None, typer.Option(help="Use only the first N conversations; default: all.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens per reply.")] = 64,
     output: Annotated[
         Path | None, typer.Option(help=OUTPUT.format("one folder: MODEL/replies.json", "replies"))
     ] = None,
     quantization: QUANTIZATION = "none",
     device: DEVICE = "auto",
 ) -> None:
-    """Replies of chat models: the share that ends in time, and the loss of the true replies.
+    """Replies of chat models: the share that ends before the token limit, and the loss on the reference replies.
 
     Example: tinyllama-hf eval replies runs/demo/chat --limit 100
 
@@ -317,7 +317,7 @@ def eval_replies_command(
 
 
 def _check_models(models: list[str], device: str, quantization: str) -> None:
-    """Checks models and options as far as that needs neither torch nor a download."""
+    """Checks models and options as far as possible without torch or a download."""
     from tinyllama_hf.devices import check_device
     from tinyllama_hf.pretrain.milestones import find_run
     from tinyllama_hf.quantization.names import check_quantization_name
@@ -334,7 +334,7 @@ def _check_show(show: int) -> None:
     from tinyllama_hf.errors import InputError
 
     if not 0 <= show <= 10:
-        raise InputError(f"--show {show}: must be 0 to 10, since the texts of 10 wrong items per task are kept")
+        raise InputError(f"--show {show}: must be 0 to 10, since the texts of 10 wrong answers per task are kept")
 
 
 def _check_published(published: str, protocol: str) -> None:
@@ -343,12 +343,12 @@ def _check_published(published: str, protocol: str) -> None:
     if protocol != "published":
         raise InputError(
             f"--published {published}: its scores are under the published protocol, not under {protocol}. Remove one "
-            "of the two"
+            "of these options"
         )
 
 
 def _check_server(server: str | None, server_model: str | None, models: list[str], ignored: list[str]) -> None:
-    """Checks the options of a server, which decides on everything but the tokenizer."""
+    """Checks the options of a server, which determines everything but the tokenizer."""
     from tinyllama_hf.errors import InputError, require
 
     if server is None:
@@ -358,17 +358,17 @@ def _check_server(server: str | None, server_model: str | None, models: list[str
     if len(models) != 1:
         raise InputError(f"--server {server}: takes one MODEL, for its tokenizer, not {len(models)}")
     if ignored:
-        raise InputError(f"{', '.join(ignored)}: the model is loaded by --server {server}. Start the server with it")
+        raise InputError(f"{', '.join(ignored)}: the model is loaded by --server {server}. Set this on the server")
     for package in ("aiohttp", "requests", "tenacity"):
         require(package, "eval", "--server")
 
 
 def _kept_answers(target: Path | None, rescore: bool) -> str:
-    """Returns what an interrupted `eval tasks` has kept, and how to resume it."""
+    """Returns which answers an interrupted `eval tasks` has kept, and how to resume."""
     from tinyllama_hf.evaluation.harness.kept_answers import answers_path, count_kept
 
     if target is None:
-        return "nothing was kept. With --output FILE, all answers are kept"
+        return "no answers were kept. Pass --output FILE to keep them"
     count = count_kept(target)
     answers = f"{answers_path(target)} has {count} answers" if count else "no request was answered"
     models = f"{target} has the finished models, " if target.is_file() else ""
@@ -380,7 +380,7 @@ def _target(output: Path | None, folder: Path | None, name: str, quantization: s
 
 
 def _file_name(name: str, quantization: str) -> str:
-    """Returns the default name. `report` and `publish` read the name without a suffix as scores of the plain model."""
+    """Returns the default name. `report` and `publish` read a file without a suffix as scores of the plain model."""
     return f"{name}.json" if quantization == "none" else f"{name}-{quantization}.json"
 
 
@@ -396,12 +396,12 @@ def report_command(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            help="Folder of a pretraining run, with scores.json from `eval text`; or several, to compare them."
+            help="Folder of a pretraining run, with scores.json from `eval text`; or several folders to compare."
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
     prompt: Annotated[
-        list[str] | None, typer.Option(help="For one run: prompt that each milestone continues, repeatable.")
+        list[str] | None, typer.Option(help="For one run: prompt for each milestone to continue, repeatable.")
     ] = None,
     stages: Annotated[
         Path | None, typer.Option(help="For one run: file with the names and seconds of the demo's stages.")
@@ -410,9 +410,9 @@ def report_command(
         Path | None, typer.Option(help="For one run: model fine-tuned from it and scored with `eval replies`.")
     ] = None,
 ) -> None:
-    """Write the report of a run, or the comparison of several runs: one HTML page, with its figures as PNG files.
+    """Write the report of a run, or a comparison of several runs: one HTML page, with its figures as PNG files.
 
-    A comparison has the losses over tokens and over hours, the results, and what differs in the recipes.
+    A comparison shows the losses over tokens and over hours, the results, and the differences between the recipes.
 
     Example: tinyllama-hf report runs/demo/pretrain --output runs/demo/report --prompt "def main():"
 

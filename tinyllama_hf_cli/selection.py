@@ -16,23 +16,23 @@ if TYPE_CHECKING:
 
 def select_command(
     series: Annotated[
-        Path, typer.Argument(help="Run whose milestones are scored, or a score file of `eval tasks` or `eval text`.")
+        Path, typer.Argument(help="Run with scored milestones, or a score file of `eval tasks` or `eval text`.")
     ],
     metric: Annotated[
         str | None,
         typer.Option(
             help="bits_per_byte (of the right answers), accuracy, or text (bits per byte of held-out text); default: "
-            "the first of these that the scores have."
+            "the first of these that has scores."
         ),
     ] = None,
-    task: Annotated[list[str] | None, typer.Option(help="Only this task, repeatable; default: all.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Use only this task, repeatable; default: all.")] = None,
     json: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
-    """Rank the milestones of a series, and name those that cannot be told apart from the best one.
+    """Rank the milestones of a series, and list those that cannot be told apart from the best one.
 
-    Task scores give a paired interval for each: how much worse a milestone is than the best one on the items that all
-    of them answered. With 95 %, the truly best one is the first or one of its ties. Text scores are ranked without
-    intervals.
+    For task scores, each milestone gets a paired interval: how much worse it is than the best one, on the items that
+    all of them answered. With 95 % confidence, the truly best milestone is the first one or one of its ties. Text
+    scores are ranked without intervals.
 
     Example: tinyllama-hf select runs/demo/pretrain
 
@@ -60,7 +60,7 @@ def ranking_lines(ranking: "Ranking") -> "Iterator[str]":
     sizes = ", ".join(f"{number:,} of {name}" for name, number in ranking.items.items())
     yield f"{ranking.metric}: {'bytes' if ranking.metric == 'text' else 'items'}: {sizes}"
     if ranking.left_out:
-        yield f"{ranking.left_out:,} items are left out, which not all milestones answered"
+        yield f"left out {ranking.left_out:,} items that not all milestones answered"
     yield f"{unit:>10}  {'worse by':>9}  {'95 % interval':>20}  {'tokens':>13}  milestone"
     for number, milestone in enumerate(ranking.milestones):
         interval = ""
@@ -76,7 +76,7 @@ def ranking_lines(ranking: "Ranking") -> "Iterator[str]":
         yield f"note: {ranking.note}"
     best = ranking.milestones[0]
     place = f" ({best.path})"
-    yield f"best: {best.name.removesuffix(place)}{place}"  # the path is in the name if several have this name
+    yield f"best: {best.name.removesuffix(place)}{place}"  # the path is in the name if several share this name
     if ranking.confidence:
         names = ", ".join(milestone.name for milestone in ranking.ties) or "none"
         yield f"cannot be told apart from it with these items: {names}"

@@ -27,13 +27,13 @@ _LIMITS, _ACCESS = "Limits", "Access"
 def serve_command(
     model: MODEL,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 means all addresses of this machine.")
+        str, typer.Option(help="Address to listen on; 0.0.0.0 for all addresses of this machine.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 chooses a free one.")] = 8000,
-    page: Annotated[bool, typer.Option("--page", help="Serve a page to chat with the model, at the address.")] = False,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 chooses a free one.")] = 8000,
+    page: Annotated[bool, typer.Option("--page", help="Also serve a web page to chat with the model.")] = False,
     template: Annotated[
         str | None,
-        typer.Option(help="Chat template in place of the folder's: llama2, zephyr, chatml, llama3, or a .jinja file."),
+        typer.Option(help="Chat template instead of the folder's: llama2, zephyr, chatml, llama3, or a .jinja file."),
     ] = None,
     device: DEVICE = "auto",
     dtype: DTYPE = "auto",
@@ -43,66 +43,67 @@ def serve_command(
         str | None, typer.Option(help="Draft that speeds up all replies: a model, lookup, or layers:N.")
     ] = None,
     engine: Annotated[
-        str, typer.Option(help="tinyllama-hf, or vllm: start vLLM on the same folder, where it is installed.")
+        str, typer.Option(help="tinyllama-hf, or vllm to start vLLM (if installed) on the same folder.")
     ] = "tinyllama-hf",
     rows: Annotated[
-        int, typer.Option(min=1, help="Replies that are generated at a time.", rich_help_panel=_LIMITS)
+        int, typer.Option(min=1, help="Maximum number of replies generated together.", rich_help_panel=_LIMITS)
     ] = 16,
     waiting: Annotated[
         int,
-        typer.Option(min=1, help="Replies that may wait; further requests get status 429.", rich_help_panel=_LIMITS),
+        typer.Option(min=1, help="Maximum number of waiting replies; more get status 429.", rich_help_panel=_LIMITS),
     ] = 64,
     max_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Most tokens of a reply; by default the context.", rich_help_panel=_LIMITS),
+        typer.Option(min=1, help="Maximum tokens per reply; default: the context.", rich_help_panel=_LIMITS),
     ] = None,
     max_messages: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Most messages of a conversation; by default the context in tokens.", rich_help_panel=_LIMITS
+            min=1, help="Maximum messages per conversation; default: the context in tokens.", rich_help_panel=_LIMITS
         ),
     ] = None,
     max_body_bytes: Annotated[
-        int, typer.Option(min=1024, help="Largest request; parsing more delays others.", rich_help_panel=_LIMITS)
+        int,
+        typer.Option(min=1024, help="Maximum size of a request; large ones delay others.", rich_help_panel=_LIMITS),
     ] = 2**20,
     row_seconds: Annotated[
-        float, typer.Option(min=1, help="Most seconds of a reply, waiting included.", rich_help_panel=_LIMITS)
+        float, typer.Option(min=1, help="Maximum seconds per reply, waiting included.", rich_help_panel=_LIMITS)
     ] = 600,
     shutdown_seconds: Annotated[
         float,
         typer.Option(
-            min=0, help="Seconds that replies under way have after Ctrl-C or SIGTERM.", rich_help_panel=_LIMITS
+            min=0, help="Seconds for running replies to finish after Ctrl-C or SIGTERM.", rich_help_panel=_LIMITS
         ),
     ] = 30,
     api_key: Annotated[
         str | None,
         typer.Option(
             envvar="TINYLLAMA_HF_API_KEY",
-            help="Clients must send it as 'Authorization: Bearer KEY'.",
+            help="Key that clients must send, as 'Authorization: Bearer KEY'.",
             rich_help_panel=_ACCESS,
         ),
     ] = None,
     allow_origin: Annotated[
         list[str] | None,
         typer.Option(
-            help="Origin of a page that may use the server, such as http://localhost:3000; may be repeated.",
+            help="Origin of a page that may use the server, such as http://localhost:3000; repeatable.",
             rich_help_panel=_ACCESS,
         ),
     ] = None,
     allow_host: Annotated[
         list[str] | None,
         typer.Option(
-            help="Name of this machine that clients may use, beyond addresses and localhost; may be repeated.",
+            help="Host name that clients may use, in addition to addresses and localhost; repeatable.",
             rich_help_panel=_ACCESS,
         ),
     ] = None,
     compiled: COMPILE = False,
     verbose: VERBOSE = False,
 ) -> None:
-    """Serve a model to many clients through OpenAI's API, and to people with --page. Ctrl-C stops the server.
+    """Serve a model to many clients through OpenAI's API, and on a chat page with --page. Ctrl-C stops the server.
 
-    Replies are generated together, each with its own settings. Sampling defaults to that of `generate`. It listens on
-    this machine only, unless --host says otherwise; then set --api-key.
+    Replies are generated together, each with its own settings. Sampling has the defaults of `generate`. By default,
+    only this machine can connect; with another --host, set --api-key.
 
     Example: tinyllama-hf serve chat-v1.0 --page --quantization nf4
 
@@ -113,7 +114,7 @@ def serve_command(
     if engine not in ("tinyllama-hf", "vllm"):
         raise InputError(f"--engine {engine}: unknown{did_you_mean(engine, ['tinyllama-hf', 'vllm'])}")
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
-        raise InputError("--api-key: must be ASCII characters that a header can hold. Give another, or leave it out")
+        raise InputError("--api-key: must be printable ASCII, without outer spaces, and not empty. Choose another key")
     check_model_options(model, dtype, device, quantization, draft, adapter, compiled)
     name = Path(model).resolve().name if Path(model).exists() else model
     if engine == "vllm":
@@ -133,7 +134,7 @@ def serve_command(
     from tinyllama_hf.serving.run_server import bind, run_server
 
     if template is not None:
-        load_template(template)  # so that an unknown one is refused before the model is loaded
+        load_template(template)  # an unknown one is refused before the model is loaded
     bound = bind(host, port)
     loaded, tokenizer, proposer = load_model(model, dtype, device, quantization, draft, adapter, compiled)
     if template is not None:
@@ -151,7 +152,7 @@ def serve_command(
     if page:
         print(f"  page: {shown}/", flush=True)
     if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
-        note("without --api-key: any client that reaches this machine can use the server")
+        note("no --api-key: any client that can reach this machine can use the server")
     run_server(app, bound, shutdown_seconds)
 
 
@@ -172,4 +173,4 @@ def _refuse_for_vllm(options: dict[str, object]) -> None:
     from tinyllama_hf.errors import InputError
 
     if given := [name for name, value in options.items() if value]:
-        raise InputError(f"{given[0]}: not with --engine vllm; leave it out, or see `vllm serve --help`")
+        raise InputError(f"{given[0]}: not supported with --engine vllm; leave it out, or see `vllm serve --help`")

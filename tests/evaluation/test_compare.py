@@ -48,7 +48,7 @@ def test_pairs_are_tested_as_statsmodels_does(files):
         assert task.metric == TABLE["metric"][task.task] and task.pairs == COUNTS[task.task]
         assert task.test == "exact McNemar" and task.left_out == (0, 0)
         assert task.interval[0] < task.difference < task.interval[1]
-    assert found.remarks == ["1,400 pairs of items; every item has its partner"]
+    assert found.remarks == ["1,400 pairs of items; every item is paired"]
     assert found.average.scores == pytest.approx(np.mean([task.scores for task in found.tasks], axis=0))
 
 
@@ -79,7 +79,7 @@ def test_pairs_have_narrower_intervals_than_scores_without_items(files):
         assert without.test == "unpaired" and without.pairs is None
         assert without.difference == pytest.approx(with_items.difference)
         assert without.standard_error > 1.1 * with_items.standard_error
-    assert "no items of better" in unpaired.remarks[0]
+    assert "no items for better" in unpaired.remarks[0]
 
 
 def test_another_metric(files):
@@ -137,8 +137,8 @@ def test_items_without_bits_per_byte_are_left_out(files):
     ]
     path = write(files / "some.json", {"some": some})
     (found,) = compared(files / "a.json", path, metric="bits_per_byte")
-    assert "left out without a partner (of a and of some): piqa 1 and 0" in found.remarks[0]
-    assert "every item has its partner" in compared(files / "a.json", path)[0].remarks[0]
+    assert "unpaired items left out (a and some): piqa 1 and 0" in found.remarks[0]
+    assert "every item is paired" in compared(files / "a.json", path)[0].remarks[0]
 
 
 def test_a_score_that_is_not_the_mean_of_its_items_is_unpaired(files):
@@ -169,7 +169,7 @@ def test_items_are_paired_by_their_hash_and_not_by_their_place(files):
     (expected,) = compared(files / "a.json", files / "better.json")
     straight = compared(write(files / "1.json", {"1": items}), write(files / "2.json", {"2": other}))[0]
     whole = {task.task: task for task in expected.tasks}
-    assert "left out without a partner (of 1 and of 2): boolq 1 and 0, piqa 0 and 1" in straight.remarks[0]
+    assert "unpaired items left out (1 and 2): boolq 1 and 0, piqa 0 and 1" in straight.remarks[0]
     for task in straight.tasks:
         assert task.pairs == whole[task.task].pairs - (task.task in ("piqa", "boolq"))
         if task.task not in ("piqa", "boolq"):
@@ -259,6 +259,6 @@ def test_models_that_were_really_scored(tmp_path, tokenizer_folder):
         for task in found.tasks:
             scores = [row["results"][task.task]["metrics"][task.metric]["score"] for row in rows]
             assert task.pairs == 10 and task.scores == pytest.approx(scores, abs=1e-9)
-    assert found.tasks[0].unit == "bits" and found.remarks[0] == "70 pairs of items; every item has its partner"
+    assert found.tasks[0].unit == "bits" and found.remarks[0] == "70 pairs of items; every item is paired"
     done = run_here("tinyllama-hf", "compare", "both.json", cwd=tmp_path)
     assert done.returncode == 0 and "no difference shown" in done.stdout

@@ -88,7 +88,7 @@ def test_windows_of_a_damaged_model_are_refused(loaded):
     model, tokenizer = loaded
     damaged = copy.deepcopy(model)
     damaged.model.norm.weight[0] = float("nan")
-    with pytest.raises(InputError, match=r"log-likelihoods are not finite, first that of 'A short text\.'"):
+    with pytest.raises(InputError, match=r"log-likelihoods are not finite, the first for 'A short text\.'"):
         TinyLlamaHarness(damaged, tokenizer).loglikelihood_rolling(requests("", [("A short text.",)]))
 
 

@@ -243,7 +243,7 @@ class TestDtype:
     def test_another_one_is_refused_before_a_model_is_loaded(self, models, data, tmp_path):
         options = {"output": tmp_path / "scores.json", "show_progress": False}
         score(models[:1], [str(data)], **options)
-        with pytest.raises(InputError, match=r"scores\.json: one was scored in float32, and two .* bfloat16.*--dtype"):
+        with pytest.raises(InputError, match=r"scores\.json: one was scored in float32, but two .* bfloat16.*--dtype"):
             score(models[1:], [str(data)], dtype="bf16", **options)
         with pytest.raises(InputError, match=r"--dtype 'auto'.*fp32 or bf16"):
             score(models[:1], [str(data)], dtype="auto")
@@ -253,7 +253,7 @@ class TestDtype:
 
         chosen = [ScoredModel(name=n, path=n, quantization=q) for n, q in (("a", "none"), ("b", "int4"))]
         check_same_dtype([], chosen, "bf16", None)
-        with pytest.raises(InputError, match=r"a would be scored in float32, and b in bfloat16.*--dtype bf16"):
+        with pytest.raises(InputError, match=r"a would be scored in float32, but b in bfloat16.*--dtype bf16"):
             check_same_dtype([], chosen, "fp32", None)
 
 

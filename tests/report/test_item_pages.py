@@ -95,7 +95,7 @@ def test_missing_items_are_named_on_the_page(run, tmp_path):
         file.write_bytes(b"damaged")
     index = write_report(run, tmp_path / "report").read_text()
     section = index.split("Wrong answers")[1]
-    assert "missing, which has the items of step-10" in section and "damaged. Score" in section
+    assert "missing; it has the items of step-10" in section and "damaged. Score" in section
     assert "<a href" not in section and not list((tmp_path / "report").glob("items-*"))
 
 

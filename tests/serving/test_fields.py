@@ -73,7 +73,7 @@ OF_ALL = [
     (b'{"prompt": "x"', "body: not valid JSON (EOF"),
     (b'{"prompt": "\xff"}', "body: not valid JSON (invalid unicode"),
     (b'{"prompt": NaN}', "body: not valid JSON ("),
-    (b'{"prompt": "\\ud83d"}', "body: not valid JSON (unexpected end of hex escape at line 1 column 19; halves of"),
+    (b'{"prompt": "\\ud83d"}', "body: not valid JSON (unexpected end of hex escape at line 1 column 19; unpaired"),
     (b"[" * 100_000, "body: nested too deeply"),
     (b'{"seed": ' + b"9" * 5000 + b"}", "body: not valid JSON (number out of range"),
 ]

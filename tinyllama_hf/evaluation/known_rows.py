@@ -7,15 +7,15 @@ from ..provenance import file_sha256, fingerprint
 from .score_files import ScoredModel, TaskRow
 
 
-# The files that decide scores. The chat template does not, since no protocol uses it.
+# The files that affect scores. The chat template does not, since no protocol uses it.
 MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-# These do too, and are not in the fingerprints of early versions: stock transformers takes tokens from the first four
-# where the files above lack them, and the ends of generated texts from the last one.
+# These do too, but are not in the fingerprints of early versions: stock transformers reads tokens from the first four
+# if the files above lack them, and the stop tokens from the last one.
 LATER_FILES = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "generation_config.json")
 
 
 def model_fingerprints(model: ScoredModel) -> list[str]:
-    """Returns the hash of the files of a model, and the hash that early versions wrote."""
+    """Returns the hash of the files of a model, and the one that early versions wrote."""
     folders = [model.folder, *([adapter_folder(model.adapter)] if model.adapter else [])]
     patterns = (*MODEL_FILES, *LATER_FILES)
     files = {f"{n}/{file.name}": file for n, f in enumerate(folders) for p in patterns for file in f.glob(p)}
@@ -24,21 +24,21 @@ def model_fingerprints(model: ScoredModel) -> list[str]:
     # As before for a model without an adapter, so that its row in an existing file is found.
     hashes = {name if model.adapter else file.name: file_sha256(file) for name, file in files.items()}
     early = {name: value for name, value in hashes.items() if name.rpartition("/")[2] not in LATER_FILES}
-    # With the names of missing files, so that the two always differ: a row with the first one is of this version.
+    # With the names of missing files, so that the two always differ: a row with the first hash is of this version.
     return [fingerprint(dict.fromkeys(LATER_FILES) | hashes), fingerprint(early)]
 
 
 def find_rows(
     rows: Sequence[TaskRow], model: ScoredModel, fingerprints: Sequence[str]
 ) -> tuple[TaskRow | None, list[TaskRow]]:
-    """Returns a row with the scores of equal weights, and the rows that a new one of this model replaces.
+    """Returns a row with scores of the same weights, and the rows that a new row of this model replaces.
 
-    These are the rows of its folder, and those of equal weights in a folder that no longer exists: it was moved. A
-    copy that still exists keeps its row.
+    These are the rows of its folder, and rows with the same weights in a folder that no longer exists, since the
+    model was moved. A copy that still exists keeps its row.
 
     Args:
         rows (`Sequence[TaskRow]`): the rows of the file.
-        model (`ScoredModel`): the model. Rows with another quantization or adapter are of other models.
+        model (`ScoredModel`): the model. Rows with another quantization or adapter belong to other models.
         fingerprints (`Sequence[str]`): from [`model_fingerprints`].
     """
     own = [row for row in rows if is_row_of(row, model)]

@@ -1,4 +1,4 @@
-"""Which milestone of a series to fine-tune: a ranking by one metric of its scores, with paired intervals and ties."""
+"""Which milestone of a series to fine-tune: a ranking by one metric, with paired intervals and ties."""
 
 import dataclasses
 import math
@@ -31,9 +31,9 @@ class RankedMilestone:
 
     Attributes:
         name (`str`), tokens (`int`, *optional*), path (`str`): of the milestone.
-        score (`float`): in the unit of the ranking.
-        difference, low, high (`float`, *optional*): by how much it is worse than the best one, and the interval of
-            that; `None` where no interval can be computed.
+        score (`float`): its score, in the unit of the ranking.
+        difference, low, high (`float`, *optional*): by how much it is worse than the best one, and the interval
+            of this difference; `None` if no interval can be computed.
         is_tied (`bool`, *optional*): whether it cannot be told apart from the best one.
     """
 
@@ -53,11 +53,11 @@ class Ranking:
 
     Attributes:
         metric (`str`): one of `METRICS`.
-        unit (`str`): `"points"` (percent), `"bits"`, or empty for a unit of the reported metric's own.
+        unit (`str`): `"points"` (percent), `"bits"`, or empty if the reported metric has its own unit.
         milestones (`list[RankedMilestone]`): all of them.
-        items (`dict[str, int]`): the number of items per task that all of them answered; of text, bytes per source.
-        left_out (`int`): number of items that some of them did not answer.
-        confidence (`float`, *optional*): probability with which the truly best milestone is the first one or a tie.
+        items (`dict[str, int]`): number of items per task that all of them answered; for text, bytes per source.
+        left_out (`int`): number of items that not all of them answered.
+        confidence (`float`, *optional*): confidence that the truly best milestone is the first one or a tie.
         note (`str`, *optional*): why there are no intervals.
     """
 
@@ -89,20 +89,20 @@ def rank_milestones(series: Path, metric: str | None = None, tasks: Sequence[str
 
     Raises:
         InputError: if there are no scores of the metric, or fewer than two milestones; if a milestone has no items,
-            or all together no item of a task in common.
+            or the milestones have no items of a task in common.
     """
     if metric is not None and metric not in METRICS:
         raise InputError(f"--metric {metric!r}: unknown metric{did_you_mean(metric, METRICS)}")
     if metric == TEXT and tasks:
-        raise InputError("--task: text has no tasks. Remove it, or choose another --metric")
+        raise InputError("--task: --metric text has no tasks. Remove it, or choose another --metric")
     path = _score_file(series, metric, bool(tasks))
     if _kind(path) == TextScoreFile.task:
         if metric not in (None, TEXT) or tasks:
-            raise InputError(f"{path}: has bits per byte of text, no task scores. Use --metric {TEXT} without --task")
+            raise InputError(f"{path}: has bits per byte of text, not task scores. Use --metric {TEXT} without --task")
         return _rank_text(path)
     file = read_scores(path, TaskScoreFile)
     if file is None or metric == TEXT:
-        raise InputError(f"{path}: has task scores, no text. Use --metric {BITS_PER_BYTE} or {ACCURACY}")
+        raise InputError(f"{path}: has task scores, not text scores. Use --metric {BITS_PER_BYTE} or {ACCURACY}")
     rows = _at_least_two(path, file.models)
     if unknown := [task for task in tasks if task not in rows[0].results]:
         raise InputError(f"--task {unknown[0]}: not scored{did_you_mean(unknown[0], rows[0].results)}")
@@ -122,7 +122,7 @@ def _score_file(series: Path, metric: str | None, has_tasks: bool) -> Path:
     tasks = [series / TASKS_FILE] if (series / TASKS_FILE).is_file() else sorted(series.glob(OTHER_TASKS_FILES))
     if len(tasks) > 1 and metric != TEXT:
         names = ", ".join(path.name for path in tasks)
-        raise InputError(f"{series}: has the task scores {names}. Give one of these files in place of the run")
+        raise InputError(f"{series}: has the task scores {names}. Pass one of these files instead of the run")
     text = [series / TEXT_FILE] if (series / TEXT_FILE).is_file() else []
     found = text if metric == TEXT else tasks + (text if metric is None and not has_tasks else [])
     if not found:
@@ -139,7 +139,7 @@ def _kind(path: Path) -> str | None:
 
 
 def _at_least_two(path: Path, rows: Sequence[Row]) -> list[Row]:
-    """Returns the rows of a score file, with the path in names that several of them have."""
+    """Returns the rows of a score file; the path is added to names that several of them have."""
     if len(rows) < 2:
         raise InputError(f"{path}: has {len(rows)} models, and a ranking needs two. Score more milestones")
     names = Counter(row.name for row in rows)
@@ -158,7 +158,7 @@ def _rank_text(path: Path) -> Ranking:
         metric_unit(BITS_PER_BYTE),
         [RankedMilestone(r.name, r.tokens, r.path, r.bits_per_byte, r.bits_per_byte - best) for r in rows],
         {source.path: source.bytes for source in file.data},
-        note="score files of text have sums over all documents, so there are no intervals, and ties cannot be told. "
+        note="text score files have only sums over all documents, so there are no intervals and no ties. "
         f"Task scores have both: --metric {BITS_PER_BYTE}",
     )
 
@@ -179,7 +179,7 @@ def item_tables(
         tasks (`Sequence[str]`, *optional*): only these tasks; by default all.
 
     Returns:
-        Per task `[num_milestones, num_items]`, in the unit of score files.
+        For each task `[num_milestones, num_items]`, in the unit of score files.
 
     Raises:
         InputError: if an item has no finite value, or the milestones have fewer than two items of a task in common.
@@ -221,15 +221,15 @@ def _rank_tasks(
 
 
 def _metric_names(row: TaskRow, metric: str, tasks: Sequence[str]) -> dict[str, str]:
-    """Returns the name of the metric in the items of each task."""
+    """Returns the name of the metric in the items, by task."""
     return {task: row.results[task].metric if metric == ACCURACY else metric for task in tasks or row.results}
 
 
 def _common_metric(path: Path, names: dict[str, str]) -> str:
-    """Returns a metric with the unit and the direction of those of all tasks.
+    """Returns a metric with the unit and direction that all tasks share.
 
     Raises:
-        InputError: if they have different ones, so that they cannot be averaged.
+        InputError: if these differ, so that the metrics cannot be averaged.
     """
     different = list(dict.fromkeys(names.values()))
     if len(different) > 1 and any(metric_unit(name) != "points" for name in different):
@@ -244,7 +244,7 @@ def _common_metric(path: Path, names: dict[str, str]) -> str:
 def _values(
     path: Path, row: TaskRow, items: Iterable[ScoredItem], metric: str, tasks: Sequence[str]
 ) -> dict[tuple[str, str, int], float]:
-    """Returns the metric of each item by task, hash of its row, and number among the rows of this hash."""
+    """Returns the metric of each item, by task, hash of its row, and number among the rows with this hash."""
     seen: Counter[tuple[str, str]] = Counter()
     names, values = _metric_names(row, metric, tasks), {}
     for item in items:
@@ -268,13 +268,13 @@ def mean_interval(differences: Sequence[np.ndarray], comparisons: int = 1) -> tu
 
     The tasks are independent samples: the variance of the mean is the sum of their s^2 / n, divided by the squared
     number of tasks. The quantile is Student's t with the degrees of freedom of Welch and Satterthwaite, for
-    `1 - (1 - 0.95) / comparisons` (Bonferroni). So with at least 95 %, the interval of the truly best milestone
-    includes 0 or less, whichever one it is compared with. The intervals do not hold together with 95 %, since the
-    milestone that all are compared with is chosen by the same items.
+    `1 - (1 - 0.95) / comparisons` (Bonferroni). So with at least 95 % confidence, the interval of the truly best
+    milestone reaches 0 or less, whichever one it is compared with. The intervals are not simultaneous 95 % intervals,
+    since the milestone that all are compared with is chosen on the same items.
 
     Args:
-        differences (`Sequence[np.ndarray]`): per task, `[num_items]`, at least two items.
-        comparisons (`int`, *optional*, defaults to 1): number of other milestones that could have been the best one.
+        differences (`Sequence[np.ndarray]`): for each task `[num_items]`, at least two items.
+        comparisons (`int`, *optional*, defaults to 1): number of other milestones, which could have been the best one.
     """
     stats = require("scipy.stats", "eval", "intervals of differences")
     mean = float(np.mean([task.mean() for task in differences]))

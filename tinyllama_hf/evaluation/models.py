@@ -59,7 +59,7 @@ def list_eval_models(
 ) -> list[ScoredModel]:
     """Returns the models to evaluate: all milestones if `models` is one run, else each model. Loads no weights.
 
-    An adapter is put on top of each of them.
+    An adapter is loaded on top of each of them.
 
     Raises:
         InputError: as [`describe_model`]; if a model does not exist, or a run has no milestone yet.
@@ -76,7 +76,7 @@ def list_eval_models(
 def load_eval_model(
     model: ScoredModel, device: str = "auto", dtype: torch.dtype | None = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads model and tokenizer as stock transformers classes. An adapter brings its own tokenizer, if it has one.
+    """Loads model and tokenizer as stock transformers classes. If an adapter has a tokenizer, that is used.
 
     A model that is quantized here gives the same outputs, bit for bit, as a folder that was saved after
     `load(..., quantization=...)`.
@@ -85,7 +85,7 @@ def load_eval_model(
         model (`ScoredModel`): the model to load.
         device (`str`, *optional*, defaults to `"auto"`): the device to run on.
         dtype (`torch.dtype`, *optional*, defaults to fp32): dtype of all weights that are not quantized, `None` for
-            the saved one; in an int4 or fp8 model they are bf16, which the kernels require.
+            the saved one. In int4 and fp8 models they are always bf16, which the kernels require.
 
     Raises:
         InputError: as [`load_stock`]; for an adapter on an int4 or fp8 model.
@@ -93,7 +93,7 @@ def load_eval_model(
     folder, kind = model.folder, model.quantization
     wanted: str | torch.dtype = dtype or "auto"
     tokenizer: PreTrainedTokenizerBase
-    if kind in GPU_CAPABILITIES and not model.adapter:  # with one, `load` refuses
+    if kind in GPU_CAPABILITIES and not model.adapter:  # with an adapter, `load` refuses
         return load_stock(folder, device, torch.bfloat16, kind)
     if model.adapter:
         # PEFT's wrapper is removed: its `forward` is not that of a model in transformers.

@@ -1,4 +1,4 @@
-"""The published commonsense scores to compare with, and what makes scores incomparable."""
+"""Compares scores with the published commonsense table, and tells when they are not comparable."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ TASKS = tuple(tables()["protocol"]["metric"])
 
 
 def published_row(name: str) -> Released:
-    """Returns a row of the published table by its name. The table includes the peer and the chat models.
+    """Returns a row of the published table by its name. The table includes the peer and chat models.
 
     Raises:
         InputError: if the table has no such row, or no scores for it.
@@ -27,9 +27,9 @@ def published_row(name: str) -> Released:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Published scores, score minus published score, and the names of differences beyond the tolerance.
+    """Published scores, differences (score minus published score), and the names of those outside the tolerance.
 
-    Both are in percent, by task and, of all seven tasks, for the `"average"`.
+    Scores and differences are in percent, by task and, with all seven tasks, for the `"average"`.
     """
 
     published: dict[str, float]
@@ -62,13 +62,13 @@ def compare(row: TaskRow, published: Released) -> Comparison:
 def caveat(file: TaskScoreFile) -> str:
     """Returns why scores are not a benchmark result (sample data or a subset of the items), or `""` if they are one.
 
-    The rows of a file have the same items, so the first one decides.
+    All rows of a file have the same items, so the first one is enough.
     """
     if file.protocol.sample:
         return "a few made-up items that test the pipeline; the scores have no meaning"
     official, results = tables()["protocol"]["items"], file.models[0].results
     known = {task: result for task, result in results.items() if task in official}
     partial = [f"{r.items} of {official[t]} items of {t}" for t, r in known.items() if r.items != official[t]]
-    if file.protocol.limit is not None and not partial:  # the number of items of other tasks is not known here
+    if file.protocol.limit is not None and not partial:  # the total number of items of other tasks is not known here
         partial = [f"the first {file.protocol.limit} items of each task"]
     return f"{', '.join(partial)}; not comparable with scores on all items" if partial else ""

@@ -1,7 +1,7 @@
 """A saturating power law over the tokens of a run, with intervals, a forecast and a back-test.
 
 L(D) = E + A D^-alpha in the number of training tokens D: the form of Hoffmann et al. (2022, arXiv:2203.15556, section
-3.3) for models of one size. E is the loss that more tokens of the same data would approach, alpha the exponent.
+3.3) for models of one size. E is the limit for more tokens of the same data, alpha the exponent.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from ..errors import InputError, require
 
 
 PARAMETERS = 3
-MIN_POINTS = PARAMETERS + 1  # one more than parameters, since residuals are needed for intervals
+MIN_POINTS = PARAMETERS + 1  # one more than the parameters, since intervals need residuals
 CONFIDENCE = 0.95
 NORMAL_QUANTILE = statistics.NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 _MAX_ALPHA = 5.0
@@ -24,7 +24,7 @@ _STARTS = [(share, alpha) for share in (0.2, 0.5, 0.8, 0.95) for alpha in (0.1, 
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-    """The value of a curve at a number of tokens, and the 95 % interval for a value measured there."""
+    """The value of a curve at a number of tokens, and its 95 % prediction interval."""
 
     tokens: float
     value: float
@@ -40,9 +40,9 @@ class ScalingCurve:
         floor (`float`): E, in the unit of the values.
         scale (`float`): the value above the floor at `center` tokens, A `center`^-alpha.
         alpha (`float`): the exponent.
-        center (`float`): geometric mean of the tokens, so that scale and exponent are hardly correlated.
-        covariance (`np.ndarray`): `[3, 3]`, of floor, log of scale, and alpha; rows of a parameter at its bound are 0.
-        tokens, values (`np.ndarray`): `[num_points]`, what was fitted.
+        center (`float`): geometric mean of the tokens, which makes scale and exponent nearly uncorrelated.
+        covariance (`np.ndarray`): `[3, 3]`, of floor, log of scale, and alpha; 0 for a parameter at its bound.
+        tokens, values (`np.ndarray`): `[num_points]`, the fitted points.
     """
 
     floor: float
@@ -65,7 +65,7 @@ class ScalingCurve:
 
     @property
     def spread(self) -> float:
-        """Standard deviation of the logarithms of values around the curve; about the relative one."""
+        """Standard deviation of the logarithms of values around the curve, approximately the relative error."""
         errors = np.log(self.values / self.at(self.tokens))
         return math.sqrt(float(errors @ errors) / (len(errors) - PARAMETERS))
 
@@ -74,8 +74,8 @@ class ScalingCurve:
 
         Delta method on the logarithm of the curve: its variance is g C g' for the gradient g and the covariance C of
         the parameters. A measured value adds the variance of the residuals. The quantile is Student's t with the
-        number of points minus three degrees of freedom. This takes residuals for independent and the form of the
-        curve for right; for a run whose learning rate decays, neither is.
+        number of points minus three degrees of freedom. This assumes independent residuals and the right form of
+        the curve; neither holds for a run with a decaying learning rate.
         """
         from scipy.stats import t
 
@@ -89,8 +89,8 @@ class ScalingCurve:
 def fit_scaling_curve(tokens: Sequence[float], values: Sequence[float]) -> ScalingCurve:
     """Fits the curve to losses, or bits per byte, of one run by least squares of their logarithms.
 
-    Logarithms, since errors count relative to the value. The floor is between 0 and the lowest value; the best of
-    several starting points is taken, since the problem has local minima.
+    Logarithms make the errors relative. The floor is between 0 and the lowest value. The best fit from several
+    starting points is used, since the problem has local minima.
 
     Args:
         tokens (`Sequence[float]`): numbers of training tokens, in any order.
@@ -98,7 +98,7 @@ def fit_scaling_curve(tokens: Sequence[float], values: Sequence[float]) -> Scali
 
     Raises:
         InputError: if there are fewer than four points or different numbers of tokens, a number is not finite and
-            positive, or the values do not decrease; if scipy is not installed.
+            positive, or the values do not decrease; or if scipy is not installed.
     """
     places, measured = _checked(tokens, values)
     optimize = require("scipy.optimize", "eval", "fitting a scaling curve")
@@ -124,7 +124,7 @@ def fit_scaling_curve(tokens: Sequence[float], values: Sequence[float]) -> Scali
     if not fitted[1] < fitted[0] * (1 - 1e-6):
         raise InputError(
             f"the values do not decrease with tokens ({measured[0]:.4g} at {places[0]:,.0f}, {measured[-1]:.4g} at "
-            f"{places[-1]:,.0f}). A power law needs values that fall"
+            f"{places[-1]:,.0f}). A power law needs decreasing values"
         )
     variance = 2 * best.cost / (len(places) - PARAMETERS)
     covariance = variance * _inverse(best.jac, best.active_mask == 0)
@@ -133,7 +133,7 @@ def fit_scaling_curve(tokens: Sequence[float], values: Sequence[float]) -> Scali
 
 @dataclasses.dataclass(frozen=True)
 class BackTest:
-    """What a curve that was fitted on the first points forecast for a later one, and what was measured there."""
+    """The forecast for a later point by a curve fitted to earlier ones, and the measured value."""
 
     forecast: Forecast
     measured: float
@@ -147,15 +147,15 @@ class BackTest:
 def back_test(
     tokens: Sequence[float], values: Sequence[float], known: float, later: Sequence[tuple[float, float]]
 ) -> list[BackTest]:
-    """Fits the curve on the points up to a number of tokens, and returns its misses at later points.
+    """Fits the curve to the points up to a number of tokens, and compares its forecasts with later points.
 
     Args:
         tokens, values (`Sequence[float]`): the points, as for [`fit_scaling_curve`].
-        known (`float`): points with more tokens are left out of the fit.
+        known (`float`): points with more tokens are excluded from the fit.
         later (`Sequence[tuple[float, float]]`): tokens and measured values to compare the forecasts with.
 
     Raises:
-        InputError: as [`fit_scaling_curve`]; if a later point is not later.
+        InputError: as [`fit_scaling_curve`]; if one of the later points is not after `known`.
     """
     if early := [place for place, _ in later if place <= known]:
         raise InputError(f"{early[0]:,.0f} tokens are not after {known:,.0f}, so they cannot be forecast from them")
@@ -167,7 +167,7 @@ def back_test(
 def wilson_interval(share: float, items: int) -> tuple[float, float]:
     """Returns the 95 % interval of a share, both in percent (Wilson 1927, J. Am. Stat. Assoc. 22, 209).
 
-    Unlike the standard error, it has a length for 0 and 100 percent.
+    Unlike one from the standard error, it has a width at 0 and 100 percent.
 
     Args:
         share (`float`): percent of the items that are right.
@@ -181,19 +181,19 @@ def wilson_interval(share: float, items: int) -> tuple[float, float]:
     p, z2 = share / 100, NORMAL_QUANTILE**2
     middle = (p + z2 / (2 * items)) / (1 + z2 / items)
     half = math.sqrt(z2 * (p * (1 - p) / items + z2 / (4 * items**2))) / (1 + z2 / items)
-    # Exact at the ends, where rounding would leave 1e-17.
+    # Exact at the ends, where the result would be about 1e-17.
     return (0.0 if share == 0 else 100 * (middle - half)), (100.0 if share == 100 else 100 * (middle + half))
 
 
 def _checked(tokens: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the points in the order of their tokens."""
+    """Checks the points and returns them sorted by tokens."""
     if len(tokens) != len(values):
         raise InputError(f"{len(tokens)} numbers of tokens for {len(values)} values. Pass one per value")
     different = len(set(tokens))
     if different < MIN_POINTS:
         raise InputError(
-            f"{different} points are too few for a curve with {PARAMETERS} parameters and a residual. It needs "
-            f"{MIN_POINTS} with different numbers of tokens; write more milestones"
+            f"{different} points are too few for a curve with {PARAMETERS} parameters. A fit needs {MIN_POINTS} with "
+            "different numbers of tokens; write more milestones"
         )
     for name, numbers in (("tokens", tokens), ("value", values)):
         for number in numbers:
@@ -204,7 +204,7 @@ def _checked(tokens: Sequence[float], values: Sequence[float]) -> tuple[np.ndarr
 
 
 def _log_gradient(tokens: np.ndarray, floor: float, scale: float, alpha: float, center: float) -> np.ndarray:
-    """Derivatives of the logarithm of the curve by floor, log of scale, and alpha: `[num_tokens, 3]`."""
+    """Derivatives of the logarithm of the curve with respect to floor, log of scale and alpha: `[num_tokens, 3]`."""
     ratio = tokens / center
     above = scale * ratio**-alpha
     return np.stack([np.ones_like(ratio), above, -above * np.log(ratio)], axis=1) / (floor + above)[:, None]
@@ -219,7 +219,7 @@ def _inverse(jacobian: np.ndarray, free: np.ndarray) -> np.ndarray:
     used = jacobian[:, free]
     singular = np.linalg.svd(used, compute_uv=False)
     if singular[-1] < 1e-9 * singular[0]:
-        raise InputError("the points do not determine a curve. Write more milestones, further apart")
+        raise InputError("the points do not determine a curve. Write more milestones, farther apart")
     inverse = np.zeros((PARAMETERS, PARAMETERS))
     inverse[np.ix_(free, free)] = np.linalg.inv(used.T @ used)
     return inverse

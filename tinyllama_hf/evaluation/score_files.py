@@ -17,7 +17,7 @@ class ScoredModel:
     """The fields that all rows share.
 
     Attributes:
-        name (`str`): the model's name; of a quantized model with the kind, `"my-model (nf4)"`, so that its scores
+        name (`str`): the model's name; for a quantized model with the kind, `"my-model (nf4)"`, so that its scores
             cannot be mistaken for those of the plain model.
         path (`str`): the model folder.
         quantization (`str`): one of `QUANTIZATIONS`. Files of early versions do not have it; their models are plain.
@@ -54,7 +54,7 @@ class BitsPerByte:
 
 @dataclasses.dataclass(frozen=True)
 class TextProtocol:
-    """The settings that affect bits per byte: context and stride in tokens, begin-of-sequence, and dtype."""
+    """The settings that affect bits per byte: context and stride in tokens, begin-of-sequence and dtype."""
 
     context: int
     stride: int
@@ -74,7 +74,7 @@ class TextRow(BitsPerByte, ScoredModel):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BaselineRow(BitsPerByte):
-    """Bits per byte of an n-gram model, fitted on the text that a milestone was trained on."""
+    """Bits per byte of an n-gram model, fitted to the text that a milestone was trained on."""
 
     name: str
     step: int
@@ -84,15 +84,15 @@ class BaselineRow(BitsPerByte):
 
 @dataclasses.dataclass(frozen=True)
 class TextSource:
-    """The held-out text of a prepared data set that was scored, all or a sample.
+    """The scored held-out text of a prepared data set: all of it, or a sample.
 
     Attributes:
         path (`str`): the data set.
         fingerprint (`str`): of the data set.
         documents, bytes (`int`): number of documents that were scored, and their UTF-8 bytes.
         total_documents, total_bytes (`int`, *optional*): those of all held-out documents. Files of early versions do
-            not have them; all was scored.
-        max_bytes (`int`, *optional*): size of the sample that was requested; `None` if all was scored.
+            not have them, since they scored all documents.
+        max_bytes (`int`, *optional*): requested size of the sample; `None` for all documents.
     """
 
     path: str
@@ -113,17 +113,17 @@ class Protocol:
         task_versions (`dict`): the harness's version of each task.
         metrics (`dict`): the reported metric of each task. `"acc"` picks the choice with the highest log-likelihood,
             `"acc_norm"` the one with the highest log-likelihood per character.
-        dtype (`str`): dtype of weights and arithmetic.
-        num_fewshot (`int` or `dict`): number of solved examples before each question, where it differs by task.
+        dtype (`str`): dtype of weights and computation.
+        num_fewshot (`int` or `dict`): number of few-shot examples; by task if it differs.
         add_bos_token (`bool`, *optional*): whether each request starts with the begin-of-sequence token; `None` for
-            what the tokenizer does.
+            the default of the tokenizer.
         apply_chat_template (`bool`): whether each question is formatted as a user turn.
         context_length (`int`): context of the model in tokens. Longer requests are truncated from the left.
-        limit (`int`, *optional*): number of items per task, from the first; `None` for all.
+        limit (`int`, *optional*): number of items per task, in order; `None` for all.
         data (`dict`): for each task, the SHA-256 of the file that was read, or the location on the Hub.
         sample (`bool`): whether the data are the made-up items that ship with the package.
-        name (`str`): `"published"`, `"modern"`, `"olmes"` or `"instruct"`. Files of early versions have none; they are
-            published.
+        name (`str`): `"published"`, `"modern"`, `"olmes"` or `"instruct"`. Files of early versions have none; their
+            protocol is `"published"`.
         definitions (`dict`): the hash of the definition of each task and group. Files of early versions have none.
     """
 
@@ -147,7 +147,7 @@ class Protocol:
         for key, mine in vars(self).items():
             theirs = vars(other)[key]
             if isinstance(mine, dict):
-                # A definition without a hash is not known to differ. Which tasks there are is in the other fields.
+                # A definition without a hash is not known to differ. The other fields have the set of tasks.
                 names = [task for task in mine if task in theirs] if key == "definitions" else mine | theirs
                 tasks = [task for task in names if mine.get(task) != theirs.get(task)]
                 found += [f"{key} of {', '.join(tasks)}"] if tasks else []
@@ -169,7 +169,7 @@ class TaskScore:
     """Score and standard error on a task, in percent, and all its metrics.
 
     The standard error is lm-eval's, sqrt(p (1 - p) / (n - 1)) for a share p of n items. It is `None` if all or no
-    items are right, where the formula gives 0 although the score is not certain (Wilson 1927, J. Am. Stat. Assoc. 22,
+    items are right, where the formula gives 0 although the score is uncertain (Wilson 1927, J. Am. Stat. Assoc. 22,
     209).
     """
 
@@ -207,7 +207,7 @@ class TaskRow(ScoredModel):
 
 @dataclasses.dataclass(frozen=True)
 class ReplySample:
-    """A question, the reply of the model and the true reply."""
+    """A question, the reply of the model and the reference reply."""
 
     question: str
     reply: str
@@ -217,7 +217,7 @@ class ReplySample:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReplyScores:
-    """Stop rate and median length of a model's replies, and the loss of the true replies in nats per token."""
+    """Stop rate and median length of a model's replies, and the loss on the reference replies in nats per token."""
 
     replies: int
     max_new_tokens: int
@@ -236,7 +236,7 @@ class ReplyRow(ReplyScores, ScoredModel):
 
 @dataclasses.dataclass(kw_only=True)
 class TextScoreFile:
-    """Bits per byte of models on one text. `data` is part of the protocol: other samples are other text."""
+    """Bits per byte of models on one text. `data` is part of the protocol: another sample is another text."""
 
     task: str = "bits_per_byte"
     data: list[TextSource]
@@ -265,10 +265,10 @@ class ReplyScoreFile:
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-# What is read as a kind of score file: task scores of other protocols than the published one have their own name.
+# The values of `task` for a kind of score file: scores under other protocols than the published one have their own.
 _KINDS = {"commonsense": ("commonsense", "tasks")}
 
-SERVER_DTYPE = "server"  # of a protocol, for a model behind a server, which does not tell it
+SERVER_DTYPE = "server"  # of the protocol of a model behind a server, which does not report its dtype
 Row = TypeVar("Row", bound=ScoredModel)
 File = TypeVar("File", TextScoreFile, TaskScoreFile, ReplyScoreFile)
 
@@ -312,7 +312,7 @@ def read_scores(path: Path | None, kind: type[File], rescore: bool = False) -> F
 
 
 def replace_rows(rows: list[Row], old: Sequence[Row], new: Row) -> None:
-    """Puts a row in the place of the old rows of the same model, or at the end if there are none."""
+    """Replaces the old rows of a model with a new one, which is appended if there are none."""
     place = next((number for number, row in enumerate(rows) if row in old), len(rows))
     rows[:] = [*rows[:place], new, *(row for row in rows[place:] if row not in old)]
 
@@ -320,7 +320,7 @@ def replace_rows(rows: list[Row], old: Sequence[Row], new: Row) -> None:
 def write_scores(path: Path | None, file: TextScoreFile | TaskScoreFile | ReplyScoreFile) -> None:
     """Records this process in the provenance and, if there is a path, writes the file.
 
-    Called after each model, so that an interrupted evaluation loses one model at most. A reader sees the old contents
+    Called after each model, so that an interrupted evaluation loses at most one model. A reader sees the old contents
     or the new ones.
     """
     file.provenance = provenance.collect()
@@ -338,7 +338,7 @@ class RunScores:
     replies: ReplyScoreFile | None = None
 
     def of_model(self, name: str) -> "RunScores":
-        """Returns the files with only the row of one model, and without the files that do not have it."""
+        """Returns the files reduced to the row of one model; `None` for files that do not have it."""
         return RunScores(_only(self.text, name), _only(self.commonsense, name), _only(self.replies, name))
 
 
@@ -359,13 +359,13 @@ def read_run_scores(folder: Path) -> RunScores:
     commonsense = read_scores(folder / "commonsense.json", TaskScoreFile)
     if commonsense and any(row.average is None for row in commonsense.models):
         raise InputError(
-            f"{folder / 'commonsense.json'}: does not have all seven tasks of the published protocol, which are shown "
-            "in report and card. Give scores of other tasks another name"
+            f"{folder / 'commonsense.json'}: does not have all seven tasks of the published protocol, which the "
+            "report and the model card show. Rename files with scores of other tasks"
         )
     if commonsense and commonsense.protocol.dtype == SERVER_DTYPE:
         raise InputError(
             f"{folder / 'commonsense.json'}: has the scores of a model on a server, whose weights are not known. "
-            "Score the folder itself for report and card, or rename the file"
+            "Score the folder itself for the report and the model card, or rename the file"
         )
     return RunScores(
         read_scores(folder / "scores.json", TextScoreFile),

@@ -1,4 +1,4 @@
-"""What the metrics of scores mean: unit, scale and direction. And the three summary metrics, which the modules in
+"""Unit, scale and direction of the metrics of scores, and the three summary metrics, which the modules in
 `eval/metrics/` wrap as `evaluate.Metric`.
 """
 
@@ -11,7 +11,7 @@ from .protocol import TASKS
 from .scored_items import ScoredItem
 
 
-# Metrics of lm-eval that score files have in percent: the share of right items, and other metrics of at most 1. All
+# Metrics of lm-eval that are in percent in score files: shares of right items, and other metrics of at most 1. All
 # others stay as lm-eval gives them, even fractions such as pass@2, so that score files of all versions are comparable.
 _SHARES = {
     *("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "em", "likelihood_acc"),
@@ -25,14 +25,14 @@ def metric_unit(metric: str) -> str:
     """Returns the unit of a metric's scores: `"points"` (percent), `"bits"`, or empty for a unit of its own.
 
     Args:
-        metric (`str`): as score files name it, perhaps with a filter: `"exact_match,strict-match"`.
+        metric (`str`): its name in score files, possibly with a filter: `"exact_match,strict-match"`.
     """
     name = _without_filter(metric)
     return "points" if name in _SHARES | _OTHERS_IN_PERCENT else "bits" if name == "bits_per_byte" else ""
 
 
 def metric_scale(metric: str) -> float:
-    """Returns the score of a mean of 1 over the items. For the argument see [`metric_unit`]."""
+    """Returns the score that a mean of 1 over the items has. For the argument see [`metric_unit`]."""
     return 100.0 if metric_unit(metric) == "points" else 1.0
 
 
@@ -49,7 +49,7 @@ def is_share(metric: str) -> bool:
 def is_wrong(item: ScoredItem, metric: str) -> bool:
     """Returns whether the answer to an item is wrong: the reported metric of its task is below 1.
 
-    Where an item has no such metric, as for F1 over all items, or a lower value is better, its choice decides.
+    If an item has no such metric (as for F1 over all items), or a lower value is better, its choice decides.
     """
     if metric in item.metrics and not lower_is_better(metric):
         return item.metrics[metric] < 1
@@ -107,7 +107,7 @@ def stop_rate(replies: Sequence[Sequence[int]], eos_token_id: int) -> float:
 def median_length(replies: Sequence[Sequence[int]], eos_token_id: int) -> float:
     """Returns the median number of tokens of replies, without the stop token. For the arguments see [`stop_rate`].
 
-    It distinguishes a model that answers from one that stops immediately.
+    It tells a model that answers from one that stops immediately.
     """
     return float(statistics.median(len(reply) - _stops(reply, eos_token_id) for reply in replies))
 

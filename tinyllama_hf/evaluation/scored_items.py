@@ -20,14 +20,14 @@ class ScoredItem:
     Attributes:
         task (`str`): name of the task.
         index (`int`): number of the item in the task, from 0.
-        doc (`str`): hash of the item's row. Two models answered the same item if task and hash are equal.
+        doc (`str`): hash of the item's row. Items of two models are the same if task and hash are equal.
         metrics (`dict`): the metrics of this item: 0 or 1 for shares such as `"acc"`, bits for `"bits_per_byte"`.
-            Of generation tasks with several filters, the name is `"exact_match,strict-match"`.
-        log_likelihoods (`list[float]`): of multiple choice, in nats, for each choice.
-        chosen (`int`, *optional*): of multiple choice, the choice that the reported metric picks.
-        gold (`int`, *optional*), also_right (`list[int]`): of multiple choice, the right choice, and other right ones.
-        replies (`list[str]`): of generation tasks, the generated texts.
-        question (`str`, *optional*), choices (`list[str]`): the texts, kept for the first wrong items of each task.
+            For generation tasks with several filters, the name is `"exact_match,strict-match"`.
+        log_likelihoods (`list[float]`): for multiple choice, that of each choice, in nats.
+        chosen (`int`, *optional*): for multiple choice, the choice that the reported metric picks.
+        gold (`int`, *optional*), also_right (`list[int]`): for multiple choice, the right choice, and others.
+        replies (`list[str]`): for generation tasks, the generated texts.
+        question (`str`, *optional*), choices (`list[str]`): the texts, kept for the first wrong answers of each task.
     """
 
     task: str
@@ -44,7 +44,7 @@ class ScoredItem:
 
     @property
     def right_choices(self) -> list[int]:
-        """All right choices of multiple choice."""
+        """All right choices; empty unless the task is multiple choice."""
         return [] if self.gold is None else [self.gold, *self.also_right]
 
     def to_json(self) -> dict[str, object]:
@@ -53,7 +53,7 @@ class ScoredItem:
 
 
 def items_file_name(score_file: Path, row: TaskRow) -> str:
-    """Returns the file of a model's items, relative to the folder of the score file."""
+    """Returns the path of a model's items, relative to the folder of the score file."""
     kind = "" if row.quantization == "none" else f"-{row.quantization}"
     return f"{score_file.stem}.items/{row.fingerprint[:16]}{kind}.jsonl.gz"
 
@@ -76,13 +76,13 @@ def read_scored_items(score_file: Path, row: TaskRow) -> list[ScoredItem]:
         raise InputError(f"{score_file}: {row.name} has scores without items. Score it with `eval tasks --rescore`")
     path = score_file.parent / row.items_file
     try:
-        # Not `splitlines`, which also splits at U+2028 and other characters inside of a text.
+        # Not `splitlines`, which also splits at U+2028 and other characters inside a text.
         lines = gzip.decompress(path.read_bytes()).decode().split("\n")
         return TypeAdapter(list[ScoredItem]).validate_python([json.loads(line) for line in lines if line])
     except FileNotFoundError as error:
         raise InputError(
-            f"{path} is missing, which has the items of {row.name}. Score files are moved together with their "
-            ".items folder; copy it, or score the model again with `eval tasks`"
+            f"{path} is missing; it has the items of {row.name}. A score file needs its .items folder next to it; "
+            "copy the folder, or score the model again with `eval tasks`"
         ) from error
     except (OSError, EOFError, ValueError) as error:  # of gzip, UTF-8, JSON and pydantic
         raise InputError(f"{path}: damaged. Score {row.name} again with `eval tasks`") from error

@@ -1,4 +1,4 @@
-"""Scores a series of checkpoints in bits per byte, with n-gram models fitted on the same text as baselines."""
+"""Scores a series of checkpoints in bits per byte, with n-gram models fitted to the same text as baselines."""
 
 import contextlib
 import dataclasses
@@ -75,8 +75,8 @@ def score(
         models (`Sequence[str]`): model folders or names; or one run, for all its milestones.
         data (`Sequence[str]`, *optional*): prepared data sets with held-out documents. For a run, defaults to its
             training data.
-        baselines (`bool`, *optional*, defaults to `False`): for a run, also fit a unigram and a 5-gram model on the
-            text that each milestone was trained on.
+        baselines (`bool`, *optional*, defaults to `False`): for a run, also fit a unigram and a 5-gram model to
+            the text that each milestone was trained on.
         device (`str`, *optional*, defaults to `"auto"`): the device to run on.
         output (`Path`, *optional*): JSON file, written after each model.
         rescore (`bool`, *optional*, defaults to `False`): score all models again.
@@ -105,7 +105,7 @@ def score(
             file.models = rows
         write_scores(output, file)
         if opened:
-            # Baselines belong to the training text of a milestone, so only those of unchanged milestones are reused.
+            # Baselines depend on the training text of a milestone, so only those of unchanged milestones are reused.
             kept = {row.step for row in rows if any(row is old for old in before)}
             known = [row for row in file.baselines if row.step in kept]
             for file.baselines in fit_baselines(*opened, [model.folder for model in chosen], series.held_out, known):
@@ -129,8 +129,8 @@ def watch(
     Args:
         run (`Path`): a running or finished run.
         device (`str`): the device to run on.
-        output (`Path`): JSON file, written after each milestone. No other process can write it meanwhile.
-        every_seconds (`float`): time between two checks for new milestones.
+        output (`Path`): JSON file, written after each milestone. It is locked against other processes.
+        every_seconds (`float`): time between checks for new milestones.
         log (`Callable[[str], None]`): called with one line per milestone.
         rescore (`bool`, *optional*, defaults to `False`): score all milestones again.
         quantization, dtype, max_bytes (*optional*): as for [`score`].
@@ -158,7 +158,7 @@ def watch(
 
 
 def check_can_score(run: Path, data: Sequence[str]) -> None:
-    """Checks before a run starts that its milestones can be scored as [`score`] does. Reads no documents.
+    """Checks, before a run starts, that [`score`] can score its milestones. Reads no documents.
 
     Raises:
         InputError: if the score file of the run is of another task, or on other text.
@@ -169,7 +169,7 @@ def check_can_score(run: Path, data: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def lock_score_file(path: Path | None) -> Iterator[None]:
-    """Keeps other processes from writing a score file, which would lose the rows of one of them.
+    """Keeps other processes from writing a score file, since the rows of one of them would be lost.
 
     Raises:
         InputError: if another process is writing it, or the file system has no locks.
@@ -182,7 +182,7 @@ def lock_score_file(path: Path | None) -> Iterator[None]:
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)  # while it is locked, so that it is no other process's
+            lock.unlink(missing_ok=True)  # while locked, so that it is not the lock of another process
 
 
 @contextlib.contextmanager
@@ -199,7 +199,7 @@ def _open_series(
     run = find_run(models)
     record = read_run_record(run) if run else None
     data = _text_to_score(data, record, baselines)
-    read_scores(output, TextScoreFile, rescore)  # a file of another task needs no lock to be refused
+    read_scores(output, TextScoreFile, rescore)  # a file of another task is refused without a lock
     with lock_score_file(output):
         before = read_scores(output, TextScoreFile, rescore)
         if before:
@@ -218,12 +218,12 @@ def _text_to_score(data: Sequence[str], record: RunRecord | None, baselines: boo
         if not data and (missing := [source.path for source in record.sources if not Path(source.path).is_dir()]):
             raise InputError(
                 f"data folder {missing[0]} does not exist. Paths of a run are relative to the folder in which it was "
-                "started: call from there, or pass the data with --data"
+                "started. Run the command there, or pass the data with --data"
             )
         return data or [source.path for source in record.sources]
     if baselines:
         raise InputError(
-            "--baselines needs one run (a folder with milestones), since they are fitted on its training text"
+            "--baselines needs one run (a folder with milestones), since they are fitted to its training text"
         )
     if not data:
         raise InputError("--data is required to score model folders. Name prepared data sets")
@@ -231,7 +231,7 @@ def _text_to_score(data: Sequence[str], record: RunRecord | None, baselines: boo
 
 
 def _score(model: ScoredModel, series: _Series) -> TextRow:
-    """Returns the score of a model: the one in the file if the folder was not written since, else a new one."""
+    """Returns the score of a model: that in the file if the folder has not changed since, else a new one."""
     file, run = series.file, series.run
     # Milestones of a run are identified by name, so that a moved run is not scored again.
     own = [row for row in file.models if (row.name == model.name if run else row.path == model.path)]

@@ -45,8 +45,8 @@ class FittedSeries:
         points (`list[tuple[int, float]]`): tokens and values, in the order of tokens.
         curve (`ScalingCurve`, *optional*): fitted to the points without the early ones.
         forecast (`Forecast`, *optional*): at the end of the run, or at twice its tokens if it has ended.
-        back_tests (`list[BackTest]`): the forecasts of the last milestones from earlier ones.
-        known (`list[int]`): for each back-test, the tokens up to which points were used.
+        back_tests (`list[BackTest]`): forecasts of the last milestones from earlier ones.
+        known (`list[int]`): for each back-test, the number of tokens up to which points were used.
         problem (`str`, *optional*): why there is no curve or no back-test.
     """
 
@@ -70,17 +70,17 @@ def fit_series(
 ) -> FittedSeries:
     """Fits a curve to values of a run, and forecasts the last milestones from the earlier ones.
 
-    Points before the end of the warm-up, and before a tenth of the tokens known so far, are left out, as long as eight
-    remain: the loss of the first steps does not follow the curve.
+    Points before the end of the warm-up are excluded, and so are points before a tenth of the tokens so far if eight
+    others remain: the loss of the first steps does not follow the curve.
 
     Args:
         name (`str`), unit (`str`): of the values.
-        points (`Sequence[tuple[int, float]]`): tokens and values. The last value of a number of tokens counts.
-        milestones (`Sequence[int]`): tokens of the milestones, the places of the back-test.
+        points (`Sequence[tuple[int, float]]`): tokens and values. For equal tokens, the last value is used.
+        milestones (`Sequence[int]`): tokens of the milestones, the points of the back-test.
         warmup_tokens (`int`): length of the warm-up of the learning rate.
         planned_tokens (`int`): length of the run.
     """
-    values = dict(sorted(points, key=lambda point: point[0]))  # stable: of equal tokens, the last one stays
+    values = dict(sorted(points, key=lambda point: point[0]))  # stable: for equal tokens, the last one is used
     series = FittedSeries(name, unit, list(values.items()))
     last = max(values, default=0)
     try:
@@ -126,7 +126,7 @@ def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float
 def task_points(file: TaskScoreFile) -> dict[str, list[ScorePoint]]:
     """Returns the scores of the milestones in a file by task, in the order of their tokens.
 
-    The intervals of shares are Wilson's; those of other metrics, and of the average, are 1.96 standard errors.
+    Intervals are Wilson's for shares, and 1.96 standard errors for other metrics and the average.
     """
     rows = sorted((row for row in file.models if row.tokens is not None), key=lambda row: row.tokens or 0)
     points: dict[str, list[ScorePoint]] = {}
@@ -140,7 +140,7 @@ def task_points(file: TaskScoreFile) -> dict[str, list[ScorePoint]]:
 
 
 def bits_points(file: TaskScoreFile) -> dict[str, list[ScorePoint]]:
-    """Returns the bits per byte of the right answers by task, of the milestones that have them for this task."""
+    """Returns the bits per byte of the right answers by task, for the milestones that have them."""
     points: dict[str, list[ScorePoint]] = {}
     for row in sorted(file.models, key=lambda row: row.tokens or 0):
         for task, result in row.results.items():
@@ -150,7 +150,7 @@ def bits_points(file: TaskScoreFile) -> dict[str, list[ScorePoint]]:
 
 
 def mean_points(points: dict[str, list[ScorePoint]]) -> list[tuple[int, float]]:
-    """Returns tokens and the unweighted mean over tasks, for the numbers of tokens that all tasks have."""
+    """Returns tokens and the unweighted mean over tasks, at the numbers of tokens that all tasks have."""
     by_task = [{point.tokens: point.score for point in series} for series in points.values()]
     common = sorted(set.intersection(*map(set, by_task))) if by_task else []
     return [(place, sum(scores[place] for scores in by_task) / len(by_task)) for place in common]
@@ -170,7 +170,7 @@ def _mean_point(tokens: int, score: MetricScore) -> ScorePoint:
 
 
 def published_series() -> list[Released]:
-    """Returns the base models of the published table and its peers, in the order of their tokens."""
+    """Returns the base and peer models of the published table, in the order of their tokens."""
     rows = [model for model in released() if model.kind in ("base", "peer") and model.scores]
     return sorted(rows, key=lambda model: model.tokens)
 

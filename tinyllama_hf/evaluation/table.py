@@ -9,12 +9,12 @@ from .scored_items import ScoredItem
 
 
 COLUMNS = (*TASKS, "average")
-_MOST_TASKS = 20  # that are listed one by one if they are in groups
+_MOST_TASKS = 20  # listed individually if they are in groups
 WIDTHS = {name: max(len(name), 8) + 2 for name in COLUMNS}
 
 
 def table_lines(scores: TaskScoreFile, published: Released | None = None) -> Iterator[str]:
-    """Yields the lines of the table of the seven tasks; of other tasks, those of a list for each model.
+    """Yields the lines of the table of the seven tasks, or of a list per model for other tasks.
 
     Args:
         scores (`TaskScoreFile`): the protocol and the models.
@@ -52,7 +52,7 @@ def table_lines(scores: TaskScoreFile, published: Released | None = None) -> Ite
 
 
 def _list_lines(row: TaskRow) -> Iterator[str]:
-    """Yields a line for each metric of each group and task. Many tasks that are in groups are left out."""
+    """Yields a line for each metric of each group and task. If there are many tasks in groups, only the groups."""
     scores = {**row.groups, **row.results}
     if row.groups and len(row.results) > _MOST_TASKS:
         scores = row.groups
@@ -69,7 +69,7 @@ def _list_lines(row: TaskRow) -> Iterator[str]:
 
 
 def wrong_item_lines(row: TaskRow, items: Sequence[ScoredItem], number: int) -> Iterator[str]:
-    """Yields the first wrong items of each task: question, choices with their log-likelihoods, or the reply."""
+    """Yields the first wrong answers of each task: question, choices with their log-likelihoods, or the reply."""
     for task in row.results if number else ():
         wrong = [item for item in items if item.task == task and item.question is not None][:number]
         for item in wrong:
@@ -89,7 +89,7 @@ def _indented(text: str, by: str) -> str:
 
 
 def _comparison(row: TaskRow, published: Released, label_width: int, with_titles: bool = False) -> Iterator[str]:
-    """Yields the differences from the published scores, of the tasks that the row has."""
+    """Yields the differences from the published scores, for the tasks that the row has."""
     found, tolerance = compare(row, published), tables()["protocol"]["tolerance"]
     columns = list(found.published)
     if with_titles:

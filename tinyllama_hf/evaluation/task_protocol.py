@@ -1,4 +1,4 @@
-"""The protocol of task scores: what the models, the tasks and the options decide, and whether a file has the same."""
+"""The protocol of task scores, from the models, the tasks and the options, and its comparison with that of a file."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from .tasks.suite import Suite
 
 
 def model_conditions(models: Sequence[ScoredModel], dtype: str) -> dict[str, Any]:
-    """Returns the fields of a `Protocol` that the models decide, which must be the same for all."""
+    """Returns the fields of a `Protocol` that depend on the models, which must agree."""
     return {
         "context_length": _common("contexts", {model.path: context_length(model.folder) for model in models}),
         "dtype": _common("dtypes", {model.path: _dtype(model, dtype) for model in models}),
@@ -25,13 +25,13 @@ def _common(what: str, values: dict[str, Any]) -> Any:
     if len(set(values.values())) > 1:
         raise InputError(
             f"the {what} of the models differ ({', '.join(f'{path}: {v}' for path, v in values.items())}). A protocol "
-            "has one; score the models one at a time, each with its own --output"
+            "has only one; score the models separately, each with its own --output"
         )
     return next(iter(values.values()))
 
 
 def _dtype(model: ScoredModel, wanted: str) -> str:
-    """Returns torch's name of the dtype that a model is scored in; `"auto"` is the one of its folder."""
+    """Returns torch's name of the dtype that a model is scored in; `"auto"` is that of its folder."""
     if wanted == "auto":
         fields = read_json(model.folder / "config.json")
         wanted = fields.get("dtype") or fields.get("torch_dtype") or "float32"

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .harness.harness_results import TaskResults
 
 
-Place = str | ServedModel  # where a model runs: a device, or its server
+Place = str | ServedModel  # where a model runs: a device or its server
 Note = Callable[[str], Any]
 
 
@@ -70,19 +70,19 @@ def score_tasks(
         limit (`int`, *optional*): number of items per task; by default all.
         device (`str`, *optional*, defaults to `"auto"`): the device to run on.
         output (`Path`, *optional*): JSON file, written after each model. Other models in it keep their scores. The
-            items are in files next to it, and so are the answers of a model that is not complete.
+            items are in files next to it, and so are the answers of an incomplete model.
         samples (`Path`, *optional*): JSON lines file for the items of all models, written after each model.
-        note (`Callable`): called with a message about a model that is skipped or resumed, or truncated requests.
+        note (`Callable`): called with messages about skipped and resumed models, and truncated requests.
         quantization (`str`, *optional*, defaults to `"none"`): quantization to apply while loading. Folders that were
             saved quantized keep their own.
         adapter (`str`, *optional*): folder or Hub id of an adapter on top of each model.
         definition (`ProtocolDefinition`, *optional*): tasks and settings; by default the published protocol.
         include (`Path`, *optional*): folder with task definitions.
         run_code (`bool`, *optional*, defaults to `False`): allow tasks that run code written by the model.
-        with_items (`bool`, *optional*, defaults to `False`): return items also of models that are not scored again.
-        server (`ServedModel`, *optional*): the model behind a server, in the place of `models`.
+        with_items (`bool`, *optional*, defaults to `False`): also return items of models that are not scored again.
+        server (`ServedModel`, *optional*): the model behind a server, instead of `models`.
         rescore (`bool`, *optional*, defaults to `False`): score all models again. Their rows in the output file are
-            removed first, so that an interrupted call is resumed by one without `rescore`.
+            removed first, so that a call without `rescore` resumes an interrupted one.
 
     Raises:
         InputError: for missing or contradictory input, before the first model is loaded.
@@ -97,7 +97,7 @@ def score_tasks(
         conditions = model_conditions(chosen, definition.dtype)
     file = read_scores(output, TaskScoreFile)
     if file and definition.name == "published" and file.protocol.name == "published":
-        # Checked as far as possible before the tasks are opened, which takes up to a minute.
+        # Checked as far as possible now, since opening the tasks takes up to a minute.
         files = {name: path for name, path in task_files(data).items() if name in definition.tasks} if data else {}
         rows_of = {name: file_sha256(path) for name, path in files.items()} or file.protocol.data
         check_protocol(output, file, dataclasses.replace(file.protocol, **conditions, limit=limit, data=rows_of))
@@ -109,7 +109,7 @@ def score_tasks(
         protocol = suite_protocol(suite, definition, limit, conditions)
         file = file or TaskScoreFile(task=_kind(definition.name), protocol=protocol, models=[])
         check_protocol(output, file, protocol)
-        # Files of early versions have no hashes of definitions. They get those of now, so that later changes are seen.
+        # Files of early versions have no hashes of definitions. The current ones are added, to detect later changes.
         file.protocol = protocol
         if rescore:
             file.models = [row for row in file.models if not any(is_row_of(row, model) for model in chosen)]
@@ -138,11 +138,11 @@ def _check_options(limit: int | None, output: Path | None, samples: Path | None)
     if samples and samples.is_dir():
         raise InputError(f"--samples {samples} is a folder. Name a file")
     if output and output == samples:
-        raise InputError(f"--samples {samples} is also the output. Name two files")
+        raise InputError(f"--samples {samples} is also the --output file. Name two files")
 
 
 class _Scoring:
-    """Scores one model after the other on opened tasks."""
+    """Scores models one after another on opened tasks."""
 
     def __init__(self, suite: Suite, protocol: Protocol, place: Place, answers: AnswerFile, note: Note):
         from .harness.harness_results import RequestsOfTasks
@@ -153,7 +153,7 @@ class _Scoring:
         self._requests = RequestsOfTasks(suite, protocol.apply_chat_template)
 
     def answers_key(self, model: ScoredModel, fingerprint: str) -> str:
-        """Returns the hash of everything that decides an answer, apart from the request."""
+        """Returns the hash of everything that affects an answer, apart from the request."""
         protocol = self.protocol
         own = [fingerprint, model.quantization, protocol.dtype, protocol.add_bos_token, protocol.context_length]
         return provenance.fingerprint(own)[:16]
@@ -190,7 +190,7 @@ class _Scoring:
         from .harness.local_harness import EncodedTexts, TinyLlamaHarness
 
         loaded, tokenizer = load_eval_model(model, self.place, getattr(torch, protocol.dtype))
-        # The fingerprint is that of the ids of a text, without the special tokens that the tokenizer adds.
+        # The fingerprint covers the ids of a text, without the special tokens that the tokenizer adds.
         name = f"{tokenizer_fingerprint(tokenizer)} {tokenizer('')['input_ids']}"
         self._requests.use_tokenizer(tokenizer, name)
         return TinyLlamaHarness(
@@ -231,7 +231,7 @@ def _score_or_find(
     needs_items: bool,
     rescore: bool,
 ) -> tuple[TaskRow, list[ScoredItem]]:
-    """Returns row and items of a model, and writes them. A model with the same weights is not scored again."""
+    """Returns and writes row and items of a model. A model with the same weights is not scored again."""
     with progress_bar(f"{model.name}: reading the weights"):
         server = scoring.place if isinstance(scoring.place, ServedModel) else None
         fingerprints = [server.fingerprint] if server else model_fingerprints(model)
@@ -255,9 +255,9 @@ def _score_or_find(
 def _known_items(
     model: ScoredModel, row: TaskRow | None, output: Path | None, needs_items: bool, note: Note
 ) -> list[ScoredItem] | None:
-    """Returns the items of a row, or none if they are not needed; `None` if the model must be scored.
+    """Returns the items of a row, or `[]` if they are not needed; `None` if the model must be scored.
 
-    Scores without their items cannot be compared item by item, so they are not kept. Early versions wrote no items.
+    A row with lost items is scored again, since it cannot be compared item by item. Early versions wrote no items.
     """
     if row is None or output is None:
         return None

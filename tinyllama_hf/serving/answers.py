@@ -12,7 +12,7 @@ from .row_text import Counts, Piece, TokenScore
 
 
 class Reply:
-    """What has been generated of one row."""
+    """The text generated so far for one row."""
 
     def __init__(self) -> None:
         self.text, self.finish_reason, self.counts = "", "length", Counts()
@@ -28,7 +28,7 @@ class Answer(abc.ABC):
         vocabulary (`LLTokenizer`): returns the bytes of tokens.
     """
 
-    prefix, kind = "", ""  # of the id, and the name of the object
+    prefix, kind = "", ""  # prefix of the id, and type of the object
 
     def __init__(self, call: Call, model: str, vocabulary: Any):
         self.call, self.model, self._vocabulary = call, model, vocabulary
@@ -49,10 +49,10 @@ class Answer(abc.ABC):
 
     @abc.abstractmethod
     def whole(self) -> dict[str, Any]:
-        """Returns the answer without a stream."""
+        """Returns the complete answer."""
 
     def failed(self, refusal: Refusal) -> Iterable[str]:
-        """Yields the events of an error after the stream has begun."""
+        """Yields the events for an error after the stream has started."""
         yield event(refusal.body)
 
     def add(self, piece: Piece) -> None:
@@ -71,7 +71,7 @@ class Answer(abc.ABC):
 
     @property
     def usage(self) -> dict[str, Any]:
-        """The number of tokens, with those of a draft in the fields that OpenAI has for predicted tokens."""
+        """Token counts, with those of a draft in OpenAI's fields for predicted tokens."""
         new, drafted, accepted = (
             sum(counts) for counts in zip(*(reply.counts for reply in self.replies), strict=True)
         )
@@ -83,12 +83,12 @@ class Answer(abc.ABC):
         return usage
 
     def token_bytes(self, token: int) -> bytes:
-        """Returns the text of a token, which may be a part of a character."""
+        """Returns the bytes of a token, which may be a part of a character."""
         return self._vocabulary.decode_bytes([token])
 
 
 class _Completion(Answer):
-    """What both kinds of completions share."""
+    """Shared by both kinds of completions."""
 
     def chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> str:
         with_usage = {"usage": usage} if self.call.has_usage else {}
@@ -191,7 +191,7 @@ class TextAnswer(_Completion):
         }
 
     def _place_in_text(self, place: int, score: TokenScore, num_prompt_tokens: int) -> int:
-        """Returns where a token begins in the text, with the prompt if that is repeated."""
+        """Returns the offset of a token in the text, including the prompt if it is echoed."""
         is_prompt = self.call.rows[place].scores_prompt and self._num_scored[place] < num_prompt_tokens
         self._num_scored[place] += 1
         if not is_prompt:

@@ -1,4 +1,4 @@
-"""The application of the server: OpenAI's API over one model, for many clients at a time."""
+"""The application of the server: OpenAI's API for one model and many clients."""
 
 import asyncio
 import contextlib
@@ -49,16 +49,16 @@ class ServerOptions:
     """Limits and access of a server; the fields are options of `serve`.
 
     Attributes:
-        rows (`int`): replies that are generated at a time.
-        waiting (`int`): replies that may wait for a place.
-        max_tokens (`int`, *optional*): most tokens of a reply; by default what the context has room for.
-        max_messages (`int`, *optional*): most messages of a conversation; by default the context in tokens.
-        max_body_bytes (`int`): size of a request.
-        row_seconds (`float`): time of a reply, waiting included.
+        rows (`int`): maximum number of replies generated together.
+        waiting (`int`): maximum number of waiting replies.
+        max_tokens (`int`, *optional*): maximum number of tokens of a reply; by default the rest of the context.
+        max_messages (`int`, *optional*): maximum number of messages; by default the context in tokens.
+        max_body_bytes (`int`): maximum size of a request.
+        row_seconds (`float`): maximum time of a reply, waiting included.
         api_key (`str`, *optional*): clients must send it.
-        page (`bool`): whether to serve the page for people.
+        page (`bool`): whether to serve the chat page.
         allow_origins (`Sequence[str]`): other origins whose pages may use the server.
-        allow_hosts (`Sequence[str]`): names that clients may call this machine by, beyond addresses and `localhost`.
+        allow_hosts (`Sequence[str]`): host names that clients may use, in addition to addresses and `localhost`.
     """
 
     rows: int = 16
@@ -82,7 +82,7 @@ class Service:
         tokenizer (`PreTrainedTokenizerFast`): its tokenizer; the chat endpoints need its chat template.
         draft (`Proposer`, *optional*): proposes tokens for all rows.
         options (`ServerOptions`): limits.
-        described (`dict`): what `/v1/models` tells of the model, beyond OpenAI's fields.
+        described (`dict`): fields of the model in `/v1/models`, in addition to OpenAI's.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Service:
         return PlainTextResponse(self.metrics.text())
 
     async def generate(self, request: Request) -> Response:
-        """Answers a request that generates."""
+        """Answers a request for generation."""
         began, kind = time.monotonic(), _PATHS[request.url.path]
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refusal("body: must be a JSON object, sent with Content-Type: application/json")
@@ -143,7 +143,7 @@ class Service:
         pieces: asyncio.Queue[Piece] = asyncio.Queue()
 
         def deliver(piece: Piece) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended, as in a shutdown that does not wait
+            with contextlib.suppress(RuntimeError):  # the loop has ended, as in an immediate shutdown
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         rows = self.scheduler.submit(call.rows, deliver)
@@ -166,7 +166,7 @@ class Service:
     async def _follow(
         self, pieces: "asyncio.Queue[Piece]", rows: Sequence[Row], answer: Answer, began: float
     ) -> AsyncIterator[Piece]:
-        """Yields the pieces of a call until all rows have ended. Cancels the rows if it is not read to its end."""
+        """Yields the pieces of a call until all rows have ended. Cancels the rows if the iteration stops early."""
         left, first = len(rows), True
         try:
             while left:
@@ -196,7 +196,7 @@ class Service:
 
 
 class _Stream(StreamingResponse):
-    """A stream of events; calls a function when it has ended, or its client is gone."""
+    """A stream of events; calls a function when it has ended or the client has disconnected."""
 
     def __init__(self, events: AsyncIterator[str], at_end: Callable[[], None]):
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
@@ -222,8 +222,8 @@ async def _disconnect(request: Request) -> None:
 async def _body(request: Request, num_bytes: int) -> bytes:
     """Returns the body of a request.
 
-    A larger one is read up to a multiple of the limit and discarded, since most clients read the answer only after
-    they have sent the whole body.
+    A body that is too large is read up to a multiple of the limit and discarded, since most clients read the answer
+    only after they have sent the whole body.
     """
     parts, taken = [], 0
     try:

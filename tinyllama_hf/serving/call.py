@@ -1,4 +1,4 @@
-"""What a client asks for, after its request was read and checked."""
+"""Requests of clients, after they have been read and checked."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,14 +6,14 @@ from typing import Any, Literal, NamedTuple
 
 
 class Refusal(Exception):
-    """An answer with an error.
+    """An error response.
 
     Args:
         message (`str`): names the field, its value, the rule and the fix.
         status (`int`, *optional*, defaults to 400): HTTP status.
         code (`str`, *optional*): OpenAI's code of the error, such as `model_not_found`.
-        param (`str`, *optional*): the field that is refused.
-        headers (`dict`, *optional*): HTTP headers of the answer.
+        param (`str`, *optional*): the refused field.
+        headers (`dict`, *optional*): HTTP headers of the response.
     """
 
     def __init__(
@@ -41,20 +41,20 @@ class RowRequest:
 
     Attributes:
         ids (`tuple[int, ...]`): tokens of the prompt.
-        max_new_tokens (`int`): maximum number of new tokens; 0 only scores the prompt.
-        temperature (`float`): 0 always chooses the most likely token.
+        max_new_tokens (`int`): maximum number of new tokens; 0 to score the prompt only.
+        temperature (`float`): 0 for greedy decoding.
         top_p, top_k, min_p, repetition_penalty: as in `generate`; 1, 0, 0 and 1 change nothing.
         presence_penalty, frequency_penalty (`float`): as OpenAI defines them, over the new tokens.
-        logit_bias (`Mapping[int, float]`): summand of the logit of each token.
-        min_new_tokens (`int`): tokens before the row may end.
-        seed (`int`, *optional*): with the place of the row in its call, determines the random numbers.
+        logit_bias (`Mapping[int, float]`): value to add to the logit of each token.
+        min_new_tokens (`int`): minimum number of new tokens.
+        seed (`int`, *optional*): determines the random numbers, together with the place of the row in its call.
         place (`int`): place of the row in its call.
-        stop_strings (`tuple[str, ...]`): texts that end the reply, and are not part of it.
-        top_logprobs (`int`, *optional*): number of the most likely tokens to report with each token; `None` reports
-            no log-probabilities.
-        scores_prompt (`bool`): whether to report the log-probabilities of the prompt, too.
+        stop_strings (`tuple[str, ...]`): texts that end the reply and are not part of it.
+        top_logprobs (`int`, *optional*): number of most likely tokens to report with each token; `None` for no
+            log-probabilities.
+        scores_prompt (`bool`): whether to report log-probabilities of the prompt too.
         is_drafted (`bool`): whether the server's draft proposes tokens.
-        grammar (`str`, *optional*): llguidance's form of the grammar that the reply must follow.
+        grammar (`str`, *optional*): grammar that the reply must follow, in llguidance's form.
     """
 
     ids: tuple[int, ...]
@@ -82,12 +82,12 @@ class Call(NamedTuple):
 
     Attributes:
         kind (`str`): the endpoint.
-        rows (`list[RowRequest]`): the replies to generate: of each prompt `n` in turn.
-        prompt_tokens (`int`): tokens of all prompts; each is counted once, whatever `n` is.
-        is_streamed (`bool`): whether the client wants each piece when it is ready.
+        rows (`list[RowRequest]`): the replies to generate, `n` for each prompt in turn.
+        prompt_tokens (`int`): tokens of all prompts; each prompt is counted once for any `n`.
+        is_streamed (`bool`): whether to send each piece as soon as it is ready.
         has_usage (`bool`): whether the stream ends with the number of tokens.
         prompt_texts (`list[str]`): with `echo`, the text of each row's prompt, else empty.
-        given (`dict`): the fields that an answer of `/v1/responses` repeats.
+        given (`dict`): the fields that an answer of `/v1/responses` returns unchanged.
     """
 
     kind: Literal["chat", "completion", "response"]

@@ -1,4 +1,4 @@
-"""Who may use the server, and the form of its errors."""
+"""Access control of the server, and the format of its errors."""
 
 import ipaddress
 import secrets
@@ -13,15 +13,15 @@ from .call import Refusal
 
 
 class Access:
-    """ASGI middleware that refuses requests without the key, and under names that are not this machine's.
+    """ASGI middleware that refuses requests without the key, and those for host names that are not this machine's.
 
-    A page of another site can make its own name point to 127.0.0.1, and would then be allowed to read answers (DNS
-    rebinding). An address in place of a name is safe.
+    Another site can make its own name point to 127.0.0.1, and its pages could then read answers (DNS rebinding). An
+    address instead of a name is safe.
 
     Args:
         app (`Callable`): the ASGI application.
         api_key (`str`, *optional*): clients must send it, except to `/health` and the page, which has nothing secret.
-        names (`Sequence[str]`): names of this machine, beyond `localhost`.
+        names (`Sequence[str]`): names of this machine, in addition to `localhost`.
         paths (`Sequence[str]`): endpoints, to list in errors.
     """
 
@@ -42,7 +42,7 @@ class Access:
         host = request.url.hostname or ""
         if host not in self._names and not _is_address(host):
             raise Refusal(f"Host {host!r}: not a name of this server; start it with --allow-host {host}", 403)
-        # Browsers ask for permission without the key.
+        # Browsers send preflight requests without the key.
         if self._key is None or request.method == "OPTIONS" or not request.url.path.startswith(("/v1/", "/metrics")):
             return
         given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()

@@ -1,4 +1,4 @@
-"""Reads the prompt of a request in each of its forms, and encodes it; control tokens in its text stay text."""
+"""Reads and encodes the prompt of a request, in any of its forms; control tokens in it are treated as text."""
 
 import contextlib
 import reprlib
@@ -22,7 +22,7 @@ TOO_LONG = "context_length_exceeded"  # OpenAI's code
 _MESSAGE_FIELDS = {"role", "content", "name", "type", "id", "status"}
 _FORM = 'must be a list of {"role": "...", "content": "..."}'
 _LONGEST_MESSAGE = 1000  # characters
-_REPR = reprlib.Repr()  # of large values it formats a part only, which `repr` takes a second for
+_REPR = reprlib.Repr()  # formats only a part of a large value, where `repr` takes a second
 _REPR.maxstring = 200
 
 
@@ -32,12 +32,12 @@ class Limits(NamedTuple):
     Attributes:
         vocab_size (`int`): size of the model's vocabulary.
         context (`int`): the context in tokens, of the model or of a draft with a shorter one.
-        characters (`int`): most characters that fit the context. Longer prompts are refused before they are encoded,
-            since encoding megabytes takes seconds.
-        messages (`int`): most messages of a conversation.
-        new_tokens (`int`): most tokens of a reply. A request for more gets this many.
-        prompts (`int`): most prompts of a completion.
-        n (`int`): most replies to a prompt.
+        characters (`int`): maximum number of characters that fit the context. Longer prompts are refused before they
+            are encoded, since encoding megabytes takes seconds.
+        messages (`int`): maximum number of messages of a conversation.
+        new_tokens (`int`): maximum number of tokens of a reply; larger requests are reduced to it.
+        prompts (`int`): maximum number of prompts of a completion.
+        n (`int`): maximum number of replies to a prompt.
     """
 
     vocab_size: int
@@ -52,7 +52,7 @@ class Limits(NamedTuple):
     def of(
         cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, draft: Proposer | None = None, **options: int
     ) -> "Limits":
-        """Returns the limits of a model and its tokenizer, with `options` in place of those from the context."""
+        """Returns the limits of a model and its tokenizer; `options` replace those derived from the context."""
         context = Context.of(model, draft).tokens
         characters = context * max(map(len, tokenizer.get_vocab()))
         derived = {"characters": characters, "messages": context, "new_tokens": context}
@@ -60,7 +60,7 @@ class Limits(NamedTuple):
 
 
 class EncodedPrompt(NamedTuple):
-    """The tokens of a prompt; and its text, if it was given as one text."""
+    """The tokens of a prompt, and its text if it was given as text."""
 
     ids: list[int]
     given: str | None = None
@@ -71,7 +71,7 @@ class EncodedPrompt(NamedTuple):
 
 
 def quoted(value: Any) -> str:
-    """Returns a value of a request for an error message; of a long one only parts."""
+    """Returns a value of a request for an error message, shortened if it is long."""
     return _REPR.repr(value)
 
 
@@ -105,7 +105,7 @@ def encode_prompts(
         limits (`Limits`): limits on the request.
 
     Raises:
-        Refusal: if it is anything else, a conversation that does not end with a user message, or too long.
+        Refusal: if the value is anything else, a conversation that does not end with a user message, or too long.
     """
     with refusing(field):
         if field != "prompt":
@@ -168,7 +168,7 @@ def _read_turn(item: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _check_characters(texts: Iterable[str], field: str, limits: Limits) -> None:
-    """Refuses text that cannot fit the context, before it is encoded."""
+    """Refuses text that cannot fit the context, before encoding it."""
     if (length := sum(map(len, texts))) > limits.characters:
         raise refused(
             field,

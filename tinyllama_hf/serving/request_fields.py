@@ -40,7 +40,7 @@ _ROW_FIELDS = {"min_tokens": "min_new_tokens", "stop": "stop_strings", "draft": 
 _LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _REPEATED = ("instructions", "metadata", "temperature", "top_p", "max_output_tokens", "text")
 _STOPS, _STOP_LENGTH = 4, 100  # the first limit is OpenAI's
-_LEAST = 1e-6  # smallest divisor of logits that keeps them finite
+_LEAST = 1e-6  # the smallest divisor that keeps logits finite
 
 
 def _read_temperature(value: float) -> float:
@@ -83,7 +83,7 @@ _TopLogprobs = Annotated[int, Field(ge=0, le=20)]
 
 
 class _Fields(BaseModel):
-    """The fields of all endpoints; those from `top_k` on are not OpenAI's."""
+    """The fields of all endpoints; `top_k` and the ones after it are not OpenAI's."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -98,7 +98,7 @@ class _Fields(BaseModel):
     min_p: _Share | None = None
     repetition_penalty: Annotated[float, Field(ge=_LEAST, le=1 / _LEAST)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
-    draft: bool | None = None  # of this server: false leaves out its draft
+    draft: bool | None = None  # false turns the draft of this server off
 
 
 class _StreamOptions(BaseModel):
@@ -158,10 +158,10 @@ _KNOWN = {*_PROMPT_FIELDS.values()}.union(*(fields.model_fields for fields in _F
 
 
 class RequestReader:
-    """Reads the bodies of requests; for one thread at a time, since calling a tokenizer changes its settings.
+    """Reads the bodies of requests. Not thread-safe, since calling a tokenizer changes its settings.
 
     Args:
-        name (`str`): name of the model in requests, which may leave it out.
+        name (`str`): name of the model in requests, which may omit it.
         tokenizer (`PreTrainedTokenizerFast`): the model's tokenizer; chat needs its chat template.
         limits (`Limits`): limits on a request.
     """
@@ -170,7 +170,7 @@ class RequestReader:
         self._name, self._tokenizer, self._limits = name, tokenizer, limits
 
     def read(self, kind: Kind, body: bytes) -> Call:
-        """Returns what the body of a request, in JSON, asks for.
+        """Returns the call that a request body, in JSON, describes.
 
         Raises:
             Refusal: if it is invalid; names the field, its value, the rule and the fix.
@@ -197,7 +197,7 @@ class RequestReader:
         return Call(kind, rows, sum(len(prompt.ids) for prompt in prompts), is_streamed, has_usage, texts, repeated)
 
     def _num_new_tokens(self, length: int, field: str, given: dict[str, Any]) -> int:
-        """Returns the maximum number of new tokens, by default all that are left of the context."""
+        """Returns the maximum number of new tokens, by default the rest of the context."""
         if not length:
             raise refused(field, f"{field}: empty, and this tokenizer has no begin-of-sequence token to start with")
         context, most = self._limits.context, self._limits.new_tokens
@@ -214,7 +214,7 @@ def _parse(body: bytes) -> dict[str, Any]:
     except ValueError as error:
         if "recursion limit" in str(error):
             raise refused(None, "body: nested too deeply") from error
-        hint = "; halves of surrogate pairs are not text" if "hex escape" in str(error) else ""
+        hint = "; unpaired surrogates are not valid text" if "hex escape" in str(error) else ""
         raise refused(None, f"body: not valid JSON ({error}{hint})") from error
     if not isinstance(whole, dict):
         raise refused(None, "body: must be a JSON object")

@@ -14,11 +14,11 @@ from ..inference.generation import stop_token_ids
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
-# Fields of each type; `/v1/responses` has those of the inner object in the outer one.
+# Fields of each type; in `/v1/responses`, those of the inner object are in the outer one.
 _SCHEMA_FIELDS = {"name", "description", "schema", "strict"}
 _FORM_FIELDS = {"text": set(), "json_object": set(), "json_schema": {"json_schema", *_SCHEMA_FIELDS}}
-# White space as `json.dumps` writes it. By default any amount is allowed, and small models repeat line breaks without
-# end. These options override those of a schema's `x-guidance`.
+# White space as `json.dumps` writes it. By default any amount is allowed, and small models repeat line breaks
+# endlessly. These options override those of a schema's `x-guidance`.
 _JSON_OPTIONS: Any = {
     "whitespace_flexible": False,
     "item_separator": ", ",
@@ -67,7 +67,7 @@ def _compile(schema: dict[str, Any], where: str) -> str:
 
 
 def _brief(reason: str) -> str:
-    """Returns a message of llguidance without the state of its parser."""
+    """Returns an error message of llguidance without its parser state."""
     return " ".join(reason.partition("<state>")[0].split())[:300]
 
 
@@ -82,14 +82,14 @@ def grammar_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
     stops = stop_token_ids(model, tokenizer)
     if not stops:
         raise InputError(
-            "model: no reply would end, since it has no end-of-sequence token. Set eos_token_id in its "
+            "model: replies would never end, since it has no end-of-sequence token. Set eos_token_id in its "
             "generation_config.json"
         )
     return from_tokenizer(tokenizer, n_vocab=model.config.vocab_size, eos_token=stops)
 
 
 class GrammarProcessor(LogitsProcessor):
-    """Allows the tokens that continue a text of the grammar, and stop tokens where the text may end; for one row.
+    """Allows the tokens that the grammar permits next, and stop tokens where the text may end; for one row.
 
     It may be called with any continuation of the prompt in any order, such as drafted tokens that are rejected later.
 
@@ -99,8 +99,8 @@ class GrammarProcessor(LogitsProcessor):
         num_prompt_tokens (`int`): tokens before the reply.
 
     Attributes:
-        error (`str`): why the grammar cannot be followed any further, such as its size, else empty. Only stop tokens
-            are allowed then, and the reply is not complete.
+        error (`str`): why the grammar cannot be followed any further, such as its size; empty if it can. After an
+            error, only stop tokens are allowed, and the reply is incomplete.
     """
 
     def __init__(self, tokenizer: "LLTokenizer", grammar: str, num_prompt_tokens: int):
@@ -127,7 +127,7 @@ class GrammarProcessor(LogitsProcessor):
         return scores.masked_fill(~torch.from_numpy(allowed).to(scores.device), -torch.inf)
 
     def _follow(self, tokens: list[int]) -> bool:
-        """Brings the matcher to the state after these tokens; returns whether the grammar allows them."""
+        """Moves the matcher to the state after these tokens; returns whether the grammar allows them."""
         same = len(self._consumed)
         while self._consumed[:same] != tokens[:same]:
             same -= 1

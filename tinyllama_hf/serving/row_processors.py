@@ -7,7 +7,7 @@ from transformers.generation.logits_process import LogitsProcessor
 
 
 class CountPenalty(LogitsProcessor):
-    """OpenAI's penalties: a token that is c times in the reply loses `presence + c * frequency` of its logit if c > 0.
+    """OpenAI's penalties: `presence + c * frequency` off the logit of each token that is in the reply c > 0 times.
 
     Args:
         presence, frequency (`float`): the penalties; negative ones favor tokens.
@@ -27,7 +27,7 @@ class TokenBias(LogitsProcessor):
     """Adds a number to the logits of some tokens.
 
     Args:
-        biases (`Mapping[int, float]`): summand by token.
+        biases (`Mapping[int, float]`): the number to add, by token.
         device (`torch.device`): of the logits.
     """
 

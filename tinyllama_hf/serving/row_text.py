@@ -12,13 +12,13 @@ from .stop_strings import StopStrings
 
 
 class TokenScore(NamedTuple):
-    """The log-probability of a token, in nats, by the logits of the model before any sampling setting.
+    """The log-probability of a token, in nats, from the logits of the model before any sampling setting.
 
     Attributes:
         token (`int`): the token.
         offset (`int`): number of characters of the text before it.
         logprob (`float`, *optional*): `None` for the first token of a prompt.
-        top (`list[tuple[int, float]]`): the most likely tokens in its place.
+        top (`list[tuple[int, float]]`): the most likely tokens at its place.
     """
 
     token: int
@@ -28,7 +28,7 @@ class TokenScore(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Tokens of a finished row: new ones, including its stop token; drafted ones; accepted drafted ones."""
+    """Numbers of tokens of a finished row: new (with its stop token), drafted, and accepted drafted ones."""
 
     new: int = 0
     drafted: int = 0
@@ -36,15 +36,15 @@ class Counts(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What is new of a row.
+    """The next part of a row.
 
     Attributes:
         place (`int`): place of the row in its call.
         text (`str`): the next part of the reply.
-        scores (`Sequence[TokenScore]`): of the tokens that begin in this part, if they were asked for.
+        scores (`Sequence[TokenScore]`): of the tokens that begin in this part, if requested.
         finish_reason (`str`, *optional*): with the last piece, `"stop"` or `"length"`.
         counts (`Counts`): with the last piece.
-        error (`Refusal`, *optional*): ends the row in place of a finish reason.
+        error (`Refusal`, *optional*): ends the row instead of a finish reason.
     """
 
     place: int
@@ -66,11 +66,11 @@ class RowText:
     Args:
         request (`RowRequest`): the row.
         tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
-        stop_tokens (`Collection[int]`): tokens that end the row, and have no text.
+        stop_tokens (`Collection[int]`): tokens that end the row and have no text.
 
     Attributes:
         num_tokens (`int`): number of tokens so far.
-        finish_reason (`str`, *optional*): why the row has ended: `"stop"` or `"length"`.
+        finish_reason (`str`, *optional*): why the row has ended, `"stop"` or `"length"`.
     """
 
     def __init__(self, request: RowRequest, tokenizer: PreTrainedTokenizerBase, stop_tokens: Collection[int]):
@@ -80,7 +80,7 @@ class RowText:
         self._streamer = ExactTextStreamer(tokenizer, self._receive_text)
         self._num_characters = 0  # of the text before a stop string is cut
         self._num_sent = 0  # characters
-        self._scores: list[TokenScore] = []  # of tokens whose text was not sent yet
+        self._scores: list[TokenScore] = []  # of tokens whose text has not been sent yet
         self.num_tokens = 0
         self.finish_reason: str | None = None
 

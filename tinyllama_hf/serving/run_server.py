@@ -43,20 +43,20 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def run_server(app: FastAPI, bound: socket.socket, seconds: float) -> None:
-    """Serves until Ctrl-C or SIGTERM. Replies under way have some seconds to end; the second signal does not wait.
+    """Serves until Ctrl-C or SIGTERM. Running replies have some seconds to finish; a second signal does not wait.
 
     Args:
         app (`FastAPI`): from `build_app`.
         bound (`socket.socket`): from [`bind`], listening.
-        seconds (`float`): for the replies that are being generated; waiting and new ones are refused.
+        seconds (`float`): time for running replies to finish; waiting and new ones are refused.
     """
     scheduler = app.state.service.scheduler
-    # The libraries have a million objects, which a collection would visit again while a large body is parsed.
+    # The libraries have a million objects, which garbage collection would traverse while a large body is parsed.
     gc.collect()
     gc.freeze()
 
     class Server(uvicorn.Server):
-        # Not the method of uvicorn, which raises the signal again at the end: the status would not be 0.
+        # uvicorn's own method raises the signal again at the end, so the exit status would not be 0.
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             scheduler.close(0 if self.should_exit else seconds)
             self.force_exit = self.should_exit and sig == signal.SIGINT

@@ -1,4 +1,4 @@
-"""Generates for all clients in one thread: rows join the running batch between rounds, and leave when they end."""
+"""Generates for all clients in one thread: rows join the running batch between rounds and leave when they end."""
 
 import collections
 import itertools
@@ -32,14 +32,14 @@ _PIECE, _PIECE_ON_CPU = 512, 64
 
 
 class Row:
-    """A row on its way through the server.
+    """A row and its state in the server.
 
     Args:
         key (`int`): identifies it.
         request (`RowRequest`): what to generate.
         text (`RowText`): its reply.
         deliver (`Callable`): called in the generating thread with each [`Piece`].
-        deadline (`float`): when it is cut, by `time.monotonic`.
+        deadline (`float`): time at which it is ended, by `time.monotonic`.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Row:
             return
         self.has_ended = True
         if error is None:
-            self.text.cut()  # unless it has ended by itself
+            self.text.cut()  # no effect if it has already ended
             text, scores = self.text.take()
             counts = Counts(self.text.num_tokens, drafted, accepted)
             self._deliver(Piece(self.request.place, text, scores, self.text.finish_reason, counts))
@@ -85,10 +85,10 @@ class Scheduler:
         model (`PreTrainedModel`): the model.
         tokenizer (`PreTrainedTokenizerFast`): its tokenizer.
         draft (`Proposer`, *optional*): proposes tokens for all rows.
-        max_rows (`int`, *optional*, defaults to 16): rows that are generated at a time.
-        max_waiting (`int`, *optional*, defaults to 64): rows that may wait.
-        row_seconds (`float`, *optional*, defaults to 600): time of a row, waiting included. A row that is
-            being generated then ends as if it had reached its limit of tokens.
+        max_rows (`int`, *optional*, defaults to 16): maximum number of rows generated together.
+        max_waiting (`int`, *optional*, defaults to 64): maximum number of waiting rows.
+        row_seconds (`float`, *optional*, defaults to 600): maximum time of a row, waiting included. A running row
+            then ends as if it had reached its token limit.
         vocabulary (`LLTokenizer`, *optional*): llguidance's form of the tokenizer, for grammars.
 
     Attributes:
@@ -152,14 +152,14 @@ class Scheduler:
         return rows
 
     def cancel(self, rows: Sequence[Row]) -> None:
-        """Ends rows whose client is gone. Nothing more is delivered."""
+        """Ends the rows of a disconnected client. Nothing more is delivered."""
         with self._changed:
             for row in rows:
                 row.is_cancelled = True
             self._changed.notify()
 
     def close(self, seconds: float) -> None:
-        """Refuses new rows and those that wait, and gives the others some time to end. Returns at once."""
+        """Refuses new and waiting rows, and gives running ones some time to finish. Returns at once."""
         with self._changed:
             if self._end_time is None:
                 self._end_time = time.monotonic() + seconds
@@ -177,14 +177,14 @@ class Scheduler:
                 self._remove_ended()
                 self._read_prompts()
                 self._generate()
-            except Exception as error:  # such as out of memory: the clients wait for an end
+            except Exception as error:  # such as out of memory: clients must not wait forever
                 logger.exception("generation failed")
                 refusal = Refusal(f"generation failed: {one_line(error)}", 500)
                 self._refuse([*self._reading, *self._rows.values()], refusal)
                 self._reading, self._rows, self._batch = [], {}, None
 
     def _wait_for_rows(self) -> bool:
-        """Waits for work, and moves waiting rows to free places; returns whether there may be more work."""
+        """Waits for work and moves waiting rows to free places; returns whether to continue."""
         with self._changed:
             while not (self._waiting or self._reading or self._rows):
                 if self._end_time is not None:
@@ -202,7 +202,7 @@ class Scheduler:
         return True
 
     def _remove_ended(self) -> None:
-        """Removes rows that were canceled, or have no time left."""
+        """Removes rows that were canceled or are past their deadline."""
         now = time.monotonic()
         is_over = self._end_time is not None and now > self._end_time
         for row in [*self._reading, *self._rows.values()]:
@@ -214,7 +214,7 @@ class Scheduler:
         self._leave([row for row in self._rows.values() if row.has_ended])
 
     def _read_prompts(self) -> None:
-        """Reads some tokens of the prompts that came first, and adds complete ones to the batch."""
+        """Reads some tokens of the oldest prompts, and adds complete ones to the batch."""
         room = self._piece
         while self._reading and room > 0:
             row = self._reading[0]
@@ -222,7 +222,7 @@ class Scheduler:
                 room -= self._read(row, room)
             except Exception as error:
                 if row.key in self._rows:
-                    raise  # it was joining the batch, which may be damaged
+                    raise  # it was joining the batch, which may be inconsistent now
                 logger.exception("row %d failed", row.key)
                 self._refuse([row], Refusal(f"the prompt failed: {one_line(error)}", 500))
             if row.has_ended or row.key in self._rows:
@@ -234,7 +234,7 @@ class Scheduler:
         decoding = row.decoding = row.decoding or self._begin(row)
         left = length - row.num_read
         if request.scores_prompt and not row.num_read:
-            row.deliver_scores([TokenScore(request.ids[0], 0, None, [])])  # nothing predicts the first token
+            row.deliver_scores([TokenScore(request.ids[0], 0, None, [])])  # no token predicts the first one
         if left > room or (request.scores_prompt and left > 1):
             logits = decoding.read_piece(min(room, left - 1), request.scores_prompt)
             assert logits is not None
@@ -268,7 +268,7 @@ class Scheduler:
         self._leave([row for row in self._rows.values() if row.has_ended])
 
     def _deliver(self, decoding: Decoding, appended: dict[int, list[int]]) -> None:
-        """Gives new tokens to their rows."""
+        """Passes new tokens to their rows."""
         decoding.rows.take_finished()
         collected = decoding.token_scores.get("logits", {})
         for key, ids in appended.items():
@@ -351,11 +351,11 @@ def _sampling(request: RowRequest) -> dict[str, Any]:
 
 
 def queue_full(waiting: int) -> Refusal:
-    """Returns the answer to requests beyond the limit on those that wait."""
+    """Returns the answer to requests beyond the limit on waiting ones."""
     message = f"{waiting} replies are waiting; try again in {_RETRY_SECONDS} seconds"
     return Refusal(message, 429, "rate_limit_exceeded", headers={"Retry-After": str(_RETRY_SECONDS)})
 
 
 def shutting_down() -> Refusal:
-    """Returns the answer to requests while the server ends."""
+    """Returns the answer to requests during shutdown."""
     return Refusal("the server is shutting down", 503)

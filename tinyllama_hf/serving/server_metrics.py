@@ -1,4 +1,4 @@
-"""Counts and times of the server, in Prometheus' format."""
+"""Metrics of the server, in Prometheus' format."""
 
 import functools
 from typing import Any

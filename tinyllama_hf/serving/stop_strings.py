@@ -1,11 +1,11 @@
-"""Cuts a text before the first stop string, while it is written in parts."""
+"""Cuts a text that arrives in parts before its first stop string."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 
 class StopStrings:
-    """Writes a text up to its first stop string. An end that may begin a stop string is held back until it is decided.
+    """Writes a text up to its first stop string. An end that may be the start of a stop string is held back.
 
     Args:
         texts (`Sequence[str]`): the stop strings, none of them empty.
@@ -39,11 +39,11 @@ class StopStrings:
         return self.is_found or self._place(self._held + text) is not None
 
     def _place(self, text: str) -> int | None:
-        """Returns where the stop string begins that ends first, so that the parts of the text make no difference."""
+        """Returns the start of the stop string that ends first, so that the split into parts makes no difference."""
         found = [(place + len(stop), place) for stop in self.texts if (place := text.find(stop)) >= 0]
         return min(found)[1] if found else None
 
     def _num_open(self, text: str) -> int:
-        """Returns the length of the longest end of a text that is the beginning of a stop string."""
+        """Returns the length of the longest suffix of a text that is a prefix of a stop string."""
         lengths = range(max(map(len, self.texts), default=1) - 1, 0, -1)
         return next((n for n in lengths if any(s.startswith(text[-n:]) for s in self.texts) and n <= len(text)), 0)

@@ -1,4 +1,4 @@
-"""Starts vLLM in place of the own server, for more clients than one process of this package can serve."""
+"""Starts vLLM instead of this package's server, for more clients than one process can serve."""
 
 import importlib.util
 import json
@@ -16,15 +16,15 @@ from ..released import find_model, read_llama_fields
 def start_vllm(
     model: str, name: str, host: str, port: int, template: str | None, dtype: str, rows: int, api_key: str | None
 ) -> None:
-    """Replaces this process by vLLM's server on the same folder, with this package's template, context and sampling.
+    """Replaces this process with vLLM's server on the same folder, with this package's template, context and sampling.
 
     Raises:
         InputError: if vLLM is not installed, or the folder is not a Llama.
     """
     place = find_model(model)
-    if importlib.util.find_spec("vllm"):  # not its command, which looks for a package of another name on a CPU
+    if importlib.util.find_spec("vllm"):  # not its command, which expects a package with another name on a CPU
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(place)]
-    elif program := shutil.which("vllm"):  # of another environment
+    elif program := shutil.which("vllm"):  # in another environment
         command = [program, "serve", str(place)]
     else:
         raise InputError("--engine vllm: vLLM is not installed. Install it (pip install vllm), or leave --engine out")

@@ -27,8 +27,8 @@ class ComparedModel:
 
     Attributes:
         label (`str`): its name in the output, unique in a comparison.
-        file (`Path`, *optional*), row (`TaskRow`, *optional*), protocol (`Protocol`, *optional*): of a scored model.
-        published (`Released`, *optional*): the row of the published table, of any other model.
+        file (`Path`, *optional*), row (`TaskRow`, *optional*), protocol (`Protocol`, *optional*): for a scored model.
+        published (`Released`, *optional*): the row of the published table, for any other model.
     """
 
     label: str
@@ -52,13 +52,13 @@ class ComparedModel:
         return self.row.results[task].metric if self.row else str(tables()["protocol"]["metric"][task])
 
     def items(self, task: str) -> int:
-        """Returns the number of items of a task; for a published row, of the official split."""
+        """Returns the number of items of a task; for a published row, those of the official split."""
         return self.row.results[task].items if self.row else int(tables()["protocol"]["items"][task])
 
     def score(self, task: str, metric: str) -> MetricScore | None:
         """Returns a score and its standard error; `None` if the model has no such task or metric.
 
-        Of a published row, the standard error is that of a share of the official number of items.
+        For a published row, the standard error is that of a share of the official number of items.
 
         Raises:
             InputError: if the score is not finite.
@@ -83,14 +83,14 @@ class ComparedModel:
                 f"{self.file}: {metric} of {task} is {found.score} for {row.name}. A comparison needs finite scores; "
                 "score the model with `eval tasks --rescore`"
             )
-        # Files of early versions have 0 where all or no items are right, although the score is not certain.
+        # Files of early versions have 0 if all or no items are right, although the score is uncertain.
         error = found.standard_error
         return MetricScore(found.score, error if error and 0 < error < math.inf else None)
 
     def item_values(self, metrics: dict[str, str]) -> dict[str, ItemValues]:
-        """Returns the values of all items by task; none if the model was scored without items.
+        """Returns the values of all items by task; empty if the model was scored without items.
 
-        Tasks are left out whose score is not the mean of their items, as that of a corpus metric, such as BLEU.
+        Tasks are left out if their score is not the mean of their items, as for a corpus metric such as BLEU.
 
         Args:
             metrics (`dict`): the tasks to read and the metric of each.
@@ -109,26 +109,26 @@ class ComparedModel:
             value = item.metrics.get(metrics[item.task])
             if value is not None and not math.isfinite(value):
                 raise self._other_items(f"item {item.index} of {item.task} has {metrics[item.task]} {value}")
-            if value is not None:  # an item may lack bits per byte, if the text of its right choice is empty
+            if value is not None:  # an item has no bits per byte if the text of its right choice is empty
                 values[item.task][item.doc, seen[item.task, item.doc]] = value
             seen[item.task, item.doc] += 1
             counts[item.task] += 1
         for task in metrics:
             if counts[task] != self.items(task):
                 raise self._other_items(
-                    f"it has {counts[task]} items of {task}, and the score is of {self.items(task)}"
+                    f"it has {counts[task]} items of {task}, but the score is over {self.items(task)}"
                 )
         return {task: found for task, found in values.items() if self._is_mean(task, metrics[task], found)}
 
     def _is_mean(self, task: str, metric: str, found: ItemValues) -> bool:
-        """Returns whether the score of a task is the mean of its items. For right and wrong it must be."""
+        """Returns whether the score of a task is the mean of its items, as it must be for 0/1 metrics."""
         array, score = np.array(list(found.values())), self.score(task, metric)
         if not found or score is None:
             return False
         mean = metric_scale(metric) * float(array.mean())
         is_mean = abs(mean - score.score) < 1e-4 * metric_scale(metric)  # 0.01 points
         if not is_mean and is_binary(array):
-            raise self._other_items(f"the mean of {metric} on {task} is {mean:.2f}, and the score {score.score:.2f}")
+            raise self._other_items(f"the mean of {metric} on {task} is {mean:.2f}, but the score {score.score:.2f}")
         return is_mean
 
     def _other_items(self, problem: str) -> InputError:
@@ -148,7 +148,7 @@ def find_compared_models(arguments: Sequence[str]) -> list[ComparedModel]:
 
     Raises:
         InputError: for an unknown name or file, a file of another kind, a file without models, a model that is given
-            twice, or less than two models.
+            twice, or fewer than two models.
     """
     models = [model for argument in arguments for model in _find(argument)]
     for number, model in enumerate(models):

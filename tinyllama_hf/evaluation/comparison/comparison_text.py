@@ -59,7 +59,7 @@ def comparison_json(comparisons: Sequence[ModelComparison], resamples: int, seed
 
 
 def method_lines(comparisons: Sequence[ModelComparison], resamples: int, seed: int) -> Iterator[str]:
-    """Yields how the figures were computed."""
+    """Yields a description of the methods."""
     tests = {found.test for comparison in comparisons for found in comparison.differences}
     if tests - {"unpaired"}:
         yield f"Intervals of pairs: percentile bootstrap over items, {resamples:,} resamples, seed {seed}."
@@ -116,7 +116,7 @@ def _remarks(comparison: ModelComparison) -> Iterator[str]:
 
 def _published_lines(check: PublishedCheck) -> Iterator[str]:
     if check.departures:
-        yield f"  not as the published table was scored: {'; '.join(check.departures)}"
+        yield f"  departures from the published protocol: {'; '.join(check.departures)}"
     if not check.deviations:
         yield f"  as a reproduction of {check.published}: within the tolerance in every task"
     for found in check.deviations:

@@ -11,7 +11,7 @@ from ..score_metrics import metric_unit
 
 # bf16 changed the choice on 11 of 700 items of SmolLM2-135M-Instruct, scored with lm-eval's own model.
 _FLIPPED_SHARE = 11 / 700
-# A difference of more standard deviations than this is not taken for chance.
+# A larger difference, in standard deviations, is not attributed to chance.
 _DEVIATIONS = 3
 _KEYS = ("add_bos_token", "num_fewshot", "apply_chat_template", "dtype")
 
@@ -22,7 +22,7 @@ class Departure:
 
     Attributes:
         text (`str`): what differs, with both values.
-        reach (`dict`): for each task, the largest difference in points that it can explain; infinite where no bound is
+        reach (`dict`): for each task, the largest difference in points that it can explain; infinite if no bound is
             known, as for a begin-of-sequence token.
     """
 
@@ -32,7 +32,7 @@ class Departure:
 
 @dataclasses.dataclass(frozen=True)
 class Deviation:
-    """A difference from the published score beyond the tolerance. `causes` is empty if nothing explains it."""
+    """A difference from the published score outside the tolerance. `causes` is empty if it is unexplained."""
 
     task: str
     difference: float
@@ -41,7 +41,7 @@ class Deviation:
 
 @dataclasses.dataclass(frozen=True)
 class PublishedCheck:
-    """A scored model as a reproduction of a published row: what was done differently, and which scores deviate."""
+    """A scored model as a reproduction of a published row: departures from its protocol, and scores that deviate."""
 
     published: str
     departures: list[str]
@@ -51,13 +51,13 @@ class PublishedCheck:
 def check_against_published(row: TaskRow, protocol: Protocol, published: Released) -> PublishedCheck:
     """Compares the reported scores of a model with a published row, and looks for the cause of each difference.
 
-    A difference beyond the tolerance of `released.yaml` is explained by the departures from the published protocol
-    that can be as large, alone or together, and by another metric of the same row that is within the tolerance. This
-    only makes sense for scores of the published model.
+    A difference outside the tolerance in `released.yaml` is explained by departures from the published protocol that
+    can have such an effect, alone or together, and by another metric of the same row that is within the tolerance.
+    This only makes sense for scores of the published model.
 
     Args:
         row (`TaskRow`): the scores.
-        protocol (`Protocol`): how they were made.
+        protocol (`Protocol`): their protocol.
         published (`Released`): a row of the table that has scores.
     """
     departures = _departures(row, protocol, published)
@@ -89,7 +89,7 @@ def check_against_published(row: TaskRow, protocol: Protocol, published: Release
 def _causes(difference: float, reaches: dict[str, float]) -> list[str]:
     """Returns the departures that explain a difference: each one that reaches it, or else all of them together.
 
-    The effects of departures are independent errors, so that together they reach the root of the sum of squares.
+    The effects are independent errors, so together they reach the root of the sum of their squares.
     """
     alone = [text for text, reach in reaches.items() if abs(difference) <= reach]
     if alone or abs(difference) > math.hypot(*reaches.values()):
@@ -111,7 +111,7 @@ def _near(result: TaskScore, printed: float, tolerance: float) -> dict[str, floa
 
 
 def _average_reach(departure: Departure) -> float:
-    """Returns what a departure can explain of the average. Effects on different tasks are independent."""
+    """Returns how much of the average a departure can explain. Effects on different tasks are independent."""
     return math.hypot(*departure.reach.values()) / len(TASKS)
 
 
@@ -135,7 +135,7 @@ def _departures(row: TaskRow, protocol: Protocol, published: Released) -> list[D
     for task in (task for task in TASKS if task in row.results):
         result, official = row.results[task], table["items"][task]
         if result.metric != table["metric"][task]:
-            # If the row has the published metric too, that is compared instead of assuming the cause.
+            # If the row also has the published metric, that is compared instead of assuming the cause.
             reach = {} if table["metric"][task] in result.metrics else {task: math.inf}
             found.append(Departure(f"{task} reports {result.metric}, not {table['metric'][task]}", reach))
         if result.items != official:
@@ -150,8 +150,8 @@ def _departures(row: TaskRow, protocol: Protocol, published: Released) -> list[D
 def _dtype_reach() -> dict[str, float]:
     """Returns the largest likely effect of another dtype on each score, in points.
 
-    A choice that changes makes an item right or wrong, each as often, so that the effect on n items has a standard
-    deviation of at most sqrt(share / n).
+    A changed choice makes an item right or wrong, equally often, so the effect on n items has a standard deviation of
+    at most sqrt(share / n).
     """
     items = tables()["protocol"]["items"]
     return {task: 100 * _DEVIATIONS * math.sqrt(_FLIPPED_SHARE / items[task]) for task in TASKS}

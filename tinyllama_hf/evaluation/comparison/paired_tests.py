@@ -1,6 +1,6 @@
-"""Statistics of two models that answered the same items: tests, intervals, corrections and detectable differences.
+"""Statistics for two models that answered the same items: tests, intervals, corrections and detectable differences.
 
-Only numpy and the standard library. The tests compare each function with statsmodels or scipy.
+Needs only numpy and the standard library. The tests compare each function with statsmodels or scipy.
 """
 
 import math
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 
-ALPHA = 0.05  # two-sided; intervals have the level 1 - ALPHA
+ALPHA = 0.05  # two-sided; the confidence level of intervals is 1 - ALPHA
 POWER = 0.8
 RESAMPLES = 10_000
 
@@ -20,7 +20,7 @@ Floats = npt.NDArray[np.float64]
 _NORMAL = NormalDist()
 _Z_ALPHA = _NORMAL.inv_cdf(1 - ALPHA / 2)
 _Z_POWER = _NORMAL.inv_cdf(POWER)
-# An exact McNemar test needs 6 discordant pairs for p < 0.05. With 8 expected ones, it has 6 in 81 % of samples.
+# An exact McNemar test needs 6 discordant pairs for p < 0.05. With 8 expected, 81 % of samples have 6.
 _FEWEST_DISCORDANT = 8
 _INDICES_PER_BATCH = 2**21  # 16 MiB
 
@@ -38,7 +38,7 @@ def paired_standard_error(differences: Floats) -> float:
 def binomial_standard_error(share: float, items: int) -> float | None:
     """Returns lm-eval's standard error of a share of right items, sqrt(p (1 - p) / (n - 1)).
 
-    `None` if all or no items are right, where the formula gives 0 although the share is not certain.
+    `None` if all or no items are right, where the formula gives 0 although the share is uncertain.
     """
     return math.sqrt(share * (1 - share) / (items - 1)) if 0 < share < 1 and items > 1 else None
 
@@ -48,7 +48,7 @@ def mcnemar_p_value(gained: int, lost: int) -> float:
 
     Args:
         gained (`int`): number of pairs in which only the second model is right.
-        lost (`int`): number of pairs in which only the first model is right. m is the sum of both.
+        lost (`int`): number of pairs in which only the first model is right. m is their sum.
     """
     discordant = gained + lost
     term = total = 1  # in integers, since the terms span thousands of orders of magnitude
@@ -59,10 +59,10 @@ def mcnemar_p_value(gained: int, lost: int) -> float:
 
 
 def student_p_value(t: float, degrees: int) -> float:
-    """Returns the two-sided p-value of Student's t, to 1e-12.
+    """Returns the two-sided p-value of Student's t, accurate to 1e-12.
 
-    The finite series for integer degrees of freedom: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3
-    and 26.7.4.
+    Finite series for integer degrees of freedom: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and
+    26.7.4.
     """
     if math.isinf(t):
         return 0.0
@@ -85,7 +85,7 @@ def mean_p_value(mean: float, standard_error: float, degrees: int) -> float:
 
 
 def normal_p_value(z: float) -> float:
-    """Returns the two-sided p-value of a standard normal variable."""
+    """Returns the two-sided p-value of a z-score."""
     return math.erfc(abs(z) / math.sqrt(2))
 
 
@@ -100,8 +100,8 @@ def welch_degrees(standard_errors: Sequence[float], degrees: Sequence[int]) -> i
 def bootstrap_sample(differences: Floats) -> Floats:
     """Returns the differences `[pairs]` of a 0/1 metric with two more, 1 and -1, to resample for an interval.
 
-    Without them the interval is too narrow for few discordant pairs, and has no width for none. This is the adjustment
-    of Bonett and Price (2012, J. Educ. Behav. Stat. 37, 479), which adds one to both numbers of discordant pairs.
+    Without them, the interval is too narrow with few discordant pairs and has no width with none. The adjustment is
+    that of Bonett and Price (2012, J. Educ. Behav. Stat. 37, 479), which adds one to both numbers of discordant pairs.
     """
     return np.concatenate([differences, [1.0, -1.0]])
 
@@ -120,7 +120,7 @@ def bootstrap_means(values: Floats, resamples: int, generator: np.random.Generat
 
 
 def percentile_interval(means: Floats) -> tuple[float, float]:
-    """Returns the 95 % percentile interval of bootstrapped means."""
+    """Returns the 95 % percentile interval of bootstrap means."""
     low, high = np.quantile(means, (ALPHA / 2, 1 - ALPHA / 2))
     return float(low), float(high)
 
@@ -131,9 +131,9 @@ def normal_interval(difference: float, standard_error: float) -> tuple[float, fl
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Returns the p-values corrected for their number (Holm 1979, Scand. J. Stat. 6, 65), in their order.
+    """Returns the p-values corrected for multiple tests (Holm 1979, Scand. J. Stat. 6, 65), in the same order.
 
-    Rejecting what is at most alpha has a probability of at most alpha of any false rejection, whatever the dependence.
+    If those up to alpha are rejected, the probability of any false rejection is at most alpha, for any dependence.
     """
     corrected, largest = [0.0] * len(p_values), 0.0
     for rank, number in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
@@ -143,12 +143,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def detectable_share(pairs: int, discordant: int) -> float | None:
-    """Returns the smallest difference of two shares that an exact McNemar test shows with a power of 80 %.
+    """Returns the smallest difference between two shares that an exact McNemar test detects with a power of 80 %.
 
     For p < 0.05 in one test, without a correction. The power formula of Connor (1987, Biometrics 43, 207) with the
     continuity correction of Edwards (1948, Psychometrika 13, 185), which makes it that of the exact test: with the
     observed share psi of discordant pairs, n delta - 1 = z_alpha sqrt(n psi) + z_power sqrt(n (psi - delta^2)), solved
-    for delta. The difference is at most psi. Where psi is so small that no difference up to psi has this power, psi is
+    for delta. The difference is at most psi. If psi is so small that no difference up to psi has this power, psi is
     raised until one has.
 
     Args:
@@ -156,7 +156,7 @@ def detectable_share(pairs: int, discordant: int) -> float | None:
         discordant (`int`): number of pairs in which only one of the models is right.
 
     Returns:
-        The difference, between 0 and 1; `None` for fewer than 6 pairs, which cannot show any.
+        The difference, between 0 and 1; `None` for fewer than 6 pairs, which cannot detect any.
     """
     if pairs < 6:
         return None
@@ -168,7 +168,7 @@ def detectable_share(pairs: int, discordant: int) -> float | None:
 
 
 def detectable_mean(standard_error: float, degrees: int | None = None) -> float:
-    """Returns the smallest difference of means that a test with this standard error shows with a power of 80 %.
+    """Returns the smallest difference of means that a test with this standard error detects with a power of 80 %.
 
     For p < 0.05 in one test. The standard error times the sum of the quantiles for alpha and for the power (Bloom
     1995, Evaluation Review 19, 547), of Student's t or, without degrees of freedom, of the normal distribution: 2.80.

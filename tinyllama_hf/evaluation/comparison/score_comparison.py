@@ -24,12 +24,12 @@ class ModelComparison:
     """A model compared with the reference.
 
     Attributes:
-        reference (`str`), model (`str`): labels of both.
-        tasks (`list[ScoreDifference]`): the tasks that are compared.
+        reference (`str`), model (`str`): their labels.
+        tasks (`list[ScoreDifference]`): the differences by task.
         average (`ScoreDifference`, *optional*): of the seven tasks, under the published protocol.
         protocol_differences (`list[str]`): how the model's protocol differs from that of the reference.
         published (`PublishedCheck`, *optional*): if one of the two is a row of the published table, whether the other
-            one reproduces it.
+            reproduces it.
         remarks (`list[str]`): tasks and items that are left out, and why a comparison is unpaired.
     """
 
@@ -43,7 +43,7 @@ class ModelComparison:
 
     @property
     def differences(self) -> list[ScoreDifference]:
-        """Those of the tasks, and that of the average if there is one."""
+        """The differences by task, and that of the average if there is one."""
         return [*self.tasks, *([self.average] if self.average else [])]
 
     @property
@@ -59,11 +59,11 @@ def check_comparison(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> None:
-    """Checks all that needs no items. For the arguments see [`compare_models`].
+    """Checks everything that needs no items. For the arguments see [`compare_models`].
 
     Raises:
         InputError: for different protocols, unless they are allowed; a published row with another metric, or with
-            scores of made-up items; models without a common task or metric; numbers that are out of range.
+            scores of made-up items; models without a common task or metric; numbers out of range.
     """
     check_seed(seed)
     if not 1000 <= resamples <= 1_000_000:
@@ -78,8 +78,8 @@ def check_comparison(
         differences = _protocol_differences(models[0], model)
         if differences and not different_protocols:
             raise InputError(
-                f"{model.label} was scored under another protocol than {models[0].label}: {'; '.join(differences)}. "
-                "Score both under one protocol, or pass --different-protocols"
+                f"{model.label} was scored under a different protocol than {models[0].label}: "
+                f"{'; '.join(differences)}. Score both under one protocol, or pass --different-protocols"
             )
         _common_metrics(models[0], model, metric)
 
@@ -96,10 +96,10 @@ def compare_models(
 
     Args:
         models (`Sequence[ComparedModel]`): from [`find_compared_models`].
-        metric (`str`, *optional*): metric of all tasks; by default, of each task the one that the reference reports.
+        metric (`str`, *optional*): metric for all tasks; by default, for each task the one that the reference reports.
         different_protocols (`bool`, *optional*, defaults to `False`): allow scores of different protocols.
         resamples (`int`, *optional*, defaults to 10,000): bootstrap samples per interval.
-        seed (`int`, *optional*, defaults to 0): of the bootstrap.
+        seed (`int`, *optional*, defaults to 0): seed of the bootstrap.
         advance (`Callable`): called after each model.
 
     Raises:
@@ -156,7 +156,7 @@ def _compare(
 
 
 def _protocol_differences(reference: ComparedModel, model: ComparedModel) -> list[str]:
-    """Returns how the protocol of a model differs; nothing for a published row, see [`check_against_published`]."""
+    """Returns how the protocol of a model differs; empty for a published row, see [`check_against_published`]."""
     if not reference.protocol or not model.protocol:
         return []
     return reference.protocol.differences(model.protocol)
@@ -165,7 +165,7 @@ def _protocol_differences(reference: ComparedModel, model: ComparedModel) -> lis
 def _common_metrics(
     reference: ComparedModel, model: ComparedModel, metric: str | None
 ) -> tuple[dict[str, str], list[str]]:
-    """Returns the metric of each task that both models have, and a line for each reason why tasks are left out.
+    """Returns the metric of each task that both models have, and a line per reason for leaving tasks out.
 
     Raises:
         InputError: if no task is left.
@@ -197,18 +197,18 @@ def _common_metrics(
 def _item_remarks(
     reference: ComparedModel, model: ComparedModel, tasks: list[ScoreDifference], unmatched: list[str]
 ) -> list[str]:
-    """Returns what a reader should know about pairs: how many there are, and what has no partner."""
+    """Returns remarks on the pairs: how many there are, and what is unpaired."""
     both, remarks = (reference, model), []
     pairs = sum(task.pairs or 0 for task in tasks)
     if pairs:
         incomplete = [task for task in tasks if any(task.left_out)]
         counts = [f"{task.task} {task.left_out[0]:,} and {task.left_out[1]:,}" for task in incomplete]
-        without = f"left out without a partner (of {reference.label} and of {model.label}): {', '.join(counts)}"
-        remarks.append(f"{pairs:,} pairs of items; {without if incomplete else 'every item has its partner'}")
+        without = f"unpaired items left out ({reference.label} and {model.label}): {', '.join(counts)}"
+        remarks.append(f"{pairs:,} pairs of items; {without if incomplete else 'every item is paired'}")
     names = [m.label for m in both if not m.row or not m.row.items_file]
     if names:
         remarks.append(
-            f"unpaired, since there are no items of {' and '.join(names)}: standard errors are upper bounds"
+            f"unpaired, since there are no items for {' and '.join(names)}: standard errors are upper bounds"
         )
     if unmatched:
         remarks.append(f"unpaired, since the models have no items in common: {', '.join(unmatched)}")

@@ -1,4 +1,4 @@
-"""The difference of two models on a task, or of their averages: interval, test, verdict."""
+"""The difference between two models on a task, or between their averages: interval, test, verdict."""
 
 import dataclasses
 import hashlib
@@ -16,24 +16,24 @@ from .paired_tests import Floats
 
 @dataclasses.dataclass(kw_only=True)
 class ScoreDifference:
-    """The difference of two models on a task, or of their averages.
+    """The difference between two models on a task, or between their averages.
 
-    Scores, differences, errors and bounds are in points (percent), those of `bits_per_byte` in bits. Metrics that are
-    neither have their own unit.
+    Scores, differences, errors and bounds are in points (percent); for `bits_per_byte`, they are in bits. Other
+    metrics have their own unit.
 
     Attributes:
         task (`str`): name of the task, or `"average"`.
-        metric (`str`): the metric; empty for the average of different ones.
-        test (`str`): `"exact McNemar"` or `"paired t"`; `"unpaired"` where items are missing.
+        metric (`str`): the metric; empty for an average over different ones.
+        test (`str`): `"exact McNemar"` or `"paired t"`; `"unpaired"` if items are missing.
         pairs (`int`, *optional*): number of items that both models answered; `None` if unpaired.
-        left_out (`tuple[int, int]`): number of items of each model without a partner.
+        left_out (`tuple[int, int]`): number of unpaired items of each model.
         scores (`tuple[float, float]`): of the reference and of the other model, on the pairs if there are any.
         difference (`float`): score of the other model minus that of the reference.
         standard_error (`float`, *optional*), interval (`tuple[float, float]`, *optional*): of the difference; `None`
             if a score has no standard error.
-        p_value (`float`, *optional*): of this test alone.
-        corrected (`float`, *optional*): the p-value corrected for the number of tasks; equal for the average.
-        detectable (`float`, *optional*): smallest difference that the test shows with a power of 80 %.
+        p_value (`float`, *optional*): that of this test alone.
+        corrected (`float`, *optional*): the p-value corrected for the number of tasks; unchanged for the average.
+        detectable (`float`, *optional*): minimum detectable difference, at a power of 80 %.
         verdict (`str`): `"better"`, `"worse"`, `"no difference shown"`, or `"not tested"` without a standard error.
     """
 
@@ -71,13 +71,13 @@ def paired_difference(
     """Compares two models on the items that both answered, of which there must be two or more.
 
     Args:
-        task (`str`), metric (`str`): names.
+        task (`str`), metric (`str`): their names.
         items (`tuple[ItemValues, ItemValues]`): the values of the items of the reference and of the other model.
-        resamples (`int`), seed (`int`): of the bootstrap. Samples depend on the seed, the name of the task and the
-            number of pairs only.
+        resamples (`int`), seed (`int`): settings of the bootstrap. Samples depend only on the seed, the name of the
+            task and the number of pairs.
 
     Returns:
-        The difference, and its bootstrapped values `[resamples]`.
+        The difference, and its bootstrap values `[resamples]`.
     """
     keys = [key for key in items[0] if key in items[1]]
     first, second = (np.array([values[key] for key in keys]) for values in items)
@@ -108,9 +108,9 @@ def paired_difference(
 
 
 def unpaired_difference(task: str, metric: str, scores: tuple[MetricScore, MetricScore]) -> ScoreDifference:
-    """Compares two scores by their standard errors, as if of different items.
+    """Compares two scores by their standard errors, as if they were on different items.
 
-    If both models answered the same items, the standard error is an upper bound, since they tend to miss the same
+    If both models answered the same items, the standard error is an upper bound, since they tend to fail on the same
     ones.
     """
     first, second = scores
@@ -128,13 +128,13 @@ def unpaired_difference(task: str, metric: str, scores: tuple[MetricScore, Metri
 
 
 def average_difference(tasks: Sequence[ScoreDifference], means: Sequence[Floats]) -> ScoreDifference:
-    """Returns the difference of the unweighted means of the tasks' scores.
+    """Returns the difference between the unweighted means of the tasks' scores.
 
-    The tasks are independent samples, so that variances add up. It is unpaired if one of the tasks is.
+    The tasks are independent samples, so their variances add. It is unpaired if one of the tasks is.
 
     Args:
         tasks (`Sequence[ScoreDifference]`): the differences, all of shares or all of one metric.
-        means (`Sequence[Floats]`): the bootstrapped differences `[resamples]` of the paired ones.
+        means (`Sequence[Floats]`): the bootstrap differences `[resamples]` of the paired ones.
     """
     number, metrics = len(tasks), {task.metric for task in tasks}
     found = ScoreDifference(

@@ -14,9 +14,9 @@ from ..scored_items import ScoredItem
 from ..tasks.suite import FEWSHOT_SEED, Suite, quiet_harness, right_choices
 
 
-_SHOWN = 10  # wrong items of each task whose texts are kept
+_SHOWN = 10  # number of wrong answers per task with texts
 _LONGEST_QUESTION = 2000  # characters of it, from the end
-_BOOTSTRAP = 1000  # resamples of lm-eval for metrics that are no means
+_BOOTSTRAP = 1000  # resamples of lm-eval for metrics that are not means
 
 
 class TaskResults(NamedTuple):
@@ -28,9 +28,10 @@ class TaskResults(NamedTuple):
 
 
 class RequestsOfTasks:
-    """Makes tasks keep the requests that they build for the first model, since most depend on no model.
+    """Makes tasks keep the requests that they build for the first model, since most do not depend on the model.
 
-    Some tasks of `eval/tasks/` fit their examples into a number of tokens. They are built again for another tokenizer.
+    Some tasks in `eval/tasks/` fit their examples into a number of tokens. Their requests are rebuilt for another
+    tokenizer.
 
     Args:
         suite (`Suite`): the opened tasks.
@@ -57,7 +58,7 @@ class _Built:
 
     def __init__(self, task: Any):
         self.task, self.build = task, task.build_all_requests
-        self.tokenizer = ""  # where requests depend on it
+        self.tokenizer = ""  # if requests depend on it
         self.built_for: str | None = None
 
     def __call__(self, **options: Any) -> None:
@@ -65,7 +66,7 @@ class _Built:
             self.task.set_fewshot_seed(FEWSHOT_SEED)  # the same examples each time
             self.build(**options)
             self.built_for = self.tokenizer
-        for request in self.task.instances:  # without the answers of the model before
+        for request in self.task.instances:  # without the answers of the previous model
             request.resps, request.filtered_resps = [], {}
 
 
@@ -75,7 +76,7 @@ def run_tasks(harness_model: Any, suite: Suite, limit: int | None, apply_chat_te
     Args:
         harness_model (`Any`): a model of lm-eval.
         suite (`Suite`): the opened tasks.
-        limit (`int`, *optional*): number of items per task, from the first.
+        limit (`int`, *optional*): number of items per task, in order.
         apply_chat_template (`bool`): whether each question is formatted as a user turn.
     """
     # Not `simple_evaluate`, which runs git and nvidia-smi to describe the machine, and sets all seeds.
@@ -123,7 +124,7 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, MetricScore]:
             continue
         error = values.get(f"{metric}_stderr,{selection}")
         scale = metric_scale(metric)
-        # lm-eval gives 0 where all or no items are right, although the score is not certain.
+        # lm-eval gives 0 if all or no items are right, although the score is uncertain.
         known = error if isinstance(error, int | float) and error > 0 else None
         found[_name(metric, selection)] = MetricScore(scale * float(value), known and scale * float(known))
     return found
@@ -134,7 +135,7 @@ def _name(metric: str, selection: str) -> str:
 
 
 def _bits(items: Sequence[ScoredItem]) -> dict[str, MetricScore]:
-    """Returns the mean over the items of the bits per byte of the right choice."""
+    """Returns the bits per byte of the right choice, averaged over the items."""
     bits = [item.metrics["bits_per_byte"] for item in items if "bits_per_byte" in item.metrics]
     if not bits:
         return {}
@@ -143,7 +144,7 @@ def _bits(items: Sequence[ScoredItem]) -> dict[str, MetricScore]:
 
 
 def _items(name: str, task: Any, metric: str, samples: Sequence[Mapping[str, Any]]) -> list[ScoredItem]:
-    """Returns the items of a task; lm-eval has a sample for each item and each selection of the answers."""
+    """Returns the items of a task; lm-eval has a sample for each item and each filter."""
     by_number: dict[int, list[Mapping[str, Any]]] = {}
     for sample in samples:
         by_number.setdefault(sample["doc_id"], []).append(sample)

@@ -1,6 +1,6 @@
-"""Answers of models that are not completely scored: JSON lines in a file next to the score file.
+"""Answers of models that are not completely scored yet: JSON lines in a file next to the score file.
 
-An interrupted evaluation repeats no request. The file is written after each forward pass, and removed when the score
+So a resumed evaluation repeats no request. The file is written after each forward pass, and removed when the score
 file has the complete rows of all models.
 """
 
@@ -19,12 +19,12 @@ Answer = list[float | bool] | str  # log-likelihood and whether it is greedy; or
 
 
 def request_key(kind: str, arguments: tuple[Any, ...]) -> str:
-    """Returns the hash of a request: its kind, its strings and its settings of generation."""
+    """Returns the hash of a request: its kind, its strings and its generation settings."""
     return hashlib.sha256(json.dumps([kind, *arguments], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def repeated_keys(kind: str, arguments: Iterable[tuple[Any, ...]]) -> list[str]:
-    """Returns a [`request_key`] for each request. Several samples of one request have their own answers."""
+    """Returns a [`request_key`] for each request. Several samples of one request have different keys."""
     repeats: dict[str, int] = {}
     keys = []
     for pair in arguments:
@@ -38,7 +38,7 @@ class KeptAnswers:
     """The answers of one model, as a mapping from [`request_key`].
 
     Args:
-        model (`str`): what identifies model and conditions.
+        model (`str`): identifies the model and its settings.
         answers (`dict`): those of an interrupted evaluation.
         file (`BinaryIO`, *optional*): file to append to; without one, nothing is kept after the process ends.
     """
@@ -56,7 +56,7 @@ class KeptAnswers:
         return self._answers[key]
 
     def add(self, answers: Mapping[str, Answer]) -> None:
-        """Keeps answers, which the operating system has when this returns."""
+        """Keeps answers. When this returns, they have been passed to the operating system."""
         self._answers.update(answers)
         if self._file:
             lines = [json.dumps({"model": self.model, "request": key, "answer": a}) for key, a in answers.items()]
@@ -65,7 +65,7 @@ class KeptAnswers:
 
 
 class AnswerFile:
-    """The kept answers of all models of a score file. Made by [`open_answers`], which locks the file."""
+    """The kept answers of all models of a score file. Created by [`open_answers`], which locks the file."""
 
     def __init__(self, path: Path | None, file: BinaryIO | None):
         self._file = file
@@ -75,7 +75,7 @@ class AnswerFile:
             file.truncate(size)  # a killed process may have written a part of a line
 
     def of_model(self, model: str) -> KeptAnswers:
-        """Returns the answers of a model, by a hash of everything that decides them apart from the request."""
+        """Returns the answers of a model, by a hash of everything that affects them, apart from the request."""
         return KeptAnswers(model, self._models.setdefault(model, {}), self._file)
 
     def discard(self, models: Iterable[str]) -> None:
@@ -105,7 +105,7 @@ def count_kept(output: Path) -> int:
 
 @contextlib.contextmanager
 def open_answers(output: Path | None) -> Iterator[AnswerFile]:
-    """Opens the file of kept answers, and locks it, so that no other process scores into the same output.
+    """Opens the file of kept answers, and locks it, so that no other process can write to the same output.
 
     Raises:
         InputError: if another process has it, or the file is damaged.
@@ -124,7 +124,7 @@ def open_answers(output: Path | None) -> Iterator[AnswerFile]:
 
 
 def _read(path: Path) -> tuple[dict[str, dict[str, Answer]], int]:
-    """Returns the answers by model and request, and the bytes of the file up to the end of its last complete line."""
+    """Returns the answers by model and request, and the size of the file up to the end of its last complete line."""
     whole, newline, _ = path.read_bytes().rpartition(b"\n")
     models: dict[str, dict[str, Answer]] = {}
     try:

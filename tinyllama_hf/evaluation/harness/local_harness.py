@@ -1,8 +1,8 @@
 """Our model for lm-eval: `tinyllama`, for any causal Llama that [`load`] reads.
 
-lm-eval defines prompts, choices and metrics. This model tokenizes each string once, reads what requests share once
-(see `prefix_tree`), generates with the engine of this package, and keeps its answers, so that an interrupted
-evaluation repeats nothing. It has the answers of lm-eval's own `hf` model.
+lm-eval defines prompts, choices and metrics. This model tokenizes each string once, reads shared prefixes once (see
+`prefix_tree`), generates with the engine of this package, and keeps its answers, so that a resumed evaluation repeats
+no request. Its answers equal those of lm-eval's own `hf` model.
 """
 
 import math
@@ -42,7 +42,7 @@ class EncodedTexts:
         self._ids: dict[str, list[int]] = {}
 
     def encode(self, texts: Iterable[str], encode_all: Callable[[list[str]], list[list[int]]]) -> dict[str, list[int]]:
-        """Returns the tokens of all strings so far; `encode_all` is called with those that are new."""
+        """Returns the tokens of all strings so far; `encode_all` is called for new ones."""
         if new := [text for text in dict.fromkeys(texts) if text not in self._ids]:
             self._ids.update(zip(new, encode_all(new), strict=True))
         return self._ids
@@ -50,7 +50,7 @@ class EncodedTexts:
 
 @register_model("tinyllama")
 class TinyLlamaHarness(HFLM):
-    """The model. lm-eval's command line creates it from `--model_args`.
+    """The model `tinyllama`. lm-eval's command line creates it from `--model_args`.
 
     Args:
         pretrained (`str` or `PreTrainedModel`): a folder, name or Hub id; or a loaded model.
@@ -59,13 +59,13 @@ class TinyLlamaHarness(HFLM):
         quantization (`str`, *optional*, defaults to `"none"`): quantization to apply while loading.
         dtype (`str`, *optional*, defaults to `"auto"`): dtype of the weights; `"auto"` is the saved one.
         device (`str`, *optional*, defaults to `"auto"`): the device to run on.
-        add_bos_token (`bool`, *optional*): whether requests start with the begin-of-sequence token; by default as the
-            tokenizer does.
+        add_bos_token (`bool`, *optional*): whether requests start with the begin-of-sequence token; by default that of
+            the tokenizer.
         max_length (`int`, *optional*): context in tokens; by default the model's.
         encoded (`EncodedTexts`, *optional*): shared by models with the same tokenizer.
-        kept (`KeptAnswers`, *optional*): answers of an interrupted evaluation, to which others are added.
+        kept (`KeptAnswers`, *optional*): answers of an interrupted evaluation; new ones are added.
         update (`Callable`, *optional*): called with `completed` and `total` numbers of requests.
-        batch_size, max_batch_size: ignored, for lm-eval's command line. Batches fit a number of tokens.
+        batch_size, max_batch_size: ignored, for lm-eval's command line. Batches are sized by tokens.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class TinyLlamaHarness(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, **options: Any
     ) -> list[tuple[float, bool]]:
-        """Answers requests that are tokenized, the windows of `loglikelihood_rolling`."""
+        """Answers tokenized requests: the windows of `loglikelihood_rolling`."""
         windows = [EncodedRequest(context, continuation) for _, context, continuation in requests]
         keys = [request_key("window", window) for window in windows]
         missing = {key: window for key, window in zip(keys, windows, strict=True) if key not in self.kept}
@@ -131,7 +131,7 @@ class TinyLlamaHarness(HFLM):
         def answered(answers: list[tuple[int, LikelihoodAnswer]], num_tokens: int) -> None:
             if bad := [number for number, answer in answers if not math.isfinite(answer.log_likelihood)]:
                 raise InputError(
-                    f"{len(bad)} of {len(answers)} log-likelihoods are not finite, first that of {texts[bad[0]]!r}. "
+                    f"{len(bad)} of {len(answers)} log-likelihoods are not finite, the first for {texts[bad[0]]!r}. "
                     "The weights are damaged or the training diverged; score another checkpoint"
                 )
             self.kept.add({keys[number]: list(answer) for number, answer in answers})
@@ -190,9 +190,9 @@ class TinyLlamaHarness(HFLM):
     def _generate(
         self, prompts: dict[int, str], missing: Collection[int], settings: dict[str, Any]
     ) -> Iterable[tuple[int, str]]:
-        """Yields number and text of each prompt that has no answer yet, when it is finished.
+        """Yields number and text of each prompt without an answer, as soon as it is finished.
 
-        All prompts are counted that are longer than the context has room for.
+        All prompts that do not fit in the context are counted.
         """
         wanted = generation_settings(settings, self.max_gen_toks)
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
@@ -210,7 +210,7 @@ class TinyLlamaHarness(HFLM):
 
 
 def generation_settings(settings: dict[str, Any], max_gen_toks: int) -> dict[str, Any]:
-    """Returns the settings of a task for generation in the normal form of lm-eval.
+    """Returns the generation settings of a task in lm-eval's normalized form.
 
     Raises:
         InputError: for settings that would be ignored.
@@ -228,7 +228,7 @@ def fit_request(request: EncodedRequest, max_length: int) -> EncodedRequest:
     """Truncates a request from the left, so that a model with a context of `max_length` tokens can answer it.
 
     Raises:
-        InputError: if the continuation alone is longer, or there is nothing to score or to score it after.
+        InputError: if the continuation alone is longer, or context or continuation is empty.
     """
     context, continuation = request
     if len(continuation) > max_length:
@@ -245,7 +245,7 @@ def fit_request(request: EncodedRequest, max_length: int) -> EncodedRequest:
 
 
 def prompt_room(max_length: int, max_gen_toks: int) -> int:
-    """Returns the number of tokens of a prompt that fit the context together with the generated tokens.
+    """Returns the maximum number of prompt tokens that fit in the context with the generated tokens.
 
     Raises:
         InputError: if no prompt fits.

@@ -1,10 +1,10 @@
-"""Log-likelihoods of many continuations, where what their contexts share is read once.
+"""Log-likelihoods of many continuations, where shared prefixes are read once.
 
-The requests are sorted by their tokens. In this order neighbors share the most, for example the choices of a question,
-or the solved examples before all questions of a subject. A *row* is a prefix tree of neighboring requests, written one
-branch after the other: each token is in it once, its position is its depth in the tree, and it attends to the tokens
-on the path from the root to itself. So a row is a forward pass of a plain causal model with its own `position_ids` and
-attention mask. No token attends to one that is written after it.
+The requests are sorted by their tokens. In this order neighbors share the longest prefixes, for example the question
+of several choices, or the few-shot examples of all questions of a subject. A *row* is a prefix tree of neighboring
+requests, written one branch after another: it has each token once, the position of a token is its depth in the tree,
+and a token attends to those on the path from the root to itself. So a plain causal model can read a row in one forward
+pass, with `position_ids` and an attention mask. No token attends to a later one in the row.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ from ...errors import InputError
 
 # Tokens of a forward pass.
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384, "mps": 8192}
-# Tokens of a row. Longer rows repeat less of the shared contexts: of the seven tasks, rows of 512 read a tenth fewer
+# Tokens of a row. Longer rows repeat less of the shared contexts: on the seven tasks, rows of 512 read a tenth fewer
 # tokens than rows of 256. With rows of n tokens, attention costs about n / (6 * hidden_size) of the rest, which in
 # small models grows by more than a tenth.
 _TOKENS_PER_ROW, _TOKENS_PER_LONG_ROW, _HIDDEN_SIZE_OF_LONG_ROWS = 256, 512, 512
-# Elements of the logits that are in memory at a time: 128 MB in fp32.
+# Maximum number of logits in memory: 128 MB in fp32.
 _LOGITS = 1 << 25
 PREFIX_TREE = "prefix_tree"  # `attn_implementation` for rows
-_QUERIES = 64  # of a call of sdpa; 128 were slower
+_QUERIES = 64  # per call of sdpa; 128 were slower
 
 
 class EncodedRequest(NamedTuple):
@@ -42,7 +42,7 @@ class EncodedRequest(NamedTuple):
 
 
 class LikelihoodAnswer(NamedTuple):
-    """Log-likelihood of a continuation in nats, and whether greedy decoding would write it."""
+    """Log-likelihood of a continuation in nats, and whether greedy decoding would generate it."""
 
     log_likelihood: float
     is_greedy: bool
@@ -53,7 +53,7 @@ class TreeRow(NamedTuple):
 
     Attributes:
         tokens (`list[int]`): `[num_tokens]`, each after its parent.
-        parents (`list[int]`): `[num_tokens]`, index of the token before; -1 for the first token of a sequence.
+        parents (`list[int]`): `[num_tokens]`, index of the previous token; -1 for the first token of a sequence.
         scored (`list[tuple[int, list[int]]]`): for each request, its number and the indices of the tokens that predict
             its continuation.
     """
@@ -74,7 +74,7 @@ class TreeRow(NamedTuple):
         size = len(self.tokens)
         mask = torch.eye(size, dtype=torch.bool)
         start = 0
-        while start < size:  # a branch at a time: tokens that follow each other
+        while start < size:  # a branch at a time: consecutive tokens
             end = start + 1
             while end < size and self.parents[end] == end - 1:
                 end += 1
@@ -88,9 +88,9 @@ class TreeRow(NamedTuple):
 def tree_rows(requests: Sequence[EncodedRequest], tokens_per_row: int = _TOKENS_PER_ROW) -> list[TreeRow]:
     """Puts requests into rows, the longest row first.
 
-    A row has at most `tokens_per_row` tokens, or twice those of its first request, so that a long context is read for
-    many requests. It ends where the next request shares the least with it, among the places at which the row is at
-    least half full.
+    A row has at most `tokens_per_row` tokens, or twice those of its first request if that is more, so that a long
+    context is read for many requests. Among the places where the row is at least half full, it ends where the next
+    request shares the least with it.
     """
     inputs = [[*context, *continuation][:-1] for context, continuation in requests]
     order = sorted(range(len(requests)), key=inputs.__getitem__)
@@ -121,7 +121,7 @@ def _num_shared(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def _row(requests: Sequence[EncodedRequest], inputs: Sequence[list[int]], numbers: Sequence[int]) -> TreeRow:
-    """Returns the tree of requests that are given in the order of their tokens."""
+    """Returns the tree of requests, which must be sorted by their tokens."""
     row = TreeRow([], [], [])
     path: list[int] = []  # index in the row of each token of the last sequence
     last: list[int] = []
@@ -146,9 +146,9 @@ def prefix_tree_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of rows; on a CPU a block of queries at a time, with the keys up to its end.
+    """Attention of rows; on a CPU, for a block of queries at a time, with the keys up to its end.
 
-    There sdpa with a mask computes all pairs of tokens, twice as many as are needed. On a GPU blocks only add calls.
+    On a CPU, sdpa with a mask computes all pairs of tokens, twice as many as needed. On a GPU, blocks only add calls.
 
     Args:
         query (`torch.Tensor`): `[rows, heads, tokens, head_dim]`.
@@ -171,7 +171,7 @@ AttentionInterface.register(PREFIX_TREE, prefix_tree_attention)
 
 @contextlib.contextmanager
 def _attention_of_rows(model: PreTrainedModel) -> Iterator[None]:
-    """Makes a model compute the attention of rows. Its own may not take their mask; that of eager is a sum."""
+    """Makes a model use [`prefix_tree_attention`]. Its own may not accept this mask; eager expects one to add."""
     before = model.config._attn_implementation
     model.set_attn_implementation(PREFIX_TREE)
     try:
@@ -185,16 +185,16 @@ def score_requests(
     requests: Sequence[EncodedRequest],
     answered: Callable[[list[tuple[int, LikelihoodAnswer]], int], Any],
 ) -> None:
-    """Scores requests in batches of rows. A batch that does not fit the memory of a GPU is divided.
+    """Scores requests in batches of rows. A batch that does not fit in the memory of a GPU is split.
 
     Args:
         model (`PreTrainedModel`): a causal language model in evaluation mode.
         requests (`Sequence[EncodedRequest]`): none longer than the context of the model plus one.
         answered (`Callable`): called after each forward pass with the numbers of requests and their answers, and the
-            number of tokens that were read.
+            number of tokens read.
 
     Raises:
-        InputError: if a single row does not fit the memory.
+        InputError: if a single row does not fit in memory.
     """
     is_wide = model.config.hidden_size >= _HIDDEN_SIZE_OF_LONG_ROWS
     rows = tree_rows(requests, _TOKENS_PER_LONG_ROW if is_wide else _TOKENS_PER_ROW)
@@ -205,7 +205,7 @@ def score_requests(
         answers = _try_rows(model, batch, requests)
         if answers is None:
             budget = sum(len(row.tokens) for row in batch) // 2
-            torch.cuda.empty_cache()  # not while the error is handled, which holds the tensors of the batch
+            torch.cuda.empty_cache()  # outside the handler, since the error holds the tensors of the batch
             continue
         answered(answers, sum(len(row.tokens) for row in batch))
         start += len(batch)
@@ -214,7 +214,7 @@ def score_requests(
 def _try_rows(
     model: PreTrainedModel, rows: Sequence[TreeRow], requests: Sequence[EncodedRequest]
 ) -> list[tuple[int, LikelihoodAnswer]] | None:
-    """Returns the answers of rows; `None` if the GPU has no memory for them, but might for fewer rows."""
+    """Returns the answers of rows; `None` if the GPU has no memory for them, but may have for fewer rows."""
     try:
         with _attention_of_rows(model):
             return _score_rows(model, rows, requests)
@@ -222,8 +222,8 @@ def _try_rows(
         if len(rows) > 1:
             return None
         raise InputError(
-            f"a row of {len(rows[0].tokens)} tokens does not fit the memory of {model.device}. Use --quantization, or "
-            "a device with more memory"
+            f"a row of {len(rows[0].tokens)} tokens does not fit in the memory of {model.device}. Use --quantization, "
+            "or a device with more memory"
         ) from error
 
 
@@ -232,7 +232,7 @@ def _score_rows(
     model: PreTrainedModel, rows: Sequence[TreeRow], requests: Sequence[EncodedRequest]
 ) -> list[tuple[int, LikelihoodAnswer]]:
     device, longest = model.device, len(rows[0].tokens)
-    mask = torch.eye(longest, dtype=torch.bool).repeat(len(rows), 1, 1)  # also padding, whose outputs would be NaN
+    mask = torch.eye(longest, dtype=torch.bool).repeat(len(rows), 1, 1)  # for padding too: its outputs would be NaN
     for own, row in zip(mask, rows, strict=True):
         own[: len(row.tokens), : len(row.tokens)] = row.mask()
     states = model.get_decoder()(
@@ -265,7 +265,7 @@ def _token_scores(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the log-probability of each target at its place, and whether it is the most likely token.
 
-    The head is applied once per place, and a part of the places at a time.
+    The head is applied once per place, in chunks of places.
 
     Args:
         states (`torch.Tensor`): `[positions, hidden_size]`.

@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible server: its name, and what the server can answer."""
+"""A model behind an OpenAI-compatible server: its name, and the requests that the server supports."""
 
 import asyncio
 import dataclasses
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 # Its number of tokens differs between most vocabularies.
 _TOKENIZER_TEXT = "In 1969, the café sold 1,234 rolls — naïve prices!\n\n    def f(x):\n\treturn {x: 'déjà vu'}  #"
 _PROMPTS = ("The capital of France is", "Once upon a time, there was", "1, 2, 3, 4, 5,")
-_TOLERANCE = 1e-2  # nats between the two log-probabilities of one token; bf16 differs between two batchings
-_CERTAIN = -0.05  # above, a token proves nothing: a server could answer 0 for all
+_TOLERANCE = 1e-2  # nats between two log-probabilities of one token; in bf16 they vary with the batch
+_CERTAIN = -0.05  # a token above this cannot be used for the check: a server could answer 0 for all
 _MOST_TOKENS = 4  # with the same text
-_REFUSED = (400, 415, 422, 500, 501)  # of a prompt of token ids, by servers that take text only
+_REFUSED = (400, 415, 422, 500, 501)  # by servers that accept only text, for a prompt of token ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +40,8 @@ class ServedModel:
         name (`str`): name of the model on the server.
         folder (`Path`): folder with its tokenizer and `config.json`.
         tokenizer (`str`): fingerprint of the tokenizer.
-        context_length (`int`): context in tokens, the smaller one of the model's and the server's.
-        takes_tokens (`bool`): whether prompts can be token ids. Otherwise text is sent, and the server decides on
+        context_length (`int`): context in tokens, the smaller of the model's and the server's.
+        takes_tokens (`bool`): whether prompts can be token ids. Otherwise, text is sent, and the server decides on
             begin-of-sequence.
         no_choices (`str`): why the server cannot score multiple choice, or `""`.
     """
@@ -61,13 +61,13 @@ class ServedModel:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of what identifies the model. The weights are not known."""
+        """Hash of the known properties of the model. The weights are not known."""
         known = [self.address, self.name, self.tokenizer, self.takes_tokens]
         return provenance.fingerprint(["server", *known])
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """The fields of a `Protocol` that the server decides."""
+        """The fields of a `Protocol` that the server determines."""
         return {"context_length": self.context_length, "dtype": SERVER_DTYPE}
 
     def harness(self, harness: str) -> str:
@@ -75,26 +75,26 @@ class ServedModel:
         return f"{harness} local-completions, {'token' if self.takes_tokens else 'text'} prompts"
 
     def define(self, definition: ProtocolDefinition) -> ProtocolDefinition:
-        """Returns a protocol without the settings that the server decides."""
+        """Returns a protocol without the settings that the server determines."""
         return definition if self.takes_tokens else dataclasses.replace(definition, add_bos_token=None)
 
     def check_tasks(self, kinds: Mapping[str, str]) -> None:
         """Checks that the server can answer the requests of tasks, given their `OUTPUT_TYPE` in lm-eval.
 
         Raises:
-            InputError: names the tasks that it cannot answer.
+            InputError: if it cannot; the message names the tasks.
         """
         affected = [task for task, kind in kinds.items() if kind != "generate_until"]
         if affected and self.no_choices:
             raise InputError(
                 f"{', '.join(affected)}: multiple choice needs log-probabilities of the prompt, which this server "
                 f"does not return (llama.cpp's server does not; vLLM does). {self.address}: {self.no_choices}. Use "
-                "another server, score the folder itself, or name tasks that generate with --task"
+                "another server, score the folder itself, or choose tasks that generate text with --task"
             )
 
 
 def find_served_model(model: str, server: str, server_model: str | None = None) -> ServedModel:
-    """Finds a model on a server, and what the server can answer.
+    """Finds a model on a server, and the requests that the server supports.
 
     Args:
         model (`str`): folder, released name or Hub id, for tokenizer and configuration. It needs no weights.
@@ -102,7 +102,7 @@ def find_served_model(model: str, server: str, server_model: str | None = None) 
         server_model (`str`, *optional*): name of the model on the server; by default the only one.
 
     Raises:
-        InputError: if the server does not answer, has no such model, or another tokenizer.
+        InputError: if the server does not answer, has no such model, or has another tokenizer.
     """
     address = api_address(server)
     folder = local_folder(model, (*TOKENIZER_FILES, "config.json"))
@@ -148,7 +148,7 @@ class _Probe:
         self.session, self.url, self.name, self.tokenizer = session, f"{address}/completions", name, tokenizer
 
     async def ask(self, prompt: str | list[int], **settings: Any) -> tuple[dict[str, Any], int | None]:
-        """Returns the completion of a prompt, and its number of tokens if the server tells it."""
+        """Returns the completion of a prompt, and the number of prompt tokens if the server reports it."""
         payload = {"model": self.name, "prompt": prompt, "max_tokens": 1, "temperature": 0, **settings}
         answer = await request_json(self.session, self.url, payload)
         usage = answer.get("usage")
@@ -161,9 +161,9 @@ class _Probe:
     async def check_tokenizer(self, model: str) -> None:
         _, count = await self.ask(_TOKENIZER_TEXT)
         own = len(self.encode(_TOKENIZER_TEXT))
-        if count is not None and count not in (own, own + 1):  # with begin-of-sequence, or without
+        if count is not None and count not in (own, own + 1):  # with or without begin-of-sequence
             raise InputError(
-                f"{self.url}: the server reads {count} tokens in a text that has {own} for the tokenizer of {model}. "
+                f"{self.url}: the server counts {count} tokens in a text that has {own} with that of {model}. "
                 "MODEL must have the tokenizer of the model on the server"
             )
 
@@ -181,8 +181,7 @@ class _Probe:
     async def why_no_choices(self) -> str:
         """Returns why the log-probabilities of a prompt cannot be used, or `""`.
 
-        A token that the model generates and its log-probability are known; at the end of an echoed prompt, it must
-        have the same one.
+        A token that the model generates must have the same log-probability at the end of an echoed prompt.
         """
         try:
             for prompt in _PROMPTS:
@@ -198,8 +197,8 @@ class _Probe:
                     found.append(prompt_log_probabilities(echoed, len(ids) + 1)[-1])
                     if abs(found[-1] - known) <= _TOLERANCE:
                         return ""
-                return f"it gives a token {known:.3f} as the next one, and {found[0]:.3f} in an echoed prompt"
-            return f"its next tokens after {', '.join(map(repr, _PROMPTS))} prove nothing"
+                return f"a token has log-probability {known:.3f} when generated, {found[0]:.3f} in an echoed prompt"
+            return f"its next tokens after {', '.join(map(repr, _PROMPTS))} cannot be used to check this"
         except NoLogProbabilities as problem:
             return str(problem)
         except ServerFailure as failure:
@@ -208,7 +207,7 @@ class _Probe:
             return f"it refuses to echo a prompt with log-probabilities (status {failure.status})"
 
     def _find_tokens(self, ids: list[int], text: Any) -> list[int]:
-        """Returns the tokens that add this text after other tokens; also those with a space that servers remove."""
+        """Returns the tokens that add this text after other tokens, also those with a space that servers remove."""
         if not isinstance(text, str) or not text:
             return []
         wanted = self._decode(ids) + text
@@ -228,11 +227,11 @@ def prompt_log_probabilities(choice: Mapping[str, Any], count: int) -> list[floa
     """Returns the log-probabilities of the tokens of a prompt; 0 for the first of several, which has none.
 
     Args:
-        choice (`dict`): the completion, with `echo`; or without a prompt, and the only token of the completion.
-        count (`int`): number of tokens. A completion may have one more, which was generated after the prompt.
+        choice (`dict`): the completion, with `echo`, or without it for the only token of the completion.
+        count (`int`): number of tokens. A completion may have one more, generated after the prompt.
 
     Raises:
-        NoLogProbabilities: if they are missing, another number, or not numbers.
+        NoLogProbabilities: if they are missing, too few or too many, or not numbers.
     """
     fields = choice.get("logprobs")
     values, tops = ((fields or {}).get(key) for key in ("token_logprobs", "top_logprobs"))

@@ -1,7 +1,7 @@
-"""A model behind an OpenAI-compatible server for lm-eval, on its own `local-completions`.
+"""lm-eval model for an OpenAI-compatible server, based on lm-eval's `local-completions`.
 
-lm-eval makes the requests and reads the answers. This model tokenizes as lm-eval's `hf` model does, checks every
-answer, reports failures in one message, and keeps its answers, so that an interrupted evaluation repeats nothing.
+lm-eval creates the requests and reads the answers. This model tokenizes as lm-eval's `hf` model does, checks every
+answer, reports failures in one message, and keeps its answers, so that a resumed evaluation repeats no request.
 """
 
 import asyncio
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
 
 NUM_CONCURRENT = 8
 ATTEMPTS = 5
-FIRST_WAIT = 1.0  # seconds before the second attempt; twice as many before each one after it
+FIRST_WAIT = 1.0  # seconds before the second attempt; doubled before each later one
 _MAX_GEN_TOKS = 256  # lm-eval's default
 _SEED = 1234  # lm-eval's own
 
 
 class ServerHarness(LocalCompletionsAPI):
-    """The model.
+    """The model behind a server.
 
     Args:
         served (`ServedModel`): the model on its server.
-        add_bos_token (`bool`, *optional*): whether requests start with the begin-of-sequence token; by default as the
-            tokenizer does.
-        kept (`KeptAnswers`): answers of an interrupted evaluation, to which others are added.
+        add_bos_token (`bool`, *optional*): whether requests start with the begin-of-sequence token; by default that of
+            the tokenizer.
+        kept (`KeptAnswers`): answers of an interrupted evaluation; new ones are added.
         update (`Callable`): called with `completed` and `total` numbers of requests.
-        note (`Callable`): called with a message about requests that failed and are sent again.
+        note (`Callable`): called with messages about failed requests that are sent again.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class ServerHarness(LocalCompletionsAPI):
         super().__init__(
             base_url=f"{served.address}/completions",
             model=served.name,
-            tokenizer_backend="none",  # it would load another kind of tokenizer
-            max_length=served.context_length,  # it subtracts the token that a server generates after the prompt
+            tokenizer_backend="none",  # lm-eval would load another kind of tokenizer
+            max_length=served.context_length,  # lm-eval subtracts the token that a server generates after the prompt
             num_concurrent=NUM_CONCURRENT,
         )
         self.tokenizer_backend, self.tokenizer = "huggingface", stock_tokenizer(served.folder)
@@ -66,7 +66,7 @@ class ServerHarness(LocalCompletionsAPI):
         self.add_bos_token, self.kept, self.update, self.note = add_bos_token, kept, update, note
         self.num_cut = 0
         self._noted: set[str] = set()
-        self._names: dict[str, str] = {}  # keys of answers, by those of the requests with the settings of the server
+        self._names: dict[str, str] = {}  # keys of answers, by keys of the requests with the server's settings
 
     def tok_encode(self, string: Any, left_truncate_len: Any = None, add_special_tokens: Any = None, **_: Any) -> Any:
         """Returns the tokens of a string, or of each of several, as lm-eval's `hf` model does."""
@@ -78,7 +78,7 @@ class ServerHarness(LocalCompletionsAPI):
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Returns the text of a conversation. lm-eval's own returns no text where requests are not tokenized."""
+        """Returns the text of a conversation. lm-eval's own returns no text if requests are not tokenized."""
         return str(
             self.tokenizer.apply_chat_template(
                 chat_history,
@@ -97,7 +97,7 @@ class ServerHarness(LocalCompletionsAPI):
         return list(super().loglikelihood_rolling(requests, disable_tqdm=True))
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **options: Any) -> list[tuple[float, bool]]:
-        """Answers requests for log-likelihoods that are tokenized. lm-eval calls it for all kinds of them."""
+        """Answers tokenized requests for log-likelihoods. lm-eval calls it for all kinds of them."""
         waiting, keys = {}, []
         for pair, context, continuation in requests:
             # A window of `loglikelihood_rolling` has no pair of strings.
@@ -120,7 +120,7 @@ class ServerHarness(LocalCompletionsAPI):
             text, given = request.args
             settings = generation_settings(given, _MAX_GEN_TOKS)
             settings["until"] = [stop for stop in settings["until"] if stop]
-            # Several samples of one request have seeds of their own.
+            # Each sample of a request has its own seed.
             settings["seed"] = _SEED + int(key.partition("/")[2] or 0)
             room = prompt_room(self.max_length, settings["max_gen_toks"])
             self.num_cut += self.tokenized_requests and len(self.tok_encode(text)) > room
@@ -141,10 +141,10 @@ class ServerHarness(LocalCompletionsAPI):
         gen_kwargs: dict[str, Any] | None = None,
         **_: Any,
     ) -> list[list[Any]]:
-        """Sends requests and returns their answers. Replaces lm-eval's, which hides the answers that are errors.
+        """Sends requests and returns their answers. Replaces lm-eval's method, which hides errors.
 
         Raises:
-            ServerFailure: for the first request that fails in all attempts. The answers of others are kept.
+            ServerFailure: for the first request that fails in all attempts. The other answers are kept.
         """
         lengths = ctxlens or [0] * len(requests)
         limit = asyncio.Semaphore(NUM_CONCURRENT)
@@ -175,11 +175,11 @@ class ServerHarness(LocalCompletionsAPI):
     async def _send(
         self, session: "ClientSession", prompt: Any, context_length: int, settings: dict[str, Any] | None
     ) -> str | tuple[float, bool]:
-        """Returns the answer to a request: the text for settings of generation, else the log-likelihood."""
+        """Returns the answer to a request: the text if there are generation settings, else the log-likelihood."""
         payload = self._create_payload(
             prompt,
             generate=settings is not None,
-            gen_kwargs=copy.deepcopy(settings),  # it removes fields
+            gen_kwargs=copy.deepcopy(settings),  # the method removes fields
             seed=_SEED,
             eos=self.eos_string,
         )
@@ -188,22 +188,22 @@ class ServerHarness(LocalCompletionsAPI):
         choice = single_completion(url, output)
         if settings is not None:
             if not isinstance(text := choice.get("text"), str):
-                raise ServerFailure(f"{url}: a completion has no text. Look at the log of the server", may_pass=False)
+                raise ServerFailure(f"{url}: a completion has no text. Check the log of the server", may_pass=False)
             return str(postprocess_generated_text(text, settings["until"], None))
         try:
             prompt_log_probabilities(choice, len(prompt))
         except NoLogProbabilities as problem:
             raise ServerFailure(
-                f"{url}: a request of {len(prompt)} tokens: {problem}. Look at the log of the server", may_pass=False
+                f"{url}: a request of {len(prompt)} tokens: {problem}. Check the log of the server", may_pass=False
             ) from None
         for name, values in choice["logprobs"].items():
-            if isinstance(values, list) and len(values) == len(prompt):  # without the end-of-sequence it generated
+            if isinstance(values, list) and len(values) == len(prompt):  # the generated end-of-sequence is missing
                 choice["logprobs"][name] = [*values, None]  # lm-eval removes the last one
         likelihood, is_greedy = self.parse_logprobs([output], ctxlens=[context_length])[0]
         return float(likelihood), bool(is_greedy)
 
     def _note_failure(self, state: RetryCallState) -> None:
-        """Tells about an attempt that failed, once for the requests that fail at the same time."""
+        """Reports a failed attempt, once for all requests that fail at the same time."""
         failure = state.outcome.exception() if state.outcome else None
         line = f"{failure}; attempt {state.attempt_number} of {ATTEMPTS} failed, sending it again"
         if line not in self._noted:

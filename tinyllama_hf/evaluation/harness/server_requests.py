@@ -1,4 +1,4 @@
-"""Requests to an OpenAI-compatible server, with one message for each way in which they can fail."""
+"""Requests to an OpenAI-compatible server, with a message for each kind of failure."""
 
 import asyncio
 import contextlib
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from aiohttp import ClientSession
 
 
-TIMEOUT = 600  # seconds for a request, of which a busy server spends most in its queue
+TIMEOUT = 600  # seconds for a request, which may spend most of them in the queue of a busy server
 _CONNECT_TIMEOUT = 20
 _LONGEST_QUOTE = 200  # characters of a server's answer in a message
-_LATER = (408, 429)  # with 5xx, the states in which the same request may work later
+_LATER = (408, 429)  # like 5xx, statuses after which the same request may succeed later
 
 
 class ServerFailure(InputError):
@@ -26,7 +26,7 @@ class ServerFailure(InputError):
 
     Attributes:
         status (`int`, *optional*): HTTP status, if the server answered.
-        may_pass (`bool`): whether the same request may work later.
+        may_pass (`bool`): whether the same request may succeed later.
     """
 
     def __init__(self, message: str, status: int | None = None, may_pass: bool = True):
@@ -42,7 +42,7 @@ def api_address(server: str) -> str:
     """
     parts = urlsplit(server)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise InputError(f"--server {server}: is not the address of a server. Use http://HOST:PORT")
+        raise InputError(f"--server {server}: not the address of a server. Use http://HOST:PORT")
     if parts.username is not None:
         raise InputError("--server: remove user and password. The key is read from the variable OPENAI_API_KEY")
     address = server.rstrip("/").removesuffix("/completions").removesuffix("/models").rstrip("/")
@@ -65,7 +65,7 @@ async def request_json(session: "ClientSession", url: str, payload: dict[str, An
     """Sends a request, POST if there is a payload, and returns the JSON object of the answer.
 
     Raises:
-        ServerFailure: if the server cannot be reached, stops, or answers an error or anything else.
+        ServerFailure: if the server cannot be reached, stops, or returns an error or anything but a JSON object.
     """
     from aiohttp import ClientConnectorError, ClientError, InvalidURL
 
@@ -79,12 +79,12 @@ async def request_json(session: "ClientSession", url: str, payload: dict[str, An
         ) from error
     except TimeoutError as error:
         raise ServerFailure(
-            f"{url}: no answer within {TIMEOUT} seconds. Look at the log of the server, and start it again"
+            f"{url}: no answer within {TIMEOUT} seconds. Check the log of the server, and restart it"
         ) from error
     except (ClientError, OSError, asyncio.IncompleteReadError) as error:
         raise ServerFailure(
-            f"{url}: the connection was closed in the middle of a request ({one_line(error)}). Look at the log of the "
-            "server, and start it again"
+            f"{url}: the connection was closed during a request ({one_line(error)}). Check the log of the server, and "
+            "restart it"
         ) from error
     quote = _first_line(body)
     if status >= 400:
@@ -119,7 +119,7 @@ def _parse(url: str, body: str, quote: str) -> dict[str, Any]:
             f"{url}: the answer is not a JSON object ({quote}). --server must be the address of an OpenAI-compatible "
             "API"
         )
-    if answer.get("error"):  # some servers answer errors with status 200
+    if answer.get("error"):  # some servers return errors with status 200
         raise ServerFailure(f"{url}: error {json.dumps(answer['error'])[:_LONGEST_QUOTE]}. {_fix(500)}", 200)
     return answer
 
@@ -130,8 +130,8 @@ def _fix(status: int) -> str:
     if status == 404:
         return "Correct --server, or --server-model if the server does not have this model"
     if status >= 500 or status in _LATER:
-        return "Look at the log of the server, and start it again if it stopped"
-    return "The server does not accept this request; look at its log"
+        return "Check the log of the server, and restart it if it has stopped"
+    return "The server does not accept this request; check its log"
 
 
 def _first_line(body: str) -> str:

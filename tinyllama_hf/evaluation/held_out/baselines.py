@@ -1,4 +1,4 @@
-"""N-gram models fitted on the text that each milestone of a run was trained on, as baselines for its bits per byte."""
+"""N-gram models fitted to the text that each milestone of a run was trained on, as baselines for its bits per byte."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ def fit_baselines(
     held_out: Sequence[HeldOut],
     known: Sequence[BaselineRow] = (),
 ) -> Iterator[list[BaselineRow]]:
-    """Fits n-gram models on the text that each milestone was trained on, without repeated epochs.
+    """Fits n-gram models to the text that each milestone was trained on, without repeated epochs.
 
     Yields the rows of all milestones so far. Rows in `known` are reused.
     """

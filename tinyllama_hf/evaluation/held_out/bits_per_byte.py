@@ -1,7 +1,7 @@
-"""Bits per byte on held-out documents: comparable between tokenizers, and with n-gram models.
+"""Bits per byte on held-out documents, which is comparable across tokenizers and with n-gram models.
 
-Each document is scored by itself, starting with the begin-of-sequence token. Every token of its text is scored once,
-with at least half a context before it where the document is long enough. Begin- and end-of-sequence are not scored.
+Each document is scored separately, starting with the begin-of-sequence token. Every token of its text is scored once,
+with at least half a context before it if the document is long enough. Begin- and end-of-sequence are not scored.
 The bits of all documents are summed and divided by their UTF-8 bytes.
 
 Documents are read as a stream. Memory is bounded by the longest document, [`BUFFER_TOKENS`], the tokens of a batch and
@@ -25,7 +25,7 @@ from .text_windows import Window, count_in_batch, sorted_buffers, windows
 
 
 BUFFER_TOKENS = 1 << 19
-# Tokens of a batch, and logits that are computed at once. A CPU is as fast with few, and needs little memory.
+# Tokens of a batch, and logits computed at once. On a CPU small numbers are as fast, and need less memory.
 BATCH_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 16}
 HEAD_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}
 
@@ -43,15 +43,15 @@ def score_documents(
         model (`PreTrainedModel`): a causal Llama.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
         held_out (`Sequence[HeldOut]`): the documents, by data set.
-        batch_tokens (`int`, *optional*): the most tokens of a forward pass, padding included. A window is never
-            split, so a batch has at least one. Halved when a GPU runs out of memory.
+        batch_tokens (`int`, *optional*): maximum number of tokens of a forward pass, padding included. A window is
+            never split, so a batch has at least one. Halved when a GPU runs out of memory.
         update (`Callable`): called with `completed` and `total` numbers of UTF-8 bytes, as `rich.Progress.update`.
 
     Returns:
         `tuple[BitsPerByte, TextProtocol]`: the scores, and the settings that affect them.
 
     Raises:
-        InputError: if the tokenizer has no begin-of-sequence token, or one window does not fit the memory of the GPU.
+        InputError: if the tokenizer has no begin-of-sequence token, or one window does not fit in GPU memory.
     """
     if tokenizer.bos_token_id is None:
         raise InputError(
@@ -98,11 +98,11 @@ def summarize(nats: Sequence[float], held_out: Sequence[HeldOut]) -> BitsPerByte
 
 
 class _WindowScorer:
-    """Computes the negative log-likelihood of windows, in batches that fit the memory.
+    """Computes the negative log-likelihood of windows, in batches that fit in memory.
 
     Args:
         model (`PreTrainedModel`): a causal Llama.
-        batch_tokens (`int`, *optional*): the most tokens of a batch; default by device.
+        batch_tokens (`int`, *optional*): maximum number of tokens of a batch; the default depends on the device.
     """
 
     def __init__(self, model: PreTrainedModel, batch_tokens: int | None = None):
@@ -119,13 +119,13 @@ class _WindowScorer:
             values = self._try(batch)
             if values is None:
                 self.batch_tokens = count * batch[0].num_inputs // 2
-                torch.cuda.empty_cache()  # outside of the handler, whose exception holds the tensors
+                torch.cuda.empty_cache()  # outside the handler, since the exception holds the tensors
                 continue
             yield from zip(batch, values, strict=True)
             start += count
 
     def _try(self, batch: Sequence[Window]) -> list[float] | None:
-        """Returns the values of a batch; `None` if the GPU has no memory for it, but might for a smaller one."""
+        """Returns the values of a batch; `None` if the GPU has no memory for it, but may have for a smaller one."""
         try:
             return self._negative_log_likelihoods(batch)
         except torch.OutOfMemoryError as error:
@@ -139,7 +139,7 @@ class _WindowScorer:
     @torch.inference_mode()
     def _negative_log_likelihoods(self, batch: Sequence[Window]) -> list[float]:
         """Returns the negative log-likelihood, in nats, of the scored tokens of each window."""
-        # Padded on the right: with causal attention, no scored token attends to padding.
+        # Padded on the right, so that with causal attention no scored token attends to padding.
         tokens = pad_sequence([torch.from_numpy(window.tokens) for window in batch], batch_first=True)
         inputs = tokens[:, :-1].to(self._model.device)
         hidden = self._model.base_model(input_ids=inputs, use_cache=False).last_hidden_state

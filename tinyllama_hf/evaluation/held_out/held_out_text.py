@@ -1,9 +1,9 @@
 """The held-out documents of prepared data sets: all of them as a stream, or a fixed sample.
 
 A sample consists of the documents with the lowest hashes of their text, up to a number of UTF-8 bytes; the last one is
-cut at a character. So it is the same for every model and tokenizer, for any order of the documents and any number of
-files. `prepare` holds out documents by the same hash: data sets from the same rows have the same sample for every
-`--validation-fraction` that holds out more than the sample.
+truncated at a character boundary. So it is the same for every model and tokenizer, for any order of the documents and
+any number of files. `prepare` holds out documents by the same hash: data sets from the same rows have the same sample
+for every `--validation-fraction` that holds out more than the sample.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ def parse_max_bytes(value: str) -> int | None:
 def held_out_source(folder: str | Path, max_bytes: int | None = None) -> TextSource:
     """Returns the held-out text of a data set without reading it.
 
-    Of a sample, only the largest number of bytes is known then; `documents` counts all.
+    For a sample, only the maximum number of bytes is known before reading; `documents` counts all.
 
     Args:
         folder (`str` or `Path`): the prepared data set.
@@ -83,15 +83,15 @@ def held_out_source(folder: str | Path, max_bytes: int | None = None) -> TextSou
 def held_out_documents(folder: str | Path, max_bytes: int | None = None) -> HeldOut:
     """Returns the documents that `tinyllama-hf prepare` held out, or the sample of them.
 
-    A sample is kept in memory for the life of the process, since training scores on it at every milestone.
+    A sample is kept in memory until the process ends, since training scores on it at every milestone.
 
     Args:
         folder (`str` or `Path`): the prepared data set.
         max_bytes (`int`, *optional*): size of the sample; by default everything.
 
     Raises:
-        InputError: as [`held_out_source`]; if a file is missing, or the first character is longer than the sample. A
-            damaged file is named when it is read.
+        InputError: as [`held_out_source`]; if a file is missing, or the sample is smaller than the first character.
+            Damaged files are reported when they are read.
     """
     source = held_out_source(folder, max_bytes)
     if source.max_bytes is None:
@@ -104,11 +104,11 @@ def held_out_documents(folder: str | Path, max_bytes: int | None = None) -> Held
 
 
 def choose_sample(texts: Iterable[str], max_bytes: int) -> tuple[str, ...]:
-    """Returns the texts with the lowest hashes, in that order. Holds `max_bytes` and one text in memory.
+    """Returns the texts with the lowest hashes, in that order. Keeps `max_bytes` and one text in memory.
 
     Args:
         texts (`Iterable[str]`): all texts, in any order.
-        max_bytes (`int`): UTF-8 bytes of the sample. The last text is cut to it, at a character.
+        max_bytes (`int`): UTF-8 bytes of the sample. The last text is truncated to fit, at a character boundary.
     """
     kept: list[tuple[int, bytes]] = []  # a heap, the highest hash first
     size = 0
@@ -129,7 +129,7 @@ class _Documents:
 
     def __init__(self, folder: Path):
         self._folder, self._shards = folder, _held_out_shards(read_metadata(folder))
-        for shard in self._shards:  # before hours of scoring
+        for shard in self._shards:  # now, not after hours of scoring
             if not (file := _text_file(folder, shard)).is_file():
                 raise InputError(
                     f"{file}: the file is missing; {METADATA_FILE} lists {shard.documents} documents. Prepare the "
@@ -151,7 +151,7 @@ class _Documents:
 
 @functools.cache
 def _sampled(folder: Path, fingerprint: str, max_bytes: int) -> tuple[str, ...]:
-    """Returns the sample of a data set; the fingerprint is part of the key of the cache."""
+    """Returns the sample of a data set; the fingerprint is part of the cache key."""
     return choose_sample(_Documents(folder), max_bytes)
 
 

@@ -1,4 +1,4 @@
-"""N-gram language models over tokens, the baselines of a run.
+"""N-gram language models over tokens, used as baselines for a run.
 
 `NGramModel` uses interpolated modified Kneser-Ney smoothing (Chen and Goodman 1998, "An Empirical Study of Smoothing
 Techniques for Language Modeling", equation 26), the best of the classical methods. Order 1 is the unigram model.
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class NGramModel:
-    """An n-gram model fitted on one stream of token ids.
+    """An n-gram model fitted to one stream of token ids.
 
     Args:
         tokens (`np.ndarray`): `[num_tokens]` ids, the concatenated documents with their separators.
@@ -43,7 +43,7 @@ class NGramModel:
         self._discounted, self._backoff = zip(*map(self._smooth, self._keys, counts), strict=True)
 
     def _smooth(self, keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the discounted probability of each n-gram, and for each context the weight of the shorter one."""
+        """Returns the discounted probability of each n-gram, and the backoff weight of each context."""
         ones, twos, threes, fours = (max((counts == c).sum(), 1) for c in (1, 2, 3, 4))
         y = ones / (ones + 2 * twos)
         discounts = np.array([0, 1 - 2 * y * twos / ones, 2 - 3 * y * threes / twos, 3 - 4 * y * fours / threes])
@@ -73,7 +73,7 @@ class NGramModel:
             found = self._find(n, np.where(seen, context, 0) * self.vocab_size + tokens[1:])
             explicit = np.where(found >= 0, self._discounted[n - 1][found], 0)
             weight = self._backoff[n - 1][np.where(seen, context, 0)]
-            # A context that was seen only at the end of the stream has no continuation: the shorter context decides.
+            # A context that was seen only at the end of the stream has no continuation: the shorter context is used.
             seen &= weight > 0
             probability = np.where(seen, explicit + weight * probability, probability)
         return np.log(probability)

@@ -1,4 +1,4 @@
-"""Checks that bits per byte in one score file are comparable: the same text, the same dtype, the same windows."""
+"""Checks that bits per byte in one score file are comparable: same text, same dtype, same windows."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +37,7 @@ def check_same_text(file: TextScoreFile, data: Sequence[str], max_bytes: int | N
         path (`Path`, *optional*): path of the score file, for the message.
 
     Raises:
-        InputError: if they are on other data sets, or on another part of these.
+        InputError: if they are on other data sets, or on another sample of these.
     """
     there, now = file.data, [held_out_source(folder, max_bytes) for folder in data]
     if [(source.path, source.fingerprint) for source in there] != [(s.path, s.fingerprint) for s in now]:
@@ -46,15 +46,15 @@ def check_same_text(file: TextScoreFile, data: Sequence[str], max_bytes: int | N
             for name, sources in (("file", there), ("now", now))
         ]
         raise InputError(
-            f"{path} has scores on other text. A file has scores on one text: replace them with --rescore, or write "
-            "to another file with --output\n" + "\n".join(lines)
+            f"{path} has scores on other text. A file has scores on one text only: replace them with --rescore, or "
+            "write to another file with --output\n" + "\n".join(lines)
         )
     for old, new in zip(there, now, strict=True):
         if old.max_bytes != new.max_bytes:
             before = max((source.max_bytes for source in there if source.max_bytes), default="all")
             raise InputError(
                 f"{path} has scores on {_amount(old)} of the held-out text of {old.path}, not on {_amount(new)}. A "
-                f"file has scores on one text: use `eval text` with --max-bytes {before} to add to them, with "
+                f"file has scores on one text only: use `eval text` with --max-bytes {before} to add to them, with "
                 "--rescore to replace them, or with --output to write to another file"
             )
 
@@ -66,7 +66,7 @@ def _amount(source: TextSource) -> str:
 
 
 def check_same_dtype(rows: Sequence[TextRow], models: Sequence[ScoredModel], dtype: str, path: Path | None) -> None:
-    """Checks before models are scored that all rows of a file will have one dtype.
+    """Checks, before models are scored, that all rows of a file will have the same dtype.
 
     Args:
         rows (`Sequence[TextRow]`): the rows of the file.
@@ -75,14 +75,14 @@ def check_same_dtype(rows: Sequence[TextRow], models: Sequence[ScoredModel], dty
         path (`Path`, *optional*): path of the score file, for the message.
 
     Raises:
-        InputError: if they have several.
+        InputError: if the dtypes differ.
     """
     dtypes = {model.name: text_dtype(model, dtype) for model in models}
     for row in rows:
         for name, wanted in dtypes.items():
             if row.protocol.dtype != wanted:
                 raise InputError(
-                    f"{path}: {row.name} was scored in {row.protocol.dtype}, and {name} would be in {wanted}. A file "
+                    f"{path}: {row.name} was scored in {row.protocol.dtype}, but {name} would be in {wanted}. A file "
                     "has one protocol: choose --dtype to match, score all models again with --rescore, or write to "
                     "another file with --output"
                 )
@@ -90,13 +90,13 @@ def check_same_dtype(rows: Sequence[TextRow], models: Sequence[ScoredModel], dty
         first = next(iter(dtypes))
         other = next(name for name in dtypes if dtypes[name] != dtypes[first])
         raise InputError(
-            f"{first} would be scored in {dtypes[first]}, and {other} in {dtypes[other]}. Scores of one call have one "
+            f"{first} would be scored in {dtypes[first]}, but {other} in {dtypes[other]}. Scores of one call have one "
             "protocol: use --dtype bf16, which int4 and fp8 require, or score them in two calls"
         )
 
 
 def check_same_protocol(row: TextRow, others: Sequence[TextRow], path: Path | None) -> None:
-    """Checks that a new row was scored as the others of its file that have an equal context.
+    """Checks that a new row was scored like the other rows of its file that have the same context.
 
     Raises:
         InputError: if not.

@@ -1,4 +1,4 @@
-"""Overlapping windows over the tokens of documents, sorted in a bounded buffer and batched by a number of tokens."""
+"""Overlapping windows over the tokens of documents, sorted in a bounded buffer and batched by number of tokens."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -48,8 +48,8 @@ def windows(source: int, tokens: np.ndarray, context: int, stride: int, num_byte
 def sorted_buffers(stream: Iterable[Window], num_tokens: int) -> Iterator[list[Window]]:
     """Yields the windows of a stream in lists of about `num_tokens` tokens, each sorted from long to short.
 
-    Windows of similar length need little padding. The longest come first, so that a batch that does not fit the memory
-    of a GPU is found at once. Reads no more of the stream than it needs for the next list.
+    Windows of similar length need little padding. The longest come first, so that a batch that does not fit in the
+    memory of a GPU fails at once. Reads no more of the stream than the next list needs.
     """
     buffer: list[Window] = []
     held = 0
@@ -68,10 +68,10 @@ def _sorted(buffer: list[Window]) -> list[Window]:
 
 
 def count_in_batch(ordered: Sequence[Window], num_tokens: int) -> int:
-    """Returns how many of the first windows fit a batch of at most `num_tokens` tokens with padding; at least one.
+    """Returns how many of the first windows fit in a batch of `num_tokens` tokens with padding; at least one.
 
     Args:
         ordered (`Sequence[Window]`): windows from long to short, at least one.
-        num_tokens (`int`): the most tokens of a batch.
+        num_tokens (`int`): maximum number of tokens of a batch.
     """
     return min(max(num_tokens // ordered[0].num_inputs, 1), len(ordered))

@@ -2,7 +2,7 @@
 
 It reads a JSON object from standard input: `program`, the `nonce` to write to standard output if the program ends
 without an exception, the empty `folder` for a new root, and `paths`, which the interpreter needs. Before the program
-it writes `READY`, so that a system without namespaces is not mistaken for a program that fails.
+it writes `READY`, so that a system without namespaces is not mistaken for a failing program.
 
 What the program cannot do: reach a network or a process outside, read or write files other than those of the
 interpreter and of its own folder in memory, start a process or a thread, use more than 1 GiB of memory or 3 seconds of
@@ -36,7 +36,7 @@ _CAPABILITY_VERSION = 0x20080522
 
 
 def run_request(request: dict[str, Any]) -> None:
-    """Enters the namespaces, runs the program in a grandchild process, and ends when it has ended."""
+    """Enters the namespaces, runs the program in a grandchild process, and exits after it."""
     results = os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
@@ -67,7 +67,7 @@ def _wait_for(work: Any) -> None:
 def _isolate(folder: str, paths: list[str]) -> None:
     """Enters new namespaces, in which the root is a file system in memory with read-only views of `paths`."""
     user, group, is_root = os.getuid(), os.getgid(), os.geteuid() == 0
-    # Root needs no user namespace for the others, and must not have one: the limit on processes is not for root.
+    # Root needs no user namespace to create the others, and must not have one: the limit on processes exempts root.
     _call("unshare", _NEW_PID | _NEW_NET | _NEW_IPC | _NEW_UTS | _NEW_MOUNTS | (0 if is_root else _NEW_USER))
     if not is_root:
         for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
@@ -108,13 +108,13 @@ def _execute(program: str, nonce: str, results: int) -> None:
         resource.RLIMIT_FSIZE: FILE_BYTES,
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_NPROC: 0,  # no process or thread can be added
+        resource.RLIMIT_NPROC: 0,  # no process or thread can be started
     }
     for limit, value in limits.items():
         resource.setrlimit(limit, (value, value))
     os.write(results, READY.encode())
     try:
-        exec(compile(program, "<program>", "exec"), {})  # with the globals of human-eval's own check
+        exec(compile(program, "<program>", "exec"), {})  # with the same globals as in human-eval
     except BaseException as error:  # also SystemExit: a program that exits did not reach the end of its tests
         os.write(results, f"{type(error).__name__}: {error}"[:500].encode(errors="replace"))
     else:

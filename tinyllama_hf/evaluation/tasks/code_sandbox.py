@@ -1,7 +1,7 @@
-"""Runs Python programs that a model wrote, each in a separate process without network, with limits.
+"""Runs Python programs written by a model, each in a separate process with limits and without network access.
 
-[`code_runner`] has what a program cannot do. What is not prevented: it can read the interpreter's own folders, and a
-program made for this purpose could claim that it passed, since tests and program share a process, as in human-eval.
+[`code_runner`] lists what a program cannot do. Not prevented: it can read the interpreter's own folders, and a program
+written for the purpose could fake its success, since tests and program share a process, as in human-eval.
 """
 
 import dataclasses
@@ -54,17 +54,17 @@ def run_programs(programs: Sequence[str]) -> list[Outcome]:
     """Runs programs in parallel and returns their outcomes, in the same order.
 
     Raises:
-        InputError: if the system does not have the namespaces for it.
+        InputError: if the system does not provide the namespaces.
     """
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(run_program, programs))
 
 
 def run_program(program: str) -> Outcome:
-    """Runs one program: at most 3 seconds of CPU time, 10 seconds in all, 1 GiB of memory.
+    """Runs one program: at most 3 seconds of CPU time, 10 seconds in total, 1 GiB of memory.
 
     Raises:
-        InputError: if the system does not have the namespaces for it.
+        InputError: if the system does not provide the namespaces.
     """
     nonce = secrets.token_hex()
     runner = Path(__file__).with_name("code_runner.py")
@@ -77,7 +77,7 @@ def run_program(program: str) -> Outcome:
             stderr=subprocess.DEVNULL,
             env={"PATH": "/usr/bin:/bin", "HOME": WORK, "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"},
             cwd=folder,
-            start_new_session=True,  # Ctrl-C is for this process, which then kills the other one
+            start_new_session=True,  # Ctrl-C goes to this process, which then kills the other one
         )
         is_late = False
         try:
@@ -102,7 +102,7 @@ def check_sandbox() -> None:
     """Tries to reach a network, a file and a process from a program.
 
     Raises:
-        InputError: if the system does not have the namespaces, or the program reaches something.
+        InputError: if the system does not provide the namespaces, or the program reaches one of these.
     """
     if sys.platform != "linux":
         raise _refusal(f"this is {sys.platform}")
@@ -122,6 +122,6 @@ def _interpreter_paths() -> list[str]:
 
 def _refusal(reason: str) -> InputError:
     return InputError(
-        f"--run-code: this system cannot run the model's code without network ({reason}). It takes Linux 5.12 with "
-        "user namespaces for ordinary users, which containers often forbid. Leave out the tasks that run code"
+        f"--run-code: this system cannot isolate the model's code ({reason}). That needs Linux 5.12 or newer with "
+        "unprivileged user namespaces, which containers often forbid. Leave out the tasks that run code"
     )

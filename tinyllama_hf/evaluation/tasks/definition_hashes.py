@@ -1,4 +1,4 @@
-"""Hashes of task definitions, so that scores under a changed definition are not taken for those of the same task."""
+"""Hashes of task definitions, so that scores under a changed definition are not taken as those of the same task."""
 
 import importlib.util
 from typing import Any
@@ -9,17 +9,17 @@ from .task_index import ChosenTasks, Function, read_definition
 
 
 def hash_definitions(chosen: ChosenTasks) -> dict[str, str]:
-    """Returns the hash of the definition of each task and group, with its includes and what its groups change.
+    """Returns the hash of the definition of each task and group, with its includes and the overrides of its groups.
 
-    It does not depend on where the files are. A function counts with the text of the Python file that has it, since
-    other functions there may decide scores too. Local rows have hashes of their own, see [`TaskSource`].
+    It does not depend on the location of the files. For a function, the whole Python file is hashed, since other
+    functions in it may affect scores too. Local rows have separate hashes, see [`TaskSource`].
     """
     groups = {name: read_definition(file.path) for name, file in chosen.files.items() if file.is_group and file.path}
     return {name: fingerprint(_plain(definition)) for name, definition in (groups | chosen.tasks).items()}
 
 
 def _plain(value: Any) -> Any:
-    """Returns a part of a definition as JSON has it: a function with its source, a file of local rows without path."""
+    """Returns a part of a definition in JSON types: functions with their source, files of local rows without paths."""
     if isinstance(value, Function):
         return [value, _source(value)]
     if isinstance(value, dict):

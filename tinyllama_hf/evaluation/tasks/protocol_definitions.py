@@ -1,14 +1,14 @@
-"""The protocols by name: settings and tasks of each, and what its scores can be compared with.
+"""The protocols by name: their settings and tasks, and what their scores can be compared with.
 
-- `published`: TinyLlama's table. The seven tasks, without examples, in fp32, without a begin-of-sequence token.
-- `modern`: the defaults of the installed lm-eval, for any task. Number of examples as the task's definition has it
-  (MMLU 0, GSM8K 5, BBH 3), dtype of the checkpoint, begin-of-sequence as the tokenizer does.
+- `published`: TinyLlama's table. The seven tasks, zero-shot, in fp32, without a begin-of-sequence token.
+- `modern`: the defaults of the installed lm-eval, for any task. Number of examples from the task's definition (MMLU 0,
+  GSM8K 5, BBH 3), dtype of the checkpoint, begin-of-sequence as the tokenizer's default.
 - `olmes`: the forms of OLMES (Gu et al. 2024, arXiv:2406.08446) that lm-eval has, with 5 examples. Cloze: ARC, BoolQ,
   HellaSwag, OpenBookQA, PIQA, SocialIQA, WinoGrande and `mmlu_continuation`. Multiple choice: CommonsenseQA and
   `mmlu`. lm-eval 0.4.13 has neither the other form of these tasks nor OLMES's own examples, prompts, normalization by
   unconditional likelihood, and choice between both forms; examples are drawn from the training split with lm-eval's
-  seed. Scores are not those of an OLMES table.
-- `instruct`: InstructEval (declare-lab/instruct-eval, commit 49bbd2c), which has the second table of TinyLlama's EVAL
+  seed. Scores are not comparable with an OLMES table.
+- `instruct`: InstructEval (declare-lab/instruct-eval, commit 49bbd2c), used for the second table on TinyLlama's EVAL
   page; see `eval/tasks/instruct/README.md`.
 """
 
@@ -29,9 +29,9 @@ OLMES_TASKS = (
     *("openbookqa", "piqa", "social_iqa", "winogrande"),
 )
 INSTRUCT_TASKS = ("instruct_mmlu", "instruct_bbh", "instruct_drop", "instruct_humaneval")
-# Protocols that define their tasks. Under the others, every task is allowed.
+# Protocols with a fixed set of tasks. Under the others, every task is allowed.
 _OWN_TASKS = {"published": TASKS, "olmes": OLMES_TASKS, "instruct": INSTRUCT_TASKS}
-# Protocols that set the number of examples. In the others, the definition of the task does.
+# Protocols that set the number of few-shot examples. In the others, the task's definition does.
 _NUM_FEWSHOT = {"published": 0, "olmes": 5}
 
 
@@ -43,9 +43,9 @@ class ProtocolDefinition:
         name (`str`): one of `PROTOCOLS`.
         dtype (`str`): `"float32"`, or `"auto"` for the dtype of the checkpoint.
         add_bos_token (`bool`, *optional*): whether each request starts with the begin-of-sequence token; `None` for
-            what the tokenizer does.
+            the default of the tokenizer.
         apply_chat_template (`bool`): whether each question is formatted as a user turn.
-        tasks (`tuple[str, ...]`): names of tasks and groups, as a user writes them.
+        tasks (`tuple[str, ...]`): names of tasks and groups, as given by the user.
     """
 
     name: str
@@ -59,7 +59,7 @@ _SETTINGS = {
     "published": ProtocolDefinition("published", "float32", False, False, TASKS),
     "modern": ProtocolDefinition("modern", "auto", None, False, TASKS),
     "olmes": ProtocolDefinition("olmes", "auto", None, False, OLMES_TASKS),
-    # InstructEval loads weights without a dtype, which was fp32, and the tokenizer adds the begin-of-sequence token.
+    # InstructEval loads weights without a dtype, which meant fp32, and its tokenizer adds the begin-of-sequence token.
     "instruct": ProtocolDefinition("instruct", "float32", None, False, INSTRUCT_TASKS),
 }
 
@@ -76,8 +76,8 @@ def define_protocol(
         include (`Path`, *optional*): folder with the user's own task definitions.
 
     Raises:
-        InputError: for an unknown protocol or task, which names the nearest one, for a task that is not in the
-            protocol or is named twice, or if lm-eval is not installed.
+        InputError: for an unknown protocol or task (the message names the nearest one), for a task that is not in the
+            protocol or is given twice, or if lm-eval is not installed.
     """
     if name not in PROTOCOLS:
         raise InputError(f"--protocol {name!r}: unknown protocol{did_you_mean(name, PROTOCOLS)}")
@@ -100,14 +100,14 @@ def define_protocol(
 
 
 def fewshot_of(definition: ProtocolDefinition, settings: dict[str, Any]) -> int:
-    """Returns the number of solved examples before each question of a task with these settings."""
+    """Returns the number of few-shot examples of a task with these settings."""
     return _NUM_FEWSHOT.get(definition.name, int(settings.get("num_fewshot") or 0))
 
 
 def metric_of(definition: ProtocolDefinition, name: str, task: Any) -> str:
-    """Returns the metric to report: of the published table; else `acc_norm`, or the first one of the definition.
+    """Returns the metric to report: that of the published table; else `acc_norm`, or the first one in the definition.
 
-    With a filter of the definition it is `"METRIC,FILTER"`, as in the results of lm-eval.
+    If the definition has a filter, it is `"METRIC,FILTER"`, as in the results of lm-eval.
     """
     if definition.name == "published":
         return tables()["protocol"]["metric"][name]

@@ -35,7 +35,7 @@ from .task_loading import load_example, load_tasks, quiet_harness
 from .task_rows import BAD_ROW, NUM_ASKED, check_rows, decisive_fields, typical_rows
 
 
-# lm-eval's default. It decides which solved examples are drawn; set it again before requests are built again.
+# lm-eval's default. It determines which few-shot examples are drawn; set it again before requests are rebuilt.
 FEWSHOT_SEED = 1234
 _OUR_CODE_TASKS = "tinyllama_hf.evaluation.tasks.code_tasks."
 
@@ -48,12 +48,12 @@ class Suite(NamedTuple):
         tasks (`dict`): leaf tasks of lm-eval, by name.
         groups (`dict`): groups of lm-eval, by name, for `task_dict={"tasks": ..., "groups": ...}` of its `evaluate`.
         versions (`dict`): version of each task.
-        metrics (`dict`): reported metric of each task, `"acc"`, or with a filter `"exact_match,strict-match"`.
-        num_fewshot (`dict`): number of solved examples before each question, by task.
+        metrics (`dict`): reported metric of each task, such as `"acc"`, or with a filter `"exact_match,strict-match"`.
+        num_fewshot (`dict`): number of few-shot examples, by task.
         definitions (`dict`): hash of the definition of each task and group.
         data (`dict`): SHA-256 of the local file, or location on the Hub, by task.
         sample (`bool`): whether all data are the made-up items that ship with the package.
-        runs_code (`bool`): whether a task runs code that the model wrote.
+        runs_code (`bool`): whether a task runs code written by the model.
     """
 
     harness: str
@@ -69,13 +69,13 @@ class Suite(NamedTuple):
 
 
 def task_files(folder: str | Path) -> dict[str, Path]:
-    """Returns the local file of each of the seven commonsense tasks, also where lm-eval is not installed.
+    """Returns the local file of each of the seven commonsense tasks. Works without lm-eval.
 
     Args:
         folder (`str` or `Path`): as `data` of [`open_suite`].
 
     Raises:
-        InputError: if files are missing; names them, and where to get them.
+        InputError: if files are missing; the message lists them, and where to get them.
     """
     root = data_folder(folder)
     assert root is not None
@@ -90,7 +90,7 @@ def find_sources(
     """Returns the data of each task of a protocol, without opening tasks; the arguments are those of [`open_suite`].
 
     Raises:
-        InputError: if a file is missing; names it, and where to get it.
+        InputError: if a file is missing; the message names it, and where to get it.
     """
     return _sources(data, definition, choose_tasks(definition.tasks, index_tasks(include)))
 
@@ -119,11 +119,11 @@ def open_suite(
             items. By default the rows are downloaded from the Hub.
         definition (`ProtocolDefinition`, *optional*): the protocol; by default the published one.
         include (`Path`, *optional*): folder with the user's own task definitions.
-        run_code (`bool`, *optional*, defaults to `False`): allow tasks that run code that the model wrote.
+        run_code (`bool`, *optional*, defaults to `False`): allow tasks that run code written by the model.
 
     Raises:
-        InputError: if files are missing or a row is not valid, the Hub is not reachable, a task runs code and that is
-            not allowed or not possible on this system, or lm-eval is not installed.
+        InputError: if files are missing or a row is not valid, the Hub is not reachable, a task runs code and this
+            is not allowed or not possible on this system, or lm-eval is not installed.
     """
     require("lm_eval", "eval", "the evaluation on tasks")
     definition = definition or define_protocol()
@@ -159,17 +159,17 @@ def open_suite(
 
 
 def _check_code(chosen: ChosenTasks, run_code: bool) -> bool:
-    """Returns whether a task runs code of the model; refuses it without permission or without limits."""
+    """Returns whether a task runs code of the model; refuses this without permission or without limits."""
     names = [name for name, settings in chosen.tasks.items() if settings.get("unsafe_code")]
     for name in names:
         if not runs_in_sandbox(chosen.tasks[name]):
             raise InputError(
-                f"--task {name}: lm-eval runs the code that the model writes for it without limits. Only humaneval, "
-                "its variants and instruct_humaneval are supported, which run it in a sandbox"
+                f"--task {name}: lm-eval runs the code that the model writes for it without limits. Use humaneval, "
+                "one of its variants or instruct_humaneval, which run it in a sandbox"
             )
     if names and not run_code:
         raise InputError(
-            f"--task {names[0]} runs code that the model writes, in a subprocess with limits and without network. "
+            f"--task {names[0]} runs code written by the model, in a subprocess with limits and without network. "
             "Add --run-code to allow it"
         )
     if names:
@@ -180,14 +180,14 @@ def _check_code(chosen: ChosenTasks, run_code: bool) -> bool:
 
 
 def runs_in_sandbox(settings: dict[str, Any]) -> bool:
-    """Returns whether all functions of a definition that see a reply are ours."""
+    """Returns whether all functions of a definition that receive a reply are from this package."""
     seeing = repr([settings.get(key) for key in ("process_results", "filter_list", "metric_list")])
     functions = re.findall(r"!function ([\w.]+)", seeing)
     return bool(functions) and all(name.startswith(_OUR_CODE_TASKS) for name in functions)
 
 
 def _check_file(source: TaskSource, chosen: ChosenTasks, scratch: Path) -> None:
-    """Checks all rows of the local files of a task against its typical rows, or those of the bundled sample."""
+    """Checks all rows of the local files of a task against its typical rows or those of the bundled sample."""
     file = source.files[source.eval_split]
     rows = list(read_part(file, source.column, source.part))
     if source.task in TASKS:
@@ -203,17 +203,17 @@ def _check_file(source: TaskSource, chosen: ChosenTasks, scratch: Path) -> None:
     if source.shot_split and len(rows) < needed:
         raise InputError(
             f"{source.files[source.shot_split]} has {len(rows)} rows of {source.task}. {needed} are needed for "
-            f"{source.num_fewshot} solved examples"
+            f"{source.num_fewshot} few-shot examples"
         )
 
 
 def _check_own_rows(task: Any, source: TaskSource, chosen: ChosenTasks, scratch: Path) -> None:
     """Checks the rows of files that a definition names itself, as lm-eval has read them."""
     if callable(task.config.custom_dataset):
-        return  # a function of the definition makes the rows
+        return  # a function of the definition creates the rows
     fields: dict[str, Any] = {}
     for split in filter(None, dict.fromkeys((source.eval_split, source.shot_split))):
-        # The scored rows first: they decide which fields are needed. Values such as dates become text.
+        # The scored rows come first, since they determine the needed fields. Values such as dates become text.
         rows = [json.loads(json.dumps(row, default=str)) for row in task.dataset[split]]
         read_here = dataclasses.replace(source, is_redirected=True)
         fields = fields or _fields(read_here, chosen, typical_rows(rows), scratch)
@@ -237,7 +237,7 @@ def _fields(source: TaskSource, chosen: ChosenTasks, rows: list[dict[str, Any]],
         raise InputError(f"{source.name} has 0 rows{part}. {WHERE_DATA_COME_FROM}")
     examples = scratch / "rows.jsonl"
     scratch.mkdir(exist_ok=True)
-    # Repeated if there are few, since definitions of few-shot tasks may leave out the first rows.
+    # Repeated if there are few, since definitions of few-shot tasks may skip the first rows.
     lines = [json.dumps(row) + "\n" for row in rows]
     examples.write_text("".join(lines * (1 if len(rows) > NUM_ASKED else 4)), encoding="utf-8")
     try:
@@ -251,7 +251,7 @@ def _fields(source: TaskSource, chosen: ChosenTasks, rows: list[dict[str, Any]],
 
 
 def _prepare(task: Any, source: TaskSource) -> None:
-    """Sets what lm-eval's command sets on a task, and lets it process its rows once."""
+    """Applies the settings of lm-eval's command to a task, and makes it process its rows only once."""
     if getattr(task, "MULTIMODAL", False):
         raise InputError(
             f"--task {source.task} has images or audio, which this model cannot read. Choose another task"
@@ -260,7 +260,7 @@ def _prepare(task: Any, source: TaskSource) -> None:
         raise InputError(f"--task {source.task} reads its rows itself, from the Hub. Score it without --data")
     task.set_config("num_fewshot", source.num_fewshot)
     task.set_fewshot_seed(FEWSHOT_SEED)
-    # lm-eval 0.4.13 processes all rows of a task again at each access to `eval_docs`, several times for each model.
+    # lm-eval 0.4.13 processes all rows of a task again at each access to `eval_docs`, several times per model.
     for name in ("test_docs", "validation_docs"):
         setattr(task, name, functools.cache(getattr(task, name)))
 

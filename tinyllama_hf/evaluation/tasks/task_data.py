@@ -1,6 +1,6 @@
-"""Local rows of tasks: which files a definition needs, and how its rows get into lm-eval in place of a download.
+"""Local rows of tasks: which files a definition needs, and how lm-eval reads them instead of downloading rows.
 
-A folder has `TASK/SPLIT.jsonl` or `.jsonl.gz`. Data sets with several parts are one file, with the part in a column.
+A folder has `TASK/SPLIT.jsonl` or `.jsonl.gz`. A data set with several parts is one file, with the part in a column.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class RowLayout(NamedTuple):
     Attributes:
         folder (`str`): name of the folder.
         column (`str`, *optional*): the column with the part of the data set, if one file has all of them.
-        split (`str`, *optional*): name of the file, if it is not that of the split.
+        split (`str`, *optional*): name of the file, if it differs from that of the split.
     """
 
     folder: str
@@ -39,7 +39,7 @@ class RowLayout(NamedTuple):
     split: str | None = None
 
 
-# By path of the data set, or by path and part. Other data sets are in a folder with the name of the task.
+# By path of the data set, or by path and part. Other data sets are in a folder named after the task.
 LAYOUTS = {
     "Rowan/hellaswag": RowLayout("hellaswag"),
     "allenai/openbookqa": RowLayout("openbookqa"),
@@ -66,7 +66,7 @@ COMMONSENSE_SPLITS = {
     "boolq": "validation",
     "piqa": "validation",
 }
-# Builders of `datasets` that read files, for definitions of users with their own data.
+# Builders of `datasets` that read files, for user definitions with their own data.
 _FILE_BUILDERS = ("json", "csv", "parquet", "arrow", "text")
 
 
@@ -77,11 +77,11 @@ class TaskSource:
     Attributes:
         task (`str`): name of the task.
         eval_split (`str`): the split that is scored.
-        shot_split (`str`, *optional*): the split that solved examples are drawn from, if there are any.
-        num_fewshot (`int`): number of solved examples before each question.
+        shot_split (`str`, *optional*): the split that few-shot examples are drawn from, if there are any.
+        num_fewshot (`int`): number of few-shot examples.
         location (`str`): location on the Hub, for the score file.
         files (`dict`): local file of each split; empty if the rows come from the Hub.
-        is_redirected (`bool`): whether the files take the place of those that the definition names.
+        is_redirected (`bool`): whether the files replace the source that the definition names.
         column (`str`, *optional*): the column with the part of the data set.
         part (`str`, *optional*): the value of this column in the rows of the task.
     """
@@ -98,7 +98,7 @@ class TaskSource:
 
     @property
     def name(self) -> str:
-        """Where the scored rows come from, for messages."""
+        """The source of the scored rows, for messages."""
         return str(self.files[self.eval_split]) if self.is_redirected else self.task
 
     def fingerprint(self) -> str:
@@ -115,7 +115,7 @@ def find_source(task: str, definition: dict[str, Any], num_fewshot: int, folder:
     Args:
         task (`str`): name of the task.
         definition (`dict`): its definition.
-        num_fewshot (`int`): number of solved examples before each question.
+        num_fewshot (`int`): number of few-shot examples.
         folder (`Path`, *optional*): folder with local rows; by default they are downloaded from the Hub.
 
     Raises:
@@ -153,13 +153,13 @@ def check_files(sources: Iterable[TaskSource], data: str | Path | None) -> None:
     """Checks that the local files of tasks exist.
 
     Raises:
-        InputError: if not; lists all that are missing, what they are needed for, and where to get them.
+        InputError: if not; the message lists the missing ones, their purpose, and where to get them.
     """
     missing: dict[str, None] = {}
     for source in sources:
         for split, file in source.files.items():
             if source.is_redirected and not file.is_file():
-                shots = f" (the {source.num_fewshot} solved examples of {source.task})"
+                shots = f" (the {source.num_fewshot} few-shot examples of {source.task})"
                 name = file.relative_to(file.parents[1]).as_posix()
                 missing[name + (shots if split != source.eval_split else "")] = None
     if missing:
@@ -179,7 +179,7 @@ def data_folder(data: str | Path | None) -> Path | None:
 
 
 def read_part(file: Path, column: str | None, part: str | None) -> Iterator[tuple[int, Any]]:
-    """Yields (number, row) of the rows in a file that have a value in a column, or of all rows.
+    """Yields (number, row) for the rows of a file that have `part` in `column`, or for all rows.
 
     Raises:
         InputError: if the file is damaged, or a row has no such column.
@@ -229,7 +229,7 @@ def load_local_rows(local: dict[str, Any], **metadata: Any) -> Any:
 
 @functools.lru_cache(maxsize=4)
 def _file_rows(file: Path, _changed: int) -> list[tuple[int, Any]]:
-    """Returns all rows of a file, which is kept for the next parts of the data set."""
+    """Returns all rows of a file, cached for the next parts of the data set."""
     return list(read_rows(file))
 
 
@@ -239,7 +239,7 @@ def _file_hash(file: Path, _changed: int) -> str:
 
 
 def _shot_split(definition: dict[str, Any]) -> str | None:
-    """Returns the split that lm-eval draws solved examples from; `None` if the definition lists them itself."""
+    """Returns the split that lm-eval draws few-shot examples from; `None` if the definition lists them itself."""
     settings = definition.get("fewshot_config") or {}
     if split := settings.get("split") or definition.get("fewshot_split"):
         return split

@@ -1,7 +1,7 @@
-"""Finds task definitions by name: those of lm-eval, our own in `eval/tasks/`, and those in a folder of the user.
+"""Finds task definitions by name: those of lm-eval, ours in `eval/tasks/`, and those in a folder of the user.
 
-lm-eval's own index parses 13,986 YAML files, which takes 5 seconds, after an import of 3. This one reads only the keys
-that it needs, with a regular expression, and imports nothing.
+lm-eval's own index parses 13,986 YAML files, which takes 5 seconds, after an import of 3 seconds. This one reads only
+the keys that it needs, with a regular expression, and imports nothing.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ _OF_GROUP = {"group", "group_alias", "task", "aggregate_metric_list", "metadata"
 
 
 class Function(str):
-    """A function in a definition, as `"!function NAME"`. Its name is relative to `folder`, that of the definition."""
+    """A function in a definition, as `"!function NAME"`. NAME is relative to `folder`, the definition's folder."""
 
     folder: Path
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskFile:
-    """Where a name is defined. A group lists its tasks in its file; a tag has no file, but the names of its tasks."""
+    """Where a name is defined. A group lists its tasks in its file; a tag has no file, only the names of its tasks."""
 
     name: str
     path: Path | None
@@ -42,10 +42,10 @@ class TaskFile:
 
 @dataclasses.dataclass(frozen=True)
 class ChosenTasks:
-    """The files of all tasks and groups that names stand for, and the settings of the tasks.
+    """The tasks and groups that names refer to: their files, and the settings of the tasks.
 
     Attributes:
-        tasks (`dict`): definition of each task, with its includes and with what its groups change.
+        tasks (`dict`): definition of each task, with its includes and the overrides of its groups.
         files (`dict`): file of each task and group.
         members (`dict`): the tasks of each name.
     """
@@ -56,7 +56,7 @@ class ChosenTasks:
 
 
 def eval_folder() -> Path:
-    """Returns the folder `eval/`: inside the package if that is installed, next to it in a clone."""
+    """Returns the folder `eval/`: inside the package if installed, next to it in a clone."""
     package = Path(__file__).parents[2]
     return next(path for path in (package / "eval", package.parent / "eval") if path.is_dir())
 
@@ -75,10 +75,10 @@ def stock_folder() -> Path:
 
 @functools.lru_cache(maxsize=4)
 def index_tasks(include: Path | None = None) -> dict[str, TaskFile]:
-    """Returns all task definitions by name. Later folders replace names of earlier ones: lm-eval, ours, the user's.
+    """Returns all task definitions by name. Later folders override earlier ones: lm-eval, ours, the user's.
 
     Args:
-        include (`Path`, *optional*): folder of the user.
+        include (`Path`, *optional*): the user's folder.
 
     Raises:
         InputError: if the folder does not exist or has no definitions.
@@ -100,7 +100,7 @@ def find_task(name: str, index: dict[str, TaskFile]) -> TaskFile:
     """Returns the definition with a name.
 
     Raises:
-        InputError: if there is none; names the nearest one.
+        InputError: if there is none; the message names the nearest one.
     """
     if name not in index:
         near = difflib.get_close_matches(name, index, n=1, cutoff=0.6)
@@ -110,10 +110,10 @@ def find_task(name: str, index: dict[str, TaskFile]) -> TaskFile:
 
 
 def choose_tasks(names: Sequence[str], index: dict[str, TaskFile]) -> ChosenTasks:
-    """Follows names of tasks, groups and tags down to tasks.
+    """Resolves names of tasks, groups and tags to tasks.
 
     Raises:
-        InputError: for an unknown name, a task that is named twice, or a definition that cannot be read.
+        InputError: for an unknown name, a task that is included twice, or a definition that cannot be read.
     """
     tasks: dict[str, dict[str, Any]] = {}
     files: dict[str, TaskFile] = {}
@@ -125,7 +125,7 @@ def choose_tasks(names: Sequence[str], index: dict[str, TaskFile]) -> ChosenTask
             if definition is None:
                 continue
             if other := next((owner for owner in members if owner != name and file.name in members[owner]), None):
-                raise InputError(f"--task {other} and --task {name} both have {file.name}. Name one of them")
+                raise InputError(f"--task {other} and --task {name} both include {file.name}. Name one of them")
             tasks[file.name] = definition
             members[name].append(file.name)
     return ChosenTasks(tasks, files, members)
@@ -143,7 +143,7 @@ def read_definition(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{path}: not a readable task definition ({' '.join(str(error).split())})") from error
     if not isinstance(definition, dict):
-        raise InputError(f"{path}: not a task definition, which has names and values")
+        raise InputError(f"{path}: not a task definition, which must be a YAML mapping")
     includes = definition.pop("include", [])
     merged: dict[str, Any] = {}
     for included in includes if isinstance(includes, list) else [includes]:
@@ -197,7 +197,7 @@ def _keys(path: Path) -> dict[str, tuple[str, ...]]:
 
 
 def _parsed_keys(path: Path) -> dict[str, tuple[str, ...]]:
-    """Returns what [`_keys`] does, of a definition of the user, which may be in any form of YAML."""
+    """Returns the same as [`_keys`] for a definition of the user, which may be in any form of YAML."""
     found = {}
     for key, value in read_definition(path).items():
         if key in ("task", "group", "tag", "class"):
@@ -236,7 +236,7 @@ def _follow(
 def _follow_group(
     group: dict[str, Any], changes: dict[str, Any], index: dict[str, TaskFile]
 ) -> Iterator[tuple[TaskFile, dict[str, Any] | None]]:
-    """Follows the list of a group, in which an entry is a name, or a name with changed settings, or a group."""
+    """Resolves the list of a group, in which an entry is a name, a name with changed settings, or a group."""
     changes = {key: value for key, value in group.items() if key not in _OF_GROUP} | changes
     members = group.get("task") or []
     for member in [members] if isinstance(members, str) else members:

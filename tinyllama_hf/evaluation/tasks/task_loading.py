@@ -1,4 +1,4 @@
-"""Loads tasks with lm-eval, from a folder of definitions that include the original ones and name local rows."""
+"""Loads tasks with lm-eval, from a folder of definitions that include the original ones and point to local rows."""
 
 import contextlib
 import functools
@@ -19,7 +19,7 @@ _LOCAL_ROWS = "custom_dataset: !function tinyllama_hf.evaluation.tasks.task_data
 
 
 def load_example(source: TaskSource, chosen: ChosenTasks, folder: Path, examples: Path) -> Any:
-    """Returns one task with the rows of a file for all of its splits."""
+    """Returns a task that has the rows of one file in all of its splits."""
     folder.mkdir(exist_ok=True)
     _write_definition(source, chosen, folder, dict.fromkeys(source.files, examples))
     with quiet_harness():
@@ -37,7 +37,7 @@ def load_tasks(
         folder (`Path`): folder to write definitions to, which must be empty.
 
     Raises:
-        InputError: if rows are damaged or cannot be downloaded; names the task.
+        InputError: if rows are damaged or cannot be downloaded; the message names the task.
     """
     folder.mkdir(exist_ok=True)
     groups = [file for file in chosen.files.values() if file.is_group]
@@ -92,7 +92,7 @@ def _write_definition(source: TaskSource, chosen: ChosenTasks, folder: Path, fil
     definition: dict[str, Any] = {"include": str(chosen.files[source.task].path), "task": source.task}
     text = ""
     if source.is_redirected:
-        # lm-eval opens all splits that are named, also those that it does not need.
+        # lm-eval opens all splits that the definition names, even those that it does not need.
         named = {key: chosen.tasks[source.task].get(key) for key in _SPLITS}
         definition |= {key: None for key, split in named.items() if split and split not in files}
         definition["dataset_kwargs"] = local_rows_settings(source, files)
@@ -103,9 +103,9 @@ def _write_definition(source: TaskSource, chosen: ChosenTasks, folder: Path, fil
 
 @contextlib.contextmanager
 def quiet_harness() -> Iterator[None]:
-    """Silences messages and progress bars of the libraries, and lets lm-eval compile each template once.
+    """Silences messages and progress bars of the libraries, and makes lm-eval compile each template only once.
 
-    Errors are reported by our own messages. Can be entered again inside.
+    Errors are reported by this package's messages. Can be nested.
     """
     import datasets
     import lm_eval.api.task
@@ -116,13 +116,13 @@ def quiet_harness() -> Iterator[None]:
     bars, task_bar = datasets.are_progress_bars_disabled(), lm_eval.api.task.tqdm
     compile_template = lm_eval.utils.env.from_string
     try:
-        # lm-eval 0.4.13 compiles the templates of a task again for each item, which takes most of the time of building
+        # lm-eval 0.4.13 compiles the templates of a task again for each item, which is most of the time for building
         # requests. A compiled template has no state.
         lm_eval.utils.env.from_string = functools.cache(compile_template)
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
         datasets.disable_progress_bars()
-        # lm-eval 0.4.13 draws a bar per task while it builds requests, and has no option to turn it off.
+        # lm-eval 0.4.13 shows a bar per task while it builds requests, and has no option to turn it off.
         lm_eval.api.task.tqdm = lambda rows, **options: rows
         yield
     finally:

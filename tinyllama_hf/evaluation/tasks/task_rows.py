@@ -33,7 +33,7 @@ def _kind(value: Any) -> Any:
 
 
 def decisive_fields(task: Any, *rows: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields that affect question, choices, answer or score, found by setting each to `None`.
+    """Returns the fields that affect the question, choices, answer or score, found by setting each to `None`.
 
     Args:
         task (`Any`): an lm-eval task.
@@ -52,7 +52,7 @@ def decisive_fields(task: Any, *rows: dict[str, Any]) -> dict[str, Any]:
 
 
 def _asked(task: Any, row: dict[str, Any], changed: str | None = None) -> dict[str, Any] | None:
-    """Returns all that a task makes of a row; `None` if it raises an error. `changed` is the field to leave out."""
+    """Returns everything that a task derives from a row; `None` if it raises an error. `changed` is left out."""
     from datasets import Dataset
 
     document: dict[str, Any] = row
@@ -76,7 +76,7 @@ def _without(made: dict[str, Any] | None, name: str | None) -> dict[str, Any] | 
 
 
 def _score_nothing(task: Any, document: dict[str, Any], num_choices: int) -> Any:
-    """Scores an empty answer, since some tasks read fields for the score only."""
+    """Scores an empty answer, since some tasks read some fields only to score."""
     answer = [""] if task.OUTPUT_TYPE == "generate_until" else [(0.0, False)] * num_choices
     return task.process_results(document, answer)
 
@@ -91,7 +91,7 @@ def check_rows(name: str, rows: Iterable[tuple[int, Any]], fields: dict[str, Any
         source (`str`): the file, for error messages.
 
     Raises:
-        InputError: if a field is missing, null or of another type; names the row and the field.
+        InputError: if a field is missing, null or of another type; the message names the row and the field.
     """
     for number, row in rows:
         _check(row, fields, f"{source}, row {number}", f"{name} needs {', '.join(map(repr, fields))}")
