@@ -131,7 +131,7 @@ def test_scores_under_a_changed_definition(own, score, tmp_path):
     with pytest.raises(InputError, match=r"another protocol \(different: definitions of capitals\)"):
         score(first)
     score(second)
-    with pytest.raises(InputError, match=r"another protocol .*: definitions of capitals\. "):
+    with pytest.raises(InputError, match=r"a different protocol .*: definitions of capitals\. "):
         check_comparison(find_compared_models([str(first), str(second)]))
 
 
