@@ -1,4 +1,4 @@
-"""MMLU with solved examples before each question: time against lm-eval's `hf` model, and equal choices.
+"""MMLU with few-shot examples before each question: time against lm-eval's `hf` model, and equal choices.
 
     python benchmarks/few_shot.py MODEL --data FOLDER [--subjects anatomy ...] [--limit 10] [--rounds 2]
 
