@@ -231,15 +231,14 @@ def test_others_are_answered_while_a_conversation_is_rendered(app, path, monkeyp
 
 def test_a_full_queue(local, monkeypatch):
     """The next request gets status 429 on every endpoint; refused requests take no place."""
-    forward = local[0].forward
-    monkeypatch.setattr(local[0], "forward", lambda **inputs: time.sleep(0.005) or forward(**inputs))
+    forward, resume = local[0].forward, threading.Event()
+    monkeypatch.setattr(local[0], "forward", lambda **inputs: resume.wait(timeout=60) and forward(**inputs))
     app = build_app("my-model", *local, options=ServerOptions(rows=1, waiting=1))
     scheduler: Scheduler = app.state.service.scheduler
     with testclient.TestClient(app, "http://127.0.0.1") as client:
         found = []
-        bodies = [{"max_tokens": CONTEXT - 10, "temperature": 0}, {"max_tokens": 2}]
-        for number, body in enumerate(bodies):
-            threading.Thread(target=lambda body=body: found.append(post(client, body, "completions"))).start()
+        for number in range(2):
+            threading.Thread(target=lambda: found.append(post(client, {"max_tokens": 2}, "completions"))).start()
             while scheduler.running + scheduler.waiting <= number:
                 time.sleep(0.001)
         for path in GENERATING:
@@ -247,6 +246,7 @@ def test_a_full_queue(local, monkeypatch):
             error = answer.json()["error"]
             assert answer.status_code == 429 and int(answer.headers["Retry-After"]) > 0
             assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
+        resume.set()
         while len(found) < 2:
             time.sleep(0.01)
         assert [answer.status_code for answer in found] == [200, 200]
