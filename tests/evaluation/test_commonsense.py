@@ -7,9 +7,7 @@ import re
 import shutil
 import statistics
 import sys
-from typing import Any
 
-import lm_eval.utils
 import pytest
 import torch
 
@@ -23,7 +21,7 @@ from tinyllama_hf.evaluation.task_scores import score_tasks
 from tinyllama_hf.evaluation.tasks import suite as suites
 from tinyllama_hf.evaluation.tasks import task_loading
 from tinyllama_hf.evaluation.tasks.protocol_definitions import define_protocol
-from tinyllama_hf.evaluation.tasks.suite import open_suite, quiet_harness, task_files
+from tinyllama_hf.evaluation.tasks.suite import open_suite, task_files
 from tinyllama_hf.evaluation.tasks.task_data import find_source
 from tinyllama_hf.evaluation.tasks.task_rows import check_rows, decisive_fields
 from tinyllama_hf.inference import load as loading
@@ -427,57 +425,6 @@ def test_the_sample_has_the_rows_of_the_real_data_and_none_of_them(shared):
             assert {key: type(value) for key, value in row.items()} == {k: type(v) for k, v in real[0].items()}
         texts = {text for row in real for text in row.values() if isinstance(text, str) and len(text) > 20}
         assert not texts & {text for row in made for text in row.values() if isinstance(text, str)}
-
-
-def test_lm_eval_still_compiles_a_template_for_each_item(opened):
-    """If this fails, the workaround in task_loading.py can be removed. The requests are the same with it."""
-    task, compiled = opened["arc_easy"], []
-    own = lm_eval.utils.env.from_string
-
-    def count(template: str) -> Any:
-        compiled.append(template)
-        return own(template)
-
-    requests = []
-    lm_eval.utils.env.from_string = count
-    try:
-        task.build_all_requests()
-        assert len(compiled) >= 2 * 10 and len(set(compiled)) <= 3
-        requests.append([request.args for request in task.instances])
-        compiled.clear()
-        with quiet_harness():
-            task.build_all_requests()
-        assert len(compiled) == len(set(compiled)) <= 3 and lm_eval.utils.env.from_string is count
-        requests.append([request.args for request in task.instances])
-    finally:
-        lm_eval.utils.env.from_string = own
-    assert requests[0] == requests[1]
-
-
-def test_lm_eval_still_processes_all_rows_at_each_access(monkeypatch):
-    """If this fails, the workaround in suite.py can be removed. With it, they are processed once for all models."""
-    with open_suite("embedded:sample", define_protocol(tasks=["hellaswag"])) as suite:
-        task, processed = suite.tasks["hellaswag"], []
-        process = task.config.process_docs
-
-        def count(rows: Any) -> Any:
-            processed.append(len(rows))
-            return process(rows)
-
-        monkeypatch.setattr(task.config, "process_docs", count)
-        assert [len(type(task).validation_docs(task)), len(type(task).validation_docs(task))] == processed == [10, 10]
-        assert task.eval_docs is task.eval_docs and processed == [10, 10]
-        task.build_all_requests(limit=2)
-        assert len(task.instances) == 8 and processed == [10, 10]
-
-
-def test_lm_eval_still_draws_a_bar_for_each_task(capfd):
-    """If this fails, the workaround in suite.py can be removed."""
-    with open_suite("embedded:sample") as suite:
-        suite.tasks["piqa"].build_all_requests()
-        assert "10/10" in capfd.readouterr().err
-        assert {name: len(task.eval_docs) for name, task in suite.tasks.items()} == dict.fromkeys(TASKS, 10)
-    assert set(task_files("embedded:sample")) == set(TASKS)
 
 
 def test_tokenizers_that_differ_in_the_token_that_they_add(tokenizer_folder, tmp_path):

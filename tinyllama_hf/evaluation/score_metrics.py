@@ -22,7 +22,7 @@ _LOWER_IS_BETTER = {"bits_per_byte", "perplexity", "word_perplexity", "byte_perp
 
 
 def metric_unit(metric: str) -> str:
-    """Returns the unit of a metric's scores: `"points"` (percent), `"bits"`, or empty for a unit of its own.
+    """Returns the unit of a metric's scores: `"points"` (percent), `"bits"`, or empty if it has another unit.
 
     Args:
         metric (`str`): its name in score files, possibly with a filter: `"exact_match,strict-match"`.

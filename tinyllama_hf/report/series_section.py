@@ -30,7 +30,7 @@ class SeriesSection:
     Attributes:
         fitted (`list[FittedSeries]`): the series to which a curve is fitted, also those where that failed.
         scores (`dict[str, list[ScorePoint]]`): task scores, by task.
-        unit (`str`): `"percent"`, or `"score"` if a task has a metric with a unit of its own.
+        unit (`str`): `"percent"`, or `"score"` if the metric of a task has another unit.
         bits (`dict[str, list[ScorePoint]]`): bits per byte of the right answers, by task.
         published (`list[Released]`): rows of the published table to draw with the scores.
         overlay_problem (`str`, *optional*): why there are none, if there are scores.
